@@ -1,0 +1,106 @@
+"""An address space: what is mapped, the CPU's page table, and the bracket round every edit.
+
+Models `struct mm_struct`.  The state only: the calls that change it are in mman.py, mremap.py, madvise.py,
+fault.py and fork.py, which are generators over this class.
+
+Source: Linux include/linux/mm_types.h, struct mm_struct; mm/memory.c, zap_pte_range().
+Invariants: every present entry of the CPU table lies in a VMA; a frame's map count is the number of CPU entries
+of all spaces that name it.
+Absent: processes (machine.py), who hears of changes (notifier.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.errors import TimedOutError
+from hmm.frames import Frames, PageFlag
+from hmm.notifier import Notifier
+from hmm.operation import Current
+from hmm.page_table import PageTable
+from hmm.units import TASK_SIZE, Address, AddressRange, Entries, SpaceId
+from hmm.vma import VmaMap, VmFlag
+
+MMAP_BASE = TASK_SIZE - (1 << 27)
+"""Top of the area that mmap fills downwards: below the largest gap kept for the stack's growth (mmap_base())."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceLimits:
+    """What one address space may hold.
+
+    Attributes:
+        vmas: `vm.max_map_count`.
+        address_bytes: RLIMIT_AS.
+        directories: of its CPU page table.
+    """
+
+    vmas: int = 65530
+    address_bytes: int = TASK_SIZE
+    directories: int = 1 << 18
+
+
+@dataclass(slots=True, eq=False)
+class AddressSpace:
+    """One process's memory: VMAs, CPU page table, notifier, program break."""
+
+    id: SpaceId
+    frames: Frames
+    current: Current
+    limits: SpaceLimits = field(default_factory=SpaceLimits)
+    mmap_base: Address = MMAP_BASE
+    brk_start: Address = 0
+    brk_end: Address = 0
+    default_flags: VmFlag = VmFlag(0)  # mlockall(MCL_FUTURE)
+    users: int = 1
+    broken: str = ""
+    vmas: VmaMap = field(init=False)
+    table: PageTable = field(init=False)
+    notifier: Notifier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vmas = VmaMap()
+        self.table = PageTable(TASK_SIZE - 1, max_directories=self.limits.directories)
+        self.notifier = Notifier(self.id, self.current)
+
+    def zap(self, start: Address, end: Address) -> int:
+        """Drop every entry of [start, end) and the frames that only it held.
+
+        Returns: number of entries dropped.
+
+        Cost: O(directories + entries), vectorised.  Source: mm/memory.c, zap_pte_range().
+        """
+        entries = self.table.zap(start, end).entries
+        self.drop(entries)
+        return entries.size
+
+    def drop(self, entries: Entries) -> None:
+        """Let go of the frames that CPU entries named; `entries` are no longer in any table.
+
+        A dirty entry of a page that is not anonymous makes its frame dirty, as set_page_dirty() does.
+        """
+        held = entries[cpu_pte.has_frame(entries)]
+        if not held.size:
+            return
+        pfns = cpu_pte.cpu_pfn(held)
+        dirty = pfns[(held & np.uint64(cpu_pte.DIRTY)) != 0]
+        if dirty.size:
+            self.frames.set_flags(dirty, PageFlag.DIRTY)
+        self.frames.unmap(pfns)
+
+    @contextmanager
+    def restoring(self, span: AddressRange) -> Iterator[None]:
+        """Put the VMAs of `span` back when a mirror with policy FAIL did not answer: nothing was changed then."""
+        pieces = self.vmas.pieces(span)
+        brk_end = self.brk_end
+        try:
+            yield
+        except TimedOutError:
+            self.vmas.replace(span, pieces)
+            self.brk_end = brk_end
+            raise

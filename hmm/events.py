@@ -1,0 +1,195 @@
+"""Events: what a mirror is told, and why.
+
+One table, `CAUSES`, says for every cause of a change to the CPU page table what each of the two driver interfaces
+hears: the 2015 event type with the mask that is applied to the mirror's entries after the driver answered, and
+today's reason.  A side that has NONE is not told.
+
+Source: 2015: `enum hmm_etype` and `hmm_update()` of "HMM: introduce heterogeneous memory management v4",
+`enum mmu_event` of "mmu_notifier: add event information"; today: include/linux/mmu_notifier.h,
+`enum mmu_notifier_event`, and its senders in mm/.
+Invariants: tests walk the table; every cause is sent from exactly the places that its comment names.
+Absent: who listens (notifier.py), what an entry looks like (pte.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from hmm import pte
+from hmm.units import AddressRange, MirrorId, SpaceId
+
+
+class EventType(IntEnum):
+    """2015: `hmm_event.etype`, in the order of the posted enum; RELEASE stands for the `release` callback."""
+
+    NONE = 0
+    FORK = 1
+    ISDIRTY = 2
+    MIGRATE = 3
+    MUNMAP = 4
+    DEVICE_RFAULT = 5
+    DEVICE_WFAULT = 6
+    WRITE_PROTECT = 7
+    COPY_FROM_DEVICE = 8
+    COPY_TO_DEVICE = 9
+    RELEASE = 10
+
+    @property
+    def pte_mask(self) -> int:
+        """What is kept of every entry of the range once the driver has answered."""
+        return _PTE_MASKS[self]
+
+    @property
+    def is_invalidation(self) -> bool:
+        """True when the driver must stop using something; an error answer then kills the mirror."""
+        return self in _INVALIDATIONS
+
+
+_INVALIDATIONS = frozenset(
+    {EventType.FORK, EventType.ISDIRTY, EventType.MIGRATE, EventType.MUNMAP, EventType.WRITE_PROTECT}
+)
+_PTE_MASKS = {
+    EventType.NONE: pte.MASK_ALL,
+    EventType.FORK: pte.MASK_WRITE_PROTECT,
+    EventType.ISDIRTY: pte.MASK_ALL,
+    EventType.MIGRATE: pte.MASK_NONE,
+    EventType.MUNMAP: pte.MASK_NONE,
+    EventType.DEVICE_RFAULT: pte.MASK_ALL,
+    EventType.DEVICE_WFAULT: pte.MASK_ALL,
+    EventType.WRITE_PROTECT: pte.MASK_WRITE_PROTECT,
+    EventType.COPY_FROM_DEVICE: pte.MASK_ALL,
+    EventType.COPY_TO_DEVICE: pte.MASK_ALL,
+    EventType.RELEASE: pte.MASK_NONE,
+}
+
+
+class Reason(IntEnum):
+    """Today: `enum mmu_notifier_event`, with the kernel's values."""
+
+    UNMAP = 0
+    CLEAR = 1
+    PROTECTION_VMA = 2
+    PROTECTION_PAGE = 3
+    SOFT_DIRTY = 4
+    RELEASE = 5
+    MIGRATE = 6
+    EXCLUSIVE = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the two interfaces hear of one cause."""
+
+    etype: EventType
+    reason: Reason | None
+
+
+class Cause(Enum):
+    """Why the CPU page table changes; named after the kernel's path that does it."""
+
+    MUNMAP = "munmap"  # munmap, MAP_FIXED over something, brk and mremap shrinking
+    MREMAP_MOVE = "mremap move"  # move_page_tables(): the old range
+    MADV_DONTNEED = "madvise dontneed"
+    MADV_FREE = "madvise free"
+    TRUNCATE = "truncate"  # ftruncate, hole punch, MADV_REMOVE: unmap_mapping_range()
+    MPROTECT_NONE = "mprotect none"  # the range can no longer be read
+    MPROTECT_READ = "mprotect read"  # it can be read, not written
+    MPROTECT_WRITE = "mprotect write"  # an upgrade
+    FORK = "fork"  # copy_page_range(): the parent's pages become copy-on-write
+    COPY_ON_WRITE = "copy on write"  # wp_page_copy()
+    CLEAR_SOFT_DIRTY = "clear soft-dirty"
+    WRITE_BACK = "write back"  # page_mkclean()
+    RECLAIM = "reclaim"
+    HUGE_PAGE_SPLIT = "huge page split"
+    COLLAPSE = "collapse"
+    MIGRATE_TO_DEVICE = "migrate to device"
+    MIGRATE_TO_SYSTEM = "migrate to system"
+    EXCLUSIVE = "exclusive access"
+    EXIT = "exit"
+    MUNLOCK = "munlock"
+
+    @property
+    def told(self) -> Told:
+        """The row of the table for this cause."""
+        return CAUSES[self]
+
+
+CAUSES: dict[Cause, Told] = {
+    Cause.MUNMAP: Told(EventType.MUNMAP, Reason.UNMAP),
+    Cause.MREMAP_MOVE: Told(EventType.MIGRATE, Reason.UNMAP),
+    Cause.MADV_DONTNEED: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.MADV_FREE: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.TRUNCATE: Told(EventType.MUNMAP, Reason.CLEAR),
+    Cause.MPROTECT_NONE: Told(EventType.MUNMAP, Reason.PROTECTION_VMA),
+    Cause.MPROTECT_READ: Told(EventType.WRITE_PROTECT, Reason.PROTECTION_VMA),
+    Cause.MPROTECT_WRITE: Told(EventType.NONE, Reason.PROTECTION_VMA),
+    Cause.FORK: Told(EventType.FORK, Reason.PROTECTION_PAGE),
+    Cause.COPY_ON_WRITE: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.CLEAR_SOFT_DIRTY: Told(EventType.WRITE_PROTECT, Reason.SOFT_DIRTY),
+    Cause.WRITE_BACK: Told(EventType.WRITE_PROTECT, Reason.PROTECTION_PAGE),
+    Cause.RECLAIM: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.HUGE_PAGE_SPLIT: Told(EventType.MUNMAP, Reason.CLEAR),
+    Cause.COLLAPSE: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.MIGRATE_TO_DEVICE: Told(EventType.MIGRATE, Reason.MIGRATE),
+    Cause.MIGRATE_TO_SYSTEM: Told(EventType.MIGRATE, Reason.MIGRATE),
+    Cause.EXCLUSIVE: Told(EventType.MIGRATE, Reason.EXCLUSIVE),
+    Cause.EXIT: Told(EventType.MUNMAP, Reason.RELEASE),
+    Cause.MUNLOCK: Told(EventType.NONE, None),
+}
+
+
+class EventState(Enum):
+    """Life of one event for one mirror; all but SENT are final, except that ABANDONED still expects its answer."""
+
+    SENT = "sent"
+    ACKNOWLEDGED = "acknowledged"
+    REFUSED = "refused"
+    FENCED = "fenced"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change, as every mirror concerned hears it.
+
+    Attributes:
+        operation_id: the call that causes it.
+        space_id: the address space that changes.
+        revision: per address space, ascending.
+        spans: page-aligned, ascending, disjoint; one message carries all ranges of an operation.
+        owner: the device whose own migration or exclusive access this is; 0 for nobody.
+        blockable: False only for the OOM reaper and process_mrelease, which accept a refusal.
+        entries: DEVICE_RFAULT and DEVICE_WFAULT: the mirror's entries of `spans`, little-endian uint64.
+    """
+
+    operation_id: int
+    space_id: SpaceId
+    revision: int
+    etype: EventType
+    reason: Reason | None
+    cause: Cause | None
+    spans: tuple[AddressRange, ...]
+    owner: int = 0
+    blockable: bool = True
+    entries: bytes = b""
+
+    def overlaps(self, span: AddressRange) -> bool:
+        """True when a range of the event shares a byte with `span`."""
+        return any(mine.overlaps(span) for mine in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one mirror answered one event.
+
+    Attributes:
+        errno: what the driver's callback returned, positive; 0 is success.
+        dirty: ranges that the device wrote and reports with its answer.
+    """
+
+    mirror_id: MirrorId
+    sequence: int
+    state: EventState
+    errno: int = 0
+    dirty: tuple[AddressRange, ...] = ()

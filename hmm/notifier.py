@@ -1,0 +1,287 @@
+"""Who must hear of a change to an address space, and in what order things may happen.
+
+One Notifier per address space.  It keeps four lists, all of them short and ordered by arrival:
+
+    subscribers     mirrors (2015), later also interval subscriptions (today)
+    invalidations   running changes: in the list from before the callbacks until after the edit
+    faults          device faults that are filling a mirror (2015 only)
+    turns           calls that change VMAs, served one at a time, as under mmap_lock held for writing
+
+The conflict protocol of 2015: a device fault starts only when no overlapping invalidation runs; an invalidation
+asks overlapping device faults to back off and waits until they are gone, and only then calls the drivers.  So for
+any overlap the driver's update for the fault is complete before its update for the invalidation, or never happens.
+
+Source: linux-mm, "mmu_notifier: keep track of active invalidation ranges v3" and "HMM: add device page fault
+support v3" (hmm_fault_start, hmm_event_backoff); today: mm/mmu_notifier.c, mn_itree_inv_start_range().
+Invariants: an invalidation and a device fault that overlap are never past their start together; `active` equals
+the number of invalidations; the sequence is odd exactly while one of them concerned a subscription.
+Absent: transport, deadlines, and what an entry means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hmm.errors import TimedOutError
+from hmm.events import Cause, Event, EventState, EventType, Outcome
+from hmm.operation import Await, Current, Deliver, Operation, WaitFor
+from hmm.units import AddressRange, MirrorId, SpaceId
+
+Spans = tuple[AddressRange, ...]
+
+
+def overlap(left: Iterable[AddressRange], right: Spans) -> bool:
+    """True when a range of `left` shares a byte with one of `right`."""
+    return any(mine.overlaps(other) for mine in left for other in right)
+
+
+class Subscriber(Protocol):
+    """What the notifier needs of a mirror or an interval subscription."""
+
+    @property
+    def id(self) -> MirrorId:
+        """Identifies the subscriber in Deliver and Outcome."""
+
+    def hears(self, event: Event) -> bool:
+        """Whether this event has to be delivered to this subscriber."""
+
+    def awaits_late_answer(self) -> bool:
+        """Whether an abandoned event is still unanswered, so that nothing new may be sent."""
+
+    def settle(self, event: Event, outcome: Outcome) -> bool:
+        """Apply what the answer means; False when the subscriber was killed by its own error."""
+
+
+@dataclass(slots=True, eq=False)
+class Invalidation:
+    """One running change: created by `Notifier.invalidation`, gone when its `with` block ends."""
+
+    notifier: Notifier
+    operation_id: int
+    cause: Cause
+    spans: Spans
+    owner: int = 0
+    blockable: bool = True
+
+    def deliver(self) -> Operation[tuple[Outcome, ...]]:
+        """Tell every subscriber concerned and wait for all answers.
+
+        Returns: the outcomes, one per subscriber told, in order of registration.
+
+        Raises:
+            TimedOutError: a mirror whose policy is FAIL did not answer (ETIMEDOUT); nothing was changed yet.
+
+        Cost: nothing but a test per subscriber when nobody is concerned.
+        """
+        notifier = self.notifier
+        if not notifier.subscribers:
+            return ()
+        event = self._event()
+        if not notifier.listeners(event):
+            return ()
+        yield from notifier.back_off(event.spans)
+        while any(listener.awaits_late_answer() for listener in notifier.listeners(event)):
+            yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans)
+        notifier.mark(event)
+        return (yield from notifier.broadcast(event))
+
+    def _event(self) -> Event:
+        told = self.cause.told
+        return Event(
+            operation_id=self.operation_id,
+            space_id=self.notifier.space_id,
+            revision=self.notifier.next_revision(),
+            etype=told.etype,
+            reason=told.reason,
+            cause=self.cause,
+            spans=self.spans,
+            owner=self.owner,
+            blockable=self.blockable,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class DeviceFault:
+    """One device fault that is filling a mirror; `backoff` asks it to stop and start over."""
+
+    operation_id: int
+    mirror_id: MirrorId
+    spans: Spans
+    backoff: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A call's place in the queue of those that change VMAs, and the ranges it is changing."""
+
+    notifier: Notifier
+    operation_id: int
+    ticket: int
+    spans: Spans = ()
+
+    def wait(self) -> Operation[None]:
+        """Wait until all earlier calls are done."""
+        if not self.notifier.is_turn(self.ticket):
+            yield Await(WaitFor.TURN, self.notifier.space_id, ticket=self.ticket)
+
+    def hold(self, *spans: AddressRange) -> None:
+        """Keep faults out of these ranges until the call ends."""
+        self.spans = spans
+
+
+@dataclass(slots=True, eq=False)
+class Notifier:
+    """The subscribers and running changes of one address space."""
+
+    space_id: SpaceId
+    current: Current
+    subscribers: dict[MirrorId, Subscriber] = field(default_factory=dict)
+    invalidations: list[Invalidation] = field(default_factory=list)
+    faults: list[DeviceFault] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    revision: int = 0
+    sequence: int = 2
+    _tickets: int = 0
+
+    # ---- invalidations
+
+    @contextmanager
+    def invalidation(
+        self, spans: Spans, cause: Cause, *, owner: int = 0, blockable: bool = True
+    ) -> Iterator[Invalidation]:
+        """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block."""
+        running = Invalidation(self, self.current.operation_id, cause, spans, owner, blockable)
+        self.invalidations.append(running)
+        try:
+            yield running
+        finally:
+            self.invalidations.remove(running)
+            if not self.invalidations and self.sequence & 1:
+                self.sequence += 1
+
+    def listeners(self, event: Event) -> list[Subscriber]:
+        """Those who have to hear of `event`, in order of registration."""
+        return [subscriber for subscriber in self.subscribers.values() if subscriber.hears(event)]
+
+    def mark(self, event: Event) -> None:
+        """Make the sequence odd: from now on a read section over the event's ranges must be repeated."""
+        if event.reason is not None:
+            self.sequence |= 1
+
+    def back_off(self, spans: Spans) -> Operation[None]:
+        """Ask overlapping device faults to give way, and wait until none is left."""
+        while self.faults_overlap(spans):
+            for fault in self.faults:
+                if overlap(fault.spans, spans):
+                    fault.backoff = True
+            yield Await(WaitFor.FAULTS, self.space_id, spans)
+
+    def broadcast(self, event: Event) -> Operation[tuple[Outcome, ...]]:
+        """Send one event to all listeners, wait for all, settle all; then release those that it killed."""
+        listeners = self.listeners(event)
+        if not listeners:
+            return ()
+        outcomes: tuple[Outcome, ...] = yield Deliver(event, tuple(listener.id for listener in listeners))
+        abandoned = [outcome.mirror_id for outcome in outcomes if outcome.state is EventState.ABANDONED]
+        if abandoned:
+            raise TimedOutError(
+                f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
+                f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
+            )
+        killed = []
+        for outcome in outcomes:
+            subscriber = self.subscribers.get(outcome.mirror_id)
+            if subscriber is not None and not subscriber.settle(event, outcome):
+                killed.append(outcome.mirror_id)
+        if killed:
+            yield Deliver(self.release_event(event.operation_id), tuple(killed))
+        return outcomes
+
+    def release_event(self, operation_id: int) -> Event:
+        """The `release` callback: stop everything that uses this address space."""
+        return Event(operation_id, self.space_id, self.next_revision(), EventType.RELEASE, None, None, ())
+
+    def next_revision(self) -> int:
+        """Number the next change of this address space."""
+        self.revision += 1
+        return self.revision
+
+    # ---- device faults
+
+    def start_fault(self, mirror_id: MirrorId, spans: Spans) -> DeviceFault:
+        """Enlist a device fault; the caller has seen that nothing overlaps, and yields nothing in between."""
+        assert not self.invalidations_overlap(spans)
+        fault = DeviceFault(self.current.operation_id, mirror_id, spans)
+        self.faults.append(fault)
+        return fault
+
+    def end_fault(self, fault: DeviceFault) -> None:
+        """Delist a device fault."""
+        self.faults.remove(fault)
+
+    # ---- turns
+
+    @contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """Queue a call that changes VMAs; it leaves the queue when the block ends, however it ends."""
+        self._tickets += 1
+        turn = Turn(self, self.current.operation_id, self._tickets)
+        self.turns.append(turn)
+        try:
+            yield turn
+        finally:
+            self.turns.remove(turn)
+
+    def wait_for_edits(self, spans: Spans) -> Operation[None]:
+        """Wait until no call is changing the VMAs of these ranges; faults start with this."""
+        while self.edits_overlap(spans):
+            yield Await(WaitFor.EDITS, self.space_id, spans)
+
+    # ---- conditions, for whoever resumes operations
+
+    def faults_overlap(self, spans: Spans) -> bool:
+        """True while a device fault fills a part of `spans`."""
+        return any(overlap(fault.spans, spans) for fault in self.faults)
+
+    def invalidations_overlap(self, spans: Spans) -> bool:
+        """True while a part of `spans` is being invalidated."""
+        return any(overlap(running.spans, spans) for running in self.invalidations)
+
+    def edits_overlap(self, spans: Spans) -> bool:
+        """True while the call whose turn it is changes the VMAs of a part of `spans`."""
+        return bool(self.turns) and overlap(self.turns[0].spans, spans)
+
+    def is_turn(self, ticket: int) -> bool:
+        """True when the call with this ticket is first in the queue."""
+        return self.turns[0].ticket == ticket
+
+    def is_ready(self, request: Await) -> bool:
+        """Whether an operation that waits for `request` may go on."""
+        match request.wait_for:
+            case WaitFor.FAULTS:
+                return not self.faults_overlap(request.spans)
+            case WaitFor.INVALIDATIONS:
+                return not self.invalidations_overlap(request.spans)
+            case WaitFor.EDITS:
+                return not self.edits_overlap(request.spans)
+            case WaitFor.TURN:
+                return self.is_turn(request.ticket)
+            case _:
+                return not any(subscriber.awaits_late_answer() for subscriber in self.subscribers.values())
+
+    def blockers(self, request: Await) -> list[int]:
+        """The operations that `request` waits for, in order of arrival."""
+        match request.wait_for:
+            case WaitFor.FAULTS:
+                return [f.operation_id for f in self.faults if overlap(f.spans, request.spans)]
+            case WaitFor.INVALIDATIONS:
+                return [i.operation_id for i in self.invalidations if overlap(i.spans, request.spans)]
+            case WaitFor.EDITS:
+                return [self.turns[0].operation_id]
+            case WaitFor.TURN:
+                return [turn.operation_id for turn in self.turns if turn.ticket < request.ticket]
+            case _:
+                return []

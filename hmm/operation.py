@@ -1,0 +1,78 @@
+"""Operations: calls that may have to wait, written as generators.
+
+An operation yields a *request* and is resumed once that request is satisfied; between two yields it is atomic.
+Nothing crosses a yield but values: after it, everything is looked up again by address.
+
+The requests are plain values, so that whoever runs operations can write them down, and `pending` can show them:
+
+    Deliver   every mirror named has answered the event (acknowledged, refused, fenced or abandoned)
+    Await     a condition on one address space or mirror holds
+    Pause     nothing; others may go first (between the pieces of a long operation)
+
+Source: our own; it stands for everything that may sleep in the kernel.
+Absent: who decides what runs next (local.py, scheduler.py and the server's executor do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias, TypeVar
+
+from hmm.events import Event
+from hmm.units import AddressRange, MirrorId, SpaceId
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Send `event` to all of `mirrors` at once and wait for all; the reply is a tuple of Outcome."""
+
+    event: Event
+    mirrors: tuple[MirrorId, ...]
+
+
+class WaitFor(Enum):
+    """Conditions an operation can wait for."""
+
+    FAULTS = "device faults in the range"
+    INVALIDATIONS = "invalidations of the range"
+    EDITS = "a call that changes the range's VMAs"
+    TURN = "earlier calls that change VMAs of this space"
+    CALLBACKS = "callbacks of the mirror"
+    LATE_ANSWERS = "answers to abandoned events"
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Wait until the condition holds for the ranges (or the ticket, or the mirror) given."""
+
+    wait_for: WaitFor
+    space_id: SpaceId = 0
+    spans: tuple[AddressRange, ...] = ()
+    ticket: int = 0
+    mirror_id: MirrorId = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Let others run: sent between the pieces of a long operation."""
+
+
+@dataclass(slots=True)
+class Current:
+    """Which operation is being advanced; the machine sets it, events and waits carry it."""
+
+    operation_id: int = 0
+
+
+Request: TypeAlias = Deliver | Await | Pause
+Operation: TypeAlias = Generator[Request, Any, T]
+
+
+def finished(value: T) -> Operation[T]:
+    """An operation that has its result at once."""
+    return value
+    yield Pause()  # pragma: no cover - makes this function a generator
