@@ -1,0 +1,1 @@
+"""The client: a facade for driver authors, example drivers and hmmctl."""

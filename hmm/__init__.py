@@ -1,0 +1,1 @@
+"""Linux HMM as a pure library: address spaces, mirrors, range faults and migration."""
