@@ -1,0 +1,336 @@
+"""Ordered, disjoint intervals: the structure beneath the map of VMAs.
+
+An interval is any object with integers `start < end`.  They lie in chunks of at most `2 * CHUNK`, each a few
+parallel lists, below one list of the chunks' first starts: a B-tree of two levels.  Lists move kilobytes with
+one memmove, so this beats balanced trees written in Python at every size a process may have (65,530 VMAs).
+
+Every chunk also keeps the size of the hole below each interval and an upper bound of these sizes, so that the
+search for a hole skips chunks: the kernel's maple tree keeps the same number in its nodes.
+
+Source: Linux lib/maple_tree.c, mas_empty_area() and mas_empty_area_rev(), for the search of holes.
+Invariants: intervals are ascending and disjoint; no chunk is empty or above `2 * CHUNK`; `holes` are exact
+    and `largest` is never below their maximum; the count is the number of intervals.
+Absent: what an interval means, and when two neighbours are one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+CHUNK = 128
+
+
+class Interval(Protocol):
+    """The integers [start, end), never empty."""
+
+    @property
+    def start(self) -> int:
+        """The first integer of the interval."""
+
+    @property
+    def end(self) -> int:
+        """The first integer behind the interval."""
+
+
+T = TypeVar("T", bound=Interval)
+
+
+class _Chunk(Generic[T]):
+    """Consecutive intervals; `holes[i]` is the free space below `starts[i]`."""
+
+    __slots__ = ("holes", "items", "largest", "starts")
+
+    def __init__(self, items: list[T], holes: list[int], largest: int) -> None:
+        self.items = items
+        self.starts = [item.start for item in items]
+        self.holes = holes
+        self.largest = largest
+
+
+class Slot(NamedTuple):
+    """The intervals from `first` in chunk `chunk` up to, not including, `stop` in chunk `last_chunk`."""
+
+    chunk: int
+    first: int
+    last_chunk: int
+    stop: int
+
+
+class Hole(NamedTuple, Generic[T]):
+    """Free space [start, end), and the first interval above it."""
+
+    start: int
+    end: int
+    above: T | None
+
+
+class IntervalMap(Generic[T]):
+    """Disjoint intervals in ascending order.
+
+    Args:
+        limit: end of the space; the hole above the last interval ends here.
+
+    Cost: look-ups O(log n); a change O(log n + CHUNK) plus the intervals it replaces.
+    """
+
+    __slots__ = ("_chunks", "_count", "_firsts", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._firsts: list[int] = []
+        self._chunks: list[_Chunk[T]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[T]:
+        """All intervals, ascending; the map must not change meanwhile."""
+        for chunk in self._chunks:
+            yield from chunk.items
+
+    def find(self, key: int) -> T | None:
+        """The interval that holds `key`."""
+        number = bisect_right(self._firsts, key) - 1
+        if number < 0:
+            return None
+        chunk = self._chunks[number]
+        item = chunk.items[bisect_right(chunk.starts, key) - 1]
+        return item if key < item.end else None
+
+    def find_next(self, key: int) -> T | None:
+        """The first interval that ends above `key`: the one that holds it, or the next one.
+
+        Source: Linux mm/mmap.c, find_vma().
+        """
+        number = bisect_right(self._firsts, key) - 1
+        if number < 0:
+            return self._chunks[0].items[0] if self._chunks else None
+        chunk = self._chunks[number]
+        index = bisect_right(chunk.starts, key)
+        item = chunk.items[index - 1]
+        if key < item.end:
+            return item
+        if index < len(chunk.items):
+            return chunk.items[index]
+        return self._chunks[number + 1].items[0] if number + 1 < len(self._chunks) else None
+
+    def find_prev(self, key: int) -> T | None:
+        """The last interval that starts below `key`.
+
+        Source: Linux mm/mmap.c, find_vma_prev(), when `key` is in no interval or the start of one.
+        """
+        number = bisect_left(self._firsts, key) - 1
+        if number < 0:
+            return None
+        chunk = self._chunks[number]
+        return chunk.items[bisect_left(chunk.starts, key) - 1]
+
+    def between(self, start: int, end: int) -> list[T]:
+        """The intervals that share an integer with [start, end), whole.
+
+        Cost: O(log n) plus the intervals returned.
+        """
+        if start >= end:
+            return []
+        number = max(bisect_right(self._firsts, start) - 1, 0)
+        last = bisect_left(self._firsts, end) - 1
+        if last < number:
+            return []
+        chunk = self._chunks[number]
+        first = max(bisect_right(chunk.starts, start) - 1, 0)
+        if chunk.items[first].end <= start:
+            first += 1
+        return self._items(Slot(number, first, last, bisect_left(self._chunks[last].starts, end)))
+
+    def highest_hole(self, size: int, low: int, high: int) -> Hole[T] | None:
+        """The highest free space of at least `size` in [low, high), clipped to it.
+
+        Cost: O(chunks) comparisons, and one look at every hole of the few chunks that may hold the answer.
+        Source: Linux lib/maple_tree.c, mas_empty_area_rev().
+        """
+        assert size > 0
+        last = self._chunks[-1].items[-1] if self._chunks else None
+        if last is None or last.end < high:
+            start = max(low, last.end if last else 0)
+            if min(high, self._limit) - start >= size:
+                return Hole(start, min(high, self._limit), None)
+            if last is None:
+                return None
+        number = max(bisect_left(self._firsts, high) - 1, 0)
+        chunk = self._chunks[number]
+        index = bisect_left(chunk.starts, high)
+        if index == len(chunk.items) and number + 1 < len(self._chunks):
+            # The hole that `high` cuts belongs to the first interval of the next chunk.
+            number, index, chunk = number + 1, 0, self._chunks[number + 1]
+        while True:
+            if chunk.largest >= size:
+                found = self._highest_in(chunk, min(index, len(chunk.items) - 1), (size, low, high))
+                if found:
+                    return found
+            if number == 0 or self._firsts[number] <= low:
+                return None
+            number -= 1
+            chunk = self._chunks[number]
+            index = len(chunk.items)
+
+    def _highest_in(self, chunk: _Chunk[T], index: int, want: tuple[int, int, int]) -> Hole[T] | None:
+        size, low, high = want
+        holes, starts = chunk.holes, chunk.starts
+        for at in range(index, -1, -1):
+            if holes[at] >= size:
+                start, end = max(starts[at] - holes[at], low), min(starts[at], high)
+                if end - start >= size:
+                    return Hole(start, end, chunk.items[at])
+        chunk.largest = max(holes)
+        return None
+
+    def lowest_hole(self, size: int, low: int, high: int) -> Hole[T] | None:
+        """The lowest free space of at least `size` in [low, high), clipped to it.
+
+        Cost: as `highest_hole`.  Source: Linux lib/maple_tree.c, mas_empty_area().
+        """
+        assert size > 0
+        for number in range(max(bisect_right(self._firsts, low) - 1, 0), len(self._chunks)):
+            chunk = self._chunks[number]
+            if self._firsts[number] - chunk.holes[0] >= high:
+                return None
+            if chunk.largest < size:
+                continue
+            for at, hole in enumerate(chunk.holes):
+                if hole >= size:
+                    start, end = max(chunk.starts[at] - hole, low), min(chunk.starts[at], high)
+                    if end - start >= size:
+                        return Hole(start, end, chunk.items[at])
+            chunk.largest = max(chunk.holes)
+        start = max(low, self._chunks[-1].items[-1].end if self._chunks else 0)
+        end = min(high, self._limit)
+        return Hole(start, end, None) if end - start >= size else None
+
+    def _touching(self, start: int, end: int) -> Slot:
+        """Where the intervals stand that overlap [start, end) or end or begin at its ends; maybe none."""
+        firsts = self._firsts
+        if not firsts:
+            return Slot(0, 0, 0, 0)
+        number = max(bisect_left(firsts, start) - 1, 0)
+        chunk = self._chunks[number]
+        first = max(bisect_left(chunk.starts, start) - 1, 0)
+        if chunk.items[first].end < start:
+            first += 1
+        last = max(bisect_right(firsts, end, number) - 1, number)
+        return Slot(number, first, last, bisect_right(self._chunks[last].starts, end))
+
+    def _items(self, slot: Slot) -> list[T]:
+        number, first, last, stop = slot
+        chunks = self._chunks
+        if number == last:
+            return chunks[number].items[first:stop] if chunks else []
+        items = chunks[number].items[first:]
+        for chunk in chunks[number + 1 : last]:
+            items += chunk.items
+        return items + chunks[last].items[:stop]
+
+    def _splice(self, slot: Slot, items: Sequence[T]) -> None:
+        """Replace the intervals of a slot; the new ones are ascending and fit between their neighbours."""
+        number, first, last, stop = slot
+        chunks = self._chunks
+        if number != last or not chunks:
+            self._rebuild(slot, items)
+            return
+        chunk = chunks[number]
+        size = len(chunk.items) + len(items) - (stop - first)
+        if not 0 < size <= 2 * CHUNK:
+            self._rebuild(slot, items)
+            return
+        self._count += len(items) - (stop - first)
+        chunk.items[first:stop] = items
+        chunk.starts[first:stop] = [item.start for item in items]
+        chunk.holes[first:stop] = self._holes(self._end_before(number, first), items, chunk)
+        if first == 0:
+            self._firsts[number] = chunk.starts[0]
+        follower = first + len(items)
+        if follower < size:
+            self._measure(chunk, follower, self._end_before(number, follower))
+        elif number + 1 < len(chunks):
+            self._measure(chunks[number + 1], 0, chunk.items[-1].end)
+
+    def _exchange(self, item: T, changed: T) -> None:
+        """Put `changed` in the place of `item`, which it equals in extent."""
+        assert (item.start, item.end) == (changed.start, changed.end), (item, changed)
+        chunk = self._chunks[bisect_right(self._firsts, item.start) - 1]
+        index = bisect_left(chunk.starts, item.start)
+        assert chunk.items[index] == item, (chunk.items[index], item)
+        chunk.items[index] = changed
+
+    def _rebuild(self, slot: Slot, items: Sequence[T]) -> None:
+        """Replace whole chunks: those of the slot, and a neighbour when too little would be left of them."""
+        number, first, last, stop = slot
+        chunks = self._chunks
+        before = chunks[number].items[:first] if chunks else []
+        after = chunks[last].items[stop:] if chunks else []
+        self._count += len(items) - len(self._items(slot))
+        merged = [*before, *items, *after]
+        lower, upper = number, last + 1
+        if len(merged) < CHUNK // 4 and lower:
+            lower -= 1
+            merged = chunks[lower].items + merged
+        if len(merged) < CHUNK // 4 and upper < len(chunks):
+            merged = merged + chunks[upper].items
+            upper += 1
+        end = self._end_before(lower, 0)
+        rebuilt: list[_Chunk[T]] = []
+        step = CHUNK if len(merged) > 2 * CHUNK else 2 * CHUNK
+        for at in range(0, len(merged), step):
+            chunk: _Chunk[T] = _Chunk(merged[at : at + step], [], 0)
+            chunk.holes = self._holes(end, chunk.items, chunk)
+            end = chunk.items[-1].end
+            rebuilt.append(chunk)
+        chunks[lower:upper] = rebuilt
+        self._firsts[lower:upper] = [chunk.starts[0] for chunk in rebuilt]
+        follower = lower + len(rebuilt)
+        if follower < len(chunks):
+            self._measure(chunks[follower], 0, end)
+
+    def _end_before(self, number: int, index: int) -> int:
+        if index:
+            return self._chunks[number].items[index - 1].end
+        return self._chunks[number - 1].items[-1].end if number else 0
+
+    @staticmethod
+    def _holes(end: int, items: Sequence[T], chunk: _Chunk[T]) -> list[int]:
+        """The holes below `items`, the first one beginning at `end`; raises the chunk's bound."""
+        holes = []
+        for item in items:
+            holes.append(item.start - end)
+            end = item.end
+        if holes:
+            chunk.largest = max(chunk.largest, *holes)
+        return holes
+
+    @staticmethod
+    def _measure(chunk: _Chunk[T], index: int, end: int) -> None:
+        hole = chunk.starts[index] - end
+        chunk.holes[index] = hole
+        chunk.largest = max(hole, chunk.largest)
+
+    def check(self) -> None:
+        """Assert all invariants of the structure.
+
+        Cost: O(n).
+        """
+        end = count = 0
+        assert len(self._firsts) == len(self._chunks)
+        for first, chunk in zip(self._firsts, self._chunks, strict=True):
+            assert 0 < len(chunk.items) <= 2 * CHUNK, len(chunk.items)
+            assert first == chunk.starts[0]
+            assert chunk.starts == [item.start for item in chunk.items]
+            assert len(chunk.holes) == len(chunk.items)
+            assert max(chunk.holes) <= chunk.largest, (max(chunk.holes), chunk.largest)
+            for item, hole in zip(chunk.items, chunk.holes, strict=True):
+                assert end <= item.start < item.end <= self._limit, (end, item)
+                assert hole == item.start - end, (item, hole)
+                end = item.end
+            count += len(chunk.items)
+        assert count == self._count, (count, self._count)
