@@ -1,0 +1,127 @@
+# The whole toolbox; `make help` lists it.  Everything installs itself below $(VENV) first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROTOS := $(shell find proto/hmm_proto -name '*.proto')
+PYTEST ?= -m pytest
+PYTEST_ARGS ?=
+REPLAY_ARGS ?=
+BENCH_ARGS ?=
+IMAGE ?= hmmd
+BASE ?= python:3.11-slim-bookworm
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# $(call need,CHECK,PACKAGES): install Debian packages where CHECK fails and root can, else name them.
+define need
+@$(1) >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2) >/dev/null; } || \
+	{ echo "hmmd needs $(2): sudo apt-get install -y $(2)" >&2; exit 1; }
+endef
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
+
+# --- Installation
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hmmd needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(call need,$(PYTHON) -c 'import ensurepip',python3-venv)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(BIN)/python pyproject.toml requirements.lock requirements-build.lock
+	$(PIP) install -q --require-hashes -r requirements.lock -r requirements-build.lock
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml requirements-dev.lock
+	$(PIP) install -q --require-hashes -r requirements-dev.lock
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@ $(VENV)/.runtime
+
+# Installing generates the stubs too: this is for .proto files edited since.
+$(VENV)/.stubs: proto/hatch_build.py $(PROTOS)
+	$(BIN)/python proto/hatch_build.py
+	@touch $@
+
+.PHONY: install-runtime install-dev
+install-runtime: $(VENV)/.runtime
+	@$(MAKE) -s $(VENV)/.stubs
+
+install-dev: $(VENV)/.dev
+	@$(MAKE) -s $(VENV)/.stubs
+
+# --- What a user runs
+
+.PHONY: demo test
+demo: install-runtime ## Replay a real program's memory calls with devices attached
+	$(BIN)/hmmctl replay $(REPLAY_ARGS)
+
+test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
+	$(call need,command -v strace,strace)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+# --- What a developer runs
+
+.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker type check bench lock clean
+proto: install-dev ## Generate the stubs of proto/hmm_proto/**/*.proto
+	$(BIN)/python proto/hatch_build.py
+
+format: install-dev ## Format Python and proto files, apply safe lint fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/buf format -w proto
+
+lint: lint-python lint-layers lint-proto lint-docker ## Check style, layers, wire format and Dockerfile
+
+lint-python: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lint-layers: install-dev
+	$(BIN)/lint-imports
+
+lint-proto: install-dev
+	$(BIN)/buf lint proto
+	$(BIN)/buf format -d --exit-code proto
+
+lint-docker: install-dev
+	$(BIN)/hadolint docker/Dockerfile
+
+type: install-dev ## Check types, strictly
+	$(BIN)/mypy
+
+check: lint type test ## Everything above, as before a commit; .ci/run adds the packaging checks
+
+bench: install-dev ## Measure, as ratios within one run
+	$(call need,command -v cc,gcc libc6-dev)
+	$(BIN)/python tests/bench $(BENCH_ARGS)
+
+LOCK := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links --upgrade
+lock: install-dev ## Resolve the three lock files anew
+	$(LOCK) pyproject.toml --extra dev -o requirements-dev.lock
+	$(LOCK) pyproject.toml -c requirements-dev.lock -o requirements.lock
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
+		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
+
+clean: ## Remove what the tools above left, the environment included
+	rm -rf $(VENV) .build build dist .coverage coverage.json .hypothesis .*_cache
+	find hmm proto server client tests -name __pycache__ -prune -exec rm -rf {} +
+	find proto -name '*_pb2*' -delete
+
+# --- Containers
+
+.PHONY: image image-test
+image: ## Build the container image
+	docker build -f docker/Dockerfile --build-arg BASE=$(BASE) -t $(IMAGE) .
+
+image-test: image ## Start the daemon and two drivers from the image, wait until all are healthy, stop
+	docker compose -f docker/compose.yaml up --no-build --detach --wait
+	docker compose -f docker/compose.yaml down --volumes
