@@ -69,7 +69,7 @@ test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
 
 # --- What a developer runs
 
-.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker type check bench lock clean
+.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker lint-shell type check bench lock clean
 proto: install-dev ## Generate the stubs of proto/hmm_proto/**/*.proto
 	$(BIN)/python proto/hatch_build.py
 
@@ -78,7 +78,7 @@ format: install-dev ## Format Python and proto files, apply safe lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/buf format -w proto
 
-lint: lint-python lint-layers lint-proto lint-docker ## Check style, layers, wire format and Dockerfile
+lint: lint-python lint-layers lint-proto lint-docker lint-shell ## Check style, layers, wire format, Dockerfile and scripts
 
 lint-python: install-dev
 	$(BIN)/ruff check .
@@ -93,6 +93,9 @@ lint-proto: install-dev
 
 lint-docker: install-dev
 	$(BIN)/hadolint docker/Dockerfile
+
+lint-shell: install-dev
+	$(BIN)/shellcheck .ci/run
 
 type: install-dev ## Check types, strictly
 	$(BIN)/mypy
