@@ -1,9 +1,9 @@
 """Entries of the CPU page table.
 
 An entry is one word: flags in bits 0 to 11, a frame number from bit 12 up. The word 0 is an empty entry
-(`pte_none()`); every other word is in use, whether or not it can be reached by the CPU. As in the kernel an entry
-is either *present* (it translates an address) or *non-present* (it records where the page is: on a device, held
-exclusively by a device, in swap, being migrated, or lost).
+(`pte_none()`); every other word is in use, whether or not it can be reached by the CPU. As in the kernel an
+entry is either *present* (it translates an address) or *non-present* (it records where the page is: on a
+device, held exclusively by a device, in swap, being migrated, or lost).
 
 All functions work on uint64 arrays elementwise, and on Python ints one entry at a time.
 
@@ -16,8 +16,8 @@ with `PRESENT`.
 
 **Absent**: who may reach a page (that is the VMA's protection), and what a frame number means.
 
-Differs: the kernel packs a swap type and offset into a non-present entry; here the kind is a flag and the rest of
-the word is the frame or slot number, so that one shift serves every kind.
+Differs: the kernel packs a swap type and offset into a non-present entry; here the kind is a flag and the
+rest of the word is the frame or slot number, so that one shift serves every kind.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ __all__ = [
     "cpu_entry",
     "cpu_flags",
     "cpu_pfn",
+    "holds_frame",
     "is_device_exclusive",
     "is_device_private",
     "is_dirty",
@@ -139,7 +140,8 @@ def _any_of(entries: Entries, bits: int) -> Mask: ...
 def _any_of(entries: int | Entries, bits: int) -> bool | Mask:
     if isinstance(entries, int):
         return entries & bits != 0
-    return (entries & np.uint64(bits)) != 0
+    found: Mask = (entries & np.uint64(bits)) != 0
+    return found
 
 
 @overload
@@ -230,3 +232,14 @@ def is_poison(entries: Entries) -> Mask: ...
 def is_poison(entries: int | Entries) -> bool | Mask:
     """Whether the contents are lost (`is_hwpoison_entry()`)."""
     return _any_of(entries, POISON)
+
+
+@overload
+def holds_frame(entries: int) -> bool: ...
+@overload
+def holds_frame(entries: Entries) -> Mask: ...
+def holds_frame(entries: int | Entries) -> bool | Mask:
+    """Whether entries count as a mapping of a frame: present with a struct page, or with a device."""
+    if isinstance(entries, int):
+        return entries & (PRESENT | DEVICE | EXCLUSIVE) != 0 and not entries & SPECIAL
+    return _any_of(entries, PRESENT | DEVICE | EXCLUSIVE) & ~_any_of(entries, SPECIAL)

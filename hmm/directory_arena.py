@@ -1,0 +1,288 @@
+"""The memory that holds all directories of one page table.
+
+Directories are the rows of one array, `uint64[n, 512]`. The array is reserved once, as memory that the
+operating system commits page by page when it is first written, so it never moves under a view and an unused
+table costs nothing. A directory is named by its *offset*, the index of its first entry in the flat array; the
+offset is what a directory entry of the parent holds (`hmm.pte`, pde). Offset 0 is therefore "no directory",
+and at the same time a real row: the NULL directory, all zero, whose every entry leads back to itself. A walk
+over absent directories needs no branch; it ends in a zero.
+
+A directory in use has a count of its entries in use (non-zero words), and is *held* by the walks that look at
+it. When neither is left it is unlinked from its parent, which loses an entry, and so on upwards. The kernel
+adds both numbers up in one reference count; here they are apart, because the number of entries is also used
+as such.
+
+Who holds a directory may write its entries directly. Its count is then derived again (`settle()`), at the
+latest when it is let go.
+
+**Source**: the hmm_pt patch of the 2015 series (hmm_pt_directory_ref(), hmm_pt_iter_unprotect_directory()).
+
+**Invariants** (`check()`): the NULL directory is all zero; a directory without entries in use is all zero, so
+that a free one needs no clearing; every row below `top` but the NULL directory is either in use or on the
+free stack, once.
+
+**Absent**: which address a directory serves. Locks: one thread at a time uses a table.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.errors import OutOfFramesError
+from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_SHIFT
+from hmm.units import PAGE_SIZE, Entries
+
+__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets", "distinct"]
+
+Offsets = npt.NDArray[np.int64]
+
+NULL = 0
+"""Offset of the NULL directory."""
+ROOT = DIRECTORY_ENTRIES
+"""Offset of the root directory."""
+
+_MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
+_COUNT_BYTES = 4
+_OFFSET_BYTES = 8
+_ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
+
+
+def distinct(values: Offsets) -> Offsets:
+    """The values without repetitions, where equal values are adjacent.
+
+    Cost: O(n); np.unique() hashes, and is ten times slower.
+    """
+    if values.size < 2:
+        return values
+    keep = np.empty(values.size, np.bool_)
+    keep[0] = True
+    np.not_equal(values[1:], values[:-1], out=keep[1:])
+    return values[keep]
+
+
+class DirectoryArena:
+    """Directories of one table: their words, their counts, who holds them, and which are free.
+
+    Attributes:
+        entries: uint64[n * 512], all directories one after the other.
+        index: the same memory as int64, for use as offsets (numpy casts an unsigned index array).
+        rows: the same memory as uint64[n, 512].
+        words: the same memory as a memoryview, four times faster for one word.
+        counts: int32[n], entries in use of each row.
+        count: `counts` as a memoryview.
+        held: per row, how many walks hold it; few, so a dict.
+    """
+
+    __slots__ = (
+        "_free",
+        "_nfree",
+        "_parent",
+        "_parents",
+        "_reserved",
+        "_top",
+        "count",
+        "counts",
+        "entries",
+        "held",
+        "index",
+        "max_directories",
+        "rows",
+        "words",
+    )
+
+    def __init__(self, max_directories: int) -> None:
+        assert max_directories >= 1, max_directories
+        nrows = max_directories + 1
+        counts_bytes = -(-nrows * _COUNT_BYTES // PAGE_SIZE) * PAGE_SIZE
+        offsets_bytes = -(-nrows * _OFFSET_BYTES // PAGE_SIZE) * PAGE_SIZE
+        rows_bytes = nrows * PAGE_SIZE
+        memory = mmap.mmap(
+            -1,
+            rows_bytes + counts_bytes + 2 * offsets_bytes,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+        )
+        # A huge page per small table would make a thousand of them cost gigabytes. A kernel without huge
+        # pages refuses the advice, and does not need it.
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        # Nobody closes the mapping: it goes with the last view of it.
+        self.entries: Entries = np.frombuffer(memory, np.uint64, nrows << DIRECTORY_SHIFT)
+        self.index: Offsets = self.entries.view(np.int64)
+        self.rows: Entries = self.entries.reshape(nrows, DIRECTORY_ENTRIES)
+        self.words = self.entries.data
+        self.counts = np.frombuffer(memory, np.int32, nrows, rows_bytes)
+        self.count = self.counts.data
+        self._parents: Offsets = np.frombuffer(memory, np.int64, nrows, rows_bytes + counts_bytes)
+        self._parent = self._parents.data
+        self._free: Offsets = np.frombuffer(
+            memory, np.int64, nrows, rows_bytes + counts_bytes + offsets_bytes
+        )
+        self._nfree = 0
+        self._top = 2  # the NULL directory and the root are always there
+        self._reserved = 0
+        self.held: dict[int, int] = {}
+        self.max_directories = max_directories
+
+    # -- how much is used
+
+    @property
+    def directories(self) -> int:
+        """Directories in use, the root included."""
+        return self._top - 1 - self._nfree
+
+    @property
+    def available(self) -> int:
+        """Directories that can still be allocated and are not promised to anybody."""
+        return self.max_directories - self.directories - self._reserved
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of directories and their records that have ever been used, which is what they occupy."""
+        return self._top * (PAGE_SIZE + _COUNT_BYTES + 2 * _OFFSET_BYTES)
+
+    # -- allocation
+
+    def require(self, ndirectories: int) -> None:
+        """Check that so many directories can be allocated.
+
+        Raises:
+            OutOfFramesError: not enough left; nothing was changed (ENOMEM).
+        """
+        if ndirectories > self.available:
+            raise OutOfFramesError(
+                f"{ndirectories} directories needed, {self.available} of {self.max_directories} left"
+            )
+
+    def reserve(self, ndirectories: int) -> None:
+        """Promise directories to a walk that allocates as it goes; raises as `require()`."""
+        self.require(ndirectories)
+        self._reserved += ndirectories
+
+    def unreserve(self, ndirectories: int) -> None:
+        """Take back a promise, or the part of it that was not used."""
+        self._reserved -= ndirectories
+
+    def new_child(self, slot: int) -> int:
+        """Allocate an empty directory and link it at `slot`, an absent entry of its parent; its offset."""
+        if self._nfree:
+            self._nfree -= 1
+            offset = int(self._free[self._nfree])
+        else:
+            assert self._top <= self.max_directories, "directories were not required beforehand"
+            offset = self._top << DIRECTORY_SHIFT
+            self._top += 1
+        self.words[slot] = offset
+        self.count[slot >> DIRECTORY_SHIFT] += 1
+        self._parent[offset >> DIRECTORY_SHIFT] = slot
+        return offset
+
+    def new_children(self, slots: Offsets) -> Offsets:
+        """Allocate a directory for each of `slots`, distinct absent entries, parents in ascending groups.
+
+        Returns: int64[n], their offsets; ascending where fresh memory is used.
+        """
+        offsets = self._take(slots.size)
+        self.index[slots] = offsets
+        self._parents[offsets >> DIRECTORY_SHIFT] = slots
+        np.add.at(self.counts, slots >> DIRECTORY_SHIFT, _ONE)
+        return offsets
+
+    def _take(self, number: int) -> Offsets:
+        reused = min(number, self._nfree)
+        fresh = number - reused
+        assert self._top + fresh <= self.max_directories + 1, "directories were not required beforehand"
+        offsets = np.empty(number, np.int64)
+        # The stack was filled backwards, so that what was freed in order comes out in order.
+        offsets[:reused] = self._free[self._nfree - reused : self._nfree][::-1]
+        offsets[reused:] = np.arange(self._top, self._top + fresh) << DIRECTORY_SHIFT
+        self._nfree -= reused
+        self._top += fresh
+        return offsets
+
+    # -- release
+
+    def hold(self, offset: int) -> None:
+        """Keep a directory from being freed until `release()`; the caller may write its entries."""
+        row = offset >> DIRECTORY_SHIFT
+        self.held[row] = self.held.get(row, 0) + 1
+
+    def release(self, offset: int) -> bool:
+        """Undo one `hold()`: count the entries again, and free the directory if nothing keeps it.
+
+        Returns: True when the directory was freed.
+        """
+        row = offset >> DIRECTORY_SHIFT
+        self.count[row] = used = int(np.count_nonzero(self.rows[row]))
+        if self.held[row] > 1:
+            self.held[row] -= 1
+            return False
+        del self.held[row]
+        self.drop_if_empty(row)
+        return not used and offset != ROOT
+
+    def settle(self) -> None:
+        """Derive the counts of held directories again, whose entries may have been written directly."""
+        for row in self.held:
+            self.count[row] = int(np.count_nonzero(self.rows[row]))
+
+    def drop_if_empty(self, row: int) -> None:
+        """Free a directory that has no entry in use and is not held, and so on towards the root."""
+        count, held = self.count, self.held
+        while not count[row] and row != ROOT >> DIRECTORY_SHIFT and row not in held:
+            slot = self._parent[row]
+            self.words[slot] = NULL
+            self._free[self._nfree] = row << DIRECTORY_SHIFT
+            self._nfree += 1
+            row = slot >> DIRECTORY_SHIFT
+            count[row] -= 1
+
+    def drop_all_empty(self, rows: Offsets) -> None:
+        """The same for many distinct rows without entries, in address order.
+
+        Cost: O(rows), vectorised per level.
+        """
+        for row in self.held:
+            rows = rows[rows != row]
+        while rows.size > 1:
+            slots = self._parents[rows]
+            self.index[slots] = NULL
+            np.left_shift(rows[::-1], DIRECTORY_SHIFT, out=self._free[self._nfree : self._nfree + rows.size])
+            self._nfree += rows.size
+            parents = slots >> DIRECTORY_SHIFT
+            np.subtract.at(self.counts, parents, _ONE)
+            rows = distinct(parents[self.counts[parents] == 0])
+            rows = rows[rows != ROOT >> DIRECTORY_SHIFT]
+        for row in rows.tolist():
+            self.drop_if_empty(row)
+
+    # -- checking
+
+    def check(self, in_use: npt.NDArray[np.bool_]) -> None:
+        """Assert the invariants of this module.
+
+        Args:
+            in_use: bool[top], the rows that the tree reaches; see `top`.
+        """
+        free = self._free[: self._nfree] >> DIRECTORY_SHIFT
+        free_once = np.bincount(free, minlength=self._top)
+        assert not self.rows[NULL].any(), "the NULL directory was written"
+        assert not self.rows[free].any(), "a free directory is not empty"
+        assert not self.counts[free].any(), "a free directory has a count"
+        assert not in_use[NULL], "the NULL directory is linked"
+        assert (free_once[1:] + in_use[1:] == 1).all(), "a directory leaked, or is free and in use"
+        assert all(in_use[row] and holders > 0 for row, holders in self.held.items()), self.held
+        assert 0 <= self._reserved <= self.max_directories - self.directories, self._reserved
+
+    @property
+    def top(self) -> int:
+        """Rows that have ever been used are below this one."""
+        return self._top
+
+    def parent_slots(self, offsets: Offsets) -> Offsets:
+        """int64[n]: where each of these directories is linked."""
+        slots: Offsets = self._parents[offsets >> DIRECTORY_SHIFT]
+        return slots

@@ -1,0 +1,347 @@
+"""The radix tree over a directory arena: from addresses to directories.
+
+Positions are page numbers (address >> PAGE_SHIFT) here, so that the end of a table of 64 bits is an ordinary
+integer of numpy. A *leaf* is a directory of page entries, a leaf's *number* is page >> 9.
+
+Three ways lead to leaves: one page at a time (`leaf()`, `next_leaf()`), all of a range (`leaves()`, level by
+level with one gather each), and those of a batch of pages (`slots()`, one gather per level; levels that the
+whole batch shares are walked once).
+
+**Source**: the hmm_pt patch of the 2015 series (hmm_pt_iter_lookup(), hmm_pt_iter_walk(),
+hmm_pt_iter_populate()).
+
+**Invariants** (`check()`): an entry above the leaves is absent or names a directory that names it as its
+parent; no directory is linked twice; the count of a directory is its number of entries in use, and is not
+zero unless the directory is the root or held.
+
+**Absent**: what a page entry means; the bounds of the table, which the caller has checked.
+
+Differs: the posted walk, on meeting an absent entry, went on at the end of the *directory that contains* it
+(a 2 MiB hole skipped up to 1 GiB), and so could miss live directories, hence invalidations. See
+`after_hole()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.directory_arena import ROOT, DirectoryArena, Offsets, distinct
+from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, Geometry
+from hmm.units import PAGE_SHIFT
+
+__all__ = ["DirectoryTree", "Pages", "after_hole"]
+
+Pages = npt.NDArray[np.int64]
+
+_NONE = np.empty(0, np.int64)
+_GATHER_ROWS = 256  # directories looked at together: 1 MiB, which stays in the cache
+
+
+def after_hole(page: int, shift: int, absent: int) -> int:
+    """The first page behind a hole of `absent` entries, 2^shift pages each, from that of `page` on."""
+    return ((page >> shift) + absent) << shift
+
+
+class DirectoryTree:
+    """Directories of a table, by page number.
+
+    Attributes:
+        arena: their memory. Its arrays are repeated here, for they never move and are used everywhere.
+        upper_shifts: per level above the leaves, log2 of the pages that an entry covers; root first.
+    """
+
+    __slots__ = ("arena", "counts", "entries", "geometry", "index", "rows", "upper_shifts", "words")
+
+    def __init__(self, geometry: Geometry, max_directories: int) -> None:
+        self.geometry = geometry
+        self.arena = DirectoryArena(max_directories)
+        self.upper_shifts = tuple(shift - PAGE_SHIFT for shift in geometry.shifts[:-1])
+        self.counts = self.arena.counts
+        self.entries = self.arena.entries
+        self.index = self.arena.index
+        self.rows = self.arena.rows
+        self.words = self.arena.words
+
+    def settle(self) -> None:
+        """Make all counts exact, also those of directories whose entries a walk's caller writes."""
+        if self.arena.held:
+            self.arena.settle()
+
+    # -- one page
+
+    def leaf(self, page: int) -> int:
+        """Offset of the leaf that holds `page`, or NULL."""
+        words = self.words
+        offset = ROOT
+        for shift in self.upper_shifts:
+            offset = words[offset | page >> shift & DIRECTORY_MASK]
+        return offset
+
+    def absent_levels(self, page: int) -> int:
+        """How many directories the way down to the leaf of `page` lacks, 0 to llevel."""
+        words = self.words
+        offset = ROOT
+        for level, shift in enumerate(self.upper_shifts):
+            offset = words[offset | page >> shift & DIRECTORY_MASK]
+            if not offset:
+                return len(self.upper_shifts) - level
+        return 0
+
+    def leaf_allocate(self, page: int) -> int:
+        """Offset of the leaf that holds `page`, with the directories down to it allocated as needed.
+
+        Raises:
+            OutOfFramesError: no directories left; nothing was changed (ENOMEM).
+        """
+        words, arena = self.words, self.arena
+        offset = ROOT
+        for level, shift in enumerate(self.upper_shifts):
+            slot = offset | page >> shift & DIRECTORY_MASK
+            offset = words[slot]
+            if not offset:
+                arena.require(len(self.upper_shifts) - level)
+                offset = arena.new_child(slot)
+                for lower_shift in self.upper_shifts[level + 1 :]:
+                    offset = arena.new_child(offset | page >> lower_shift & DIRECTORY_MASK)
+                break
+        return offset
+
+    def next_leaf(self, page: int, end: int) -> tuple[int, int]:
+        """Find the first page in [page, end) that has a leaf.
+
+        Returns: the page and the offset of its leaf; (end, NULL) when there is none.
+
+        Cost: O(levels) plus O(levels) per directory without a leaf that is met on the way; a hole inside a
+        directory is one array scan, however long.
+        """
+        words = self.words
+        while page < end:
+            offset = ROOT
+            for shift in self.upper_shifts:
+                slot = offset | page >> shift & DIRECTORY_MASK
+                offset = words[slot]
+                if not offset:
+                    wanted = (end - 1 >> shift) - (page >> shift) + 1
+                    page = after_hole(page, shift, self._absent_entries(slot, wanted))
+                    break
+            else:
+                return page, offset
+        return end, 0
+
+    def _absent_entries(self, slot: int, wanted: int) -> int:
+        # Absent entries from `slot` on in its directory, as far as somebody wants to know.
+        behind = min((slot | DIRECTORY_MASK) + 1, slot + wanted)
+        if behind - slot <= 2:
+            return 1
+        present = self.index[slot:behind].nonzero()[0]
+        return int(present[0]) if present.size else behind - slot
+
+    # -- a range
+
+    def leaves(self, page: int, end: int) -> tuple[Pages, Offsets]:
+        """The leaves that hold a page of [page, end), which is not empty.
+
+        Returns: int64[n] leaf numbers (page >> 9), ascending, and int64[n] their offsets.
+
+        Cost: O(directories met), one gather per level.
+        """
+        words = self.words
+        first, last = page, end - 1
+        offset = ROOT
+        shifts = self.upper_shifts
+        for level, shift in enumerate(shifts):
+            if first >> shift != last >> shift:
+                return self._expand(offset, shifts[level:], first, last)
+            offset = words[offset | first >> shift & DIRECTORY_MASK]
+        if not offset:
+            return _NONE, _NONE
+        return np.array([first >> DIRECTORY_SHIFT]), np.array([offset])
+
+    def _expand(self, offset: int, shifts: Sequence[int], first: int, last: int) -> tuple[Pages, Offsets]:
+        # The part of one directory that lies in the range, then everything below it, level by level.
+        shift = shifts[0]
+        low, high = first >> shift, last >> shift
+        children = self.index[(offset | low & DIRECTORY_MASK) : (offset | high & DIRECTORY_MASK) + 1]
+        present = children.nonzero()[0]
+        numbers, offsets = present + low, children[present]
+        for shift in shifts[1:]:
+            numbers, offsets = self._children(numbers, offsets, first >> shift, last >> shift)
+        return numbers, offsets
+
+    def _children(self, numbers: Pages, offsets: Offsets, low: int, high: int) -> tuple[Pages, Offsets]:
+        # The children, with numbers in [low, high], of the directories with these numbers and offsets.
+        rows = self.index.reshape(-1, DIRECTORY_ENTRIES)
+        found_numbers: list[Pages] = []
+        found_offsets: list[Offsets] = []
+        for at in range(0, offsets.size, _GATHER_ROWS):
+            children = rows[offsets[at : at + _GATHER_ROWS] >> DIRECTORY_SHIFT].reshape(-1)
+            present = children.nonzero()[0]
+            found_offsets.append(children[present])
+            parents = numbers[at : at + _GATHER_ROWS][present >> DIRECTORY_SHIFT]
+            found_numbers.append(parents << DIRECTORY_SHIFT | present & DIRECTORY_MASK)
+        if not found_numbers:
+            return _NONE, _NONE
+        numbers = np.concatenate(found_numbers)
+        offsets = np.concatenate(found_offsets)
+        start, stop = np.searchsorted(numbers, (low, high + 1))
+        return numbers[start:stop], offsets[start:stop]
+
+    def directories_at(self, level: int) -> Offsets:
+        """Offsets of all directories at `level`, in address order. Cost: O(directories above)."""
+        offsets = np.array([ROOT])
+        for _ in range(level):
+            children = self.index.reshape(-1, DIRECTORY_ENTRIES)[offsets >> DIRECTORY_SHIFT]
+            offsets = children[children != 0]
+        return offsets
+
+    # -- a batch of pages
+
+    def slots(self, pages: Pages, low: int, high: int) -> Offsets:
+        """Where the entries of pages are, as indices into `entries`; in the NULL directory without a leaf.
+
+        Args:
+            pages: int64[n], any order.
+            low, high: the smallest and the largest of them, or wider bounds.
+
+        Cost: one gather per level that the pages do not share.
+        """
+        words, index = self.words, self.index
+        apart = low ^ high
+        shared = ROOT
+        shifts = iter(self.upper_shifts)
+        for shift in shifts:
+            if apart >> shift:
+                break
+            shared = words[shared | low >> shift & DIRECTORY_MASK]
+        else:
+            slots = pages & DIRECTORY_MASK
+            slots |= shared
+            return slots
+        slots = pages >> shift
+        slots &= DIRECTORY_MASK
+        slots |= shared
+        offsets = index.take(slots)
+        for shift in shifts:
+            np.right_shift(pages, shift, out=slots)
+            slots &= DIRECTORY_MASK
+            slots |= offsets
+            offsets = index.take(slots)
+        np.bitwise_and(pages, DIRECTORY_MASK, out=slots)
+        slots |= offsets
+        return slots
+
+    def leaves_allocate(self, numbers: Pages) -> Offsets:
+        """Offsets of the leaves with these numbers, with directories allocated as needed.
+
+        Args:
+            numbers: int64[n], n > 0, ascending; may repeat. The caller has required the directories.
+
+        Cost: one gather per level that the leaves do not share.
+        """
+        arena = self.arena
+        pages = numbers << DIRECTORY_SHIFT
+        first, last = int(pages[0]), int(pages[-1])
+        apart = first ^ last
+        offset = ROOT
+        shifts = iter(self.upper_shifts)
+        for shift in shifts:
+            if apart >> shift:
+                break
+            slot = offset | first >> shift & DIRECTORY_MASK
+            offset = self.words[slot] or arena.new_child(slot)
+        else:
+            return np.full(numbers.size, offset)
+        slots = pages >> shift & DIRECTORY_MASK | offset
+        offsets = self._children_allocate(slots)
+        for shift in shifts:
+            slots = pages >> shift & DIRECTORY_MASK | offsets
+            offsets = self._children_allocate(slots)
+        return offsets
+
+    def _children_allocate(self, slots: Offsets) -> Offsets:
+        offsets = self.index.take(slots)
+        if not offsets.all():
+            self.arena.new_children(distinct(slots[offsets == 0]))
+            offsets = self.index.take(slots)
+        return offsets
+
+    # -- how many directories a request needs
+
+    def require_range(self, page: int, end: int) -> None:
+        """Check that leaves for all of [page, end), not empty, can be allocated; raises as `require()`."""
+        last = end - 1
+        at_most = sum((last >> shift) - (page >> shift) + 1 for shift in self.upper_shifts)
+        if at_most > self.arena.available:
+            self.arena.require(self.missing_in_range(page, end))
+
+    def missing_in_range(self, page: int, end: int) -> int:
+        """Directories that leaves for all of [page, end), not empty, need beyond those that are there.
+
+        Returns: the exact number, or for a range that no arena could hold a lower bound that none can
+            satisfy.
+        """
+        first, last = page >> DIRECTORY_SHIFT, end - 1 >> DIRECTORY_SHIFT
+        if first == last:
+            return self.absent_levels(page)
+        if last - first >= 2 * self.arena.max_directories:
+            return last - first
+        return self.missing(np.arange(first, last + 1))
+
+    def require_leaves(self, numbers: Pages) -> None:
+        """Check that the leaves with these numbers, ascending, can be allocated; raises as `require()`."""
+        if numbers.size * len(self.upper_shifts) > self.arena.available:
+            self.arena.require(self.missing(distinct(numbers)))
+
+    def missing(self, numbers: Pages) -> int:
+        """Directories to allocate for the leaves with these numbers, which are distinct and ascending."""
+        pages = numbers << DIRECTORY_SHIFT
+        offsets = np.full(pages.size, ROOT)
+        total = 0
+        for shift in self.upper_shifts:
+            # Below an absent directory the walk stays in the NULL directory, and everything is absent.
+            offsets = self.index.take(offsets | pages >> shift & DIRECTORY_MASK)
+            total += distinct(pages[offsets == 0] >> shift).size
+        return total
+
+    # -- checking
+
+    def check(self) -> None:
+        """Assert the invariants of this module and of the arena. Cost: O(directories)."""
+        arena = self.arena
+        self.settle()
+        in_use = np.zeros(arena.top, np.bool_)
+        level = np.array([ROOT])
+        held = np.fromiter(arena.held, np.int64, len(arena.held))
+        for depth in range(self.geometry.levels):
+            level_rows = level >> DIRECTORY_SHIFT
+            assert not in_use[level_rows].any(), "a directory is linked twice"
+            in_use[level_rows] = True
+            used = np.count_nonzero(self.rows[level_rows], axis=1)
+            assert (used == self.counts[level_rows]).all(), (depth, used, self.counts[level_rows])
+            if depth:
+                assert (used[~np.isin(level_rows, held)] > 0).all(), "an empty directory is linked"
+            if depth == self.geometry.llevel:
+                break
+            parents, positions = self.rows[level_rows].nonzero()
+            children = self.index[level[parents] + positions]
+            assert np.unique(children).size == children.size, "a directory is linked twice"
+            assert not (children & DIRECTORY_MASK).any(), "an entry names no directory"
+            assert (children < arena.top << DIRECTORY_SHIFT).all(), "an entry names no directory"
+            assert (arena.parent_slots(children) == level[parents] + positions).all(), "wrong parent"
+            level = children
+        self._check_end()
+        arena.check(in_use)
+
+    def _check_end(self) -> None:
+        # Nothing is in use behind the last address, in any directory on the way to it.
+        last_page = self.geometry.last >> PAGE_SHIFT
+        offset = ROOT
+        for shift in (*self.upper_shifts, 0):
+            slot = offset | last_page >> shift & DIRECTORY_MASK
+            assert not self.entries[slot + 1 : offset + DIRECTORY_ENTRIES].any(), "in use behind the end"
+            offset = self.words[slot]
+            if not offset:
+                break

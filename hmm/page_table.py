@@ -1,0 +1,553 @@
+"""The page table: a radix tree of 512-entry directories, from addresses to 64-bit entries.
+
+It is the `hmm_pt` of the 2015 series, with the calls that its review asked for. One class serves the CPU's
+tables, the mirrors' and the page caches of files (by offset), so an entry is any word here: 0 is *no entry*,
+everything else is *in use* and keeps its directory alive, whether some owner calls it valid or not. Addresses
+are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
+
+    many pages of a range    walk populate entries chunks    what to do with them is the caller's
+                             read valid fill clear zap       done here, at the speed of memory
+                             apply_mask update
+    scattered pages          lookup store clear_many
+    one page                 get set
+    several tables at once   cursor
+
+**Source**: the hmm_pt patch of the 2015 series ("HMM: add HMM page table") and Mark Hairgrove's review of it.
+
+**Invariants** (`check()`): those of `hmm.directory_tree` and `hmm.directory_arena`. A call that raises has
+changed nothing.
+
+**Absent**: the meaning of entries (`hmm.pte`, `hmm.cpu_pte`), locks, atomic bit operations (one thread at a
+time uses a table), huge entries above the leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.directory_arena import ROOT
+from hmm.directory_tree import DirectoryTree, Pages
+from hmm.errors import InvalidRequestError
+from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
+from hmm.page_range import clear_range, fill_range, read_range, update_range, valid_in_range
+from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, Entries
+
+__all__ = ["Cursor", "PageTable", "Run", "TableStatistics", "Zapped"]
+
+_ALL_BITS = (1 << 64) - 1
+_ONE = np.int32(1)
+_TO_PAGE = np.uint64(PAGE_SHIFT)
+_SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
+
+
+class Zapped(NamedTuple):
+    """What a range held: uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
+
+    addresses: Entries
+    entries: Entries
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatistics:
+    """Size of a table.
+
+    Attributes:
+        directories: per level, root first.
+        entries: page entries in use.
+        held: directories held by walks and cursors.
+        directories_max: limit for all levels together.
+        memory_bytes: see `PageTable.memory_bytes`.
+    """
+
+    directories: tuple[int, ...]
+    entries: int
+    held: int
+    directories_max: int
+    memory_bytes: int
+
+
+class PageTable:
+    """A page table for the addresses 0 to `last`.
+
+    Attributes:
+        geometry: levels, shifts, spans.
+    """
+
+    __slots__ = ("__weakref__", "_four_levels", "_last", "_tree", "_words", "geometry")
+
+    def __init__(self, last: Address, *, max_directories: int = 1 << 18) -> None:
+        """Make an empty table.
+
+        Args:
+            last: last address, inclusive; rounded up to the end of its page; at most 2^64 - 1.
+            max_directories: limit of directories, the root included. Address space for all of them is
+                reserved, memory is taken when they are used.
+
+        Raises:
+            InvalidRequestError: `last` or `max_directories` is out of range (EINVAL).
+
+        Cost: some tens of microseconds.
+        """
+        if not 0 <= last <= LAST_MAX or max_directories < 1:
+            raise InvalidRequestError(f"no page table has last={last:#x}, max_directories={max_directories}")
+        self.geometry = Geometry.covering(last)
+        self._tree = DirectoryTree(self.geometry, max_directories)
+        self._words = self._tree.words
+        self._last = self.geometry.last
+        self._four_levels = self.geometry.levels == 4
+
+    # -- geometry
+
+    @property
+    def last(self) -> Address:
+        """Last address of the table, the last byte of a page."""
+        return self._last
+
+    @property
+    def llevel(self) -> int:
+        """The level of page entries; 0 is the root."""
+        return self.geometry.llevel
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Per level, the lowest address bit of its index."""
+        return self.geometry.shifts
+
+    @property
+    def root_entries(self) -> int:
+        """Number of entries of the root that can be in use."""
+        return self.geometry.root_entries
+
+    def _pages(self, start: Address, end: Address) -> tuple[int, int]:
+        if (start | end) & (PAGE_SIZE - 1) or not 0 <= start <= end <= self._last + 1:
+            raise InvalidRequestError(
+                f"[{start:#x}, {end:#x}) is not a range of pages of the table", address=start
+            )
+        return start >> PAGE_SHIFT, end >> PAGE_SHIFT
+
+    # -- walks
+
+    def walk(self, start: Address, end: Address) -> Generator[Run, None, None]:
+        """Iterate over what exists in a range (`hmm_pt_iter_next()` of the review).
+
+        Gives one run per directory that holds entries in use, ascending, clipped to the range. The caller may
+        write the run's entries, and may change the table between and during steps; what is ahead is seen as
+        it is when the walk gets there. A run is valid until the next step. The walk holds one directory, and
+        lets go by itself when it ends, is broken off, or an exception passes.
+
+        Raises:
+            InvalidRequestError: not a range of pages of the table (EINVAL).
+
+        Cost: O(directories met), a few microseconds each; O(levels) to cross a hole.
+        """
+        return walk_runs(self._tree, *self._pages(start, end))
+
+    def populate(self, start: Address, end: Address) -> Generator[Run, None, None]:
+        """Iterate over all pages of a range, allocating (`hmm_pt_iter_next_alloc()` of the review).
+
+        As `walk()`, but the runs cover the range without gaps. A directory that has gained no entry when the
+        walk moves on is freed.
+
+        Raises:
+            InvalidRequestError: not a range of pages of the table (EINVAL).
+            OutOfFramesError: too few directories left for all of the range, found at the first step, before
+                anything is allocated (ENOMEM). Later steps can raise it only if the caller itself used
+                directories up.
+
+        Cost: O(directories), a few microseconds each.
+        """
+        return populate_runs(self._tree, *self._pages(start, end))
+
+    def entries(self, start: Address, end: Address) -> Iterator[tuple[Address, int]]:
+        """Iterate over the entries in use of a range (`hmm_pt_iter_next(iter, &ptep)` of the review).
+
+        Each directory is copied when the iteration reaches it: an entry may have been changed since.
+
+        Returns: pairs (address in bytes, entry), ascending.
+
+        Cost: O(directories met) + 0.1 µs per entry.
+        """
+        runs = map(Run.in_use, self.walk(start, end))
+        return chain.from_iterable(
+            zip(addresses.tolist(), entries.tolist(), strict=True) for addresses, entries in runs
+        )
+
+    def visit(self, start: Address, end: Address, callback: Callable[[Run], int | None]) -> int:
+        """Call back for each run of `walk()`, for drivers (`hmm_pt_walk()`).
+
+        Args:
+            callback: may write the run's entries; a result that is not 0 or None ends the walk, as in
+                mm_walk.
+
+        Returns: the callback's last result, 0 when it was None.
+        """
+        for run in self.walk(start, end):
+            result = callback(run)
+            if result:
+                return result
+        return 0
+
+    def cursor(self) -> Cursor:
+        """A cursor at address 0, for walks of several tables in lock-step; a context manager."""
+        return Cursor(self._tree)
+
+    # -- ranges
+
+    def read(self, start: Address, end: Address, out: Entries | None = None) -> Entries:
+        """Copy the entries of a range.
+
+        Args:
+            out: C-contiguous uint64[npages] to write into instead of a new array.
+
+        Returns: uint64[npages], 0 where there is no entry.
+
+        Cost: that of copying memory.
+        """
+        page, stop = self._pages(start, end)
+        if out is None:
+            out = np.empty(stop - page, np.uint64)
+        elif out.shape != (stop - page,) or out.dtype != np.uint64 or not out.flags.c_contiguous:
+            raise InvalidRequestError(f"out must be a contiguous uint64[{stop - page}]")
+        if page < stop:
+            read_range(self._tree, page, stop, out)
+        return out
+
+    def valid(self, start: Address, end: Address) -> tuple[Entries, Entries]:
+        """The entries in use of a range: uint64[n] addresses in bytes, ascending, and uint64[n] entries.
+
+        Cost: O(directories met) + O(n); for large ranges `chunks()` is faster, since its memory is reused.
+        """
+        page, stop = self._pages(start, end)
+        if page == stop:
+            return np.empty(0, np.uint64), np.empty(0, np.uint64)
+        return valid_in_range(self._tree, page, stop)
+
+    def chunks(
+        self, start: Address, end: Address, step: int = PIECE_PAGES
+    ) -> Iterator[tuple[Entries, Entries]]:
+        """The same in pieces of at most `step` pages; pieces without an entry are left out.
+
+        The table may be changed between pieces.
+        """
+        if step < 1:
+            raise InvalidRequestError(f"a step of {step} pages does not advance")
+        return self._chunks(*self._pages(start, end), step)
+
+    def _chunks(self, page: int, end: int, step: int) -> Iterator[tuple[Entries, Entries]]:
+        while True:
+            page, leaf = self._tree.next_leaf(page, end)
+            if not leaf:
+                return
+            stop = min((page // step + 1) * step, end)
+            piece = valid_in_range(self._tree, page, stop)
+            if piece[0].size:
+                yield piece
+            page = stop
+
+    def fill(self, start: Address, end: Address, entries: int | Entries) -> None:
+        """Store an entry in every page of a range.
+
+        Args:
+            entries: one for all pages, or uint64[npages]. Zeros clear; no directory is kept for zeros alone.
+
+        Raises:
+            InvalidRequestError: not a range of pages of the table, or another number of entries (EINVAL).
+            OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
+
+        Cost: that of copying memory.
+        """
+        page, stop = self._pages(start, end)
+        if not isinstance(entries, int):
+            entries = self._as_entries(entries, stop - page)
+        elif not entries:
+            self.clear(start, end)
+            return
+        if stop - page == 1:
+            self.set(start, entries if isinstance(entries, int) else int(entries[0]))
+        elif page < stop:
+            fill_range(self._tree, page, stop, entries)
+
+    def clear(self, start: Address, end: Address) -> int:
+        """Clear a range and free the directories that become empty.
+
+        Returns: number of entries that were in use.
+
+        Cost: that of writing memory.
+        """
+        page, stop = self._pages(start, end)
+        if stop - page == 1:
+            return 1 if self.set(start, 0) else 0
+        return clear_range(self._tree, page, stop) if page < stop else 0
+
+    def zap(self, start: Address, end: Address) -> Zapped:
+        """Clear a range, free the directories that become empty, and return what it held."""
+        held = Zapped(*self.valid(start, end))
+        self.clear(start, end)
+        return held
+
+    def update(self, start: Address, end: Address, function: Callable[[Entries], object]) -> int:
+        """Let `function` change the entries of a range in place, many at a time.
+
+        Args:
+            function: gets uint64 arrays of one or two dimensions, which also hold zeros. Zeros must stay
+                zeros; an entry that becomes zero is cleared. It must not raise, and not use the table.
+
+        Returns: number of entries that were cleared.
+
+        Cost: O(directories met) plus that of the function.
+        """
+        page, stop = self._pages(start, end)
+        return update_range(self._tree, page, stop, function) if page < stop else 0
+
+    def apply_mask(self, start: Address, end: Address, mask: int, valid: int = _ALL_BITS) -> int:
+        """Apply `entry &= mask` to a range, as an event does to a mirror after its driver has answered.
+
+        Args:
+            mask: bits that stay; 0 clears.
+            valid: an entry that keeps none of these bits is cleared.
+
+        Returns: number of entries that were cleared.
+
+        Cost: that of reading and writing memory. Source: hmm_mirror_update_pte() of the 2015 series.
+        """
+        if not mask & valid:
+            return self.clear(start, end)
+        keep, needed = np.uint64(mask), np.uint64(valid)
+
+        def apply(entries: Entries) -> None:
+            entries &= keep
+            if valid != _ALL_BITS:
+                lost = (entries & needed) == 0
+                np.copyto(entries, np.uint64(0), where=lost)
+
+        return self.update(start, end, apply)
+
+    # -- scattered pages
+
+    def lookup(self, addresses: Entries) -> Entries:
+        """The entries for many addresses.
+
+        Args:
+            addresses: uint64[n], any order, repetitions allowed; each stands for the page that holds it.
+
+        Returns: uint64[n], 0 where there is no entry.
+
+        Raises:
+            InvalidRequestError: an address is not in the table (EINVAL).
+
+        Cost: O(n), one gather per level that the addresses do not share; ascending order is kinder to the
+            cache.
+        """
+        if addresses.size <= _SCALAR_PAGES:
+            return np.array([self.get(address) for address in addresses.tolist()], np.uint64)
+        low, high = int(addresses.min()), int(addresses.max())
+        self._check_address(high)
+        pages = (addresses >> _TO_PAGE).view(np.int64)
+        return self._tree.entries.take(self._tree.slots(pages, low >> PAGE_SHIFT, high >> PAGE_SHIFT))
+
+    def store(self, addresses: Entries, entries: int | Entries) -> Entries:
+        """Store entries for many pages.
+
+        Args:
+            addresses: uint64[n], each in another page; ascending order is the fast case.
+            entries: one for all, or uint64[n]. Zeros clear.
+
+        Returns: uint64[n], the entries before.
+
+        Raises:
+            InvalidRequestError: an address is not in the table, or two are in one page (EINVAL).
+            OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
+
+        Cost: O(n), one gather per level; O(n log n) when the addresses are not ascending.
+        """
+        pages, order = self._distinct_pages(addresses)
+        if not pages.size:
+            return np.empty(0, np.uint64)
+        if isinstance(entries, int):
+            if not entries:
+                return self.clear_many(addresses)
+            return _unsorted(self._store(pages, np.uint64(entries)), order)
+        entries = self._as_entries(entries, pages.size)
+        if order is not None:
+            entries = entries[order]
+        if entries.all():
+            return _unsorted(self._store(pages, entries), order)
+        kept = entries != 0
+        old = np.empty(pages.size, np.uint64)
+        if kept.any():
+            old[kept] = self._store(pages[kept], entries[kept])
+        old[~kept] = self._clear_pages(pages[~kept])
+        return _unsorted(old, order)
+
+    def _store(self, pages: Pages, entries: Entries | np.uint64) -> Entries:
+        tree = self._tree
+        tree.settle()
+        numbers = pages >> DIRECTORY_SHIFT
+        tree.require_leaves(numbers)
+        slots = pages & DIRECTORY_MASK
+        slots |= tree.leaves_allocate(numbers)
+        old: Entries = tree.entries.take(slots)
+        tree.entries[slots] = entries
+        gained = slots[old == 0] if old.any() else slots
+        np.add.at(tree.counts, gained >> DIRECTORY_SHIFT, _ONE)
+        return old
+
+    def clear_many(self, addresses: Entries) -> Entries:
+        """Clear many pages and free the directories that become empty.
+
+        Args:
+            addresses: uint64[n], each in another page; ascending order is the fast case.
+
+        Returns: uint64[n], the entries before, 0 where there was none.
+
+        Raises:
+            InvalidRequestError: an address is not in the table, or two are in one page (EINVAL).
+        """
+        pages, order = self._distinct_pages(addresses)
+        return _unsorted(self._clear_pages(pages), order) if pages.size else np.empty(0, np.uint64)
+
+    def _clear_pages(self, pages: Pages) -> Entries:
+        tree = self._tree
+        tree.settle()
+        slots = tree.slots(pages, int(pages[0]), int(pages[-1]))
+        old: Entries = tree.entries.take(slots)
+        if not old.all():
+            slots = slots[old != 0]  # the others may be in the NULL directory, which nobody writes
+        if slots.size:
+            tree.entries[slots] = 0
+            rows = slots >> DIRECTORY_SHIFT
+            np.subtract.at(tree.counts, rows, _ONE)
+            emptied = rows[tree.counts.take(rows) == 0]
+            if emptied.size:
+                tree.arena.drop_all_empty(np.unique(emptied))
+        return old
+
+    def _distinct_pages(self, addresses: Entries) -> tuple[Pages, npt.NDArray[np.int64] | None]:
+        # Page numbers, ascending, and the order that made them so unless they were.
+        pages: Pages = (addresses >> _TO_PAGE).view(np.int64)
+        order = None
+        if not (pages[1:] > pages[:-1]).all():
+            order = pages.argsort()
+            pages = pages[order]
+            if not (pages[1:] > pages[:-1]).all():
+                raise InvalidRequestError("two addresses are in one page")
+        if pages.size:
+            self._check_address(int(pages[-1]) << PAGE_SHIFT)
+        return pages, order
+
+    def _as_entries(self, entries: Entries, number: int) -> Entries:
+        if entries.shape != (number,) or entries.dtype != np.uint64:
+            raise InvalidRequestError(f"entries must be uint64[{number}], not {entries.dtype}{entries.shape}")
+        return entries
+
+    def _check_address(self, address: Address) -> None:
+        if not 0 <= address <= self._last:
+            raise InvalidRequestError(f"address {address:#x} is not in the page table", address=address)
+
+    # -- one page
+
+    def get(self, address: Address) -> int:
+        """The entry for the page of `address`, 0 when there is none.
+
+        Raises:
+            InvalidRequestError: `address` is not in the table (EINVAL).
+        """
+        if not 0 <= address <= self._last:
+            self._check_address(address)
+        words = self._words
+        if self._four_levels:
+            offset = words[words[ROOT | address >> 39] | address >> 30 & 511]
+            return words[words[offset | address >> 21 & 511] | address >> 12 & 511]
+        page = address >> PAGE_SHIFT
+        return words[self._tree.leaf(page) | page & DIRECTORY_MASK]
+
+    def set(self, address: Address, entry: int) -> int:
+        """Store the entry for the page of `address`; 0 clears, and frees directories that become empty.
+
+        Returns: the entry before.
+
+        Raises:
+            InvalidRequestError: `address` is not in the table (EINVAL).
+            OutOfFramesError: no directories left; nothing was changed (ENOMEM).
+        """
+        self._check_address(address)
+        page = address >> PAGE_SHIFT
+        tree = self._tree
+        leaf = tree.leaf(page)
+        if not leaf:
+            if not entry:
+                return 0
+            leaf = tree.leaf_allocate(page)
+        slot = leaf | page & DIRECTORY_MASK
+        words = self._words
+        old = words[slot]
+        words[slot] = entry
+        if bool(old) != bool(entry):
+            arena = tree.arena
+            arena.count[leaf >> DIRECTORY_SHIFT] += 1 if entry else -1
+            if not entry:
+                arena.drop_if_empty(leaf >> DIRECTORY_SHIFT)
+        return old
+
+    # -- size and checking
+
+    @property
+    def directories(self) -> int:
+        """Directories in use, the root included."""
+        return self._tree.arena.directories
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the table occupies: directories in use or kept for reuse, and their records."""
+        return self._tree.arena.touched_bytes
+
+    def directory_count(self, level: int) -> int:
+        """Directories in use at `level`. Cost: O(directories)."""
+        if not 0 <= level <= self.llevel:
+            raise InvalidRequestError(f"the table has no level {level}")
+        return int(self._tree.directories_at(level).size)
+
+    def reference_count(self, address: Address, level: int) -> int:
+        """What keeps the directory of `level` for `address`: its entries in use plus the walks that hold it.
+
+        Returns: 0 when there is no such directory.
+        """
+        self._check_address(address)
+        offset = ROOT
+        for shift in self._tree.upper_shifts[:level]:
+            offset = self._words[offset | address >> PAGE_SHIFT >> shift & DIRECTORY_MASK]
+        row = offset >> DIRECTORY_SHIFT
+        self._tree.settle()
+        return self._tree.arena.count[row] + self._tree.arena.held.get(row, 0)
+
+    def statistics(self) -> TableStatistics:
+        """Sizes. Cost: O(directories)."""
+        tree = self._tree
+        tree.settle()
+        levels = [tree.directories_at(level) for level in range(self.geometry.levels)]
+        return TableStatistics(
+            directories=tuple(int(level.size) for level in levels),
+            entries=int(tree.counts[levels[-1] >> DIRECTORY_SHIFT].sum()),
+            held=len(tree.arena.held),
+            directories_max=tree.arena.max_directories,
+            memory_bytes=self.memory_bytes,
+        )
+
+    def check(self) -> None:
+        """Assert all invariants. Cost: O(directories)."""
+        self._tree.check()
+
+
+def _unsorted(values: Entries, order: npt.NDArray[np.int64] | None) -> Entries:
+    if order is None:
+        return values
+    result = np.empty_like(values)
+    result[order] = values
+    return result
