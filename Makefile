@@ -11,6 +11,7 @@ REPLAY_ARGS ?=
 BENCH_ARGS ?=
 IMAGE ?= hmmd
 BASE ?= python:3.11-slim-bookworm
+COMPOSE ?= docker compose
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -126,5 +127,5 @@ image: ## Build the container image
 	docker build -f docker/Dockerfile --build-arg BASE=$(BASE) -t $(IMAGE) .
 
 image-test: image ## Start the daemon and two drivers from the image, wait until all are healthy, stop
-	docker compose -f docker/compose.yaml up --no-build --detach --wait
-	docker compose -f docker/compose.yaml down --volumes
+	$(COMPOSE) -p hmmd -f docker/compose.yaml up --no-build --detach --wait
+	$(COMPOSE) -p hmmd -f docker/compose.yaml down --volumes
