@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from hmm.directory_arena import ROOT, DirectoryArena, Offsets, distinct
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, Geometry
+from hmm.pte import pde_from_row, pde_row
 from hmm.units import PAGE_SHIFT
 
 __all__ = ["DirectoryTree", "Pages", "after_hole"]
@@ -193,7 +194,7 @@ class DirectoryTree:
         """Offsets of all directories at `level`, in address order. Cost: O(directories above)."""
         offsets = np.array([ROOT])
         for _ in range(level):
-            children = self.index.reshape(-1, DIRECTORY_ENTRIES)[offsets >> DIRECTORY_SHIFT]
+            children = self.index.reshape(-1, DIRECTORY_ENTRIES)[pde_row(offsets)]
             offsets = children[children != 0]
         return offsets
 
@@ -316,7 +317,7 @@ class DirectoryTree:
         level = np.array([ROOT])
         held = np.fromiter(arena.held, np.int64, len(arena.held))
         for depth in range(self.geometry.levels):
-            level_rows = level >> DIRECTORY_SHIFT
+            level_rows = pde_row(level)
             assert not in_use[level_rows].any(), "a directory is linked twice"
             in_use[level_rows] = True
             used = np.count_nonzero(self.rows[level_rows], axis=1)
@@ -329,7 +330,7 @@ class DirectoryTree:
             children = self.index[level[parents] + positions]
             assert np.unique(children).size == children.size, "a directory is linked twice"
             assert not (children & DIRECTORY_MASK).any(), "an entry names no directory"
-            assert (children < arena.top << DIRECTORY_SHIFT).all(), "an entry names no directory"
+            assert (children < pde_from_row(arena.top)).all(), "an entry names no directory"
             assert (arena.parent_slots(children) == level[parents] + positions).all(), "wrong parent"
             level = children
         self._check_end()

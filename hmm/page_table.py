@@ -504,6 +504,14 @@ class PageTable:
         return self._tree.arena.directories
 
     @property
+    def count(self) -> int:
+        """Page entries in use. Cost: O(directories)."""
+        tree = self._tree
+        tree.settle()
+        leaves = tree.directories_at(self.llevel)
+        return int(tree.counts[leaves >> DIRECTORY_SHIFT].sum())
+
+    @property
     def memory_bytes(self) -> int:
         """Memory that the table occupies: directories in use or kept for reuse, and their records."""
         return self._tree.arena.touched_bytes
@@ -530,11 +538,10 @@ class PageTable:
     def statistics(self) -> TableStatistics:
         """Sizes. Cost: O(directories)."""
         tree = self._tree
-        tree.settle()
-        levels = [tree.directories_at(level) for level in range(self.geometry.levels)]
+        levels = (tree.directories_at(level) for level in range(self.geometry.levels))
         return TableStatistics(
             directories=tuple(int(level.size) for level in levels),
-            entries=int(tree.counts[levels[-1] >> DIRECTORY_SHIFT].sum()),
+            entries=self.count,
             held=len(tree.arena.held),
             directories_max=tree.arena.max_directories,
             memory_bytes=self.memory_bytes,
