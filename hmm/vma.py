@@ -379,7 +379,7 @@ class VmaMap(IntervalMap[Vma]):
         return pieces
 
     def first_hole(self, span: AddressRange) -> AddressRange | None:
-        """From the first unmapped byte of `span` up to the next VMA, even behind `span`; None without a hole."""
+        """From the first unmapped byte of `span` up to the next VMA, even behind `span`; None: no hole."""
         at = span.start
         for vma in self.between(span.start, span.end):
             if at < vma.start:
@@ -470,7 +470,7 @@ class VmaMap(IntervalMap[Vma]):
         return self.set_mapping(vma, vma.mapping.with_anon_vma(anon_vma, cloned=cloned))
 
     def find_mergeable_anon_vma(self, vma: Vma) -> int:
-        """The `anon_vma` that `vma` should share with a neighbour to be mergeable later; 0 when there is none.
+        """The `anon_vma` that `vma` should share with a neighbour, to merge later; 0 when there is none.
 
         Source: Linux mm/vma.c, find_mergeable_anon_vma(), which asks the next VMA first.
         """

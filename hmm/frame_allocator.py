@@ -1,0 +1,264 @@
+"""Which frames are free: regions of frame numbers, each with a stack of frames that were used before.
+
+There is one space of frame numbers, as in the kernel: system memory first, and above it a region for the
+memory of every device that has some (ZONE_DEVICE).  A region hands out the frames that were used before
+first, since their memory is committed, and then those that never were, upwards.  What is freed together
+comes back together and in ascending order, so that most allocations are one run of consecutive frames.
+
+**Source**: Linux mm/page_alloc.c, mm/memremap.c (memremap_pages(), memunmap_pages()), kernel/resource.c
+(request_free_mem_region()).
+
+**Invariants** (`check()`): the free stack of a region holds frames of the region below its `top`, each
+once; regions do not overlap.
+
+**Absent**: what a frame holds and who refers to it.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
+from hmm.frame_contents import ZERO_PFN, anonymous_memory
+from hmm.units import Pfn, Pfns
+
+SYSTEM_REGION = 0
+"""The number of the region that is system memory."""
+
+
+class RegionKind(Enum):
+    """What memory a region is; enum memory_type of include/linux/memremap.h."""
+
+    SYSTEM = "system"
+    DEVICE_PRIVATE = "device private"
+    DEVICE_COHERENT = "device coherent"
+
+
+@dataclass(slots=True, eq=False)
+class Region:
+    """Consecutive frames [start, end) of one owner.
+
+    Attributes:
+        number: name of the region, never given again.
+        owner: id of the device; 0 for the system.
+        first: the first frame that can be allocated: `start`, but behind the zero page.
+        top: the first frame that was never used.
+        nfree: frames on the free stack.
+        high_water: most frames that were in use at a time.
+    """
+
+    number: int
+    start: Pfn
+    end: Pfn
+    owner: int
+    kind: RegionKind
+    first: Pfn
+    top: Pfn
+    nfree: int = 0
+    high_water: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} memory" + (f" of device {self.owner}" if self.owner else "")
+
+    @property
+    def total(self) -> int:
+        """Frames that can be in use at a time; the zero page is not one of them."""
+        return self.end - self.first
+
+    @property
+    def used(self) -> int:
+        """Frames in use."""
+        return self.top - self.first - self.nfree
+
+    @property
+    def free(self) -> int:
+        """Frames that can be allocated."""
+        return self.end - self.top + self.nfree
+
+
+class FrameAllocator:
+    """Free frames, by region.
+
+    Args:
+        system_frames: size of the system's region in frames, the zero page included.
+        nframes: size of the space of frame numbers.
+    """
+
+    def __init__(self, system_frames: int, nframes: int) -> None:
+        assert 1 < system_frames <= nframes, (system_frames, nframes)
+        self._nframes = nframes
+        # The stacks of all regions in one array: each has its part at its own frame numbers.
+        self._stack: Pfns = np.frombuffer(anonymous_memory(nframes * 8), np.int64, nframes)
+        self._stack_view = self._stack.data
+        first = ZERO_PFN + 1
+        self.system = Region(SYSTEM_REGION, 0, system_frames, 0, RegionKind.SYSTEM, first, first)
+        self._regions = {SYSTEM_REGION: self.system}
+        self._next_number = SYSTEM_REGION + 1
+
+    @property
+    def regions(self) -> list[Region]:
+        """All regions, in the order they were added."""
+        return list(self._regions.values())
+
+    def region(self, number: int) -> Region:
+        """The region of that number.
+
+        Raises:
+            NoSuchObjectError: there is none (any more) (ENODEV).
+        """
+        region = self._regions.get(number)
+        if region is None:
+            raise NoSuchObjectError(f"memory region {number} does not exist", errnos.ENODEV)
+        return region
+
+    def add_region(self, frames: int, owner: int, kind: RegionKind) -> Region:
+        """Reserve consecutive frame numbers, at the lowest place where they fit.
+
+        Raises:
+            OutOfFramesError: no such run of frame numbers is left (ENOMEM).
+
+        Cost: O(regions).  Source: Linux kernel/resource.c, request_free_mem_region().
+        """
+        assert frames > 0, frames
+        start = 0
+        for region in sorted(self._regions.values(), key=lambda region: region.start):
+            if region.start - start >= frames:
+                break
+            start = region.end
+        if start + frames > self._nframes:
+            raise OutOfFramesError(f"{kind.value} memory: no {frames} consecutive frame numbers are left")
+        region = Region(self._next_number, start, start + frames, owner, kind, start, start)
+        self._next_number += 1
+        self._regions[region.number] = region
+        return region
+
+    def remove_region(self, number: int) -> Region:
+        """Release the frame numbers of a region whose frames are all free.
+
+        Raises:
+            NoSuchObjectError: there is none (ENODEV).
+            ConflictError: frames of it are in use (EBUSY).
+        """
+        assert number != SYSTEM_REGION, "system memory stays"
+        region = self.region(number)
+        if region.used:
+            raise ConflictError(f"remove {region}: {region.used} frames are in use", errnos.EBUSY)
+        del self._regions[number]
+        return region
+
+    def take(self, count: int, number: int) -> tuple[Pfns, int]:
+        """Allocate frames.
+
+        Returns: int64[count], ascending; and how many of them were used before: they are those that lie
+        below the region's former `top`, and so the first ones.
+
+        Raises:
+            OutOfFramesError: fewer are free; nothing was changed (ENOMEM).
+
+        Cost: 1 ns per page.
+        """
+        region = self.region(number)
+        if count > region.free:
+            raise OutOfFramesError(f"{region}: {count} frames wanted, {region.free} of {region.total} free")
+        reused = min(count, region.nfree)
+        fresh = count - reused
+        pfns = np.empty(count, np.int64)
+        if reused:
+            bottom = region.start + region.nfree - reused
+            pfns[:reused] = self._stack[bottom : bottom + reused][::-1]
+            region.nfree -= reused
+            if not (pfns[1:reused] > pfns[: reused - 1]).all():
+                pfns[:reused].sort()
+        if fresh:
+            pfns[reused:] = np.arange(region.top, region.top + fresh)
+            region.top += fresh
+        region.high_water = max(region.high_water, region.used)
+        return pfns, reused
+
+    def take_one(self, number: int) -> tuple[Pfn, bool]:
+        """Allocate one frame.
+
+        Returns: the frame, and whether it was used before.
+
+        Raises:
+            OutOfFramesError: none is free (ENOMEM).
+        """
+        region = self._regions.get(number) or self.region(number)
+        if region.nfree:
+            region.nfree -= 1
+            pfn, reused = self._stack_view[region.start + region.nfree], True
+        elif region.top < region.end:
+            pfn, reused = region.top, False
+            region.top = pfn + 1
+        else:
+            raise OutOfFramesError(f"{region}: none of {region.total} frames is free")
+        region.high_water = max(region.high_water, region.used)
+        return pfn, reused
+
+    def give_back(self, pfns: Pfns) -> None:
+        """Free frames of any regions.
+
+        Args:
+            pfns: int64[n], ascending and unique.
+
+        Cost: 1 ns per page.
+        """
+        if pfns[-1] < self.system.end:
+            self._push(self.system, pfns)
+            return
+        for region in self._regions.values():
+            low, high = np.searchsorted(pfns, (region.start, region.end))
+            if low < high:
+                self._push(region, pfns[low:high])
+
+    def _push(self, region: Region, pfns: Pfns) -> None:
+        bottom = region.start + region.nfree
+        # Downwards, so that they are popped upwards.
+        self._stack[bottom : bottom + pfns.size] = pfns[::-1]
+        region.nfree += pfns.size
+
+    def give_back_one(self, pfn: Pfn) -> None:
+        """Free one frame."""
+        region = self.system if pfn < self.system.end else self.region_of(pfn)
+        self._stack_view[region.start + region.nfree] = pfn
+        region.nfree += 1
+
+    def region_of(self, pfn: Pfn) -> Region:
+        """The region that holds a frame, which must be in one.
+
+        Cost: O(regions).
+        """
+        for region in self._regions.values():
+            if region.start <= pfn < region.end:
+                return region
+        raise AssertionError(f"frame {pfn:#x} is in no region")
+
+    def free_mask(self) -> npt.NDArray[np.bool_]:
+        """Which frames are not in use; the zero page and what is outside of all regions are among them.
+
+        Asserts that every free stack holds what it should.
+
+        Returns: bool[nframes].
+
+        Cost: O(frames).
+        """
+        free = np.ones(self._nframes, np.bool_)
+        end = 0
+        for region in sorted(self._regions.values(), key=lambda region: region.start):
+            assert end <= region.start <= region.first <= region.top <= region.end, region
+            assert region.used <= region.high_water <= region.total, region
+            stack = self._stack[region.start : region.start + region.nfree]
+            assert ((stack >= region.first) & (stack < region.top)).all(), f"{region}: foreign frames"
+            free[region.first : region.top] = False
+            free[stack] = True
+            assert region.used == region.top - region.first - np.count_nonzero(
+                free[region.first : region.top]
+            ), f"{region}: a frame is free twice"
+            end = region.end
+        assert end <= self._nframes
+        return free

@@ -1,0 +1,447 @@
+"""Physical memory: frames, who counts on them, and what they hold.
+
+A frame's record, `struct page`, is spread over parallel arrays indexed by frame number, of which only what
+is touched is committed.  Frame 0 is the zero page; counting it has no effect.
+
+A frame lives while it has references.  An entry of a CPU page table is one reference and one of the map
+count; the page cache of a file is a reference; so is whoever keeps a frame across a wait.
+
+**Source**: Linux include/linux/mm_types.h (struct page), include/linux/page-flags.h, mm/rmap.c
+(folio_add_new_anon_rmap(), folio_remove_rmap_pte()), include/linux/mm.h (get_page(), put_page()).
+
+**Invariants** (`check()`): a free frame has no reference, no flag and belongs to nobody; a frame in use has a
+reference.  No frame is mapped or pinned more often than it is referenced.  `ANON_EXCLUSIVE` implies `ANON`.
+
+**Absent**: page tables, files, reclaim.
+
+Differs: the count of pins is exact, where the kernel adds 1024 to a small folio's reference count; every
+frame is a page of its own, there are no folios of several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
+from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice
+from hmm.units import Pfn, Pfns
+
+__all__ = [
+    "SYSTEM_REGION",
+    "ZERO_PFN",
+    "Frames",
+    "PageFlag",
+    "Region",
+    "RegionKind",
+    "RegionStatistics",
+]
+
+_ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
+
+
+class PageFlag(IntFlag):
+    """State of a frame; the kernel's PG_ names, whose bits depend on its configuration.
+
+    `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.
+    """
+
+    NONE = 0
+    LOCKED = 1 << 0
+    REFERENCED = 1 << 1
+    DIRTY = 1 << 2
+    LRU = 1 << 3
+    ACTIVE = 1 << 4
+    ANON = 1 << 5
+    ANON_EXCLUSIVE = 1 << 6
+    SWAPBACKED = 1 << 7
+    HWPOISON = 1 << 8
+
+
+@dataclass(frozen=True, slots=True)
+class RegionStatistics:
+    """Frames of a region, the zero page not counted."""
+
+    number: int
+    owner: int
+    kind: RegionKind
+    total: int
+    free: int
+    used: int
+    mapped: int
+    high_water: int
+
+
+class Frames(FrameContents):
+    """The frames of the system and of all devices.
+
+    Args:
+        system_frames: frames of system memory, the zero page included.
+        reserve_frames: frame numbers kept for the memory of devices.
+        provider: gives the memory of the contents.
+
+    Attributes:
+        refcount, mapcount, pincount: int32[n]; to be changed by the methods only.
+        flags: uint32[n], PageFlag.
+        index: int64[n], page->index: page offset in the file, or linear index of an anonymous page.
+        mapping: int64[n], page->mapping: id of the file or of the anon_vma, 0 for none.
+
+    All methods take frame numbers as int64[n].
+    """
+
+    def __init__(
+        self,
+        system_frames: int,
+        reserve_frames: int = 1 << 22,
+        provider: MemoryProvider = anonymous_memory,
+    ) -> None:
+        nframes = system_frames + reserve_frames
+        super().__init__(nframes, provider)
+        self._allocator = FrameAllocator(system_frames, nframes)
+        self._system = self._allocator.system
+        self.refcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
+        self.mapcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
+        self.pincount: npt.NDArray[np.int32] = _column(np.int32, nframes)
+        self.flags: npt.NDArray[np.uint32] = _column(np.uint32, nframes)
+        self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        # One element of a memoryview costs a quarter of one of an array.
+        self._refcount = self.refcount.data
+        self._mapcount = self.mapcount.data
+        self._flags = self.flags.data
+        self._mapping = self.mapping.data
+
+    # -- regions
+
+    @property
+    def available(self) -> int:
+        """Frames of system memory that can be allocated."""
+        return self._system.free
+
+    @property
+    def regions(self) -> list[Region]:
+        """All regions, in the order they were added; the first is system memory."""
+        return self._allocator.regions
+
+    def region(self, number: int) -> Region:
+        """The region of that number.
+
+        Raises:
+            NoSuchObjectError: there is none (any more) (ENODEV).
+        """
+        return self._allocator.region(number)
+
+    def region_of(self, pfn: Pfn) -> Region:
+        """The region that holds a frame."""
+        return self._allocator.region_of(pfn)
+
+    def add_region(self, frames: int, owner: int, kind: RegionKind = RegionKind.DEVICE_PRIVATE) -> Region:
+        """Give a device memory of its own: consecutive frame numbers, all free.
+
+        Raises:
+            OutOfFramesError: no such run of frame numbers is left (ENOMEM).
+
+        Source: Linux mm/memremap.c, memremap_pages().
+        """
+        return self._allocator.add_region(frames, owner, kind)
+
+    def remove_region(self, number: int) -> None:
+        """Take a device's memory away; its frames must be free.
+
+        Raises:
+            NoSuchObjectError: there is no such region (ENODEV).
+            ConflictError: frames of it are in use (EBUSY).
+
+        Source: Linux mm/memremap.c, memunmap_pages(), which waits for the last reference instead.
+        """
+        region = self._allocator.remove_region(number)
+        self._discard(region.start, region.top)
+
+    # -- life and death
+
+    def allocate(self, count: int, region: int = SYSTEM_REGION) -> Pfns:
+        """Take frames that read as zeroes, with one reference each.
+
+        Returns: int64[count], ascending; mostly consecutive.
+
+        Raises:
+            OutOfFramesError: fewer are free; nothing was changed (ENOMEM).
+
+        Cost: 1.5 ns per page.  Source: Linux mm/page_alloc.c, alloc_pages_bulk_noprof().
+        """
+        pfns, reused = self._allocator.take(count, region)
+        run = as_slice(pfns)
+        self.refcount[pfns if run is None else run] = 1
+        if reused:
+            self._set_stale(pfns[:reused])
+        return pfns
+
+    def allocate_one(self, region: int = SYSTEM_REGION) -> Pfn:
+        """Take one frame that reads as zeroes, with one reference.
+
+        Raises:
+            OutOfFramesError: none is free (ENOMEM).
+
+        Cost: 0.4 us.
+        """
+        pfn, reused = self._allocator.take_one(region)
+        if reused:
+            self._stale_view[pfn] = True
+        self._refcount[pfn] = 1
+        return pfn
+
+    def get(self, pfns: Pfns) -> None:
+        """Take a reference to each; a repeated frame gets as many.
+
+        Cost: 1 ns per page for consecutive frames, 5 ns otherwise.  Source: include/linux/mm.h, get_page().
+        """
+        _add(self.refcount, _counted(pfns))
+
+    def put(self, pfns: Pfns) -> Pfns:
+        """Drop a reference to each; frames without any left are free.
+
+        Returns: int64[m], the frames that were freed, ascending.
+
+        Cost: as `get`, and 5 ns per frame freed.  Source: include/linux/mm.h, put_page().
+        """
+        pfns = _counted(pfns)
+        if not pfns.size:
+            return pfns
+        run = _subtract(self.refcount, pfns)
+        left = self.refcount[pfns if run is None else run]
+        if left.all():
+            assert (left > 0).all(), "a frame was put that nobody held"
+            return pfns[:0]
+        assert (left >= 0).all(), "a frame was put that nobody held"
+        freed: Pfns = pfns[left == 0]
+        if run is None:
+            freed = _ascending(freed)
+        self._free(freed)
+        return freed
+
+    def get_one(self, pfn: Pfn) -> None:
+        """Take a reference."""
+        if pfn != ZERO_PFN:
+            self._refcount[pfn] += 1
+
+    def put_one(self, pfn: Pfn) -> bool:
+        """Drop a reference.
+
+        Returns: True when it was the last one and the frame is free.
+        """
+        if pfn == ZERO_PFN:
+            return False
+        left = self._refcount[pfn] - 1
+        assert left >= 0, f"frame {pfn:#x} was put and nobody held it"
+        self._refcount[pfn] = left
+        if left:
+            return False
+        assert not self._mapcount[pfn], f"frame {pfn:#x} is freed while mapped"
+        self._flags[pfn] = 0
+        self._mapping[pfn] = 0
+        self._allocator.give_back_one(pfn)
+        return True
+
+    def _free(self, pfns: Pfns) -> None:
+        run = as_slice(pfns)
+        where = pfns if run is None else run
+        assert not self.mapcount[where].any(), "a frame is freed while mapped"
+        self.flags[where] = 0
+        self.mapping[where] = 0
+        self._allocator.give_back(pfns)
+
+    # -- the reverse map's counts
+
+    def map(self, pfns: Pfns) -> None:
+        """Count a page-table entry more for each, and the reference that goes with it.
+
+        Cost: twice that of `get`.  Source: Linux mm/rmap.c, folio_add_file_rmap_ptes().
+        """
+        pfns = _counted(pfns)
+        _add(self.mapcount, pfns)
+        _add(self.refcount, pfns)
+
+    def map_new(self, pfns: Pfns) -> None:
+        """Count the first page-table entry of frames just allocated, whose reference becomes the entry's.
+
+        Args:
+            pfns: int64[n], unique, not mapped.
+
+        Cost: 1 ns per page.  Source: Linux mm/rmap.c, folio_add_new_anon_rmap().
+        """
+        run = as_slice(pfns)
+        where = pfns if run is None else run
+        assert not self.mapcount[where].any(), "a new frame is mapped already"
+        self.mapcount[where] = 1
+
+    def unmap(self, pfns: Pfns) -> Pfns:
+        """Count a page-table entry less for each, and drop the reference that went with it.
+
+        Returns: int64[m], the frames that were freed, ascending.
+
+        Cost: twice that of `put`.  Source: Linux mm/rmap.c, folio_remove_rmap_ptes().
+        """
+        pfns = _counted(pfns)
+        run = _subtract(self.mapcount, pfns)
+        assert (self.mapcount[pfns if run is None else run] >= 0).all(), "unmapped, and not mapped"
+        return self.put(pfns)
+
+    def map_one(self, pfn: Pfn) -> None:
+        """`map` for one frame."""
+        if pfn != ZERO_PFN:
+            self._mapcount[pfn] += 1
+            self._refcount[pfn] += 1
+
+    def map_new_one(self, pfn: Pfn) -> None:
+        """`map_new` for one frame."""
+        assert not self._mapcount[pfn], f"new frame {pfn:#x} is mapped already"
+        self._mapcount[pfn] = 1
+
+    def unmap_one(self, pfn: Pfn) -> bool:
+        """`unmap` for one frame.
+
+        Returns: True when the frame is free.
+        """
+        if pfn == ZERO_PFN:
+            return False
+        left = self._mapcount[pfn] - 1
+        assert left >= 0, f"frame {pfn:#x} was unmapped and is not mapped"
+        self._mapcount[pfn] = left
+        return self.put_one(pfn)
+
+    def pin(self, pfns: Pfns) -> None:
+        """Keep frames where they are: a reference each, and a count that says it is for DMA.
+
+        Source: Linux mm/gup.c, try_grab_folio() with FOLL_PIN.
+        """
+        pfns = _counted(pfns)
+        _add(self.pincount, pfns)
+        _add(self.refcount, pfns)
+
+    def unpin(self, pfns: Pfns) -> Pfns:
+        """Undo `pin`.
+
+        Returns: int64[m], the frames that were freed, ascending.
+
+        Source: Linux mm/gup.c, unpin_user_pages().
+        """
+        pfns = _counted(pfns)
+        run = _subtract(self.pincount, pfns)
+        assert (self.pincount[pfns if run is None else run] >= 0).all(), "unpinned, and not pinned"
+        return self.put(pfns)
+
+    # -- what a frame is
+
+    def set_flags(self, pfns: Pfns, flags: PageFlag) -> None:
+        """Set flags of frames in use."""
+        run = as_slice(pfns)
+        self.flags[pfns if run is None else run] |= np.uint32(flags)
+
+    def clear_flags(self, pfns: Pfns, flags: PageFlag) -> None:
+        """Clear flags."""
+        run = as_slice(pfns)
+        self.flags[pfns if run is None else run] &= ~np.uint32(flags)
+
+    def test_flags(self, pfns: Pfns, flags: PageFlag) -> npt.NDArray[np.bool_]:
+        """Which frames have one of `flags`.
+
+        Returns: bool[n].
+        """
+        result: npt.NDArray[np.bool_] = (self.flags[pfns] & np.uint32(flags)) != 0
+        return result
+
+    def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
+        """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
+
+        Args:
+            mapping: id of the file, or of the anon_vma (with PageFlag.ANON).
+            index: int64[n], page offsets.
+
+        Cost: 2 ns per page for consecutive frames.
+        """
+        run = as_slice(pfns)
+        where = pfns if run is None else run
+        self.mapping[where] = mapping
+        self.index[where] = index
+        self.flags[where] = flags
+
+    # -- looking at all of it
+
+    def statistics(self) -> list[RegionStatistics]:
+        """Numbers of every region, in the order they were added.
+
+        Cost: O(frames ever used), vectorised.
+        """
+        return [
+            RegionStatistics(
+                number=region.number,
+                owner=region.owner,
+                kind=region.kind,
+                total=region.total,
+                free=region.free,
+                used=region.used,
+                mapped=int(np.count_nonzero(self.mapcount[region.first : region.top])),
+                high_water=region.high_water,
+            )
+            for region in self.regions
+        ]
+
+    def check(self) -> None:
+        """Assert all invariants.
+
+        Cost: O(frames), and it commits nothing.
+        """
+        super().check()
+        free = self._allocator.free_mask()
+        assert (self.refcount[~free] > 0).all(), "a frame in use has no reference"
+        for column in (self.refcount, self.mapcount, self.pincount, self.flags, self.mapping):
+            assert not column[free].any(), "a free frame is counted, flagged or owned"
+        assert (self.mapcount >= 0).all()
+        assert (self.pincount >= 0).all()
+        assert (self.refcount >= np.maximum(self.mapcount, self.pincount)).all()
+        exclusive = (self.flags & np.uint32(PageFlag.ANON_EXCLUSIVE)) != 0
+        assert ((self.flags[exclusive] & np.uint32(PageFlag.ANON)) != 0).all(), "exclusive and not anonymous"
+
+
+def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:
+    size = np.dtype(dtype).itemsize
+    return np.frombuffer(anonymous_memory(nframes * size), dtype, nframes)
+
+
+def _counted(pfns: Pfns) -> Pfns:
+    """Without the zero page."""
+    return pfns if pfns.all() else pfns[pfns != ZERO_PFN]
+
+
+def _add(counts: npt.NDArray[np.int32], pfns: Pfns) -> slice | None:
+    run = as_slice(pfns)
+    if run is None:
+        np.add.at(counts, pfns, _ONE)
+    else:
+        counts[run] += _ONE
+    return run
+
+
+def _subtract(counts: npt.NDArray[np.int32], pfns: Pfns) -> slice | None:
+    run = as_slice(pfns)
+    if run is None:
+        np.subtract.at(counts, pfns, _ONE)
+    else:
+        counts[run] -= _ONE
+    return run
+
+
+def _ascending(pfns: Pfns) -> Pfns:
+    """Sorted and without repetitions."""
+    steps = pfns[1:] > pfns[:-1]
+    if steps.all():
+        return pfns
+    pfns = np.sort(pfns)
+    keep = np.empty(pfns.size, np.bool_)
+    keep[0] = True
+    np.not_equal(pfns[1:], pfns[:-1], out=keep[1:])
+    return pfns[keep]
