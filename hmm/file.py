@@ -1,0 +1,290 @@
+"""Files: named bytes that several address spaces may map, and their page cache.
+
+Models `struct inode` with its `struct address_space` for a memfd or tmpfs file, which is what all files here
+are: the page cache is the only copy, a page that was never written is a hole, and a hole costs nothing until
+a mapping touches it.  Unnamed shared memory is such a file without a name.  A device file has no pages of its
+own: its driver says how it is mapped.
+
+A file's pages live while a handle is open or a VMA maps it.  `mappers` names the address spaces that may map
+it: a space enters at mmap and fork, and leaves when a look at its VMAs shows no mapping.  So whoever unmaps
+only has to call `release_unused()`, and what one call misses the next one finds.
+
+**Source**: Linux mm/shmem.c (shmem_file_read_iter(), shmem_file_write_iter(), shmem_evict_inode()).
+
+**Invariants** (`check()`): every page of the cache is a frame on which the cache holds a reference; none lies
+behind `size_bytes`; the bytes of the last page behind `size_bytes` are zero unless a mapping wrote them.
+
+**Absent**: truncation and holes (truncate.py), page faults (fault.py), names and directories, access rights.
+
+Differs: a file ends at 256 TiB at the latest (EFBIG beyond), where four levels of directories end.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import InvalidRequestError, OutOfFramesError
+from hmm.frames import Frames, PageFlag
+from hmm.operation import Operation, Pause
+from hmm.page_table import PageTable
+from hmm.uio import copy_from_frames, copy_to_frames
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PIECE_BYTES,
+    Address,
+    Entries,
+    Pfn,
+    Pfns,
+    SpaceId,
+    page_down,
+    page_up,
+)
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["FILE_SIZE_MAX", "File", "FileKind", "read", "write"]
+
+FILE_SIZE_MAX = 1 << 48
+"""Largest size in bytes: a page cache of four levels ends here."""
+_OFFSET = PAGE_SIZE - 1
+
+
+class FileKind(Enum):
+    """What stands behind a mapping of the file."""
+
+    FILE = "file"
+    SHARED_MEMORY = "shared memory"
+    DEVICE = "device"
+
+
+@dataclass(slots=True, eq=False)
+class File:
+    """A file: its size, its page cache, who holds it.
+
+    Attributes:
+        id: positive, unique in the machine.
+        name: what /proc/PID/maps shows.
+        size_bytes: end of the file.  A device file has none: no access is behind it.
+        vm_flags: of a device file: what its driver's mmap adds to the VMA.  With MIXEDMAP every mmap gets
+            zeroed pages of its own; with PFNMAP the VMA shows registers, frame numbers without struct page.
+        first_register: with PFNMAP: the frame number at offset 0, positive.
+        opens: open handles; a name in a file system counts as one.
+        mappers: the address spaces that may map the file, by id.
+        pages: the page cache: an entry per page that is no hole, addressed by the offset in bytes.
+    """
+
+    id: int
+    name: str
+    kind: FileKind
+    frames: Frames
+    size_bytes: int = 0
+    vm_flags: VmFlag = VmFlag.NONE
+    first_register: Pfn = 0
+    opens: int = 0
+    max_directories: int = 1 << 18
+    mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
+    pages: PageTable = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pages = PageTable(FILE_SIZE_MAX - 1, max_directories=self.max_directories)
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.id} ({self.name or 'unnamed'})"
+
+    @property
+    def npages(self) -> int:
+        """Pages up to the end of the file; the last one may be partial."""
+        return page_up(self.size_bytes) >> PAGE_SHIFT
+
+    # ---- who holds it
+
+    def open(self) -> None:
+        """Count one handle more."""
+        self.opens += 1
+
+    def close(self) -> bool:
+        """Count one handle less.
+
+        Returns: True when the file's pages were let go of, because nothing else holds it.
+        """
+        assert self.opens > 0, self
+        self.opens -= 1
+        return self.release_unused()
+
+    def mapped_by(self, space: AddressSpace) -> None:
+        """Note that VMAs of `space` map the file, or are about to."""
+        self.mappers[space.id] = space
+
+    def mapping_spaces(self) -> list[AddressSpace]:
+        """The address spaces with a VMA that maps the file, by ascending id.
+
+        Cost: O(VMAs of `mappers`).  Source: the kernel keeps them in `i_mmap`.
+        """
+        for space_id in sorted(self.mappers):
+            if not self._is_mapped_in(self.mappers[space_id]):
+                del self.mappers[space_id]
+        return [self.mappers[space_id] for space_id in sorted(self.mappers)]
+
+    def mappings(self, space: AddressSpace) -> list[Vma]:
+        """The VMAs of `space` that map the file, ascending.  Cost: O(VMAs)."""
+        return [vma for vma in space.vmas if vma.mapping.backing is self]
+
+    def _is_mapped_in(self, space: AddressSpace) -> bool:
+        return any(vma.mapping.backing is self for vma in space.vmas)
+
+    def release_unused(self) -> bool:
+        """Let go of all pages when no handle is open and no VMA maps the file.
+
+        To be called once the entries of an unmapped range are gone, not when its VMAs are: until then a
+        mirror that does not answer can bring them back.
+
+        Returns: True when the file is unused, and its pages are gone.
+
+        Cost: nothing while a handle is open; else O(VMAs of `mappers`).
+        """
+        if self.opens or self.mapping_spaces():
+            return False
+        self.drop_pages(0, FILE_SIZE_MAX)
+        return True
+
+    # ---- the page cache
+
+    def grab(self, offsets: Entries) -> Pfns:
+        """The frames of pages of the file, allocated where there is a hole.
+
+        Args:
+            offsets: uint64[n], bytes, page-aligned, ascending and unique, below FILE_SIZE_MAX.
+
+        Returns: int64[n]; no reference is taken for the caller.
+
+        Raises:
+            OutOfFramesError: too few frames or directories; nothing was changed (ENOMEM).
+
+        Cost: O(n), vectorised.  Source: Linux mm/shmem.c, shmem_get_folio_gfp() with SGP_CACHE.
+        """
+        entries = self.pages.lookup(offsets)
+        holes = entries == 0
+        nholes = int(np.count_nonzero(holes))
+        if not nholes:
+            return cpu_pte.cpu_pfn(entries)
+        missing = offsets if nholes == offsets.size else offsets[holes]
+        pfns = self.frames.allocate(nholes)
+        fresh = cpu_pte.cpu_entry(pfns, cpu_pte.PRESENT)
+        try:
+            self.pages.store(missing, fresh)
+        except OutOfFramesError:
+            self.frames.put(pfns)
+            raise
+        self.frames.belong(
+            pfns, self.id, (missing >> np.uint64(PAGE_SHIFT)).view(np.int64), PageFlag.SWAPBACKED
+        )
+        entries[holes] = fresh
+        return cpu_pte.cpu_pfn(entries)
+
+    def drop_pages(self, start: int, end: int) -> int:
+        """Take the pages of [start, end), page-aligned bytes, out of the cache.
+
+        Returns: number of pages dropped.
+
+        Source: Linux mm/truncate.c, truncate_inode_pages_range().
+        """
+        entries = self.pages.zap(start, end).entries
+        self.frames.put(cpu_pte.cpu_pfn(entries))
+        return entries.size
+
+    def zero(self, start: int, end: int) -> None:
+        """Fill [start, end), bytes inside one page, with zeroes; a hole is zero already."""
+        entry = self.pages.get(start)
+        if entry and start < end:
+            self.frames.write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
+
+    def check(self) -> None:
+        """Assert the invariants.  Cost: O(pages of the cache)."""
+        self.pages.check()
+        offsets, entries = self.pages.valid(0, FILE_SIZE_MAX)
+        assert not offsets.size or int(offsets[-1]) < self.size_bytes, f"{self} has pages behind its end"
+        assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
+        assert (self.frames.refcount[cpu_pte.cpu_pfn(entries)] > 0).all(), f"{self} has a free frame"
+
+
+def read(file: File, start: int, length: int) -> Operation[bytes]:
+    """Read bytes of a file, as pread() does: short at its end; holes read as zeroes and stay holes.
+
+    Raises:
+        InvalidRequestError: a negative offset or length, or a device file, which cannot be read (EINVAL).
+
+    Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_file_read_iter().
+    """
+    _require_bytes(file, "read", start, length)
+    parts: list[bytes] = []
+    at, end = start, start + length
+    while at < min(end, file.size_bytes):
+        stop = min(end, file.size_bytes, page_down(at) + PIECE_BYTES)
+        entries = file.pages.read(page_down(at), page_up(stop))
+        # A hole is entry 0, whose frame number is that of the zero page.
+        parts.append(copy_from_frames(file.frames, cpu_pte.cpu_pfn(entries), at & _OFFSET, stop - at))
+        at = stop
+        if at < end:
+            yield Pause()
+    return b"".join(parts)
+
+
+def write(file: File, start: int, data: bytes) -> Operation[int]:
+    """Write bytes to a file, as pwrite() does: fills holes, and moves the end when it writes behind it.
+
+    Returns: number of bytes written; less than given when frames ran out half way.
+
+    Raises:
+        InvalidRequestError: a negative offset, or a device file (EINVAL); behind FILE_SIZE_MAX (EFBIG).
+        OutOfFramesError: not one page could be written (ENOMEM).
+
+    Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_write_begin(), shmem_write_end().
+    """
+    _require_bytes(file, "write", start, len(data))
+    if start + len(data) > FILE_SIZE_MAX:
+        raise InvalidRequestError(f"write: {file} cannot grow beyond {FILE_SIZE_MAX:#x} bytes", errnos.EFBIG)
+    done = 0
+    while done < len(data):
+        at = start + done
+        stop = min(start + len(data), page_down(at) + PIECE_BYTES)
+        try:
+            pfns = _grab_most(file, page_down(at), page_up(stop))
+        except OutOfFramesError:
+            if done:
+                return done
+            raise
+        wanted, stop = stop, min(stop, page_down(at) + pfns.size * PAGE_SIZE)
+        copy_to_frames(file.frames, pfns, at & _OFFSET, memoryview(data)[done : done + stop - at])
+        file.size_bytes = max(file.size_bytes, stop)
+        done += stop - at
+        if stop < wanted:
+            return done
+        if done < len(data):
+            yield Pause()
+    return done
+
+
+def _grab_most(file: File, start: Address, end: Address) -> Pfns:
+    # The frames of as many pages from `start` on as there is memory for, at least one.
+    offsets = np.arange(start, end, PAGE_SIZE, dtype=np.uint64)
+    try:
+        return file.grab(offsets)
+    except OutOfFramesError:
+        holes = np.flatnonzero(file.pages.read(start, end) == 0)
+        fit = min(file.frames.available, holes.size - 1)
+        if fit <= 0 and not holes[0]:
+            raise
+        return file.grab(offsets[: holes[fit]])
+
+
+def _require_bytes(file: File, operation: str, start: int, length: int) -> None:
+    if file.kind is FileKind.DEVICE:
+        raise InvalidRequestError(f"{operation}: {file} has no contents of its own")
+    if start < 0 or length < 0:
+        raise InvalidRequestError(f"{operation}: offset {start} or length {length} is negative")

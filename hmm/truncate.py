@@ -1,0 +1,162 @@
+"""Truncation: the end of a file moves, or a hole is made in it, under the feet of those who map it.
+
+Every address space that maps a part of the range is told first and gives up its entries, then the pages go.
+No
+VMA lock is taken: VMAs stay, and a touch of an address that lies behind the end is answered with SIGBUS.
+
+Truncation takes private copies too (`even_cows`), as they stand for bytes that the file no longer has; a hole
+leaves them, as they are no longer the file's.
+
+**Source**: Linux mm/truncate.c (truncate_pagecache()), mm/memory.c (unmap_mapping_range()), mm/shmem.c
+(shmem_setattr(), shmem_fallocate(), shmem_undo_range()).
+
+**Invariants**: when an operation is done no CPU entry names a page of the file that the cache has not, and no
+mirror one that it was not told about.
+
+**Absent**: reading and writing (file.py); quotas.
+
+Differs: a space is told of all its mappings by one event, not by one per VMA.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from contextlib import ExitStack
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import InvalidRequestError, TimedOutError
+from hmm.events import Cause
+from hmm.file import FILE_SIZE_MAX, File, FileKind
+from hmm.frames import ZERO_PFN, PageFlag
+from hmm.operation import Operation
+from hmm.units import PAGE_SHIFT, AddressRange, Entries, SpaceId, page_down, page_up
+
+__all__ = ["punch", "truncate"]
+
+
+def truncate(file: File, size_bytes: int) -> Operation[None]:
+    """Set the size of a file.
+
+    Pages behind the new end go, with all entries that map them and the private copies made of them; the rest
+    of the last page is zeroed.  A larger size adds a hole.
+
+    Raises:
+        InvalidRequestError: a negative size, or a device file (EINVAL); above FILE_SIZE_MAX (EFBIG).
+        TimedOutError: a mirror with policy FAIL did not answer; the size is what it was (ETIMEDOUT).
+
+    Cost: O(pages dropped + entries dropped + VMAs of the spaces that map the file).
+    Source: Linux mm/shmem.c, shmem_setattr().
+    """
+    if file.kind is FileKind.DEVICE or size_bytes < 0:
+        raise InvalidRequestError(f"truncate: {file} cannot have a size of {size_bytes} bytes")
+    if size_bytes > FILE_SIZE_MAX:
+        raise InvalidRequestError(f"truncate: {size_bytes:#x} bytes are too many for a file", errnos.EFBIG)
+    before, file.size_bytes = file.size_bytes, size_bytes
+    if size_bytes >= before:
+        return
+    # The size comes first: from here on no touch brings back what is about to go.
+    try:
+        yield from _unmap(file, page_up(size_bytes), FILE_SIZE_MAX, even_cows=True)
+    except TimedOutError:
+        file.size_bytes = max(file.size_bytes, before)
+        raise
+    file.zero(size_bytes, page_up(size_bytes))
+    file.drop_pages(page_up(file.size_bytes), FILE_SIZE_MAX)
+
+
+def punch(file: File, start: int, length: int) -> Operation[None]:
+    """Make a hole in a file and keep its size: fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE).
+
+    Whole pages go with the entries that map them; private copies stay.  Parts of pages are zeroed.
+
+    Raises:
+        InvalidRequestError: a negative offset, no length, or a device file (EINVAL); above FILE_SIZE_MAX
+            (EFBIG).
+        TimedOutError: a mirror with policy FAIL did not answer; the pages are still there (ETIMEDOUT).
+
+    Cost: as `truncate`.  Source: Linux mm/shmem.c, shmem_fallocate(); fs/open.c, vfs_fallocate().
+    """
+    if file.kind is FileKind.DEVICE or start < 0 or length <= 0:
+        raise InvalidRequestError(f"punch: {file} cannot have a hole of {length} bytes at {start}")
+    end = start + length
+    if end > FILE_SIZE_MAX:
+        raise InvalidRequestError(f"punch: {end:#x} is behind the end of any file", errnos.EFBIG)
+    first, last = page_up(start), page_down(end)
+    if first < last:
+        yield from _unmap(file, first, last, even_cows=False)
+        file.drop_pages(first, last)
+    if last < first:
+        file.zero(start, end)
+    else:
+        file.zero(start, first)
+        file.zero(last, end)
+
+
+def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[None]:
+    # unmap_mapping_range().  All spaces are told before one of them is changed, so that nothing is when one
+    # of the mirrors does not answer.  While they were being told, pages may have been mapped or moved: the
+    # kernel looks twice, we look until there is nothing new.
+    told: dict[SpaceId, tuple[AddressRange, ...]] = {}
+    with ExitStack() as brackets:
+        while new := _untold(file, start, end, told, even_cows=even_cows):
+            for space_id, spans in new.items():
+                told[space_id] = told.get(space_id, ()) + spans
+                notifier = file.mappers[space_id].notifier
+                invalidation = brackets.enter_context(notifier.invalidation(spans, Cause.TRUNCATE))
+                yield from invalidation.deliver()
+        for space in file.mapping_spaces():
+            for span in _spans(file, space, start, end):
+                _zap(space, span, even_cows=even_cows)
+
+
+def _untold(
+    file: File, start: int, end: int, told: dict[SpaceId, tuple[AddressRange, ...]], *, even_cows: bool
+) -> dict[SpaceId, tuple[AddressRange, ...]]:
+    # At first every mapping of the range, as the kernel; later only what has come to hold entries.
+    new = {}
+    for space in file.mapping_spaces():
+        spans = _spans(file, space, start, end)
+        if space.id in told:
+            spans = tuple(
+                span
+                for span in spans
+                if not any(known.start <= span.start and span.end <= known.end for known in told[space.id])
+                and _doomed(space, span, even_cows=even_cows)[0].size
+            )
+        if spans:
+            new[space.id] = spans
+    return new
+
+
+def _spans(file: File, space: AddressSpace, start: int, end: int) -> tuple[AddressRange, ...]:
+    # Where `space` maps the page-aligned bytes [start, end) of the file.
+    spans = []
+    for vma in file.mappings(space):
+        shift = vma.mapping.delta << PAGE_SHIFT
+        low, high = max(vma.start, start - shift), min(vma.end, end - shift)
+        if low < high:
+            spans.append(AddressRange(low, high))
+    return tuple(spans)
+
+
+def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tuple[Entries, Entries]:
+    # Addresses and entries that have to go: zap_present_pte(), should_zap_folio().
+    addresses, entries = space.table.valid(span.start, span.end)
+    if not even_cows and entries.size:
+        framed = cpu_pte.holds_frame(entries)
+        own = framed & space.frames.test_flags(
+            np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON
+        )
+        return addresses[~own], entries[~own]
+    return addresses, entries
+
+
+def _zap(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> None:
+    if even_cows:
+        space.zap(span.start, span.end)
+        return
+    addresses, _ = _doomed(space, span, even_cows=False)
+    space.drop(space.table.clear_many(addresses))
