@@ -44,10 +44,11 @@ class HmmError(Exception):
         address: the failing address in bytes, when there is one.
         notifier_seq: the sequence to start again from, when the caller raced with an invalidation.
         hole_end: end of the unmapped hole that holds `address`, so that a caller can skip all of it.
+        reason: a constant for programs; finer than the class where one class has several.
     """
 
     errno_default: ClassVar[int] = errnos.EINVAL
-    reason: ClassVar[str] = "INVALID"
+    reason: str = "INVALID"
 
     def __init__(
         self,
@@ -57,12 +58,15 @@ class HmmError(Exception):
         address: int | None = None,
         notifier_seq: int | None = None,
         hole_end: int | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.errno = self.errno_default if errno is None else errno
         self.address = address
         self.notifier_seq = notifier_seq
         self.hole_end = hole_end
+        if reason is not None:
+            self.reason = reason
 
     def __str__(self) -> str:
         return f"{errno_name(self.errno)}: {self.args[0]}"
