@@ -167,18 +167,21 @@ class FrameAllocator:
             raise OutOfFramesError(f"{region}: {count} frames wanted, {region.free} of {region.total} free")
         reused = min(count, region.nfree)
         fresh = count - reused
-        pfns = np.empty(count, np.int64)
-        if reused:
-            bottom = region.start + region.nfree - reused
-            pfns[:reused] = self._stack[bottom : bottom + reused][::-1]
-            region.nfree -= reused
-            if not (pfns[1:reused] > pfns[: reused - 1]).all():
-                pfns[:reused].sort()
-        if fresh:
-            pfns[reused:] = np.arange(region.top, region.top + fresh)
-            region.top += fresh
+        old = self._pop(region, reused)
+        new = np.arange(region.top, region.top + fresh)
+        region.top += fresh
         region.high_water = max(region.high_water, region.used)
-        return pfns, reused
+        if not reused:
+            return new, 0
+        return (np.concatenate((old, new)) if fresh else old), reused
+
+    def _pop(self, region: Region, count: int) -> Pfns:
+        region.nfree -= count
+        bottom = region.start + region.nfree
+        pfns = self._stack[bottom : bottom + count][::-1].copy()
+        if not (pfns[1:] > pfns[:-1]).all():
+            pfns.sort()
+        return pfns
 
     def take_one(self, number: int) -> tuple[Pfn, bool]:
         """Allocate one frame.
@@ -256,9 +259,9 @@ class FrameAllocator:
             assert ((stack >= region.first) & (stack < region.top)).all(), f"{region}: foreign frames"
             free[region.first : region.top] = False
             free[stack] = True
-            assert region.used == region.top - region.first - np.count_nonzero(
-                free[region.first : region.top]
-            ), f"{region}: a frame is free twice"
+            assert region.used == region.top - region.first - np.count_nonzero(free[region.first : region.top]), (
+                f"{region}: a frame is free twice"
+            )
             end = region.end
         assert end <= self._nframes
         return free

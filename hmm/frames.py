@@ -174,10 +174,12 @@ class Frames(FrameContents):
         Cost: 1.5 ns per page.  Source: Linux mm/page_alloc.c, alloc_pages_bulk_noprof().
         """
         pfns, reused = self._allocator.take(count, region)
-        run = as_slice(pfns)
-        self.refcount[pfns if run is None else run] = 1
-        if reused:
-            self._set_stale(pfns[:reused])
+        where = _where(pfns)
+        self.refcount[where] = 1
+        if isinstance(where, slice):
+            self._stale[where.start : where.start + reused] = True
+        else:
+            self._stale[pfns[:reused]] = True
         return pfns
 
     def allocate_one(self, region: int = SYSTEM_REGION) -> Pfn:
@@ -211,15 +213,13 @@ class Frames(FrameContents):
         pfns = _counted(pfns)
         if not pfns.size:
             return pfns
-        run = _subtract(self.refcount, pfns)
-        left = self.refcount[pfns if run is None else run]
-        if left.all():
-            assert (left > 0).all(), "a frame was put that nobody held"
-            return pfns[:0]
+        where = _subtract(self.refcount, pfns)
+        left = self.refcount[where]
         assert (left >= 0).all(), "a frame was put that nobody held"
-        freed: Pfns = pfns[left == 0]
-        if run is None:
-            freed = _ascending(freed)
+        if left.all():
+            return pfns[:0]
+        freed: Pfns = pfns if not left.any() else pfns[left == 0]
+        freed = _ascending(freed)
         self._free(freed)
         return freed
 
@@ -247,8 +247,7 @@ class Frames(FrameContents):
         return True
 
     def _free(self, pfns: Pfns) -> None:
-        run = as_slice(pfns)
-        where = pfns if run is None else run
+        where = _where(pfns)
         assert not self.mapcount[where].any(), "a frame is freed while mapped"
         self.flags[where] = 0
         self.mapping[where] = 0
@@ -273,8 +272,7 @@ class Frames(FrameContents):
 
         Cost: 1 ns per page.  Source: Linux mm/rmap.c, folio_add_new_anon_rmap().
         """
-        run = as_slice(pfns)
-        where = pfns if run is None else run
+        where = _where(pfns)
         assert not self.mapcount[where].any(), "a new frame is mapped already"
         self.mapcount[where] = 1
 
@@ -286,8 +284,8 @@ class Frames(FrameContents):
         Cost: twice that of `put`.  Source: Linux mm/rmap.c, folio_remove_rmap_ptes().
         """
         pfns = _counted(pfns)
-        run = _subtract(self.mapcount, pfns)
-        assert (self.mapcount[pfns if run is None else run] >= 0).all(), "unmapped, and not mapped"
+        where = _subtract(self.mapcount, pfns)
+        assert (self.mapcount[where] >= 0).all(), "unmapped, and not mapped"
         return self.put(pfns)
 
     def map_one(self, pfn: Pfn) -> None:
@@ -330,21 +328,19 @@ class Frames(FrameContents):
         Source: Linux mm/gup.c, unpin_user_pages().
         """
         pfns = _counted(pfns)
-        run = _subtract(self.pincount, pfns)
-        assert (self.pincount[pfns if run is None else run] >= 0).all(), "unpinned, and not pinned"
+        where = _subtract(self.pincount, pfns)
+        assert (self.pincount[where] >= 0).all(), "unpinned, and not pinned"
         return self.put(pfns)
 
     # -- what a frame is
 
     def set_flags(self, pfns: Pfns, flags: PageFlag) -> None:
         """Set flags of frames in use."""
-        run = as_slice(pfns)
-        self.flags[pfns if run is None else run] |= np.uint32(flags)
+        self.flags[_where(pfns)] |= np.uint32(flags)
 
     def clear_flags(self, pfns: Pfns, flags: PageFlag) -> None:
         """Clear flags."""
-        run = as_slice(pfns)
-        self.flags[pfns if run is None else run] &= ~np.uint32(flags)
+        self.flags[_where(pfns)] &= ~np.uint32(flags)
 
     def test_flags(self, pfns: Pfns, flags: PageFlag) -> npt.NDArray[np.bool_]:
         """Which frames have one of `flags`.
@@ -363,8 +359,7 @@ class Frames(FrameContents):
 
         Cost: 2 ns per page for consecutive frames.
         """
-        run = as_slice(pfns)
-        where = pfns if run is None else run
+        where = _where(pfns)
         self.mapping[where] = mapping
         self.index[where] = index
         self.flags[where] = flags
@@ -417,22 +412,27 @@ def _counted(pfns: Pfns) -> Pfns:
     return pfns if pfns.all() else pfns[pfns != ZERO_PFN]
 
 
-def _add(counts: npt.NDArray[np.int32], pfns: Pfns) -> slice | None:
+def _where(pfns: Pfns) -> Pfns | slice:
+    """The index that selects frames: a slice when they are consecutive."""
     run = as_slice(pfns)
-    if run is None:
-        np.add.at(counts, pfns, _ONE)
-    else:
-        counts[run] += _ONE
-    return run
+    return pfns if run is None else run
 
 
-def _subtract(counts: npt.NDArray[np.int32], pfns: Pfns) -> slice | None:
-    run = as_slice(pfns)
-    if run is None:
-        np.subtract.at(counts, pfns, _ONE)
+def _add(counts: npt.NDArray[np.int32], pfns: Pfns) -> None:
+    where = _where(pfns)
+    if isinstance(where, slice):
+        counts[where] += _ONE
     else:
-        counts[run] -= _ONE
-    return run
+        np.add.at(counts, where, _ONE)
+
+
+def _subtract(counts: npt.NDArray[np.int32], pfns: Pfns) -> Pfns | slice:
+    where = _where(pfns)
+    if isinstance(where, slice):
+        counts[where] -= _ONE
+    else:
+        np.subtract.at(counts, where, _ONE)
+    return where
 
 
 def _ascending(pfns: Pfns) -> Pfns:
