@@ -23,7 +23,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
-from hmm.units import TASK_SIZE, Address, AddressRange, Entries, SpaceId
+from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, SpaceId
 from hmm.vma import VmaMap, VmFlag
 
 MMAP_BASE = TASK_SIZE - (1 << 27)
@@ -56,9 +56,8 @@ class AddressSpace:
     mmap_base: Address = MMAP_BASE
     brk_start: Address = 0
     brk_end: Address = 0
-    default_flags: VmFlag = VmFlag(0)  # mlockall(MCL_FUTURE)
+    default_flags: VmFlag = VmFlag.NONE  # mlockall(MCL_FUTURE)
     users: int = 1
-    broken: str = ""
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
     notifier: Notifier = field(init=False)
@@ -84,7 +83,7 @@ class AddressSpace:
 
         A dirty entry of a page that is not anonymous makes its frame dirty, as set_page_dirty() does.
         """
-        held = entries[cpu_pte.has_frame(entries)]
+        held = entries[cpu_pte.holds_frame(entries)]
         if not held.size:
             return
         pfns = cpu_pte.cpu_pfn(held)
@@ -96,11 +95,24 @@ class AddressSpace:
     @contextmanager
     def restoring(self, span: AddressRange) -> Iterator[None]:
         """Put the VMAs of `span` back when a mirror with policy FAIL did not answer: nothing was changed then."""
-        pieces = self.vmas.pieces(span)
+        vmas = self.vmas.mapped_pieces(span)
         brk_end = self.brk_end
         try:
             yield
         except TimedOutError:
-            self.vmas.replace(span, pieces)
+            self.vmas.replace(span, vmas)
             self.brk_end = brk_end
             raise
+
+    def check(self) -> None:
+        """Assert the invariants of this address space: tables, and that entries lie in VMAs.
+
+        While a range is being unmapped its VMAs are gone already and its entries are still there.
+        """
+        self.vmas.check()
+        self.table.check()
+        leaving = [span for running in self.notifier.invalidations for span in running.spans]
+        for run in self.table.walk(0, TASK_SIZE):
+            for address in (run.start + np.flatnonzero(run.entries) * PAGE_SIZE).tolist():
+                if self.vmas.find(address) is None:
+                    assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"

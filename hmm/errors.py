@@ -99,7 +99,7 @@ class Signal(Enum):
     BUS_POISON = "BUS_POISON"
 
 
-class SegmentationFault(BadAddressError):
+class SegmentationFault(BadAddressError):  # noqa: N818 - the field's own name
     """A CPU access was answered with a signal at `address`."""
 
     reason = "SIGNAL"

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hmm.errors import TimedOutError
+from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
 from hmm.events import Cause, Event, EventState, EventType, Outcome
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.units import AddressRange, MirrorId, SpaceId
@@ -65,6 +65,7 @@ class Invalidation:
     spans: Spans
     owner: int = 0
     blockable: bool = True
+    certain: bool = False
 
     def deliver(self) -> Operation[tuple[Outcome, ...]]:
         """Tell every subscriber concerned and wait for all answers.
@@ -86,7 +87,7 @@ class Invalidation:
         while any(listener.awaits_late_answer() for listener in notifier.listeners(event)):
             yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans)
         notifier.mark(event)
-        return (yield from notifier.broadcast(event))
+        return (yield from notifier.broadcast(event, certain=self.certain))
 
     def _event(self) -> Event:
         told = self.cause.told
@@ -126,6 +127,7 @@ class Turn:
         """Wait until all earlier calls are done."""
         if not self.notifier.is_turn(self.ticket):
             yield Await(WaitFor.TURN, self.notifier.space_id, ticket=self.ticket)
+        self.notifier.require_usable()
 
     def hold(self, *spans: AddressRange) -> None:
         """Keep faults out of these ranges until the call ends."""
@@ -144,19 +146,36 @@ class Notifier:
     turns: list[Turn] = field(default_factory=list)
     revision: int = 0
     sequence: int = 2
+    closed: bool = False
+    broken: str = ""
     _tickets: int = 0
+
+    def require_usable(self) -> None:
+        """Raise when the space has gone (ESRCH), or stop at once when an internal error left it half edited."""
+        if self.closed:
+            raise NoSuchObjectError(f"address space {self.space_id} is gone: its last process exited")
+        assert not self.broken, f"address space {self.space_id} is broken: {self.broken}"
 
     # ---- invalidations
 
     @contextmanager
     def invalidation(
-        self, spans: Spans, cause: Cause, *, owner: int = 0, blockable: bool = True
+        self, spans: Spans, cause: Cause, *, owner: int = 0, blockable: bool = True, certain: bool = False
     ) -> Iterator[Invalidation]:
-        """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block."""
-        running = Invalidation(self, self.current.operation_id, cause, spans, owner, blockable)
+        """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block.
+
+        Args:
+            certain: the change cannot be taken back (exit): a mirror that does not answer is lost, whatever its policy.
+        """
+        running = Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain)
         self.invalidations.append(running)
         try:
             yield running
+        except (HmmError, GeneratorExit):
+            raise
+        except BaseException as error:
+            self.broken = f"{cause.value} of {spans[0]} failed half-way: {error!r}"
+            raise
         finally:
             self.invalidations.remove(running)
             if not self.invalidations and self.sequence & 1:
@@ -179,25 +198,27 @@ class Notifier:
                     fault.backoff = True
             yield Await(WaitFor.FAULTS, self.space_id, spans)
 
-    def broadcast(self, event: Event) -> Operation[tuple[Outcome, ...]]:
+    def broadcast(self, event: Event, *, certain: bool = False) -> Operation[tuple[Outcome, ...]]:
         """Send one event to all listeners, wait for all, settle all; then release those that it killed."""
         listeners = self.listeners(event)
         if not listeners:
             return ()
         outcomes: tuple[Outcome, ...] = yield Deliver(event, tuple(listener.id for listener in listeners))
-        abandoned = [outcome.mirror_id for outcome in outcomes if outcome.state is EventState.ABANDONED]
+        killed: list[MirrorId] = []
+        abandoned: list[MirrorId] = []
+        for outcome in outcomes:
+            subscriber = self.subscribers.get(outcome.mirror_id)
+            if outcome.state is EventState.ABANDONED and not certain:
+                abandoned.append(outcome.mirror_id)
+            elif subscriber is not None and not subscriber.settle(event, outcome):
+                killed.append(outcome.mirror_id)
+        if killed:
+            yield Deliver(self.release_event(event.operation_id), tuple(killed))
         if abandoned:
             raise TimedOutError(
                 f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
                 f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
             )
-        killed = []
-        for outcome in outcomes:
-            subscriber = self.subscribers.get(outcome.mirror_id)
-            if subscriber is not None and not subscriber.settle(event, outcome):
-                killed.append(outcome.mirror_id)
-        if killed:
-            yield Deliver(self.release_event(event.operation_id), tuple(killed))
         return outcomes
 
     def release_event(self, operation_id: int) -> Event:
@@ -237,8 +258,9 @@ class Notifier:
 
     def wait_for_edits(self, spans: Spans) -> Operation[None]:
         """Wait until no call is changing the VMAs of these ranges; faults start with this."""
-        while self.edits_overlap(spans):
+        while self.edits_overlap(spans, self.current.operation_id):
             yield Await(WaitFor.EDITS, self.space_id, spans)
+        self.require_usable()
 
     # ---- conditions, for whoever resumes operations
 
@@ -250,9 +272,13 @@ class Notifier:
         """True while a part of `spans` is being invalidated."""
         return any(overlap(running.spans, spans) for running in self.invalidations)
 
-    def edits_overlap(self, spans: Spans) -> bool:
-        """True while the call whose turn it is changes the VMAs of a part of `spans`."""
-        return bool(self.turns) and overlap(self.turns[0].spans, spans)
+    def edits_overlap(self, spans: Spans, operation_id: int = 0) -> bool:
+        """True while the call whose turn it is, if it is another than `operation_id`, changes a part of `spans`."""
+        return (
+            bool(self.turns)
+            and self.turns[0].operation_id != operation_id
+            and overlap(self.turns[0].spans, spans)
+        )
 
     def is_turn(self, ticket: int) -> bool:
         """True when the call with this ticket is first in the queue."""

@@ -15,15 +15,17 @@ Absent: who decides what runs next (local.py, scheduler.py and the server's exec
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from hmm.events import Event
 from hmm.units import AddressRange, MirrorId, SpaceId
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,12 @@ Request: TypeAlias = Deliver | Await | Pause
 Operation: TypeAlias = Generator[Request, Any, T]
 
 
-def finished(value: T) -> Operation[T]:
-    """An operation that has its result at once."""
-    return value
-    yield Pause()  # pragma: no cover - makes this function a generator
+def immediate(function: Callable[P, T]) -> Callable[P, Operation[T]]:
+    """Make an operation of a function that never has to wait."""
+
+    @wraps(function)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> Operation[T]:
+        return function(*args, **kwargs)
+        yield Pause()  # makes this function a generator
+
+    return operation

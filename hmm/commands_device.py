@@ -1,0 +1,264 @@
+"""Commands of the device side: what a driver can ask of the machine.
+
+Every function is a command for `Machine.start`: a generator over the machine that takes and returns plain values.
+
+Source: linux-mm, "HMM: introduce heterogeneous memory management v4" for the life cycle; the modules called name
+theirs.
+Absent: transport; a driver's answers, which are inputs of their own (`Machine.answer`).
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmm import device_access, pte
+from hmm.device import Device
+from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
+from hmm.errors import ConflictError, InvalidRequestError
+from hmm.iommu import Iommu
+from hmm.machine import Machine
+from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
+from hmm.operation import Await, Deliver, Operation, WaitFor, immediate
+from hmm.units import AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFaulted:
+    """The result of a fault call over any number of ranges or pages.
+
+    Attributes:
+        parts: one Faulted per range asked for, or per VMA of scattered pages.
+        entries: uint64[n], the mirror's entry of every page asked for, in order; 0 where it has none.
+        notifier_seq: the address space's notifier sequence when the entries were read.
+        event_sequence: the last event sent to the mirror before the entries were read: a later event that overlaps
+            makes this result stale.
+    """
+
+    parts: tuple[Faulted, ...]
+    entries: Entries
+    notifier_seq: int
+    event_sequence: int
+
+
+@immediate
+def register_device(machine: Machine, name: str, *, dma: bool = False) -> DeviceId:
+    """Register a device; with `dma` its mirrors' entries hold DMA addresses of an emulated IOMMU.
+
+    Raises:
+        InvalidRequestError: an empty name (EINVAL).
+        OutOfFramesError: too many devices (ENOMEM).
+
+    Source: hmm_device_register().
+    """
+    if not name:
+        raise InvalidRequestError("register device: the name is empty")
+    machine.require_room("devices", len(machine.devices), machine.limits.devices)
+    iommu = Iommu(machine.limits.dma_pages) if dma else None
+    device = Device(machine.next_id("device"), name, machine.caller.token, iommu)
+    machine.devices[device.id] = device
+    return device.id
+
+
+@immediate
+def unregister_device(machine: Machine, device_id: DeviceId) -> None:
+    """Unregister a device.
+
+    Raises:
+        ConflictError: it still has mirrors (EBUSY).
+
+    Source: hmm_device_unregister().
+    """
+    device = machine.device(device_id)
+    if any(mirror.device is device for mirror in machine.mirrors.values()):
+        raise ConflictError(f"unregister device: {device} still has mirrors", errnos.EBUSY)
+    del machine.devices[device_id]
+
+
+@immediate
+def register_mirror(
+    machine: Machine,
+    device_id: DeviceId,
+    process_id: ProcessId,
+    *,
+    policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+    update_on_fault: bool = True,
+) -> MirrorId:
+    """Mirror a process's address space.  Callbacks may come before the caller has the result.
+
+    An invalidation that is running already is not delivered; the mirror takes part from its end.
+
+    Args:
+        update_on_fault: deliver DEVICE_RFAULT and DEVICE_WFAULT for the mirror's own faults, as in 2015; without,
+            the result of the fault alone tells the driver.
+
+    Raises:
+        ConflictError: the device mirrors this address space already (EINVAL).
+        OutOfFramesError: too many mirrors (ENOMEM).
+
+    Source: hmm_mirror_register().  Differs: the posted code tested a NULL local, so that duplicates slipped through.
+    """
+    device = machine.device(device_id)
+    process = machine.process(process_id)
+    space = process.space
+    for other in machine.mirrors.values():
+        if other.device is device and other.space is space and other.state is MirrorState.LIVE:
+            raise ConflictError(
+                f"register mirror: {device} mirrors {process} already ({other})", errnos.EINVAL
+            )
+    machine.require_room("mirrors", len(machine.mirrors), machine.limits.mirrors)
+    mirror = Mirror(
+        machine.next_id("mirror"),
+        device,
+        space,
+        process_id,
+        machine.caller.token,
+        policy,
+        update_on_fault,
+        machine.limits.directories,
+    )
+    machine.mirrors[mirror.id] = mirror
+    space.notifier.subscribers[mirror.id] = mirror
+    return mirror.id
+
+
+def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
+    """Stop mirroring: no new events, running callbacks end, then `release` is called, then the mirror is gone.
+
+    Raises:
+        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+
+    Source: hmm_mirror_unregister().
+    """
+    mirror = machine.mirror(mirror_id)
+    mirror.space.notifier.subscribers.pop(mirror_id, None)
+    if mirror.unanswered:
+        yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
+    if machine.mirrors.get(mirror_id) is not mirror:
+        return
+    if mirror.state is MirrorState.LIVE:
+        mirror.release(MirrorState.RELEASED)
+        release = mirror.space.notifier.release_event(machine.current.operation_id)
+        yield Deliver(release, (mirror_id,))
+    machine.mirrors.pop(mirror_id, None)
+
+
+def fault(
+    machine: Machine,
+    mirror_id: MirrorId,
+    target: Sequence[AddressRange] | Entries,
+    *,
+    write: bool,
+    wait: bool = True,
+    whole: bool = True,
+) -> Operation[DeviceFaulted]:
+    """Fault ranges or scattered pages in: begin, fault and retry in one call.
+
+    Args:
+        target: ranges, page-aligned; or uint64[n] page addresses, ascending and unique.
+        wait: False answers EBUSY instead of waiting for an invalidation.
+        whole: go on across the ends of VMAs; False stops at the first end, as `hmm_mirror_fault` does.
+
+    Raises, Source: as `device_fault.fault_range`.
+
+    Cost: O(pages), vectorised.
+    """
+    mirror = machine.mirror(mirror_id)
+    mirror.require_live("fault")
+    if isinstance(target, np.ndarray):
+        parts = yield from fault_pages(mirror, target, write=write, wait=wait)
+        entries = mirror.table.lookup(target)
+    else:
+        one = fault_whole_range if whole else fault_range
+        parts = []
+        for span in target:
+            parts.append((yield from one(mirror, span, write=write, wait=wait)))
+        entries = np.concatenate([mirror.table.read(span.start, span.end) for span in target])
+    return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
+
+
+@immediate
+def device_read(
+    machine: Machine, mirror_id: MirrorId, segments: Sequence[device_access.Segment], *, dma: bool = False
+) -> bytes:
+    """As `device_access.device_read`."""
+    return device_access.device_read(machine.mirror(mirror_id), segments, dma=dma)
+
+
+@immediate
+def device_write(
+    machine: Machine,
+    mirror_id: MirrorId,
+    segments: Sequence[device_access.Segment],
+    data: bytes,
+    *,
+    dma: bool = False,
+) -> None:
+    """As `device_access.device_write`."""
+    device_access.device_write(machine.mirror(mirror_id), segments, data, dma=dma)
+
+
+@immediate
+def dirty_range(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> None:
+    """Report that the device wrote in a range: sets DIRTY on its valid and writable entries.
+
+    Source: hmm_mirror_range_dirty().
+    """
+    mirror = _mirror_of_range(machine, mirror_id, span, "dirty")
+    mirror.mark_dirty(span)
+
+
+@immediate
+def discard_range(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> None:
+    """Drop the mirror's entries of a range, which the device has stopped using already; no callback, no waiting.
+
+    Source: hmm_mirror_range_discard().
+    """
+    mirror = _mirror_of_range(machine, mirror_id, span, "discard")
+    mirror.discard(span)
+
+
+@immediate
+def set_driver_bits(machine: Machine, mirror_id: MirrorId, span: AddressRange, bits: int) -> int:
+    """Set the driver's private bits of all valid entries of a range.
+
+    Args:
+        bits: 0 to 15.
+
+    Returns: number of entries changed.  An event that clears an entry clears these bits with it.
+    """
+    mirror = _mirror_of_range(machine, mirror_id, span, "set driver bits")
+    if not 0 <= bits <= pte.DRIVER_MASK >> pte.HW_SHIFT:
+        raise InvalidRequestError(f"set driver bits: {bits:#x} does not fit the driver's bits")
+    addresses, entries = mirror.table.valid(span.start, span.end)
+    mirror.table.store(addresses, pte.pte_set_driver(entries, bits))
+    return addresses.size
+
+
+@immediate
+def read_table(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Entries:
+    """uint64[npages]: the mirror's entries of a range, 0 where there is none."""
+    mirror = _mirror_of_range(machine, mirror_id, span, "read table")
+    return mirror.table.read(span.start, span.end)
+
+
+@immediate
+def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
+    """Make the nth next DMA mapping call of a device fail (1 is the next one, 0 is none)."""
+    device = machine.device(device_id)
+    if device.iommu is None or nth < 0:
+        raise InvalidRequestError(f"inject DMA failure: {device} does no DMA, or {nth} is negative")
+    device.iommu.failing = nth
+
+
+def _mirror_of_range(machine: Machine, mirror_id: MirrorId, span: AddressRange, operation: str) -> Mirror:
+    mirror = machine.mirror(mirror_id)
+    mirror.require_live(operation)
+    if not span or not is_page_aligned(span.start | span.end) or span.end > mirror.span.end:
+        raise InvalidRequestError(
+            f"{operation}: {span} is empty, not page-aligned or beyond the address space"
+        )
+    return mirror

@@ -1,0 +1,31 @@
+"""A device: what a driver registers before it can mirror anything.
+
+Source: linux-mm, "HMM: introduce heterogeneous memory management v4", hmm_device_register(),
+hmm_device_unregister(); `device->dev` decides whether mirrors hold frame numbers or DMA addresses.
+Invariants: at most one mirror per (device, address space).
+Absent: the mirrors' tables (mirror.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hmm.iommu import Iommu
+from hmm.units import DeviceId
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """`struct hmm_device`.
+
+    Attributes:
+        iommu: present when the device does DMA, so that its mirrors' entries hold DMA addresses.
+    """
+
+    id: DeviceId
+    name: str
+    owner: str
+    iommu: Iommu | None = None
+
+    def __str__(self) -> str:
+        return f"device {self.id} ({self.name})"

@@ -1,0 +1,173 @@
+"""Looking at a machine without changing it: maps, tables, walks, and who blocks whom.
+
+Everything here is a plain value, made for `hmmctl` and for reports of failing tests.
+
+Source: our own; `walk` shows what a hardware page walk would see, `pending` what the kernel cannot tell.
+Absent: ages and deadlines (the server adds them), formatting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hmm.events import Event
+from hmm.machine import Machine, OperationRecord
+from hmm.operation import Await, Deliver, Pause
+from hmm.page_table import PageTable
+from hmm.units import Address, AddressRange, MirrorId, ProcessId, SpaceId
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryNode:
+    """One directory of a table, as `pagetable` shows it.
+
+    Attributes:
+        level: 0 is the root.
+        span: the addresses it translates.
+        entries: in use in this directory.
+    """
+
+    level: int
+    span: AddressRange
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class WalkStep:
+    """One level of a walk: the index used there and whether it leads on; at the leaf, the entry itself."""
+
+    level: int
+    index: int
+    present: bool
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """One operation that waits, and for what.
+
+    Attributes:
+        request: in words.
+        operations: ids that it waits for directly.
+        answers: (mirror, event sequence) that it waits for directly.
+        event: the event being delivered, if that is what it waits for.
+        cycle: it waits, in the end, for itself.
+    """
+
+    operation_id: int
+    name: str
+    arguments: tuple[Any, ...]
+    caller: str
+    space_id: SpaceId
+    request: str
+    operations: tuple[int, ...]
+    answers: tuple[tuple[MirrorId, int], ...]
+    event: Event | None
+    cycle: bool
+
+
+def pending(machine: Machine) -> list[Blocked]:
+    """Every operation that is under way, oldest first, with what it waits for."""
+    return [_blocked(machine, record) for record in machine.operations.values()]
+
+
+def broken_spaces(machine: Machine) -> dict[SpaceId, str]:
+    """The address spaces that an internal error left half edited, and which one."""
+    return {space.id: space.notifier.broken for space in machine.spaces.values() if space.notifier.broken}
+
+
+def processes_of(machine: Machine, space_id: SpaceId) -> list[ProcessId]:
+    """The processes (threads) that use an address space, ascending."""
+    return [process.id for process in machine.processes.values() if process.space.id == space_id]
+
+
+def directories(table: PageTable, span: AddressRange) -> list[DirectoryNode]:
+    """The directories of a table that hold entries of `span`, depth first.
+
+    Cost: O(directories in the range).
+    """
+    nodes: list[DirectoryNode] = []
+    seen: set[tuple[int, Address]] = set()
+    for run in table.walk(span.start, span.end):
+        in_use = int((run.entries != 0).sum())
+        for level in range(table.llevel + 1):
+            start, end = table.geometry.directory_span(run.start, level)
+            if level == table.llevel:
+                nodes.append(DirectoryNode(level, AddressRange(start, end), in_use))
+            elif (level, start) not in seen:
+                seen.add((level, start))
+                nodes.append(
+                    DirectoryNode(level, AddressRange(start, end), table.reference_count(run.start, level))
+                )
+    return nodes
+
+
+def walk(table: PageTable, address: Address) -> list[WalkStep]:
+    """Every level of the walk to `address`, down to the first directory that is missing or to the entry."""
+    steps = []
+    for level in range(table.llevel + 1):
+        index = table.geometry.index(address, level)
+        if level == table.llevel:
+            entry = table.get(address)
+            steps.append(WalkStep(level, index, entry != 0, entry))
+            break
+        present = table.reference_count(address, level + 1) > 0
+        steps.append(WalkStep(level, index, present, 0))
+        if not present:
+            break
+    return steps
+
+
+def _blocked(machine: Machine, record: OperationRecord[Any]) -> Blocked:
+    request = record.request
+    event = request.event if isinstance(request, Deliver) else None
+    space_id = event.space_id if event else request.space_id if isinstance(request, Await) else 0
+    return Blocked(
+        operation_id=record.id,
+        name=record.name,
+        arguments=record.arguments,
+        caller=record.caller.name,
+        space_id=space_id,
+        request=_in_words(request),
+        operations=tuple(machine.blockers(record)),
+        answers=tuple(machine.unanswered(record)),
+        event=event,
+        cycle=_waits_for_itself(machine, record),
+    )
+
+
+def _in_words(request: object) -> str:
+    match request:
+        case Deliver(event=event):
+            what = event.cause.value if event.cause else event.etype.name.lower()
+            where = ", ".join(map(str, event.spans[:3])) + (" ..." if len(event.spans) > 3 else "")
+            return f"acknowledgement of {what} {where}".rstrip()
+        case Await(wait_for=wait_for, spans=spans):
+            where = ", ".join(map(str, spans[:3])) + (" ..." if len(spans) > 3 else "")
+            return f"{wait_for.value} {where}".rstrip()
+        case Pause():
+            return "nothing: it is between two pieces of its work"
+    return "nothing"
+
+
+def _waits_for_itself(machine: Machine, record: OperationRecord[Any]) -> bool:
+    """Follow operations, and from an unanswered event the calls made inside its callback."""
+    inside: dict[tuple[MirrorId, int], list[int]] = {}
+    for other in machine.operations.values():
+        if other.caller.callback is not None:
+            inside.setdefault(other.caller.callback, []).append(other.id)
+    seen: set[int] = set()
+    queue = [record]
+    while queue:
+        waiting = queue.pop()
+        nexts = list(machine.blockers(waiting))
+        for answer in machine.unanswered(waiting):
+            nexts += inside.get(answer, [])
+        if record.id in nexts:
+            return True
+        for operation_id in nexts:
+            if operation_id not in seen and operation_id in machine.operations:
+                seen.add(operation_id)
+                queue.append(machine.operations[operation_id])
+    return False

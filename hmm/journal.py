@@ -1,0 +1,73 @@
+"""The list of inputs is the whole truth: replaying it gives the live state again.
+
+A machine made with `recording=True` writes every input down (`Machine.inputs`).  `replay` feeds such a list to a
+fresh machine; `digest` says whether two machines are in the same state.
+
+Source: our own.
+Invariants: `digest(replay(machine.inputs, machine.limits)) == digest(machine)` after every input.
+Absent: files and formats; a journal on disk is somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import HmmError
+from hmm.machine import Input, Limits, Machine
+from hmm.mirror import Mirror
+from hmm.units import TASK_SIZE
+
+
+def replay(inputs: Sequence[Input], limits: Limits) -> Machine:
+    """A machine that got the same inputs.  Errors that an input caused then are caused again, and are no news."""
+    machine = Machine(limits)
+    for entry in inputs:
+        try:
+            getattr(machine, entry.method)(*entry.arguments, **dict(entry.keywords))
+        except HmmError:
+            continue
+        finally:
+            machine.take_outbox()
+    return machine
+
+
+def digest(machine: Machine) -> str:
+    """A hash over everything that calls can see: maps, entries, contents, mirrors, waiting operations.
+
+    Cost: O(everything mapped), contents included.
+    """
+    state = hashlib.sha256()
+    for process in machine.processes.values():
+        state.update(repr((process.id, process.name, process.parent, process.space.id)).encode())
+    for space in machine.spaces.values():
+        _add_space(state, space)
+    for file in machine.files.values():
+        _, entries = file.pages.valid(0, file.pages.last + 1)
+        state.update(repr((file.id, file.name, file.size_bytes)).encode())
+        state.update(machine.frames.gather(cpu_pte.cpu_pfn(entries)).tobytes())
+    for mirror in machine.mirrors.values():
+        _add_mirror(state, mirror)
+    for record in machine.operations.values():
+        state.update(repr((record.id, record.name, record.request, sorted(record.answers))).encode())
+    return state.hexdigest()
+
+
+def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
+    state.update(repr((space.id, space.users, space.brk_end, space.notifier.sequence)).encode())
+    for vma in space.vmas:
+        state.update(repr((vma.start, vma.end, vma.perms, vma.name, vma.offset_bytes, vma.anon_vma)).encode())
+    addresses, entries = space.table.valid(0, TASK_SIZE)
+    state.update(addresses.tobytes() + entries.tobytes())
+    held = entries[cpu_pte.holds_frame(entries)]
+    state.update(space.frames.gather(cpu_pte.cpu_pfn(held)).tobytes())
+
+
+def _add_mirror(state: hashlib._Hash, mirror: Mirror) -> None:
+    state.update(repr((mirror.id, mirror.state.value, mirror.sequence, mirror.low_water)).encode())
+    addresses, entries = mirror.table.valid(0, TASK_SIZE)
+    state.update(addresses.tobytes() + np.asarray(entries).tobytes())

@@ -1,0 +1,81 @@
+"""The synchronous runner: calls commands of a machine and serves in-process drivers directly.
+
+For unit tests, notebooks and library users.  An event is handed to its driver at once, oldest first; a driver may
+make calls of its own from inside its callback, as the kernel lets it.
+
+Source: our own.
+Absent: concurrency (scheduler.py), deadlines (the server's executor).
+"""
+
+from __future__ import annotations
+
+from typing import ParamSpec, Protocol, TypeVar
+
+from hmm.events import Event, EventType
+from hmm.machine import Caller, Command, Delivery, Machine, OperationRecord
+from hmm.units import MirrorId
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Driver(Protocol):
+    """A device driver in the same process."""
+
+    def update(self, mirror_id: MirrorId, event: Event) -> int:
+        """Handle one event before it takes effect.  Returns: 0, or a positive errno."""
+
+    def release(self, mirror_id: MirrorId) -> None:
+        """The address space is going away: stop everything that uses it."""
+
+
+class Local:
+    """Runs one machine's operations to their end, one call at a time."""
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self.machine = machine or Machine()
+        self.drivers: dict[MirrorId, Driver] = {}
+        self._callbacks: list[tuple[MirrorId, int]] = []
+        self._queue: list[Delivery] = []
+
+    def attach(self, mirror_id: MirrorId, driver: Driver) -> None:
+        """Let `driver` serve the callbacks of a mirror; without one they are acknowledged at once."""
+        self.drivers[mirror_id] = driver
+
+    def call(self, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a command to its end.
+
+        Raises: what the command raises; AssertionError when it waits for something that nobody can bring about.
+        """
+        caller = Caller(name="local", callback=self._callbacks[-1] if self._callbacks else None)
+        record = self.machine.start(caller, command, *args, **kwargs)
+        while not record.done:
+            self._step(record)
+        return record.result
+
+    def _step(self, record: OperationRecord[T]) -> None:
+        self._queue += self.machine.take_outbox()
+        if self._queue:
+            self._serve(self._queue.pop(0))
+            return
+        ready = self.machine.ready()
+        assert ready, f"operation {record.id} ({record.name}) waits for ever: {record.request}"
+        self.machine.resume(ready[0].id)
+
+    def _serve(self, delivery: Delivery) -> None:
+        driver = self.drivers.get(delivery.mirror_id)
+        errno = 0
+        if driver is not None:
+            self._callbacks.append((delivery.mirror_id, delivery.sequence))
+            try:
+                if delivery.event.etype is EventType.RELEASE:
+                    driver.release(delivery.mirror_id)
+                else:
+                    errno = driver.update(delivery.mirror_id, delivery.event)
+            finally:
+                self._callbacks.pop()
+        if delivery.mirror_id in self.machine.mirrors:
+            self.machine.answer(delivery.mirror_id, delivery.sequence, errno)
+
+
+__all__ = ["Driver", "Local"]

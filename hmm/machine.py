@@ -1,0 +1,428 @@
+"""The machine: the whole state, and the one door through which every input enters.
+
+Inputs are few, come one at a time, and can be written down: a command is started, a driver answers an event, a
+mirror is fenced or an event abandoned (a deadline passed, a stream broke), an operation whose request is satisfied
+is resumed.  The same inputs give the same state and the same outputs.  What has to be told to drivers collects in
+the outbox.
+
+Whoever runs a machine (local.py, scheduler.py, the server's executor) takes the outbox, feeds answers in, and
+resumes what is ready, in an order of its own choosing.
+
+Source: our own; the objects are those of mm_struct, hmm_device and hmm_mirror.
+Invariants: `check()` runs those of every part and the ones between parts; identifiers are never used again.
+Absent: clocks, deadlines, transport, randomness.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace, SpaceLimits
+from hmm.device import Device
+from hmm.errors import AccessDeniedError, HmmError, NoSuchObjectError, OutOfFramesError, WouldDeadlockError
+from hmm.events import Event, EventState, Outcome
+from hmm.file import File
+from hmm.frames import Frames
+from hmm.mirror import Mirror, MirrorState
+from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
+from hmm.units import AddressRange, DeviceId, MirrorId, ProcessId, SpaceId
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one machine may hold; each is an ENOMEM when exceeded.
+
+    Attributes:
+        frames: of system memory, the zero page included.
+        dma_pages: that one device's IOMMU can map at a time.
+        directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
+    """
+
+    frames: int = 1 << 20
+    processes: int = 4096
+    devices: int = 256
+    mirrors: int = 4096
+    files: int = 65536
+    vmas: int = 65530
+    dma_pages: int = 1 << 24
+    directories: int = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a call.
+
+    Attributes:
+        token: owner of what the call creates; the empty token belongs to everybody.
+        name: for people: what `pending` and events show.
+        callback: (mirror, event sequence) when the call is made from inside that driver callback.
+    """
+
+    token: str = ""
+    name: str = ""
+    callback: tuple[MirrorId, int] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """A process: a name and the address space that it uses, alone or with its threads."""
+
+    id: ProcessId
+    name: str
+    owner: str
+    space: AddressSpace
+    parent: ProcessId = 0
+
+    def __str__(self) -> str:
+        return f"process {self.id} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event on its way to one mirror's driver."""
+
+    mirror_id: MirrorId
+    sequence: int
+    event: Event
+    operation_id: int
+
+
+@dataclass(slots=True, eq=False)
+class OperationRecord(Generic[T]):
+    """A call from its start to its result.
+
+    Attributes:
+        request: what it waits for; None before the start and when done.
+        outcomes: how mirrors answered the events of this operation, all of them, in order.
+    """
+
+    id: int
+    name: str
+    arguments: tuple[Any, ...]
+    caller: Caller
+    generator: Operation[T]
+    request: Request | None = None
+    remaining: int = 0
+    answers: dict[tuple[MirrorId, int], Outcome | None] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    done: bool = False
+    error: BaseException | None = None
+    value: T | None = None
+
+    @property
+    def result(self) -> T:
+        """The value the call returned; raises what it raised."""
+        if self.error is not None:
+            raise self.error
+        assert self.done
+        return self.value  # type: ignore[return-value]
+
+    @property
+    def fenced(self) -> list[MirrorId]:
+        """The mirrors that were lost while this call waited for them."""
+        return [outcome.mirror_id for outcome in self.outcomes if outcome.state is EventState.FENCED]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input as written down: the name of a method of the machine and its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...] = ()
+
+
+Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
+
+
+class Machine:
+    """Address spaces, devices, mirrors, files and the operations that change them."""
+
+    def __init__(self, limits: Limits | None = None, *, recording: bool = False) -> None:
+        self.limits = limits or Limits()
+        self.current = Current()
+        self.frames = Frames(self.limits.frames)
+        self.spaces: dict[SpaceId, AddressSpace] = {}
+        self.processes: dict[ProcessId, Process] = {}
+        self.devices: dict[DeviceId, Device] = {}
+        self.mirrors: dict[MirrorId, Mirror] = {}
+        self.files: dict[int, File] = {}
+        self.operations: dict[int, OperationRecord[Any]] = {}
+        self.inputs: list[Input] | None = [] if recording else None
+        self._outbox: list[Delivery] = []
+        self._caller = Caller()
+        self._last_id: dict[str, int] = {}
+
+    # ---- inputs
+
+    def start(
+        self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> OperationRecord[T]:
+        """Start a command and run it to its first request or to its end.
+
+        An error of the call is kept in the record and not raised here.
+        """
+        self._note("start", caller, command, *args, **kwargs)
+        record: OperationRecord[T] = OperationRecord(
+            self.next_id("operation"), command.__name__, args + tuple(kwargs.values()), caller,
+            command(self, *args, **kwargs),
+        )  # fmt: skip
+        self.operations[record.id] = record
+        self._advance(record, None)
+        return record
+
+    def resume(self, operation_id: int) -> None:
+        """Advance an operation whose request is satisfied to its next request or to its end."""
+        self._note("resume", operation_id)
+        record = self.operations[operation_id]
+        assert self.is_ready(record), f"operation {operation_id} ({record.name}) is not ready"
+        reply = None
+        if isinstance(record.request, Deliver):
+            reply = tuple(outcome for outcome in record.answers.values() if outcome is not None)
+            record.outcomes.extend(reply)
+            record.answers.clear()
+        self._advance(record, reply)
+
+    def answer(
+        self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()
+    ) -> None:
+        """A driver's callback for one event returned `errno`.
+
+        Repeats and late answers change nothing and are counted.
+
+        Raises:
+            InvalidRequestError: the event was never sent to this mirror (EINVAL).
+            NoSuchObjectError: there is no such mirror (ENODEV).
+        """
+        mirror = self.mirror(mirror_id)
+        self._note("answer", mirror_id, sequence, errno, dirty)
+        sent = mirror.answer(sequence, errno, dirty)
+        if sent is not None:
+            outcome = Outcome(mirror_id, sequence, sent.state, sent.errno, sent.dirty)
+            self._settle(sent.operation_id, outcome)
+
+    def fence(self, mirror_id: MirrorId, why: str) -> None:
+        """Give a mirror up: its table is dropped and no operation waits for it any longer."""
+        mirror = self.mirrors[mirror_id]
+        self._note("fence", mirror_id, why)
+        mirror.release(MirrorState.LOST, why)
+        for sequence in list(mirror.unanswered):
+            self._finish(mirror, sequence, EventState.FENCED)
+        mirror.unanswered.clear()
+        mirror.low_water = mirror.sequence
+
+    def abandon(self, mirror_id: MirrorId, sequence: int) -> None:
+        """Stop waiting for one answer; the operation fails with ETIMEDOUT (policy FAIL)."""
+        self._note("abandon", mirror_id, sequence)
+        self._finish(self.mirrors[mirror_id], sequence, EventState.ABANDONED)
+
+    def take_outbox(self) -> list[Delivery]:
+        """The events to be sent now, in order; each is handed out once."""
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    # ---- running operations
+
+    def is_ready(self, record: OperationRecord[Any]) -> bool:
+        """Whether what the operation waits for has come about."""
+        request = record.request
+        if record.done or request is None:
+            return False
+        if isinstance(request, Deliver):
+            return not record.remaining
+        if isinstance(request, Await):
+            if request.wait_for is WaitFor.CALLBACKS:
+                return not self.mirrors[request.mirror_id].unanswered
+            space = self.spaces.get(request.space_id)
+            return space is None or space.notifier.is_ready(request)
+        return True
+
+    def ready(self) -> list[OperationRecord[Any]]:
+        """The operations that may be resumed now, oldest first.  Cost: O(operations that wait)."""
+        return [record for record in self.operations.values() if self.is_ready(record)]
+
+    def blockers(self, record: OperationRecord[Any]) -> list[int]:
+        """The operations that this one waits for directly, not counting drivers' answers."""
+        request = record.request
+        if not isinstance(request, Await) or request.wait_for is WaitFor.CALLBACKS:
+            return []
+        space = self.spaces.get(request.space_id)
+        return space.notifier.blockers(request) if space else []
+
+    def unanswered(self, record: OperationRecord[Any]) -> list[tuple[MirrorId, int]]:
+        """The (mirror, event sequence) pairs that the operation waits for directly."""
+        request = record.request
+        if isinstance(request, Deliver):
+            return [key for key, outcome in record.answers.items() if outcome is None]
+        if isinstance(request, Await) and request.wait_for is WaitFor.CALLBACKS:
+            return [(request.mirror_id, sequence) for sequence in self.mirrors[request.mirror_id].unanswered]
+        return []
+
+    def _advance(self, record: OperationRecord[T], reply: object) -> None:
+        self.current.operation_id = record.id
+        self._caller = record.caller
+        step: Callable[[], Request] = lambda: record.generator.send(reply)  # noqa: E731
+        while True:
+            try:
+                record.request = step()
+            except StopIteration as stop:
+                self._finished(record, stop.value, None)
+            except HmmError as error:
+                self._finished(record, None, error)
+            except Exception as error:  # noqa: BLE001 - a bug of ours: the caller sees INTERNAL, the space is marked broken
+                self._finished(record, None, error)
+            else:
+                if isinstance(record.request, Deliver):
+                    self._deliver(record, record.request)
+                elif self._would_deadlock(record):
+                    step = self._thrower(record)
+                    continue
+            break
+        self.current.operation_id = 0
+        self._caller = Caller()
+
+    def _finished(self, record: OperationRecord[T], result: T | None, error: BaseException | None) -> None:
+        record.request, record.done, record.value, record.error = None, True, result, error
+        del self.operations[record.id]
+
+    def _thrower(self, record: OperationRecord[T]) -> Callable[[], Request]:
+        assert record.caller.callback is not None
+        mirror_id, sequence = record.caller.callback
+        chain = ", ".join(f"operation {blocker}" for blocker in self.blockers(record)) or "this callback"
+        error = WouldDeadlockError(
+            f"{record.name}: called from inside the callback for event {sequence} of mirror {mirror_id}, it would wait "
+            f"for {chain}, which waits for that callback"
+        )
+        return lambda: record.generator.throw(error)
+
+    def _would_deadlock(self, record: OperationRecord[Any]) -> bool:
+        callback = record.caller.callback
+        if callback is None:
+            return False
+        seen, queue = {record.id}, [record]
+        while queue:
+            waiting = queue.pop()
+            if callback in self.unanswered(waiting):
+                return True
+            for blocker in self.blockers(waiting):
+                if blocker not in seen and blocker in self.operations:
+                    seen.add(blocker)
+                    queue.append(self.operations[blocker])
+        return False
+
+    def _deliver(self, record: OperationRecord[Any], request: Deliver) -> None:
+        record.answers = {}
+        for mirror_id in request.mirrors:
+            sequence = self.mirrors[mirror_id].send(request.event, record.id)
+            record.answers[mirror_id, sequence] = None
+            self._outbox.append(Delivery(mirror_id, sequence, request.event, record.id))
+        record.remaining = len(record.answers)
+
+    def _finish(self, mirror: Mirror, sequence: int, state: EventState) -> None:
+        sent = mirror.finish(sequence, state)
+        if sent is not None:
+            self._settle(sent.operation_id, Outcome(mirror.id, sequence, state))
+
+    def _settle(self, operation_id: int, outcome: Outcome) -> None:
+        record = self.operations[operation_id]
+        assert record.answers[outcome.mirror_id, outcome.sequence] is None
+        record.answers[outcome.mirror_id, outcome.sequence] = outcome
+        record.remaining -= 1
+
+    def _note(self, method: str, /, *args: Any, **kwargs: Any) -> None:
+        if self.inputs is not None:
+            self.inputs.append(Input(method, args, tuple(kwargs.items())))
+
+    # ---- objects, as commands look them up
+
+    def next_id(self, kind: str) -> int:
+        """A number never used before for this kind of object."""
+        self._last_id[kind] = self._last_id.get(kind, 0) + 1
+        return self._last_id[kind]
+
+    @property
+    def caller(self) -> Caller:
+        """Who started the operation that is being advanced."""
+        return self._caller
+
+    def process(self, process_id: ProcessId) -> Process:
+        """Look a process up: ESRCH when there is none, EPERM when it belongs to somebody else."""
+        process = self.processes.get(process_id)
+        if process is None:
+            raise NoSuchObjectError(f"there is no process {process_id}", errnos.ESRCH)
+        self._require_owner(process.owner, str(process))
+        return process
+
+    def device(self, device_id: DeviceId) -> Device:
+        """Look a device up: ENODEV when there is none, EPERM when it belongs to somebody else."""
+        device = self.devices.get(device_id)
+        if device is None:
+            raise NoSuchObjectError(f"there is no device {device_id}", errnos.ENODEV)
+        self._require_owner(device.owner, str(device))
+        return device
+
+    def mirror(self, mirror_id: MirrorId) -> Mirror:
+        """Look a mirror up: ENODEV when there is none, EPERM when it belongs to somebody else."""
+        mirror = self.mirrors.get(mirror_id)
+        if mirror is None:
+            raise NoSuchObjectError(f"there is no mirror {mirror_id}", errnos.ENODEV)
+        self._require_owner(mirror.owner, str(mirror))
+        return mirror
+
+    def file(self, file_id: int) -> File:
+        """Look a file up: EBADF when there is none."""
+        file = self.files.get(file_id)
+        if file is None:
+            raise NoSuchObjectError(f"there is no file {file_id}", errnos.EBADF)
+        return file
+
+    def _require_owner(self, owner: str, what: str) -> None:
+        if owner and owner != self._caller.token and self.current.operation_id:
+            raise AccessDeniedError(f"{what} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
+
+    def new_space(self) -> AddressSpace:
+        """An empty address space with one user."""
+        limits = SpaceLimits(vmas=self.limits.vmas, directories=self.limits.directories)
+        space = AddressSpace(self.next_id("space"), self.frames, self.current, limits)
+        self.spaces[space.id] = space
+        return space
+
+    def require_room(self, kind: str, count: int, limit: int) -> None:
+        """ENOMEM when there are as many objects of a kind as the limits allow."""
+        if count >= limit:
+            raise OutOfFramesError(f"{kind}: the limit of {limit} is reached", reason="LIMIT")
+
+    # ---- invariants
+
+    def check(self) -> None:
+        """Assert every invariant of every part, and those between them.  Cost: O(everything mapped)."""
+        self.frames.check()
+        for space in self.spaces.values():
+            space.check()
+        self._check_map_counts()
+        for mirror in self.mirrors.values():
+            mirror.check()
+        for record in self.operations.values():
+            assert record.request is not None
+            assert not record.done
+            if isinstance(record.request, Deliver):
+                assert record.remaining == sum(outcome is None for outcome in record.answers.values())
+
+    def _check_map_counts(self) -> None:
+        counted = np.zeros_like(self.frames.mapcount)
+        for space in self.spaces.values():
+            _, entries = space.table.valid(0, space.table.last + 1)
+            np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
+        wrong = np.flatnonzero(counted != self.frames.mapcount)
+        assert not wrong.size, (
+            f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {self.frames.mapcount[wrong[0]]}"
+        )

@@ -1,0 +1,156 @@
+"""The seeded scheduler: interleaves operations and drivers' answers, checks every invariant after every step.
+
+Each step is one choice among everything that could happen next: start a call, resume an operation that is ready,
+let a driver answer one of the events it has, or lose a driver.  Choices come in through `choose(n)`, a number from
+0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
+
+Source: our own; the idea is that of deterministic simulation testing.
+Absent: what is called (the workload decides), randomness, time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hmm.events import EventType
+from hmm.machine import Caller, Delivery, Machine, OperationRecord
+from hmm.mirror import DeadlinePolicy, MirrorState
+from hmm.units import MirrorId
+
+Choose = Callable[[int], int]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A command and its arguments."""
+
+
+class StuckError(AssertionError):
+    """Operations wait and nothing that could happen would let them go on: a deadlock of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """How often drivers misbehave, each as one choice in so many; 0 for never.
+
+    Attributes:
+        refuse: answer with an error.
+        lose: never answer; the deadline passes and the mirror's policy decides.
+        repeat: answer once more.
+    """
+
+    refuse: int = 40
+    lose: int = 60
+    repeat: int = 20
+
+
+@dataclass(slots=True, eq=False)
+class Scheduler:
+    """Runs a workload on a machine, one choice at a time.
+
+    Attributes:
+        workload: the next call to be started, or None when there is nothing more to start.
+        finished: called with each operation that ended.
+        answering: called before a driver's answer to a delivery is given; the driver's model reacts here.
+        parallel: how many operations may be under way at once.
+    """
+
+    machine: Machine
+    choose: Choose
+    workload: Iterator[Call]
+    finished: Callable[[OperationRecord[Any]], None] = lambda _: None
+    answering: Callable[[Delivery], None] = lambda _: None
+    parallel: int = 4
+    odds: Odds = field(default_factory=Odds)
+    steps: int = 0
+    mailboxes: dict[MirrorId, list[Delivery]] = field(default_factory=dict)
+    running: list[OperationRecord[Any]] = field(default_factory=list)
+    _exhausted: bool = False
+
+    def run(self, limit: int = 100_000) -> None:
+        """Run until the workload is exhausted and every operation has ended.
+
+        Raises:
+            StuckError: nothing can happen any more although operations wait.
+            AssertionError: an invariant does not hold, or `limit` steps were not enough.
+        """
+        while self.step():
+            assert self.steps < limit, f"{limit} steps and still running: {self._describe()}"
+
+    def step(self) -> bool:
+        """Make one choice and check everything.  Returns: False when all is done."""
+        self._collect()
+        options = self._options()
+        if not options:
+            if self.running:
+                raise StuckError(f"nothing can happen any more: {self._describe()}")
+            return False
+        options[self.choose(len(options))]()
+        self.steps += 1
+        self._collect()
+        self.machine.check()
+        return True
+
+    def _collect(self) -> None:
+        for delivery in self.machine.take_outbox():
+            self.mailboxes.setdefault(delivery.mirror_id, []).append(delivery)
+        for record in [record for record in self.running if record.done]:
+            self.running.remove(record)
+            if record.error is not None and not hasattr(record.error, "errno"):
+                raise record.error
+            self.finished(record)
+
+    def _options(self) -> list[Callable[[], None]]:
+        options: list[Callable[[], None]] = []
+        if len(self.running) < self.parallel and not self._exhausted:
+            options.append(self._start)
+        options += [self._resumer(record) for record in self.machine.ready()]
+        options += [self._answerer(mirror_id) for mirror_id, waiting in self.mailboxes.items() if waiting]
+        return options
+
+    def _start(self) -> None:
+        call = next(self.workload, None)
+        if call is None:
+            self._exhausted = True
+            return
+        command, arguments = call
+        self.running.append(self.machine.start(Caller(name="simulation"), command, *arguments))
+
+    def _resumer(self, record: OperationRecord[Any]) -> Callable[[], None]:
+        return lambda: self.machine.resume(record.id)
+
+    def _answerer(self, mirror_id: MirrorId) -> Callable[[], None]:
+        return lambda: self._answer(mirror_id)
+
+    def _answer(self, mirror_id: MirrorId) -> None:
+        # A driver may answer its events in any order.
+        waiting = self.mailboxes[mirror_id]
+        delivery = waiting.pop(self.choose(len(waiting)))
+        mirror = self.machine.mirrors.get(mirror_id)
+        if mirror is None or mirror.state is MirrorState.LOST:
+            return
+        if self._happens(self.odds.lose):
+            self._lose(delivery, mirror.policy)
+            return
+        refusing = delivery.event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
+        if not refusing:
+            self.answering(delivery)
+        self.machine.answer(mirror_id, delivery.sequence, 5 if refusing else 0)
+        if self._happens(self.odds.repeat) and mirror_id in self.machine.mirrors:
+            self.machine.answer(mirror_id, delivery.sequence)
+
+    def _lose(self, delivery: Delivery, policy: DeadlinePolicy) -> None:
+        if policy is DeadlinePolicy.FENCE:
+            self.machine.fence(delivery.mirror_id, "no answer in time")
+        elif policy is DeadlinePolicy.FAIL:
+            self.machine.abandon(delivery.mirror_id, delivery.sequence)
+            self.mailboxes[delivery.mirror_id].append(delivery)
+        else:
+            self.mailboxes[delivery.mirror_id].append(delivery)
+
+    def _happens(self, one_in: int) -> bool:
+        return bool(one_in) and self.choose(one_in) == 0
+
+    def _describe(self) -> str:
+        return "; ".join(
+            f"{record.name}{record.arguments} waits for {record.request}" for record in self.running
+        )
