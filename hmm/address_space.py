@@ -37,17 +37,25 @@ class SpaceLimits:
     Attributes:
         vmas: `vm.max_map_count`.
         address_bytes: RLIMIT_AS.
+        stack_bytes: RLIMIT_STACK: how far a VMA may grow downwards.
         directories: of its CPU page table.
     """
 
     vmas: int = 65530
     address_bytes: int = TASK_SIZE
+    stack_bytes: int = 8 << 20
     directories: int = 1 << 18
 
 
 @dataclass(slots=True, eq=False)
 class AddressSpace:
-    """One process's memory: VMAs, CPU page table, notifier, program break."""
+    """One process's memory: VMAs, CPU page table, notifier, program break.
+
+    Attributes:
+        fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512;
+            1 for the one touched alone, 16 in a kernel that was not told otherwise (fault_around_bytes).
+        last_anon_vma: the newest family of private pages.
+    """
 
     id: SpaceId
     frames: Frames
@@ -58,6 +66,8 @@ class AddressSpace:
     brk_end: Address = 0
     default_flags: VmFlag = VmFlag.NONE  # mlockall(MCL_FUTURE)
     users: int = 1
+    fault_around_pages: int = 1
+    last_anon_vma: int = 0
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
     notifier: Notifier = field(init=False)
@@ -66,6 +76,11 @@ class AddressSpace:
         self.vmas = VmaMap()
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.limits.directories)
         self.notifier = Notifier(self.id, self.current)
+
+    def new_anon_vma(self) -> int:
+        """A family of private pages that no VMA of this space has yet."""
+        self.last_anon_vma += 1
+        return self.last_anon_vma
 
     def zap(self, start: Address, end: Address) -> int:
         """Drop every entry of [start, end) and the frames that only it held.
