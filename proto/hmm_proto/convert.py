@@ -1,0 +1,248 @@
+"""Values of the core <-> messages of hmm.v1, side by side: for every `..._to_proto` a `..._from_proto`.
+
+**Invariants**: converting there and back gives an equal value; what a message may hold and the core does not (an
+enum value of a newer client, a range that ends before it starts, an array of half an entry) is an
+InvalidRequestError with reason MALFORMED, raised before anything is done.
+
+**Absent**: errors (status.py); requests of single calls, which the services read where they make the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+
+from hmm.errors import InvalidRequestError, Signal
+from hmm.events import Cause, Event, EventState, EventType, Reason
+from hmm.file import FileKind
+from hmm.mirror import DeadlinePolicy
+from hmm.units import TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
+
+E = TypeVar("E", bound=Enum)
+N = TypeVar("N", bound=int)
+
+
+def malformed(message: str) -> InvalidRequestError:
+    """The error of a message that makes no sense, whatever the state of the daemon."""
+    return InvalidRequestError(message, reason="MALFORMED")
+
+
+# ---- ranges
+
+
+def range_to_proto(span: AddressRange) -> range_pb2.AddressRange:
+    """One range."""
+    return range_pb2.AddressRange(start=span.start, end=span.end)
+
+
+def range_from_proto(message: range_pb2.AddressRange) -> AddressRange:
+    """One range, which may be empty.
+
+    Raises:
+        InvalidRequestError: it ends before it starts, or beyond every address space (EINVAL).
+    """
+    return _range(message.start, message.end)
+
+
+def ranges_to_proto(spans: Iterable[AddressRange]) -> range_pb2.AddressRanges:
+    """Many ranges, as two arrays."""
+    spans = tuple(spans)
+    return range_pb2.AddressRanges(starts=[span.start for span in spans], ends=[span.end for span in spans])
+
+
+def ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRange, ...]:
+    """Many ranges.
+
+    Raises:
+        InvalidRequestError: arrays of different lengths, ranges that are not ascending and disjoint (EINVAL).
+    """
+    if len(message.starts) != len(message.ends):
+        raise malformed(f"{len(message.starts)} starts and {len(message.ends)} ends of ranges")
+    spans = tuple(_range(start, end) for start, end in zip(message.starts, message.ends, strict=True))
+    if any(left.end > right.start for left, right in pairwise(spans)):
+        raise malformed("ranges that overlap or do not ascend")
+    return spans
+
+
+def page_ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRange, ...]:
+    """Many ranges of whole pages, none of them empty.
+
+    Raises:
+        InvalidRequestError: as `ranges_from_proto`; a range is empty or not page-aligned (EINVAL).
+    """
+    spans = ranges_from_proto(message)
+    for span in spans:
+        if not span or not is_page_aligned(span.start | span.end):
+            raise malformed(f"{span} is empty or not page-aligned")
+    return spans
+
+
+def _range(start: int, end: int) -> AddressRange:
+    if not start <= end <= TASK_SIZE:
+        raise malformed(f"[{start:#x}, {end:#x}) is no range of an address space")
+    return AddressRange(start, end)
+
+
+# ---- arrays
+
+
+def entries_to_proto(entries: Entries) -> bytes:
+    """uint64[n] as little-endian bytes.  Cost: one copy."""
+    return entries.astype("<u8", copy=False).tobytes()
+
+
+def entries_from_proto(data: bytes) -> Entries:
+    """Little-endian bytes as uint64[n], read-only and without a copy.
+
+    Raises:
+        InvalidRequestError: not a whole number of entries (EINVAL).
+    """
+    if len(data) % 8:
+        raise malformed(f"{len(data)} bytes are no whole number of 8-byte entries")
+    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
+
+
+# ---- enumerations: 0 stands for what the comments of the .proto say that it stands for
+
+
+def _inverse(numbers: Mapping[E, N]) -> dict[int, E]:
+    return {number: member for member, number in numbers.items()}
+
+
+def _member(members: Mapping[int, E], number: int, name: str) -> E:
+    if number not in members:
+        raise malformed(f"{name} {number} is not known here")
+    return members[number]
+
+
+_EVENT_TYPES = {etype: types_pb2.EventType.Value(f"EVENT_TYPE_{etype.name}") for etype in EventType if etype}
+_EVENT_TYPES[EventType.NONE] = types_pb2.EVENT_TYPE_UNSPECIFIED
+_REASONS = {reason: types_pb2.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
+_EVENT_STATES = {state: types_pb2.EventState.Value(f"EVENT_STATE_{state.name}") for state in EventState}
+_POLICIES = {policy: types_pb2.DeadlinePolicy.Value(f"DEADLINE_POLICY_{policy.name}") for policy in DeadlinePolicy}
+_SIGNALS = {signal: types_pb2.Signal.Value(f"SIGNAL_{signal.name}") for signal in Signal}
+_FILE_KINDS = {
+    FileKind.FILE: file_pb2.FILE_KIND_REGULAR,
+    FileKind.SHARED_MEMORY: file_pb2.FILE_KIND_SHARED_MEMORY,
+    FileKind.DEVICE: file_pb2.FILE_KIND_DEVICE,
+}
+
+_EVENT_TYPE_MEMBERS = _inverse(_EVENT_TYPES)
+_REASON_MEMBERS = _inverse(_REASONS)
+_EVENT_STATE_MEMBERS = _inverse(_EVENT_STATES)
+_POLICY_MEMBERS = {**_inverse(_POLICIES), 0: DeadlinePolicy.FENCE}
+_SIGNAL_MEMBERS = _inverse(_SIGNALS)
+_FILE_KIND_MEMBERS = {**_inverse(_FILE_KINDS), 0: FileKind.FILE}
+
+
+def event_type_to_proto(etype: EventType) -> types_pb2.EventType.ValueType:
+    """What to do; NONE is 0."""
+    return _EVENT_TYPES[etype]
+
+
+def event_type_from_proto(number: int) -> EventType:
+    """What to do.  Raises: InvalidRequestError for a number of another version (EINVAL)."""
+    return _member(_EVENT_TYPE_MEMBERS, number, "event type")
+
+
+def reason_to_proto(reason: Reason | None) -> types_pb2.Reason.ValueType:
+    """Why; None is 0."""
+    return types_pb2.REASON_UNSPECIFIED if reason is None else _REASONS[reason]
+
+
+def reason_from_proto(number: int) -> Reason | None:
+    """Why.  Raises: InvalidRequestError for a number of another version (EINVAL)."""
+    return _member(_REASON_MEMBERS, number, "reason") if number else None
+
+
+def event_state_to_proto(state: EventState) -> types_pb2.EventState.ValueType:
+    """How far an event has come."""
+    return _EVENT_STATES[state]
+
+
+def event_state_from_proto(number: int) -> EventState:
+    """How far an event has come.  Raises: InvalidRequestError for QUEUED, which the core does not know (EINVAL)."""
+    return _member(_EVENT_STATE_MEMBERS, number, "event state")
+
+
+def policy_to_proto(policy: DeadlinePolicy) -> types_pb2.DeadlinePolicy.ValueType:
+    """What happens at a deadline."""
+    return _POLICIES[policy]
+
+
+def policy_from_proto(number: int) -> DeadlinePolicy:
+    """What happens at a deadline; 0 is FENCE.  Raises: InvalidRequestError for an unknown number (EINVAL)."""
+    return _member(_POLICY_MEMBERS, number, "deadline policy")
+
+
+def signal_to_proto(signal: Signal | None, address: int | None) -> types_pb2.SignalReport:
+    """The signal that stopped an access; an empty message for none."""
+    if signal is None:
+        return types_pb2.SignalReport()
+    return types_pb2.SignalReport(signal=_SIGNALS[signal], address=address or 0)
+
+
+def signal_from_proto(message: types_pb2.SignalReport) -> tuple[Signal, int] | None:
+    """The signal that stopped an access, and where; None for none."""
+    if not message.signal:
+        return None
+    return _member(_SIGNAL_MEMBERS, message.signal, "signal"), message.address
+
+
+def file_kind_to_proto(kind: FileKind) -> file_pb2.FileKind.ValueType:
+    """What stands behind a file."""
+    return _FILE_KINDS[kind]
+
+
+def file_kind_from_proto(number: int) -> FileKind:
+    """What stands behind a file; 0 is FILE.  Raises: InvalidRequestError for an unknown number (EINVAL)."""
+    return _member(_FILE_KIND_MEMBERS, number, "file kind")
+
+
+# ---- events
+
+
+def event_to_proto(event: Event) -> event_pb2.Event:
+    """What the core knows of an event; who hears of it, under which numbers and until when, is the daemon's to add."""
+    return event_pb2.Event(
+        operation_id=event.operation_id,
+        space_id=event.space_id,
+        revision=event.revision,
+        type=event_type_to_proto(event.etype),
+        pte_mask=event.etype.pte_mask & _MASK,
+        reason=reason_to_proto(event.reason),
+        owner=event.owner,
+        non_blockable=not event.blockable,
+        ranges=ranges_to_proto(event.spans),
+        entries=event.entries,
+        cause=event.cause.value if event.cause else "",
+    )
+
+
+_MASK = (1 << 64) - 1
+_CAUSES = {cause.value: cause for cause in Cause}
+
+
+def event_from_proto(message: event_pb2.Event) -> Event:
+    """An event as the core has it; a cause of a newer daemon is None.
+
+    Raises:
+        InvalidRequestError: an event type or reason of another version (EINVAL).
+    """
+    return Event(
+        operation_id=message.operation_id,
+        space_id=message.space_id,
+        revision=message.revision,
+        etype=event_type_from_proto(message.type),
+        reason=reason_from_proto(message.reason),
+        cause=_CAUSES.get(message.cause),
+        spans=ranges_from_proto(message.ranges),
+        owner=message.owner,
+        blockable=not message.non_blockable,
+        entries=message.entries,
+    )

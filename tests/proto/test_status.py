@@ -1,0 +1,105 @@
+"""Errors survive the journey from the core to a client, by status and by result."""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections import Counter
+
+import pytest
+
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, OutOfFramesError, SegmentationFault, Signal
+from hmm_proto import status
+
+
+def _all_classes(root: type[HmmError]) -> list[type[HmmError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _all_classes(child))]
+
+
+CLASSES = _all_classes(HmmError)
+
+
+def _example(error_class: type[HmmError]) -> HmmError:
+    if error_class is SegmentationFault:
+        return SegmentationFault("touch: nothing is mapped", Signal.SEGV_MAPERR, 0x7000)
+    return error_class("munmap [0x1000, 0x2000): no", errnos.EBUSY, address=0x1000, notifier_seq=7, hole_end=1 << 46)
+
+
+def _attributes(error: HmmError) -> tuple[object, ...]:
+    return (
+        type(error), error.message, error.errno, error.reason, error.address, error.notifier_seq, error.hole_end,
+        getattr(error, "signal", None),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error_class", CLASSES)
+def test_status_returns_equal_error_when_decoded(error_class: type[HmmError]) -> None:
+    """Class, errno, reason, address, sequence and hole of every class of errors survive as a google.rpc.Status."""
+    error = _example(error_class)
+    decoded = status.from_status(status.to_status(error))
+    assert decoded is not None
+    assert _attributes(decoded) == _attributes(error)
+
+
+@pytest.mark.parametrize("error_class", CLASSES)
+def test_call_result_returns_equal_error_when_decoded(error_class: type[HmmError]) -> None:
+    """The same holds for errors of kernel calls, which travel in responses."""
+    error = _example(error_class)
+    result = status.to_call_result(error, 12, (3, 4))
+    decoded = status.from_call_result(result)
+    assert decoded is not None
+    assert _attributes(decoded) == _attributes(error)
+    assert (result.operation_id, list(result.fenced_mirrors)) == (12, [3, 4])
+
+
+@pytest.mark.parametrize("row", status.TABLE, ids=lambda row: row.error.__name__)
+def test_status_keeps_reason_when_finer_than_class(row: status.Row) -> None:
+    """Every reason of the table leads back to its own class."""
+    if row.error is SegmentationFault:
+        return
+    for reason in row.reasons:
+        decoded = status.from_status(status.to_status(row.error("no", reason=reason)))
+        assert decoded is not None
+        assert (type(decoded), decoded.reason) == (row.error, reason)
+
+
+def test_table_names_each_class_and_reason_once() -> None:
+    """A reason belongs to one class, or decoding could not tell which to raise."""
+    assert Counter(row.error for row in status.TABLE) == Counter(CLASSES)
+    reasons = Counter(reason for row in status.TABLE for reason in row.reasons)
+    assert set(reasons.values()) == {1}
+
+
+def test_error_without_address_decodes_to_none() -> None:
+    """Zero is an address; its absence is told apart from it."""
+    absent = status.from_status(status.to_status(BadAddressError("no")))
+    zero = status.from_status(status.to_status(BadAddressError("no", address=0)))
+    assert absent is not None
+    assert zero is not None
+    assert (absent.address, zero.address) == (None, 0)
+    result = status.from_call_result(status.to_call_result(BadAddressError("no", address=0)))
+    assert result is not None
+    assert result.address == 0
+
+
+def test_call_result_is_no_error_on_success() -> None:
+    """A call that succeeded has neither errno nor reason."""
+    result = status.to_call_result(None, 5)
+    assert (result.errno, result.reason) == (0, "")
+    assert status.from_call_result(result) is None
+
+
+def test_foreign_status_decodes_to_none() -> None:
+    """A status of gRPC itself, or of another domain, is not taken for one of ours."""
+    foreign = status.to_status(BadAddressError("no"))
+    foreign.details[0].value = foreign.details[0].value.replace(b"hmm.v1", b"hmm.v9")
+    assert status.from_status(foreign) is None
+    del foreign.details[:]
+    assert status.from_status(foreign) is None
+
+
+def test_not_made_tells_ownership_from_protection() -> None:
+    """EACCES of mprotect is a result of the call; a process that belongs to another is a call never made."""
+    assert status.is_not_made(AccessDeniedError("no", errnos.EPERM, reason="NOT_OWNER"))
+    assert not status.is_not_made(AccessDeniedError("no", errnos.EACCES))
+    assert status.is_not_made(OutOfFramesError("no", reason="LIMIT"))
+    assert not status.is_not_made(OutOfFramesError("no"))
