@@ -1,0 +1,112 @@
+"""Recordings of real programs, and traces of the kernel: reading them, making them, planning their replay.
+
+    recording = Recording.load("recordings/sqlite")
+    for area in recording.initial:            # map these into a new process, at these addresses
+        ...
+    for step in recording.plan.steps:         # then do these, in this order
+        match step:
+            case Map(): ...                   # at step.recorded; step.process says in which process
+            case Fork(): ...                  # step.child is the number of the new one
+            case Failed(attempt=None): ...    # nothing to do
+    differences = compare(recording.final, areas_of_process_0)
+
+`Recording.load` reads a folder with `strace.log`, `maps.initial` and `maps.final`; `record` makes one with strace;
+`demo_folder` is one that ships with the package.  `recording.plan` is a list of steps (`steps`) of numbered
+processes, in the order in which the calls took effect, with process 0 the one whose layouts were recorded.  Whoever
+replays must know these rules:
+
+- `Map.recorded`, `Remap.recorded` and `Brk.recorded` are what the kernel answered.  Placement is not part of the
+  layout: map at the recorded address.
+- `GrowStack` is the only step without a call; a write at its `start` does it.
+- The steps of a process stand between the step that makes it and its Exit.  Those of a vforked child act on its
+  parent's space until its own Exec or Exit.
+- A step with `partial` belongs to a process whose exec mapped things that were not recorded: its calls may fail, and
+  nothing of it is compared.  `plan.incomparable` says why, when that befell process 0.
+- `Failed.attempt` is to be replayed and must fail in the same way; without one there is nothing to replay.
+- `Unknown` must be reported.
+
+The modules below know no transport: `strace` and `arguments` read the log, `order` and `plan` (with `decode` and
+`segments`) turn it into `steps`, `maps` reads and compares layouts, `ktrace` reads kernel traces.
+"""
+
+from hmm_client.recordings.errors import InputError, RecordingError, TraceError
+from hmm_client.recordings.maps import Area, Difference, canonical, compare, parse_maps, read_maps, render
+from hmm_client.recordings.plan import FIRST, Plan, ProcessInfo, make_plan
+from hmm_client.recordings.recording import Recording
+from hmm_client.recordings.steps import (
+    Advise,
+    Appear,
+    Brk,
+    Exec,
+    Exit,
+    Failed,
+    Fork,
+    GrowStack,
+    Ignored,
+    Lock,
+    LockAll,
+    Map,
+    Origin,
+    ProcessIndex,
+    Protect,
+    Remap,
+    RemapFile,
+    Step,
+    Sync,
+    Thread,
+    ThreadExit,
+    Unknown,
+    Unlock,
+    UnlockAll,
+    Unmap,
+    Vfork,
+)
+from hmm_client.recordings.strace import Call, Log, parse_log, read_log
+
+__all__ = [
+    "FIRST",
+    "Advise",
+    "Appear",
+    "Area",
+    "Brk",
+    "Call",
+    "Difference",
+    "Exec",
+    "Exit",
+    "Failed",
+    "Fork",
+    "GrowStack",
+    "Ignored",
+    "InputError",
+    "Lock",
+    "LockAll",
+    "Log",
+    "Map",
+    "Origin",
+    "Plan",
+    "ProcessIndex",
+    "ProcessInfo",
+    "Protect",
+    "Recording",
+    "RecordingError",
+    "Remap",
+    "RemapFile",
+    "Step",
+    "Sync",
+    "Thread",
+    "ThreadExit",
+    "TraceError",
+    "Unknown",
+    "Unlock",
+    "UnlockAll",
+    "Unmap",
+    "Vfork",
+    "canonical",
+    "compare",
+    "make_plan",
+    "parse_log",
+    "parse_maps",
+    "read_log",
+    "read_maps",
+    "render",
+]

@@ -1,0 +1,324 @@
+"""From a log to steps: who is which process, and what each call means for its layout.
+
+Threads (CLONE_THREAD) are their process.  A fork has a space of its own from the start, a vfork and a bare CLONE_VM
+from their exec on.  What an exec maps is not recorded, so a process is partial behind it; if that is the first
+process, its final layout can't be compared.
+
+Source: clone(2), vfork(2), execve(2), exit_group(2).
+Invariants: every call of the log gives at least one step, of a process that exists: the steps of process n stand
+    behind the one that made it and before its Exit.
+Absent: layouts; execution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hmm_client.recordings.arguments import ArgumentError, descriptor, fields, flag_names, number, string
+from hmm_client.recordings.decode import DECODERS, IGNORED, REPLAYED_ERRORS
+from hmm_client.recordings.errors import RecordingError
+from hmm_client.recordings.maps import STACK, Area
+from hmm_client.recordings.order import CREATING, EXECUTING, EXITING, Effect, effects
+from hmm_client.recordings.segments import Segments
+from hmm_client.recordings.steps import (
+    Appear,
+    Exec,
+    Exit,
+    Failed,
+    Fork,
+    GrowStack,
+    Ignored,
+    Origin,
+    ProcessIndex,
+    Step,
+    Thread,
+    ThreadExit,
+    Unknown,
+    Vfork,
+)
+from hmm_client.recordings.strace import Call, Ended, Log, Superseded
+
+FIRST: ProcessIndex = 0
+"""The process whose layouts were recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """A process of the recording.
+
+    Attributes:
+        index: its number in the plan.
+        pid: its id in the log.
+        parent: who made it; None for the first, and for one that appears from nowhere.
+    """
+
+    index: ProcessIndex
+    pid: int
+    parent: ProcessIndex | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do to repeat a recording.
+
+    Attributes:
+        steps: in the order in which the calls took effect.
+        processes: by number.
+        incomparable: why the final layout of the first process can't be compared; None when it can.
+    """
+
+    steps: tuple[Step, ...]
+    processes: tuple[ProcessInfo, ...]
+    incomparable: str | None
+
+    def counts(self) -> Counter[str]:
+        """How many steps there are of each kind, by class name."""
+        return Counter(type(step).__name__ for step in self.steps)
+
+
+def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()) -> Plan:
+    """Turn a log into steps.
+
+    Args:
+        log: a log with at least one call; the process of the first call is the first process.
+        initial: layout of the first process at the start; with `final` it shows whether the stack grew.
+        final: layout of the first process at the end.
+
+    Raises:
+        RecordingError: a call whose arguments are not understood, with file and line; a log without calls.
+
+    Cost: O(calls log calls).
+    """
+    if not log.calls:
+        raise RecordingError("no system call was recorded", log.path)
+    planner = _Planner(log, Segments(final), _stack_growth(initial, final))
+    for effect in effects(log):
+        planner.take(effect)
+    return planner.finish()
+
+
+def _stack_growth(initial: Sequence[Area], final: Sequence[Area]) -> tuple[int, int] | None:
+    """The addresses that the stack gained; None when it did not grow."""
+    before = [area.start for area in initial if area.name == STACK]
+    after = [index for index, area in enumerate(final) if area.name == STACK]
+    if not before or not after:
+        return None
+    index = after[0]
+    # mprotect may have split the stack; the kernel names only the part where it began.
+    while index and final[index - 1].end == final[index].start and not final[index - 1].name:
+        index -= 1
+    start = final[index].start
+    return (start, before[0]) if start < before[0] else None
+
+
+@dataclass(slots=True)
+class _Task:
+    """A thread in the log."""
+
+    process: ProcessIndex
+    call: Call
+    retired: bool = False
+
+
+@dataclass(slots=True)
+class _Planner:
+    log: Log
+    segments: Segments
+    stack_growth: tuple[int, int] | None
+    steps: list[Step] = field(default_factory=list)
+    processes: list[ProcessInfo] = field(default_factory=list)
+    tasks: dict[int, _Task] = field(default_factory=dict)
+    threads: dict[ProcessIndex, set[int]] = field(default_factory=dict)
+    partial: set[ProcessIndex] = field(default_factory=set)
+    splits: dict[int, list[Call]] = field(default_factory=dict)
+    breaks: dict[int, list[Call]] = field(default_factory=dict)
+    planned: set[int] = field(default_factory=set)
+    incomparable: str | None = None
+
+    def __post_init__(self) -> None:
+        first = self.log.calls[0]
+        self.new_process(first.pid, None, first)
+        for call in self.log.calls:
+            if call.name == "brk":
+                self.breaks.setdefault(call.pid, []).append(call)
+            if call.is_split and call.succeeded:
+                self.splits.setdefault(call.pid, []).append(call)
+
+    def finish(self) -> Plan:
+        if FIRST in self.threads:  # the log ends before the process
+            self.grow_stack(self.log.calls[-1])
+        return Plan(tuple(self.steps), tuple(self.processes), self.incomparable)
+
+    def take(self, effect: Effect) -> None:
+        event = effect.event
+        if isinstance(event, Ended):
+            self.end_of_thread(event)
+        elif isinstance(event, Superseded):
+            self.tasks.pop(event.by, None)
+        elif event.line not in self.planned:
+            self.take_call(event, effect.child)
+
+    def take_call(self, call: Call, child: int | None) -> None:
+        self.planned.add(call.line)
+        task = self.tasks.get(call.pid) or self.appear(call)
+        task.call = call
+        origin = self.origin(task)
+        executes = call.name in EXECUTING and call.succeeded
+        try:
+            if call is self.log.calls[0] and executes:
+                self.steps.append(Ignored(origin, "the program starts here; its layout was recorded"))
+            elif executes:
+                self.execute(call, task)
+            elif task.retired:
+                self.steps.append(Ignored(origin, "its thread was ending"))
+            elif call.name in EXITING:
+                self.exit(call, task)
+            elif child is not None:
+                self.create(call, child, origin)
+            else:
+                self.steps.append(self.step(call, origin))
+        except ValueError as error:  # ArgumentError, or a number of arguments that the call does not have
+            raise RecordingError(f"{call.name}: {error}", self.log.path, call.line) from error
+        except IndexError:
+            raise RecordingError(f"{call.name}: too few arguments", self.log.path, call.line) from None
+
+    def step(self, call: Call, origin: Origin) -> Step:
+        """The step of a call that neither makes nor ends anybody."""
+        if call.name not in _KNOWN:
+            return Unknown(origin)
+        if call.result is None:
+            return Ignored(origin, "it did not return")
+        decoder = DECODERS.get(call.name)
+        if call.errno is not None:
+            replayed = call.errno in REPLAYED_ERRORS.get(call.name, ())
+            return Failed(origin, call.errno, decoder(origin, call.arguments, 0) if replayed and decoder else None)
+        if decoder is not None:
+            return decoder(origin, call.arguments, call.result)
+        return self.segment_step(call, origin, call.result)
+
+    def segment_step(self, call: Call, origin: Origin, result: int) -> Step:
+        """The step of a successful call without decoder."""
+        if call.name == "shmat":
+            return self.segments.attach(origin, call, result)
+        if call.name == "shmdt":
+            return self.segments.detach(origin, call)
+        if call.name == "shmget":
+            self.segments.created(call, result)
+        return Ignored(origin, IGNORED.get(call.name, "it made nobody"))
+
+    def create(self, call: Call, pid: int, origin: Origin) -> None:
+        """fork, vfork, clone or clone3 made `pid`."""
+        names = _clone_flags(call)
+        if "CLONE_THREAD" in names:
+            self.steps.append(Thread(origin, pid))
+            self.tasks[pid] = _Task(origin.process, call)
+            self.threads[origin.process].add(pid)
+            return
+        child = self.new_process(pid, origin.process, call)
+        if origin.partial:
+            self.partial.add(child)
+        self.segments.inherit(origin.process, child)
+        if "CLONE_VM" in names:
+            self.steps.append(Vfork(origin, child, waits="CLONE_VFORK" in names))
+        else:
+            self.steps.append(Fork(origin, child))
+
+    def execute(self, call: Call, task: _Task) -> None:
+        """The program is replaced: the other threads end, and what is mapped now was not recorded."""
+        process = task.process
+        if process == FIRST:
+            self.incomparable = f"line {call.line}: the first process starts another program, whose layout is unknown"
+        self.partial.add(process)
+        self.retire(process)
+        task.retired = False
+        self.threads[process] = {call.pid}
+        later = (brk.result for brk in self.breaks.get(call.pid, ()) if brk.line > call.line)
+        self.steps.append(Exec(self.origin(task), _program(call), next(later, None)))
+
+    def exit(self, call: Call, task: _Task) -> None:
+        process = task.process
+        if call.name != "exit_group" and self.threads[process] != {call.pid}:
+            self.end_one_thread(call.pid, task)
+            return
+        for pid in sorted(self.threads[process]):
+            for split in self.splits.get(pid, ()):
+                # It returned while exit_group waited for the thread: it had been done.
+                if split.line < call.line < split.end_line and split.name in DECODERS:
+                    self.take_call(split, None)
+        self.end_process(task, number(call.arguments[0]) if call.arguments else None)
+
+    def end_of_thread(self, ended: Ended) -> None:
+        """The log says that a thread is gone; its exit was seen before unless a signal ended it."""
+        task = self.tasks.get(ended.pid)
+        if task is not None and not task.retired:
+            if self.threads[task.process] == {ended.pid}:
+                self.end_process(task, ended.status)
+            else:
+                self.end_one_thread(ended.pid, task)
+        self.tasks.pop(ended.pid, None)
+
+    def end_one_thread(self, pid: int, task: _Task) -> None:
+        self.steps.append(ThreadExit(self.origin(task), pid))
+        self.threads[task.process].discard(pid)
+        task.retired = True
+
+    def end_process(self, task: _Task, status: int | None) -> None:
+        if task.process == FIRST:
+            self.grow_stack(task.call)
+        self.steps.append(Exit(self.origin(task), status))
+        self.retire(task.process)
+        del self.threads[task.process]
+
+    def retire(self, process: ProcessIndex) -> None:
+        for pid in self.threads[process]:
+            self.tasks[pid].retired = True
+
+    def grow_stack(self, call: Call) -> None:
+        if self.stack_growth is not None and self.incomparable is None:
+            start, end = self.stack_growth
+            self.steps.append(GrowStack(Origin(FIRST, call), start, end))
+
+    def appear(self, call: Call) -> _Task:
+        """A process whose making the log does not show."""
+        process = self.new_process(call.pid, None, call)
+        self.partial.add(process)
+        self.steps.append(Appear(Origin(process, call, partial=True)))
+        return self.tasks[call.pid]
+
+    def new_process(self, pid: int, parent: ProcessIndex | None, call: Call) -> ProcessIndex:
+        index = len(self.processes)
+        self.processes.append(ProcessInfo(index, pid, parent))
+        self.tasks[pid] = _Task(index, call)
+        self.threads[index] = {pid}
+        return index
+
+    def origin(self, task: _Task) -> Origin:
+        return Origin(task.process, task.call, task.process in self.partial)
+
+
+_KNOWN = DECODERS.keys() | IGNORED.keys() | CREATING | EXECUTING | {"shmat", "shmdt"}
+
+
+def _clone_flags(call: Call) -> frozenset[str]:
+    """The CLONE_ flags of a call in CREATING.
+
+    Raises:
+        ArgumentError: the log does not say them.
+    """
+    if call.name == "fork":
+        return frozenset()
+    if call.name == "vfork":
+        return frozenset({"CLONE_VM", "CLONE_VFORK"})
+    named = fields(call.arguments[0] if call.name == "clone3" else ", ".join(call.arguments))
+    if "flags" not in named:
+        raise ArgumentError(f"no flags in {', '.join(call.arguments)!r}")
+    return flag_names(named["flags"])
+
+
+def _program(call: Call) -> str:
+    if call.name == "execve":
+        return string(call.arguments[0])
+    path = string(call.arguments[1])
+    return path or descriptor(call.arguments[0]).path or ""
