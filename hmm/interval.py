@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 CHUNK = 128
 
@@ -42,20 +42,46 @@ class _Chunk(Generic[T]):
 
     __slots__ = ("holes", "items", "largest", "starts")
 
-    def __init__(self, items: list[T], holes: list[int], largest: int) -> None:
-        self.items = items
-        self.starts = [item.start for item in items]
-        self.holes = holes
+    def __init__(self, items: Sequence[T], end_before: int) -> None:
+        self.items: list[T] = []
+        self.starts: list[int] = []
+        self.holes: list[int] = []
+        self.largest = 0
+        self.replace(0, 0, items, end_before)
+
+    def replace(self, first: int, stop: int, items: Sequence[T], end_before: int) -> int:
+        """Put `items` in the place of intervals `first` to `stop`; `end_before` is where the one below ends.
+
+        Returns: the end of the last one of `items`, or `end_before`.
+        """
+        starts, holes, largest = [], [], self.largest
+        for item in items:
+            start = item.start
+            hole = start - end_before
+            end_before = item.end
+            starts.append(start)
+            holes.append(hole)
+            if hole > largest:  # noqa: PLR1730 - max() would cost more than the rest of the loop
+                largest = hole
+        self.items[first:stop] = items
+        self.starts[first:stop] = starts
+        self.holes[first:stop] = holes
         self.largest = largest
+        follower = first + len(starts)
+        if follower < len(self.starts):
+            self.measure(follower, end_before)
+        return end_before
+
+    def measure(self, index: int, end_before: int) -> None:
+        """Measure one hole anew."""
+        hole = self.starts[index] - end_before
+        self.holes[index] = hole
+        if hole > self.largest:  # noqa: PLR1730 - as above
+            self.largest = hole
 
 
-class Slot(NamedTuple):
-    """The intervals from `first` in chunk `chunk` up to, not including, `stop` in chunk `last_chunk`."""
-
-    chunk: int
-    first: int
-    last_chunk: int
-    stop: int
+Slot: TypeAlias = tuple[int, int, int, int]
+"""Chunk and index of the first interval of some consecutive ones; chunk of the last one, and index behind it."""
 
 
 class Hole(NamedTuple, Generic[T]):
@@ -143,7 +169,7 @@ class IntervalMap(Generic[T]):
         first = max(bisect_right(chunk.starts, start) - 1, 0)
         if chunk.items[first].end <= start:
             first += 1
-        return self._items(Slot(number, first, last, bisect_left(self._chunks[last].starts, end)))
+        return self._items((number, first, last, bisect_left(self._chunks[last].starts, end)))
 
     def highest_hole(self, size: int, low: int, high: int) -> Hole[T] | None:
         """The highest free space of at least `size` in [low, high), clipped to it.
@@ -213,14 +239,18 @@ class IntervalMap(Generic[T]):
         """Where the intervals stand that overlap [start, end) or end or begin at its ends; maybe none."""
         firsts = self._firsts
         if not firsts:
-            return Slot(0, 0, 0, 0)
-        number = max(bisect_left(firsts, start) - 1, 0)
+            return 0, 0, 0, 0
+        number = bisect_left(firsts, start)
+        if number:
+            number -= 1
         chunk = self._chunks[number]
-        first = max(bisect_left(chunk.starts, start) - 1, 0)
-        if chunk.items[first].end < start:
-            first += 1
-        last = max(bisect_right(firsts, end, number) - 1, number)
-        return Slot(number, first, last, bisect_right(self._chunks[last].starts, end))
+        first = bisect_left(chunk.starts, start)
+        if first and chunk.items[first - 1].end >= start:
+            first -= 1
+        last = number
+        if number + 1 < len(firsts) and firsts[number + 1] <= end:
+            last = bisect_right(firsts, end, number + 1) - 1
+        return number, first, last, bisect_right(self._chunks[last].starts, end)
 
     def _items(self, slot: Slot) -> list[T]:
         number, first, last, stop = slot
@@ -244,17 +274,12 @@ class IntervalMap(Generic[T]):
         if not 0 < size <= 2 * CHUNK:
             self._rebuild(slot, items)
             return
-        self._count += len(items) - (stop - first)
-        chunk.items[first:stop] = items
-        chunk.starts[first:stop] = [item.start for item in items]
-        chunk.holes[first:stop] = self._holes(self._end_before(number, first), items, chunk)
-        if first == 0:
+        self._count += size - len(chunk.items)
+        end = chunk.replace(first, stop, items, self._end_before(number, first))
+        if not first:
             self._firsts[number] = chunk.starts[0]
-        follower = first + len(items)
-        if follower < size:
-            self._measure(chunk, follower, self._end_before(number, follower))
-        elif number + 1 < len(chunks):
-            self._measure(chunks[number + 1], 0, chunk.items[-1].end)
+        if first + len(items) == size and number + 1 < len(chunks):
+            chunks[number + 1].measure(0, end)
 
     def _exchange(self, item: T, changed: T) -> None:
         """Put `changed` in the place of `item`, which it equals in extent."""
@@ -283,37 +308,19 @@ class IntervalMap(Generic[T]):
         rebuilt: list[_Chunk[T]] = []
         step = CHUNK if len(merged) > 2 * CHUNK else 2 * CHUNK
         for at in range(0, len(merged), step):
-            chunk: _Chunk[T] = _Chunk(merged[at : at + step], [], 0)
-            chunk.holes = self._holes(end, chunk.items, chunk)
+            chunk = _Chunk(merged[at : at + step], end)
             end = chunk.items[-1].end
             rebuilt.append(chunk)
         chunks[lower:upper] = rebuilt
         self._firsts[lower:upper] = [chunk.starts[0] for chunk in rebuilt]
         follower = lower + len(rebuilt)
         if follower < len(chunks):
-            self._measure(chunks[follower], 0, end)
+            chunks[follower].measure(0, end)
 
     def _end_before(self, number: int, index: int) -> int:
         if index:
             return self._chunks[number].items[index - 1].end
         return self._chunks[number - 1].items[-1].end if number else 0
-
-    @staticmethod
-    def _holes(end: int, items: Sequence[T], chunk: _Chunk[T]) -> list[int]:
-        """The holes below `items`, the first one beginning at `end`; raises the chunk's bound."""
-        holes = []
-        for item in items:
-            holes.append(item.start - end)
-            end = item.end
-        if holes:
-            chunk.largest = max(chunk.largest, *holes)
-        return holes
-
-    @staticmethod
-    def _measure(chunk: _Chunk[T], index: int, end: int) -> None:
-        hole = chunk.starts[index] - end
-        chunk.holes[index] = hole
-        chunk.largest = max(hole, chunk.largest)
 
     def check(self) -> None:
         """Assert all invariants of the structure.

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from hmm.interval import IntervalMap
@@ -87,10 +88,7 @@ _SPECIAL = int(SPECIAL_FLAGS)
 _NOT_SOFTDIRTY = ~int(VmFlag.SOFTDIRTY)
 _NOT_COMPARED_FOR_ANON = ~int(ACCESS_FLAGS | VmFlag.SOFTDIRTY)
 _PERMS = tuple(
-    ("r" if bits & 1 else "-")
-    + ("w" if bits & 2 else "-")
-    + ("x" if bits & 4 else "-")
-    + ("s" if bits & 8 else "p")
+    ("r" if bits & 1 else "-") + ("w" if bits & 2 else "-") + ("x" if bits & 4 else "-") + ("s" if bits & 8 else "p")
     for bits in range(16)
 )
 
@@ -285,6 +283,10 @@ class Vma(NamedTuple):
         return Vma(max(start, self.start), min(end, self.end), self.mapping)
 
 
+# Vma(...) passes through a generated function and takes thrice as long.
+_new_vma = partial(tuple.__new__, Vma)
+
+
 def mergeable(existing: Mapping, added: Mapping) -> bool:
     """True when a VMA may grow over an adjacent stretch that gets the mapping `added`.
 
@@ -294,10 +296,8 @@ def mergeable(existing: Mapping, added: Mapping) -> bool:
     Source: Linux mm/vma.c, is_mergeable_vma(), is_mergeable_anon_vma(), can_vma_merge_after() (6.12).
     """
     flags = added.flags._value_
-    if flags & _SPECIAL:
-        return False
-    if existing is added:
-        return True
+    if existing is added or flags & _SPECIAL:
+        return not flags & _SPECIAL
     return (
         not (existing.flags._value_ ^ flags) & _NOT_SOFTDIRTY
         and existing.backing is added.backing
@@ -311,10 +311,25 @@ def mergeable(existing: Mapping, added: Mapping) -> bool:
 
 def merged(a: Mapping, b: Mapping) -> Mapping:
     """The mapping of the VMA that two mergeable neighbours become."""
+    if a is b:
+        return a
     if b.anon_vma and not a.anon_vma:
         a = a.with_anon_vma(b.anon_vma, cloned=b.cloned)
     flags = a.flags._value_ | b.flags._value_
     return a if flags == a.flags._value_ else a.with_flags(VmFlag(flags))
+
+
+def _merges_upwards(grown: Mapping, added: Mapping, above: Mapping) -> bool:
+    """True when `added`, which may have merged into the VMA below it, `grown`, merges with the one above as well.
+
+    That each side goes with what is added does not mean that the sides go together.
+
+    Source: Linux mm/vma.c, can_vma_merge_right().
+    """
+    if not mergeable(above, added):
+        return False
+    a, b = grown.anon_vma, above.anon_vma
+    return a == b or not a or not b
 
 
 def anon_vma_compatible(below: Vma, above: Vma) -> bool:
@@ -396,13 +411,15 @@ class VmaMap(IntervalMap[Vma]):
 
     def assign(self, span: AddressRange, mapping: Mapping, *, merge: bool = True) -> None:
         """Map `span` anew, whatever was there; see `replace`."""
-        self.replace(span, (Vma(span.start, span.end, mapping),), merge=merge)
+        self.replace(span, ((span.start, span.end, mapping),), merge=merge)
 
     def erase(self, span: AddressRange) -> None:
         """Unmap `span`; VMAs that reach out of it keep their outer parts."""
         self.replace(span, ())
 
-    def replace(self, span: AddressRange, vmas: Sequence[Vma], *, merge: bool = True) -> None:
+    def replace(
+        self, span: AddressRange, vmas: Sequence[tuple[Address, Address, Mapping]], *, merge: bool = True
+    ) -> None:
         """Make `vmas`, ascending and inside `span`, all that is mapped there.
 
         The new VMAs merge with each other and with the neighbours of `span` where the kernel would merge a
@@ -417,41 +434,35 @@ class VmaMap(IntervalMap[Vma]):
         Source: Linux mm/vma.c, vma_merge_new_range(), vma_merge_existing_range().
         """
         start, end = span.start, span.end
+        assert not vmas or (start <= vmas[0][0] and vmas[-1][1] <= end), (span, vmas)
         slot = self._touching(start, end)
         touched = self._items(slot)
         result: list[Vma] = []
+        # The VMA that may still grow upwards; it becomes an object when it cannot.
+        low = high = 0
+        grown = added = None
         if touched and touched[0].start < start:
-            below = touched[0]
-            result.append(below if below.end == start else Vma(below.start, start, below.mapping))
-        for vma in vmas:
-            assert start <= vma.start < vma.end <= end, (span, vma)
-            grown = result[-1] if merge and result else None
-            if grown and grown.end == vma.start and mergeable(grown.mapping, vma.mapping):
-                result[-1] = Vma(grown.start, vma.end, merged(grown.mapping, vma.mapping))
+            low, high, grown = touched[0].start, start, touched[0].mapping
+        for piece_start, piece_end, added in vmas:
+            if grown and merge and high == piece_start and mergeable(grown, added):
+                grown = merged(grown, added)
             else:
-                result.append(vma)
+                if grown:
+                    result.append(_new_vma((low, high, grown)))
+                low, grown = piece_start, added
+            high = piece_end
         if touched and touched[-1].end > end:
-            above = touched[-1]
-            grows = merge and vmas and vmas[-1].end == end
-            if grows and self._merges_upwards(result[-1], vmas[-1], above):
-                grown = result[-1]
-                result[-1] = Vma(grown.start, above.end, merged(grown.mapping, above.mapping))
+            above = touched[-1].mapping
+            if grown and added and merge and high == end and _merges_upwards(grown, added, above):
+                grown = merged(grown, above)
             else:
-                result.append(above if above.start == end else Vma(end, above.end, above.mapping))
+                if grown:
+                    result.append(_new_vma((low, high, grown)))
+                low, grown = end, above
+            high = touched[-1].end
+        if grown:
+            result.append(_new_vma((low, high, grown)))
         self._splice(slot, result)
-
-    @staticmethod
-    def _merges_upwards(grown: Vma, added: Vma, above: Vma) -> bool:
-        """True when `added`, which may have merged into `grown` below it, merges with `above` as well.
-
-        That each side goes with what is added does not mean that the sides go together.
-
-        Source: Linux mm/vma.c, can_vma_merge_right().
-        """
-        if not mergeable(above.mapping, added.mapping):
-            return False
-        a, b = grown.mapping.anon_vma, above.mapping.anon_vma
-        return a == b or not a or not b
 
     def set_mapping(self, vma: Vma, mapping: Mapping) -> Vma:
         """Change the mapping of one whole VMA in place; its neighbours stay apart.
