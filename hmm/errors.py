@@ -25,8 +25,11 @@ import errno as errnos
 from enum import Enum
 from typing import ClassVar
 
+EHWPOISON = 133
+"""The contents of the page are lost; Python's errno module does not know it."""
+
 # errno.errorcode names some numbers by their alias (EDEADLK prints EDEADLOCK): the names are fixed here.
-_ALIASES = {errnos.EDEADLK: "EDEADLK", errnos.EAGAIN: "EAGAIN", errnos.EOPNOTSUPP: "EOPNOTSUPP"}
+_ALIASES = {errnos.EDEADLK: "EDEADLK", errnos.EAGAIN: "EAGAIN", errnos.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
 
 
 def errno_name(number: int) -> str:
