@@ -1,0 +1,121 @@
+"""What the calls that change VMAs have in common: limits, split and merge of a part, unmapping.
+
+Models the part of the kernel that has moved to mm/vma.c.  Everything here expects that the caller has the turn.
+
+Source: Linux mm/vma.c (vma_modify(), do_vmi_align_munmap()), mm/mmap.c (may_expand_vm()), mm/memory.c
+(unmap_vmas()), 6.12.
+Invariants: a call that fails for want of VMAs has changed no mapping; at most a VMA stays cut where the kernel cuts
+it before it finds that the second cut is one too many.
+Absent: which parts are changed and why; locked-memory and data limits, memory accounting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError
+from hmm.events import Cause
+from hmm.file import File
+from hmm.operation import Operation, Pause
+from hmm.page_table import PageTable
+from hmm.units import PIECE_BYTES, TASK_SIZE, AddressRange
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["may_expand", "modify_flags", "populated", "unmap", "zap"]
+
+
+def may_expand(space: AddressSpace, length: int) -> bool:
+    """Whether `length` bytes more may be mapped under RLIMIT_AS.
+
+    Cost: nothing without a limit, else O(VMAs).  Source: Linux mm/mmap.c, may_expand_vm().
+    """
+    limit = space.limits.address_bytes
+    return limit >= TASK_SIZE or sum(vma.end - vma.start for vma in space.vmas) + length <= limit
+
+
+def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
+    """Give a part of one VMA other flags, merging it with its neighbours or cutting it out.
+
+    Args:
+        piece: as the map has it now, clipped to the part that changes.
+
+    Raises:
+        OutOfFramesError: the cuts would make too many VMAs (ENOMEM).
+
+    Source: Linux mm/vma.c, vma_modify_flags(), split_vma().
+    """
+    vmas = space.vmas
+    whole = vmas.find(piece.start)
+    assert whole is not None
+    before = len(vmas)
+    vmas.assign(piece.span, piece.mapping.with_flags(flags))
+    if len(vmas) <= max(before, space.limits.vmas):
+        return
+    # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
+    cut = piece.start if len(vmas) - before == 2 and before < space.limits.vmas else whole.start
+    parts = [Vma(start, end, whole.mapping) for start, end in ((whole.start, cut), (cut, whole.end)) if start < end]
+    vmas.replace(whole.span, parts, merge=False)
+    raise OutOfFramesError(f"{piece} cannot be cut out of {whole}: the space has {before} VMAs already")
+
+
+def populated(table: PageTable, span: AddressRange) -> Iterator[AddressRange]:
+    """The parts of `span` that hold entries, ascending, each at most PIECE_BYTES long.
+
+    The table may be changed between the steps.
+
+    Cost: O(directories met); holes are skipped.
+    """
+    at = span.start
+    while at < span.end:
+        run = next(table.walk(at, span.end), None)
+        if run is None:
+            return
+        start, at = run.start, min(span.end, run.start + PIECE_BYTES)
+        yield AddressRange(start, at)
+
+
+def zap(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """Drop every entry of `span` and the frames that only they held, with a pause between pieces.
+
+    Cost: O(directories + entries), vectorised.
+    """
+    paused = True
+    for piece in populated(space.table, span):
+        if not paused:
+            yield Pause()
+        space.zap(piece.start, piece.end)
+        paused = False
+
+
+def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """Remove what is mapped in `span`: one event over all of it, unless nothing is mapped there.
+
+    The VMAs go first, then every mirror is told, then the entries go, and files that nobody holds any more.
+
+    Raises:
+        OutOfFramesError: a hole in one VMA would make one VMA too many (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+
+    Cost: O(VMAs + directories + entries).  Source: Linux mm/vma.c, do_vmi_align_munmap().
+    """
+    pieces = space.vmas.mapped_pieces(span)
+    if not pieces:
+        return
+    whole = space.vmas.find(pieces[0].start)
+    assert whole is not None
+    if whole.start < span.start and span.end < whole.end and len(space.vmas) >= space.limits.vmas:
+        raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
+    with space.restoring(span):
+        space.vmas.erase(span)
+        with space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
+            yield from invalidation.deliver()
+            yield from zap(space, span)
+    release_files(pieces)
+
+
+def release_files(vmas: Iterable[Vma]) -> None:
+    """Let go of the pages of files that were mapped by VMAs now gone, if nobody else holds them."""
+    files = {vma.backing.id: vma.backing for vma in vmas if isinstance(vma.backing, File)}
+    for file_id in sorted(files):
+        files[file_id].release_unused()
