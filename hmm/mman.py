@@ -1,0 +1,237 @@
+"""mmap, munmap and brk.
+
+Each is one turn at the address space: what the request says by itself is looked at first, the rest in its turn,
+against what is mapped; what was there before is unmapped, the VMA is made, and pages are populated after the turn.
+
+Source: Linux mm/mmap.c (ksys_mmap_pgoff(), do_mmap(), mmap_region(), SYSCALL brk), 6.12.
+Invariants: a call that fails has changed nothing.
+Absent: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
+
+Differs: there are no hugetlb pages (MAP_HUGETLB of anonymous memory finds none: ENOMEM); MAP_DROPPABLE and MAP_SYNC
+are not known.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable
+
+from hmm.address_space import AddressSpace
+from hmm.device_map import map_device
+from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
+from hmm.file import File, FileKind
+from hmm.operation import Operation
+from hmm.populate import populate
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
+from hmm.unmapped_area import MapFlag, get_unmapped_area, place
+from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
+from hmm.vma_edit import may_expand, unmap
+
+__all__ = ["MapFlag", "SharedMemoryFactory", "brk", "mmap", "munmap"]
+
+SharedMemoryFactory = Callable[[int], File]
+"""Makes the unnamed object behind shared anonymous memory, given its size in bytes: shmem_zero_setup()."""
+
+_MAP_TYPE = 0xF
+_LEGACY_FLAGS = 0x7C07_F9F3
+"""LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE accepts of a file that knows no MAP_SYNC."""
+_FILE_END = 1 << 63
+_SHARED = VmFlag.SHARED | VmFlag.MAYSHARE
+
+
+def mmap(
+    space: AddressSpace,
+    address: Address,
+    length: int,
+    prot: Prot,
+    flags: MapFlag,
+    file: File | None = None,
+    offset: int = 0,
+    shared_memory: SharedMemoryFactory | None = None,
+) -> Operation[Address]:
+    """Map a file, or anonymous memory.
+
+    Args:
+        address: hint; with MAP_FIXED and MAP_FIXED_NOREPLACE the address; 0 for none.
+        length: bytes, rounded up to pages.
+        flags: MAP_DENYWRITE and MAP_EXECUTABLE are ignored, and `file` and `offset` with MAP_ANONYMOUS.
+        offset: in `file`, bytes, page-aligned.
+        shared_memory: needed with MAP_SHARED | MAP_ANONYMOUS.
+
+    Returns: the address.
+
+    Raises:
+        InvalidRequestError: no length, an offset or a fixed address within a page, neither shared nor private, a
+            stack that is shared or of a file (EINVAL); the file's offsets end before (EOVERFLOW); a flag that
+            MAP_SHARED_VALIDATE does not know (EOPNOTSUPP).
+        NoSuchObjectError: no file without MAP_ANONYMOUS (EBADF).
+        OutOfFramesError: no room, too many VMAs, RLIMIT_AS (ENOMEM).
+        AccessDeniedError: a fixed address below MMAP_MIN_ADDR (EPERM).
+        ConflictError: MAP_FIXED_NOREPLACE over something (EEXIST).
+        TimedOutError: MAP_FIXED over something and a mirror with policy FAIL did not answer (ETIMEDOUT).
+
+    Cost: O(log VMAs); with MAP_FIXED as munmap; with MAP_POPULATE as touching every page.
+    Source: Linux mm/mmap.c, do_mmap().
+    """
+    if not is_page_aligned(offset):
+        raise InvalidRequestError(f"mmap: offset {offset:#x} is not the start of a page")
+    if flags & MapFlag.ANONYMOUS:
+        file, offset = None, 0
+    elif file is None:
+        raise NoSuchObjectError("mmap: neither a file nor MAP_ANONYMOUS", errnos.EBADF)
+    elif flags & MapFlag.HUGETLB:
+        raise InvalidRequestError(f"mmap: MAP_HUGETLB of {file}, which is no hugetlb file")
+    if not length:
+        raise InvalidRequestError("mmap: length 0")
+    length = page_up(length)
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        if len(space.vmas) > space.limits.vmas:
+            raise OutOfFramesError(f"mmap: the space has {len(space.vmas)} VMAs already")
+        start = place(space, length, address, flags, file, offset)
+        span = AddressRange(start, start + length)
+        vm_flags = _vm_flags(space, span, prot, flags, file, offset)
+        if file is None and vm_flags & VmFlag.SHARED:
+            assert shared_memory is not None, "nothing makes shared anonymous memory"
+            file = shared_memory(length)
+        delta = 0 if file is None else (offset - start) >> PAGE_SHIFT
+        turn.hold(span)
+        yield from _mmap_region(space, span, Mapping(vm_flags, file, delta))
+    if vm_flags & VmFlag.LOCKED or flags & (MapFlag.POPULATE | MapFlag.NONBLOCK) == MapFlag.POPULATE:
+        yield from populate(space, span)
+    return start
+
+
+def _vm_flags(
+    space: AddressSpace, span: AddressRange, prot: Prot, flags: MapFlag, file: File | None, offset: int
+) -> VmFlag:
+    """The second half of do_mmap(), from where the address is known."""
+    if flags & MapFlag.FIXED_NOREPLACE and space.vmas.overlapping(span):
+        raise ConflictError(f"mmap: something is mapped in {span}", address=span.start)
+    vm_flags = VmFlag(prot & 7) | MAY_FLAGS | space.default_flags
+    if flags & MapFlag.GROWSDOWN:
+        vm_flags |= VmFlag.GROWSDOWN
+    if flags & MapFlag.LOCKED:
+        vm_flags |= VmFlag.LOCKED
+    if flags & MapFlag.STACK:
+        vm_flags |= VmFlag.NOHUGEPAGE
+    if file is None:
+        vm_flags |= _anonymous_flags(flags)
+    else:
+        vm_flags |= _file_flags(flags, file, offset, span.size_bytes)
+    if flags & MapFlag.HUGETLB:
+        raise OutOfFramesError("mmap: there are no huge pages")
+    if flags & MapFlag.NORESERVE:
+        vm_flags |= VmFlag.NORESERVE
+    if vm_flags & (VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE) == VmFlag.WRITE:
+        vm_flags |= VmFlag.ACCOUNT
+    if vm_flags & SPECIAL_FLAGS:
+        vm_flags &= ~LOCKED_FLAGS
+    return vm_flags
+
+
+def _anonymous_flags(flags: MapFlag) -> VmFlag:
+    match flags & _MAP_TYPE:
+        case MapFlag.PRIVATE:
+            return VmFlag.NONE
+        case MapFlag.SHARED if not flags & MapFlag.GROWSDOWN:
+            return _SHARED
+    raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}")
+
+
+def _file_flags(flags: MapFlag, file: File, offset: int, length: int) -> VmFlag:
+    if file.kind is not FileKind.DEVICE and offset + length >= _FILE_END:
+        raise InvalidRequestError(f"mmap: {length:#x} bytes at {offset:#x} are behind any file", errnos.EOVERFLOW)
+    kind = flags & _MAP_TYPE
+    if kind == MapFlag.SHARED_VALIDATE and flags & ~_LEGACY_FLAGS:
+        raise InvalidRequestError(f"mmap: MAP_SHARED_VALIDATE does not know all of {flags!r}", errnos.EOPNOTSUPP)
+    if kind not in (MapFlag.SHARED, MapFlag.SHARED_VALIDATE, MapFlag.PRIVATE) or flags & MapFlag.GROWSDOWN:
+        raise InvalidRequestError(f"mmap: no mapping of a file is of the kind {flags!r}")
+    return file.vm_flags if kind == MapFlag.PRIVATE else file.vm_flags | _SHARED
+
+
+def _mmap_region(space: AddressSpace, span: AddressRange, mapping: Mapping) -> Operation[None]:
+    replaced = sum(vma.end - vma.start for vma in space.vmas.mapped_pieces(span))
+    if not may_expand(space, span.size_bytes - replaced):
+        raise OutOfFramesError(f"mmap: {span} is more than RLIMIT_AS allows")
+    yield from unmap(space, span)
+    file = mapping.backing
+    if isinstance(file, File):
+        file.mapped_by(space)
+    space.vmas.assign(span, mapping)
+    try:
+        yield from map_device(space, span, mapping)
+    except OutOfFramesError:
+        space.vmas.erase(span)
+        raise
+
+
+def munmap(space: AddressSpace, start: Address, length: int) -> Operation[int]:
+    """Unmap a range; it need not be mapped.
+
+    Args:
+        start: page-aligned.
+        length: bytes, rounded up to pages.
+
+    Returns: 0.
+
+    Raises:
+        InvalidRequestError: no length, a start within a page, or an end outside the address space (EINVAL).
+        OutOfFramesError: a hole in one VMA would make one VMA too many (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+
+    Cost: O(VMAs + directories + entries).  Source: Linux mm/vma.c, do_vmi_munmap().
+    """
+    if not is_page_aligned(start) or start > TASK_SIZE or length > TASK_SIZE - start or not length:
+        raise InvalidRequestError(f"munmap: {length:#x} bytes at {start:#x}", address=start)
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        yield from unmap(space, AddressRange(start, start + page_up(length)))
+    return 0
+
+
+def brk(space: AddressSpace, address: Address) -> Operation[Address]:
+    """Move the end of the heap.
+
+    Args:
+        address: the new end, in bytes; 0 asks for the present one.
+
+    Returns: the end as it is now; it has not moved when the request could not be met.
+
+    Raises:
+        TimedOutError: shrinking, and a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+
+    Cost: as mmap or munmap of the difference.  Source: Linux mm/mmap.c, SYSCALL brk.
+    """
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        old, new = page_up(space.brk_end), page_up(address)
+        if address < space.brk_start:
+            return space.brk_end
+        if old < new:
+            if not _can_grow_heap(space, AddressRange(old, new)):
+                return space.brk_end
+            flags = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT | space.default_flags
+            # The first piece of heap never joins a VMA that only happens to end there.
+            space.vmas.assign(AddressRange(old, new), Mapping(flags), merge=old > page_up(space.brk_start))
+        elif new < old:
+            if not space.vmas.overlapping(AddressRange(new, old)):
+                return space.brk_end
+            yield from unmap(space, AddressRange(new, old))
+        space.brk_end = address
+    if old < new and space.default_flags & VmFlag.LOCKED:
+        yield from populate(space, AddressRange(old, new))
+    return address
+
+
+def _can_grow_heap(space: AddressSpace, growth: AddressRange) -> bool:
+    try:
+        get_unmapped_area(space, growth.size_bytes, growth.start, MapFlag.FIXED, None, 0)
+    except HmmError:
+        return False
+    above = space.vmas.find_next(growth.start)
+    if above is not None:
+        guard = STACK_GUARD_GAP if above.has(VmFlag.GROWSDOWN) else 0
+        if growth.end + PAGE_SIZE > above.start - guard:
+            return False
+    return may_expand(space, growth.size_bytes) and len(space.vmas) <= space.limits.vmas
