@@ -1,0 +1,200 @@
+"""mprotect: what the CPU may do with a range.
+
+The VMAs change first, piece by piece up to the first that may not; then the mirrors are told once of all that
+changed; then the entries follow.  An entry loses WRITE and gets it back at once where a write would need no fault:
+in shared mappings, and for private pages that belong to this process alone.  A page on a device loses its permission
+to be written for good, so that the driver is asked before it is written again.
+
+Source: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_range(), can_change_pte_writable()),
+6.12.
+Invariants: no writable entry remains in a mapping that does not permit writing.
+Absent: protection keys; write notification of shared files, whose pages are upgraded like shared memory's.
+
+Differs: one event for the call, where the kernel sends one per VMA.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from enum import IntFlag
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
+from hmm.events import Cause
+from hmm.frames import Frames, PageFlag
+from hmm.operation import Operation, Pause
+from hmm.populate import populate
+from hmm.units import Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
+from hmm.vma_edit import modify_flags, populated
+
+__all__ = ["ProtGrow", "mprotect"]
+
+
+class ProtGrow(IntFlag):
+    """PROT_GROWSDOWN and PROT_GROWSUP, to be added to the protection given to mprotect()."""
+
+    DOWN = 0x0100_0000
+    UP = 0x0200_0000
+
+
+_GROW = ProtGrow.DOWN | ProtGrow.UP
+_PROT_SEM = 0x8
+_PUD_MASK = -(1 << 30)
+_RESERVING = VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE
+_KEEP = np.uint64(~cpu_pte.WRITE & (1 << 64) - 1)
+_WRITE = np.uint64(cpu_pte.WRITE)
+
+
+def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Operation[int]:
+    """Change the protection of a range.
+
+    Args:
+        start: page-aligned.
+        length: bytes, rounded up to pages; 0 does nothing.
+        prot: Prot values, with ProtGrow.DOWN from the start of a stack on.
+
+    Returns: 0.
+
+    Raises:
+        InvalidRequestError: a start within a page, an unknown protection, PROT_GROWSDOWN of a mapping that does not
+            grow downwards; PROT_GROWSUP, as nothing grows upwards (EINVAL).
+        BadAddressError: a part is not mapped; what lies below it was changed (ENOMEM).
+        AccessDeniedError: a mapping may never permit this; what lies below it was changed (EACCES).
+        OutOfFramesError: too many VMAs; what lies below was changed (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+
+    Cost: O(VMAs + directories + entries), vectorised.
+    """
+    grow, prot = prot & _GROW, prot & ~_GROW
+    if grow == _GROW or not is_page_aligned(start):
+        raise InvalidRequestError(f"mprotect: {start:#x} is not the start of a page, or grows both ways", address=start)
+    if not length:
+        return 0
+    end = start + page_up(length)
+    if end >= 1 << 64:
+        raise BadAddressError(f"mprotect: {length:#x} bytes at {start:#x} end nowhere", errnos.ENOMEM, address=start)
+    if prot & ~(ACCESS_FLAGS | _PROT_SEM):
+        raise InvalidRequestError(f"mprotect: unknown protection {prot:#x}")
+    prot &= ACCESS_FLAGS
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        span = _grown(space, AddressRange(start, end), grow)
+        turn.hold(span)
+        with space.restoring(span):
+            changed, error = _change_vmas(space, span, Prot(prot))
+            yield from _change_protection(space, changed, _cause(prot))
+    for piece in changed:
+        # A private locked mapping that becomes writable: the copies are made now.
+        if piece.flags & (VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED) == VmFlag.LOCKED and prot & Prot.WRITE:
+            yield from populate(space, piece.span)
+    if error is not None:
+        raise error
+    return 0
+
+
+def _cause(prot: int) -> Cause:
+    if not prot & Prot.READ:
+        return Cause.MPROTECT_NONE
+    return Cause.MPROTECT_WRITE if prot & Prot.WRITE else Cause.MPROTECT_READ
+
+
+def _grown(space: AddressSpace, span: AddressRange, grow: int) -> AddressRange:
+    """The range after PROT_GROWSDOWN or PROT_GROWSUP."""
+    vma = space.vmas.find_next(span.start)
+    if vma is None or vma.start >= span.end or (vma.start > span.start and not grow & ProtGrow.DOWN):
+        raise BadAddressError(f"mprotect: nothing is mapped at {span.start:#x}", errnos.ENOMEM, address=span.start)
+    if not grow:
+        return span
+    if grow & ProtGrow.UP or not vma.has(VmFlag.GROWSDOWN):
+        raise InvalidRequestError(f"mprotect: {vma} does not grow that way", address=span.start)
+    return AddressRange(vma.start, span.end)
+
+
+def _change_vmas(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[list[Vma], HmmError | None]:
+    """Change the VMAs of `span` up to the first that may not.
+
+    Returns: the parts that really changed, as they were; and what the call fails with.
+    """
+    changed: list[Vma] = []
+    at = span.start
+    for piece in space.vmas.mapped_pieces(span):
+        if piece.start != at:
+            break
+        at = piece.end
+        may = VmFlag(piece.flags >> 4) & ACCESS_FLAGS
+        if prot & ~may:
+            denied = f"mprotect: {piece} may not become {prot!r}"
+            return changed, AccessDeniedError(denied, errnos.EACCES, address=piece.start)
+        flags = _new_flags(piece, prot)
+        if flags == piece.flags:
+            continue
+        try:
+            modify_flags(space, piece, flags)
+        except HmmError as error:
+            return changed, error
+        changed.append(piece)
+    if at < span.end:
+        return changed, BadAddressError(f"mprotect: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
+    return changed, None
+
+
+def _new_flags(piece: Vma, prot: Prot) -> VmFlag:
+    """vm_flags after the change; VM_ACCOUNT as mprotect_fixup() keeps it."""
+    old = piece.flags
+    new = (old & ~ACCESS_FLAGS) | VmFlag(prot)
+    if new == old:
+        return old
+    if prot & Prot.WRITE:
+        return new if old & _RESERVING else new | VmFlag.ACCOUNT
+    if old & VmFlag.ACCOUNT and piece.mapping.anonymous and not piece.anon_vma:
+        return new & ~VmFlag.ACCOUNT
+    return new
+
+
+def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) -> Operation[None]:
+    """Tell the mirrors of those parts that have page tables, then change the entries: change_protection()."""
+    spans = tuple(span for piece in changed if (span := _populated_part(space, piece.span)))
+    if not spans:
+        return
+    with space.notifier.invalidation(spans, cause) as invalidation:
+        yield from invalidation.deliver()
+        paused = True
+        for span in spans:
+            for piece in populated(space.table, span):
+                if not paused:
+                    yield Pause()
+                paused = False
+                _change_entries(space, piece)
+
+
+def _populated_part(space: AddressSpace, span: AddressRange) -> AddressRange | None:
+    """`span` from its first populated 1 GiB table on, as change_pud_range() tells of it."""
+    first = next(populated(space.table, span), None)
+    return first and AddressRange(max(span.start, first.start & _PUD_MASK), span.end)
+
+
+def _change_entries(space: AddressSpace, span: AddressRange) -> None:
+    """change_pte_range() for a part of one VMA, which has its new flags."""
+    vma = space.vmas.find(span.start)
+    assert vma is not None
+    writable, shared, frames = vma.writable, vma.shared, space.frames
+
+    def change(entries: Entries) -> None:
+        entries &= _KEEP
+        if writable:
+            entries[_upgradable(entries, frames, shared=shared)] |= _WRITE
+
+    space.table.update(span.start, span.end, change)
+
+
+def _upgradable(entries: Entries, frames: Frames, *, shared: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """can_change_pte_writable(): a write needs no fault, as the page is shared anyway or this process's alone."""
+    upgradable = cpu_pte.is_present(entries)
+    if not shared:
+        upgradable &= ~cpu_pte.is_special(entries)
+        upgradable[upgradable] = frames.test_flags(cpu_pte.cpu_pfn(entries[upgradable]), PageFlag.ANON_EXCLUSIVE)
+    return upgradable
