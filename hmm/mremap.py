@@ -1,0 +1,285 @@
+"""mremap: a mapping grows, shrinks or moves, and takes its page-table entries along as they are.
+
+Entries of pages on a device or held exclusively by one move like any other; the mirrors' tables do not follow, they
+lose the old range.
+
+A move makes the new VMA, tells the mirrors of the old range, once for the move and once more for its removal unless
+it stays (MREMAP_DONTUNMAP), moves the entries and removes the old VMA.  So a mirror that does not answer leaves
+everything as it was.
+
+Source: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables()), mm/vma.c
+(copy_vma(), vma_merge_extend()), 6.12.
+Invariants: an entry is at its old or its new address, and nobody faults on either while it moves.
+Absent: hugetlb pages, userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
+
+Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
+moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+
+from hmm.address_space import AddressSpace
+from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
+from hmm.events import Cause
+from hmm.file import File
+from hmm.notifier import Turn
+from hmm.operation import Operation, Pause
+from hmm.populate import populate
+from hmm.units import PAGE_SHIFT, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
+from hmm.unmapped_area import MapFlag, get_unmapped_area
+from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
+from hmm.vma_edit import may_expand, populated, release_files, unmap
+
+__all__ = ["MremapFlag", "mremap"]
+
+_64_BITS = (1 << 64) - 1
+_UNRESIZABLE = VmFlag.DONTEXPAND | VmFlag.PFNMAP
+
+
+class MremapFlag(IntFlag):
+    """The MREMAP_ flags."""
+
+    MAYMOVE = 1
+    FIXED = 2
+    DONTUNMAP = 4
+
+
+_ALL_FLAGS = MremapFlag.MAYMOVE | MremapFlag.FIXED | MremapFlag.DONTUNMAP
+
+
+@dataclass(frozen=True, slots=True)
+class _Remap:
+    """One request: lengths in bytes, page-aligned."""
+
+    start: Address
+    old_length: int
+    new_length: int
+    flags: int
+    target: Address
+
+    @property
+    def old(self) -> AddressRange:
+        return AddressRange(self.start, self.start + self.old_length)
+
+    @property
+    def dontunmap(self) -> bool:
+        return bool(self.flags & MremapFlag.DONTUNMAP)
+
+    def __str__(self) -> str:
+        return f"mremap of {self.old} to {self.new_length:#x} bytes"
+
+
+def mremap(
+    space: AddressSpace, start: Address, old_length: int, new_length: int, flags: int, target: Address = 0
+) -> Operation[Address]:
+    """Resize or move a part of one VMA.
+
+    Args:
+        start: page-aligned.
+        old_length, new_length: bytes, rounded up to pages; an old length of 0 maps shared memory once more.
+        flags: MremapFlag values.
+        target: with MREMAP_FIXED the new address, with MREMAP_DONTUNMAP alone a hint.
+
+    Returns: the address, new or old.
+
+    Raises:
+        InvalidRequestError: addresses within pages, unknown or contradicting flags, a new length of 0, a target
+            outside the address space or overlapping the old range; a second mapping of private memory;
+            MREMAP_DONTUNMAP of a mapping that may not be resized (EINVAL).
+        BadAddressError: nothing is mapped at `start`, the old range is not inside one VMA, or the mapping may not
+            be resized; then what MREMAP_FIXED found at the target is gone already (EFAULT).
+        OutOfFramesError: no room to grow in place without MREMAP_MAYMOVE, no room at all, too many VMAs, RLIMIT_AS,
+            or too few directories (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer; the old range was not changed (ETIMEDOUT).
+
+    Cost: O(directories + entries) of what moves or goes, vectorised.
+    """
+    request = _checked(start, old_length, new_length, flags, target)
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        _require_vma(space, request)
+        if flags & (MremapFlag.FIXED | MremapFlag.DONTUNMAP):
+            address = yield from _remap_to(space, turn, request)
+        elif request.old_length >= request.new_length:
+            yield from _shrink(space, request)
+            return start
+        else:
+            address = yield from _grow(space, turn, request)
+        moved = space.vmas.find(address)
+        locked = moved is not None and moved.has(VmFlag.LOCKED)
+    if locked and request.new_length > request.old_length:
+        yield from populate(space, AddressRange(address + request.old_length, address + request.new_length))
+    return address
+
+
+def _checked(start: Address, old_length: int, new_length: int, flags: int, target: Address) -> _Remap:
+    request = _Remap(start, page_up(old_length) & _64_BITS, page_up(new_length) & _64_BITS, flags, target)
+    if flags & ~_ALL_FLAGS or (flags & MremapFlag.FIXED and not flags & MremapFlag.MAYMOVE):
+        raise InvalidRequestError(f"{request}: flags {flags:#x}")
+    if request.dontunmap and (not flags & MremapFlag.MAYMOVE or old_length != new_length):
+        raise InvalidRequestError(f"{request}: MREMAP_DONTUNMAP moves and does not resize")
+    if not is_page_aligned(start) or not request.new_length:
+        raise InvalidRequestError(f"{request}: no length, or a start within a page", address=start)
+    return request
+
+
+def _require_vma(space: AddressSpace, request: _Remap) -> Vma:
+    vma = space.vmas.find(request.start)
+    if vma is None:
+        raise BadAddressError(f"{request}: nothing is mapped there", address=request.start)
+    return vma
+
+
+def _shrink(space: AddressSpace, request: _Remap) -> Operation[None]:
+    start, length = request.start + request.new_length, request.old_length - request.new_length
+    if not length:
+        return
+    if start > TASK_SIZE or length > TASK_SIZE - start:
+        raise InvalidRequestError(f"{request}: it ends outside the address space", address=start)
+    yield from unmap(space, AddressRange(start, start + length))
+
+
+def _remap_to(space: AddressSpace, turn: Turn, request: _Remap) -> Operation[Address]:
+    """MREMAP_FIXED and MREMAP_DONTUNMAP: mremap_to()."""
+    target, length = request.target, request.new_length
+    if not is_page_aligned(target) or length > TASK_SIZE or target > TASK_SIZE - length:
+        raise InvalidRequestError(f"{request}: the target {target:#x} is no place for it", address=target)
+    if request.start + request.old_length > target and target + length > request.start:
+        raise InvalidRequestError(f"{request}: the target {target:#x} overlaps it", address=target)
+    # Checked before anything is unmapped, so that the move can hardly fail afterwards.
+    if len(space.vmas) + 2 >= space.limits.vmas - 3:
+        raise OutOfFramesError(f"{request}: the space has {len(space.vmas)} VMAs already")
+    map_flags = MapFlag(0)
+    if request.flags & MremapFlag.FIXED:
+        map_flags = MapFlag.FIXED
+        yield from unmap(space, AddressRange(target, target + length))
+    if request.old_length > length:
+        yield from _shrink(space, request)
+        request = _Remap(request.start, length, length, request.flags, target)
+    vma = _vma_to_resize(space, request)
+    if request.dontunmap and not may_expand(space, length):
+        raise OutOfFramesError(f"{request}: more than RLIMIT_AS allows")
+    return (yield from _move_vma(space, turn, vma, request, map_flags))
+
+
+def _vma_to_resize(space: AddressSpace, request: _Remap) -> Vma:
+    """The VMA, once it is sure that the request fits it: vma_to_resize()."""
+    vma = _require_vma(space, request)
+    if not request.old_length and not vma.has(VmFlag.SHARED | VmFlag.MAYSHARE):
+        raise InvalidRequestError(f"{request}: private memory is not mapped twice", address=vma.start)
+    if request.dontunmap and vma.has(_UNRESIZABLE):
+        raise InvalidRequestError(f"{request}: {vma} is not to be expanded", address=vma.start)
+    if request.old_length > vma.end - request.start:
+        raise BadAddressError(f"{request}: it reaches out of {vma}", address=vma.end)
+    if request.old_length == request.new_length:
+        return vma
+    if vma.has(_UNRESIZABLE):
+        raise BadAddressError(f"{request}: {vma} is not to be expanded", address=vma.start)
+    if not may_expand(space, request.new_length - request.old_length):
+        raise OutOfFramesError(f"{request}: more than RLIMIT_AS allows")
+    return vma
+
+
+def _grow(space: AddressSpace, turn: Turn, request: _Remap) -> Operation[Address]:
+    vma = _vma_to_resize(space, request)
+    if request.old.end == vma.end:
+        growth = AddressRange(vma.end, request.start + request.new_length)
+        if growth.end <= TASK_SIZE and not space.vmas.overlapping(growth):
+            if vma.mapping.special:
+                raise OutOfFramesError(f"{request}: {vma} never merges, not even with its continuation")
+            space.vmas.assign(growth, vma.mapping)
+            return request.start
+    if not request.flags & MremapFlag.MAYMOVE:
+        raise OutOfFramesError(f"{request}: no room to grow in place", address=vma.end)
+    free = _Remap(request.start, request.old_length, request.new_length, request.flags, 0)
+    return (yield from _move_vma(space, turn, vma, free, MapFlag(0)))
+
+
+def _move_vma(space: AddressSpace, turn: Turn, vma: Vma, request: _Remap, map_flags: MapFlag) -> Operation[Address]:
+    """Move `request.old` to `request.target`, or wherever there is room: move_vma()."""
+    file = vma.backing if isinstance(vma.backing, File) else None
+    if vma.has(VmFlag.MAYSHARE):
+        map_flags |= MapFlag.SHARED
+    offset = vma.page_offset(request.start) << PAGE_SHIFT
+    start = get_unmapped_area(space, request.new_length, request.target, map_flags, file, offset)
+    if len(space.vmas) >= space.limits.vmas - 3:
+        raise OutOfFramesError(f"{request}: the space has {len(space.vmas)} VMAs already")
+    old, new = request.old, AddressRange(start, start + request.new_length)
+    turn.hold(old, new)
+    with space.restoring(new):
+        space.vmas.assign(new, _copied(vma, start - request.start))
+        if old:
+            yield from _tell_and_move(space, old, new, dontunmap=request.dontunmap)
+    if request.dontunmap:
+        _left_behind(space, old, new)
+    return start
+
+
+def _copied(vma: Vma, shift: int) -> Mapping:
+    """The mapping at the new place: copy_vma().
+
+    Private memory that was never touched has no place of its own yet, and merges better with the linear index of
+    its new address.
+    """
+    if vma.mapping.anonymous and not vma.anon_vma:
+        return Mapping(vma.flags)
+    return vma.mapping.moved(shift)
+
+
+def _tell_and_move(space: AddressSpace, old: AddressRange, new: AddressRange, *, dontunmap: bool) -> Operation[None]:
+    notifier = space.notifier
+    with notifier.invalidation((old,), Cause.MREMAP_MOVE) as move:
+        yield from move.deliver()
+        if dontunmap:
+            yield from _move_or_return(space, old, new)
+            return
+        with notifier.invalidation((old,), Cause.MUNMAP) as removal:
+            yield from removal.deliver()
+            yield from _move_or_return(space, old, new)
+            gone = space.vmas.mapped_pieces(old)
+            space.vmas.erase(old)
+    release_files(gone)
+
+
+def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -> Operation[None]:
+    """Move the entries; when directories run out half-way, back to where they were, and the new VMA goes."""
+    try:
+        yield from _move_entries(space, old, new.start)
+    except OutOfFramesError:
+        yield from _move_entries(space, AddressRange(new.start, new.start + old.size_bytes), old.start)
+        yield from unmap(space, new)
+        raise
+
+
+def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
+    """move_page_tables(): every piece is moved whole or not at all."""
+    shift = np.uint64((target - old.start) & _64_BITS)
+    paused = True
+    for piece in populated(space.table, old):
+        if not paused:
+            yield Pause()
+        paused = False
+        addresses, entries = space.table.zap(piece.start, piece.end)
+        try:
+            space.table.store(addresses + shift, entries)
+        except OutOfFramesError:
+            space.table.store(addresses, entries)
+            raise
+
+
+def _left_behind(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:
+    """What MREMAP_DONTUNMAP leaves at the old place: not locked, and without private pages if all of it moved."""
+    vma = space.vmas.find(old.start)
+    assert vma is not None
+    mapping = vma.mapping
+    if mapping.has(LOCKED_FLAGS):
+        mapping = mapping.with_flags(mapping.flags & ~LOCKED_FLAGS)
+    if mapping.anon_vma and vma.span == old and new.start not in vma.span:
+        mapping = mapping.with_anon_vma(0)
+    if mapping is not vma.mapping:
+        space.vmas.set_mapping(vma, mapping)
