@@ -1,0 +1,279 @@
+"""madvise: discarding, populating and marking ranges.
+
+An advice is applied to one VMA after the other, in order of address.  Holes are skipped and told at the end (ENOMEM);
+a VMA that may not get the advice ends the call at once.  What lies below was changed in both cases.
+
+    flags      DONTFORK DOFORK WIPEONFORK KEEPONFORK ... are flags of the VMA, which they split and merge
+    discard    DONTNEED FREE: one event for the call, then the entries go or become clean
+    file       REMOVE punches a hole into the file that is mapped
+    populate   POPULATE_READ POPULATE_WRITE bring every page in
+    hints      WILLNEED COLD PAGEOUT COLLAPSE are accepted where the kernel accepts them, and do nothing
+
+Source: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
+(hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
+Invariants: those of the calls it is made of.
+Absent: reclaim, huge pages and page merging, which the hints speak of; memory failure injection, which needs
+privileges (EPERM); the guard regions of 6.13.
+
+Differs: one event for the call, where the kernel sends one per VMA.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable
+from enum import IntEnum
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import (
+    EHWPOISON,
+    AccessDeniedError,
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    RangeBusyError,
+    SegmentationFault,
+    Signal,
+)
+from hmm.events import Cause
+from hmm.fault import fault_in
+from hmm.file import File, FileKind
+from hmm.operation import Operation, Pause
+from hmm.truncate import punch
+from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
+from hmm.vma_edit import modify_flags, populated, zap
+
+__all__ = ["Advice", "madvise"]
+
+
+class Advice(IntEnum):
+    """The MADV_ values."""
+
+    NORMAL = 0
+    RANDOM = 1
+    SEQUENTIAL = 2
+    WILLNEED = 3
+    DONTNEED = 4
+    FREE = 8
+    REMOVE = 9
+    DONTFORK = 10
+    DOFORK = 11
+    MERGEABLE = 12
+    UNMERGEABLE = 13
+    HUGEPAGE = 14
+    NOHUGEPAGE = 15
+    DONTDUMP = 16
+    DODUMP = 17
+    WIPEONFORK = 18
+    KEEPONFORK = 19
+    COLD = 20
+    PAGEOUT = 21
+    POPULATE_READ = 22
+    POPULATE_WRITE = 23
+    DONTNEED_LOCKED = 24
+    COLLAPSE = 25
+    HWPOISON = 100
+    SOFT_OFFLINE = 101
+
+
+_READ_HINTS = VmFlag.SEQ_READ | VmFlag.RAND_READ
+_FLAGS: dict[Advice, tuple[VmFlag, VmFlag]] = {
+    Advice.NORMAL: (VmFlag.NONE, _READ_HINTS),
+    Advice.RANDOM: (VmFlag.RAND_READ, VmFlag.SEQ_READ),
+    Advice.SEQUENTIAL: (VmFlag.SEQ_READ, VmFlag.RAND_READ),
+    Advice.DONTFORK: (VmFlag.DONTCOPY, VmFlag.NONE),
+    Advice.DOFORK: (VmFlag.NONE, VmFlag.DONTCOPY),
+    Advice.MERGEABLE: (VmFlag.MERGEABLE, VmFlag.NONE),
+    Advice.UNMERGEABLE: (VmFlag.NONE, VmFlag.MERGEABLE),
+    Advice.HUGEPAGE: (VmFlag.HUGEPAGE, VmFlag.NOHUGEPAGE),
+    Advice.NOHUGEPAGE: (VmFlag.NOHUGEPAGE, VmFlag.HUGEPAGE),
+    Advice.DONTDUMP: (VmFlag.DONTDUMP, VmFlag.NONE),
+    Advice.DODUMP: (VmFlag.NONE, VmFlag.DONTDUMP),
+    Advice.WIPEONFORK: (VmFlag.WIPEONFORK, VmFlag.NONE),
+    Advice.KEEPONFORK: (VmFlag.NONE, VmFlag.WIPEONFORK),
+}
+"""Advice that is nothing but flags of the VMA: what is set, what is cleared."""
+
+_UNMERGEABLE = SPECIAL_FLAGS | VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.HUGETLB
+_REFUSED: dict[Advice, Callable[[Vma], bool]] = {
+    Advice.DOFORK: lambda vma: vma.has(VmFlag.IO),
+    Advice.WIPEONFORK: lambda vma: not vma.mapping.anonymous,
+    Advice.DODUMP: lambda vma: vma.mapping.special,
+    Advice.DONTNEED: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
+    Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP),
+    Advice.FREE: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or not vma.mapping.anonymous,
+    Advice.COLD: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
+    Advice.PAGEOUT: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
+    Advice.COLLAPSE: lambda vma: vma.mapping.special or vma.has(VmFlag.NOHUGEPAGE),
+}
+"""The VMAs that may not get an advice (EINVAL)."""
+
+_CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
+
+
+def madvise(space: AddressSpace, start: Address, length: int, advice: int) -> Operation[int]:
+    """Say what is to become of a range.
+
+    Args:
+        start: page-aligned.
+        length: bytes, rounded up to pages; 0 does nothing.
+
+    Returns: 0.
+
+    Raises:
+        InvalidRequestError: unknown advice, a start within a page, a range that ends nowhere, or a mapping that may
+            not get the advice; POPULATE of a mapping without the permission (EINVAL).
+        BadAddressError: a part is not mapped; all others got the advice, or with POPULATE those below (ENOMEM).
+            POPULATE met a page that cannot be brought in (EFAULT), or one whose contents are lost (EHWPOISON).
+        AccessDeniedError: REMOVE of a mapping that is not shared and writable (EACCES); HWPOISON and SOFT_OFFLINE
+            (EPERM).
+        NoSuchObjectError: REMOVE of a device's mapping (ENODEV).
+        RangeBusyError: too many VMAs (EAGAIN).
+        OutOfFramesError: POPULATE found no frame (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
+
+    Cost: O(VMAs + directories + entries), vectorised.
+    """
+    try:
+        known = Advice(advice)
+    except ValueError:
+        raise InvalidRequestError(f"madvise: unknown advice {advice}") from None
+    end = start + page_up(length)
+    if not is_page_aligned(start) or end >= 1 << 64:
+        raise InvalidRequestError(f"madvise: {length:#x} bytes at {start:#x}", address=start)
+    span = AddressRange(start, end)
+    if not span:
+        return 0
+    match known:
+        case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
+            yield from _populate(space, span, write=known is Advice.POPULATE_WRITE)
+        case Advice.HWPOISON | Advice.SOFT_OFFLINE:
+            raise AccessDeniedError(f"madvise: {known.name} needs privileges", errnos.EPERM)
+        case Advice.REMOVE:
+            yield from _remove(space, span)
+        case _:
+            with space.notifier.turn() as turn:
+                yield from turn.wait()
+                yield from _apply(space, span, known)
+    return 0
+
+
+def _apply(space: AddressSpace, span: AddressRange, advice: Advice) -> Operation[None]:
+    pieces, error = _advisable(space, span, advice)
+    match advice:
+        case Advice.DONTNEED | Advice.DONTNEED_LOCKED:
+            yield from _discard(space, pieces, Cause.MADV_DONTNEED)
+        case Advice.FREE:
+            yield from _discard(space, pieces, Cause.MADV_FREE)
+        case Advice.WILLNEED | Advice.COLD | Advice.PAGEOUT | Advice.COLLAPSE:
+            pass
+        case _:
+            _change_flags(space, pieces, advice)
+    if error is not None:
+        raise error
+
+
+def _advisable(space: AddressSpace, span: AddressRange, advice: Advice) -> tuple[list[Vma], HmmError | None]:
+    """The parts of `span` that get the advice, and what the call fails with after that."""
+    pieces = space.vmas.mapped_pieces(span)
+    refused = _REFUSED.get(advice)
+    if refused:
+        for number, piece in enumerate(pieces):
+            if refused(piece):
+                message = f"madvise: {piece} does not take {advice.name}"
+                return pieces[:number], InvalidRequestError(message, address=piece.start)
+    hole = space.vmas.first_hole(span)
+    return pieces, _no_mapping(hole.start) if hole else None
+
+
+def _no_mapping(address: Address) -> BadAddressError:
+    return BadAddressError(f"madvise: nothing is mapped at {address:#x}", errnos.ENOMEM, address=address)
+
+
+def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> None:
+    added, removed = _FLAGS[advice]
+    for piece in pieces:
+        if advice is Advice.MERGEABLE and piece.has(_UNMERGEABLE):
+            continue
+        flags = (piece.flags & ~removed) | added
+        if flags == piece.flags:
+            continue
+        try:
+            modify_flags(space, piece, flags)
+        except OutOfFramesError as error:
+            raise RangeBusyError(f"madvise: {error.message}", errnos.EAGAIN, address=piece.start) from error
+
+
+def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[None]:
+    """Tell every mirror, then drop the pages (DONTNEED), or make them clean so that reclaim may (FREE)."""
+    if not pieces:
+        return
+    with space.notifier.invalidation(tuple(piece.span for piece in pieces), cause) as invalidation:
+        yield from invalidation.deliver()
+        for piece in pieces:
+            if cause is Cause.MADV_FREE:
+                yield from _make_clean(space, piece.span)
+            else:
+                yield from zap(space, piece.span)
+
+
+def _make_clean(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """madvise_free_pte_range(): present pages only, those on a device are left alone; lost ones are forgotten."""
+
+    def clean(entries: Entries) -> None:
+        entries[cpu_pte.is_present(entries)] &= _CLEAN
+        entries[cpu_pte.is_poison(entries)] = 0
+
+    paused = True
+    for piece in populated(space.table, span):
+        if not paused:
+            yield Pause()
+        paused = False
+        space.table.update(piece.start, piece.end, clean)
+
+
+def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """MADV_REMOVE: without a turn, as the kernel gives its lock up for each hole that it punches."""
+    at, hole = span.start, None
+    while at < span.end:
+        vma = space.vmas.find_next(at)
+        if vma is None or vma.start > at:
+            hole = at if hole is None else hole
+            if vma is None or vma.start >= span.end:
+                break
+        piece = vma.clip(at, span.end)
+        file = piece.backing
+        if piece.has(VmFlag.LOCKED) or not isinstance(file, File):
+            raise InvalidRequestError(f"madvise: {piece} has nothing to remove", address=piece.start)
+        if not (piece.shared and piece.has(VmFlag.MAYWRITE)):
+            raise AccessDeniedError(f"madvise: {piece} may not be written", errnos.EACCES, address=piece.start)
+        if file.kind is FileKind.DEVICE:
+            raise NoSuchObjectError(f"madvise: {file} has no pages", errnos.ENODEV, address=piece.start)
+        yield from punch(file, piece.page_offset(piece.start) << PAGE_SHIFT, piece.end - piece.start)
+        at = piece.end
+    if hole is not None:
+        raise _no_mapping(hole)
+
+
+def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[None]:
+    """MADV_POPULATE_READ and _WRITE: madvise_populate()."""
+    at = span.start
+    while at < span.end:
+        vma = space.vmas.find(at)
+        if vma is None:
+            raise _no_mapping(at)
+        if vma.has(VmFlag.IO | VmFlag.PFNMAP) or not (vma.writable if write else vma.readable):
+            raise InvalidRequestError(f"madvise: {vma} cannot be populated", address=at)
+        piece = vma.clip(at, span.end)
+        try:
+            yield from fault_in(space, piece.span, write=write)
+        except SegmentationFault as fault:
+            number = EHWPOISON if fault.signal is Signal.BUS_POISON else errnos.EFAULT
+            raise BadAddressError(f"madvise: {fault.message}", number, address=fault.address) from fault
+        at = piece.end
