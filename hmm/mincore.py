@@ -1,0 +1,69 @@
+"""mincore: which pages of a range are in memory.
+
+A page counts when a touch of it needs no contents from elsewhere: it is mapped, or on a device, or in the page cache
+of the file that is mapped there.
+
+Source: Linux mm/mincore.c (mincore_pte_range(), __mincore_unmapped_range()), 6.12.
+Invariants: nothing changes.
+Absent: swap; the answer for files that the caller does not own.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.address_space import AddressSpace
+from hmm.errors import BadAddressError, InvalidRequestError
+from hmm.file import FILE_SIZE_MAX, File
+from hmm.operation import Operation, Pause
+from hmm.units import PAGE_SHIFT, PIECE_BYTES, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
+from hmm.vma import Vma
+
+__all__ = ["mincore"]
+
+
+def mincore(space: AddressSpace, start: Address, length: int) -> Operation[npt.NDArray[np.uint8]]:
+    """Tell which pages are resident.
+
+    Args:
+        start: page-aligned.
+        length: bytes, rounded up to pages.
+
+    Returns: uint8[npages], 1 for a resident page.
+
+    Raises:
+        InvalidRequestError: a start within a page (EINVAL).
+        BadAddressError: a part is not mapped, or outside the address space (ENOMEM).
+
+    Cost: O(npages), vectorised.
+    """
+    if not is_page_aligned(start):
+        raise InvalidRequestError(f"mincore: {start:#x} is not the start of a page", address=start)
+    end = start + page_up(length)
+    if end > TASK_SIZE:
+        raise BadAddressError(f"mincore: {end:#x} is outside the address space", errnos.ENOMEM, address=start)
+    resident = np.zeros((end - start) >> PAGE_SHIFT, np.uint8)
+    for at in range(start, end, PIECE_BYTES):
+        if at != start:
+            yield Pause()
+        span = AddressRange(at, min(at + PIECE_BYTES, end))
+        hole = space.vmas.first_hole(span)
+        if hole is not None:
+            raise BadAddressError(f"mincore: nothing is mapped at {hole.start:#x}", errnos.ENOMEM, address=hole.start)
+        for piece in space.vmas.mapped_pieces(span):
+            first = (piece.start - start) >> PAGE_SHIFT
+            resident[first : first + piece.npages] = _resident(space, piece)
+    return resident
+
+
+def _resident(space: AddressSpace, piece: Vma) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = space.table.read(piece.start, piece.end) != 0
+    if isinstance(piece.backing, File):
+        shift = piece.mapping.delta << PAGE_SHIFT
+        first, stop = piece.start + shift, min(piece.end + shift, FILE_SIZE_MAX)
+        if first < stop:
+            found[: (stop - first) >> PAGE_SHIFT] |= piece.backing.pages.read(first, stop) != 0
+    return found
