@@ -85,7 +85,7 @@ class File:
     frames: Frames
     size_bytes: int = 0
     vm_flags: VmFlag = VmFlag.NONE
-    first_register: Pfn = 0
+    first_register: Pfn = 1 << 36
     opens: int = 0
     max_directories: int = 1 << 18
     mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
@@ -181,9 +181,7 @@ class File:
         except OutOfFramesError:
             self.frames.put(pfns)
             raise
-        self.frames.belong(
-            pfns, self.id, (missing >> np.uint64(PAGE_SHIFT)).view(np.int64), PageFlag.SWAPBACKED
-        )
+        self.frames.belong(pfns, self.id, (missing >> np.uint64(PAGE_SHIFT)).view(np.int64), PageFlag.SWAPBACKED)
         entries[holes] = fresh
         return cpu_pte.cpu_pfn(entries)
 

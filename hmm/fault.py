@@ -1,0 +1,260 @@
+"""Page faults: bring the pages of an address space in, for whoever touches them.
+
+A fault may have to wait: for a call that is changing the VMAs, for mirrors that still use a page about to be
+copied, for an entry that somebody else has to resolve.  So it is made of attempts (fault_pages.py): each does
+at once all that needs no waiting and says what is missing; after every wait everything is looked at again.
+The last attempt found nothing missing, and until the next yield its pages are there.
+
+Mirrors hear of pages that are copied on write, by one event for all pages of a piece, before they are copied.
+First touches and upgrades in place are not told to anybody.
+
+**Source**: Linux mm/memory.c (handle_mm_fault()), arch/x86/mm/fault.c (do_user_addr_fault(), access_error()),
+6.12.
+
+**Invariants**: a page is replaced only while an invalidation that was delivered covers it.
+
+**Absent**: the bytes (cpu_access.py), the entry of devices' faults (device_fault.py), huge pages,
+userfaultfd.
+
+Differs: x86 with protection keys refuses to read a mapping that may be executed only; here, as without them,
+what may be written or executed may be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError, SegmentationFault, Signal
+from hmm.events import Cause
+from hmm.fault_pages import ANON_PAGE, WRITTEN, ZERO_PAGE, Attempt, Stop, Strangers, prepare_anon_vma
+from hmm.operation import Operation, Pause
+from hmm.stack import expand_stack, stack_above
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PIECE_BYTES,
+    PIECE_PAGES,
+    Address,
+    AddressRange,
+    Entries,
+    spans_of_pages,
+)
+from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
+
+__all__ = ["RESOLVERS", "Resolver", "bring_in", "fault_in"]
+
+Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
+RESOLVERS: dict[int, Resolver] = {}
+"""Who resolves entries that are not present, by their kind (`cpu_pte.DEVICE`, `EXCLUSIVE`, `SWAP`,
+`MIGRATION`).
+
+Called with the pages of one kind in one VMA, and whether they are to be written.  When it returns, the pages
+are looked at again.  A lost page (`cpu_pte.POISON`) has no resolver: touching it is a signal.
+"""
+
+_NOBODY = np.empty(0, np.uint64)
+_ACCESS = ACCESS_FLAGS.value
+_WRITE = VmFlag.WRITE.value
+_READ_BITS = cpu_pte.PRESENT | cpu_pte.ACCESSED
+_WRITE_BITS = _READ_BITS | cpu_pte.WRITE | cpu_pte.DIRTY
+
+
+def fault_in(space: AddressSpace, target: AddressRange | Entries, *, write: bool) -> Operation[None]:
+    """Bring every page of `target` in: present, and writable when `write`.
+
+    Args:
+        target: a page-aligned range, or uint64[n] page addresses, ascending and unique.
+
+    Raises:
+        SegmentationFault: nothing is mapped at `error.address`, or not for this access, or the page is behind
+            the end of its file or lost (EFAULT); the pages before it are in.
+        OutOfFramesError: memory ran out at `error.address` (ENOMEM); the pages before it are in.
+        TimedOutError: a mirror with policy FAIL did not answer for a page to be copied (ETIMEDOUT).
+        NoSuchObjectError: the address space is gone (ESRCH).
+
+    Cost: 8 us for one page; 5 ns per page for untouched private memory; else O(n), vectorised.
+    Source: Linux mm/gup.c, faultin_page().
+    """
+    for number, piece in enumerate(pieces(target)):
+        if number:
+            yield Pause()
+        stop = yield from bring_in(space, piece, write=write)
+        if stop is not None:
+            raise_stop(stop, write=write)
+
+
+def raise_stop(stop: Stop, *, write: bool) -> None:
+    """Raise the error that stands for a fault that could not be handled."""
+    access = "write" if write else "read"
+    if stop.signal is None:
+        raise OutOfFramesError(f"{access} of {stop.address:#x}: memory ran out", address=stop.address)
+    raise SegmentationFault(f"{access} of {stop.address:#x}: {stop.signal.value}", stop.signal, stop.address)
+
+
+def pieces(target: AddressRange | Entries) -> Iterator[AddressRange | Entries]:
+    """Cut a range or page addresses into pieces of at most PIECE_PAGES pages."""
+    if isinstance(target, AddressRange):
+        for start in range(target.start, target.end, PIECE_BYTES):
+            yield AddressRange(start, min(target.end, start + PIECE_BYTES))
+    else:
+        for first in range(0, target.size, PIECE_PAGES):
+            yield target[first : first + PIECE_PAGES]
+
+
+def bring_in(
+    space: AddressSpace, target: AddressRange | Entries, *, write: bool, grow_stack: bool = False
+) -> Operation[Stop | None]:
+    """Bring one piece in.  Until the caller yields, the pages before the stop are as they were asked for.
+
+    Args:
+        target: at most PIECE_PAGES pages, as for `fault_in`.
+        grow_stack: whether a stack may grow down to a page of `target`, as for the CPU.
+
+    Returns: the first page that cannot be had, None when all are there.
+
+    Raises: TimedOutError, NoSuchObjectError as `fault_in`.
+    """
+    notifier = space.notifier
+    while True:
+        if notifier.turns:
+            yield from notifier.wait_for_edits(_spans(target))
+        else:
+            notifier.require_usable()
+        if _fault_one(space, target, write):
+            return None
+        attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
+        if attempt.copies:
+            attempt = yield from _tell(attempt, target)
+        if attempt.copies:
+            continue
+        if attempt.strangers:
+            yield from _resolve(space, attempt.strangers, write)
+            continue
+        stop = attempt.stop
+        if stop is None or stop.signal is not Signal.SEGV_MAPERR or not grow_stack:
+            return stop
+        if not (yield from _grow(space, stop.address)):
+            return stop
+
+
+def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt]:
+    # Tell the mirrors what is about to be copied and try again; what was decided before is decided anew.
+    space, told = attempt.space, np.concatenate(attempt.copies)
+    with space.notifier.invalidation(_spans(told), Cause.COPY_ON_WRITE) as invalidation:
+        yield from invalidation.deliver()
+        space.notifier.require_usable()
+        if space.notifier.edits_overlap(_spans(target), space.current.operation_id):
+            return attempt
+        return _attempt(space, target, attempt.write, told)
+
+
+def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
+    if isinstance(target, AddressRange):
+        return (target,)
+    return spans_of_pages((target >> np.uint64(PAGE_SHIFT)).view(np.int64))
+
+
+def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[None]:
+    for pages in strangers:
+        kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
+        for kind in np.unique(kinds).tolist():
+            of_kind = kinds == kind
+            chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
+            yield from RESOLVERS[kind](space, chosen, write)
+
+
+def _grow(space: AddressSpace, address: Address) -> Operation[bool]:
+    if stack_above(space, address) is None:
+        return False
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        return expand_stack(space, address)
+
+
+def _attempt(space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None) -> Attempt:
+    attempt = Attempt(space, write, told)
+    if isinstance(target, AddressRange):
+        _attempt_range(attempt, target)
+    else:
+        _attempt_pages(attempt, target)
+    return attempt
+
+
+def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
+    space, at = attempt.space, span.start
+    while at < span.end and attempt.stop is None:
+        vma = _vma_for(attempt, at)
+        if vma is None:
+            return
+        part = AddressRange(at, min(vma.end, span.end))
+        if vma.backing is None and next(space.table.walk(part.start, part.end), None) is None:
+            attempt.fill_empty(vma, part)
+        else:
+            addresses = np.arange(part.start, part.end, PAGE_SIZE, dtype=np.uint64)
+            attempt.fault(vma, addresses, space.table.read(part.start, part.end))
+        at = part.end
+
+
+def _attempt_pages(attempt: Attempt, addresses: Entries) -> None:
+    position = 0
+    while position < addresses.size and attempt.stop is None:
+        vma = _vma_for(attempt, int(addresses[position]))
+        if vma is None:
+            return
+        upto = int(addresses.searchsorted(np.uint64(vma.end)))
+        part = addresses[position:upto]
+        attempt.fault(vma, part, attempt.space.table.lookup(part))
+        position = upto
+
+
+def _vma_for(attempt: Attempt, address: Address) -> Vma | None:
+    # As access_error().
+    vma = attempt.space.vmas.find(address)
+    if vma is None:
+        attempt.stop = Stop(address, Signal.SEGV_MAPERR)
+    elif not vma.has(VmFlag.WRITE if attempt.write else ACCESS_FLAGS):
+        attempt.stop = Stop(address, Signal.SEGV_ACCERR)
+        return None
+    return vma
+
+
+def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool) -> bool:
+    # One page that is there, or an untouched one of private memory: the rest is not worth a second copy of the rules.
+    if not isinstance(target, AddressRange) or target.end - target.start != PAGE_SIZE:
+        return False
+    address = target.start
+    vma = space.vmas.find(address)
+    if vma is None or not vma.mapping.flags.value & (_WRITE if write else _ACCESS):
+        return False
+    entry = space.table.get(address)
+    if entry or vma.mapping.backing is not None:
+        wanted = _WRITE_BITS if write else _READ_BITS
+        return entry & wanted == wanted
+    try:
+        _set_anonymous(space, vma, address, write)
+    except OutOfFramesError:
+        return False
+    return True
+
+
+def _set_anonymous(space: AddressSpace, vma: Vma, address: Address, write: bool) -> None:
+    # As do_anonymous_page().
+    if not write:
+        space.table.set(address, ZERO_PAGE)
+        return
+    frames = space.frames
+    anon_vma = prepare_anon_vma(space, vma)
+    pfn = frames.allocate_one()
+    try:
+        space.table.set(address, cpu_pte.cpu_entry(pfn, WRITTEN))
+    except OutOfFramesError:
+        frames.put_one(pfn)
+        raise
+    frames.mapping[pfn] = anon_vma
+    frames.index[pfn] = vma.page_offset(address)
+    frames.flags[pfn] = ANON_PAGE.value
+    frames.map_new_one(pfn)

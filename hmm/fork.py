@@ -1,0 +1,150 @@
+"""fork and exit: what they do to address spaces.
+
+fork gives the child the parent's VMAs, and of their pages only those that could not be faulted in again: private
+pages, which both then share read-only until one of them writes.  Mirrors of the parent hear of exactly these VMAs
+before their pages become read-only.
+
+exec is an exit from one address space after entering another, empty one: whoever knows of processes makes the new
+space and calls `exit_mmap` for the old one when its last user has left.
+
+**Source**: Linux kernel/fork.c (dup_mmap()), mm/memory.c (copy_page_range()), mm/mmap.c (exit_mmap()), 6.12.
+
+**Invariants**: after fork no private page is writable in both spaces, or counted as exclusive to one; the child has
+the parent's VMAs with the parent's cuts.
+
+**Absent**: processes (commands_process.py), pinned pages, which the kernel copies at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError
+from hmm.events import Cause
+from hmm.file import File
+from hmm.frames import PageFlag
+from hmm.operation import Operation, Pause
+from hmm.page_table import PageTable
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries
+from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
+from hmm.vma_edit import release_files, zap
+
+__all__ = ["exit_mmap", "fork"]
+
+_UNFAULTABLE = VmFlag.PFNMAP | VmFlag.MIXEDMAP
+_PRIVATE = VmFlag.SHARED | VmFlag.MAYWRITE
+
+
+def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
+    """Copy an address space.
+
+    Args:
+        child: new and empty; nobody else knows of it before the call returns.
+
+    Raises:
+        OutOfFramesError: no directories for the child's page table (ENOMEM); the child is empty again.  Pages of
+            the parent stay read-only, as in the kernel, until they are written.
+        TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+        NoSuchObjectError: the parent is gone (ESRCH).
+
+    Cost: O(VMAs + directories + pages copied), vectorised.  Source: Linux kernel/fork.c, dup_mmap().
+    """
+    with parent.notifier.turn() as turn:
+        yield from turn.wait()
+        turn.hold(WHOLE_SPACE)
+        vmas = [vma for vma in parent.vmas if not vma.has(VmFlag.DONTCOPY)]
+        copied = [vma for vma in vmas if _needs_copy(vma)]
+        spans = tuple(vma.span for vma in copied if _is_cow(vma))
+        try:
+            if spans:
+                with parent.notifier.invalidation(spans, Cause.FORK) as invalidation:
+                    yield from invalidation.deliver()
+                    yield from _copy(parent, child, vmas, copied)
+            else:
+                yield from _copy(parent, child, vmas, copied)
+        except OutOfFramesError:
+            yield from exit_mmap(child)
+            raise
+
+
+def exit_mmap(space: AddressSpace) -> Operation[None]:
+    """Let go of everything that is mapped; mirrors have been told, and nobody uses the space any more.
+
+    Cost: O(VMAs + directories + entries).  Source: Linux mm/mmap.c, exit_mmap().
+    """
+    yield from zap(space, WHOLE_SPACE)
+    vmas = list(space.vmas)
+    if vmas:
+        space.vmas.erase(AddressRange(vmas[0].start, vmas[-1].end))
+    release_files(vmas)
+
+
+def _needs_copy(vma: Vma) -> bool:
+    """Whether entries of the VMA could not be faulted in again by the child: vma_needs_copy()."""
+    return not vma.has(VmFlag.WIPEONFORK) and (vma.has(_UNFAULTABLE) or vma.anon_vma != 0)
+
+
+def _is_cow(vma: Vma) -> bool:
+    """Whether what is written there is private: is_cow_mapping()."""
+    return vma.flags & _PRIVATE == VmFlag.MAYWRITE
+
+
+def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: list[Vma]) -> Operation[None]:
+    child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
+    child.fault_around_pages = parent.fault_around_pages
+    for vma in vmas:
+        if isinstance(vma.backing, File):
+            vma.backing.mapped_by(child)
+        mapping = _childs_mapping(child, vma)
+        child.vmas.replace(vma.span, (Vma(vma.start, vma.end, mapping),), merge=False)
+    npages = 0
+    # The turn keeps these VMAs as they are; their entries are read piece by piece.
+    for vma in copied:
+        for addresses, entries in parent.table.chunks(vma.start, vma.end, PIECE_PAGES):
+            _share(parent, child, vma, addresses, entries)
+            npages += addresses.size
+            if npages >= PIECE_PAGES:
+                npages = 0
+                yield Pause()
+
+
+def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
+    mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
+    if not vma.anon_vma:
+        return mapping
+    if vma.has(VmFlag.WIPEONFORK):
+        return mapping.with_anon_vma(0)
+    return mapping.with_anon_vma(child.new_anon_vma(), cloned=True)
+
+
+def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
+    """Give the child the entries of some pages of one VMA: copy_pte_range()."""
+    if _is_cow(vma):
+        shared = _read_only(entries)
+        if not np.array_equal(shared, entries):
+            _store(parent.table, addresses, shared)
+        _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED))
+    else:
+        shared = entries
+        _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED | cpu_pte.DIRTY))
+    pfns = cpu_pte.cpu_pfn(shared[cpu_pte.holds_frame(shared)])
+    parent.frames.map(pfns)
+    parent.frames.clear_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+
+
+def _read_only(entries: Entries) -> Entries:
+    # What devices held exclusively is the CPU's again: restore_exclusive_pte().
+    exclusive = cpu_pte.is_device_exclusive(entries)
+    shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
+    shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
+    return shared
+
+
+def _store(table: PageTable, addresses: Entries, entries: Entries) -> None:
+    start, end = int(addresses[0]), int(addresses[-1]) + PAGE_SIZE
+    if end - start == addresses.size << PAGE_SHIFT:
+        table.fill(start, end, entries)
+    else:
+        table.store(addresses, entries)
