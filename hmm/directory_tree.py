@@ -314,27 +314,29 @@ class DirectoryTree:
         arena = self.arena
         self.settle()
         in_use = np.zeros(arena.top, np.bool_)
-        level = np.array([ROOT])
-        held = np.fromiter(arena.held, np.int64, len(arena.held))
-        for depth in range(self.geometry.levels):
-            level_rows = pde_row(level)
-            assert not in_use[level_rows].any(), "a directory is linked twice"
-            in_use[level_rows] = True
-            used = np.count_nonzero(self.rows[level_rows], axis=1)
-            assert (used == self.counts[level_rows]).all(), (depth, used, self.counts[level_rows])
-            if depth:
-                assert (used[~np.isin(level_rows, held)] > 0).all(), "an empty directory is linked"
-            if depth == self.geometry.llevel:
-                break
-            parents, positions = self.rows[level_rows].nonzero()
-            children = self.index[level[parents] + positions]
-            assert np.unique(children).size == children.size, "a directory is linked twice"
-            assert not (children & DIRECTORY_MASK).any(), "an entry names no directory"
-            assert (children < pde_from_row(arena.top)).all(), "an entry names no directory"
-            assert (arena.parent_slots(children) == level[parents] + positions).all(), "wrong parent"
-            level = children
+        may_be_empty = np.zeros(arena.top, np.bool_)
+        may_be_empty[[pde_row(ROOT), *arena.held]] = True
+        rows = np.array([pde_row(ROOT)])
+        for level in range(self.geometry.levels):
+            assert not in_use[rows].any(), "a directory is linked twice"
+            in_use[rows] = True
+            used = np.count_nonzero(self.rows[rows], axis=1)
+            assert (used == self.counts[rows]).all(), (level, used, self.counts[rows])
+            assert (may_be_empty[rows] | (used > 0)).all(), "an empty directory is linked"
+            if level < self.geometry.llevel:
+                rows = self._checked_children(rows)
         self._check_end()
         arena.check(in_use)
+
+    def _checked_children(self, rows: Pages) -> Pages:
+        parents, positions = self.rows[rows].nonzero()
+        slots = pde_from_row(rows[parents]) + positions
+        children = self.index[slots]
+        assert not (children & DIRECTORY_MASK).any(), "an entry names no directory"
+        assert (children < pde_from_row(self.arena.top)).all(), "an entry names no directory"
+        # The parent that a directory names is one place, so that it is linked at most once too.
+        assert (self.arena.parent_slots(children) == slots).all(), "a directory names another parent"
+        return pde_row(children)
 
     def _check_end(self) -> None:
         # Nothing is in use behind the last address, in any directory on the way to it.
