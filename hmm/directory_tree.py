@@ -331,7 +331,7 @@ class DirectoryTree:
     def _checked_children(self, rows: Pages) -> Pages:
         parents, positions = self.rows[rows].nonzero()
         slots = pde_from_row(rows[parents]) + positions
-        children = self.index[slots]
+        children: Offsets = self.index[slots]
         assert not (children & DIRECTORY_MASK).any(), "an entry names no directory"
         assert (children < pde_from_row(self.arena.top)).all(), "an entry names no directory"
         # The parent that a directory names is one place, so that it is linked at most once too.
