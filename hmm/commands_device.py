@@ -134,8 +134,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     Source: hmm_mirror_unregister().
     """
     mirror = machine.mirror(mirror_id)
-    mirror.space.notifier.subscribers.pop(mirror_id, None)
-    if mirror.unanswered:
+    while mirror.unanswered:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
     if machine.mirrors.get(mirror_id) is not mirror:
         return

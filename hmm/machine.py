@@ -25,7 +25,14 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace, SpaceLimits
 from hmm.device import Device
-from hmm.errors import AccessDeniedError, HmmError, NoSuchObjectError, OutOfFramesError, WouldDeadlockError
+from hmm.errors import (
+    AccessDeniedError,
+    HmmError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    TimedOutError,
+    WouldDeadlockError,
+)
 from hmm.events import Event, EventState, Outcome
 from hmm.file import File
 from hmm.frames import Frames
@@ -43,11 +50,13 @@ class Limits:
 
     Attributes:
         frames: of system memory, the zero page included.
+        device_frames: frame numbers kept for the memory of devices.
         dma_pages: that one device's IOMMU can map at a time.
         directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
     """
 
     frames: int = 1 << 20
+    device_frames: int = 1 << 20
     processes: int = 4096
     devices: int = 256
     mirrors: int = 4096
@@ -150,12 +159,13 @@ class Machine:
     def __init__(self, limits: Limits | None = None, *, recording: bool = False) -> None:
         self.limits = limits or Limits()
         self.current = Current()
-        self.frames = Frames(self.limits.frames)
+        self.frames = Frames(self.limits.frames, self.limits.device_frames)
         self.spaces: dict[SpaceId, AddressSpace] = {}
         self.processes: dict[ProcessId, Process] = {}
         self.devices: dict[DeviceId, Device] = {}
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
+        self.file_names: dict[str, int] = {}
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None
         self._outbox: list[Delivery] = []
@@ -225,6 +235,16 @@ class Machine:
         self._note("abandon", mirror_id, sequence)
         self._finish(self.mirrors[mirror_id], sequence, EventState.ABANDONED)
 
+    def expire(self, operation_id: int) -> None:
+        """An operation has waited too long for late answers to abandoned events: it fails with ETIMEDOUT."""
+        self._note("expire", operation_id)
+        record = self.operations[operation_id]
+        assert isinstance(record.request, Await), record.request
+        assert record.request.wait_for is WaitFor.LATE_ANSWERS, record.request
+        late = ", ".join(f"mirror {mirror_id}" for mirror_id, _ in self.unanswered(record))
+        error = TimedOutError(f"{record.name}: {late} still owes the answer to an abandoned event; nothing was changed")
+        self._advance(record, None, error)
+
     def take_outbox(self) -> list[Delivery]:
         """The events to be sent now, in order; each is handed out once."""
         outbox, self._outbox = self._outbox, []
@@ -265,12 +285,20 @@ class Machine:
             return [key for key, outcome in record.answers.items() if outcome is None]
         if isinstance(request, Await) and request.wait_for is WaitFor.CALLBACKS:
             return [(request.mirror_id, sequence) for sequence in self.mirrors[request.mirror_id].unanswered]
+        if isinstance(request, Await) and request.wait_for is WaitFor.LATE_ANSWERS:
+            return [
+                (mirror.id, sequence)
+                for mirror in self.mirrors.values()
+                for sequence, sent in mirror.unanswered.items()
+                if mirror.space.id == request.space_id and sent.state is EventState.ABANDONED
+            ]
         return []
 
-    def _advance(self, record: OperationRecord[T], reply: object) -> None:
+    def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:
         self.current.operation_id = record.id
         self._caller = record.caller
-        step: Callable[[], Request] = lambda: record.generator.send(reply)  # noqa: E731
+        generator = record.generator
+        step: Callable[[], Request] = lambda: generator.throw(thrown) if thrown else generator.send(reply)  # noqa: E731
         while True:
             try:
                 record.request = step()

@@ -64,7 +64,7 @@ def mlock2(space: AddressSpace, start: Address, length: int, flags: int) -> Oper
 
     Returns, Raises: as `mlock`; InvalidRequestError: an unknown flag (EINVAL).
     """
-    if flags & ~MlockFlag.ONFAULT:
+    if flags & ~int(MlockFlag.ONFAULT):
         raise InvalidRequestError(f"mlock2: unknown flags {flags:#x}")
     return _mlock(space, start, length, LOCKED_FLAGS if flags else VmFlag.LOCKED)
 
@@ -109,7 +109,7 @@ def mlockall(space: AddressSpace, flags: int) -> Operation[int]:
 
     Cost: O(VMAs) and that of touching every page.
     """
-    if not flags or flags == MclFlag.ONFAULT or flags & ~(MclFlag.CURRENT | MclFlag.FUTURE | MclFlag.ONFAULT):
+    if not flags or flags == MclFlag.ONFAULT or flags & ~int(MclFlag.CURRENT | MclFlag.FUTURE | MclFlag.ONFAULT):
         raise InvalidRequestError(f"mlockall: flags {flags:#x}")
     lock = LOCKED_FLAGS if flags & MclFlag.ONFAULT else VmFlag.LOCKED
     with space.notifier.turn() as turn:

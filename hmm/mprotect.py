@@ -41,8 +41,8 @@ class ProtGrow(IntFlag):
     UP = 0x0200_0000
 
 
-_GROW = ProtGrow.DOWN | ProtGrow.UP
-_PROT_SEM = 0x8
+_GROW = int(ProtGrow.DOWN | ProtGrow.UP)
+_KNOWN = int(ACCESS_FLAGS) | 0x8  # PROT_SEM
 _PUD_MASK = -(1 << 30)
 _RESERVING = VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE
 _KEEP = np.uint64(~cpu_pte.WRITE & (1 << 64) - 1)
@@ -77,9 +77,9 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
     end = start + page_up(length)
     if end >= 1 << 64:
         raise BadAddressError(f"mprotect: {length:#x} bytes at {start:#x} end nowhere", errnos.ENOMEM, address=start)
-    if prot & ~(ACCESS_FLAGS | _PROT_SEM):
+    if prot & ~_KNOWN:
         raise InvalidRequestError(f"mprotect: unknown protection {prot:#x}")
-    prot &= ACCESS_FLAGS
+    prot &= int(ACCESS_FLAGS)
     with space.notifier.turn() as turn:
         yield from turn.wait()
         span = _grown(space, AddressRange(start, end), grow)

@@ -49,7 +49,7 @@ class MremapFlag(IntFlag):
     DONTUNMAP = 4
 
 
-_ALL_FLAGS = MremapFlag.MAYMOVE | MremapFlag.FIXED | MremapFlag.DONTUNMAP
+_ALL_FLAGS = int(MremapFlag.MAYMOVE | MremapFlag.FIXED | MremapFlag.DONTUNMAP)
 
 
 @dataclass(frozen=True, slots=True)

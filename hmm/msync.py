@@ -62,8 +62,8 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
 
     Cost: O(VMAs) and that of `write_back`.
     """
-    both = MsyncFlag.SYNC | MsyncFlag.ASYNC
-    if not is_page_aligned(start) or flags & ~(both | MsyncFlag.INVALIDATE) or flags & both == both:
+    both = int(MsyncFlag.SYNC | MsyncFlag.ASYNC)
+    if not is_page_aligned(start) or flags & ~(both | int(MsyncFlag.INVALIDATE)) or flags & both == both:
         raise InvalidRequestError(f"msync: flags {flags:#x} at {start:#x}", address=start)
     end = start + page_up(length)
     if end >= 1 << 64:

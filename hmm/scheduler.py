@@ -10,7 +10,7 @@ Absent: what is called (the workload decides), randomness, time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,13 @@ from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.units import MirrorId
 
 Choose = Callable[[int], int]
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
-"""A command and its arguments."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A command to be started, with its arguments."""
+
+    command: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StuckError(AssertionError):
@@ -50,6 +55,7 @@ class Scheduler:
     Attributes:
         workload: the next call to be started, or None when there is nothing more to start.
         finished: called with each operation that ended.
+        checking: called after every step, beside the machine's own check.
         answering: called before a driver's answer to a delivery is given; the driver's model reacts here.
         parallel: how many operations may be under way at once.
     """
@@ -59,6 +65,7 @@ class Scheduler:
     workload: Iterator[Call]
     finished: Callable[[OperationRecord[Any]], None] = lambda _: None
     answering: Callable[[Delivery], None] = lambda _: None
+    checking: Callable[[], None] = lambda: None
     parallel: int = 4
     odds: Odds = field(default_factory=Odds)
     steps: int = 0
@@ -88,6 +95,7 @@ class Scheduler:
         self.steps += 1
         self._collect()
         self.machine.check()
+        self.checking()
         return True
 
     def _collect(self) -> None:
@@ -112,8 +120,9 @@ class Scheduler:
         if call is None:
             self._exhausted = True
             return
-        command, arguments = call
-        self.running.append(self.machine.start(Caller(name="simulation"), command, *arguments))
+        self.running.append(
+            self.machine.start(Caller(name="simulation"), call.command, *call.arguments, **call.options)
+        )
 
     def _resumer(self, record: OperationRecord[Any]) -> Callable[[], None]:
         return lambda: self.machine.resume(record.id)

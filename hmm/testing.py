@@ -11,19 +11,22 @@ less permission (invariant 1 and 3 of the project, seen from the device).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from hmm import cpu_pte, pte
+from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
 from hmm.commands_device import DeviceFaulted
 from hmm.events import Event, EventType
 from hmm.machine import Delivery, Machine, OperationRecord
-from hmm.mirror import MirrorState
+from hmm.madvise import Advice
+from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.scheduler import Call, Choose
-from hmm.units import PAGE_SIZE, AddressRange, MirrorId
+from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, MirrorId
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 
 _WORD = (1 << 64) - 1
 
@@ -114,15 +117,193 @@ def choices(seed: int) -> Choose:
     return choose
 
 
-Maker = Callable[[Machine, Choose], Call | None]
-"""Makes one call that fits the present state, or None when there is none of its kind."""
+@dataclass(frozen=True, slots=True)
+class Town:
+    """Where a random workload takes place: a window of few pages, so that everything overlaps.
+
+    Attributes:
+        processes, devices: as many are kept alive at the most.
+        pages: of the window, at `start` of every process.
+    """
+
+    machine: Machine
+    choose: Choose
+    processes: int = 3
+    devices: int = 2
+    pages: int = 24
+    start: int = 0x1000_0000
+
+    def calls(self, ncalls: int) -> Iterator[Call]:
+        """`ncalls` calls, each made at the moment it is started, so that it fits the state of that moment."""
+        makers = [maker for maker, weight in _WEIGHTS for _ in range(weight)]
+        made = 0
+        while made < ncalls:
+            call = makers[self.choose(len(makers))](self)
+            if call is not None:
+                made += 1
+                yield call
+
+    def span(self, most: int = 5) -> AddressRange:
+        """One to `most` pages of the window."""
+        first = self.choose(self.pages)
+        npages = min(1 + self.choose(most), self.pages - first)
+        start = self.start + first * PAGE_SIZE
+        return AddressRange(start, start + npages * PAGE_SIZE)
+
+    def pick(self, ids: Iterable[int]) -> int | None:
+        """One of some identifiers; None when there is none."""
+        known = list(ids)
+        return known[self.choose(len(known))] if known else None
+
+    def process(self) -> int | None:
+        """A live process."""
+        return self.pick(self.machine.processes)
+
+    def mirror(self) -> int | None:
+        """A registered mirror, live or not."""
+        return self.pick(self.machine.mirrors)
 
 
-def workload(machine: Machine, choose: Choose, makers: list[Maker], ncalls: int) -> Iterator[Call]:
-    """`ncalls` calls, each made by one of `makers` at the moment it is started."""
-    made = 0
-    while made < ncalls:
-        call = makers[choose(len(makers))](machine, choose)
-        if call is not None:
-            made += 1
-            yield call
+def _create(town: Town) -> Call | None:
+    if len(town.machine.processes) >= town.processes:
+        return None
+    return Call(commands_process.create_process, ("simulated",))
+
+
+def _fork(town: Town) -> Call | None:
+    process = town.process()
+    if process is None or len(town.machine.processes) >= town.processes:
+        return None
+    share = town.choose(4) == 0
+    return Call(commands_process.clone_thread if share else commands_process.fork, (process,))
+
+
+def _exit(town: Town) -> Call | None:
+    process = town.process()
+    return None if process is None or town.choose(4) else Call(commands_process.exit_process, (process,))
+
+
+def _mmap(town: Town) -> Call | None:
+    process, span = town.process(), town.span(16)
+    if process is None:
+        return None
+    shared = MapFlag.SHARED if town.choose(3) == 0 else MapFlag.PRIVATE
+    file = town.pick(town.machine.file_names.values()) if town.choose(3) == 0 else None
+    flags = shared | MapFlag.FIXED | (MapFlag(0) if file else MapFlag.ANONYMOUS)
+    if town.choose(5) == 0:
+        flags |= MapFlag.POPULATE
+    prot = (Prot.READ | Prot.WRITE, Prot.READ | Prot.WRITE, Prot.READ, Prot.NONE)[town.choose(4)]
+    offset = town.choose(4) * PAGE_SIZE if file else 0
+    return Call(commands_process.mmap, (process, span.start, span.size_bytes, prot, flags, file or 0, offset))
+
+
+def _munmap(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    return None if process is None else Call(commands_process.munmap, (process, span.start, span.size_bytes))
+
+
+def _mprotect(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    prot = (Prot.READ | Prot.WRITE, Prot.READ, Prot.NONE)[town.choose(3)]
+    return None if process is None else Call(commands_process.mprotect, (process, span.start, span.size_bytes, prot))
+
+
+def _mremap(town: Town) -> Call | None:
+    process, old, new = town.process(), town.span(), town.span()
+    if process is None:
+        return None
+    flags = (0, 1, 3, 3, 7)[town.choose(5)]  # none, MAYMOVE, MAYMOVE|FIXED twice, with DONTUNMAP
+    length = old.size_bytes if flags == 7 else new.size_bytes
+    target = new.start if flags > 1 else 0
+    return Call(commands_process.mremap, (process, old.start, old.size_bytes, length, flags, target))
+
+
+def _madvise(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    advice = (Advice.DONTNEED, Advice.DONTNEED, Advice.FREE, Advice.REMOVE, Advice.DONTFORK, Advice.WIPEONFORK)
+    chosen = advice[town.choose(len(advice))]
+    return None if process is None else Call(commands_process.madvise, (process, span.start, span.size_bytes, chosen))
+
+
+def _write(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    data = bytes([1 + town.choose(255)]) * (span.size_bytes - 100)
+    return None if process is None else Call(commands_process.write_memory, (process, span.start + 50, data))
+
+
+def _read(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    return None if process is None else Call(commands_process.read_memory, (process, span.start, span.size_bytes))
+
+
+def _open(town: Town) -> Call | None:
+    return Call(commands_file.open_file, (f"file{town.choose(2)}",), {"create": True})
+
+
+def _truncate(town: Town) -> Call | None:
+    file = town.pick(town.machine.file_names.values())
+    return None if file is None else Call(commands_file.truncate_file, (file, town.choose(12) * PAGE_SIZE // 2))
+
+
+def _punch(town: Town) -> Call | None:
+    file = town.pick(town.machine.file_names.values())
+    offset = town.choose(6) * PAGE_SIZE
+    return None if file is None else Call(commands_file.punch_file, (file, offset, (1 + town.choose(3)) * PAGE_SIZE))
+
+
+def _register_device(town: Town) -> Call | None:
+    if len(town.machine.devices) >= town.devices:
+        return None
+    return Call(commands_device.register_device, ("simulated",), {"dma": town.choose(2) == 0})
+
+
+def _register_mirror(town: Town) -> Call | None:
+    device, process = town.pick(town.machine.devices), town.process()
+    if device is None or process is None:
+        return None
+    policy = (DeadlinePolicy.FENCE, DeadlinePolicy.BLOCK, DeadlinePolicy.FAIL)[town.choose(3)]
+    options = {"policy": policy, "update_on_fault": town.choose(2) == 0}
+    return Call(commands_device.register_mirror, (device, process), options)
+
+
+def _unregister_mirror(town: Town) -> Call | None:
+    mirror = town.mirror()
+    return None if mirror is None or town.choose(3) else Call(commands_device.unregister_mirror, (mirror,))
+
+
+def _fault(town: Town) -> Call | None:
+    mirror, span = town.mirror(), town.span()
+    if mirror is None:
+        return None
+    options = {"write": town.choose(2) == 0, "whole": town.choose(2) == 0, "wait": town.choose(4) != 0}
+    if town.choose(3):
+        return Call(commands_device.fault, (mirror, (span,)), options)
+    step = (1 + town.choose(3)) * PAGE_SIZE
+    return Call(commands_device.fault, (mirror, np.arange(town.start, span.end, step, dtype=np.uint64)), options)
+
+
+def _device_write(town: Town) -> Call | None:
+    mirror = town.mirror()
+    if mirror is None:
+        return None
+    known, _ = town.machine.mirrors[mirror].table.valid(0, TASK_SIZE)
+    address = int(known[town.choose(known.size)]) if known.size else town.span().start
+    data = bytes([1 + town.choose(255)]) * 64
+    return Call(commands_device.device_write, (mirror, ((address + 32, 64),), data))
+
+
+def _dirty(town: Town) -> Call | None:
+    mirror, span = town.mirror(), town.span()
+    return None if mirror is None else Call(commands_device.dirty_range, (mirror, span))
+
+
+def _discard(town: Town) -> Call | None:
+    mirror, span = town.mirror(), town.span()
+    return None if mirror is None or town.choose(3) else Call(commands_device.discard_range, (mirror, span))
+
+
+_WEIGHTS: tuple[tuple[Callable[[Town], Call | None], int], ...] = (
+    (_create, 3), (_fork, 2), (_exit, 1), (_mmap, 6), (_munmap, 3), (_mprotect, 3), (_mremap, 2), (_madvise, 3),
+    (_write, 6), (_read, 3), (_open, 1), (_truncate, 1), (_punch, 1), (_register_device, 2), (_register_mirror, 4),
+    (_unregister_mirror, 1), (_fault, 10), (_device_write, 4), (_dirty, 1), (_discard, 1),
+)  # fmt: skip

@@ -16,7 +16,7 @@ Absent: pages, page tables, limits and accounting; the memory policy, userfaultf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import partial
@@ -344,6 +344,25 @@ def anon_vma_compatible(below: Vma, above: Vma) -> bool:
         and a.delta == b.delta
         and not (a.flags._value_ ^ b.flags._value_) & _NOT_COMPARED_FOR_ANON
     )
+
+
+def canonical(vmas: Iterable[Vma]) -> list[Vma]:
+    """The same mappings in as few VMAs as /proc/PID/maps could show them in.
+
+    Where the kernel has cut depends on the history of private pages; what it has mapped does not.  So
+    layouts are compared after neighbours with equal permissions and the same object, at continued offsets,
+    became one.
+    """
+    result: list[Vma] = []
+    for vma in vmas:
+        if result:
+            below, a, b = result[-1], result[-1].mapping, vma.mapping
+            continued = a.backing is b.backing and (a.backing is None or a.delta == b.delta)
+            if below.end == vma.start and continued and a.perms == b.perms:
+                result[-1] = Vma(below.start, vma.end, a)
+                continue
+        result.append(vma)
+    return result
 
 
 def _guarded_start(vma: Vma | None, stack_guard: int) -> int:

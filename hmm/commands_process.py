@@ -1,0 +1,310 @@
+"""Commands of the process side: system calls and CPU accesses of the processes whose memory is modelled.
+
+Every function is a command for `Machine.start`.  It looks the process up and leaves the work to the module named
+after the kernel's file; what is here is what concerns processes: who uses which address space, who is born of whom.
+
+Source: Linux kernel/fork.c, kernel/exit.c (exit_mm()), fs/exec.c (exec_mmap()).
+Invariants: an address space ends with its last user, after every mirror of it was released.
+Absent: signals, scheduling, permissions of files, resource limits other than those of `Limits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_access, mman
+from hmm import fork as forking
+from hmm import madvise as advising
+from hmm import mincore as residence
+from hmm import mlock as locking
+from hmm import mprotect as protecting
+from hmm import mremap as remapping
+from hmm import msync as syncing
+from hmm.address_space import MMAP_BASE, AddressSpace
+from hmm.commands_file import new_shared_memory
+from hmm.cpu_access import Accessed
+from hmm.errors import HmmError, InvalidRequestError
+from hmm.events import Cause
+from hmm.file import File
+from hmm.machine import Machine, Process
+from hmm.mirror import Mirror, MirrorState
+from hmm.operation import Deliver, Operation, immediate
+from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, ProcessId, is_page_aligned
+from hmm.unmapped_area import MapFlag, place
+from hmm.vma import Prot
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What mmap did.
+
+    Attributes:
+        address: where the mapping is.
+        placement: where it would be if the kernel had chosen, for this length, hint and flags; 0 when not asked.
+    """
+
+    address: Address
+    placement: Address = 0
+
+
+# ---- birth and death
+
+
+@immediate
+def create_process(machine: Machine, name: str = "", *, mmap_base: Address = 0, brk_start: Address = 0) -> ProcessId:
+    """A process with an empty address space, as right after execve() before anything is mapped.
+
+    Args:
+        mmap_base: mappings are placed downwards from here; 0 for the kernel's default without randomisation.
+        brk_start: the initial program break; 0 for no heap.
+
+    Raises:
+        InvalidRequestError: an address that is unaligned or beyond the address space (EINVAL).
+        OutOfFramesError: too many processes (ENOMEM).
+    """
+    machine.require_room("processes", len(machine.processes), machine.limits.processes)
+    space = _empty_space(machine, mmap_base, brk_start)
+    process = Process(machine.next_id("process"), name, machine.caller.token, space)
+    machine.processes[process.id] = process
+    return process.id
+
+
+def fork(machine: Machine, process_id: ProcessId) -> Operation[ProcessId]:
+    """A child with a copy-on-write copy of the address space; mirrors of the parent stay the parent's.
+
+    Raises:
+        OutOfFramesError: too many processes, or no directories for the child's table (ENOMEM): there is no child.
+
+    Source: kernel/fork.c, dup_mm().
+    """
+    parent = machine.process(process_id)
+    machine.require_room("processes", len(machine.processes), machine.limits.processes)
+    space = machine.new_space()
+    try:
+        yield from forking.fork(parent.space, space)
+    except BaseException:
+        del machine.spaces[space.id]
+        raise
+    return _add_user(machine, parent, space)
+
+
+@immediate
+def vfork(machine: Machine, process_id: ProcessId) -> ProcessId:
+    """A child that shares the address space until it calls exec or exits.  Source: kernel/fork.c, CLONE_VFORK."""
+    return _share(machine, process_id)
+
+
+@immediate
+def clone_thread(machine: Machine, process_id: ProcessId) -> ProcessId:
+    """A thread: another user of the same address space.  Source: kernel/fork.c, copy_mm() with CLONE_VM."""
+    return _share(machine, process_id)
+
+
+def exec_process(
+    machine: Machine, process_id: ProcessId, name: str = "", *, mmap_base: Address = 0, brk_start: Address = 0
+) -> Operation[None]:
+    """Leave the address space for an empty one.  Mirrors stay with the old one and are released if it ends.
+
+    Raises: as `create_process`.  Source: fs/exec.c, exec_mmap().
+    """
+    process = machine.process(process_id)
+    space = _empty_space(machine, mmap_base, brk_start)
+    left, process.space = process.space, space
+    process.name = name or process.name
+    yield from _leave(machine, left)
+
+
+def exit_process(machine: Machine, process_id: ProcessId) -> Operation[None]:
+    """End a process; its address space ends with it if nobody else uses it.
+
+    Every mirror hears MUNMAP of everything and then `release`; only then are the frames freed.
+
+    Source: mm/mmap.c, exit_mmap(); hmm_notifier_release().
+    """
+    process = machine.process(process_id)
+    del machine.processes[process_id]
+    yield from _leave(machine, process.space)
+
+
+def _empty_space(machine: Machine, mmap_base: Address, brk_start: Address) -> AddressSpace:
+    for value in (mmap_base, brk_start):
+        if not 0 <= value < TASK_SIZE or not is_page_aligned(value):
+            raise InvalidRequestError(f"create process: {value:#x} is not a page of the address space")
+    space = machine.new_space()
+    space.mmap_base = mmap_base or MMAP_BASE
+    space.brk_start = space.brk_end = brk_start
+    return space
+
+
+def _share(machine: Machine, process_id: ProcessId) -> ProcessId:
+    parent = machine.process(process_id)
+    machine.require_room("processes", len(machine.processes), machine.limits.processes)
+    parent.space.users += 1
+    return _add_user(machine, parent, parent.space)
+
+
+def _add_user(machine: Machine, parent: Process, space: AddressSpace) -> ProcessId:
+    child = Process(machine.next_id("process"), parent.name, parent.owner, space, parent.id)
+    machine.processes[child.id] = child
+    return child.id
+
+
+def _leave(machine: Machine, space: AddressSpace) -> Operation[None]:
+    space.users -= 1
+    if space.users:
+        return
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        with space.notifier.invalidation((WHOLE_SPACE,), Cause.EXIT, certain=True) as invalidation:
+            yield from invalidation.deliver()
+            space.notifier.closed = True
+            yield from _release_mirrors(machine, space)
+            yield from forking.exit_mmap(space)
+    del machine.spaces[space.id]
+
+
+def _release_mirrors(machine: Machine, space: AddressSpace) -> Operation[None]:
+    mirrors = [mirror for mirror in machine.mirrors.values() if _mirrors(mirror, space)]
+    for mirror in mirrors:
+        mirror.release(MirrorState.RELEASED)
+    if mirrors:
+        release = space.notifier.release_event(machine.current.operation_id)
+        yield Deliver(release, tuple(mirror.id for mirror in mirrors))
+
+
+def _mirrors(mirror: Mirror, space: AddressSpace) -> bool:
+    return mirror.space is space and mirror.state is MirrorState.LIVE
+
+
+# ---- system calls
+
+
+def mmap(
+    machine: Machine,
+    process_id: ProcessId,
+    address: Address,
+    length: int,
+    prot: int,
+    flags: int,
+    file_id: int = 0,
+    offset: int = 0,
+) -> Operation[Mapped]:
+    """mmap(2), as `mman.mmap`; `file_id` 0 stands for no file."""
+    space = machine.process(process_id).space
+    file = machine.file(file_id) if file_id else None
+    chosen = MapFlag(flags) & ~(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
+    placement = _placement(space, length, chosen, file, offset) if address else 0
+    mapped = yield from mman.mmap(
+        space, address, length, Prot(prot), MapFlag(flags), file, offset, partial(new_shared_memory, machine)
+    )
+    return Mapped(mapped, placement or mapped)
+
+
+def _placement(space: AddressSpace, length: int, flags: MapFlag, file: File | None, offset: int) -> Address:
+    try:
+        return place(space, length, 0, flags, file, offset)
+    except HmmError:  # no opinion: the arguments are wrong, or there is no room
+        return 0
+
+
+def munmap(machine: Machine, process_id: ProcessId, start: Address, length: int) -> Operation[int]:
+    """munmap(2), as `mman.munmap`."""
+    return (yield from mman.munmap(machine.process(process_id).space, start, length))
+
+
+def brk(machine: Machine, process_id: ProcessId, address: Address) -> Operation[Address]:
+    """brk(2), as `mman.brk`.  Returns: the program break, which is unchanged when the call failed."""
+    return (yield from mman.brk(machine.process(process_id).space, address))
+
+
+def mprotect(machine: Machine, process_id: ProcessId, start: Address, length: int, prot: int) -> Operation[int]:
+    """mprotect(2), as `mprotect.mprotect`."""
+    return (yield from protecting.mprotect(machine.process(process_id).space, start, length, prot))
+
+
+def mremap(
+    machine: Machine,
+    process_id: ProcessId,
+    old_address: Address,
+    old_length: int,
+    new_length: int,
+    flags: int = 0,
+    new_address: Address = 0,
+) -> Operation[Address]:
+    """mremap(2), as `mremap.mremap`."""
+    space = machine.process(process_id).space
+    return (yield from remapping.mremap(space, old_address, old_length, new_length, flags, new_address))
+
+
+def madvise(machine: Machine, process_id: ProcessId, start: Address, length: int, advice: int) -> Operation[int]:
+    """madvise(2), as `madvise.madvise`."""
+    return (yield from advising.madvise(machine.process(process_id).space, start, length, advice))
+
+
+def msync(machine: Machine, process_id: ProcessId, start: Address, length: int, flags: int) -> Operation[int]:
+    """msync(2), as `msync.msync`."""
+    return (yield from syncing.msync(machine.process(process_id).space, start, length, flags))
+
+
+def mlock(machine: Machine, process_id: ProcessId, start: Address, length: int, flags: int = 0) -> Operation[int]:
+    """mlock2(2), as `mlock.mlock2`."""
+    return (yield from locking.mlock2(machine.process(process_id).space, start, length, flags))
+
+
+def munlock(machine: Machine, process_id: ProcessId, start: Address, length: int) -> Operation[int]:
+    """munlock(2), as `mlock.munlock`."""
+    return (yield from locking.munlock(machine.process(process_id).space, start, length))
+
+
+def mlockall(machine: Machine, process_id: ProcessId, flags: int) -> Operation[int]:
+    """mlockall(2), as `mlock.mlockall`."""
+    return (yield from locking.mlockall(machine.process(process_id).space, flags))
+
+
+def munlockall(machine: Machine, process_id: ProcessId) -> Operation[int]:
+    """munlockall(2), as `mlock.munlockall`."""
+    return (yield from locking.munlockall(machine.process(process_id).space))
+
+
+def mincore(
+    machine: Machine, process_id: ProcessId, start: Address, length: int
+) -> Operation[npt.NDArray[np.uint8]]:
+    """mincore(2), as `mincore.mincore`: uint8[npages], 1 where a touch would not fault for I/O."""
+    return (yield from residence.mincore(machine.process(process_id).space, start, length))
+
+
+# ---- what the CPUs of a process do
+
+
+def read_memory(machine: Machine, process_id: ProcessId, address: Address, length: int) -> Operation[Accessed]:
+    """A CPU reads bytes, as `cpu_access.read_memory`."""
+    return (yield from cpu_access.read_memory(machine.process(process_id).space, address, length))
+
+
+def write_memory(machine: Machine, process_id: ProcessId, address: Address, data: bytes) -> Operation[Accessed]:
+    """A CPU writes bytes, as `cpu_access.write_memory`."""
+    return (yield from cpu_access.write_memory(machine.process(process_id).space, address, data))
+
+
+def touch(machine: Machine, process_id: ProcessId, span: AddressRange, *, write: bool) -> Operation[Accessed]:
+    """A CPU touches every page of a range, as `cpu_access.touch`."""
+    return (yield from cpu_access.touch(machine.process(process_id).space, span, write=write))
+
+
+def read_pages(machine: Machine, process_id: ProcessId, span: AddressRange, offset: int) -> Operation[Accessed]:
+    """A CPU loads one byte of every page of a range, as `cpu_access.read_pages`."""
+    return (yield from cpu_access.read_pages(machine.process(process_id).space, span, offset))
+
+
+def write_pages(
+    machine: Machine, process_id: ProcessId, span: AddressRange, offset: int, values: bytes
+) -> Operation[Accessed]:
+    """A CPU stores one byte in every page of a range, as `cpu_access.write_pages`."""
+    if len(values) != span.npages:
+        raise InvalidRequestError(f"write pages: {len(values)} values for the {span.npages} pages of {span}")
+    stored = np.frombuffer(values, np.uint8)
+    return (yield from cpu_access.write_pages(machine.process(process_id).space, span, offset, stored))
