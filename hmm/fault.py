@@ -57,8 +57,8 @@ are looked at again.  A lost page (`cpu_pte.POISON`) has no resolver: touching i
 """
 
 _NOBODY = np.empty(0, np.uint64)
-_ACCESS = ACCESS_FLAGS.value
-_WRITE = VmFlag.WRITE.value
+_ACCESS = int(ACCESS_FLAGS)
+_WRITE = int(VmFlag.WRITE)
 _READ_BITS = cpu_pte.PRESENT | cpu_pte.ACCESSED
 _WRITE_BITS = _READ_BITS | cpu_pte.WRITE | cpu_pte.DIRTY
 
@@ -228,7 +228,7 @@ def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool)
         return False
     address = target.start
     vma = space.vmas.find(address)
-    if vma is None or not vma.mapping.flags.value & (_WRITE if write else _ACCESS):
+    if vma is None or not vma.mapping.flags._value_ & (_WRITE if write else _ACCESS):
         return False
     entry = space.table.get(address)
     if entry or vma.mapping.backing is not None:
@@ -247,14 +247,12 @@ def _set_anonymous(space: AddressSpace, vma: Vma, address: Address, write: bool)
         space.table.set(address, ZERO_PAGE)
         return
     frames = space.frames
-    anon_vma = prepare_anon_vma(space, vma)
+    prepare_anon_vma(space, vma)
     pfn = frames.allocate_one()
     try:
         space.table.set(address, cpu_pte.cpu_entry(pfn, WRITTEN))
     except OutOfFramesError:
         frames.put_one(pfn)
         raise
-    frames.mapping[pfn] = anon_vma
-    frames.index[pfn] = vma.page_offset(address)
-    frames.flags[pfn] = ANON_PAGE.value
+    frames.flags[pfn] = ANON_PAGE
     frames.map_new_one(pfn)

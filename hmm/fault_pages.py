@@ -51,7 +51,6 @@ ANON_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED
 """Flags of a private page that one process has to itself."""
 
 _Mask = npt.NDArray[np.bool_]
-_TO_PAGE = np.uint64(PAGE_SHIFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +114,13 @@ class Attempt:
             npages = min(span.npages, space.frames.available)
             end = span.start + (npages << PAGE_SHIFT)
             if npages:
-                anon_vma = prepare_anon_vma(space, vma)
-                pfns = space.frames.allocate(npages)
+                prepare_anon_vma(space, vma)
+                pfns = space.frames.allocate_mapped(npages, ANON_PAGE)
                 try:
                     space.table.fill(span.start, end, cpu_pte.cpu_entry(pfns, WRITTEN))
                 except OutOfFramesError:
-                    space.frames.put(pfns)
+                    space.frames.unmap(pfns)
                     raise
-                first = (span.start >> PAGE_SHIFT) + vma.mapping.delta
-                space.frames.belong(pfns, anon_vma, np.arange(first, first + npages), ANON_PAGE)
-                space.frames.map_new(pfns)
             if end < span.end:
                 self.stop = Stop(end, None)
         except OutOfFramesError:
@@ -301,30 +297,28 @@ class _Part:
             prepare_anon_vma(self.space, self.vma)
         if self.file is None:
             if self.private_write:
-                self._install(addresses, frames.allocate(addresses.size))
+                self._install(addresses, None)
             else:
                 table.store(addresses, ZERO_PAGE)
             return
         cached = self.file.grab(self._offsets(addresses))
         if self.private_write:
-            pfns = frames.allocate(addresses.size)
-            frames.copy(pfns, cached)
-            self._install(addresses, pfns)
+            self._install(addresses, cached)
         else:
             table.store(addresses, cpu_pte.cpu_entry(cached, self._file_flags()))
             frames.map(cached)
 
-    def _install(self, addresses: Entries, pfns: Pfns) -> Entries:
-        # New private pages; returns the entries before.
+    def _install(self, addresses: Entries, sources: Pfns | None) -> Entries:
+        # New private pages, with the contents of others or zeroes; returns the entries before.
         frames = self.space.frames
+        pfns = frames.allocate_mapped(addresses.size, ANON_PAGE)
         try:
             before = self.space.table.store(addresses, cpu_pte.cpu_entry(pfns, WRITTEN))
         except OutOfFramesError:
-            frames.put(pfns)
+            frames.unmap(pfns)
             raise
-        index = (addresses >> _TO_PAGE).view(np.int64) + self.vma.mapping.delta
-        frames.belong(pfns, prepare_anon_vma(self.space, self.vma), index, ANON_PAGE)
-        frames.map_new(pfns)
+        if sources is not None:
+            frames.copy(pfns, sources)
         return before
 
     def _upgrade(self, addresses: Entries, entries: Entries) -> None:
@@ -334,13 +328,10 @@ class _Part:
         self.space.table.store(addresses, entries | np.uint64(WRITTEN))
 
     def _copy(self, addresses: Entries, entries: Entries) -> None:
-        # As wp_page_copy().
-        frames = self.space.frames
-        pfns = frames.allocate(addresses.size)
-        framed = ~cpu_pte.is_special(entries)
-        if framed.any():  # the rest is the zero page, and new frames read as zeroes
-            frames.copy(pfns[framed], cpu_pte.cpu_pfn(entries[framed]))
-        self.space.drop(self._install(addresses, pfns))
+        # As wp_page_copy().  What has no struct page is the zero page, or registers without bytes.
+        prepare_anon_vma(self.space, self.vma)
+        sources = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
+        self.space.drop(self._install(addresses, sources if sources.any() else None))
 
     def _mark(self, addresses: Entries, entries: Entries) -> None:
         # What the processor itself does when it uses an entry.
