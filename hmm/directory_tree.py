@@ -54,12 +54,13 @@ class DirectoryTree:
         upper_shifts: per level above the leaves, log2 of the pages that an entry covers; root first.
     """
 
-    __slots__ = ("arena", "counts", "entries", "geometry", "index", "rows", "upper_shifts", "words")
+    __slots__ = ("arena", "counts", "entries", "four_levels", "geometry", "index", "rows", "upper_shifts", "words")
 
     def __init__(self, geometry: Geometry, max_directories: int) -> None:
         self.geometry = geometry
         self.arena = DirectoryArena(max_directories)
         self.upper_shifts = tuple(shift - PAGE_SHIFT for shift in geometry.shifts[:-1])
+        self.four_levels = geometry.levels == 4
         self.counts = self.arena.counts
         self.entries = self.arena.entries
         self.index = self.arena.index
@@ -76,6 +77,9 @@ class DirectoryTree:
     def leaf(self, page: int) -> int:
         """Offset of the leaf that holds `page`, or NULL."""
         words = self.words
+        if self.four_levels:  # a process's address space: the same, unrolled
+            offset = words[words[ROOT | page >> 27] | page >> 18 & 511]
+            return words[offset | page >> 9 & 511]
         offset = ROOT
         for shift in self.upper_shifts:
             offset = words[offset | page >> shift & DIRECTORY_MASK]

@@ -17,7 +17,8 @@ ones; a function that raises has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,123 +27,142 @@ from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, Entries
 
-__all__ = ["clear_range", "fill_range", "read_range", "update_range", "valid_in_range"]
+__all__ = ["clear_range", "fill_range", "mask_range", "read_range", "update_range", "valid_in_range", "zap_range"]
 
 _FEW_LEAVES = 8  # up to here leaf by leaf is faster
 _PIECE_ROWS = 64  # 2^15 pages
 _FILL_ROWS = 512
-_PAGES_TO_ADDRESS = np.uint64(PAGE_SHIFT)
+_ZERO = np.uint64(0)
+
+Change: TypeAlias = Callable[[Entries, int], int]
+"""Changes entries in place; gets how many are in use, returns how many then are."""
 
 
-class _Edge:
-    """Part of one leaf: its first page, its row, a view of its entries."""
-
-    __slots__ = ("page", "row", "view")
-
-    def __init__(self, tree: DirectoryTree, leaf: int, page: int, end: int) -> None:
-        self.page = page
-        self.row = leaf >> DIRECTORY_SHIFT
-        self.view = tree.entries[leaf | page & DIRECTORY_MASK : (leaf | end - 1 & DIRECTORY_MASK) + 1]
+class _Part(NamedTuple):
+    # What a range has of one leaf: its first page in it, its row, a view of its entries.
+    page: int
+    row: int
+    view: Entries
 
 
-def _is_few(page: int, end: int) -> bool:
-    return (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) < _FEW_LEAVES
+def _part(tree: DirectoryTree, leaf: int, page: int, end: int) -> _Part:
+    view = tree.entries[leaf | page & DIRECTORY_MASK : (leaf | end - 1 & DIRECTORY_MASK) + 1]
+    return _Part(page, leaf >> DIRECTORY_SHIFT, view)
 
 
-def _parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Edge]:
-    """What there is of [page, end), leaf by leaf. The caller may free the leaf that it was given."""
+def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterable[_Part] | None:
+    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was
+    # given.
+    leaves = (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT)
+    if not leaves:
+        leaf = tree.leaf(page)
+        return (_part(tree, leaf, page, end),) if leaf else ()
+    return _parts(tree, page, end) if leaves < _FEW_LEAVES else None
+
+
+def _parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part]:
     while True:
         page, leaf = tree.next_leaf(page, end)
         if not leaf:
             return
         stop = min((page | DIRECTORY_MASK) + 1, end)
-        yield _Edge(tree, leaf, page, stop)
+        yield _part(tree, leaf, page, stop)
         page = stop
 
 
-def _split(tree: DirectoryTree, page: int, end: int) -> tuple[list[_Edge], Pages, Offsets]:
-    """What there is of [page, end): the ragged parts, and the numbers and rows of whole leaves."""
+def _split(tree: DirectoryTree, page: int, end: int) -> tuple[list[_Part], Pages, Offsets]:
+    # What there is of [page, end), many leaves: the ragged parts, and the numbers and rows of whole leaves.
     numbers, offsets = tree.leaves(page, end)
-    edges: list[_Edge] = []
+    ragged: list[_Part] = []
     if numbers.size and page & DIRECTORY_MASK and numbers[0] == page >> DIRECTORY_SHIFT:
-        edges.append(_Edge(tree, int(offsets[0]), page, (page | DIRECTORY_MASK) + 1))
+        ragged.append(_part(tree, int(offsets[0]), page, (page | DIRECTORY_MASK) + 1))
         numbers, offsets = numbers[1:], offsets[1:]
     if numbers.size and end & DIRECTORY_MASK and numbers[-1] == end >> DIRECTORY_SHIFT:
-        edges.append(_Edge(tree, int(offsets[-1]), end & ~DIRECTORY_MASK, end))
+        ragged.append(_part(tree, int(offsets[-1]), end & ~DIRECTORY_MASK, end))
         numbers, offsets = numbers[:-1], offsets[:-1]
-    return edges, numbers, offsets >> DIRECTORY_SHIFT
+    return ragged, numbers, offsets >> DIRECTORY_SHIFT
 
 
 def _row_index(rows: Offsets) -> slice | Offsets:
-    """Rows as an index of the arena: a slice, hence a view, when they lie one after the other."""
+    # Rows as an index of the arena: a slice, hence a view, when they lie one after the other.
     first, number = int(rows[0]), rows.size
     if int(rows[-1]) - first == number - 1 and (number <= 2 or bool((rows[1:] - rows[:-1] == 1).all())):
         return slice(first, first + number)
     return rows
 
 
+# -- reading
+
+
 def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     """Copy the entries of [page, end) to `out`, uint64[end - page], C-contiguous; 0 where there is none."""
-    if _is_few(page, end):
-        out[:] = 0
-        for part in _parts(tree, page, end):
-            out[part.page - page : part.page - page + part.view.size] = part.view
+    parts = _few_parts(tree, page, end)
+    if parts is not None:
+        at = page
+        for part in parts:
+            out[at - page : part.page - page] = _ZERO
+            at = part.page + part.view.size
+            out[part.page - page : at - page] = part.view
+        out[at - page :] = _ZERO
         return
-    edges, numbers, rows = _split(tree, page, end)
+    ragged, numbers, rows = _split(tree, page, end)
     first, stop = page + DIRECTORY_MASK >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
-    whole = out[(first << DIRECTORY_SHIFT) - page : (stop << DIRECTORY_SHIFT) - page].reshape(
-        -1, DIRECTORY_ENTRIES
-    )
+    before, behind = (first << DIRECTORY_SHIFT) - page, (stop << DIRECTORY_SHIFT) - page
+    whole = out[before:behind].reshape(-1, DIRECTORY_ENTRIES)
     if rows.size == stop - first:
         np.take(tree.rows, rows, axis=0, out=whole, mode="clip")  # any other mode copies `out` first
     else:
-        whole[:] = 0
+        whole[:] = _ZERO
         for at in range(0, rows.size, _PIECE_ROWS):
             whole[numbers[at : at + _PIECE_ROWS] - first] = tree.rows[rows[at : at + _PIECE_ROWS]]
-    out[: (first << DIRECTORY_SHIFT) - page] = 0
-    out[(stop << DIRECTORY_SHIFT) - page :] = 0
-    for edge in edges:
-        out[edge.page - page : edge.page - page + edge.view.size] = edge.view
+    out[:before] = _ZERO
+    out[behind:] = _ZERO
+    for part in ragged:
+        out[part.page - page : part.page - page + part.view.size] = part.view
 
 
 def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
     """The entries in use of [page, end): uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
     tree.settle()
-    if _is_few(page, end):
-        return _collect([(part.page, part.view) for part in _parts(tree, page, end)])
-    edges, numbers, rows = _split(tree, page, end)
-    head = [(edge.page, edge.view) for edge in edges if edge.page == page]
-    tail = [(edge.page, edge.view) for edge in edges if edge.page != page]
+    parts = _few_parts(tree, page, end)
+    if parts is not None:
+        return _joined([_in_use(part) for part in parts])
+    ragged, numbers, rows = _split(tree, page, end)
+    head = [_in_use(part) for part in ragged if part.page == page]
+    tail = [_in_use(part) for part in ragged if part.page != page]
     # One allocation for the whole result: fresh memory costs more than the walk.
-    number = int(tree.counts.take(rows).sum()) + sum(edge.view.size for edge in edges)
+    number = int(tree.counts.take(rows).sum()) + sum(entries.size for _, entries in head + tail)
     addresses, entries = np.empty(number, np.uint64), np.empty(number, np.uint64)
-    filled = 0
-    pieces = (
-        _collect_rows(tree, numbers[at : at + _PIECE_ROWS], rows[at : at + _PIECE_ROWS])
+    whole = (
+        _in_use_of_rows(tree, numbers[at : at + _PIECE_ROWS], rows[at : at + _PIECE_ROWS])
         for at in range(0, rows.size, _PIECE_ROWS)
     )
-    for some_addresses, some_entries in (_collect(head), *pieces, _collect(tail)):
-        stop = filled + some_entries.size
-        addresses[filled:stop] = some_addresses
-        entries[filled:stop] = some_entries
-        filled = stop
-    return addresses[:filled], entries[:filled]
+    at = 0
+    for some_addresses, some_entries in (*head, *whole, *tail):
+        stop = at + some_entries.size
+        addresses[at:stop] = some_addresses
+        entries[at:stop] = some_entries
+        at = stop
+    return addresses, entries
 
 
-def _collect(views: list[tuple[int, Entries]]) -> tuple[Entries, Entries]:
-    addresses, entries = [], []
-    for page, view in views:
-        positions = view.nonzero()[0]
-        entries.append(view[positions])
-        positions += page
-        addresses.append(positions.view(np.uint64) << _PAGES_TO_ADDRESS)
-    if len(views) == 1:
-        return addresses[0], entries[0]
-    empty = np.empty(0, np.uint64)
-    return np.concatenate([empty, *addresses]), np.concatenate([empty, *entries])
+def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
+    if len(pieces) == 1:
+        return pieces[0]
+    pieces.append((np.empty(0, np.uint64), np.empty(0, np.uint64)))
+    addresses, entries = zip(*pieces, strict=True)
+    return np.concatenate(addresses), np.concatenate(entries)
 
 
-def _collect_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets) -> tuple[Entries, Entries]:
+def _in_use(part: _Part) -> tuple[Entries, Entries]:
+    positions = part.view.nonzero()[0]
+    entries = part.view[positions]
+    positions += part.page
+    positions <<= PAGE_SHIFT
+    return positions.view(np.uint64), entries
+
+
+def _in_use_of_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets) -> tuple[Entries, Entries]:
     entries = tree.rows[_row_index(rows)].reshape(-1)
     positions = entries.nonzero()[0]
     if positions.size < entries.size:
@@ -155,21 +175,40 @@ def _collect_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets) -> tuple[E
     return pages.view(np.uint64), entries
 
 
+# -- clearing
+
+
 def clear_range(tree: DirectoryTree, page: int, end: int) -> int:
     """Clear [page, end) and free what becomes empty; the number of entries that were in use."""
     tree.settle()
-    if _is_few(page, end):
-        return sum(_clear_part(tree, part) for part in _parts(tree, page, end))
-    edges, _, rows = _split(tree, page, end)
-    cleared = sum(_clear_part(tree, edge) for edge in edges)
+    parts = _few_parts(tree, page, end)
+    if parts is not None:
+        return sum([_clear_part(tree, part) for part in parts])
+    ragged, _, rows = _split(tree, page, end)
+    cleared = sum(_clear_part(tree, part) for part in ragged)
     return cleared + _clear_rows(tree, rows)
 
 
-def _clear_part(tree: DirectoryTree, part: _Edge) -> int:
+def zap_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
+    """Clear [page, end), free what becomes empty, and give what was in use, as `valid_in_range()`."""
+    parts = _few_parts(tree, page, end)
+    if parts is None:
+        held = valid_in_range(tree, page, end)
+        clear_range(tree, page, end)
+        return held
+    tree.settle()
+    pieces = []
+    for part in parts:
+        pieces.append(_in_use(part))
+        part.view[:] = _ZERO
+        _lose(tree, part.row, pieces[-1][1].size)
+    return _joined(pieces)
+
+
+def _clear_part(tree: DirectoryTree, part: _Part) -> int:
     used = int(np.count_nonzero(part.view))
-    if used:
-        part.view[:] = 0
-        _lose(tree, part.row, used)
+    part.view[:] = _ZERO
+    _lose(tree, part.row, used)
     return used
 
 
@@ -183,12 +222,15 @@ def _lose(tree: DirectoryTree, row: int, number: int) -> None:
 def _clear_rows(tree: DirectoryTree, rows: Offsets) -> int:
     if not rows.size:
         return 0
-    cleared = int(tree.counts.take(rows).sum())
     index = _row_index(rows)
-    tree.rows[index] = 0
+    cleared = int(tree.counts[index].sum())
+    tree.rows[index] = _ZERO
     tree.counts[index] = 0
     tree.arena.drop_all_empty(rows)
     return cleared
+
+
+# -- storing
 
 
 def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
@@ -228,12 +270,11 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         if not used:
             return
         leaf = tree.leaf_allocate(page)
-    part = _Edge(tree, leaf, page, end)
-    count = tree.arena.count
-    if count[part.row]:
-        used -= int(np.count_nonzero(part.view))
-    part.view[:] = source
-    _lose(tree, part.row, -used)
+    _, row, view = _part(tree, leaf, page, end)
+    if tree.arena.count[row]:
+        used -= int(np.count_nonzero(view))
+    view[:] = source
+    _lose(tree, row, -used)
 
 
 def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
@@ -262,6 +303,9 @@ def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
     _clear_rows(tree, emptied)
 
 
+# -- changing
+
+
 def update_range(tree: DirectoryTree, page: int, end: int, function: Callable[[Entries], object]) -> int:
     """Let `function` change the entries of [page, end) in place, many at a time, and free what becomes empty.
 
@@ -271,35 +315,64 @@ def update_range(tree: DirectoryTree, page: int, end: int, function: Callable[[E
 
     Returns: how many entries in use became zero.
     """
+
+    def change(entries: Entries, used: int) -> int:
+        del used
+        function(entries)
+        return int(np.count_nonzero(entries))
+
+    return _change_range(tree, page, end, change)
+
+
+def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) -> int:
+    """Apply `entry &= mask` to [page, end), and clear entries that keep no bit of `valid`.
+
+    Returns: how many entries in use were cleared.
+    """
+    keep, needed = np.uint64(mask), np.uint64(valid)
+
+    def change(entries: Entries, used: int) -> int:
+        np.bitwise_and(entries, keep, out=entries)
+        if used == entries.size and np.bitwise_and.reduce(entries, axis=None) & needed:
+            return used  # all have one valid bit in common, the usual case
+        still_valid = entries & needed
+        number = int(np.count_nonzero(still_valid))
+        if number < used:
+            np.copyto(entries, _ZERO, where=still_valid == _ZERO)
+        return number
+
+    return _change_range(tree, page, end, change)
+
+
+def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> int:
     tree.settle()
-    if _is_few(page, end):
-        return sum(_update_part(tree, part, function) for part in _parts(tree, page, end))
-    edges, _, rows = _split(tree, page, end)
-    lost = sum(_update_part(tree, edge, function) for edge in edges)
-    emptied: list[Offsets] = []
+    parts = _few_parts(tree, page, end)
+    if parts is not None:
+        return sum([_change_part(tree, part, change) for part in parts])
+    ragged, _, rows = _split(tree, page, end)
+    lost = sum(_change_part(tree, part, change) for part in ragged)
+    emptied = []
     for at in range(0, rows.size, _PIECE_ROWS):
         piece = rows[at : at + _PIECE_ROWS]
         index = _row_index(piece)
         entries = tree.rows[index]
-        function(entries)
+        used = int(tree.counts[index].sum())
+        used_after = change(entries, used)
         if not isinstance(index, slice):
             tree.rows[piece] = entries
-        used_before = tree.counts.take(piece)
-        before, after = int(used_before.sum()), int(np.count_nonzero(entries))
-        if after != before:
-            used = np.count_nonzero(entries, axis=1)
-            tree.counts[piece] = used
-            emptied.append(piece[used == 0])
-            lost += before - after
+        if used_after != used:
+            counts = np.count_nonzero(entries, axis=1)
+            tree.counts[index] = counts
+            emptied.append(piece[counts == 0])
+            lost += used - used_after
     if emptied:
         tree.arena.drop_all_empty(np.concatenate(emptied))
     return lost
 
 
-def _update_part(tree: DirectoryTree, part: _Edge, function: Callable[[Entries], object]) -> int:
-    before = int(np.count_nonzero(part.view))
-    function(part.view)
-    lost = before - int(np.count_nonzero(part.view))
+def _change_part(tree: DirectoryTree, part: _Part, change: Change) -> int:
+    used = int(np.count_nonzero(part.view))
+    lost = used - change(part.view, used)
     if lost:
         _lose(tree, part.row, lost)
     return lost

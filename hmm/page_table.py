@@ -31,11 +31,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hmm.directory_arena import ROOT
+from hmm.directory_arena import ROOT, distinct
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
 from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
-from hmm.page_range import clear_range, fill_range, read_range, update_range, valid_in_range
+from hmm.page_range import clear_range, fill_range, mask_range, read_range, update_range, valid_in_range, zap_range
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, Entries
 
@@ -127,9 +127,7 @@ class PageTable:
 
     def _pages(self, start: Address, end: Address) -> tuple[int, int]:
         if (start | end) & (PAGE_SIZE - 1) or not 0 <= start <= end <= self._last + 1:
-            raise InvalidRequestError(
-                f"[{start:#x}, {end:#x}) is not a range of pages of the table", address=start
-            )
+            raise InvalidRequestError(f"[{start:#x}, {end:#x}) is not a range of pages of the table", address=start)
         return start >> PAGE_SHIFT, end >> PAGE_SHIFT
 
     # -- walks
@@ -229,9 +227,7 @@ class PageTable:
             return np.empty(0, np.uint64), np.empty(0, np.uint64)
         return valid_in_range(self._tree, page, stop)
 
-    def chunks(
-        self, start: Address, end: Address, step: int = PIECE_PAGES
-    ) -> Iterator[tuple[Entries, Entries]]:
+    def chunks(self, start: Address, end: Address, step: int = PIECE_PAGES) -> Iterator[tuple[Entries, Entries]]:
         """The same in pieces of at most `step` pages; pieces without an entry are left out.
 
         The table may be changed between pieces.
@@ -288,9 +284,10 @@ class PageTable:
 
     def zap(self, start: Address, end: Address) -> Zapped:
         """Clear a range, free the directories that become empty, and return what it held."""
-        held = Zapped(*self.valid(start, end))
-        self.clear(start, end)
-        return held
+        page, stop = self._pages(start, end)
+        if page == stop:
+            return Zapped(*self.valid(start, end))
+        return Zapped(*zap_range(self._tree, page, stop))
 
     def update(self, start: Address, end: Address, function: Callable[[Entries], object]) -> int:
         """Let `function` change the entries of a range in place, many at a time.
@@ -319,15 +316,8 @@ class PageTable:
         """
         if not mask & valid:
             return self.clear(start, end)
-        keep, needed = np.uint64(mask), np.uint64(valid)
-
-        def apply(entries: Entries) -> None:
-            entries &= keep
-            if valid != _ALL_BITS:
-                lost = (entries & needed) == 0
-                np.copyto(entries, np.uint64(0), where=lost)
-
-        return self.update(start, end, apply)
+        page, stop = self._pages(start, end)
+        return mask_range(self._tree, page, stop, mask, valid) if page < stop else 0
 
     # -- scattered pages
 
@@ -426,7 +416,7 @@ class PageTable:
             np.subtract.at(tree.counts, rows, _ONE)
             emptied = rows[tree.counts.take(rows) == 0]
             if emptied.size:
-                tree.arena.drop_all_empty(np.unique(emptied))
+                tree.arena.drop_all_empty(distinct(emptied))
         return old
 
     def _distinct_pages(self, addresses: Entries) -> tuple[Pages, npt.NDArray[np.int64] | None]:

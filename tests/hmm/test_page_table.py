@@ -161,6 +161,21 @@ class TestDirectories:
         assert table.memory_bytes < 110 * 4200
         table.check()
 
+    def test_directories_are_freed_once_when_they_came_out_of_order(self, table: PageTable) -> None:
+        """A parent loses one entry for each child, wherever the children are in memory."""
+        pages = (3 * 512, 300 * UPPER // PAGE, 512, 2 * 512, 301 * UPPER // PAGE, 0)
+        for clear in (
+            lambda: table.clear_many(_addresses(*sorted(pages))),
+            lambda: table.clear(0, LAST + 1),
+            lambda: table.apply_mask(0, LAST + 1, ALL & ~1, 1),
+            lambda: table.apply_mask(0, LAST + 1, ALL & ~1),
+        ):
+            for page in pages:
+                table.set(page * PAGE, 1)
+            clear()
+            table.check()
+            assert table.directories == 1
+
     def test_directory_count_refuses_level_that_does_not_exist(self, table: PageTable) -> None:
         """Levels are 0 to llevel."""
         for level in (-1, 4):
