@@ -20,7 +20,7 @@ from hmm.errors import InvalidRequestError, Signal
 from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
 from hmm.mirror import DeadlinePolicy
-from hmm.units import TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned, spans_of_pages
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
 
 E = TypeVar("E", bound=Enum)
@@ -105,6 +105,23 @@ def entries_from_proto(data: bytes) -> Entries:
     if len(data) % 8:
         raise malformed(f"{len(data)} bytes are no whole number of 8-byte entries")
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
+
+
+def pages_from_proto(data: bytes) -> Entries:
+    """Addresses of scattered pages: uint64[n], bytes, page-aligned, ascending and unique.
+
+    Raises:
+        InvalidRequestError: they are not (EINVAL).
+    """
+    pages = entries_from_proto(data)
+    if (pages & np.uint64(PAGE_SIZE - 1)).any() or (pages[1:] <= pages[:-1]).any() or (pages >= TASK_SIZE).any():
+        raise malformed("page addresses that are unaligned, do not ascend or are beyond the address space")
+    return pages
+
+
+def page_spans_from_proto(data: bytes) -> tuple[AddressRange, ...]:
+    """The same as ranges, neighbours joined."""
+    return spans_of_pages((pages_from_proto(data) >> np.uint64(PAGE_SHIFT)).astype(np.int64))
 
 
 # ---- enumerations: 0 stands for what the comments of the .proto say that it stands for
