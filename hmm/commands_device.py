@@ -23,7 +23,7 @@ from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, WaitFor, immediate
-from hmm.units import AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
+from hmm.units import PAGE_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class DeviceFaulted:
 
     Attributes:
         parts: one Faulted per range asked for, or per VMA of scattered pages.
-        entries: uint64[n], the mirror's entry of every page asked for, in order; 0 where it has none.
+        entries: uint64[n], the mirror's entry of every page asked for, in order; 0 where it has none, and where an
+            invalidation has been sent already.
         notifier_seq: the address space's notifier sequence when the entries were read.
         event_sequence: the last event sent to the mirror before the entries were read: a later event that overlaps
             makes this result stale.
@@ -134,7 +135,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     Source: hmm_mirror_unregister().
     """
     mirror = machine.mirror(mirror_id)
-    while mirror.unanswered:
+    while mirror.unanswered and mirror_id in machine.mirrors:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
     if machine.mirrors.get(mirror_id) is not mirror:
         return
@@ -169,13 +170,15 @@ def fault(
     mirror.require_live("fault")
     if isinstance(target, np.ndarray):
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)
-        entries = mirror.table.lookup(target)
+        addresses, entries = target, mirror.table.lookup(target)
     else:
         one = fault_whole_range if whole else fault_range
         parts = []
         for span in target:
             parts.append((yield from one(mirror, span, write=write, wait=wait)))
         entries = np.concatenate([mirror.table.read(span.start, span.end) for span in target])
+        addresses = np.concatenate([np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64) for span in target])
+    _leave_out_unsettled(mirror, addresses, entries)
     return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
 
 
@@ -251,6 +254,13 @@ def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
     if device.iommu is None or nth < 0:
         raise InvalidRequestError(f"inject DMA failure: {device} does no DMA, or {nth} is negative")
     device.iommu.failing = nth
+
+
+def _leave_out_unsettled(mirror: Mirror, addresses: Entries, entries: Entries) -> None:
+    # The driver may have answered for these pages, or will without knowing of this result.
+    for sent in mirror.unsettled.values():
+        for span in sent.event.spans:
+            entries[(addresses >= span.start) & (addresses < span.end)] = 0
 
 
 def _mirror_of_range(machine: Machine, mirror_id: MirrorId, span: AddressRange, operation: str) -> Mirror:

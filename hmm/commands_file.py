@@ -16,7 +16,6 @@ from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError
 from hmm.file import File, FileKind
 from hmm.machine import Machine
 from hmm.operation import Operation, immediate
-from hmm.units import PAGE_SHIFT
 from hmm.vma import VmFlag
 
 

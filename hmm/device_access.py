@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hmm import pte
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
+from hmm.events import EventState
 from hmm.mirror import Mirror
 from hmm.uio import copy_to_frames
 from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, Pfns
@@ -112,11 +113,12 @@ def _translate(mirror: Mirror, pages: Entries, *, write: bool, dma: bool) -> Pfn
                 errnos.EACCES,
                 address=address,
             )
-    for sequence, event in mirror.quiesced.items():
-        for span in event.spans:
+    for sequence, sent in mirror.unsettled.items():
+        if sent.state is EventState.SENT or (sent.event.etype.pte_mask != pte.MASK_NONE and not write):
+            continue
+        for span in sent.event.spans:
             stale = (addresses >= span.start) & (addresses < span.end)
-            if event.etype.pte_mask == pte.MASK_NONE or write:
-                _require(mirror, pages, ~stale, f"was given up when event {sequence} was acknowledged")
+            _require(mirror, pages, ~stale, f"was given up when event {sequence} was acknowledged")
     return mirror.pfns(entries)
 
 

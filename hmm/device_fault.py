@@ -31,6 +31,7 @@ from hmm.errors import (
     OutOfFramesError,
     RangeBusyError,
     SegmentationFault,
+    TimedOutError,
 )
 from hmm.events import Event, EventState, EventType, Outcome
 from hmm.fault import fault_in
@@ -304,9 +305,9 @@ def _update(mirror: Mirror, enlisted: DeviceFault, write: bool) -> Operation[Non
     outcomes: tuple[Outcome, ...] = yield Deliver(event, (mirror.id,))
     (outcome,) = outcomes
     mirror.require_live("fault")
-    mirror.settle(event, outcome)
     if outcome.state is EventState.ABANDONED:
-        raise RangeBusyError(f"fault: the driver of {mirror} did not acknowledge in time", errnos.ETIMEDOUT)
+        raise TimedOutError(f"fault: the driver of {mirror} did not acknowledge in time")
+    mirror.settle(event, outcome)
     if outcome.errno == errnos.ENOMEM:
         raise OutOfFramesError(f"fault: the driver of {mirror} answered ENOMEM")
     if outcome.errno:

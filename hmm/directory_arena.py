@@ -118,9 +118,7 @@ class DirectoryArena:
         self.count = self.counts.data
         self._parents: Offsets = np.frombuffer(memory, np.int64, nrows, rows_bytes + counts_bytes)
         self._parent = self._parents.data
-        self._free: Offsets = np.frombuffer(
-            memory, np.int64, nrows, rows_bytes + counts_bytes + offsets_bytes
-        )
+        self._free: Offsets = np.frombuffer(memory, np.int64, nrows, rows_bytes + counts_bytes + offsets_bytes)
         self._nfree = 0
         self._top = 2  # the NULL directory and the root are always there
         self._reserved = 0

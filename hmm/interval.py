@@ -178,39 +178,20 @@ class IntervalMap(Generic[T]):
         Source: Linux lib/maple_tree.c, mas_empty_area_rev().
         """
         assert size > 0
-        last = self._chunks[-1].items[-1] if self._chunks else None
-        if last is None or last.end < high:
-            start = max(low, last.end if last else 0)
-            if min(high, self._limit) - start >= size:
-                return Hole(start, min(high, self._limit), None)
-            if last is None:
-                return None
-        number = max(bisect_left(self._firsts, high) - 1, 0)
-        chunk = self._chunks[number]
-        index = bisect_left(chunk.starts, high)
-        if index == len(chunk.items) and number + 1 < len(self._chunks):
-            # The hole that `high` cuts belongs to the first interval of the next chunk.
-            number, index, chunk = number + 1, 0, self._chunks[number + 1]
-        while True:
-            if chunk.largest >= size:
-                found = self._highest_in(chunk, min(index, len(chunk.items) - 1), (size, low, high))
-                if found:
-                    return found
-            if number == 0 or self._firsts[number] <= low:
-                return None
-            number -= 1
-            chunk = self._chunks[number]
-            index = len(chunk.items)
-
-    def _highest_in(self, chunk: _Chunk[T], index: int, want: tuple[int, int, int]) -> Hole[T] | None:
-        size, low, high = want
-        holes, starts = chunk.holes, chunk.starts
-        for at in range(index, -1, -1):
-            if holes[at] >= size:
-                start, end = max(starts[at] - holes[at], low), min(starts[at], high)
-                if end - start >= size:
-                    return Hole(start, end, chunk.items[at])
-        chunk.largest = max(holes)
+        start, end = max(low, self._end_before(len(self._chunks), 0)), min(high, self._limit)
+        if end - start >= size:
+            return Hole(start, end, None)
+        for chunk in reversed(self._chunks[: bisect_left(self._firsts, high) + 1]):
+            if chunk.largest < size:
+                continue
+            for at in range(len(chunk.holes) - 1, -1, -1):
+                if chunk.holes[at] >= size:
+                    start, end = max(chunk.starts[at] - chunk.holes[at], low), min(chunk.starts[at], high)
+                    if end - start >= size:
+                        return Hole(start, end, chunk.items[at])
+            chunk.largest = max(chunk.holes)
+            if chunk.starts[0] <= low:
+                break
         return None
 
     def lowest_hole(self, size: int, low: int, high: int) -> Hole[T] | None:
@@ -219,10 +200,7 @@ class IntervalMap(Generic[T]):
         Cost: as `highest_hole`.  Source: Linux lib/maple_tree.c, mas_empty_area().
         """
         assert size > 0
-        for number in range(max(bisect_right(self._firsts, low) - 1, 0), len(self._chunks)):
-            chunk = self._chunks[number]
-            if self._firsts[number] - chunk.holes[0] >= high:
-                return None
+        for chunk in self._chunks[max(bisect_right(self._firsts, low) - 1, 0) :]:
             if chunk.largest < size:
                 continue
             for at, hole in enumerate(chunk.holes):
@@ -231,8 +209,9 @@ class IntervalMap(Generic[T]):
                     if end - start >= size:
                         return Hole(start, end, chunk.items[at])
             chunk.largest = max(chunk.holes)
-        start = max(low, self._chunks[-1].items[-1].end if self._chunks else 0)
-        end = min(high, self._limit)
+            if chunk.starts[-1] >= high:
+                break
+        start, end = max(low, self._end_before(len(self._chunks), 0)), min(high, self._limit)
         return Hole(start, end, None) if end - start >= size else None
 
     def _touching(self, start: int, end: int) -> Slot:
@@ -318,6 +297,7 @@ class IntervalMap(Generic[T]):
             chunks[follower].measure(0, end)
 
     def _end_before(self, number: int, index: int) -> int:
+        """Where the interval below interval `index` of chunk `number` ends; 0 below the first one."""
         if index:
             return self._chunks[number].items[index - 1].end
         return self._chunks[number - 1].items[-1].end if number else 0

@@ -261,7 +261,8 @@ class Machine:
             return not record.remaining
         if isinstance(request, Await):
             if request.wait_for is WaitFor.CALLBACKS:
-                return not self.mirrors[request.mirror_id].unanswered
+                mirror = self.mirrors.get(request.mirror_id)
+                return mirror is None or not mirror.unanswered
             space = self.spaces.get(request.space_id)
             return space is None or space.notifier.is_ready(request)
         return True

@@ -62,7 +62,13 @@ class SentEvent:
 
 @dataclass(slots=True, eq=False)
 class Mirror:
-    """`struct hmm_mirror`: registered by a driver, bound to the address space of one process."""
+    """`struct hmm_mirror`: registered by a driver, bound to the address space of one process.
+
+    Attributes:
+        unanswered: the events that the driver has still to answer, abandoned ones included.
+        unsettled: the invalidations that were sent and whose mask is not applied yet; other mirrors may still have
+            to answer.
+    """
 
     id: MirrorId
     device: Device
@@ -77,7 +83,7 @@ class Mirror:
     sequence: int = 0
     low_water: int = 0
     unanswered: dict[int, SentEvent] = field(default_factory=dict)
-    quiesced: dict[int, Event] = field(default_factory=dict)
+    unsettled: dict[int, SentEvent] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     table: PageTable = field(init=False)
     domain: Domain | None = field(init=False)
@@ -109,7 +115,7 @@ class Mirror:
             return
         self.space.notifier.subscribers.pop(self.id, None)
         self.apply(self.span, pte.MASK_NONE)
-        self.quiesced.clear()
+        self.unsettled.clear()
         self.state = state
         self.lost_because = why
 
@@ -132,11 +138,8 @@ class Mirror:
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
         """Apply a final state: the mask on success; False when the driver's error killed the mirror."""
-        self.quiesced.pop(outcome.sequence, None)
+        self.unsettled.pop(outcome.sequence, None)
         if self.state is not MirrorState.LIVE or outcome.state is EventState.FENCED:
-            return True
-        if outcome.state is EventState.ABANDONED:
-            self.release(MirrorState.LOST, "no answer to an event that cannot be taken back")
             return True
         for span in outcome.dirty:
             self.mark_dirty(span)
@@ -152,7 +155,9 @@ class Mirror:
     def send(self, event: Event, operation_id: int) -> int:
         """Number an event for this mirror.  Returns: its sequence, dense from 1."""
         self.sequence += 1
-        self.unanswered[self.sequence] = SentEvent(event, operation_id)
+        sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
+        if event.etype.is_invalidation:
+            self.unsettled[self.sequence] = sent
         self.counters[f"events_{event.etype.name.lower()}"] += 1
         return self.sequence
 
@@ -176,8 +181,6 @@ class Mirror:
             return None
         sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
         self.counters[sent.state.value] += 1
-        if sent.event.etype.is_invalidation and not sent.errno:
-            self.quiesced[sequence] = sent.event
         self._forget(sequence)
         return sent
 
@@ -188,6 +191,7 @@ class Mirror:
             return None
         sent.state = state
         self.counters[state.value] += 1
+        self.unsettled.pop(sequence, None)
         if state is not EventState.ABANDONED:
             self._forget(sequence)
         return sent

@@ -23,6 +23,8 @@ from hmm.vma_edit import modify_flags
 
 __all__ = ["MclFlag", "MlockFlag", "mlock", "mlock2", "mlockall", "munlock", "munlockall"]
 
+_64_BITS = (1 << 64) - 1
+
 
 class MlockFlag(IntFlag):
     """The MLOCK_ flags of mlock2()."""
@@ -139,8 +141,9 @@ def munlockall(space: AddressSpace) -> Operation[int]:
 
 
 def _lockable(start: Address, length: int) -> AddressRange:
-    span = AddressRange(page_down(start), page_up(start + length))
-    if span.end >= 1 << 64:
+    length = page_up((length + start - page_down(start)) & _64_BITS) & _64_BITS
+    span = AddressRange(page_down(start), page_down(start) + length)
+    if span.end > _64_BITS:
         raise InvalidRequestError(f"mlock: {length:#x} bytes at {start:#x} end nowhere", address=start)
     return span
 

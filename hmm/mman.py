@@ -7,8 +7,7 @@ Source: Linux mm/mmap.c (ksys_mmap_pgoff(), do_mmap(), mmap_region(), SYSCALL br
 Invariants: a call that fails has changed nothing.
 Absent: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
 
-Differs: there are no hugetlb pages (MAP_HUGETLB of anonymous memory finds none: ENOMEM); MAP_DROPPABLE and MAP_SYNC
-are not known.
+Differs: there are no hugetlb pages (MAP_HUGETLB of anonymous memory finds none: ENOMEM); MAP_DROPPABLE is not known.
 """
 
 from __future__ import annotations
@@ -36,6 +35,14 @@ _MAP_TYPE = 0xF
 _LEGACY_FLAGS = 0x7C07_F9F3
 """LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE accepts of a file that knows no MAP_SYNC."""
 _FILE_END = 1 << 63
+_VM_FLAGS = (
+    (MapFlag.GROWSDOWN, VmFlag.GROWSDOWN),
+    (MapFlag.LOCKED, VmFlag.LOCKED),
+    (MapFlag.NORESERVE, VmFlag.NORESERVE),
+    (MapFlag.STACK, VmFlag.NOHUGEPAGE),
+    (MapFlag.SYNC, VmFlag.SYNC),
+)
+"""calc_vm_flag_bits(), and MAP_NORESERVE where overcommit is allowed."""
 _SHARED = VmFlag.SHARED | VmFlag.MAYSHARE
 
 
@@ -109,20 +116,15 @@ def _vm_flags(
     if flags & MapFlag.FIXED_NOREPLACE and space.vmas.overlapping(span):
         raise ConflictError(f"mmap: something is mapped in {span}", address=span.start)
     vm_flags = VmFlag(prot & 7) | MAY_FLAGS | space.default_flags
-    if flags & MapFlag.GROWSDOWN:
-        vm_flags |= VmFlag.GROWSDOWN
-    if flags & MapFlag.LOCKED:
-        vm_flags |= VmFlag.LOCKED
-    if flags & MapFlag.STACK:
-        vm_flags |= VmFlag.NOHUGEPAGE
+    for flag, vm_flag in _VM_FLAGS:
+        if flags & flag:
+            vm_flags |= vm_flag
     if file is None:
         vm_flags |= _anonymous_flags(flags)
     else:
         vm_flags |= _file_flags(flags, file, offset, span.size_bytes)
     if flags & MapFlag.HUGETLB:
         raise OutOfFramesError("mmap: there are no huge pages")
-    if flags & MapFlag.NORESERVE:
-        vm_flags |= VmFlag.NORESERVE
     if vm_flags & (VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE) == VmFlag.WRITE:
         vm_flags |= VmFlag.ACCOUNT
     if vm_flags & SPECIAL_FLAGS:

@@ -33,6 +33,7 @@ from hmm.vma import VmFlag
 
 __all__ = ["MsyncFlag", "msync", "write_back"]
 
+_64_BITS = (1 << 64) - 1
 _CLEANED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY)
 
 
@@ -65,8 +66,8 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
     both = int(MsyncFlag.SYNC | MsyncFlag.ASYNC)
     if not is_page_aligned(start) or flags & ~(both | int(MsyncFlag.INVALIDATE)) or flags & both == both:
         raise InvalidRequestError(f"msync: flags {flags:#x} at {start:#x}", address=start)
-    end = start + page_up(length)
-    if end >= 1 << 64:
+    end = start + (page_up(length) & _64_BITS)
+    if end > _64_BITS:
         raise BadAddressError(f"msync: {length:#x} bytes at {start:#x} end nowhere", errnos.ENOMEM, address=start)
     at, hole = start, None
     while at < end:

@@ -165,7 +165,7 @@ class Notifier:
         """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block.
 
         Args:
-            certain: the change cannot be taken back (exit): a mirror that does not answer is lost, whatever its policy.
+            certain: the change cannot be taken back (exit): whatever a mirror's policy, it goes on.
         """
         running = Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain)
         self.invalidations.append(running)
