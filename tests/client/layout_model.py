@@ -24,6 +24,7 @@ from hmm_client.recordings import (
     Failed,
     Fork,
     GrowStack,
+    Ignored,
     Map,
     Protect,
     Recording,
@@ -31,6 +32,7 @@ from hmm_client.recordings import (
     RemapFile,
     Step,
     Sync,
+    Unknown,
     Unmap,
     Vfork,
 )
@@ -142,6 +144,8 @@ class LayoutModel:
             case Failed(attempt=attempt, errno=errno):
                 got = self.apply(self.spaces[step.process], attempt) if attempt else errno
                 return None if got == errno else f"{got or 'success'} instead of {errno}"
+            case Ignored() | Unknown():
+                pass
             case _:
                 return self.apply(self.spaces[step.process], step)
         return None

@@ -20,8 +20,9 @@ replays must know these rules:
 - `GrowStack` is the only step without a call; a write at its `start` does it.
 - The steps of a process stand between the step that makes it and its Exit.  Those of a vforked child act on its
   parent's space until its own Exec or Exit.
-- A step with `partial` belongs to a process whose exec mapped things that were not recorded: its calls may fail, and
-  nothing of it is compared.  `plan.incomparable` says why, when that befell process 0.
+- A step with `partial` belongs to a process whose layout is not known in full (its exec mapped things that were not
+  recorded): its calls may fail, and nothing of it is compared.  When that befalls process 0, `plan.incomparable` says
+  why.
 - `Failed.attempt` is to be replayed and must fail in the same way; without one there is nothing to replay.
 - `Unknown` must be reported.
 

@@ -4,8 +4,7 @@ The kernel acts at some moment between a call's entry and its return; when the l
 between, the moment is chosen so that no line contradicts it.  Memory that is given back is free from the entry on
 (another thread may get it before munmap returns); memory that is handed out is there when the call returns.  mremap
 does both at once: it acts at its return, or earlier, just before another call returns memory that it gave back.
-A process exists before its first line, also when that line precedes the return of the fork that made it.  exec and
-exit act at their entry.
+exec and exit act at their entry, and so does fork: of what other threads do meanwhile, the child knows nothing.
 
 Invariants: effects of one thread keep their order; every call of the log is an effect, once.
 Absent: what the effects are.
@@ -14,11 +13,11 @@ Absent: what the effects are.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from hmm_client.recordings.arguments import ArgumentError, number
+from hmm_client.recordings.arguments import number
 from hmm_client.recordings.strace import Call, Ended, Event, Log, Signal, Superseded
 
 CREATING = frozenset({"fork", "vfork", "clone", "clone2", "clone3"})
@@ -27,10 +26,10 @@ EXECUTING = frozenset({"execve", "execveat"})
 """Calls that replace the program."""
 EXITING = frozenset({"exit", "exit_group", "_exit"})
 """Calls that never return."""
-_ACT_AT_ENTRY = frozenset({"munmap", "shmdt"}) | EXECUTING | EXITING
-_HAND_OUT = frozenset({"mmap", "mmap2", "old_mmap", "mremap", "shmat", "map_shadow_stack"})
+_ACT_AT_ENTRY = frozenset({"munmap", "shmdt"}) | CREATING | EXECUTING | EXITING
+_MAPPING = frozenset({"mmap", "mmap2", "old_mmap", "shmat", "map_shadow_stack"})
 
-_BEFORE, _AT = 0, 1
+# A line, and how many effects must come between this one and the line's own.
 _Position: TypeAlias = tuple[int, int]
 
 
@@ -50,62 +49,104 @@ class Effect:
 def effects(log: Log) -> list[Effect]:
     """The events of `log` in the order in which they took effect; signals are left out.
 
-    Cost: O(events log events), and for each split mremap the events that stand inside it.
+    Cost: O(n log n + n * threads) for n events.
     """
-    born = _first_lines(log.events)
-    children = _children(log, born)
+    children = _children(log)
+    moved = _before_reuse(log.calls, _spaces(log.calls, children))
     placed: list[tuple[_Position, Effect]] = []
     for event in log.events:
-        if isinstance(event, Signal):
-            continue
-        child = children.get(event.line) if isinstance(event, Call) else None
-        position = _position(event, log.events, child, born) if isinstance(event, Call) else (event.line, _AT)
-        placed.append((position, Effect(event, child)))
+        if isinstance(event, Call):
+            position = moved.get(event.line, _usual_position(event))
+            placed.append((position, Effect(event, children.get(event.line))))
+        elif not isinstance(event, Signal):
+            placed.append(((event.line, 0), Effect(event)))
     placed.sort(key=lambda entry: entry[0])
     return [effect for _, effect in placed]
 
 
-def _position(call: Call, events: tuple[Event, ...], child: int | None, born: dict[int, list[int]]) -> _Position:
-    if call.name in _ACT_AT_ENTRY:
-        return call.line, _AT
-    if child is not None:
-        first_line = _next_life(born, child, call.line)
-        if first_line is not None and first_line < call.end_line:
-            return first_line, _BEFORE
-    if call.name == "mremap" and call.is_split and call.succeeded:
-        return _before_reuse(call, events)
-    return call.end_line, _AT
+def _usual_position(call: Call) -> _Position:
+    return call.line if call.name in _ACT_AT_ENTRY else call.end_line, 0
 
 
-def _before_reuse(mremap: Call, events: tuple[Event, ...]) -> _Position:
-    """Just before the first line that shows the old addresses in other hands; else where mremap returned."""
-    start = number(mremap.arguments[0])
-    end = start + number(mremap.arguments[1])
-    returns = [
-        call.end_line
-        for call in _between(events, mremap.line, mremap.end_line)
-        if call.name in _HAND_OUT and _hands_out(call, start, end)
-    ]
-    return (min(returns), _BEFORE) if returns else (mremap.end_line, _AT)
+def _before_reuse(calls: Sequence[Call], spaces: Mapping[int, int]) -> dict[int, _Position]:
+    """Where to place each mremap whose old addresses another call got before it returned.
+
+    It stands just before that call, which may be an mremap that stands just before a third one: positions only ever
+    move up, until every addressee stands behind its giver.
+
+    Returns: line of the mremap -> position.
+    """
+    handed_over = _handed_over(calls, spaces)
+    positions: dict[int, _Position] = {}
+    moving = True
+    for _ in range(len(handed_over) + 1):  # a log that contradicts itself ends here
+        if not moving:
+            break
+        moving = False
+        for giver, takers in handed_over:
+            line, rank = min(positions.get(taker.line, _usual_position(taker)) for taker in takers)
+            if (line, rank - 1) < positions.get(giver.line, _usual_position(giver)):
+                positions[giver.line] = line, rank - 1
+                moving = True
+    return positions
 
 
-def _between(events: tuple[Event, ...], first: int, last: int) -> Iterable[Call]:
-    """The calls that returned between two lines."""
-    for event in events:
-        if event.line >= last:
-            return
-        if isinstance(event, Call) and first < event.end_line < last:
-            yield event
+def _handed_over(calls: Sequence[Call], spaces: Mapping[int, int]) -> list[tuple[Call, list[Call]]]:
+    """Each mremap, with the calls that ran at the same time and got addresses it gave back."""
+    takers: dict[int, list[Call]] = {}
+    givers: dict[int, Call] = {}
+    running: list[Call] = []
+    for call in calls:
+        running = [other for other in running if other.end_line > call.line]
+        for other in running:
+            if spaces.get(other.pid, other.pid) != spaces.get(call.pid, call.pid):
+                continue
+            for giver, taker in ((call, other), (other, call)):
+                if _overlap(_given(giver), _taken(taker)):
+                    givers[giver.line] = giver
+                    takers.setdefault(giver.line, []).append(taker)
+        if call.is_split:
+            running.append(call)
+    return [(giver, takers[line]) for line, giver in givers.items()]
 
 
-def _hands_out(call: Call, start: int, end: int) -> bool:
+def _overlap(left: tuple[int, int] | None, right: tuple[int, int] | None) -> bool:
+    return left is not None and right is not None and left[0] < right[1] and right[0] < left[1]
+
+
+def _given(call: Call) -> tuple[int, int] | None:
+    """The addresses [start, end) that an mremap gave back."""
+    if call.name != "mremap" or not call.succeeded:
+        return None
+    start, length, new_length = (number(text) for text in call.arguments[:3])
+    if start == call.result:
+        return (start + new_length, start + length) if new_length < length else None
+    return None if "MREMAP_DONTUNMAP" in call.arguments[3] else (start, start + length)
+
+
+def _taken(call: Call) -> tuple[int, int] | None:
+    """The addresses [start, end) that a call handed out."""
     if call.result is None or not call.succeeded:
-        return False
-    try:
-        length = number(call.arguments[2 if call.name == "mremap" else 1])
-    except (ArgumentError, IndexError):
-        length = 1
-    return call.result < end and start < call.result + length
+        return None
+    if call.name == "mremap":
+        start, length, new_length = (number(text) for text in call.arguments[:3])
+        if start == call.result:
+            return (start + length, start + new_length) if new_length > length else None
+        return call.result, call.result + new_length
+    if call.name not in _MAPPING:
+        return None
+    length = 1 if call.name == "shmat" else number(call.arguments[1])
+    return call.result, call.result + length
+
+
+def _spaces(calls: Sequence[Call], children: Mapping[int, int]) -> dict[int, int]:
+    """For each thread that shares its maker's address space, the process id that stands for the space."""
+    spaces: dict[int, int] = {}
+    for call in calls:
+        child = children.get(call.line)
+        if child is not None and (call.name == "vfork" or "CLONE_VM" in call.text):
+            spaces[child] = spaces.get(call.pid, call.pid)
+    return spaces
 
 
 def _first_lines(events: tuple[Event, ...]) -> dict[int, list[int]]:
@@ -127,12 +168,13 @@ def _next_life(born: dict[int, list[int]], pid: int, line: int) -> int | None:
     return lines[index] if index < len(lines) else None
 
 
-def _children(log: Log, born: dict[int, list[int]]) -> dict[int, int]:
+def _children(log: Log) -> dict[int, int]:
     """Line of each creating call that made something -> process id of what it made.
 
     A program in a process id namespace of its own is told other ids than the log shows, and a killed parent is told
     none.  Such a child is that of the latest call before it that made nobody the log knows.
     """
+    born = _first_lines(log.events)
     children: dict[int, int] = {}
     claimed: set[tuple[int, int]] = set()
     unclaimed: list[Call] = []

@@ -2,19 +2,22 @@
 
 Threads (CLONE_THREAD) are their process.  A fork has a space of its own from the start, a vfork and a bare CLONE_VM
 from their exec on.  What an exec maps is not recorded, so a process is partial behind it; if that is the first
-process, its final layout can't be compared.
+process, its final layout can't be compared.  A child is partial too when other threads changed the layout while it
+was copied: whether before or after, the log does not show.
 
 Source: clone(2), vfork(2), execve(2), exit_group(2).
-Invariants: every call of the log gives at least one step, of a process that exists: the steps of process n stand
-    behind the one that made it and before its Exit.
+Invariants: every call of the log gives at least one step; the steps of a process stand behind the one that made it
+    and before its Exit, except Ignored ones.
 Absent: layouts; execution.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hmm_client.recordings.arguments import ArgumentError, descriptor, fields, flag_names, number, string
 from hmm_client.recordings.decode import DECODERS, IGNORED, REPLAYED_ERRORS
@@ -91,9 +94,10 @@ def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()
 
     Cost: O(calls log calls).
     """
-    if not log.calls:
+    calls = log.calls
+    if not calls:
         raise RecordingError("no system call was recorded", log.path)
-    planner = _Planner(log, Segments(final), _stack_growth(initial, final))
+    planner = _Planner(log.path, calls, Segments(final), _stack_growth(initial, final))
     for effect in effects(log):
         planner.take(effect)
     return planner.finish()
@@ -124,31 +128,30 @@ class _Task:
 
 @dataclass(slots=True)
 class _Planner:
-    log: Log
+    path: Path | None
+    calls: tuple[Call, ...]
     segments: Segments
     stack_growth: tuple[int, int] | None
+    first: Call = field(init=False)
     steps: list[Step] = field(default_factory=list)
     processes: list[ProcessInfo] = field(default_factory=list)
     tasks: dict[int, _Task] = field(default_factory=dict)
     threads: dict[ProcessIndex, set[int]] = field(default_factory=dict)
     partial: set[ProcessIndex] = field(default_factory=set)
-    splits: dict[int, list[Call]] = field(default_factory=dict)
-    breaks: dict[int, list[Call]] = field(default_factory=dict)
+    memory_calls: dict[int, list[Call]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
     incomparable: str | None = None
 
     def __post_init__(self) -> None:
-        first = self.log.calls[0]
-        self.new_process(first.pid, None, first)
-        for call in self.log.calls:
-            if call.name == "brk":
-                self.breaks.setdefault(call.pid, []).append(call)
-            if call.is_split and call.succeeded:
-                self.splits.setdefault(call.pid, []).append(call)
+        self.first = self.calls[0]
+        self.new_process(self.first.pid, None, self.first)
+        for call in self.calls:
+            if call.name in DECODERS:
+                self.memory_calls.setdefault(call.pid, []).append(call)
 
     def finish(self) -> Plan:
         if FIRST in self.threads:  # the log ends before the process
-            self.grow_stack(self.log.calls[-1])
+            self.grow_stack(self.calls[-1])
         return Plan(tuple(self.steps), tuple(self.processes), self.incomparable)
 
     def take(self, effect: Effect) -> None:
@@ -167,7 +170,7 @@ class _Planner:
         origin = self.origin(task)
         executes = call.name in EXECUTING and call.succeeded
         try:
-            if call is self.log.calls[0] and executes:
+            if call is self.first and executes:
                 self.steps.append(Ignored(origin, "the program starts here; its layout was recorded"))
             elif executes:
                 self.execute(call, task)
@@ -180,9 +183,9 @@ class _Planner:
             else:
                 self.steps.append(self.step(call, origin))
         except ValueError as error:  # ArgumentError, or a number of arguments that the call does not have
-            raise RecordingError(f"{call.name}: {error}", self.log.path, call.line) from error
+            raise RecordingError(f"{call.name}: {error}", self.path, call.line) from error
         except IndexError:
-            raise RecordingError(f"{call.name}: too few arguments", self.log.path, call.line) from None
+            raise RecordingError(f"{call.name}: too few arguments", self.path, call.line) from None
 
     def step(self, call: Call, origin: Origin) -> Step:
         """The step of a call that neither makes nor ends anybody."""
@@ -217,13 +220,22 @@ class _Planner:
             self.threads[origin.process].add(pid)
             return
         child = self.new_process(pid, origin.process, call)
-        if origin.partial:
+        if origin.partial or ("CLONE_VM" not in names and self.others_act(call, origin.process)):
             self.partial.add(child)
         self.segments.inherit(origin.process, child)
         if "CLONE_VM" in names:
             self.steps.append(Vfork(origin, child, waits="CLONE_VFORK" in names))
         else:
             self.steps.append(Fork(origin, child))
+
+    def others_act(self, fork: Call, process: ProcessIndex) -> bool:
+        """Whether another thread may have changed the layout before it was copied, or just afterwards."""
+        for pid in self.threads[process] - {fork.pid}:
+            calls = self.memory_calls.get(pid, [])
+            index = bisect_right(calls, fork.line, key=lambda call: call.end_line)
+            if index < len(calls) and calls[index].line < fork.end_line:
+                return True
+        return False
 
     def execute(self, call: Call, task: _Task) -> None:
         """The program is replaced: the other threads end, and what is mapped now was not recorded."""
@@ -234,8 +246,9 @@ class _Planner:
         self.retire(process)
         task.retired = False
         self.threads[process] = {call.pid}
-        later = (brk.result for brk in self.breaks.get(call.pid, ()) if brk.line > call.line)
-        self.steps.append(Exec(self.origin(task), _program(call), next(later, None)))
+        later = (brk for brk in self.memory_calls.get(call.pid, ()) if brk.name == "brk" and brk.line > call.line)
+        first = next(later, None)
+        self.steps.append(Exec(self.origin(task), _program(call), first.result if first else None))
 
     def exit(self, call: Call, task: _Task) -> None:
         process = task.process
@@ -243,10 +256,11 @@ class _Planner:
             self.end_one_thread(call.pid, task)
             return
         for pid in sorted(self.threads[process]):
-            for split in self.splits.get(pid, ()):
-                # It returned while exit_group waited for the thread: it had been done.
-                if split.line < call.line < split.end_line and split.name in DECODERS:
-                    self.take_call(split, None)
+            calls = self.memory_calls.get(pid, [])
+            index = bisect_right(calls, call.line, key=lambda other: other.end_line)
+            if index < len(calls) and calls[index].line < call.line and calls[index].succeeded:
+                # It had been entered, and returned while exit_group waited for the thread: it was done.
+                self.take_call(calls[index], None)
         self.end_process(task, number(call.arguments[0]) if call.arguments else None)
 
     def end_of_thread(self, ended: Ended) -> None:

@@ -26,8 +26,9 @@ class Origin:
     Attributes:
         process: number of the process in the plan.
         call: the call in the log, for messages; of a step that no call caused, the one at which it shows.
-        partial: the process's layout is not known in full, since what its exec mapped was not recorded; calls may
-            fail here that succeeded there, and nothing is compared.
+        partial: the process's layout is not known in full, since what its exec mapped was not recorded, or since
+            other threads changed it while fork copied it; calls may fail here that succeeded there, memory may be
+            handed out where some lies here, and nothing is compared.
     """
 
     process: ProcessIndex

@@ -165,27 +165,43 @@ def parse_log(lines: Iterable[str], path: Path | None = None) -> Log:
     Raises:
         RecordingError: a line that strace does not write, with its number.
     """
-    reader = _Reader(path)
+    reader = LogReader(path)
     for line in lines:
         reader.read(line)
     return reader.finish()
 
 
-class _Entered(NamedTuple):
+class Entered(NamedTuple):
+    """The first part of a call that has not returned yet, and its line."""
+
     line: int
     text: str
 
 
 @dataclass(slots=True)
-class _Reader:
+class LogReader:
+    """Reads a log line by line, as it grows.
+
+    Attributes:
+        path: the file, for messages.
+        line: number of lines read so far.
+        events: what was read so far; whoever follows a log may empty it.
+        entered: calls that have not returned yet, by process id.
+    """
+
     path: Path | None
     line: int = 0
     events: list[Event] = field(default_factory=list)
-    entered: dict[int, _Entered] = field(default_factory=dict)
-    moving: dict[int, _Entered] = field(default_factory=dict)
-    named: bool | None = None
+    entered: dict[int, Entered] = field(default_factory=dict)
+    _moving: dict[int, Entered] = field(default_factory=dict)
+    _named: bool | None = None
 
     def read(self, raw: str) -> None:
+        """Take one line, without its end.
+
+        Raises:
+            RecordingError: strace does not write such a line.
+        """
         self.line += 1
         text = raw.rstrip()
         if not text or _REMARK.match(text):
@@ -193,68 +209,68 @@ class _Reader:
         prefix = _PREFIX.match(text)
         assert prefix is not None, "every part of the prefix may be absent"
         pid_text = prefix[1] or prefix[2]
-        if self.named is not None and self.named != bool(pid_text):
-            raise self.error("some lines name their process and some do not; record with strace -f -o FILE")
-        self.named = bool(pid_text)
-        self.read_event(int(pid_text or 0), text[prefix.end() :])
+        if self._named is not None and self._named != bool(pid_text):
+            raise self._error("some lines name their process and some do not; record with strace -f -o FILE")
+        self._named = bool(pid_text)
+        self._read_event(int(pid_text or 0), text[prefix.end() :])
 
-    def read_event(self, pid: int, text: str) -> None:
+    def _read_event(self, pid: int, text: str) -> None:
         if text.startswith("+++"):
-            self.events.append(self.end_of_thread(pid, text))
+            self.events.append(self._end_of_thread(pid, text))
         elif text.startswith("---"):
             signal = _SIGNAL.match(text)
             if signal is None:
-                raise self.error(f"not a line of strace: {text[:80]!r}")
+                raise self._error(f"not a line of strace: {text[:80]!r}")
             self.events.append(Signal(pid, self.line, signal[1]))
         elif resumed := _RESUMED.match(text):
-            self.resume(pid, resumed[1], text[resumed.end() :])
+            self._resume(pid, resumed[1], text[resumed.end() :])
         else:
-            self.enter(pid, _Entered(self.line, text))
+            self._enter(pid, Entered(self.line, text))
 
-    def enter(self, pid: int, entered: _Entered) -> None:
+    def _enter(self, pid: int, entered: Entered) -> None:
         """Take the whole text of a call, or its first part."""
         line, text = entered
         if moved := _MOVED.search(text):
-            self.moving[int(moved[1])] = _Entered(line, text[: moved.start()])
+            self._moving[int(moved[1])] = Entered(line, text[: moved.start()])
             return
         unfinished = _UNFINISHED.search(text)
         if unfinished is None:
-            self.events.append(self.call(pid, line, text))
+            self.events.append(self._call(pid, line, text))
         elif unfinished[1]:
-            self.events.append(self.call(pid, line, text[: unfinished.start()], unfinished=True))
+            self.events.append(self._call(pid, line, text[: unfinished.start()], unfinished=True))
         else:
-            self.entered[pid] = _Entered(line, text[: unfinished.start()])
+            self.entered[pid] = Entered(line, text[: unfinished.start()])
 
-    def resume(self, pid: int, name: str, rest: str) -> None:
+    def _resume(self, pid: int, name: str, rest: str) -> None:
         entered = self.entered.pop(pid, None)
         if entered is None:
-            raise self.error(f"{name} resumes, but process {pid or 'without id'} has entered no call")
-        self.enter(pid, _Entered(entered.line, entered.text + rest))
+            raise self._error(f"{name} resumes, but process {pid or 'without id'} has entered no call")
+        self._enter(pid, Entered(entered.line, entered.text + rest))
 
-    def call(self, pid: int, line: int, text: str, *, unfinished: bool = False) -> Call:
+    def _call(self, pid: int, line: int, text: str, *, unfinished: bool = False) -> Call:
         head = _CALL.match(text)
         if head is None:
-            raise self.error(f"not a line of strace: {text[:80]!r}")
+            raise self._error(f"not a line of strace: {text[:80]!r}")
         arguments, end = split(text, head.end())
-        result, errno = (None, None) if unfinished else self.result(text, end)
+        result, errno = (None, None) if unfinished else self._result(text, end)
         name = _NAMES_BY_NUMBER.get(head[1], head[1])
         return Call(pid, name, arguments, result, errno, line, self.line, text)
 
-    def result(self, text: str, end: int | None) -> tuple[int | None, str | None]:
+    def _result(self, text: str, end: int | None) -> tuple[int | None, str | None]:
         found = None if end is None else _RESULT.match(_SECONDS.sub("", text), end)
         if found is None:
-            raise self.error(f"the call has no result: {text[:80]!r}; is the log cut short?")
+            raise self._error(f"the call has no result: {text[:80]!r}; is the log cut short?")
         value, rest = found[1], found[2]
         errno = _ERRNO.match(rest) if value in {"-1", "?"} else None
         return None if value == "?" else int(value, 0), (errno[1] or f"errno {errno[2]}") if errno else None
 
-    def end_of_thread(self, pid: int, text: str) -> Event:
+    def _end_of_thread(self, pid: int, text: str) -> Event:
         entered = self.entered.pop(pid, None)
         if entered is not None:  # killed inside a call: strace says no more about it
-            self.events.append(self.call(pid, *entered, unfinished=True))
+            self.events.append(self._call(pid, *entered, unfinished=True))
         if superseded := _SUPERSEDED.match(text):
             by = int(superseded[1])
-            execve = self.moving.pop(pid, None) or self.entered.pop(by, None)
+            execve = self._moving.pop(pid, None) or self.entered.pop(by, None)
             if execve is not None:  # it will return under the process id it took over
                 self.entered[pid] = execve
             return Superseded(pid, self.line, by)
@@ -262,13 +278,14 @@ class _Reader:
             return Ended(pid, self.line, int(exited[1]), None)
         if killed := _KILLED.match(text):
             return Ended(pid, self.line, None, killed[1])
-        raise self.error(f"not a line of strace: {text[:80]!r}")
+        raise self._error(f"not a line of strace: {text[:80]!r}")
 
     def finish(self) -> Log:
+        """Everything read, with the calls that never returned."""
         for pid, (line, text) in self.entered.items():
-            self.events.append(self.call(pid, line, text, unfinished=True))
+            self.events.append(self._call(pid, line, text, unfinished=True))
         self.events.sort(key=lambda event: event.line)
         return Log(self.path, tuple(self.events), self.line)
 
-    def error(self, text: str) -> RecordingError:
+    def _error(self, text: str) -> RecordingError:
         return RecordingError(text, self.path, self.line)
