@@ -1,1 +1,94 @@
-"""The client: a facade for driver authors, example drivers and hmmctl."""
+"""The client library of hmmd: processes and their memory calls, devices, mirrors and drivers, from Python.
+
+    async with hmm_client.connect() as client:
+        process = await client.create_process("demo")
+        mapped = await process.mmap(1 << 20)
+        device = await client.register_device("gpu0")
+        mirror = await device.mirror(process, MyDriver())
+        faulted = await mirror.fault(mapped.span, write=True)
+
+`hmm_client.sync` has the same without await, for scripts and notebooks.  `hmm_client.drivers` holds worked examples.
+
+Constants (`Prot`, `MapFlag`, ...) and errors are those of the core, `hmm`: what the daemon raised is raised here, with
+its class, errno and address.
+
+**Source**: design of the wire in proto/hmm_proto/v1; the names of calls are the kernel's.
+
+**Absent**: every rule of memory; the daemon has them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+# Without gRPC's event engine a round trip takes half the time; read once, when grpc is imported.
+if "grpc" not in sys.modules:
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+if TYPE_CHECKING:
+    from hmm.file import FileKind
+    from hmm.mirror import DeadlinePolicy
+    from hmm.units import AddressRange
+    from hmm.unmapped_area import MapFlag
+    from hmm.vma import Prot
+    from hmm_client.channel import DaemonError, UnavailableError, tls_credentials
+    from hmm_client.client import Client, connect
+    from hmm_client.device import Device
+    from hmm_client.driver import Driver, TableDriver
+    from hmm_client.event import Event
+    from hmm_client.file import File
+    from hmm_client.mirror import Faulted, Mirror
+    from hmm_client.process import Process
+
+_HOME = {
+    "AddressRange": "hmm.units",
+    "Client": "hmm_client.client",
+    "DaemonError": "hmm_client.channel",
+    "DeadlinePolicy": "hmm.mirror",
+    "Device": "hmm_client.device",
+    "Driver": "hmm_client.driver",
+    "Event": "hmm_client.event",
+    "Faulted": "hmm_client.mirror",
+    "File": "hmm_client.file",
+    "FileKind": "hmm.file",
+    "MapFlag": "hmm.unmapped_area",
+    "Mirror": "hmm_client.mirror",
+    "Process": "hmm_client.process",
+    "Prot": "hmm.vma",
+    "TableDriver": "hmm_client.driver",
+    "UnavailableError": "hmm_client.channel",
+    "connect": "hmm_client.client",
+    "tls_credentials": "hmm_client.channel",
+}
+
+__all__ = [
+    "AddressRange",
+    "Client",
+    "DaemonError",
+    "DeadlinePolicy",
+    "Device",
+    "Driver",
+    "Event",
+    "Faulted",
+    "File",
+    "FileKind",
+    "MapFlag",
+    "Mirror",
+    "Process",
+    "Prot",
+    "TableDriver",
+    "UnavailableError",
+    "connect",
+    "tls_credentials",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Names are fetched when they are used: `hmmctl --help` shall not wait for gRPC.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

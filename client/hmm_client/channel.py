@@ -1,0 +1,142 @@
+"""The connection to a daemon: where it listens, how calls are made on it, and what its errors become.
+
+**Source**: gRPC's core options; the metadata of hmm.v1 as written in process.proto.
+
+**Absent**: sessions (`session.py`); what is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from hmm_client.callbacks import waiting
+from hmm_proto.status import from_status
+
+MESSAGE_BYTES = 8 << 20
+"""Largest message in either direction; what is larger travels in parts."""
+SYSTEM_SOCKET = "/run/hmmd/hmmd.sock"
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class DaemonError(Exception):
+    """A call failed for a reason that is not one of the model's: transport, or a bug of the daemon.
+
+    Attributes:
+        code: what gRPC says.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(f"{code.name}: {message}")
+        self.code = code
+
+
+class UnavailableError(DaemonError, ConnectionError):
+    """Nobody listens there, or the connection broke."""
+
+
+def default_target(environment: Mapping[str, str] = os.environ) -> str:
+    """Where hmmd listens unless told otherwise: $HMMD_SOCKET, $XDG_RUNTIME_DIR/hmmd/hmmd.sock, /run/hmmd/hmmd.sock."""
+    if socket := environment.get("HMMD_SOCKET"):
+        return as_target(socket)
+    if runtime := environment.get("XDG_RUNTIME_DIR"):
+        return f"unix:{runtime}/hmmd/hmmd.sock"
+    return f"unix:{SYSTEM_SOCKET}"
+
+
+def as_target(place: str) -> str:
+    """A gRPC target: a path becomes `unix:PATH`, everything else (`unix:...`, `HOST:PORT`) stays."""
+    return f"unix:{place}" if place.startswith(("/", "./")) else place
+
+
+def tls_credentials(
+    ca: str | Path | None = None, certificate: str | Path | None = None, key: str | Path | None = None
+) -> grpc.ChannelCredentials:
+    """Credentials for TCP with TLS, from PEM files.
+
+    Args:
+        ca: who signed the daemon's certificate; None: the system's authorities.
+        certificate, key: the client's own, when the daemon demands one.
+    """
+    pem = [Path(path).read_bytes() if path is not None else None for path in (ca, key, certificate)]
+    return grpc.ssl_channel_credentials(*pem)
+
+
+class Channel:
+    """A gRPC channel with the options, metadata and errors of hmm.v1.  Belongs to the loop that runs when it is made.
+
+    Attributes:
+        target: where the daemon listens.
+        grpc: the channel itself, for stubs.
+        metadata: sent with every call.
+    """
+
+    def __init__(
+        self, target: str, *, token: str = "", name: str = "", credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self.target = target
+        named = {"hmm-token": token, "hmm-caller": name}
+        self.metadata: Metadata = tuple((key, value) for key, value in named.items() if value)
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MESSAGE_BYTES),
+            ("grpc.http2.bdp_probe", 0),  # else a client that reads late is sent 4 MiB of events first
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.use_local_subchannel_pool", 1),  # two clients in one process do not share a connection
+        ]
+        if credentials is None:
+            self.grpc = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self.grpc = grpc.aio.secure_channel(target, credentials, options=options)
+
+    async def request(self, method: Any, message: Message | AsyncIterator[Message]) -> Any:
+        """Make one call with one response.
+
+        Args:
+            method: of a stub made on `grpc`, e.g. `stub.Mmap`, whose response type the result has.
+
+        Raises:
+            HmmError: the daemon refused the call.
+            DaemonError: it could not be made.
+        """
+        with waiting() as callback:
+            mark = (("hmm-in-callback", str(callback)),) if callback else ()
+            try:
+                return await method(message, metadata=self.metadata + mark)
+            except grpc.aio.AioRpcError as error:
+                raise as_error(error, self.target) from None
+
+    async def stream(self, method: Any, message: Message) -> AsyncIterator[Any]:
+        """Make one call whose responses come in parts; raises as `request`."""
+        call = method(message, metadata=self.metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise as_error(error, self.target) from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end with an error."""
+        await self.grpc.close()
+
+
+def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
+    """What a failed call raises: the model's own error where the daemon sent one."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    ours = from_status(status) if status is not None else None
+    if ours is not None:
+        return ours
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(error.code(), f"{target}: {error.details()}")
+    return DaemonError(error.code(), error.details() or "")

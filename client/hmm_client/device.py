@@ -1,0 +1,104 @@
+"""A device: what a driver registers before it mirrors processes.
+
+**Source**: 2015: `hmm_device_register()`, `hmm_mirror_register()`; proto/hmm_proto/v1/device.proto.
+
+**Absent**: what the device does with memory (`mirror.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hmm.mirror import DeadlinePolicy
+from hmm.units import DeviceId
+from hmm_client.driver import Driver
+from hmm_client.mirror import Mirror
+from hmm_client.process import Process
+from hmm_client.session import Session
+from hmm_proto.convert import policy_to_proto
+from hmm_proto.v1 import device_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.client import Client
+
+
+class Device:
+    """A registered device.
+
+    Attributes:
+        name: for people.
+        dma: entries of its tables are DMA addresses.
+    """
+
+    def __init__(self, client: Client, device_id: DeviceId, name: str, *, dma: bool = False) -> None:
+        self.client = client
+        self.id = device_id
+        self.name = name
+        self.dma = dma
+
+    def __repr__(self) -> str:
+        return f"<device {self.id} {self.name!r}>"
+
+    @classmethod
+    async def register(cls, client: Client, name: str, *, dma: bool) -> Device:
+        """As `Client.register_device`."""
+        session = await client.session()
+        request = device_pb2.RegisterDeviceRequest(name=name, dma=dma)
+        (response,) = await session.call("register_device", request)
+        return cls(client, response.device_id, name, dma=dma)
+
+    async def mirror(
+        self,
+        process: Process,
+        driver: Driver,
+        *,
+        policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+        fault_events: bool = True,
+        concurrent: bool = False,
+    ) -> Mirror:
+        """Mirror a process's address space.  The driver may be called before this returns.
+
+        Args:
+            policy: what happens when the driver does not answer in time.
+            fault_events: tell the driver of every fault's entries by an event, as in 2015; False: `Mirror.fault`
+                returns them and that is all.
+            concurrent: handle events at once; False: one after the other.
+
+        Raises:
+            ConflictError: the device mirrors this address space already (EINVAL).
+            NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
+        """
+        session = await self.client.session()
+        request = device_pb2.RegisterMirrorRequest(
+            device_id=self.id,
+            process_id=process.id,
+            policy=policy_to_proto(policy),
+            no_fault_events=not fault_events,
+        )
+        made: list[Mirror] = []
+
+        def bind(response: device_pb2.RegisterMirrorResponse) -> None:
+            # In the reader: the mirror's first events may follow in the same message.
+            mirror = Mirror(self, process, driver, session, response, concurrent=concurrent)
+            session.bind(mirror.id, mirror)
+            made.append(mirror)
+
+        await session.call("register_mirror", request, bind)
+        return made[0]
+
+    async def unregister(self) -> None:
+        """Remove the device.
+
+        Raises:
+            ConflictError: it still has mirrors (EBUSY).
+        """
+        await self._call("unregister_device", device_pb2.UnregisterDeviceRequest(device_id=self.id))
+
+    async def inject_dma_failure(self, nth: int) -> None:
+        """Make the nth DMA mapping from now on fail, once; 0: none any more.  For tests of drivers."""
+        request = device_pb2.InjectDmaFailureRequest(device_id=self.id, nth=nth)
+        await self.client.channel.request(self.client.devices.InjectDmaFailure, request)
+
+    async def _call(self, name: str, request: Any) -> Any:
+        session: Session = await self.client.session()
+        return (await session.call(name, request))[-1]

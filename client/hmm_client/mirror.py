@@ -1,0 +1,348 @@
+"""A mirror: one device's view of one process's memory, as its driver holds it.
+
+**Source**: 2015: `struct hmm_mirror`, `hmm_mirror_fault()`, `hmm_mirror_range_dirty()`, `hmm_mirror_range_discard()`;
+today: `hmm_range_fault()` with `mmu_interval_read_retry()`; proto/hmm_proto/v1/device.proto.
+
+**Invariants**: a fault never returns entries that an event handled meanwhile has taken back.
+
+**Absent**: the driver (`driver.py`), the stream (`session.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import pte
+from hmm.errors import DeviceLostError, HmmError, RangeBusyError
+from hmm.events import EventType
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns
+from hmm_client.callbacks import Callbacks
+from hmm_client.driver import Driver
+from hmm_client.event import Change, Event, pages_of
+from hmm_client.session import Session
+from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
+from hmm_proto.status import from_call_result
+from hmm_proto.v1 import device_pb2, event_pb2, range_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.device import Device
+    from hmm_client.process import Process
+
+Target: TypeAlias = AddressRange | Sequence[AddressRange] | Entries
+"""One range, many (ascending, disjoint), or scattered pages: uint64[n] addresses, ascending."""
+Segment: TypeAlias = tuple[int, int]
+"""(address, length in bytes)"""
+
+REMEMBERED_EVENTS = 256
+"""How far back a mirror can tell whether the result of a fault is stale; older results count as stale."""
+STALE_RETRIES = 100
+"""How often a fault whose result was stale is repeated before it ends with EBUSY."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Faulted:
+    """What a device fault brought in.
+
+    Attributes:
+        starts, ends: uint64[k], the ranges asked for; of scattered pages, one range for each page.
+        filled: uint64[k'], for each range (for scattered pages, one in all) where it ended: behind its last page on
+            success.
+        errnos: int32[k'], for each of these 0 or what stopped it.
+        entries: uint64[npages], read-only: the mirror's entry of every page asked for, 0 for a page that failed.
+            Empty if they were not wanted.
+        error: what stopped the fault, if it is a partial result.
+        notifier_seq: the sequence of the address space when the entries were read.
+        event_sequence: the last event of the mirror that the entries include.
+        retries: how often the fault started over because the range was invalidated.
+        operation_id: names the call.
+    """
+
+    starts: Entries
+    ends: Entries
+    filled: Entries
+    errnos: npt.NDArray[np.int32]
+    entries: Entries
+    error: HmmError | None
+    notifier_seq: int
+    event_sequence: int
+    retries: int
+    operation_id: int
+
+    @property
+    def pages(self) -> Entries:
+        """uint64[npages]: the address of every page asked for."""
+        return pages_of(self.starts, self.ends)
+
+    @property
+    def pfns(self) -> Pfns:
+        """int64[npages]: frame numbers; 0 where there is none."""
+        return pte.pte_pfn(self.entries)
+
+    @property
+    def dma_addresses(self) -> Entries:
+        """uint64[npages]: addresses on the device's bus; 0 where there is none."""
+        return pte.pte_dma_addr(self.entries)
+
+    @property
+    def writable(self) -> npt.NDArray[np.bool_]:
+        """bool[npages]: where the device may write."""
+        return pte.pte_test_write(self.entries)
+
+
+class Mirror:
+    """A registered mirror.  Made by `Device.mirror`.
+
+    Attributes:
+        device, process, driver: who mirrors whom, and who hears of changes.
+        space_id: the address space, as events name it.
+        address_end: first byte behind what can be mirrored.
+        lost: why the mirror was fenced; empty while it lives.
+        released: True after `Driver.release`.
+        faults: how many faults were made, repeats included.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        process: Process,
+        driver: Driver,
+        session: Session,
+        response: device_pb2.RegisterMirrorResponse,
+        *,
+        concurrent: bool = False,
+    ) -> None:
+        self.id = response.mirror_id
+        self.device = device
+        self.process = process
+        self.driver = driver
+        self.space_id = response.space_id
+        self.address_end = response.address_end
+        self.lost = ""
+        self.released = False
+        self.faults = 0
+        self._session = session
+        self._callbacks = Callbacks(driver, self._finish, executor=device.client.executor, concurrent=concurrent)
+        self._recent: deque[tuple[int, Change]] = deque()
+        self._forgotten = 0
+
+    def __repr__(self) -> str:
+        return f"<mirror {self.id} of process {self.process.id} on {self.device.name}>"
+
+    # ---- events
+
+    def deliver(self, sequence: int, change: Change) -> None:
+        """Hand an event over to the driver; called by the session."""
+        if change.invalidates:
+            self._recent.append((sequence, change))
+            if len(self._recent) > REMEMBERED_EVENTS:
+                self._forgotten = self._recent.popleft()[0]
+        self._callbacks.deliver(Event(self, sequence, change))
+
+    def _finish(self, event: Event, answer: event_pb2.Answer | None) -> None:
+        if event.type is EventType.RELEASE:
+            self.released = True
+        if not self._session.lost:
+            self._session.answer(self.id, event.sequence, answer)
+
+    def session_lost(self, why: str) -> None:
+        """The stream has ended; called by the session."""
+        self._callbacks.drop()
+        self._lose(why)
+
+    def _lose(self, why: str) -> None:
+        if not self.lost and not self.released:
+            self.lost = why
+            self.driver.lost(self, why)
+
+    def is_stale(self, faulted: Faulted) -> bool:
+        """True when an event that came later takes back what a fault returned (`mmu_interval_read_retry()`).
+
+        `fault` has looked already; this is for results that were kept for a while, or came to another thread.
+        """
+        if faulted.event_sequence < self._forgotten:
+            return True
+        for sequence, change in reversed(self._recent):
+            if sequence <= faulted.event_sequence:
+                return False
+            if change.overlaps(faulted.starts, faulted.ends):
+                return True
+        return False
+
+    # ---- calls
+
+    async def fault(
+        self,
+        target: Target,
+        *,
+        write: bool = False,
+        wait: bool = True,
+        first_mapping_only: bool = False,
+        partial: bool = False,
+        omit_entries: bool = False,
+        deadline_s: float | None = None,
+    ) -> Faulted:
+        """Bring pages in: begin, fault and retry as one call.  Stale results are thrown away and asked for again.
+
+        Args:
+            target: one range, many, or scattered pages; together at most 262,144 pages.
+            write: every page must come out writable.
+            wait: False: EBUSY at once while the range is being invalidated.
+            first_mapping_only: each range ends at the end of its first mapping, as hmm_mirror_fault() trims it.
+            partial: errors of ranges stay in the result; False: they are raised.
+            omit_entries: the event has them; do not send them twice.
+            deadline_s: seconds until the fault ends with ETIMEDOUT; None: the daemon's default.
+
+        Raises:
+            BadAddressError: nothing usable is mapped at `error.address` (EFAULT).
+            AccessDeniedError: the mapping there does not permit it (EACCES).
+            OutOfFramesError: no memory is left (ENOMEM).
+            RangeBusyError: the range is being invalidated, and `wait` is False; or again and again (EBUSY).
+            TimedOutError: the deadline passed (ETIMEDOUT).
+            WouldDeadlockError: made inside a callback that it would have to wait for (EDEADLK).
+            DeviceLostError: the mirror was fenced (ENODEV).
+
+        Cost: one round trip, 10 ns per page.
+        """
+        starts, ends = _ranges(target)
+        request = device_pb2.FaultRequest(
+            mirror_id=self.id,
+            write=write,
+            no_wait=not wait,
+            first_mapping_only=first_mapping_only,
+            omit_entries=omit_entries,
+            deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
+        )
+        if isinstance(target, np.ndarray):
+            request.pages = entries_to_proto(target)
+        else:
+            request.ranges.CopyFrom(range_pb2.AddressRanges(starts=starts.tolist(), ends=ends.tolist()))
+        for _ in range(STALE_RETRIES):
+            self.faults += 1
+            faulted = _faulted(starts, ends, await self._call("fault", request))
+            if faulted.error is not None and not (partial and faulted.errnos.any()):
+                self._fail(faulted.error)
+            if not self.is_stale(faulted):
+                return faulted
+        raise RangeBusyError(
+            f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=int(starts[0])
+        )
+
+    async def read(self, segments: Sequence[Segment], *, dma: bool = False) -> bytes:
+        """The device gathers bytes, through the mirror's table; it never faults pages in.
+
+        Args:
+            segments: (address, length) in any order; together at most 1 MiB.
+            dma: the addresses are the device's DMA addresses.
+
+        Raises:
+            BadAddressError: `error.address` has no valid entry; nothing was read (EFAULT).
+            DeviceLostError: the mirror was fenced (ENODEV).
+        """
+        addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
+        request = device_pb2.DeviceReadRequest(mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma)
+        (response,) = await self._call("device_read", request)
+        self._require(response)
+        data: bytes = response.data
+        return data
+
+    async def write(self, segments: Sequence[Segment], data: bytes, *, dma: bool = False) -> None:
+        """The device scatters bytes, through the mirror's table; the entries become dirty.
+
+        Args:
+            segments: (address, length) in any order; together as long as `data`, at most 1 MiB.
+            dma: the addresses are the device's DMA addresses.
+
+        Raises: as `read`; also
+            AccessDeniedError: the entry of `error.address` is read-only; nothing was written (EACCES).
+        """
+        addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
+        request = device_pb2.DeviceWriteRequest(
+            mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma, data=data
+        )
+        (response,) = await self._call("device_write", request)
+        self._require(response)
+
+    async def dirty(self, span: AddressRange) -> None:
+        """Report that the device has written in a range in a way of its own (`hmm_mirror_range_dirty()`)."""
+        await self._call("dirty_range", device_pb2.DirtyRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
+
+    async def discard(self, span: AddressRange) -> None:
+        """Drop a range that the device has stopped using (`hmm_mirror_range_discard()`); no event is sent."""
+        await self._call("discard_range", device_pb2.DiscardRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
+
+    async def set_driver_bits(self, span: AddressRange, bits: int) -> None:
+        """Set the driver's own bits, 0 to 15, of all valid entries of a range."""
+        request = device_pb2.SetDriverBitsRequest(mirror_id=self.id, range=range_to_proto(span), bits=bits)
+        await self._call("set_driver_bits", request)
+
+    async def read_table(self, span: AddressRange) -> Entries:
+        """uint64[npages]: the entries of a range as they are now, 0 where there is none."""
+        entries = np.zeros(span.npages, np.uint64)
+        for part in await self._call(
+            "read_table", device_pb2.ReadTableRequest(mirror_id=self.id, range=range_to_proto(span))
+        ):
+            found = entries_from_proto(part.entries)
+            first = (part.start - span.start) >> PAGE_SHIFT
+            entries[first : first + found.size] = found
+        return entries
+
+    async def unregister(self) -> None:
+        """Stop mirroring: callbacks under way end, `Driver.release` is called, then the mirror is gone.
+
+        Raises:
+            WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+        """
+        (response,) = await self._call("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=self.id))
+        self._require(response)
+        self._session.unbind(self.id)
+
+    async def cancel_callbacks(self) -> None:
+        """End updates under way without an answer; for a driver that is being shut down."""
+        await self._callbacks.cancel()
+
+    async def _call(self, name: str, request: Any) -> list[Any]:
+        if self.lost:
+            raise DeviceLostError(f"{name}: {self!r} was fenced: {self.lost}")
+        try:
+            return await self._session.call(name, request)
+        except HmmError as error:
+            self._fail(error)
+
+    def _require(self, response: Any) -> None:
+        error = from_call_result(response.result)
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: HmmError) -> NoReturn:
+        if isinstance(error, DeviceLostError):
+            self._lose(error.message)
+        raise error
+
+
+def _ranges(target: Target) -> tuple[Entries, Entries]:
+    if isinstance(target, np.ndarray):
+        return target, target + np.uint64(PAGE_SIZE)
+    spans = [target] if isinstance(target, AddressRange) else target
+    return np.array([span.start for span in spans], np.uint64), np.array([span.end for span in spans], np.uint64)
+
+
+def _faulted(starts: Entries, ends: Entries, parts: list[device_pb2.FaultResponse]) -> Faulted:
+    last = parts[-1]
+    return Faulted(
+        starts=starts,
+        ends=ends,
+        filled=np.array(last.range_ends, np.uint64),
+        errnos=np.array(last.range_errnos, np.int32),
+        entries=entries_from_proto(b"".join(part.entries for part in parts)),
+        error=from_call_result(last.result),
+        notifier_seq=last.notifier_seq,
+        event_sequence=last.last_event_sequence,
+        retries=last.retries,
+        operation_id=last.result.operation_id,
+    )

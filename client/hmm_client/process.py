@@ -1,0 +1,207 @@
+"""A process: its memory calls, and what its CPUs do.
+
+**Source**: the system calls of Linux; proto/hmm_proto/v1/process.proto.
+
+**Absent**: what the calls do; the daemon knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.units import ProcessId
+from hmm_client import calls
+from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
+from hmm_client.results import Accessed, Completed, Mapped, Maps, MapsLine, ProgramBreak
+from hmm_proto.v1 import inspection_pb2, process_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.client import Client
+    from hmm_client.file import File
+
+T = TypeVar("T")
+PART_BYTES = 1 << 20
+"""Reads and writes of more than this travel in parts."""
+
+
+class Process:
+    """A handle of a process.  Any number of handles may name the same one.
+
+    Every call raises the `HmmError` that the kernel's call would have ended with: `error.errno` is the kernel's.
+    What it says of partial effects holds: mprotect over a hole has changed what lies below `error.address`.
+    """
+
+    def __init__(self, client: Client, process_id: ProcessId) -> None:
+        self.client = client
+        self.id = process_id
+
+    def __repr__(self) -> str:
+        return f"<process {self.id}>"
+
+    async def _make(self, call: Call[T]) -> T:
+        return await self.client.make(call)
+
+    # ---- mappings
+
+    async def mmap(
+        self,
+        length: int,
+        prot: int = READ_WRITE,
+        flags: int = PRIVATE_ANONYMOUS,
+        *,
+        address: int = 0,
+        file: File | None = None,
+        offset: int = 0,
+    ) -> Mapped:
+        """mmap(2)."""
+        file_id = file.id if file is not None else 0
+        return await self._make(
+            calls.mmap(self.id, length, prot, flags, address=address, file_id=file_id, offset=offset)
+        )
+
+    async def munmap(self, address: int, length: int) -> Completed:
+        """munmap(2)."""
+        return await self._make(calls.munmap(self.id, address, length))
+
+    async def mprotect(self, address: int, length: int, prot: int) -> Completed:
+        """mprotect(2)."""
+        return await self._make(calls.mprotect(self.id, address, length, prot))
+
+    async def mremap(
+        self, address: int, old_length: int, new_length: int, flags: int = 0, *, new_address: int = 0
+    ) -> Mapped:
+        """mremap(2)."""
+        return await self._make(calls.mremap(self.id, address, old_length, new_length, flags, new_address=new_address))
+
+    async def madvise(self, address: int, length: int, advice: int) -> Completed:
+        """madvise(2)."""
+        return await self._make(calls.madvise(self.id, address, length, advice))
+
+    async def brk(self, address: int = 0) -> ProgramBreak:
+        """brk(2), the system call; 0 asks where the break is."""
+        return await self._make(calls.brk(self.id, address))
+
+    async def msync(self, address: int, length: int, flags: int) -> Completed:
+        """msync(2)."""
+        return await self._make(calls.msync(self.id, address, length, flags))
+
+    async def mlock(self, address: int, length: int, flags: int = 0) -> Completed:
+        """mlock2(2)."""
+        return await self._make(calls.mlock(self.id, address, length, flags))
+
+    async def munlock(self, address: int, length: int) -> Completed:
+        """munlock(2)."""
+        return await self._make(calls.munlock(self.id, address, length))
+
+    async def mlockall(self, flags: int) -> Completed:
+        """mlockall(2)."""
+        return await self._make(calls.mlockall(self.id, flags))
+
+    async def munlockall(self) -> Completed:
+        """munlockall(2)."""
+        return await self._make(calls.munlockall(self.id))
+
+    async def mincore(self, address: int, length: int) -> npt.NDArray[np.bool_]:
+        """mincore(2): bool[npages], which pages are in memory."""
+        residency = await self._make(calls.mincore(self.id, address, length))
+        return (np.frombuffer(residency.pages, np.uint8) & 1).astype(np.bool_)
+
+    async def place(
+        self, start: int, end: int, prot: int, flags: int, *, file: File | None = None, offset: int = 0
+    ) -> Completed:
+        """Put a mapping where a recorded program had it: one line of its /proc/PID/maps."""
+        file_id = file.id if file is not None else 0
+        return await self._make(calls.place(self.id, start, end, prot, flags, file_id=file_id, offset=offset))
+
+    async def maps(self) -> Maps:
+        """/proc/PID/maps."""
+        response: inspection_pb2.GetMapsResponse = await self.client.channel.request(
+            self.client.inspection.GetMaps, inspection_pb2.GetMapsRequest(process_id=self.id)
+        )
+        lines = tuple(
+            MapsLine(
+                line.start,
+                line.end,
+                line.permissions,
+                line.offset,
+                line.file_id,
+                line.file_name,
+                line.vm_flags,
+                line.resident_pages,
+            )
+            for line in response.mappings
+        )
+        return Maps(lines, response.brk_start, response.brk_end, response.mmap_base)
+
+    # ---- what its CPUs do
+
+    async def read(self, address: int, length: int) -> bytes:
+        """A CPU reads bytes.  More than 1 MiB is read in parts, each of them atomic.
+
+        Raises:
+            SegmentationFault: a signal came at `error.address`.
+        """
+        if length <= PART_BYTES:
+            accessed = await self._make(calls.read_memory(self.id, address, length))
+            return accessed.require(f"read {length} bytes at {address:#x}").data
+        request = process_pb2.StreamMemoryRequest(process_id=self.id, address=address, length=length)
+        read = calls.read_memory(self.id, address, length).read
+        responses = self.client.channel.stream(self.client.processes.StreamMemory, request)
+        what = f"read {length} bytes at {address:#x}"
+        return b"".join([read(response).require(what).data async for response in responses])
+
+    async def write(self, address: int, data: bytes) -> Completed:
+        """A CPU writes bytes.  More than 1 MiB is written in parts, each of them atomic.
+
+        Raises:
+            SegmentationFault: a signal came; the bytes below `error.address` are written.
+        """
+        what = f"write {len(data)} bytes at {address:#x}"
+        if len(data) <= PART_BYTES:
+            return (await self._make(calls.write_memory(self.id, address, data))).require(what)
+        response = await self.client.channel.request(self.client.processes.FillMemory, self._parts(address, data))
+        return calls.write_memory(self.id, address, b"").read(response).require(what)
+
+    async def _parts(self, address: int, data: bytes) -> AsyncIterator[process_pb2.FillMemoryRequest]:
+        for start in range(0, len(data), PART_BYTES):
+            part = data[start : start + PART_BYTES]
+            yield process_pb2.FillMemoryRequest(process_id=self.id, address=address + start, data=part)
+
+    async def touch(self, address: int, length: int, *, write: bool) -> Accessed:
+        """A CPU touches every page with a byte in the range; no data travels.
+
+        Raises:
+            SegmentationFault: a signal came at `error.address`.
+        """
+        accessed = await self._make(calls.touch(self.id, address, length, write=write))
+        return accessed.require(f"touch {length} bytes at {address:#x}")
+
+    async def access_pages(self, address: int, page_count: int, values: bytes | None = None) -> Accessed:
+        """A CPU reads one byte in each of many consecutive pages, or writes `values`; a signal is a result here."""
+        return await self._make(calls.access_pages(self.id, address, page_count, values))
+
+    # ---- birth and death
+
+    async def fork(self) -> Process:
+        """fork(2): a child with a copy-on-write copy of the address space."""
+        return Process(self.client, (await self._make(calls.fork(self.id))).process_id)
+
+    async def vfork(self) -> Process:
+        """vfork(2): a child that shares the address space until it calls exec or exits."""
+        return Process(self.client, (await self._make(calls.vfork(self.id))).process_id)
+
+    async def thread(self) -> Process:
+        """clone(2) with CLONE_VM | CLONE_THREAD: another user of the address space."""
+        return Process(self.client, (await self._make(calls.clone_thread(self.id))).process_id)
+
+    async def exec(self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0) -> Completed:
+        """execve(2): leave the address space for an empty one."""
+        return await self._make(calls.exec_process(self.id, name, mmap_base=mmap_base, brk_start=brk_start))
+
+    async def exit(self) -> Completed:
+        """exit(2)."""
+        return await self._make(calls.exit_process(self.id))

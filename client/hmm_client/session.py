@@ -1,0 +1,306 @@
+r"""The session: one stream for a driver process, which carries all its mirrors.
+
+One task reads, one writes.  The reader hands events to the mirrors' drivers and replies to whoever waits for them, in
+the order in which they came.  The writer sends whatever is ready as one message: a message costs more than what is in
+it.  Nothing else touches the stream.
+
+    events    -> Mirror.deliver -> driver -> ledger of answers -\
+    replies   -> whoever waits                                   > writer
+    calls     ---------------------------------------------------/
+
+**Source**: proto/hmm_proto/v1/session.proto, whose rules these are.
+
+**Invariants**: calls are sent in the order in which they were made; an event is handed over before any reply that
+came after it; once the session is lost every call raises, and every mirror has been told.
+
+**Absent**: what drivers do; reconnecting, which makes a new session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from hmm.errors import DeviceLostError
+from hmm.units import MirrorId
+from hmm_client.acknowledgements import AcknowledgementLedger
+from hmm_client.callbacks import waiting
+from hmm_client.channel import Channel, DaemonError, as_error
+from hmm_client.event import Change
+from hmm_proto.status import from_call_result
+from hmm_proto.v1 import event_pb2, session_pb2, session_pb2_grpc
+
+PROTOCOL_VERSION = 1
+BATCH_BYTES = 1 << 20
+"""A batch of calls is sent when it has grown to this size; a single call may be larger."""
+CLOSE_TIMEOUT_S = 5.0
+
+_LOG = logging.getLogger(__name__)
+
+
+class Hearer(Protocol):
+    """What a session needs of a mirror."""
+
+    def deliver(self, sequence: int, change: Change) -> None:
+        """An event came."""
+
+    def session_lost(self, why: str) -> None:
+        """No event will come any more."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A call under way: the parts of its reply so far."""
+
+    future: asyncio.Future[list[Any]]
+    on_reply: Callable[[Any], None] | None
+    parts: list[Any] = field(default_factory=list)
+
+
+class Session:
+    """The stream between this process's drivers and the daemon.  Made by `open`.
+
+    Attributes:
+        welcome: what the daemon said first: the epoch, limits and deadlines.
+        lost: why the session has ended; empty while it lives.
+        ledger: answers that are to be sent.
+    """
+
+    def __init__(self, call: Any, target: str) -> None:
+        self.welcome = event_pb2.Welcome()
+        self.lost = ""
+        self.ledger = AcknowledgementLedger()
+        self._call = call
+        self._target = target
+        self._hearers: dict[MirrorId, Hearer] = {}
+        self._unclaimed: dict[MirrorId, list[tuple[int, Change]]] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self._outgoing: deque[session_pb2.SessionCall] = deque()
+        self._last_request = 0
+        self._awake = asyncio.Event()
+        self._bye: session_pb2.SessionRequest | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(cls, channel: Channel, *, name: str = "", credit: int = 0) -> Session:
+        """Open a session.
+
+        Args:
+            name: of the driver, for people.
+            credit: how many unanswered events the driver can have; 0: the daemon's default.
+
+        Raises:
+            HmmError: the daemon refused it.
+            DaemonError: it could not be reached.
+        """
+        call = session_pb2_grpc.SessionServiceStub(channel.grpc).Session(metadata=channel.metadata)
+        session = cls(call, channel.target)
+        hello = session_pb2.Hello(protocol_version=PROTOCOL_VERSION, pid=os.getpid(), name=name, credit=credit)
+        try:
+            await call.write(session_pb2.SessionRequest(hello=hello))
+            first = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise as_error(error, channel.target) from None
+        if not isinstance(first, session_pb2.SessionResponse):
+            raise DaemonError(grpc.StatusCode.UNAVAILABLE, f"{channel.target}: the session ended before it began")
+        session.welcome = first.welcome
+        session._start(first)
+        return session
+
+    def _start(self, first: session_pb2.SessionResponse) -> None:
+        self._dispatch(first)
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+
+    # ---- calls
+
+    async def call(self, name: str, request: Message, on_reply: Callable[[Any], None] | None = None) -> list[Any]:
+        """Make one call of DeviceService on the session.
+
+        Args:
+            name: the field of SessionCall, e.g. "fault".
+            on_reply: called by the reader with the last part of a successful reply, before it looks at anything that
+                came later.
+
+        Returns: the parts of the reply, most calls have one.
+
+        Raises:
+            HmmError: the call was not made.
+            DeviceLostError: the session has ended.
+        """
+        self.require_live(name)
+        self._last_request += 1
+        request_id = self._last_request
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = _Waiting(future, on_reply)
+        with waiting() as callback:
+            message = session_pb2.SessionCall(request_id=request_id, **{name: request})  # type: ignore[arg-type]
+            if callback is not None:
+                message.in_callback_mirror_id = callback.event.mirror.id
+                message.in_callback_sequence = callback.event.sequence
+            self._outgoing.append(message)
+            self._awake.set()
+            return await future
+
+    def require_live(self, operation: str) -> None:
+        """Raise unless the session lives.
+
+        Raises:
+            DeviceLostError: it has ended; its mirrors are fenced (ENODEV).
+        """
+        if self.lost:
+            raise DeviceLostError(f"{operation}: the session has ended: {self.lost}")
+
+    # ---- mirrors
+
+    def bind(self, mirror_id: MirrorId, hearer: Hearer) -> None:
+        """From now on `hearer` gets the mirror's events, those first that came before it was known."""
+        self._hearers[mirror_id] = hearer
+        for sequence, change in self._unclaimed.pop(mirror_id, ()):
+            hearer.deliver(sequence, change)
+
+    def unbind(self, mirror_id: MirrorId) -> None:
+        """The mirror is gone."""
+        self._hearers.pop(mirror_id, None)
+        self.ledger.forget(mirror_id)
+
+    def answer(self, mirror_id: MirrorId, sequence: int, answer: event_pb2.Answer | None = None) -> None:
+        """Tell the daemon, with the next batch, that an event is finished."""
+        self.ledger.done(mirror_id, sequence, answer)
+        self._awake.set()
+
+    # ---- the end
+
+    async def close(self, reason: str = "") -> None:
+        """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
+        self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
+        self._awake.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        self._end("closed")
+        self._call.cancel()
+
+    def _end(self, why: str) -> None:
+        if self.lost:
+            return
+        self.lost = why
+        self._awake.set()
+        for waiting_call in self._waiting.values():
+            if not waiting_call.future.done():
+                waiting_call.future.set_exception(DeviceLostError(f"the session has ended: {why}"))
+        self._waiting.clear()
+        hearers = list(self._hearers.values())
+        self._hearers.clear()
+        for hearer in hearers:
+            hearer.session_lost(why)
+
+    # ---- the two tasks
+
+    async def _read(self) -> None:
+        why = "the daemon is gone"
+        try:
+            while isinstance(message := await self._call.read(), session_pb2.SessionResponse):
+                self._dispatch(message)
+                if message.HasField("bye"):
+                    why = message.bye.reason or "the daemon said goodbye"
+        except grpc.aio.AioRpcError as error:
+            why = str(as_error(error, self._target))
+        except asyncio.CancelledError:
+            if not self._call.cancelled():
+                raise
+            why = "cancelled"
+        finally:
+            self._end("closed" if self._bye is not None else why)
+
+    async def _write(self) -> None:
+        try:
+            while not self.lost:
+                await self._awake.wait()
+                self._awake.clear()
+                while (batch := self._next_batch()) is not None:
+                    await self._call.write(batch)
+                if self._bye is not None:
+                    await self._call.write(self._bye)
+                    await self._call.done_writing()
+                    return
+        except (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            # The stream has ended; the reader hears why.
+            return
+
+    def _next_batch(self) -> session_pb2.SessionRequest | None:
+        if self.lost or not (self.ledger or self._outgoing):
+            return None
+        batch = session_pb2.SessionRequest()
+        if self.ledger:
+            batch.acknowledgements.CopyFrom(self.ledger.take())
+        size = 0
+        while self._outgoing and size < BATCH_BYTES:
+            call = self._outgoing.popleft()
+            size += call.ByteSize()
+            batch.calls.append(call)
+        return batch
+
+    def _dispatch(self, message: session_pb2.SessionResponse) -> None:
+        for event in message.events:
+            self._deliver(event)
+        for reply in message.replies:
+            self._reply(reply)
+        for violation in message.violations:
+            _LOG.error(
+                "the daemon rejected the answer to event %d of mirror %d: %s",
+                violation.event_sequence,
+                violation.mirror_id,
+                violation.rule,
+            )
+
+    def _deliver(self, message: event_pb2.Event) -> None:
+        change = Change(message)
+        for mirror_id, sequence in zip(message.mirror_ids, message.event_sequences, strict=True):
+            hearer = self._hearers.get(mirror_id)
+            if hearer is not None:
+                hearer.deliver(sequence, change)
+            elif self._registers():
+                self._unclaimed.setdefault(mirror_id, []).append((sequence, change))
+            else:
+                self.answer(mirror_id, sequence)  # nobody here uses it any more
+
+    def _answer_unclaimed(self) -> None:
+        for mirror_id, events in self._unclaimed.items():
+            for sequence, _ in events:
+                self.answer(mirror_id, sequence)
+        self._unclaimed.clear()
+
+    def _registers(self) -> bool:
+        # The first events of a mirror may come before the reply that names it.
+        return any(call.on_reply is not None for call in self._waiting.values())
+
+    def _reply(self, reply: session_pb2.SessionReply) -> None:
+        call = self._waiting.get(reply.request_id)
+        if call is None:
+            return
+        name = reply.WhichOneof("reply")
+        if name is not None and name != "not_made":
+            call.parts.append(getattr(reply, name))
+        if reply.more:
+            return
+        del self._waiting[reply.request_id]
+        error = from_call_result(reply.not_made) if name == "not_made" else None
+        if call.on_reply is not None:
+            if error is None:
+                call.on_reply(call.parts[-1])
+            if not self._registers():
+                self._answer_unclaimed()
+        if call.future.done():
+            return
+        if error is not None:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(call.parts)

@@ -1,0 +1,90 @@
+"""Fixtures of all tests: a daemon of one's own, as a process, on a socket of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import hmm_client
+
+START_TIMEOUT_S = 30.0
+"""Far more than it takes; a busy machine is no failure."""
+
+
+@dataclass
+class Daemon:
+    """A running hmmd.
+
+    Attributes:
+        socket: where it listens.
+        process: the process itself.
+    """
+
+    socket: Path
+    process: asyncio.subprocess.Process
+    clients: list[hmm_client.Client] = field(default_factory=list)
+
+    @property
+    def target(self) -> str:
+        """Where clients connect."""
+        return f"unix:{self.socket}"
+
+    def connect(self, name: str = "test", token: str = "") -> hmm_client.Client:
+        """A client that is closed when the test ends."""
+        client = hmm_client.connect(self.target, token, name=name)
+        self.clients.append(client)
+        return client
+
+    async def stop(self) -> int:
+        """End it as an init system does; returns its exit code."""
+        for client in self.clients:
+            await client.close()
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(self.process.wait(), START_TIMEOUT_S)
+
+
+@pytest.fixture
+async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Daemon]]]:
+    """Starts daemons: call it with the settings of hmm_server.config as keywords."""
+    daemons: list[Daemon] = []
+
+    async def start(**settings: object) -> Daemon:
+        socket = tmp_path / f"hmmd{len(daemons)}.sock"
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *flags),
+            env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
+        )
+        daemon = Daemon(socket, process)
+        daemons.append(daemon)
+        await _ready(daemon)
+        return daemon
+
+    yield start
+    for daemon in daemons:
+        assert await daemon.stop() == 0
+
+
+@pytest.fixture
+async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
+    """A daemon with the default settings, for one test."""
+    return await start_daemon()
+
+
+async def _ready(daemon: Daemon) -> None:
+    """Wait until the daemon answers, or has ended."""
+    client = daemon.connect()
+    ended = asyncio.create_task(daemon.process.wait())
+    serving = asyncio.create_task(client.ready())
+    done, _ = await asyncio.wait({ended, serving}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
+    assert serving in done, f"the daemon did not start: exit code {daemon.process.returncode}"
+    await serving
