@@ -132,6 +132,7 @@ def test_vma_describes_a_file_mapping_as_proc_maps_does() -> None:
     assert not vma.executable
     assert vma.span == pages(8, 10)
     assert vma.prot == Prot.READ | Prot.WRITE
+    assert vma.flags == flags
     assert vma.backing is vma.mapping.backing
     assert str(vma) == "[0x8000, 0xa000) rw-s /tmp/data"
 

@@ -102,7 +102,7 @@ SPANS = st.tuples(st.integers(0, NPAGES - 1), st.integers(1, 12)).map(
 STEPS = st.lists(st.tuples(SPANS, st.none() | st.sampled_from(MAPPINGS)), max_size=60)
 
 
-@pytest.fixture(params=[2, 4, interval.CHUNK])
+@pytest.fixture(params=[2, 12, interval.CHUNK])
 def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Small chunks, so that a few dozen VMAs fill many of them and every border is crossed."""
     monkeypatch.setattr(interval, "CHUNK", request.param)
@@ -218,3 +218,21 @@ def test_map_holds_the_kernels_limit_of_vmas() -> None:
     vmas.assign(AddressRange(0, TASK_SIZE), mapping)
     vmas.check()
     assert len(vmas) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 600), (0, 250), (0, 590), (3, 590), (130, 597), (257, 380), (129, 255)]
+)
+def test_erase_leaves_a_sound_structure_when_whole_chunks_go(first: int, last: int) -> None:
+    """What little is left of the chunks at both ends of a large hole joins the chunk beside it."""
+    mapping = MAPPINGS[1]
+    vmas = VmaMap()
+    for at in range(600):
+        vmas.assign(span(2 * at, 2 * at + 1), mapping)
+    vmas.erase(span(2 * first, 2 * last))
+    vmas.check()
+    left = [at for at in range(600) if not first <= at < last]
+    assert [vma.start // PAGE_SIZE for vma in vmas] == [2 * at for at in left]
+    hole = vmas.highest_hole(2 * PAGE_SIZE, 0, 1200 * PAGE_SIZE)
+    assert hole
+    assert (hole.start, hole.end) == (max(2 * first - 1, 0) * PAGE_SIZE, 2 * last * PAGE_SIZE)
