@@ -98,8 +98,10 @@ def raise_stop(stop: Stop, *, write: bool) -> None:
 def pieces(target: AddressRange | Entries) -> Iterator[AddressRange | Entries]:
     """Cut a range or page addresses into pieces of at most PIECE_PAGES pages."""
     if isinstance(target, AddressRange):
-        for start in range(target.start, target.end, PIECE_BYTES):
-            yield AddressRange(start, min(target.end, start + PIECE_BYTES))
+        at = target.start
+        while at < target.end:
+            start, at = at, min((at // PIECE_BYTES + 1) * PIECE_BYTES, target.end)
+            yield AddressRange(start, at)
     else:
         for first in range(0, target.size, PIECE_PAGES):
             yield target[first : first + PIECE_PAGES]

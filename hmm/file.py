@@ -223,12 +223,12 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
     parts: list[bytes] = []
     at, end = start, start + length
     while at < min(end, file.size_bytes):
-        stop = min(end, file.size_bytes, page_down(at) + PIECE_BYTES)
+        stop = min(end, file.size_bytes, (at // PIECE_BYTES + 1) * PIECE_BYTES)
         entries = file.pages.read(page_down(at), page_up(stop))
         # A hole is entry 0, whose frame number is that of the zero page.
         parts.append(copy_from_frames(file.frames, cpu_pte.cpu_pfn(entries), at & _OFFSET, stop - at))
         at = stop
-        if at < end:
+        if at < min(end, file.size_bytes):
             yield Pause()
     return b"".join(parts)
 
@@ -250,7 +250,7 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
     done = 0
     while done < len(data):
         at = start + done
-        stop = min(start + len(data), page_down(at) + PIECE_BYTES)
+        stop = min(start + len(data), (at // PIECE_BYTES + 1) * PIECE_BYTES)
         try:
             pfns = _grab_most(file, page_down(at), page_up(stop))
         except OutOfFramesError:

@@ -1,0 +1,151 @@
+"""What tests of address spaces share: frames, spaces, files, and somebody who runs operations to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+
+from hmm.address_space import AddressSpace, SpaceLimits
+from hmm.events import Event, EventState, Outcome
+from hmm.file import File, FileKind
+from hmm.frames import Frames
+from hmm.mman import MapFlag, mmap
+from hmm.operation import Await, Current, Deliver, Operation, Pause
+from hmm.units import PAGE_SIZE, Address
+from hmm.vma import Prot, VmFlag
+
+T = TypeVar("T")
+BASE = 1 << 40
+RW = Prot.READ | Prot.WRITE
+PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
+
+
+@dataclass(eq=False)
+class Listener:
+    """A mirror that hears of everything and keeps what it heard."""
+
+    id: int
+    events: list[Event] = field(default_factory=list)
+    state: EventState = EventState.ACKNOWLEDGED
+
+    def hears(self, event: Event) -> bool:
+        """Every event."""
+        return event.etype != 0
+
+    def awaits_late_answer(self) -> bool:
+        """Never."""
+        return False
+
+    def settle(self, event: Event, outcome: Outcome) -> bool:
+        """An answer never kills it."""
+        return True
+
+
+@dataclass
+class World:
+    """Frames, address spaces and files, without a machine round them.
+
+    Attributes:
+        meanwhile: called whenever an operation waits for mirrors, before they answer.
+        pauses: how often an operation let others go first.
+    """
+
+    frames: Frames
+    current: Current = field(default_factory=lambda: Current(1))
+    listeners: dict[int, Listener] = field(default_factory=dict)
+    meanwhile: Callable[[], object] | None = None
+    pauses: int = 0
+    ids: int = 0
+
+    def new_id(self) -> int:
+        """A number nobody has."""
+        self.ids += 1
+        return self.ids
+
+    def space(self, **limits: int) -> AddressSpace:
+        """An empty address space."""
+        return AddressSpace(self.new_id(), self.frames, self.current, SpaceLimits(**limits))
+
+    def file(self, npages: float = 0, kind: FileKind = FileKind.FILE, **more: Any) -> File:
+        """A file of so many pages, with one handle open."""
+        file = File(self.new_id(), "file", kind, self.frames, int(npages * PAGE_SIZE), **more)
+        file.open()
+        return file
+
+    def device_file(self, vm_flags: VmFlag) -> File:
+        """A driver's device file."""
+        return self.file(kind=FileKind.DEVICE, vm_flags=vm_flags)
+
+    def shared_memory(self, size_bytes: int) -> File:
+        """The object behind shared anonymous memory."""
+        return File(self.new_id(), "", FileKind.SHARED_MEMORY, self.frames, size_bytes)
+
+    def map(
+        self,
+        space: AddressSpace,
+        npages: int,
+        prot: Prot = RW,
+        flags: MapFlag = PRIVATE,
+        file: File | None = None,
+        *,
+        at: int = 0,
+        offset: int = 0,
+    ) -> Address:
+        """Map pages at page number `at` behind BASE; `offset` in pages."""
+        flags |= MapFlag(0) if file else MapFlag.ANONYMOUS
+        start, length = BASE + at * PAGE_SIZE, npages * PAGE_SIZE
+        return self.run(mmap(space, start, length, prot, flags, file, offset * PAGE_SIZE, self.shared_memory))
+
+    def listen(self, space: AddressSpace) -> Listener:
+        """Let a mirror listen to a space."""
+        listener = Listener(self.new_id())
+        space.notifier.subscribers[listener.id] = listener
+        self.listeners[listener.id] = listener
+        return listener
+
+    def run(self, operation: Operation[T]) -> T:
+        """Run an operation to its end; mirrors answer as their `state` says."""
+        reply: object = None
+        while True:
+            try:
+                request = operation.send(reply)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            reply = self.answer(request)
+
+    def answer(self, request: object) -> object:
+        """What an operation gets for a request."""
+        if isinstance(request, Pause):
+            self.pauses += 1
+            return None
+        assert isinstance(request, Deliver), f"waits for ever: {request}"
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        outcomes = []
+        for mirror_id in request.mirrors:
+            listener = self.listeners[mirror_id]
+            listener.events.append(request.event)
+            outcomes.append(Outcome(mirror_id, len(listener.events), listener.state))
+        return tuple(outcomes)
+
+    def start(self, operation: Operation[Any]) -> Await:
+        """Run an operation up to where it waits for others."""
+        request = operation.send(None)
+        assert isinstance(request, Await), request
+        return request
+
+
+@pytest.fixture
+def world() -> World:
+    """A world with 1023 free frames."""
+    return World(Frames(1024, 64))
+
+
+@pytest.fixture
+def space(world: World) -> AddressSpace:
+    """An address space."""
+    return world.space()
