@@ -20,10 +20,11 @@ import numpy as np
 from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
 from hmm.commands_device import DeviceFaulted
 from hmm.events import Event, EventType
-from hmm.machine import Delivery, Machine, OperationRecord
+from hmm.journal import digest, replay
+from hmm.machine import Delivery, Limits, Machine, OperationRecord
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
-from hmm.scheduler import Call, Choose
+from hmm.scheduler import Call, Choose, Scheduler
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -117,6 +118,10 @@ def choices(seed: int) -> Choose:
     return choose
 
 
+SMALL = Limits(frames=400, device_frames=0, processes=8, directories=1 << 10)
+"""Limits of a simulated machine: little enough that checking everything is cheap, and that memory runs out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Town:
     """Where a random workload takes place: a window of few pages, so that everything overlaps.
@@ -162,6 +167,38 @@ class Town:
     def mirror(self) -> int | None:
         """A registered mirror, live or not."""
         return self.pick(self.machine.mirrors)
+
+
+class SimulationError(AssertionError):
+    """A seed whose run broke an invariant; the message says how to run it again."""
+
+
+def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL) -> Scheduler:
+    """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
+
+    Every invariant is checked after every step, and at the end that replaying the inputs gives the same state.
+
+    Raises:
+        SimulationError: something did not hold; names the seed.
+    """
+    choose = choices(seed)
+    machine = Machine(limits, recording=True)
+    devices = DeviceModel(machine)
+    scheduler = Scheduler(
+        machine,
+        choose,
+        Town(machine, choose).calls(ncalls),
+        finished=devices.finished,
+        answering=devices.answering,
+        checking=devices.check,
+    )
+    try:
+        scheduler.run()
+        assert machine.inputs is not None
+        assert digest(replay(machine.inputs, limits)) == digest(machine), "replaying the inputs gives another state"
+    except Exception as error:
+        raise SimulationError(f"seed {seed} after {scheduler.steps} steps: {error!r}") from error
+    return scheduler
 
 
 def _create(town: Town) -> Call | None:
