@@ -1,0 +1,362 @@
+"""Frames: allocation, reference and map counts, flags, regions."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+
+from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
+from hmm.frames import SYSTEM_REGION, ZERO_PFN, Frames, PageFlag, RegionKind, RegionStatistics
+from hmm.units import Pfns
+
+
+def pfns(*numbers: int) -> Pfns:
+    """Frame numbers as the methods take them."""
+    return np.array(numbers, np.int64)
+
+
+@pytest.fixture
+def frames() -> Frames:
+    """64 frames of system memory, one of them the zero page, and room for 64 of devices."""
+    return Frames(64, 64)
+
+
+def test_allocate_gives_consecutive_frames_with_one_reference(frames: Frames) -> None:
+    """Frames come in ascending order, so that later operations on them are slices."""
+    first, second = frames.allocate(10), frames.allocate(5)
+    assert first.tolist() == list(range(1, 11))
+    assert second.tolist() == list(range(11, 16))
+    assert first.dtype == np.int64
+    assert frames.refcount[first].tolist() == [1] * 10
+    assert frames.available == 63 - 15
+    frames.check()
+
+
+def test_allocate_gives_freed_frames_again_in_ascending_order(frames: Frames) -> None:
+    """What is freed together comes back together, and before frames that were never used."""
+    taken = frames.allocate(20)
+    frames.put(taken[5:15])
+    assert frames.allocate(10).tolist() == taken[5:15].tolist()
+    frames.put(pfns(9, 3, 12))
+    assert frames.allocate(5).tolist() == [3, 9, 12, 21, 22]
+    frames.check()
+
+
+def test_allocate_nothing(frames: Frames) -> None:
+    """An empty request is not an error."""
+    assert frames.allocate(0).tolist() == []
+    frames.check()
+
+
+def test_allocate_changes_nothing_when_frames_run_out(frames: Frames) -> None:
+    """ENOMEM is found before anything is touched."""
+    frames.allocate(60)
+    with pytest.raises(OutOfFramesError, match=r"system memory: 4 frames wanted, 3 of 63 free") as caught:
+        frames.allocate(4)
+    assert caught.value.errno == errno.ENOMEM
+    assert frames.available == 3
+    frames.check()
+    assert frames.allocate(3).size == 3
+    with pytest.raises(OutOfFramesError, match="none of 63"):
+        frames.allocate_one()
+    frames.check()
+
+
+def test_allocate_one_takes_freed_frames_first(frames: Frames) -> None:
+    """The scalar path hands out the same frames as the other one."""
+    assert [frames.allocate_one() for _ in range(3)] == [1, 2, 3]
+    assert frames.put_one(2)
+    assert frames.allocate_one() == 2
+    assert frames.allocate(2).tolist() == [4, 5]
+    frames.check()
+
+
+def test_put_frees_frames_when_their_last_reference_goes(frames: Frames) -> None:
+    """A frame lives as long as it has references, and put says which ones it freed."""
+    taken = frames.allocate(4)
+    frames.get(taken[1:3])
+    assert frames.put(taken).tolist() == [1, 4]
+    assert frames.put(pfns(3)).tolist() == [3]
+    assert frames.put(pfns(2)).tolist() == [2]
+    assert frames.available == 63
+    frames.check()
+
+
+def test_put_counts_repeated_frames(frames: Frames) -> None:
+    """A frame that is named three times loses three references."""
+    taken = frames.allocate(3)
+    frames.get(pfns(3, 1, 3, 1))
+    assert frames.refcount[taken].tolist() == [3, 1, 3]
+    assert frames.put(pfns(3, 1, 3, 1, 3, 2)).tolist() == [2, 3]
+    assert frames.refcount[taken].tolist() == [1, 0, 0]
+    frames.check()
+
+
+def test_put_refuses_a_frame_that_nobody_holds(frames: Frames) -> None:
+    """A reference too many is a bug of ours, on the scalar and on the vector path."""
+    taken = frames.allocate(3)
+    frames.put(taken[:1])
+    with pytest.raises(AssertionError, match="nobody held"):
+        frames.put(taken[:1])
+    with pytest.raises(AssertionError, match="nobody held"):
+        Frames(8, 0).put_one(2)
+
+
+def test_get_one_and_put_one_count_like_get_and_put(frames: Frames) -> None:
+    """The scalar paths."""
+    pfn = frames.allocate_one()
+    frames.get_one(pfn)
+    assert frames.put_one(pfn) is False
+    assert frames.put_one(pfn) is True
+    assert frames.available == 63
+    frames.check()
+
+
+def test_map_holds_a_reference_for_each_entry(frames: Frames) -> None:
+    """Two page tables map a frame; unmapping both leaves the page cache's reference."""
+    taken = frames.allocate(4)
+    frames.map(taken)
+    frames.map(taken[::-1].copy())
+    assert frames.mapcount[taken].tolist() == [2] * 4
+    assert frames.refcount[taken].tolist() == [3] * 4
+    assert frames.unmap(np.concatenate((taken, taken))).tolist() == []
+    assert frames.put(taken).tolist() == taken.tolist()
+    frames.check()
+
+
+def test_map_new_takes_the_allocations_reference_over(frames: Frames) -> None:
+    """folio_add_new_anon_rmap(): a new page's only reference is its entry's."""
+    taken = frames.allocate(4)
+    frames.map_new(taken)
+    frames.belong(taken, 7, taken + 100, PageFlag.ANON | PageFlag.ANON_EXCLUSIVE)
+    assert frames.refcount[taken].tolist() == frames.mapcount[taken].tolist() == [1] * 4
+    frames.check()
+    assert frames.unmap(taken).tolist() == taken.tolist()
+    assert not frames.flags[taken].any()
+    assert not frames.mapping[taken].any()
+    frames.check()
+    again = frames.allocate(2)
+    frames.map_new(again)
+    with pytest.raises(AssertionError, match="mapped already"):
+        frames.map_new(again)
+
+
+def test_allocate_mapped_is_allocate_and_map_new(frames: Frames) -> None:
+    """New private pages in one pass, from frames used before and from fresh ones."""
+    frames.put(frames.allocate(6)[[1, 3]])
+    taken = frames.allocate_mapped(4, PageFlag.ANON)
+    assert taken.tolist() == [2, 4, 7, 8]
+    assert frames.refcount[taken].tolist() == frames.mapcount[taken].tolist() == [1] * 4
+    assert frames.test_flags(taken, PageFlag.ANON).all()
+    frames.check()
+    assert frames.unmap(taken).tolist() == taken.tolist()
+    frames.check()
+
+
+def test_map_one_and_unmap_one_count_like_map_and_unmap(frames: Frames) -> None:
+    """The scalar paths."""
+    pfn = frames.allocate_one()
+    frames.map_new_one(pfn)
+    frames.map_one(pfn)
+    assert (frames.refcount[pfn], frames.mapcount[pfn]) == (2, 2)
+    with pytest.raises(AssertionError, match="mapped already"):
+        frames.map_new_one(pfn)
+    assert frames.unmap_one(pfn) is False
+    assert frames.unmap_one(pfn) is True
+    frames.check()
+
+
+def test_unmap_refuses_a_frame_that_is_not_mapped(frames: Frames) -> None:
+    """An entry too many is a bug of ours."""
+    taken = frames.allocate(2)
+    with pytest.raises(AssertionError, match="not mapped"):
+        frames.unmap(taken)
+    with pytest.raises(AssertionError, match="not mapped"):
+        Frames(8, 0).unmap_one(3)
+
+
+def test_put_refuses_to_free_a_mapped_frame(frames: Frames) -> None:
+    """Invariant 1: no frame is freed while something can reach it."""
+    taken = frames.allocate(2)
+    frames.map_new(taken)
+    with pytest.raises(AssertionError, match="while mapped"):
+        frames.put(taken)
+    pfn = frames.allocate_one()
+    frames.map_new_one(pfn)
+    with pytest.raises(AssertionError, match="while mapped"):
+        frames.put_one(pfn)
+
+
+def test_pin_keeps_a_frame_that_is_unmapped(frames: Frames) -> None:
+    """A long-term pin is a reference and is told apart from others."""
+    taken = frames.allocate(3)
+    frames.map_new(taken)
+    frames.pin(taken[:2])
+    frames.pin(pfns(2, 1))
+    assert frames.unmap(taken).tolist() == [3]
+    assert frames.pincount[taken].tolist() == [2, 2, 0]
+    frames.check()
+    assert frames.unpin(pfns(1, 1)).tolist() == [1]
+    assert frames.unpin(pfns(2, 2)).tolist() == [2]
+    frames.check()
+    with pytest.raises(AssertionError, match="not pinned"):
+        frames.unpin(frames.allocate(1))
+
+
+def test_counting_the_zero_page_has_no_effect(frames: Frames) -> None:
+    """The zero page is not a normal page: neither referenced nor reverse-mapped (vm_normal_page())."""
+    taken = frames.allocate(2)
+    mixed = pfns(ZERO_PFN, 1, ZERO_PFN, 2)
+    frames.get(mixed)
+    frames.map(mixed)
+    assert frames.refcount[[0, 1, 2]].tolist() == [0, 3, 3]
+    assert frames.unmap(mixed).tolist() == []
+    assert frames.put(mixed).tolist() == []
+    assert frames.put(pfns(ZERO_PFN)).tolist() == []
+    frames.get_one(ZERO_PFN)
+    frames.map_one(ZERO_PFN)
+    assert frames.unmap_one(ZERO_PFN) is False
+    assert frames.put_one(ZERO_PFN) is False
+    frames.check()
+    assert frames.put(taken).size == 2
+
+
+def test_flags_are_set_tested_and_cleared(frames: Frames) -> None:
+    """Flags by frame, scattered or consecutive."""
+    taken = frames.allocate(6)
+    frames.set_flags(taken, PageFlag.ANON)
+    frames.set_flags(pfns(1, 5, 3), PageFlag.ANON_EXCLUSIVE | PageFlag.DIRTY)
+    assert frames.test_flags(taken, PageFlag.ANON_EXCLUSIVE).tolist() == [True, False, True, False, True, False]
+    frames.clear_flags(pfns(3, 1), PageFlag.DIRTY)
+    assert frames.test_flags(pfns(5, 3, 1), PageFlag.DIRTY).tolist() == [True, False, False]
+    assert frames.test_flags(taken, PageFlag.ANON | PageFlag.DIRTY).all()
+    frames.clear_flags(taken, PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.DIRTY)
+    assert not frames.flags.any()
+    frames.put(taken)
+    frames.check()
+
+
+def test_belong_says_whose_page_a_frame_is(frames: Frames) -> None:
+    """page->mapping and page->index."""
+    taken = frames.allocate(3)
+    frames.belong(taken, 42, pfns(7, 8, 9))
+    assert frames.mapping[taken].tolist() == [42] * 3
+    assert frames.index[taken].tolist() == [7, 8, 9]
+    frames.belong(pfns(3, 1), 5, pfns(1, 2), PageFlag.DIRTY)
+    assert frames.mapping[taken].tolist() == [5, 42, 5]
+    assert frames.index[taken].tolist() == [2, 8, 1]
+    frames.put(taken)
+    frames.check()
+
+
+def test_check_notices_what_must_not_be(frames: Frames) -> None:
+    """Each invariant is asserted."""
+    taken = frames.allocate(3)
+    frames.check()
+    for column, value in ((frames.refcount, 0), (frames.mapcount, 2), (frames.pincount, 2)):
+        before = int(column[taken[0]])
+        column[taken[0]] = value
+        with pytest.raises(AssertionError):
+            frames.check()
+        column[taken[0]] = before
+    frames.set_flags(taken, PageFlag.ANON_EXCLUSIVE)
+    with pytest.raises(AssertionError, match="exclusive"):
+        frames.check()
+    frames.clear_flags(taken, PageFlag.ANON_EXCLUSIVE)
+    frames.flags[50] = 1
+    with pytest.raises(AssertionError, match="free frame"):
+        frames.check()
+    frames.flags[50] = 0
+    frames.put(taken)
+    frames._allocator._push(frames.region(SYSTEM_REGION), taken[:1])
+    with pytest.raises(AssertionError):
+        frames.check()
+
+
+def test_region_is_a_run_of_frames_of_its_own(frames: Frames) -> None:
+    """memremap_pages(): device memory has frame numbers, records and contents, and its own capacity."""
+    region = frames.add_region(10, owner=3)
+    assert (region.start, region.end, region.kind) == (64, 74, RegionKind.DEVICE_PRIVATE)
+    taken = frames.allocate(8, region.number)
+    assert taken.tolist() == list(range(64, 72))
+    assert frames.allocate_one(region.number) == 72
+    with pytest.raises(OutOfFramesError, match=r"device private memory of device 3: 2 frames wanted, 1 of 10"):
+        frames.allocate(2, region.number)
+    assert frames.available == 63
+    assert frames.region_of(70) is region
+    assert frames.region_of(5) is frames.region(SYSTEM_REGION)
+    frames.check()
+
+
+def test_put_frees_frames_of_several_regions_at_once(frames: Frames) -> None:
+    """One array of frames may name memory of the system and of several devices."""
+    one, two = frames.add_region(10, owner=1), frames.add_region(10, owner=2, kind=RegionKind.DEVICE_COHERENT)
+    mixed = np.concatenate([frames.allocate(3, number) for number in (two.number, SYSTEM_REGION, one.number)])
+    assert [one.used, two.used] == [3, 3]
+    assert frames.put(mixed).tolist() == sorted(mixed.tolist())
+    assert [region.used for region in frames.regions] == [0, 0, 0]
+    frames.check()
+    pfn = frames.allocate_one(two.number)
+    assert frames.put_one(pfn)
+    assert frames.allocate_one(two.number) == pfn
+    frames.check()
+
+
+def test_region_is_removed_only_when_its_frames_are_free(frames: Frames) -> None:
+    """memunmap_pages() waits for the last reference; here the caller is told (EBUSY)."""
+    region = frames.add_region(4, owner=1)
+    taken = frames.allocate(2, region.number)
+    with pytest.raises(ConflictError, match="2 frames are in use") as caught:
+        frames.remove_region(region.number)
+    assert caught.value.errno == errno.EBUSY
+    frames.put(taken)
+    frames.remove_region(region.number)
+    frames.check()
+    for call in (lambda: frames.remove_region(region.number), lambda: frames.allocate(1, region.number)):
+        with pytest.raises(NoSuchObjectError) as gone:
+            call()
+        assert gone.value.errno == errno.ENODEV
+    with pytest.raises(NoSuchObjectError):
+        frames.allocate_one(region.number)
+    with pytest.raises(AssertionError, match="no region"):
+        frames.region_of(64)
+
+
+def test_region_takes_the_lowest_free_frame_numbers(frames: Frames) -> None:
+    """The numbers of a removed region are used again, its own number never is."""
+    regions = [frames.add_region(20, owner=owner) for owner in (1, 2, 3)]
+    assert [region.start for region in regions] == [64, 84, 104]
+    with pytest.raises(OutOfFramesError, match="no 5 consecutive frame numbers"):
+        frames.add_region(5, owner=4)
+    frames.remove_region(regions[1].number)
+    small = frames.add_region(8, owner=4)
+    assert (small.start, small.number) == (84, 4)
+    assert frames.add_region(12, owner=5).start == 92
+    frames.check()
+
+
+def test_frames_of_a_new_region_are_zero_when_their_numbers_were_used_before(frames: Frames) -> None:
+    """A device never sees what another one left in its memory."""
+    region = frames.add_region(4, owner=1)
+    taken = frames.allocate(4, region.number)
+    frames.scatter(taken, np.full((4, 4096), 7, np.uint8))
+    frames.put(taken)
+    frames.remove_region(region.number)
+    again = frames.add_region(4, owner=2)
+    assert again.start == region.start
+    assert not frames.gather(frames.allocate(4, again.number)).any()
+    frames.check()
+
+
+def test_statistics_count_by_region(frames: Frames) -> None:
+    """Total, free, used, mapped and the high-water mark of each region."""
+    region = frames.add_region(10, owner=9)
+    frames.put(frames.allocate(6)[2:])
+    frames.map_new(frames.allocate(3, region.number))
+    frames.unmap(frames.allocate_mapped(1, PageFlag.NONE))
+    assert frames.statistics() == [
+        RegionStatistics(0, 0, RegionKind.SYSTEM, total=63, free=61, used=2, mapped=0, high_water=6),
+        RegionStatistics(1, 9, RegionKind.DEVICE_PRIVATE, total=10, free=7, used=3, mapped=3, high_water=3),
+    ]
