@@ -7,10 +7,20 @@ from pathlib import Path
 import pytest
 from layout_model import LayoutModel
 
-from hmm_client.recordings import Recording, Unknown, canonical, compare
+from hmm_client.recordings import (
+    Exit,
+    GrowStack,
+    Recording,
+    ThreadExit,
+    Unknown,
+    canonical,
+    compare,
+    demo_folder,
+)
+from hmm_client.recordings.order import EXITING
 
 DATA = Path(__file__).parent / "data"
-FOLDERS = sorted(path.parent for path in DATA.glob("*/*/strace.log"))
+FOLDERS = [demo_folder(), *sorted(path.parent for path in DATA.glob("*/*/strace.log"))]
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
@@ -32,10 +42,10 @@ def test_plan_knows_every_call_when_the_program_is_ordinary(recording: Recording
 
 
 def test_plan_takes_each_call_once_when_calls_are_split(recording: Recording) -> None:
-    """Reordering neither loses a call nor repeats one."""
-    calls = [step.call.line for step in recording.plan.steps if step.call.name not in {"exit", "exit_group"}]
-    assert sorted(calls) == sorted(set(calls))
-    assert set(calls) == {call.line for call in recording.log.calls if call.name not in {"exit", "exit_group"}}
+    """Reordering neither loses a call nor repeats one; a process's end may show at a call that had another effect."""
+    steps = [step for step in recording.plan.steps if not isinstance(step, Exit | ThreadExit | GrowStack)]
+    expected = [call.line for call in recording.log.calls if call.name not in EXITING]
+    assert sorted(step.call.line for step in steps if step.call.name not in EXITING) == expected
 
 
 def test_files_hold_every_mapping_when_their_sizes_are_asked(recording: Recording) -> None:

@@ -30,9 +30,11 @@ The modules below know no transport: `strace` and `arguments` read the log, `ord
 `segments`) turn it into `steps`, `maps` reads and compares layouts, `ktrace` reads kernel traces.
 """
 
+from hmm_client.recordings.demonstration import demo_folder
 from hmm_client.recordings.errors import InputError, RecordingError, TraceError
 from hmm_client.recordings.maps import Area, Difference, canonical, compare, parse_maps, read_maps, render
 from hmm_client.recordings.plan import FIRST, Plan, ProcessInfo, make_plan
+from hmm_client.recordings.record import Recorded, record
 from hmm_client.recordings.recording import Recording
 from hmm_client.recordings.steps import (
     Advise,
@@ -88,6 +90,7 @@ __all__ = [
     "ProcessIndex",
     "ProcessInfo",
     "Protect",
+    "Recorded",
     "Recording",
     "RecordingError",
     "Remap",
@@ -104,10 +107,12 @@ __all__ = [
     "Vfork",
     "canonical",
     "compare",
+    "demo_folder",
     "make_plan",
     "parse_log",
     "parse_maps",
     "read_log",
     "read_maps",
+    "record",
     "render",
 ]
