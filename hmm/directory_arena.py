@@ -79,6 +79,7 @@ class DirectoryArena:
 
     __slots__ = (
         "_free",
+        "_free_stack",
         "_nfree",
         "_parent",
         "_parents",
@@ -100,11 +101,8 @@ class DirectoryArena:
         counts_bytes = -(-nrows * _COUNT_BYTES // PAGE_SIZE) * PAGE_SIZE
         offsets_bytes = -(-nrows * _OFFSET_BYTES // PAGE_SIZE) * PAGE_SIZE
         rows_bytes = nrows * PAGE_SIZE
-        memory = mmap.mmap(
-            -1,
-            rows_bytes + counts_bytes + 2 * offsets_bytes,
-            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
-        )
+        memory_bytes = rows_bytes + counts_bytes + 2 * offsets_bytes
+        memory = mmap.mmap(-1, memory_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         # A huge page per small table would make a thousand of them cost gigabytes. A kernel without huge
         # pages refuses the advice, and does not need it.
         with suppress(OSError):
@@ -118,7 +116,8 @@ class DirectoryArena:
         self.count = self.counts.data
         self._parents: Offsets = np.frombuffer(memory, np.int64, nrows, rows_bytes + counts_bytes)
         self._parent = self._parents.data
-        self._free: Offsets = np.frombuffer(memory, np.int64, nrows, rows_bytes + counts_bytes + offsets_bytes)
+        self._free: Offsets = np.frombuffer(memory, np.int64, nrows, memory_bytes - offsets_bytes)
+        self._free_stack = self._free.data
         self._nfree = 0
         self._top = 2  # the NULL directory and the root are always there
         self._reserved = 0
@@ -135,7 +134,7 @@ class DirectoryArena:
     @property
     def available(self) -> int:
         """Directories that can still be allocated and are not promised to anybody."""
-        return self.max_directories - self.directories - self._reserved
+        return self.max_directories + 1 - self._top + self._nfree - self._reserved
 
     @property
     def touched_bytes(self) -> int:
@@ -168,7 +167,7 @@ class DirectoryArena:
         """Allocate an empty directory and link it at `slot`, an absent entry of its parent; its offset."""
         if self._nfree:
             self._nfree -= 1
-            offset = int(self._free[self._nfree])
+            offset: int = self._free_stack[self._nfree]
         else:
             assert self._top <= self.max_directories, "directories were not required beforehand"
             offset = self._top << DIRECTORY_SHIFT
@@ -233,7 +232,7 @@ class DirectoryArena:
         while not count[row] and row != ROOT >> DIRECTORY_SHIFT and row not in held:
             slot = self._parent[row]
             self.words[slot] = NULL
-            self._free[self._nfree] = row << DIRECTORY_SHIFT
+            self._free_stack[self._nfree] = row << DIRECTORY_SHIFT
             self._nfree += 1
             row = slot >> DIRECTORY_SHIFT
             count[row] -= 1

@@ -17,7 +17,7 @@ ones; a function that raises has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -45,19 +45,20 @@ class _Part(NamedTuple):
     view: Entries
 
 
-def _part(tree: DirectoryTree, leaf: int, page: int, end: int) -> _Part:
-    view = tree.entries[leaf | page & DIRECTORY_MASK : (leaf | end - 1 & DIRECTORY_MASK) + 1]
-    return _Part(page, leaf >> DIRECTORY_SHIFT, view)
+def _view(tree: DirectoryTree, leaf: int, page: int, end: int) -> Entries:
+    # The entries of [page, end), all in this leaf; those of the NULL directory are zero, and not to be written.
+    first = leaf | page & DIRECTORY_MASK
+    return tree.entries[first : first + end - page]
 
 
-def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterable[_Part] | None:
-    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was
-    # given.
-    leaves = (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT)
-    if not leaves:
-        leaf = tree.leaf(page)
-        return (_part(tree, leaf, page, end),) if leaf else ()
-    return _parts(tree, page, end) if leaves < _FEW_LEAVES else None
+def _in_one_leaf(page: int, end: int) -> bool:
+    return page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT
+
+
+def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part] | None:
+    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was given.
+    few = (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) < _FEW_LEAVES
+    return _parts(tree, page, end) if few else None
 
 
 def _parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part]:
@@ -66,7 +67,7 @@ def _parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part]:
         if not leaf:
             return
         stop = min((page | DIRECTORY_MASK) + 1, end)
-        yield _part(tree, leaf, page, stop)
+        yield _Part(page, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, stop))
         page = stop
 
 
@@ -75,10 +76,13 @@ def _split(tree: DirectoryTree, page: int, end: int) -> tuple[list[_Part], Pages
     numbers, offsets = tree.leaves(page, end)
     ragged: list[_Part] = []
     if numbers.size and page & DIRECTORY_MASK and numbers[0] == page >> DIRECTORY_SHIFT:
-        ragged.append(_part(tree, int(offsets[0]), page, (page | DIRECTORY_MASK) + 1))
+        leaf = int(offsets[0])
+        view = _view(tree, leaf, page, (page | DIRECTORY_MASK) + 1)
+        ragged.append(_Part(page, leaf >> DIRECTORY_SHIFT, view))
         numbers, offsets = numbers[1:], offsets[1:]
     if numbers.size and end & DIRECTORY_MASK and numbers[-1] == end >> DIRECTORY_SHIFT:
-        ragged.append(_part(tree, int(offsets[-1]), end & ~DIRECTORY_MASK, end))
+        leaf, first = int(offsets[-1]), end & ~DIRECTORY_MASK
+        ragged.append(_Part(first, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, first, end)))
         numbers, offsets = numbers[:-1], offsets[:-1]
     return ragged, numbers, offsets >> DIRECTORY_SHIFT
 
@@ -96,6 +100,9 @@ def _row_index(rows: Offsets) -> slice | Offsets:
 
 def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     """Copy the entries of [page, end) to `out`, uint64[end - page], C-contiguous; 0 where there is none."""
+    if _in_one_leaf(page, end):
+        out[:] = _view(tree, tree.leaf(page), page, end)
+        return
     parts = _few_parts(tree, page, end)
     if parts is not None:
         at = page
@@ -123,13 +130,15 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
 
 def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
     """The entries in use of [page, end): uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
+    if _in_one_leaf(page, end):
+        return _in_use(page, _view(tree, tree.leaf(page), page, end))
     tree.settle()
     parts = _few_parts(tree, page, end)
     if parts is not None:
-        return _joined([_in_use(part) for part in parts])
+        return _joined([_in_use(part.page, part.view) for part in parts])
     ragged, numbers, rows = _split(tree, page, end)
-    head = [_in_use(part) for part in ragged if part.page == page]
-    tail = [_in_use(part) for part in ragged if part.page != page]
+    head = [_in_use(page, part.view) for part in ragged if part.page == page]
+    tail = [_in_use(part.page, part.view) for part in ragged if part.page != page]
     # One allocation for the whole result: fresh memory costs more than the walk.
     number = int(tree.counts.take(rows).sum()) + sum(entries.size for _, entries in head + tail)
     addresses, entries = np.empty(number, np.uint64), np.empty(number, np.uint64)
@@ -147,17 +156,15 @@ def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, E
 
 
 def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
-    if len(pieces) == 1:
-        return pieces[0]
     pieces.append((np.empty(0, np.uint64), np.empty(0, np.uint64)))
     addresses, entries = zip(*pieces, strict=True)
     return np.concatenate(addresses), np.concatenate(entries)
 
 
-def _in_use(part: _Part) -> tuple[Entries, Entries]:
-    positions = part.view.nonzero()[0]
-    entries = part.view[positions]
-    positions += part.page
+def _in_use(page: int, view: Entries) -> tuple[Entries, Entries]:
+    positions = view.nonzero()[0]
+    entries = view[positions]
+    positions += page
     positions <<= PAGE_SHIFT
     return positions.view(np.uint64), entries
 
@@ -181,34 +188,30 @@ def _in_use_of_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets) -> tuple
 def clear_range(tree: DirectoryTree, page: int, end: int) -> int:
     """Clear [page, end) and free what becomes empty; the number of entries that were in use."""
     tree.settle()
+    if _in_one_leaf(page, end):
+        leaf = tree.leaf(page)
+        return _clear_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end))
     parts = _few_parts(tree, page, end)
     if parts is not None:
-        return sum([_clear_part(tree, part) for part in parts])
+        return sum([_clear_view(tree, part.row, part.view) for part in parts])
     ragged, _, rows = _split(tree, page, end)
-    cleared = sum(_clear_part(tree, part) for part in ragged)
+    cleared = sum([_clear_view(tree, part.row, part.view) for part in ragged])
     return cleared + _clear_rows(tree, rows)
 
 
 def zap_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
     """Clear [page, end), free what becomes empty, and give what was in use, as `valid_in_range()`."""
-    parts = _few_parts(tree, page, end)
-    if parts is None:
-        held = valid_in_range(tree, page, end)
+    held = valid_in_range(tree, page, end)
+    if held[0].size:
         clear_range(tree, page, end)
-        return held
-    tree.settle()
-    pieces = []
-    for part in parts:
-        pieces.append(_in_use(part))
-        part.view[:] = _ZERO
-        _lose(tree, part.row, pieces[-1][1].size)
-    return _joined(pieces)
+    return held
 
 
-def _clear_part(tree: DirectoryTree, part: _Part) -> int:
-    used = int(np.count_nonzero(part.view))
-    part.view[:] = _ZERO
-    _lose(tree, part.row, used)
+def _clear_view(tree: DirectoryTree, row: int, view: Entries) -> int:
+    used = int(np.count_nonzero(view))
+    if used:
+        view.fill(_ZERO)
+        _lose(tree, row, used)
     return used
 
 
@@ -243,7 +246,7 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
     """
     tree.settle()
-    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+    if _in_one_leaf(page, end):
         _fill_part(tree, page, end, source)
         return
     if isinstance(source, int) or source.all():
@@ -270,7 +273,7 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         if not used:
             return
         leaf = tree.leaf_allocate(page)
-    _, row, view = _part(tree, leaf, page, end)
+    row, view = leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end)
     if tree.arena.count[row]:
         used -= int(np.count_nonzero(view))
     view[:] = source
@@ -332,9 +335,10 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
     keep, needed = np.uint64(mask), np.uint64(valid)
 
     def change(entries: Entries, used: int) -> int:
-        np.bitwise_and(entries, keep, out=entries)
-        if used == entries.size and np.bitwise_and.reduce(entries, axis=None) & needed:
-            return used  # all have one valid bit in common, the usual case
+        np.bitwise_and(entries, keep, entries)
+        flat = entries.reshape(-1)
+        if used == flat.size and np.bitwise_and.reduce(flat) & needed:
+            return used  # all have a valid bit in common, the usual case
         still_valid = entries & needed
         number = int(np.count_nonzero(still_valid))
         if number < used:
@@ -346,11 +350,14 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
 def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> int:
     tree.settle()
+    if _in_one_leaf(page, end):
+        leaf = tree.leaf(page)
+        return _change_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end), change)
     parts = _few_parts(tree, page, end)
     if parts is not None:
-        return sum([_change_part(tree, part, change) for part in parts])
+        return sum([_change_view(tree, part.row, part.view, change) for part in parts])
     ragged, _, rows = _split(tree, page, end)
-    lost = sum(_change_part(tree, part, change) for part in ragged)
+    lost = sum([_change_view(tree, part.row, part.view, change) for part in ragged])
     emptied = []
     for at in range(0, rows.size, _PIECE_ROWS):
         piece = rows[at : at + _PIECE_ROWS]
@@ -370,9 +377,11 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
     return lost
 
 
-def _change_part(tree: DirectoryTree, part: _Part, change: Change) -> int:
-    used = int(np.count_nonzero(part.view))
-    lost = used - change(part.view, used)
+def _change_view(tree: DirectoryTree, row: int, view: Entries, change: Change) -> int:
+    used = int(np.count_nonzero(view))
+    if not used:
+        return 0
+    lost = used - change(view, used)
     if lost:
-        _lose(tree, part.row, lost)
+        _lose(tree, row, lost)
     return lost
