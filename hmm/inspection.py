@@ -133,7 +133,7 @@ def _blocked(machine: Machine, record: OperationRecord[Any]) -> Blocked:
         operations=tuple(machine.blockers(record)),
         answers=tuple(machine.unanswered(record)),
         event=event,
-        cycle=_waits_for_itself(machine, record),
+        cycle=machine.waits_for_itself(record),
     )
 
 
@@ -149,25 +149,3 @@ def _in_words(request: object) -> str:
         case Pause():
             return "nothing: it is between two pieces of its work"
     return "nothing"
-
-
-def _waits_for_itself(machine: Machine, record: OperationRecord[Any]) -> bool:
-    """Follow operations, and from an unanswered event the calls made inside its callback."""
-    inside: dict[tuple[MirrorId, int], list[int]] = {}
-    for other in machine.operations.values():
-        if other.caller.callback is not None:
-            inside.setdefault(other.caller.callback, []).append(other.id)
-    seen: set[int] = set()
-    queue = [record]
-    while queue:
-        waiting = queue.pop()
-        nexts = list(machine.blockers(waiting))
-        for answer in machine.unanswered(waiting):
-            nexts += inside.get(answer, [])
-        if record.id in nexts:
-            return True
-        for operation_id in nexts:
-            if operation_id not in seen and operation_id in machine.operations:
-                seen.add(operation_id)
-                queue.append(machine.operations[operation_id])
-    return False

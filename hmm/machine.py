@@ -312,7 +312,7 @@ class Machine:
             else:
                 if isinstance(record.request, Deliver):
                     self._deliver(record, record.request)
-                elif self._would_deadlock(record):
+                elif record.caller.callback is not None and self.waits_for_itself(record):
                     step = self._thrower(record)
                     continue
             break
@@ -333,19 +333,28 @@ class Machine:
         )
         return lambda: record.generator.throw(error)
 
-    def _would_deadlock(self, record: OperationRecord[Any]) -> bool:
-        callback = record.caller.callback
-        if callback is None:
-            return False
-        seen, queue = {record.id}, [record]
+    def waits_for_itself(self, record: OperationRecord[Any]) -> bool:
+        """Whether an operation can never finish: it waits, through others and their callbacks, for itself.
+
+        An operation waits for others and for drivers' answers; a driver answers when the calls made from inside its
+        callback have ended.
+        """
+        inside: dict[tuple[MirrorId, int], list[int]] = {}
+        for other in self.operations.values():
+            if other.caller.callback is not None:
+                inside.setdefault(other.caller.callback, []).append(other.id)
+        seen: set[int] = set()
+        queue = [record]
         while queue:
             waiting = queue.pop()
-            if callback in self.unanswered(waiting):
+            following = self.blockers(waiting)
+            for answer in self.unanswered(waiting):
+                following += inside.get(answer, [])
+            if record.id in following:
                 return True
-            for blocker in self.blockers(waiting):
-                if blocker not in seen and blocker in self.operations:
-                    seen.add(blocker)
-                    queue.append(self.operations[blocker])
+            fresh = [number for number in following if number not in seen and number in self.operations]
+            seen.update(fresh)
+            queue += [self.operations[number] for number in fresh]
         return False
 
     def _deliver(self, record: OperationRecord[Any], request: Deliver) -> None:
