@@ -119,7 +119,7 @@ def fault_pages(
 
     Cost: O(n) vectorised, plus O(VMAs touched).
     """
-    if not addresses.size or (addresses & np.uint64(PAGE_SIZE - 1)).any() or (np.diff(addresses) <= 0).any():
+    if not addresses.size or (addresses & np.uint64(PAGE_SIZE - 1)).any() or (addresses[1:] <= addresses[:-1]).any():
         raise InvalidRequestError("fault: the addresses must be page-aligned, ascending and unique")
     results = []
     position = 0

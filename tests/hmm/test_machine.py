@@ -56,7 +56,9 @@ class World:
         self.devices = [self.do(devices.register_device, f"gpu{n}") for n in range(mirrors)]
         self.mirrors = [self.do(devices.register_mirror, device, self.pid, policy=policy) for device in self.devices]
 
-    def start(self, command: Callable[..., Any], *args: Any, caller: Caller = NOBODY, **kw: Any) -> OperationRecord[Any]:
+    def start(
+        self, command: Callable[..., Any], *args: Any, caller: Caller = NOBODY, **kw: Any
+    ) -> OperationRecord[Any]:
         """Start a call."""
         return self.machine.start(caller, command, *args, **kw)
 
