@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
-from hmm.frame_contents import ZERO_PFN, anonymous_memory
+from hmm.frame_contents import ZERO_PFN, anonymous_memory, is_ascending
 from hmm.units import Pfn, Pfns
 
 SYSTEM_REGION = 0
@@ -151,11 +151,11 @@ class FrameAllocator:
         del self._regions[number]
         return region
 
-    def take(self, count: int, number: int) -> tuple[Pfns, int]:
+    def take(self, count: int, number: int) -> tuple[Pfns, slice | None, int]:
         """Allocate frames.
 
-        Returns: int64[count], ascending; and how many of them were used before: they are those that lie
-        below the region's former `top`, and so the first ones.
+        Returns: int64[count], ascending; the slice that selects them when they are consecutive; how many of them
+        were used before, which are the first ones.
 
         Raises:
             OutOfFramesError: fewer are free; nothing was changed (ENOMEM).
@@ -166,20 +166,24 @@ class FrameAllocator:
         if count > region.free:
             raise OutOfFramesError(f"{region}: {count} frames wanted, {region.free} of {region.total} free")
         reused = min(count, region.nfree)
-        fresh = count - reused
-        old = self._pop(region, reused)
-        new = np.arange(region.top, region.top + fresh)
-        region.top += fresh
+        top = region.top
+        region.nfree -= reused
+        region.top += count - reused
         region.high_water = max(region.high_water, region.used)
         if not reused:
-            return new, 0
-        return (np.concatenate((old, new)) if fresh else old), reused
+            return np.arange(top, top + count), slice(top, top + count), 0
+        pfns = self._popped(region, reused)
+        if reused < count:
+            pfns = np.concatenate((pfns, np.arange(top, region.top)))
+        first = int(pfns[0])
+        consecutive = int(pfns[-1]) - first == count - 1
+        return pfns, slice(first, first + count) if consecutive else None, reused
 
-    def _pop(self, region: Region, count: int) -> Pfns:
-        region.nfree -= count
+    def _popped(self, region: Region, count: int) -> Pfns:
+        """The frames that stood on top of the stack before its height was lowered by `count`."""
         bottom = region.start + region.nfree
         pfns = self._stack[bottom : bottom + count][::-1].copy()
-        if not (pfns[1:] > pfns[:-1]).all():
+        if not is_ascending(pfns):
             pfns.sort()
         return pfns
 

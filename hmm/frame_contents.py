@@ -53,9 +53,15 @@ def as_slice(pfns: Pfns) -> slice | None:
     first = int(pfns[0])
     # An ascending array with these ends leaves nothing out; and comparing takes an eighth of the temporary
     # memory that differences would.
-    if int(pfns[-1]) - first != count - 1 or not (pfns[1:] > pfns[:-1]).all():
+    if int(pfns[-1]) - first != count - 1 or not is_ascending(pfns):
         return None
     return slice(first, first + count)
+
+
+def is_ascending(pfns: Pfns) -> bool:
+    """True when every frame number is above the one before."""
+    # count_nonzero() takes a fraction of the time of all() on short arrays.
+    return np.count_nonzero(pfns[1:] > pfns[:-1]) >= pfns.size - 1
 
 
 class FrameContents:
@@ -211,9 +217,10 @@ class FrameContents:
 
     def _settle(self, pfns: Pfns) -> None:
         """Zero those of `pfns` that are stale."""
-        stale = pfns[self._stale[pfns]]
-        if not stale.size:
+        marks = self._stale[pfns]
+        if not np.count_nonzero(marks):
             return
+        stale = pfns[marks]
         run = as_slice(stale)
         if run is not None:
             self._rows[run] = 0
@@ -238,4 +245,4 @@ class FrameContents:
 
 
 def _assert_writable(pfns: Pfns) -> None:
-    assert pfns.all(), "the zero page is never written"
+    assert np.count_nonzero(pfns) == pfns.size, "the zero page is never written"
