@@ -10,7 +10,8 @@ Source: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_ra
 Invariants: no writable entry remains in a mapping that does not permit writing.
 Absent: protection keys; write notification of shared files, whose pages are upgraded like shared memory's.
 
-Differs: one event for the call, where the kernel sends one per VMA.
+Differs: one event for the call, where the kernel sends one per VMA; locked pages that become writable are copied when
+all VMAs have changed, not VMA by VMA.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ def _remap_to(space: AddressSpace, turn: Turn, request: _Remap) -> Operation[Add
     map_flags = MapFlag(0)
     if request.flags & MremapFlag.FIXED:
         map_flags = MapFlag.FIXED
+        turn.hold(AddressRange(target, target + length))
         yield from unmap(space, AddressRange(target, target + length))
     if request.old_length > length:
         yield from _shrink(space, request)
