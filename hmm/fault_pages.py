@@ -94,11 +94,6 @@ class Attempt:
     copies: list[Entries] = field(default_factory=list)
     strangers: list[Strangers] = field(default_factory=list)
 
-    @property
-    def settled(self) -> bool:
-        """True when nothing is left to wait for."""
-        return not self.copies and not self.strangers
-
     # ---- ranges that hold nothing
 
     def fill_empty(self, vma: Vma, span: AddressRange) -> None:
@@ -339,20 +334,17 @@ class _Part:
         self.space.table.store(addresses, entries | np.uint64(bits))
 
 
-def prepare_anon_vma(space: AddressSpace, vma: Vma) -> int:
+def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:
     """Give a VMA a family of private pages unless it has one; a neighbour's, if they could merge later.
 
     Args:
         vma: whole; its `anon_vma` may be out of date.
 
-    Returns: the id.
-
     Source: Linux mm/rmap.c, __anon_vma_prepare().
     """
     if vma.anon_vma:
-        return vma.anon_vma
+        return
     now = space.vmas.find(vma.start)
     assert now is not None
     if not now.anon_vma:
-        now = space.vmas.set_anon_vma(now, space.vmas.find_mergeable_anon_vma(now) or space.new_anon_vma())
-    return now.anon_vma
+        space.vmas.set_anon_vma(now, space.vmas.find_mergeable_anon_vma(now) or space.new_anon_vma())

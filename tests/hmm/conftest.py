@@ -29,6 +29,7 @@ class Listener:
 
     id: int
     events: list[Event] = field(default_factory=list)
+    settled: list[tuple[Event, Outcome]] = field(default_factory=list)
     state: EventState = EventState.ACKNOWLEDGED
 
     def hears(self, event: Event) -> bool:
@@ -41,6 +42,7 @@ class Listener:
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
         """An answer never kills it."""
+        self.settled.append((event, outcome))
         return True
 
 

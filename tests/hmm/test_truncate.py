@@ -15,6 +15,7 @@ from hmm.events import Cause, EventState, EventType, Reason
 from hmm.file import FILE_SIZE_MAX, File
 from hmm.fork import fork
 from hmm.mman import MapFlag, mmap, munmap
+from hmm.mremap import MremapFlag, mremap
 from hmm.truncate import punch, truncate
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import Prot, VmFlag
@@ -160,6 +161,22 @@ def test_truncate_tells_again_when_pages_were_mapped_meanwhile(world: Any, space
     assert first.spans == (pages(start + PAGE_SIZE, 2),)
     assert second.spans == (pages(start + 101 * PAGE_SIZE, 2),)
     assert letters(world, space, start + 100 * PAGE_SIZE, 4) == "A..D"
+    world.frames.check()
+
+
+def test_truncate_finds_private_copies_when_they_were_moved_meanwhile(world: Any, space: AddressSpace) -> None:
+    """Copies that mremap carries away while mirrors are told are told at their new place, and go."""
+    file = filled(world, 2)
+    start = world.map(space, 2, file=file)
+    world.run(write_memory(space, start, b"x" * (2 * PAGE_SIZE)))
+    listener = world.listen(space)
+    elsewhere = start + 100 * PAGE_SIZE
+    moving = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.meanwhile = lambda: world.run(mremap(space, start, 2 * PAGE_SIZE, 2 * PAGE_SIZE, moving, elsewhere))
+    world.run(truncate(file, PAGE_SIZE))
+    told = [event.spans for event in listener.events if event.cause is Cause.TRUNCATE]
+    assert told == [(pages(start + PAGE_SIZE, 1),), (pages(elsewhere + PAGE_SIZE, 1),)]
+    assert letters(world, space, elsewhere, 2) == "x"
     world.frames.check()
 
 
