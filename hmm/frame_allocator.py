@@ -245,27 +245,28 @@ class FrameAllocator:
                 return region
         raise AssertionError(f"frame {pfn:#x} is in no region")
 
-    def free_mask(self) -> npt.NDArray[np.bool_]:
-        """Which frames are not in use; the zero page and what is outside of all regions are among them.
+    def free_mask(self, region: Region) -> npt.NDArray[np.bool_]:
+        """Which of the frames from `first` to `top` are on the free stack, each once.
 
-        Asserts that every free stack holds what it should.
+        Returns: bool[top - first].
 
-        Returns: bool[nframes].
-
-        Cost: O(frames).
+        Cost: O(frames ever used).
         """
-        free = np.ones(self._nframes, np.bool_)
+        stack = self._stack[region.start : region.start + region.nfree]
+        assert ((stack >= region.first) & (stack < region.top)).all(), f"{region}: foreign frames"
+        free = np.zeros(region.top - region.first, np.bool_)
+        free[stack - region.first] = True
+        assert np.count_nonzero(free) == stack.size, f"{region}: a frame is free twice"
+        return free
+
+    def check(self) -> None:
+        """Assert that regions do not overlap and their numbers fit.
+
+        Cost: O(regions).
+        """
         end = 0
         for region in sorted(self._regions.values(), key=lambda region: region.start):
             assert end <= region.start <= region.first <= region.top <= region.end, region
-            assert region.used <= region.high_water <= region.total, region
-            stack = self._stack[region.start : region.start + region.nfree]
-            assert ((stack >= region.first) & (stack < region.top)).all(), f"{region}: foreign frames"
-            free[region.first : region.top] = False
-            free[stack] = True
-            assert region.used == region.top - region.first - np.count_nonzero(free[region.first : region.top]), (
-                f"{region}: a frame is free twice"
-            )
+            assert 0 <= region.used <= region.high_water <= region.total, region
             end = region.end
         assert end <= self._nframes
-        return free

@@ -101,7 +101,7 @@ def _counts(frames: Frames, rounds: int) -> Iterator[Row]:
             run -= one
 
         for name, pfns, bare, target in (
-            ("scattered", scattered, bare_scattered, 3.0),
+            ("scattered", scattered, bare_scattered, 3.0 if npages == PIECE_PAGES else None),
             ("consecutive", taken, bare_run, None),
         ):
 

@@ -104,6 +104,20 @@ def test_put_refuses_a_frame_that_nobody_holds(frames: Frames) -> None:
         Frames(8, 0).put_one(2)
 
 
+def test_get_refuses_a_frame_that_is_free(frames: Frames) -> None:
+    """A frame that nobody holds cannot be held: VM_BUG_ON_PAGE() of get_page()."""
+    taken = frames.allocate(3)
+    frames.put(taken[1:2])
+    for call in (frames.get, frames.map, frames.pin):
+        for array in (taken, pfns(3, 1, 2), pfns(9)):
+            with pytest.raises(AssertionError, match="free frame"):
+                call(array)
+    for call_one in (frames.get_one, frames.map_one):
+        with pytest.raises(AssertionError, match="free frame"):
+            call_one(2)
+    frames.check()
+
+
 def test_get_one_and_put_one_count_like_get_and_put(frames: Frames) -> None:
     """The scalar paths."""
     pfn = frames.allocate_one()
@@ -265,11 +279,12 @@ def test_check_notices_what_must_not_be(frames: Frames) -> None:
     with pytest.raises(AssertionError, match="exclusive"):
         frames.check()
     frames.clear_flags(taken, PageFlag.ANON_EXCLUSIVE)
-    frames.flags[50] = 1
+    frames.put(taken)
+    frames.flags[taken[1]] = 1
     with pytest.raises(AssertionError, match="free frame"):
         frames.check()
-    frames.flags[50] = 0
-    frames.put(taken)
+    frames.flags[taken[1]] = 0
+    frames.check()
     frames._allocator._push(frames.region(SYSTEM_REGION), taken[:1])
     with pytest.raises(AssertionError):
         frames.check()
