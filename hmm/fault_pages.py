@@ -94,6 +94,11 @@ class Attempt:
     copies: list[Entries] = field(default_factory=list)
     strangers: list[Strangers] = field(default_factory=list)
 
+    @property
+    def available(self) -> int:
+        """Frames that may be used: those for copies that wait are spoken for, as they come first."""
+        return self.space.frames.available - sum(addresses.size for addresses in self.copies)
+
     # ---- ranges that hold nothing
 
     def fill_empty(self, vma: Vma, span: AddressRange) -> None:
@@ -106,7 +111,7 @@ class Attempt:
             if not self.write:
                 space.table.fill(span.start, span.end, ZERO_PAGE)
                 return
-            npages = min(span.npages, space.frames.available)
+            npages = min(span.npages, self.available)
             end = span.start + (npages << PAGE_SHIFT)
             if npages:
                 prepare_anon_vma(space, vma)
@@ -231,9 +236,9 @@ class _Part:
 
     def _cut_at_limit(self, kinds: _Kinds) -> int:
         # Pages that there is memory for.
-        available = self.space.frames.available
+        available = self.attempt.available
         if 2 * self.addresses.size > available:
-            costs = kinds.copy.astype(np.int64)
+            costs = (kinds.copy | kinds.waiting).astype(np.int64)
             costs[kinds.empty] = self.private_write
             if self.file is not None and kinds.empty.any():
                 costs[kinds.empty] += self.file.pages.lookup(self._offsets(self.addresses[kinds.empty])) == 0

@@ -543,6 +543,20 @@ def test_fault_in_tells_of_no_copy_when_it_cannot_come_so_far(world: Any, space:
     assert listener.events == []
 
 
+@pytest.mark.parametrize("kind", [MapFlag.PRIVATE | MapFlag.FIXED, SHARED])
+def test_fault_in_keeps_frames_for_copies_that_wait(world: Any, space: AddressSpace, kind: MapFlag) -> None:
+    """The last frame goes to the first page, though its copy has to wait for mirrors and the next page has not."""
+    start = world.map(space, 1)
+    world.map(space, 1, flags=kind, at=1)
+    world.run(fault_in(space, pages(start), write=False))
+    world.frames.allocate(FREE - 1)
+    world.listen(space)
+    with pytest.raises(OutOfFramesError) as error:
+        world.run(fault_in(space, pages(start, 2), write=True))
+    assert error.value.address == start + PAGE_SIZE
+    assert flags(space, start, 2) == [WRITTEN, 0]
+
+
 @pytest.mark.parametrize("file_pages", [0, 3])
 @pytest.mark.parametrize("npages", [1, 3])
 @pytest.mark.parametrize("write", [False, True])
