@@ -24,7 +24,8 @@ from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
 from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, SpaceId
-from hmm.vma import VmaMap, VmFlag
+from hmm.vma import VmFlag
+from hmm.vma_map import VmaMap
 
 MMAP_BASE = TASK_SIZE - (1 << 27)
 """Top of the area that mmap fills downwards: below the largest gap kept for the stack's growth (mmap_base())."""

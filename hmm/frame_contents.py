@@ -61,7 +61,7 @@ def as_slice(pfns: Pfns) -> slice | None:
 def is_ascending(pfns: Pfns) -> bool:
     """True when every frame number is above the one before."""
     # count_nonzero() takes a fraction of the time of all() on short arrays.
-    return np.count_nonzero(pfns[1:] > pfns[:-1]) >= pfns.size - 1
+    return int(np.count_nonzero(pfns[1:] > pfns[:-1])) >= pfns.size - 1
 
 
 class FrameContents:
@@ -201,7 +201,8 @@ class FrameContents:
         """
         assert 0 <= offset < PAGE_SIZE, offset
         self._settle(pfns)
-        return self._rows[pfns, offset]
+        values: Bytes = self._rows[pfns, offset]
+        return values
 
     def write_bytes(self, pfns: Pfns, offset: int, values: Bytes) -> None:
         """Store one byte at `offset` of each frame.

@@ -1,29 +1,22 @@
-"""Virtual memory areas: what is mapped where in one address space.
+"""Virtual memory areas: what is mapped at some addresses, and when two neighbours are one.
 
 A VMA is a stretch of addresses with one `Mapping`: flags, what stands behind it, and at which page offset.
 The offset is kept relative to the address (`delta`), so that it is constant inside a mapping: a split needs
 no arithmetic, and two neighbours continue each other exactly when their deltas are equal.
 
-Neighbours become one VMA at the edges of the operation that touched them, and only there, as in the kernel;
-the rules are those of Linux 6.12.  One operation, `VmaMap.replace`, does it all: mmap assigns a mapping,
-munmap erases, mprotect assigns a changed mapping to every piece, mremap erases here and replaces there.
-
-Source: Linux include/linux/mm.h, mm/vma.c, mm/mmap.c (6.12).
-Invariants: VMAs are page-aligned, ascending, disjoint and in the address space; what `IntervalMap` promises.
-Absent: pages, page tables, limits and accounting; the memory policy, userfaultfd and names of anonymous VMAs,
-    which the kernel compares too before it merges; vm_ops->close(), which forbids it.
+Source: Linux include/linux/mm.h, mm/vma.c (6.12).
+Absent: where VMAs are kept (vma_map.py); pages and page tables; the memory policy, userfaultfd and names of
+    anonymous VMAs, which the kernel compares too before it merges; vm_ops->close(), which forbids it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntFlag
-from functools import partial
 from typing import NamedTuple, Protocol
 
-from hmm.interval import IntervalMap
-from hmm.units import PAGE_SHIFT, TASK_SIZE, Address, AddressRange, is_page_aligned
+from hmm.units import PAGE_SHIFT, Address, AddressRange
 
 STACK_GUARD_GAP = 256 << PAGE_SHIFT
 """Bytes kept free below a VMA that grows downwards (the kernel's parameter stack_guard_gap)."""
@@ -283,10 +276,6 @@ class Vma(NamedTuple):
         return Vma(max(start, self.start), min(end, self.end), self.mapping)
 
 
-# Vma(...) passes through a generated function and takes thrice as long.
-_new_vma = partial(tuple.__new__, Vma)
-
-
 def mergeable(existing: Mapping, added: Mapping) -> bool:
     """True when a VMA may grow over an adjacent stretch that gets the mapping `added`.
 
@@ -319,7 +308,7 @@ def merged(a: Mapping, b: Mapping) -> Mapping:
     return a if flags == a.flags._value_ else a.with_flags(VmFlag(flags))
 
 
-def _merges_upwards(grown: Mapping, added: Mapping, above: Mapping) -> bool:
+def merges_upwards(grown: Mapping, added: Mapping, above: Mapping) -> bool:
     """True when `added`, which may have merged into the VMA below it, `grown`, merges with the one above as well.
 
     That each side goes with what is added does not mean that the sides go together.
@@ -363,228 +352,3 @@ def canonical(vmas: Iterable[Vma]) -> list[Vma]:
                 continue
         result.append(vma)
     return result
-
-
-def _guarded_start(vma: Vma | None, stack_guard: int) -> int:
-    """vm_start_gap(): up to where something else may be mapped below `vma`."""
-    if vma is None:
-        return TASK_SIZE
-    return vma.start - stack_guard if vma.has(VmFlag.GROWSDOWN) else vma.start
-
-
-class VmaMap(IntervalMap[Vma]):
-    """The VMAs of one address space, ascending; the kernel's mm_mt.
-
-    `find(address)` gives the VMA that holds an address, `find_next(address)` is find_vma(),
-    `find_prev(address)` gives the last VMA that starts below an address, `len()` is map_count and iteration
-    goes upwards.
-
-    Cost: `find` and changes O(log n).
-    """
-
-    __slots__ = ()
-
-    def __init__(self, limit: Address = TASK_SIZE) -> None:
-        super().__init__(limit)
-
-    def overlapping(self, span: AddressRange) -> list[Vma]:
-        """The VMAs that share a byte with `span`, whole."""
-        return self.between(span.start, span.end)
-
-    def mapped_pieces(self, span: AddressRange) -> list[Vma]:
-        """What is mapped in `span`, the outer VMAs clipped to it."""
-        vmas = self.between(span.start, span.end)
-        if vmas:
-            vmas[0] = vmas[0].clip(span.start, span.end)
-            vmas[-1] = vmas[-1].clip(span.start, span.end)
-        return vmas
-
-    def pieces(self, span: AddressRange) -> list[tuple[Address, Address, Mapping | None]]:
-        """All of `span` as (start, end, mapping), ascending, without a gap; the mapping of a hole is None."""
-        pieces: list[tuple[Address, Address, Mapping | None]] = []
-        at = span.start
-        for start, end, mapping in self.mapped_pieces(span):
-            if at < start:
-                pieces.append((at, start, None))
-            pieces.append((start, end, mapping))
-            at = end
-        if at < span.end:
-            pieces.append((at, span.end, None))
-        return pieces
-
-    def first_hole(self, span: AddressRange) -> AddressRange | None:
-        """From the first unmapped byte of `span` up to the next VMA, even behind `span`; None: no hole."""
-        at = span.start
-        for vma in self.between(span.start, span.end):
-            if at < vma.start:
-                return AddressRange(at, vma.start)
-            at = vma.end
-        if at >= span.end:
-            return None
-        above = self.find_next(at)
-        return AddressRange(at, above.start if above else max(span.end, self._limit))
-
-    def covers(self, span: AddressRange) -> bool:
-        """True when every byte of `span` is mapped."""
-        return self.first_hole(span) is None
-
-    def assign(self, span: AddressRange, mapping: Mapping, *, merge: bool = True) -> None:
-        """Map `span` anew, whatever was there; see `replace`."""
-        self.replace(span, ((span.start, span.end, mapping),), merge=merge)
-
-    def erase(self, span: AddressRange) -> None:
-        """Unmap `span`; VMAs that reach out of it keep their outer parts."""
-        self.replace(span, ())
-
-    def replace(
-        self, span: AddressRange, vmas: Sequence[tuple[Address, Address, Mapping]], *, merge: bool = True
-    ) -> None:
-        """Make `vmas`, ascending and inside `span`, all that is mapped there.
-
-        The new VMAs merge with each other and with the neighbours of `span` where the kernel would merge a
-        new VMA (mmap, brk, mremap) or one whose flags changed (mprotect, madvise, mlock).  Those leave a VMA
-        alone that has the wanted flags already: so must their caller.
-
-        Args:
-            span: page-aligned, not empty.
-            merge: False to keep the given cuts, so that `span` begins and ends a VMA.
-
-        Cost: O(log n) plus the VMAs replaced.
-        Source: Linux mm/vma.c, vma_merge_new_range(), vma_merge_existing_range().
-        """
-        start, end = span.start, span.end
-        assert not vmas or (start <= vmas[0][0] and vmas[-1][1] <= end), (span, vmas)
-        slot = self._touching(start, end)
-        touched = self._items(slot)
-        result: list[Vma] = []
-        # The VMA that may still grow upwards; it becomes an object when it cannot.
-        low = high = 0
-        grown = added = None
-        if touched and touched[0].start < start:
-            low, high, grown = touched[0].start, start, touched[0].mapping
-        for piece_start, piece_end, added in vmas:
-            if grown and merge and high == piece_start and mergeable(grown, added):
-                grown = merged(grown, added)
-            else:
-                if grown:
-                    result.append(_new_vma((low, high, grown)))
-                low, grown = piece_start, added
-            high = piece_end
-        if touched and touched[-1].end > end:
-            above = touched[-1].mapping
-            if grown and added and merge and high == end and _merges_upwards(grown, added, above):
-                grown = merged(grown, above)
-            else:
-                if grown:
-                    result.append(_new_vma((low, high, grown)))
-                low, grown = end, above
-            high = touched[-1].end
-        if grown:
-            result.append(_new_vma((low, high, grown)))
-        self._splice(slot, result)
-
-    def set_mapping(self, vma: Vma, mapping: Mapping) -> Vma:
-        """Change the mapping of one whole VMA in place; its neighbours stay apart.
-
-        Returns: the VMA as it is now.
-        """
-        changed = Vma(vma.start, vma.end, mapping)
-        self._exchange(vma, changed)
-        return changed
-
-    def set_anon_vma(self, vma: Vma, anon_vma: int, *, cloned: bool = False) -> Vma:
-        """Give one VMA its family of private pages, without merging: anon_vma_prepare().
-
-        Returns: the VMA as it is now.
-        """
-        return self.set_mapping(vma, vma.mapping.with_anon_vma(anon_vma, cloned=cloned))
-
-    def find_mergeable_anon_vma(self, vma: Vma) -> int:
-        """The `anon_vma` that `vma` should share with a neighbour, to merge later; 0 when there is none.
-
-        Source: Linux mm/vma.c, find_mergeable_anon_vma(), which asks the next VMA first.
-        """
-        above = self.find(vma.end)
-        if above and anon_vma_compatible(vma, above) and above.anon_vma and not above.mapping.cloned:
-            return above.anon_vma
-        below = self.find_prev(vma.start)
-        if below and anon_vma_compatible(below, vma) and not below.mapping.cloned:
-            return below.anon_vma
-        return 0
-
-    def unmapped_area_topdown(
-        self,
-        length: int,
-        low: Address,
-        high: Address,
-        *,
-        align: int = 0,
-        align_offset: int = 0,
-        stack_guard: int = STACK_GUARD_GAP,
-    ) -> Address | None:
-        """The highest address in [low, high) where `length` bytes fit.
-
-        Args:
-            length: bytes, page-aligned, positive.
-            align: a power of two, or 0: the address is `align_offset` modulo `align`.
-            stack_guard: bytes kept free below VMAs that grow downwards.
-
-        Returns: the start; None when nothing fits (ENOMEM).
-
-        Source: Linux mm/vma.c, unmapped_area_topdown().
-        """
-        mask = align - 1 if align else 0
-        while True:
-            hole = self.highest_hole(length + mask, low, high)
-            if hole is None:
-                return None
-            start = hole.end - length
-            start -= (start - align_offset) & mask
-            above_start = _guarded_start(hole.above, stack_guard)
-            if start + length <= above_start:
-                return start
-            high = max(above_start, low)
-
-    def unmapped_area(
-        self,
-        length: int,
-        low: Address,
-        high: Address,
-        *,
-        align: int = 0,
-        align_offset: int = 0,
-        stack_guard: int = STACK_GUARD_GAP,
-    ) -> Address | None:
-        """The lowest address in [low, high) where `length` bytes fit; as `unmapped_area_topdown`.
-
-        Source: Linux mm/vma.c, unmapped_area().
-        """
-        mask = align - 1 if align else 0
-        while True:
-            hole = self.lowest_hole(length + mask, low, high)
-            if hole is None:
-                return None
-            start = hole.start + ((align_offset - hole.start) & mask)
-            # The kernel asks for room for the worst alignment here, wherever the start came to lie.
-            if hole.above is None or start + length + mask - 1 <= _guarded_start(hole.above, stack_guard):
-                return start
-            low = hole.above.end
-
-    def is_free(self, span: AddressRange, *, stack_guard: int = STACK_GUARD_GAP) -> bool:
-        """True when nothing is mapped in `span` and no stack above it needs it as its guard.
-
-        Source: Linux mm/mmap.c, generic_get_unmapped_area_topdown(): the check of the caller's hint.
-        """
-        return span.end <= _guarded_start(self.find_next(span.start), stack_guard)
-
-    def check(self) -> None:
-        """Assert all invariants.
-
-        Cost: O(n).
-        """
-        super().check()
-        for vma in self:
-            assert is_page_aligned(vma.start), vma
-            assert is_page_aligned(vma.end), vma
-            assert vma.mapping.anon_vma or not vma.mapping.cloned, vma
-            assert vma.page_offset(vma.start) >= 0, vma

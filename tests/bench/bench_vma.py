@@ -17,7 +17,8 @@ from time import perf_counter_ns
 from measurement import Row, compared, print_rows
 
 from hmm.units import PAGE_SIZE, AddressRange
-from hmm.vma import MAY_FLAGS, Mapping, Prot, VmaMap, VmFlag
+from hmm.vma import MAY_FLAGS, Mapping, Prot, VmFlag
+from hmm.vma_map import VmaMap
 
 BASE = 1 << 40
 STRIDE = 4 * PAGE_SIZE

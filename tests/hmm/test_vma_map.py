@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
-from hmm.vma import MAY_FLAGS, STACK_GUARD_GAP, Mapping, Prot, Vma, VmaMap, VmFlag
+from hmm.vma import MAY_FLAGS, STACK_GUARD_GAP, Mapping, Prot, Vma, VmFlag
+from hmm.vma_map import VmaMap
 
 R = Mapping(VmFlag.READ | MAY_FLAGS)
 RW = Mapping(VmFlag.READ | VmFlag.WRITE | MAY_FLAGS)

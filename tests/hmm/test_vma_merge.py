@@ -12,13 +12,13 @@ from hmm.vma import (
     Mapping,
     Prot,
     Vma,
-    VmaMap,
     VmFlag,
     anon_vma_compatible,
     canonical,
     mergeable,
     merged,
 )
+from hmm.vma_map import VmaMap
 
 RW = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS
 ANON = Mapping(RW)

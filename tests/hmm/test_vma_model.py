@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hmm import interval
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
-from hmm.vma import MAY_FLAGS, SPECIAL_FLAGS, Mapping, Vma, VmaMap, VmFlag
+from hmm.vma import MAY_FLAGS, SPECIAL_FLAGS, Mapping, Vma, VmFlag
+from hmm.vma_map import VmaMap
 
 NPAGES = 120
 
