@@ -1,0 +1,118 @@
+"""The command `hmmd`: settings from flags, environment and file; then serve until SIGTERM or SIGINT.
+
+When the daemon serves it prints one line on stdout, and on the descriptor of `--ready-fd` if one is given:
+
+    hmmd serving unix:/run/hmmd/hmmd.sock
+
+Exit codes: 0 ended in good order; 1 it cannot listen there; 2 a setting is not understood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import click
+
+from hmm_server.config import ENVIRONMENT_PREFIX, SETTINGS, Config, ConfigError, load
+from hmm_server.logs import set_up
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+MALLOC_THRESHOLD_BYTES = 1 << 30
+HELP = f"""A daemon that gives device-driver authors the contract of Linux HMM over gRPC.
+
+Settings come from defaults, a TOML file, the environment ({ENVIRONMENT_PREFIX} and the name in capitals) and flags,
+the later ones winning.  SIGTERM and SIGINT end the daemon in good order.
+"""
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for setting in reversed(SETTINGS):
+        flag = f"--{setting.name.replace('_', '-')}"
+        default = "" if setting.default in ("", False) else f"  [default: {setting.default}]"
+        text = f"{setting.metadata['text']}{default}"
+        kind = type(setting.default)
+        if kind is bool:
+            option = click.option(f"{flag}/--no-{flag[2:]}", setting.name, default=None, help=text)
+        else:
+            option = click.option(flag, setting.name, type=kind, default=None, metavar=_metavar(kind), help=text)
+        command = option(command)
+    return command
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "SECONDS", str: "TEXT"}[kind]
+
+
+@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@_options
+@click.option("--config", "config_file", metavar="FILE", help="settings in TOML; default: $HMMD_CONFIG, if set")
+@click.option("--ready-fd", type=int, metavar="FD", help="write the ready line here too, and close it")
+@click.version_option(metadata.version("hmmd"), prog_name="hmmd")
+def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
+    """Read the settings and serve."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        config = load(given, file=config_file)
+    except ConfigError as error:
+        click.echo(f"hmmd: {error}", err=True)
+        sys.exit(2)
+    set_up(config.log_level, config.log_format)
+    _tune(config)
+    sys.exit(_run(config, ready_fd))
+
+
+def _tune(config: Config) -> None:
+    """Pin the process, and keep large buffers: each is mapped, faulted in and unmapped again otherwise."""
+    import ctypes  # noqa: PLC0415 - not needed for --help
+
+    if config.cpu >= 0:
+        os.sched_setaffinity(0, {config.cpu})
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MALLOC_THRESHOLD_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, MALLOC_THRESHOLD_BYTES)
+
+
+def _run(config: Config, ready_fd: int | None) -> int:
+    import uvloop  # noqa: PLC0415 - not needed for --help
+
+    from hmm_server.endpoint import EndpointError  # noqa: PLC0415 - imports gRPC
+
+    try:
+        uvloop.run(_serve(config, ready_fd))
+    except (EndpointError, ConfigError) as error:
+        click.echo(f"hmmd: {error}", err=True)
+        return 1 if isinstance(error, EndpointError) else 2
+    return 0
+
+
+async def _serve(config: Config, ready_fd: int | None) -> None:
+    from hmm_server.daemon import Daemon  # noqa: PLC0415 - imports gRPC
+
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    async with Daemon(config).serving() as daemon:
+        gc.freeze()  # what is here now stays: collections need not look at it
+        _announce(f"hmmd serving {' '.join(daemon.targets)}\n", ready_fd)
+        await ended.wait()
+
+
+def _announce(line: str, ready_fd: int | None) -> None:
+    click.echo(line, nl=False)
+    if ready_fd is not None:
+        os.write(ready_fd, line.encode())
+        os.close(ready_fd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The answers of one message: which count, and which rule the others break.
+
+**Invariants**: an answer counts only when it is the first to an event that was sent on this stream, and only while
+the mirror lives; what an answer has to say is never covered by a plain one.
+
+**Absent**: what an answer does (`Machine.answer`), and the window that it frees (streams.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hmm.errors import HmmError
+from hmm.machine import Machine
+from hmm.mirror import MirrorState
+from hmm.units import AddressRange, DeviceId, MirrorId
+from hmm_proto import convert
+from hmm_proto.v1 import event_pb2
+from hmm_server.mailbox import Mailbox, Posting
+
+LATENCIES_KEPT = 1024
+
+Spans = tuple[AddressRange, ...]
+
+
+@dataclass(slots=True, eq=False)
+class ServedMirror:
+    """One mirror as its stream sees it.
+
+    Attributes:
+        sent_up_to: the last event that left for it.
+        outstanding: events that left and are not answered, by sequence.
+        latencies_s: from sending to answering, of the last events.
+    """
+
+    id: MirrorId
+    stream: Stream
+    sent_up_to: int = 0
+    outstanding: dict[int, Posting] = field(default_factory=dict)
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
+    latency_count: int = 0
+    latency_sum_s: float = 0.0
+    latency_max_s: float = 0.0
+    bytes_sent: int = 0
+    ranges: int = 0
+    pages: int = 0
+    events_by_reason: Counter[str] = field(default_factory=Counter)
+    rejected: int = 0
+
+    def note_sent(self, sequence: int, posting: Posting, npages: int) -> None:
+        """An event has left for this mirror."""
+        self.sent_up_to = sequence
+        self.outstanding[sequence] = posting
+        self.bytes_sent += posting.size_bytes
+        self.ranges += len(posting.event.spans)
+        self.pages += npages
+        if posting.event.reason is not None:
+            self.events_by_reason[posting.event.reason.name] += 1
+
+    def note_latency(self, seconds: float) -> None:
+        """Count one answer."""
+        self.latencies_s.append(seconds)
+        self.latency_count += 1
+        self.latency_sum_s += seconds
+        self.latency_max_s = max(self.latency_max_s, seconds)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One open stream of events: a driver process.
+
+    Attributes:
+        epoch: names it; answers that name another are rejected.
+        owner: the token of whoever opened it.
+        devices: registered on it: they go when its lease ends.
+        heard_s: when something was last heard of the driver, by the loop's clock.
+    """
+
+    epoch: int
+    owner: str
+    name: str
+    pid: int
+    mailbox: Mailbox
+    heard_s: float
+    mirrors: dict[MirrorId, ServedMirror] = field(default_factory=dict)
+    devices: list[DeviceId] = field(default_factory=list)
+    open: bool = True
+
+    def __str__(self) -> str:
+        return f"stream {self.epoch} ({self.name or 'unnamed'}, pid {self.pid})"
+
+
+class Answers:
+    """The answers of one message."""
+
+    def __init__(
+        self, machine: Machine, stream: Stream, answered: Callable[[ServedMirror, int, int, Spans], None]
+    ) -> None:
+        """Prepare to take answers.
+
+        Args:
+            answered: does what an answer that counts does: mirror, event sequence, errno, dirty ranges.
+        """
+        self._machine = machine
+        self._stream = stream
+        self._answered = answered
+        self._violations: list[event_pb2.ProtocolViolation] = []
+
+    def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
+        """Take those that count.  Returns: the others."""
+        if message.epoch not in (0, self._stream.epoch):
+            self._reject(0, 0, f"epoch {message.epoch} is not this stream's, {self._stream.epoch}")
+        elif len(message.mirror_ids) != len(message.acknowledged_up_to) or (
+            len(message.single_mirror_ids) != len(message.single_sequences)
+        ):
+            self._reject(0, 0, "as many mirrors as event sequences are needed")
+        else:
+            self._take(message)
+        return self._violations
+
+    def _take(self, message: event_pb2.Acknowledgements) -> None:
+        for answer in message.answers:
+            self._take_answer(answer)
+        for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
+            if served := self._find(mirror_id, sequence):
+                self._answered(served, sequence, 0, ())
+        for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
+            if served := self._find(mirror_id, up_to):
+                for sequence in [number for number in served.outstanding if number <= up_to]:
+                    self._answered(served, sequence, 0, ())
+
+    def _take_answer(self, answer: event_pb2.Answer) -> None:
+        served = self._find(answer.mirror_id, answer.event_sequence)
+        if served is None:
+            return
+        try:
+            dirty = convert.page_ranges_from_proto(answer.dirty) + convert.page_spans_from_proto(answer.dirty_pages)
+        except HmmError as error:
+            self._reject(answer.mirror_id, answer.event_sequence, error.message)
+        else:
+            self._answered(served, answer.event_sequence, answer.errno, dirty)
+
+    def _find(self, mirror_id: MirrorId, sequence: int) -> ServedMirror | None:
+        served = self._stream.mirrors.get(mirror_id)
+        if served is None:
+            self._reject(mirror_id, sequence, f"mirror {mirror_id} is not served by this stream")
+            return None
+        mirror = self._machine.mirrors[mirror_id]
+        if mirror.state is MirrorState.LOST:
+            rule = f"DEVICE_LOST: {mirror} was fenced: {mirror.lost_because}"
+        elif sequence > served.sent_up_to:
+            rule = f"event {sequence} was never sent; the last one is {served.sent_up_to}"
+        else:
+            return served
+        served.rejected += 1
+        self._reject(mirror_id, sequence, rule)
+        return None
+
+    def _reject(self, mirror_id: MirrorId, sequence: int, rule: str) -> None:
+        self._violations.append(event_pb2.ProtocolViolation(mirror_id=mirror_id, event_sequence=sequence, rule=rule))

@@ -1,0 +1,101 @@
+"""Making a call: from a request to a command of the core, and from its record to a response.
+
+A `Call` says both for one kind of request, so that the same call can be made alone, in a batch or on a session.
+
+Errors part here.  A kernel call that was made and failed is a response with a `CallResult`; a call that was never
+made is raised, and becomes a status (or `not_made` in a batch or on a session).
+
+**Absent**: the calls themselves (process_calls.py, device_calls.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from hmm.errors import HmmError
+from hmm.machine import Caller, OperationRecord
+from hmm_proto.status import INTERNAL_REASON, is_not_made, to_call_result
+from hmm_proto.v1 import types_pb2
+from hmm_server.executor import DrainingError, Executor
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+DRAINING_REASON = "DRAINING"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """A command of the core with its arguments, ready for `Machine.start`."""
+
+    command: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+def invoke(command: Callable[..., Any], *arguments: Any, **keywords: Any) -> Invocation:
+    """A command with its arguments."""
+    return Invocation(command, arguments, keywords)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Q, R]):
+    """One kind of call.
+
+    Attributes:
+        invocation: the command that a request asks for; raises when the request makes no sense.
+        response: from the command's value (None when the call failed) and how it ended.
+        is_kernel_call: its errors are results; False: every error is raised.
+    """
+
+    invocation: Callable[[Q], Invocation]
+    response: Callable[[Any, types_pb2.CallResult], R]
+    is_kernel_call: bool = True
+
+    def respond(self, record: OperationRecord[Any]) -> R:
+        """The response to a call that has ended.
+
+        Raises: what the call raised, when it was never made or is no kernel call.
+        """
+        error = record.error
+        if error is not None and not (self.is_kernel_call and isinstance(error, HmmError) and not is_not_made(error)):
+            raise error
+        result = to_call_result(error, record.id, tuple(record.fenced))
+        return self.response(record.value if error is None else None, result)
+
+
+async def make(executor: Executor, caller: Caller, call: Call[Q, R], request: Q, within_s: float | None = None) -> R:
+    """Make one call and wait for its end.
+
+    Raises:
+        HmmError: it was not made, is no kernel call, or has not ended within `within_s` seconds.
+        DrainingError: the daemon is ending.
+    """
+    invocation = call.invocation(request)
+    record = await executor.call_within(
+        within_s, caller, invocation.command, *invocation.arguments, **invocation.keywords
+    )
+    return call.respond(record)
+
+
+async def attempt(executor: Executor, caller: Caller, call: Call[Q, R], request: Q) -> R | types_pb2.CallResult:
+    """As `make`, for one call of a batch.  Returns: the response, or why the call was not made."""
+    try:
+        return await make(executor, caller, call, request)
+    except Exception as error:  # noqa: BLE001 - one call of a batch must not end the others; not_made() logs bugs
+        return not_made(error)
+
+
+def not_made(error: BaseException) -> types_pb2.CallResult:
+    """Why a call of a batch or a session was not made, or that it hit a bug."""
+    if isinstance(error, HmmError):
+        return to_call_result(error)
+    if isinstance(error, DrainingError):
+        return types_pb2.CallResult(reason=DRAINING_REASON, message="the daemon is ending")
+    log.error("a call hit a bug", exc_info=error)
+    return types_pb2.CallResult(reason=INTERNAL_REASON, message="a bug of the daemon; see its log")

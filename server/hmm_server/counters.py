@@ -1,0 +1,96 @@
+"""Counters as messages: what was done, how often, how fast.
+
+**Absent**: counting itself, which is done where things happen.
+"""
+
+from __future__ import annotations
+
+import resource
+from importlib import metadata
+from pathlib import Path
+
+from hmm.events import EventType
+from hmm.mirror import Mirror
+from hmm_proto.v1 import inspection_pb2
+from hmm_server.answers import ServedMirror
+from hmm_server.streams import Streams
+
+EVENTS = "events_"
+DISTRIBUTION = "hmmd"
+
+
+def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.DaemonStatistics:
+    """Counters of the daemon."""
+    executor = streams.executor
+    machine, operations = executor.machine, executor.operations
+    system = machine.frames.regions[0]
+    return inspection_pb2.DaemonStatistics(
+        version=metadata.version(DISTRIBUTION),
+        uptime_ms=round(uptime_s * 1000),
+        processes=len(machine.processes),
+        spaces=len(machine.spaces),
+        devices=len(machine.devices),
+        mirrors=len(machine.mirrors),
+        files=len(machine.files),
+        frames_used=system.used,
+        frames_total=system.total,
+        operations=operations.ended_by_name,
+        errors=operations.errors_by_reason,
+        operations_pending=len(executor.running),
+        streams=len(streams.open),
+        resident_bytes=_resident_bytes(),
+        rejected_answers=streams.rejected,
+    )
+
+
+def mirror_statistics(mirror: Mirror, served: ServedMirror | None) -> inspection_pb2.MirrorStatistics:
+    """Counters of one mirror."""
+    counters = mirror.counters
+    return inspection_pb2.MirrorStatistics(
+        mirror_id=mirror.id,
+        events_by_type={
+            etype.name: counters[EVENTS + etype.name.lower()]
+            for etype in EventType
+            if counters[EVENTS + etype.name.lower()]
+        },
+        events_by_reason=served.events_by_reason if served else {},
+        ranges=served.ranges if served else 0,
+        pages=served.pages if served else 0,
+        bytes=served.bytes_sent if served else 0,
+        acknowledged=counters["acknowledged"],
+        refused=counters["refused"],
+        fenced=counters["fenced"],
+        abandoned=counters["abandoned"],
+        stale_answers=counters["repeated_answers"] + counters["late_answers"],
+        rejected_answers=served.rejected if served else 0,
+        faults=counters["faults"],
+        fault_pages=counters["faulted_pages"],
+        fault_retries=counters["retries"],
+        bytes_read=counters["bytes_read"],
+        bytes_written=counters["bytes_written"],
+        access_errors=counters["refused_accesses"],
+        acknowledgement=_latencies(served) if served else None,
+    )
+
+
+def _latencies(served: ServedMirror) -> inspection_pb2.Latencies:
+    ordered = sorted(served.latencies_s)
+    return inspection_pb2.Latencies(
+        count=served.latency_count,
+        sum_us=_microseconds(served.latency_sum_s),
+        max_us=_microseconds(served.latency_max_s),
+        p50_us=_microseconds(_quantile(ordered, 50)),
+        p99_us=_microseconds(_quantile(ordered, 99)),
+    )
+
+
+def _quantile(ordered: list[float], percent: int) -> float:
+    return ordered[(len(ordered) - 1) * percent // 100] if ordered else 0.0
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -1,0 +1,167 @@
+"""The daemon: everything put together, served, and ended in good order.
+
+To end in good order: take no new calls, let those under way end (or fence whoever they wait for), say goodbye to
+every stream, stop.
+
+**Absent**: where settings come from (config.py), signals (__main__.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from hmm.machine import Machine
+from hmm_proto.v1 import (
+    device_pb2,
+    device_pb2_grpc,
+    file_pb2,
+    file_pb2_grpc,
+    inspection_pb2,
+    inspection_pb2_grpc,
+    process_pb2,
+    process_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+from hmm_server.callers import Tokens
+from hmm_server.config import Config
+from hmm_server.device_side import DeviceSide
+from hmm_server.endpoint import claimed, listen
+from hmm_server.executor import Executor
+from hmm_server.interceptors import Guard
+from hmm_server.observers import Observers
+from hmm_server.operation_log import OperationLog
+from hmm_server.services.device import DeviceService
+from hmm_server.services.file import FileService
+from hmm_server.services.inspection import InspectionService
+from hmm_server.services.process import ProcessService
+from hmm_server.services.session import SessionService
+from hmm_server.streams import Streams
+
+STOP_S = 1.0
+"""Time for the last messages to leave."""
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (process_pb2, "ProcessService"),
+        (file_pb2, "FileService"),
+        (device_pb2, "DeviceService"),
+        (session_pb2, "SessionService"),
+        (inspection_pb2, "InspectionService"),
+    )
+)
+log = logging.getLogger(__name__)
+
+
+class GenericHandlers:
+    """Takes a service's generic handlers only.
+
+    With registered methods the accept loop of grpc.aio waits on one future for each of them at every call
+    (grpc/grpc PR 43461): a tenth of a call's time with this many.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Pass them on."""
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """Leave them out."""
+
+
+class Daemon:
+    """One machine and its server.  Has to be made on the loop that it will run on.
+
+    Attributes:
+        targets: what clients connect to, once it serves.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.machine = Machine(config.limits)
+        self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
+        self.observers = Observers(config.watch_entries)
+        self.streams = Streams(self.executor, self.observers, config)
+        self.guard = Guard(Tokens(config.token_file))
+        self.targets: list[str] = []
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(interceptors=[self.guard], options=self._options())
+        self._add_services()
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.so_reuseport", 0),  # a second daemon on a TCP port fails to bind instead of stealing calls
+            ("grpc.keepalive_time_ms", self.config.keepalive_ms),
+            ("grpc.keepalive_timeout_ms", self.config.ping_timeout_ms),
+            ("grpc.http2.ping_timeout_ms", self.config.ping_timeout_ms),  # the one that has an effect in 1.85
+            ("grpc.max_receive_message_length", self.config.message_bytes),
+            ("grpc.max_send_message_length", self.config.message_bytes),
+        ]
+
+    def _add_services(self) -> None:
+        handlers: Any = GenericHandlers(self._server)
+        side = DeviceSide(self.executor, self.streams, self.config)
+        process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessService(self.executor, self.config), handlers)
+        file_pb2_grpc.add_FileServiceServicer_to_server(FileService(self.executor, self.config), handlers)
+        device_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(side, self.streams), handlers)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(side, self.streams, self.config), handlers)
+        inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
+            InspectionService(self.executor, self.streams, self.observers, self.config), handlers
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
+        if self.config.reflection:
+            _add_reflection(handlers)
+
+    @asynccontextmanager
+    async def serving(self, path: Path | None = None) -> AsyncIterator[Daemon]:
+        """Serve until the end of the block, then end in good order.
+
+        Args:
+            path: of the UNIX socket; None: as configured.
+
+        Raises:
+            EndpointError: it cannot listen there.
+        """
+        with claimed(path or self.config.socket_path) as socket:
+            self.targets = listen(self._server, self.config, socket)
+            await self._server.start()
+            for service in ("", *SERVICES):
+                await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            log.info("serving %s", " and ".join(self.targets))
+            try:
+                yield self
+            finally:
+                await self.drain()
+
+    async def drain(self) -> None:
+        """End in good order."""
+        log.info("draining: %d calls under way, %d streams open", len(self.executor.running), len(self.streams.open))
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.ensure_future(self._server.stop(self.config.drain_s + STOP_S))
+        await self.executor.drain(self.config.drain_s)
+        for stream in list(self.streams.open.values()):
+            stream.mailbox.close("the daemon is ending")
+        self.observers.close()
+        await asyncio.wait({stopping}, timeout=STOP_S)
+        await self._server.stop(None)
+        await stopping
+        log.info("stopped")
+
+
+def _add_reflection(handlers: Any) -> None:
+    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc  # noqa: PLC0415 - loaded only when served
+
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    add: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+    add(reflection.aio.ReflectionServicer(names), handlers)

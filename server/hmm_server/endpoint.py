@@ -1,0 +1,115 @@
+"""Where the daemon listens: a UNIX socket for its owner alone, and TCP with TLS.
+
+The socket lies in a directory of mode 0700 and has mode 0600.  A lock beside it, held as long as the daemon lives,
+says that it lives: a socket without one is stale and is replaced.
+
+**Source**: gRPC's local credentials do not look at the peer (grpc/grpc#28755), so the file mode is the access control.
+
+**Absent**: tokens (callers.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from hmm_server.config import Config, ConfigError
+
+SOCKET_PATH_BYTES_MAX = 107
+"""sun_path of sockaddr_un, without its final zero."""
+
+
+class EndpointError(Exception):
+    """The daemon cannot listen where it was told to; says why."""
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """A place for the daemon's socket, claimed until the end of the block, when the socket is removed.
+
+    Raises:
+        EndpointError: another daemon lives there, or the directory cannot be used.
+    """
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise EndpointError(f"{path}: a socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise EndpointError(f"{path}: {error.strerror}: {error.filename}") from error
+    try:
+        _lock(lock, path)
+        _remove_stale(path)
+        yield path
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EndpointError(f"{path}: another hmmd serves it") from None
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise EndpointError(f"{path}: there is something, and it is no socket")
+    path.unlink()
+
+
+def listen(server: grpc.aio.Server, config: Config, path: Path) -> list[str]:
+    """Bind the server's ports.
+
+    Returns: gRPC targets for clients, the UNIX socket first.
+
+    Raises:
+        EndpointError: a port is taken, or a certificate cannot be used.
+    """
+    targets = [_listen_unix(server, path)]
+    if config.tcp:
+        targets.append(_listen_tcp(server, config))
+    return targets
+
+
+def _listen_unix(server: grpc.aio.Server, path: Path) -> str:
+    target = f"unix:{path}"
+    mask = os.umask(0o177)
+    try:
+        server.add_insecure_port(target)
+    except RuntimeError as error:
+        raise EndpointError(f"{target}: {error}") from error
+    finally:
+        os.umask(mask)
+    return target
+
+
+def _listen_tcp(server: grpc.aio.Server, config: Config) -> str:
+    host = config.tcp.rpartition(":")[0]
+    try:
+        if config.tls_certificate:
+            port = server.add_secure_port(config.tcp, _credentials(config))
+        else:
+            port = server.add_insecure_port(config.tcp)
+    except RuntimeError as error:
+        raise EndpointError(f"{config.tcp}: {error}") from error
+    return f"{host}:{port}"
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials:
+    try:
+        key, certificate = Path(config.tls_key).read_bytes(), Path(config.tls_certificate).read_bytes()
+        authority = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from error
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)

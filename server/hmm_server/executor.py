@@ -1,0 +1,303 @@
+"""Runs the machine's operations on the event loop: starts them, delivers their events, takes answers, keeps time.
+
+Everything happens on the loop's thread, one input at a time, so there are no locks.  After every input `pump` resumes
+what has become ready, until nothing is; operations that only pause between two pieces of their work go on in the
+loop's next turn, so that one long call does not stop anybody's heartbeat.
+
+A caller that gives up does not end its operation: it runs to its end, and `OperationLog` remembers how that was.
+
+**Invariants**: every event handed to the router is answered, fenced or abandoned at the latest when its deadline
+passes, unless the mirror's policy is BLOCK; every started operation is pending or in the log.
+
+**Absent**: streams and their windows (streams.py); gRPC; what a call means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from hmm.errors import HmmError, TimedOutError
+from hmm.events import EventState
+from hmm.machine import Caller, Command, Delivery, Machine, OperationRecord
+from hmm.mirror import DeadlinePolicy
+from hmm.operation import Await, Pause, WaitFor
+from hmm.units import AddressRange, MirrorId
+from hmm_server.operation_log import Ended, OperationLog
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Then = Callable[[OperationRecord[T]], None]
+log = logging.getLogger(__name__)
+
+
+class DrainingError(Exception):
+    """The daemon is ending and starts no more calls."""
+
+
+class Router(Protocol):
+    """Whoever brings events to drivers."""
+
+    def route(self, deliveries: Sequence[Delivery]) -> list[MirrorId]:
+        """Send events on their way.  Returns: the mirrors that nobody serves any more."""
+
+    def settled(self, mirror_id: MirrorId, sequences: Sequence[int], state: EventState) -> None:
+        """These events have ended without an answer: fenced, or abandoned."""
+
+    def lost(self, mirror_id: MirrorId, why: str) -> None:
+        """A mirror was fenced."""
+
+    def ended(self, ended: Ended) -> None:
+        """A call has ended."""
+
+
+@dataclass(slots=True)
+class Running:
+    """An operation that has not ended.
+
+    Attributes:
+        started_s: by the loop's clock.
+        event_s: when its present event was made; the deadline counts from here.
+        given_up: its caller no longer waits.
+    """
+
+    record: OperationRecord[Any]
+    started_s: float
+    then: Then[Any]
+    event_s: float = 0.0
+    deadline: asyncio.TimerHandle | None = None
+    given_up: bool = False
+
+
+class Executor:
+    """The asyncio runner of one machine."""
+
+    def __init__(self, machine: Machine, operations: OperationLog, acknowledgement_s: float) -> None:
+        self.machine = machine
+        self.operations = operations
+        self.acknowledgement_s = acknowledgement_s
+        self.running: dict[int, Running] = {}
+        self.draining = False
+        self.router: Router | None = None
+        self._loop = asyncio.get_running_loop()
+        self._pumping = False
+        self._continuing = False
+        self._impatient = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- calls
+
+    def start(
+        self, then: Then[T], caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> OperationRecord[T]:
+        """Start a command; `then` gets its record once it has ended, possibly before this returns.
+
+        Raises:
+            DrainingError: the daemon is ending.
+        """
+        if self.draining:
+            raise DrainingError
+        record = self.machine.start(caller, command, *args, **kwargs)
+        self.running[record.id] = Running(record, self._loop.time(), then)
+        self._idle.clear()
+        self._advanced(record)
+        self.pump()
+        return record
+
+    async def call(
+        self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> OperationRecord[T]:
+        """Run a command and wait for its end.  When the waiting is cancelled, the operation goes on.
+
+        Returns: its record; errors of the call are in it and not raised.
+        """
+        return await self.call_within(None, caller, command, *args, **kwargs)
+
+    async def call_within(
+        self, seconds: float | None, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> OperationRecord[T]:
+        """As `call`, but wait no longer than that; then the operation goes on alone.
+
+        Raises:
+            TimedOutError: it has not ended in time (ETIMEDOUT).
+        """
+        ended: asyncio.Future[None] = self._loop.create_future()
+        record = self.start(lambda _: resolve(ended), caller, command, *args, **kwargs)
+        await self.wait(record, ended, seconds)
+        return record
+
+    async def wait(self, record: OperationRecord[Any], ended: asyncio.Future[None], seconds: float | None) -> None:
+        """Wait for the end of an operation, whose `then` resolves `ended`.
+
+        Raises:
+            TimedOutError: it has not ended in time (ETIMEDOUT).
+        """
+        if record.done:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await ended
+        except TimeoutError:
+            raise self.give_up(record, seconds or 0) from None
+        finally:
+            if not record.done:
+                self.running[record.id].given_up = True
+
+    def give_up(self, record: OperationRecord[Any], seconds: float) -> TimedOutError:
+        """Note that the caller's patience ended before the operation did.  Returns: the caller's error."""
+        self.running[record.id].given_up = True
+        return TimedOutError(f"{record.name}: operation {record.id} has not ended within {seconds:g} s; it goes on")
+
+    # ---- inputs from drivers
+
+    def answer(self, mirror_id: MirrorId, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> None:
+        """A driver has answered one event; `pump` has to follow.
+
+        Raises: as `Machine.answer`.
+        """
+        self.machine.answer(mirror_id, sequence, errno, dirty)
+
+    def fence(self, mirror_id: MirrorId, why: str) -> None:
+        """Give a mirror up; `pump` has to follow."""
+        mirror = self.machine.mirrors.get(mirror_id)
+        if mirror is None:
+            return
+        unanswered = list(mirror.unanswered)
+        self.machine.fence(mirror_id, why)
+        log.warning("%s is lost: %s", mirror, why)
+        assert self.router is not None
+        self.router.settled(mirror_id, unanswered, EventState.FENCED)
+        self.router.lost(mirror_id, why)
+
+    # ---- running
+
+    def pump(self) -> None:
+        """Deliver what is to be delivered and resume what is ready, until neither is left."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._deliver() or self._resume():
+                pass
+        finally:
+            self._pumping = False
+        if not self._continuing and any(isinstance(r.record.request, Pause) for r in self.running.values()):
+            self._continuing = True
+            self._loop.call_soon(self._continue)
+
+    def _deliver(self) -> bool:
+        outbox = self.machine.take_outbox()
+        if not outbox:
+            return False
+        assert self.router is not None
+        for operation_id in {delivery.operation_id for delivery in outbox}:
+            self._set_deadline(self.running[operation_id])
+        for mirror_id in self.router.route(outbox):
+            self.fence(mirror_id, "nobody serves it")
+        if self._impatient:
+            self._fence_waited_for()
+        return True
+
+    def _resume(self) -> bool:
+        ready = [record for record in self.machine.ready() if not isinstance(record.request, Pause)]
+        for record in ready:
+            if self.machine.is_ready(record):
+                self._advance(record)
+        return bool(ready)
+
+    def _continue(self) -> None:
+        self._continuing = False
+        for running in list(self.running.values()):
+            if isinstance(running.record.request, Pause):
+                self._advance(running.record)
+        self.pump()
+
+    def _advance(self, record: OperationRecord[Any]) -> None:
+        running = self.running[record.id]
+        if running.deadline is not None:
+            running.deadline.cancel()
+            running.deadline = None
+        self.machine.resume(record.id)
+        self._advanced(record)
+
+    def _advanced(self, record: OperationRecord[Any]) -> None:
+        if record.done:
+            self._end(record)
+        elif _awaits_late_answers(record):
+            self._set_deadline(self.running[record.id])
+
+    def _end(self, record: OperationRecord[Any]) -> None:
+        running = self.running.pop(record.id)
+        if record.error is not None and not isinstance(record.error, HmmError):
+            log.error("operation %d (%s) hit a bug", record.id, record.name, exc_info=record.error)
+        if not self.running:
+            self._idle.set()
+        duration_s = self._loop.time() - running.started_s
+        ended = Ended.of(record, duration_s)
+        self.operations.add(ended)
+        assert self.router is not None
+        self.router.ended(ended)
+        running.then(record)
+
+    # ---- deadlines
+
+    def _set_deadline(self, running: Running) -> None:
+        running.event_s = self._loop.time()
+        running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running)
+
+    def _deadline(self, running: Running) -> None:
+        running.deadline = None
+        record = running.record
+        if _awaits_late_answers(record):
+            self.machine.expire(record.id)
+            self._advanced(record)
+        else:
+            for mirror_id, sequence in self.machine.unanswered(record):
+                self._too_late(mirror_id, sequence)
+        self.pump()
+
+    def _too_late(self, mirror_id: MirrorId, sequence: int) -> None:
+        mirror = self.machine.mirrors[mirror_id]
+        sent = mirror.unanswered.get(sequence)
+        if sent is None or sent.state is not EventState.SENT:
+            return
+        if mirror.policy is DeadlinePolicy.FENCE:
+            self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s")
+        elif mirror.policy is DeadlinePolicy.FAIL:
+            log.warning("%s did not answer event %d within %g s", mirror, sequence, self.acknowledgement_s)
+            self.machine.abandon(mirror_id, sequence)
+            assert self.router is not None
+            self.router.settled(mirror_id, (sequence,), EventState.ABANDONED)
+
+    # ---- the end
+
+    async def drain(self, seconds: float) -> None:
+        """Start nothing more; wait for what runs, and after `seconds` fence whoever it waits for."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            self._impatient = True
+            self._fence_waited_for()
+            self.pump()
+        await self._idle.wait()
+
+    def _fence_waited_for(self) -> None:
+        for mirror in list(self.machine.mirrors.values()):
+            if mirror.unanswered:
+                self.fence(mirror.id, "the daemon is ending")
+
+
+def resolve(ended: asyncio.Future[None]) -> None:
+    """Wake whoever waits, if anybody still does."""
+    if not ended.done():
+        ended.set_result(None)
+
+
+def _awaits_late_answers(record: OperationRecord[Any]) -> bool:
+    return isinstance(record.request, Await) and record.request.wait_for is WaitFor.LATE_ANSWERS

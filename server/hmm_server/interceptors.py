@@ -1,0 +1,116 @@
+"""The guard round every RPC: tokens in, errors out, one log line and one count for each.
+
+An HmmError becomes its google.rpc.Status.  Anything else is a bug: the client sees INTERNAL without text, the log
+has the traceback (gRPC's own default is UNKNOWN with the exception's text).
+
+**Invariants**: no exception of a service reaches gRPC.
+
+**Absent**: errors of kernel calls that were made; they are in responses (calls.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from hmm.errors import HmmError
+from hmm_proto.status import DOMAIN, INTERNAL_REASON, to_status
+from hmm_server.callers import Tokens, UnknownTokenError, caller_from
+from hmm_server.calls import DRAINING_REASON
+from hmm_server.executor import DrainingError
+
+OUR_METHODS = "/hmm.v1."
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of hmm.v1; others (health, reflection) pass."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.calls: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self._tokens = tokens
+        self._guarded: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The guarded handler of a method; each is made once."""
+        method = handler_call_details.method
+        if method not in self._guarded:
+            handler = await continuation(handler_call_details)
+            if handler is None or not method.startswith(OUR_METHODS):
+                return handler
+            self._guarded[method] = self._guard(method, handler)
+        return self._guarded[method]
+
+    def _guard(self, method: str, handler: Handler) -> Handler:
+        kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
+        behaviour = getattr(handler, "_".join(kind))
+        wrap = self._wrap_generator if inspect.isasyncgenfunction(behaviour) else self._wrap_coroutine
+        make = getattr(grpc, f"{'_'.join(kind)}_rpc_method_handler")
+        guarded: Handler = make(
+            wrap(method, behaviour),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return guarded
+
+    def _wrap_coroutine(self, method: str, behaviour: Any) -> Any:
+        async def guarded(request: Any, context: Context) -> Any:
+            async with self._watching(method, context):
+                return await behaviour(request, context)
+
+        return guarded
+
+    def _wrap_generator(self, method: str, behaviour: Any) -> Any:
+        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._watching(method, context), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return guarded
+
+    @asynccontextmanager
+    async def _watching(self, method: str, context: Context) -> AsyncIterator[None]:
+        started_s = time.perf_counter()
+        self.calls[method] += 1
+        status: status_pb2.Status | None = None
+        try:
+            self._tokens.require(caller_from(context.invocation_metadata()))
+            yield
+        except HmmError as error:
+            status = to_status(error)
+        except UnknownTokenError:
+            status = _status(code_pb2.UNAUTHENTICATED, "TOKEN", "a token is needed that this daemon knows")
+        except DrainingError:
+            status = _status(code_pb2.UNAVAILABLE, DRAINING_REASON, "the daemon is ending")
+        except Exception:
+            log.exception("%s hit a bug", method)
+            status = _status(code_pb2.INTERNAL, INTERNAL_REASON, "a bug of the daemon; see its log")
+        if status is not None:
+            self.failures[method] += 1
+            log.info("%s: %s", method, status.message)
+            await context.abort_with_status(rpc_status.to_status(status))
+        log.debug("%s: %.3f ms", method, (time.perf_counter() - started_s) * 1e3)
+
+
+def _status(code: int, reason: str, message: str) -> status_pb2.Status:
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    return status_pb2.Status(code=code, message=message, details=[detail])

@@ -1,0 +1,207 @@
+"""What waits to be written to one stream, and how much of it may be under way.
+
+Whoever has something to tell appends and goes on; one writer for each stream takes everything that is ready as one
+message.  Events are taken only as far as the stream's window reaches: `credit` unanswered events and `queue_bytes` of
+them.  Beyond it they wait here, and with them the operations that made them, under the operations' own deadlines.
+
+**Source**: two overlapping writes on one gRPC stream lose a message, so there is one writer; flow control of HTTP/2
+lets megabytes pass to a client that never reads, so there is a window.
+
+**Invariants**: events leave in the order in which they were posted; `in_flight` and `in_flight_bytes` are those of
+the events that left and are not answered by all their mirrors.
+
+**Absent**: which mirrors a stream serves and what answers mean (streams.py); gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hmm.events import Event
+from hmm.units import MirrorId
+from hmm_proto.v1 import event_pb2, session_pb2
+
+BATCH_EVENTS = 256
+"""Events in one message."""
+
+
+@dataclass(slots=True, eq=False)
+class Posting:
+    """One event for all mirrors of one stream that have to hear of it.
+
+    Attributes:
+        sequences: the event's number for each of `mirror_ids`.
+        made_s: when the core made it, by the loop's clock.
+        sent_s: when it left, by the loop's clock; 0 while it waits.
+        size_bytes: as sent; 0 while it waits.
+        remaining: mirrors that have not answered.
+    """
+
+    event: Event
+    operation: str
+    caller: str
+    notifier_seq: int
+    made_s: float
+    mirror_ids: list[MirrorId] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    sent_s: float = 0.0
+    size_bytes: int = 0
+    remaining: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How much of one stream may be under way.
+
+    Attributes:
+        credit: events that are sent and not answered.
+        queue_bytes: of these events together; also of the replies that wait for the writer.
+        part_bytes: after which a message is closed.
+    """
+
+    credit: int
+    queue_bytes: int
+    part_bytes: int
+
+
+class Mailbox:
+    """The outgoing half of one stream."""
+
+    def __init__(self, window: Window, send: Callable[[Posting], event_pb2.Event | None]) -> None:
+        """Make an empty mailbox.
+
+        Args:
+            send: writes a posting down as it leaves, and notes that it left, and its size; None when nobody has to
+                hear of it any longer.
+        """
+        self.window = window
+        self.events: deque[Posting] = deque()
+        self.in_flight = 0
+        self.in_flight_bytes = 0
+        self.reply_bytes = 0
+        self.closed = False
+        self._send = send
+        self._welcome: event_pb2.Welcome | None = None
+        self._replies: deque[session_pb2.SessionReply] = deque()
+        self._violations: list[event_pb2.ProtocolViolation] = []
+        self._farewell = ""
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+
+    # ---- what is to be told
+
+    def welcome(self, welcome: event_pb2.Welcome) -> None:
+        """The first thing to be told."""
+        self._welcome = welcome
+        self._wake.set()
+
+    def post(self, posting: Posting) -> None:
+        """An event; it leaves when the window permits."""
+        if not self.closed:
+            self.events.append(posting)
+            self._wake.set()
+
+    def reply(self, reply: session_pb2.SessionReply) -> None:
+        """The reply to a call, or a part of it."""
+        if not self.closed:
+            self._replies.append(reply)
+            self.reply_bytes += reply.ByteSize()
+            self._wake.set()
+
+    def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
+        """Answers that were rejected."""
+        if violations and not self.closed:
+            self._violations += violations
+            self._wake.set()
+
+    def close(self, why: str) -> None:
+        """Let nothing in any more; replies that wait still leave, then a farewell.  Events that wait do not."""
+        if not self.closed:
+            self.closed = True
+            self._farewell = why
+            self.events.clear()
+            self._wake.set()
+            self._room.set()
+
+    def release(self, posting: Posting) -> None:
+        """All mirrors of an event have answered, or will not: its part of the window is free again."""
+        self.in_flight -= 1
+        self.in_flight_bytes -= posting.size_bytes
+        self._wake.set()
+
+    @property
+    def is_full(self) -> bool:
+        """True when replies wait that the client does not read: nothing large may be added."""
+        return self.reply_bytes >= self.window.queue_bytes
+
+    # ---- the writer
+
+    async def take(self) -> session_pb2.SessionResponse | None:
+        """The next message, as soon as there is something to tell; None after the farewell."""
+        while True:
+            if self._has_something():
+                message = self._batch()
+                if message.ByteSize():
+                    return message
+            elif self.closed:
+                return None
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _batch(self) -> session_pb2.SessionResponse:
+        message = session_pb2.SessionResponse(welcome=self._welcome, violations=self._violations)
+        self._welcome, self._violations = None, []
+        self._take_events(message)
+        self._take_replies(message)
+        if self._farewell and not self._replies:
+            message.bye.reason, self._farewell = self._farewell, ""
+        return message
+
+    async def room(self) -> None:
+        """Wait until the client has read enough for something large to be added."""
+        while self.is_full and not self.closed:
+            self._room.clear()
+            await self._room.wait()
+
+    def _has_something(self) -> bool:
+        return bool(
+            self._welcome or self._violations or self._replies or self._farewell or (self.events and self._may_send())
+        )
+
+    def _may_send(self) -> bool:
+        # An event that is larger than the window leaves when it has the stream for itself.
+        if not self.in_flight:
+            return True
+        room = self.window.queue_bytes - self.in_flight_bytes
+        return self.in_flight < self.window.credit and _size_estimate(self.events[0]) <= room
+
+    def _take_events(self, message: session_pb2.SessionResponse) -> None:
+        taken = size = 0
+        while self.events and taken < BATCH_EVENTS and size < self.window.part_bytes and self._may_send():
+            posting = self.events.popleft()
+            event = self._send(posting)
+            if event is None:
+                continue
+            self.in_flight += 1
+            self.in_flight_bytes += posting.size_bytes
+            size += posting.size_bytes
+            taken += 1
+            message.events.append(event)
+
+    def _take_replies(self, message: session_pb2.SessionResponse) -> None:
+        size = 0
+        while self._replies and (not size or size + self._replies[0].ByteSize() <= self.window.part_bytes):
+            reply = self._replies.popleft()
+            size += reply.ByteSize()
+            message.replies.append(reply)
+        self.reply_bytes -= size
+        self._room.set()
+
+
+def _size_estimate(posting: Posting) -> int:
+    # Numbers are at most ten bytes each; what is fixed stays well below 256 bytes.
+    return 256 + len(posting.event.entries) + 16 * len(posting.event.spans) + 20 * len(posting.mirror_ids)

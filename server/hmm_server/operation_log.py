@@ -1,0 +1,70 @@
+"""How calls ended: counters of all, and the last ones in full, for callers that gave up waiting and ask later.
+
+**Invariants**: at most `remembered` calls are kept, the latest.
+
+**Absent**: calls that have not ended (executor.py has them).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from hmm.errors import HmmError
+from hmm.machine import OperationRecord
+from hmm.units import MirrorId
+from hmm_proto.status import INTERNAL_REASON
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One call that has ended.
+
+    Attributes:
+        owner: the token of its caller; only it may ask.
+        error: why it failed; None on success and for a bug of the daemon.
+        reason: a constant for programs; empty on success.
+        fenced: mirrors that were lost while it waited for them.
+    """
+
+    id: int
+    name: str
+    owner: str
+    caller: str
+    error: HmmError | None
+    reason: str
+    fenced: tuple[MirrorId, ...]
+    duration_s: float
+
+    @classmethod
+    def of(cls, record: OperationRecord[Any], duration_s: float) -> Ended:
+        """What is worth remembering of a call."""
+        error = record.error if isinstance(record.error, HmmError) else None
+        reason = error.reason if error else INTERNAL_REASON if record.error else ""
+        caller = record.caller
+        fenced = tuple(record.fenced)
+        return cls(record.id, record.name, caller.token, caller.name, error, reason, fenced, duration_s)
+
+
+class OperationLog:
+    """The calls of one daemon that have ended."""
+
+    def __init__(self, remembered: int) -> None:
+        self.ended_by_name: Counter[str] = Counter()
+        self.errors_by_reason: Counter[str] = Counter()
+        self._remembered = remembered
+        self._ended: OrderedDict[int, Ended] = OrderedDict()
+
+    def add(self, ended: Ended) -> None:
+        """Count a call and remember it."""
+        self.ended_by_name[ended.name] += 1
+        if ended.reason:
+            self.errors_by_reason[ended.reason] += 1
+        self._ended[ended.id] = ended
+        if len(self._ended) > self._remembered:
+            self._ended.popitem(last=False)
+
+    def get(self, operation_id: int) -> Ended | None:
+        """A call that has ended, if it is still remembered."""
+        return self._ended.get(operation_id)

@@ -1,0 +1,235 @@
+"""InspectionService: what exists and who waits, to those who may see it.
+
+**Absent**: how it is shown (views.py, waits.py, counters.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno as errnos
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from hmm import inspection
+from hmm.errors import AccessDeniedError, NoSuchObjectError, OutOfFramesError
+from hmm.machine import Machine, Process
+from hmm.mirror import Mirror
+from hmm.page_table import PageTable
+from hmm.units import TASK_SIZE, WHOLE_SPACE
+from hmm_proto import convert
+from hmm_proto.v1 import inspection_pb2, inspection_pb2_grpc
+from hmm_server import counters, views
+from hmm_server.callers import caller_from
+from hmm_server.config import Config
+from hmm_server.executor import Executor, Running
+from hmm_server.observers import Observers
+from hmm_server.paging import page_of
+from hmm_server.streams import Streams
+from hmm_server.waits import Sees, Waits
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
+    """Looks on."""
+
+    def __init__(self, executor: Executor, streams: Streams, observers: Observers, config: Config) -> None:
+        self._executor = executor
+        self._streams = streams
+        self._observers = observers
+        self._config = config
+        self._waits = Waits(executor, streams)
+        self._loop = asyncio.get_running_loop()
+        self._started_s = self._loop.time()
+
+    @property
+    def _machine(self) -> Machine:
+        return self._executor.machine
+
+    # ---- lists
+
+    async def ListProcesses(
+        self, request: inspection_pb2.ListProcessesRequest, context: Context
+    ) -> inspection_pb2.ListProcessesResponse:
+        sees = _sees(context)
+        machine = self._machine
+        visible = [process.id for process in machine.processes.values() if sees(process.owner)]
+        page = page_of(visible, request, self._config.list_entries)
+        busy = [one.space_id for one in inspection.pending(machine)]
+        processes = [machine.processes[process_id] for process_id in page.keys]
+        return inspection_pb2.ListProcessesResponse(
+            processes=[views.process_status(machine, process, busy.count(process.space.id)) for process in processes],
+            next_page_token=page.next_token,
+        )
+
+    async def ListDevices(
+        self,
+        request: inspection_pb2.ListDevicesRequest,
+        context: Context,
+    ) -> inspection_pb2.ListDevicesResponse:
+        sees = _sees(context)
+        machine, served = self._machine, self._streams.served
+        return inspection_pb2.ListDevicesResponse(
+            devices=[
+                views.device_status(
+                    device,
+                    [
+                        views.mirror_status(mirror, served.get(mirror.id))
+                        for mirror in machine.mirrors.values()
+                        if mirror.device is device
+                    ],
+                )
+                for device in machine.devices.values()
+                if sees(device.owner)
+            ]
+        )
+
+    # ---- one process, one table
+
+    async def GetMaps(self, request: inspection_pb2.GetMapsRequest, context: Context) -> inspection_pb2.GetMapsResponse:
+        space = self._process(request.process_id, context).space
+        return inspection_pb2.GetMapsResponse(
+            mappings=[views.mapping(space, vma) for vma in space.vmas],
+            brk_start=space.brk_start,
+            brk_end=space.brk_end,
+            mmap_base=space.mmap_base,
+        )
+
+    async def GetPageTable(
+        self, request: inspection_pb2.GetPageTableRequest, context: Context
+    ) -> AsyncIterator[inspection_pb2.GetPageTableResponse]:
+        span = convert.range_from_proto(request.range) if request.HasField("range") else WHOLE_SPACE
+        for part in views.directory_parts(self._table(request, context), span):
+            yield part
+
+    async def WalkAddress(
+        self, request: inspection_pb2.WalkAddressRequest, context: Context
+    ) -> inspection_pb2.WalkAddressResponse:
+        space = self._process(request.process_id, context).space
+        if request.address >= TASK_SIZE:
+            raise convert.malformed(f"walk: {request.address:#x} is beyond the address space")
+        vma = space.vmas.find(request.address)
+        mirrors = [mirror for mirror in self._machine.mirrors.values() if mirror.space is space]
+        return inspection_pb2.WalkAddressResponse(
+            mapping=views.mapping(space, vma) if vma else None,
+            walks=[
+                views.cpu_walk(space, request.address),
+                *(views.mirror_walk(mirror, request.address) for mirror in mirrors),
+            ],
+        )
+
+    # ---- what happens, what waits, what has been
+
+    async def Watch(
+        self, request: inspection_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[inspection_pb2.WatchResponse]:
+        if len(self._observers.watchers) >= self._config.watchers:
+            raise OutOfFramesError(f"watch: the limit of {self._config.watchers} is reached", reason="LIMIT")
+        spaces = {self._process(process_id, context).space.id for process_id in request.process_ids}
+        with self._observers.watch(self._filter(request, spaces, _sees(context))) as watcher:
+            yield inspection_pb2.WatchResponse()
+            while (message := await watcher.take()) is not None:
+                yield message
+
+    async def GetPending(
+        self,
+        request: inspection_pb2.GetPendingRequest,
+        context: Context,
+    ) -> inspection_pb2.GetPendingResponse:
+        return self._waits.pending(self._loop.time(), _sees(context))
+
+    async def GetStatistics(
+        self,
+        request: inspection_pb2.GetStatisticsRequest,
+        context: Context,
+    ) -> inspection_pb2.GetStatisticsResponse:
+        sees, served = _sees(context), self._streams.served
+        return inspection_pb2.GetStatisticsResponse(
+            daemon=counters.daemon_statistics(self._streams, self._loop.time() - self._started_s),
+            mirrors=[
+                counters.mirror_statistics(mirror, served.get(mirror.id))
+                for mirror in self._machine.mirrors.values()
+                if sees(mirror.owner)
+            ],
+        )
+
+    async def GetOperation(
+        self, request: inspection_pb2.GetOperationRequest, context: Context
+    ) -> inspection_pb2.GetOperationResponse:
+        operation_id = request.operation_id
+        running, ended = self._executor.running.get(operation_id), self._executor.operations.get(operation_id)
+        owner = running.record.caller.token if running else ended.owner if ended else None
+        if owner is None:
+            raise NoSuchObjectError(
+                f"operation {operation_id} never was, or is no longer remembered", errnos.ENOENT, reason="OPERATION"
+            )
+        _require(_sees(context), owner, f"operation {operation_id}")
+        status = self._running(running) if running else views.operation_status(ended) if ended else None
+        return inspection_pb2.GetOperationResponse(operation=status)
+
+    def _running(self, running: Running) -> inspection_pb2.OperationStatus:
+        record = running.record
+        return inspection_pb2.OperationStatus(
+            operation_id=record.id,
+            name=record.name,
+            caller=record.caller.name,
+            duration_us=round((self._loop.time() - running.started_s) * 1e6),
+        )
+
+    # ---- look-ups: an operation is none of them, so ownership is looked at here
+
+    def _process(self, process_id: int, context: Context) -> Process:
+        process = self._machine.process(process_id)
+        _require(_sees(context), process.owner, str(process))
+        return process
+
+    def _mirror(self, mirror_id: int, context: Context) -> Mirror:
+        mirror = self._machine.mirror(mirror_id)
+        _require(_sees(context), mirror.owner, str(mirror))
+        return mirror
+
+    def _table(self, request: inspection_pb2.GetPageTableRequest, context: Context) -> PageTable:
+        if request.WhichOneof("table") is None:
+            raise convert.malformed("page table: a process or a mirror is needed")
+        if request.HasField("mirror_id"):
+            return self._mirror(request.mirror_id, context).table
+        return self._process(request.process_id, context).space.table
+
+    def _filter(
+        self, request: inspection_pb2.WatchRequest, spaces: set[int], sees: Sees
+    ) -> Callable[[inspection_pb2.Observation], bool]:
+        wanted = set(request.mirror_ids)
+
+        def accepts(observation: inspection_pb2.Observation) -> bool:
+            kind = observation.WhichOneof("what")
+            if kind == "operation":
+                ended = self._executor.operations.get(observation.operation.operation_id)
+                return request.operations and ended is not None and sees(ended.owner)
+            mirror_ids = observation.event.mirror_ids if kind == "event" else [_mirror_of(observation)]
+            mirrors = [
+                self._machine.mirrors[mirror_id] for mirror_id in mirror_ids if mirror_id in self._machine.mirrors
+            ]
+            return any(
+                sees(mirror.owner) and (not wanted or mirror.id in wanted) and (not spaces or mirror.space.id in spaces)
+                for mirror in mirrors
+            )
+
+        return accepts
+
+
+def _mirror_of(observation: inspection_pb2.Observation) -> int:
+    if observation.HasField("settled"):
+        return observation.settled.mirror_id
+    return observation.mirror_lost.mirror_id
+
+
+def _sees(context: Context) -> Sees:
+    token = caller_from(context.invocation_metadata()).token
+    return lambda owner: owner in ("", token)
+
+
+def _require(sees: Sees, owner: str, what: str) -> None:
+    if not sees(owner):
+        raise AccessDeniedError(f"{what} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")

@@ -1,0 +1,163 @@
+"""ProcessService: one call of the core for each RPC, batches, and memory in streams.
+
+**Absent**: what the calls do (`hmm.commands_process`), how requests become commands (process_calls.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from hmm import commands_process
+from hmm.machine import Caller
+from hmm.units import PAGE_SHIFT
+from hmm_proto import convert
+from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
+from hmm_server.callers import NAME_LENGTH_MAX, caller_from
+from hmm_server.calls import attempt, make, not_made
+from hmm_server.config import Config
+from hmm_server.executor import Executor
+from hmm_server.process_calls import CALLS, require_at_most
+
+BREATH_S = 0.005
+"""A batch lets others run at the latest after this time."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _rpc(name: str) -> Any:
+    async def rpc(self: ProcessService, request: Any, context: Context) -> Any:
+        return await self.make(name, request, context)
+
+    return rpc
+
+
+class ProcessService(process_pb2_grpc.ProcessServiceServicer):
+    """Processes and their memory calls."""
+
+    def __init__(self, executor: Executor, config: Config) -> None:
+        self._executor = executor
+        self._config = config
+
+    async def make(self, name: str, request: Any, context: Context) -> Any:
+        """Make the call of that name."""
+        return await make(self._executor, caller_from(context.invocation_metadata()), CALLS[name], request)
+
+    async def CreateProcess(
+        self, request: process_pb2.CreateProcessRequest, context: Context
+    ) -> process_pb2.CreateProcessResponse:
+        if len(request.name) > NAME_LENGTH_MAX:
+            raise convert.malformed(f"create process: the name has more than {NAME_LENGTH_MAX} characters")
+        record = await self._executor.call(
+            caller_from(context.invocation_metadata()),
+            commands_process.create_process,
+            request.name,
+            mmap_base=request.mmap_base,
+            brk_start=request.brk_start,
+        )
+        return process_pb2.CreateProcessResponse(process_id=record.result)
+
+    # ---- memory in streams
+
+    async def StreamMemory(
+        self, request: process_pb2.StreamMemoryRequest, context: Context
+    ) -> AsyncIterator[process_pb2.StreamMemoryResponse]:
+        caller = caller_from(context.invocation_metadata())
+        done = 0
+        while done < request.length:
+            part = process_pb2.ReadMemoryRequest(
+                process_id=request.process_id,
+                address=request.address + done,
+                length=min(self._config.part_bytes, request.length - done),
+            )
+            read: process_pb2.ReadMemoryResponse = await make(self._executor, caller, CALLS["read_memory"], part)
+            yield process_pb2.StreamMemoryResponse(result=read.result, data=read.data, signal=read.signal)
+            if read.result.errno or read.signal.signal:
+                return
+            done += len(read.data)
+
+    async def FillMemory(
+        self, request_iterator: AsyncIterator[process_pb2.FillMemoryRequest], context: Context
+    ) -> process_pb2.FillMemoryResponse:
+        caller = caller_from(context.invocation_metadata())
+        total = process_pb2.FillMemoryResponse()
+        process_id = address = 0
+        async for request in request_iterator:
+            process_id, address = request.process_id or process_id, request.address or address
+            part = process_pb2.WriteMemoryRequest(process_id=process_id, address=address, data=request.data)
+            wrote: process_pb2.WriteMemoryResponse = await make(self._executor, caller, CALLS["write_memory"], part)
+            total.result.CopyFrom(wrote.result)
+            total.bytes_written += wrote.bytes_written
+            address += wrote.bytes_written
+            if wrote.result.errno or wrote.signal.signal:
+                total.signal.CopyFrom(wrote.signal)
+                break
+        return total
+
+    # ---- batches
+
+    async def Execute(self, request: process_pb2.ExecuteRequest, context: Context) -> process_pb2.ExecuteResponse:
+        require_at_most("execute: calls", len(request.calls), self._config.batch_calls)
+        require_at_most("execute: bytes to be read", _bytes_read(request), self._config.message_bytes // 2)
+        caller = caller_from(context.invocation_metadata())
+        loop = asyncio.get_running_loop()
+        response = process_pb2.ExecuteResponse()
+        breathed_s = loop.time()
+        for call in request.calls:
+            outcome = await self._outcome(caller, call)
+            response.outcomes.append(outcome)
+            if request.stop_at_error and _failed(outcome):
+                break
+            if loop.time() - breathed_s > BREATH_S:
+                await asyncio.sleep(0)
+                breathed_s = loop.time()
+        return response
+
+    async def _outcome(self, caller: Caller, call: process_pb2.Call) -> process_pb2.CallOutcome:
+        name = call.WhichOneof("call")
+        if name is None:
+            return process_pb2.CallOutcome(not_made=not_made(convert.malformed("execute: a call of no known kind")))
+        result = await attempt(self._executor, caller, CALLS[name], getattr(call, name))
+        if isinstance(result, types_pb2.CallResult):
+            return process_pb2.CallOutcome(not_made=result)
+        return process_pb2.CallOutcome(**{name: result})
+
+    # ---- one RPC for each call of a batch
+
+    Fork = _rpc("fork")
+    Vfork = _rpc("vfork")
+    CloneThread = _rpc("clone_thread")
+    Exec = _rpc("exec")
+    Exit = _rpc("exit")
+    Mmap = _rpc("mmap")
+    Munmap = _rpc("munmap")
+    Mprotect = _rpc("mprotect")
+    Mremap = _rpc("mremap")
+    Madvise = _rpc("madvise")
+    Brk = _rpc("brk")
+    Msync = _rpc("msync")
+    Mlock = _rpc("mlock")
+    Munlock = _rpc("munlock")
+    Mlockall = _rpc("mlockall")
+    Munlockall = _rpc("munlockall")
+    Mincore = _rpc("mincore")
+    Place = _rpc("place")
+    ReadMemory = _rpc("read_memory")
+    WriteMemory = _rpc("write_memory")
+    Touch = _rpc("touch")
+    AccessPages = _rpc("access_pages")
+
+
+def _bytes_read(request: process_pb2.ExecuteRequest) -> int:
+    return sum(
+        call.read_memory.length + call.access_pages.page_count + (call.mincore.length >> PAGE_SHIFT)
+        for call in request.calls
+    )
+
+
+def _failed(outcome: process_pb2.CallOutcome) -> bool:
+    name = outcome.WhichOneof("outcome")
+    return name == "not_made" or bool(name and getattr(outcome, name).result.errno)

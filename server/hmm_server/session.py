@@ -1,0 +1,197 @@
+"""One session: reads a driver's batches, starts its calls, and writes whatever its mailbox holds.
+
+The reader takes answers before calls and never waits for anything but the next message; the writer is the only one
+that writes.  The session ends when either does: at Bye, at the end of the stream (a death), or when the daemon ends.
+
+**Source**: `ServicerContext.read` returns the end of the stream for a driver that was killed, as for one that closed
+its half: only Bye tells them apart.
+
+**Absent**: what calls do (device_side.py), what answers do (streams.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+
+from hmm.errors import ConflictError, HmmError, OutOfFramesError
+from hmm.machine import Caller, OperationRecord
+from hmm_proto import convert
+from hmm_proto.v1 import session_pb2
+from hmm_server.answers import Stream
+from hmm_server.callers import NAME_LENGTH_MAX
+from hmm_server.calls import not_made
+from hmm_server.config import Config
+from hmm_server.device_calls import in_parts
+from hmm_server.device_side import DeviceSide, Result
+from hmm_server.streams import PROTOCOL_VERSION, Streams
+
+FAREWELL_S = 5.0
+"""Time for the last replies to be written after Bye."""
+LARGE_REPLIES = frozenset({"fault", "device_read", "read_table"})
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A call whose reply has not been given."""
+
+    name: str
+    timer: asyncio.TimerHandle | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class Session:
+    """The session of one driver process."""
+
+    def __init__(self, side: DeviceSide, streams: Streams, config: Config, caller: Caller, context: Context) -> None:
+        self._side = side
+        self._streams = streams
+        self._config = config
+        self._context = context
+        self._caller = caller
+        self._calls: dict[int, UnderWay] = {}
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        """Serve the session to its end.
+
+        Raises:
+            HmmError: it does not begin with a Hello that is understood, or there are too many streams.
+        """
+        first = await self._context.read()
+        stream = self._open(first)
+        writer = asyncio.create_task(self._write(stream))
+        reader = asyncio.create_task(self._read(stream, first))
+        why = "its client was cut off"
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                why = reader.result()
+                self._streams.disconnect(stream, why)
+                await asyncio.wait({writer}, timeout=FAREWELL_S)
+            else:
+                why = "the daemon ended it"
+        finally:
+            self._streams.disconnect(stream, why)
+            reader.cancel()
+            writer.cancel()
+            self._forget_calls()
+
+    def _open(self, first: Any) -> Stream:
+        if not isinstance(first, session_pb2.SessionRequest) or not first.HasField("hello"):
+            raise convert.malformed("a session begins with Hello")
+        hello = first.hello
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise convert.malformed(f"protocol version {hello.protocol_version} is not spoken here, only 1")
+        name = hello.name[:NAME_LENGTH_MAX] or self._caller.name
+        self._caller = Caller(self._caller.token, name)
+        return self._streams.connect(self._caller.token, name, hello.pid, hello.credit)
+
+    # ---- the two halves
+
+    async def _write(self, stream: Stream) -> None:
+        try:
+            while (message := await stream.mailbox.take()) is not None:
+                await self._context.write(message)
+        except (grpc.aio.InternalError, grpc.aio.UsageError):
+            return  # the stream has ended beneath us: the reader says why
+
+    async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
+        message: Any = first
+        while message is not grpc.aio.EOF:
+            stream.heard_s = self._loop.time()
+            if message.HasField("acknowledgements"):
+                stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
+            for call in message.calls:
+                self._start(stream, call)
+            if message.HasField("bye"):
+                return f"bye: {message.bye.reason}" if message.bye.reason else "bye"
+            message = await self._context.read()
+        return "its driver went away without Bye"
+
+    # ---- calls
+
+    def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
+        name = call.WhichOneof("call") or ""
+        refusal = self._refusal(stream, call.request_id, name)
+        if refusal is not None:
+            stream.mailbox.reply(session_pb2.SessionReply(request_id=call.request_id, not_made=not_made(refusal)))
+            return
+        under_way = self._calls[call.request_id] = UnderWay(name)
+        request = getattr(call, name)
+        if name == "read_table":
+            parts = self._send_table(stream, call.request_id, self._caller_of(call), request)
+            under_way.task = asyncio.create_task(parts)
+            return
+        then = partial(self._reply, stream, call.request_id)
+        try:
+            record = self._side.start(self._caller_of(call), name, request, stream, then)
+        except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
+            then(error)
+            return
+        patience_s = self._side.patience_s(name, request)
+        if patience_s is not None and not record.done:
+            under_way.timer = self._loop.call_later(
+                patience_s, self._give_up, stream, call.request_id, record, patience_s
+            )
+
+    def _give_up(self, stream: Stream, request_id: int, record: OperationRecord[Any], patience_s: float) -> None:
+        self._reply(stream, request_id, self._side.executor.give_up(record, patience_s))
+
+    def _refusal(self, stream: Stream, request_id: int, name: str) -> HmmError | None:
+        if not name:
+            return convert.malformed("a call of no known kind")
+        if request_id in self._calls:
+            return ConflictError(f"request {request_id} is under way already")
+        if len(self._calls) >= self._config.session_calls:
+            return OutOfFramesError(f"{self._config.session_calls} calls are under way already", reason="LIMIT")
+        if name in LARGE_REPLIES and stream.mailbox.is_full:
+            return OutOfFramesError("replies wait that were not read: nothing large can be asked for", reason="LIMIT")
+        return None
+
+    def _caller_of(self, call: session_pb2.SessionCall) -> Caller:
+        if not call.in_callback_mirror_id:
+            return self._caller
+        callback = (call.in_callback_mirror_id, call.in_callback_sequence)
+        return Caller(self._caller.token, self._caller.name, callback)
+
+    def _reply(self, stream: Stream, request_id: int, result: Result) -> None:
+        under_way = self._calls.pop(request_id, None)
+        if under_way is None:
+            return  # it ended after its caller's patience
+        if under_way.timer is not None:
+            under_way.timer.cancel()
+        if isinstance(result, BaseException):
+            stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, not_made=not_made(result)))
+        elif under_way.name == "fault":
+            for part, more in in_parts(result, self._config.part_bytes):
+                stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, more=more, fault=part))
+        else:
+            stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, **{under_way.name: result}))
+
+    async def _send_table(self, stream: Stream, request_id: int, caller: Caller, request: Any) -> None:
+        try:
+            async for part in self._side.table_parts(caller, request):
+                await stream.mailbox.room()
+                stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, more=True, read_table=part))
+        except HmmError as error:
+            self._reply(stream, request_id, error)
+        else:
+            self._calls.pop(request_id, None)
+            last = session_pb2.SessionReply(request_id=request_id)
+            last.read_table.SetInParent()
+            stream.mailbox.reply(last)
+
+    def _forget_calls(self) -> None:
+        for under_way in self._calls.values():
+            if under_way.timer is not None:
+                under_way.timer.cancel()
+            if under_way.task is not None:
+                under_way.task.cancel()
+        self._calls.clear()

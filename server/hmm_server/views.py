@@ -1,0 +1,187 @@
+"""What exists, as messages of InspectionService: processes, devices, mappings, tables and walks.
+
+**Absent**: who may see what (services/inspection.py), who waits for whom (waits.py), counters (counters.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hmm import cpu_pte, inspection, pte
+from hmm.address_space import AddressSpace
+from hmm.device import Device
+from hmm.machine import Machine, Process
+from hmm.mirror import Mirror
+from hmm.page_table import PageTable
+from hmm.units import Address, AddressRange
+from hmm.vma import Vma
+from hmm_proto import convert
+from hmm_proto.status import INTERNAL_REASON, to_call_result
+from hmm_proto.v1 import inspection_pb2, types_pb2
+from hmm_server.answers import ServedMirror
+from hmm_server.operation_log import Ended
+
+DIRECTORIES_IN_PART = 4096
+"""Directories in one message."""
+
+CPU_FLAGS = (
+    ("present", cpu_pte.PRESENT),
+    ("write", cpu_pte.WRITE),
+    ("dirty", cpu_pte.DIRTY),
+    ("accessed", cpu_pte.ACCESSED),
+    ("soft-dirty", cpu_pte.SOFT_DIRTY),
+    ("huge", cpu_pte.HUGE),
+    ("special", cpu_pte.SPECIAL),
+    ("device", cpu_pte.DEVICE),
+    ("exclusive", cpu_pte.EXCLUSIVE),
+    ("swap", cpu_pte.SWAP),
+    ("migration", cpu_pte.MIGRATION),
+    ("poison", cpu_pte.POISON),
+)
+MIRROR_FLAGS = (
+    ("valid-dev", pte.VALID_DEV),
+    ("valid-dma", pte.VALID_DMA),
+    ("valid-pfn", pte.VALID_PFN),
+    ("select", pte.SELECT),
+    ("write", pte.WRITE),
+    ("dirty", pte.DIRTY),
+)
+
+
+def process_status(machine: Machine, process: Process, operations: int) -> inspection_pb2.ProcessStatus:
+    """One process.  Cost: O(mappings + directories)."""
+    space = process.space
+    return inspection_pb2.ProcessStatus(
+        process_id=process.id,
+        name=process.name,
+        parent_process_id=process.parent,
+        space_id=space.id,
+        space_users=space.users,
+        vma_count=len(space.vmas),
+        mapped_bytes=sum(vma.end - vma.start for vma in space.vmas),
+        resident_pages=space.table.count,
+        mirror_ids=[mirror.id for mirror in machine.mirrors.values() if mirror.space is space],
+        operation_count=operations,
+        broken=space.notifier.broken,
+    )
+
+
+def device_status(device: Device, mirrors: Sequence[inspection_pb2.MirrorStatus]) -> inspection_pb2.DeviceStatus:
+    """One device with the mirrors it has."""
+    return inspection_pb2.DeviceStatus(
+        device_id=device.id, name=device.name, dma=device.iommu is not None, mirrors=mirrors
+    )
+
+
+def mirror_status(mirror: Mirror, served: ServedMirror | None) -> inspection_pb2.MirrorStatus:
+    """One mirror, and the stream that serves it.  Cost: O(directories)."""
+    stream = served.stream if served else None
+    return inspection_pb2.MirrorStatus(
+        mirror_id=mirror.id,
+        device_id=mirror.device.id,
+        space_id=mirror.space.id,
+        state=mirror.state.value,
+        policy=convert.policy_to_proto(mirror.policy),
+        entry_count=mirror.table.count,
+        directory_count=mirror.table.directories,
+        last_event_sequence=mirror.sequence,
+        answered_up_to=mirror.low_water,
+        epoch=stream.epoch if stream and stream.open else 0,
+        driver_name=stream.name if stream else "",
+        driver_pid=stream.pid if stream else 0,
+        lost_because=mirror.lost_because,
+    )
+
+
+def operation_status(ended: Ended) -> inspection_pb2.OperationStatus:
+    """A call that has ended."""
+    result = to_call_result(ended.error, ended.id, ended.fenced)
+    if ended.reason == INTERNAL_REASON:
+        result = types_pb2.CallResult(operation_id=ended.id, reason=INTERNAL_REASON)
+    return inspection_pb2.OperationStatus(
+        operation_id=ended.id,
+        name=ended.name,
+        caller=ended.caller,
+        done=True,
+        result=result,
+        duration_us=round(ended.duration_s * 1e6),
+    )
+
+
+# ---- mappings
+
+
+def mapping(space: AddressSpace, vma: Vma) -> inspection_pb2.Mapping:
+    """One mapping.  Cost: O(directories below it)."""
+    return inspection_pb2.Mapping(
+        start=vma.start,
+        end=vma.end,
+        permissions=vma.perms,
+        offset=vma.offset_bytes,
+        file_id=vma.backing.id if vma.backing else 0,
+        file_name=vma.name,
+        vm_flags=int(vma.flags),
+        resident_pages=_entries_in_use(space.table, vma.start, vma.end),
+        anon_vma=vma.anon_vma,
+    )
+
+
+def _entries_in_use(table: PageTable, start: Address, end: Address) -> int:
+    return sum(int(np.count_nonzero(run.entries)) for run in table.walk(start, end))
+
+
+# ---- tables
+
+
+def directory_parts(table: PageTable, span: AddressRange) -> Iterator[inspection_pb2.GetPageTableResponse]:
+    """The directories of a table in messages, depth first.  The table may not change between two of them."""
+    levels = table.llevel + 1
+    nodes = inspection.directories(table, span)
+    for first in range(0, max(1, len(nodes)), DIRECTORIES_IN_PART):
+        yield inspection_pb2.GetPageTableResponse(
+            level_count=0 if first else levels,
+            directories=[
+                inspection_pb2.Directory(
+                    level=node.level,
+                    start=node.span.start,
+                    end=node.span.end,
+                    valid_count=node.entries,
+                    reference_count=table.reference_count(node.span.start, node.level),
+                )
+                for node in itertools.islice(nodes, first, first + DIRECTORIES_IN_PART)
+            ],
+        )
+
+
+def cpu_walk(space: AddressSpace, address: Address) -> inspection_pb2.TableWalk:
+    """The walk of a CPU."""
+    walk = _walk(space.table, address, CPU_FLAGS)
+    entry = walk.steps[-1].entry
+    if cpu_pte.holds_frame(entry):
+        walk.pfn = cpu_pte.cpu_pfn(entry)
+    return walk
+
+
+def mirror_walk(mirror: Mirror, address: Address) -> inspection_pb2.TableWalk:
+    """The walk of a device."""
+    walk = _walk(mirror.table, address, MIRROR_FLAGS)
+    walk.mirror_id = mirror.id
+    entry = walk.steps[-1].entry
+    if entry & pte.VALID:
+        walk.pfn = int(mirror.pfns(np.array([entry], np.uint64))[0])
+    driver_bits = (entry & pte.DRIVER_MASK) >> pte.HW_SHIFT
+    if driver_bits:
+        walk.flags += f" driver={driver_bits:#x}"
+    return walk
+
+
+def _walk(table: PageTable, address: Address, names: tuple[tuple[str, int], ...]) -> inspection_pb2.TableWalk:
+    steps = [
+        inspection_pb2.TableStep(level=step.level, index=step.index, entry=step.entry, present=step.present)
+        for step in inspection.walk(table, address)
+    ]
+    last = steps[-1].entry
+    return inspection_pb2.TableWalk(steps=steps, flags=" ".join(name for name, bit in names if last & bit))

@@ -1,0 +1,138 @@
+"""Who waits for whom, and why: the answer to GetPending.
+
+The core knows operations, requests and blockers; ages, deadlines and what was sent are the daemon's.
+
+**Absent**: who may see what (services/inspection.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from hmm import inspection
+from hmm.events import EventState
+from hmm.inspection import Blocked
+from hmm.mirror import DeadlinePolicy
+from hmm.units import MirrorId
+from hmm_proto import convert
+from hmm_proto.v1 import inspection_pb2, types_pb2
+from hmm_server.answers import Stream
+from hmm_server.executor import Executor, Running
+from hmm_server.streams import Streams
+
+Sees = Callable[[str], bool]
+"""Whether an owner's things may be shown."""
+
+
+class Waits:
+    """Looks at what waits on one daemon."""
+
+    def __init__(self, executor: Executor, streams: Streams) -> None:
+        self._executor = executor
+        self._machine = executor.machine
+        self._streams = streams
+
+    def pending(self, now_s: float, sees: Sees) -> inspection_pb2.GetPendingResponse:
+        """Everything that waits, oldest first.
+
+        Args:
+            now_s: by the loop's clock.
+        """
+        blocked = [
+            one for one in inspection.pending(self._machine)
+            if sees(self._executor.running[one.operation_id].record.caller.token)
+        ]  # fmt: skip
+        return inspection_pb2.GetPendingResponse(
+            operations=[self._operation(one, now_s) for one in blocked],
+            cycles=self._cycles(blocked),
+            streams=[stream_status(stream, now_s) for stream in self._streams.open.values() if sees(stream.owner)],
+        )
+
+    def _operation(self, one: Blocked, now_s: float) -> inspection_pb2.PendingOperation:
+        running = self._executor.running[one.operation_id]
+        processes = inspection.processes_of(self._machine, one.space_id)
+        return inspection_pb2.PendingOperation(
+            operation_id=one.operation_id,
+            name=one.name,
+            caller=one.caller,
+            process_id=processes[0] if processes else 0,
+            space_id=one.space_id,
+            waits_for=one.request,
+            ranges=convert.ranges_to_proto(one.event.spans if one.event else ()),
+            blocked_by=one.operations,
+            events=[self._event(mirror_id, sequence, running, now_s) for mirror_id, sequence in one.answers],
+            age_ms=_milliseconds(now_s - running.started_s),
+            abandoned_by_caller=running.given_up,
+        )
+
+    def _event(self, mirror_id: MirrorId, sequence: int, running: Running, now_s: float) -> inspection_pb2.PendingEvent:
+        mirror = self._machine.mirrors[mirror_id]
+        sent = mirror.unanswered[sequence]
+        served = self._streams.served.get(mirror_id)
+        event = inspection_pb2.PendingEvent(
+            mirror_id=mirror_id,
+            event_sequence=sequence,
+            type=convert.event_type_to_proto(sent.event.etype),
+            state=convert.event_state_to_proto(sent.state),
+            age_ms=_milliseconds(now_s - running.event_s) if running.event_s else 0,
+            policy=convert.policy_to_proto(mirror.policy),
+            driver_name=served.stream.name if served else "",
+            driver_pid=served.stream.pid if served else 0,
+        )
+        if sent.state is EventState.SENT and served and sequence not in served.outstanding:
+            event.state = types_pb2.EVENT_STATE_QUEUED
+        if running.deadline is not None and mirror.policy is not DeadlinePolicy.BLOCK:
+            event.deadline_ms = _milliseconds(running.event_s + self._executor.acknowledgement_s - now_s)
+        return event
+
+    def _cycles(self, blocked: Iterable[Blocked]) -> list[inspection_pb2.WaitCycle]:
+        inside: dict[tuple[MirrorId, int], list[int]] = {}
+        for record in self._machine.operations.values():
+            if record.caller.callback is not None:
+                inside.setdefault(record.caller.callback, []).append(record.id)
+        circling = {one.operation_id: one for one in blocked if one.cycle}
+        cycles = []
+        while circling:
+            operations, mirrors = _follow(next(iter(circling.values())), circling, inside)
+            for operation_id in operations:
+                circling.pop(operation_id, None)
+            cycles.append(inspection_pb2.WaitCycle(operation_ids=operations, mirror_ids=mirrors))
+        return cycles
+
+
+def _follow(
+    first: Blocked, circling: dict[int, Blocked], inside: dict[tuple[MirrorId, int], list[int]]
+) -> tuple[list[int], list[MirrorId]]:
+    """Go from call to call until one comes again."""
+    operations: list[int] = []
+    mirrors: list[MirrorId] = []
+    here: Blocked | None = first
+    while here is not None and here.operation_id not in operations:
+        operations.append(here.operation_id)
+        following = [(operation_id, None) for operation_id in here.operations]
+        following += [(other, answer[0]) for answer in here.answers for other in inside.get(answer, [])]  # type: ignore[misc]
+        step = next((pair for pair in following if pair[0] in circling), None)
+        here = circling[step[0]] if step else None
+        if step and step[1] is not None:
+            mirrors.append(step[1])
+    return operations, mirrors
+
+
+def stream_status(stream: Stream, now_s: float) -> inspection_pb2.StreamStatus:
+    """One open stream and how full it is."""
+    mailbox = stream.mailbox
+    return inspection_pb2.StreamStatus(
+        epoch=stream.epoch,
+        driver_name=stream.name,
+        driver_pid=stream.pid,
+        mirror_ids=sorted(stream.mirrors),
+        unanswered_events=mailbox.in_flight,
+        credit=mailbox.window.credit,
+        queued_events=len(mailbox.events),
+        queued_bytes=mailbox.reply_bytes,
+        silent_ms=_milliseconds(now_s - stream.heard_s),
+    )
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1000))
