@@ -36,7 +36,7 @@ from hmm.errors import OutOfFramesError
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_SHIFT
 from hmm.units import PAGE_SIZE, Entries
 
-__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets", "distinct"]
+__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets", "distinct", "tally"]
 
 Offsets = npt.NDArray[np.int64]
 
@@ -48,7 +48,6 @@ ROOT = DIRECTORY_ENTRIES
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COUNT_BYTES = 4
 _OFFSET_BYTES = 8
-_ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
 
 def distinct(values: Offsets) -> Offsets:
@@ -62,6 +61,21 @@ def distinct(values: Offsets) -> Offsets:
     keep[0] = True
     np.not_equal(values[1:], values[:-1], out=keep[1:])
     return values[keep]
+
+
+def tally(values: Offsets) -> tuple[Offsets, npt.NDArray[np.int32]]:
+    """Count values, at least one, of which equal ones are adjacent.
+
+    Returns: int64[k], the distinct values, and int32[k], how often each occurs.
+    """
+    first = np.empty(values.size, np.bool_)
+    first[0] = True
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    starts = first.nonzero()[0]
+    times = np.empty(starts.size, np.int32)
+    np.subtract(starts[1:], starts[:-1], out=times[:-1], casting="same_kind")
+    times[-1] = values.size - starts[-1]
+    return values[starts], times
 
 
 class DirectoryArena:
@@ -185,7 +199,8 @@ class DirectoryArena:
         offsets = self._take(slots.size)
         self.index[slots] = offsets
         self._parents[offsets >> DIRECTORY_SHIFT] = slots
-        np.add.at(self.counts, slots >> DIRECTORY_SHIFT, _ONE)
+        parents, gained = tally(slots >> DIRECTORY_SHIFT)
+        self.counts[parents] += gained
         return offsets
 
     def _take(self, number: int) -> Offsets:
@@ -249,9 +264,9 @@ class DirectoryArena:
             self.index[slots] = NULL
             np.left_shift(rows[::-1], DIRECTORY_SHIFT, out=self._free[self._nfree : self._nfree + rows.size])
             self._nfree += rows.size
-            parents = slots >> DIRECTORY_SHIFT
-            np.subtract.at(self.counts, parents, _ONE)
-            rows = distinct(parents[self.counts[parents] == 0])
+            parents, lost = tally(slots >> DIRECTORY_SHIFT)
+            self.counts[parents] -= lost
+            rows = parents[self.counts[parents] == 0]
             rows = rows[rows != ROOT >> DIRECTORY_SHIFT]
         for row in rows.tolist():
             self.drop_if_empty(row)

@@ -24,6 +24,7 @@ import numpy as np
 
 from hmm.directory_arena import Offsets
 from hmm.directory_tree import DirectoryTree, Pages
+from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, Entries
 
@@ -34,8 +35,8 @@ _PIECE_ROWS = 64  # 2^15 pages
 _FILL_ROWS = 512
 _ZERO = np.uint64(0)
 
-Change: TypeAlias = Callable[[Entries, int], int]
-"""Changes entries in place; gets how many are in use, returns how many then are."""
+Change: TypeAlias = Callable[[Entries], int]
+"""Changes entries in place, and returns how many it cleared that were in use."""
 
 
 class _Part(NamedTuple):
@@ -46,7 +47,8 @@ class _Part(NamedTuple):
 
 
 def _view(tree: DirectoryTree, leaf: int, page: int, end: int) -> Entries:
-    # The entries of [page, end), all in this leaf; those of the NULL directory are zero, and not to be written.
+    # The entries of [page, end), all in this leaf; those of the NULL directory are zero, and not to be
+    # written.
     first = leaf | page & DIRECTORY_MASK
     return tree.entries[first : first + end - page]
 
@@ -56,7 +58,8 @@ def _in_one_leaf(page: int, end: int) -> bool:
 
 
 def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part] | None:
-    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was given.
+    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was
+    # given.
     few = (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) < _FEW_LEAVES
     return _parts(tree, page, end) if few else None
 
@@ -116,12 +119,14 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     first, stop = page + DIRECTORY_MASK >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
     before, behind = (first << DIRECTORY_SHIFT) - page, (stop << DIRECTORY_SHIFT) - page
     whole = out[before:behind].reshape(-1, DIRECTORY_ENTRIES)
-    if rows.size == stop - first:
-        np.take(tree.rows, rows, axis=0, out=whole, mode="clip")  # any other mode copies `out` first
-    else:
+    if rows.size < stop - first:
         whole[:] = _ZERO
         for at in range(0, rows.size, _PIECE_ROWS):
             whole[numbers[at : at + _PIECE_ROWS] - first] = tree.rows[rows[at : at + _PIECE_ROWS]]
+    elif isinstance(index := _row_index(rows), slice):
+        whole[:] = tree.rows[index]
+    else:
+        np.take(tree.rows, rows, axis=0, out=whole, mode="clip")  # any other mode copies `out` first
     out[:before] = _ZERO
     out[behind:] = _ZERO
     for part in ragged:
@@ -249,11 +254,11 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
     if _in_one_leaf(page, end):
         _fill_part(tree, page, end, source)
         return
-    if isinstance(source, int) or source.all():
+    if isinstance(source, int):
         tree.require_range(page, end)
-    else:
-        positions = source.nonzero()[0]
-        tree.require_leaves(positions + page >> DIRECTORY_SHIFT)
+    elif not tree.has_room(page, end):
+        _fill_sparsely(tree, page, end, source)
+        return
     at = page
     while at < end:
         stop = min((at | DIRECTORY_MASK) + 1, end)
@@ -280,30 +285,36 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
     _lose(tree, row, -used)
 
 
+def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) -> None:
+    # When directories may run out: allocate none for zeros, not even for a moment.
+    positions = source.nonzero()[0]
+    tree.require_leaves(positions + page)
+    clear_range(tree, page, end)
+    if positions.size:
+        store_pages(tree, positions + page, source[positions])
+
+
 def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
     # Whole leaves.
-    first, stop = page >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
-    numbers = np.arange(first, stop)
+    rows = tree.slots_allocate(np.arange(page, end, DIRECTORY_ENTRIES)) >> DIRECTORY_SHIFT
     if isinstance(source, int):
-        index = _row_index(tree.leaves_allocate(numbers) >> DIRECTORY_SHIFT)
+        index = _row_index(rows)
         tree.rows[index] = source
         tree.counts[index] = DIRECTORY_ENTRIES
         return
-    block = source.reshape(-1, DIRECTORY_ENTRIES)
-    if np.count_nonzero(source) == source.size:
-        index = _row_index(tree.leaves_allocate(numbers) >> DIRECTORY_SHIFT)
+    emptied = []
+    for at in range(0, rows.size, _PIECE_ROWS):
+        index = _row_index(rows[at : at + _PIECE_ROWS])
+        block = source[at << DIRECTORY_SHIFT : at + _PIECE_ROWS << DIRECTORY_SHIFT].reshape(-1, DIRECTORY_ENTRIES)
         tree.rows[index] = block
-        tree.counts[index] = DIRECTORY_ENTRIES
-        return
-    used = np.count_nonzero(block, axis=1)
-    present, offsets = tree.leaves(page, end)
-    emptied = offsets[used[present - first] == 0] >> DIRECTORY_SHIFT
-    filled = used.nonzero()[0]
-    if filled.size:
-        rows = tree.leaves_allocate(numbers[filled]) >> DIRECTORY_SHIFT
-        tree.rows[rows] = block[filled]
-        tree.counts[rows] = used[filled]
-    _clear_rows(tree, emptied)
+        if np.count_nonzero(block) == block.size:
+            tree.counts[index] = DIRECTORY_ENTRIES
+        else:
+            used = np.count_nonzero(block, axis=1)
+            tree.counts[index] = used
+            emptied.append(rows[at : at + _PIECE_ROWS][used == 0])
+    if emptied:
+        tree.arena.drop_all_empty(np.concatenate(emptied))
 
 
 # -- changing
@@ -319,10 +330,10 @@ def update_range(tree: DirectoryTree, page: int, end: int, function: Callable[[E
     Returns: how many entries in use became zero.
     """
 
-    def change(entries: Entries, used: int) -> int:
-        del used
+    def change(entries: Entries) -> int:
+        used = int(np.count_nonzero(entries))
         function(entries)
-        return int(np.count_nonzero(entries))
+        return used - int(np.count_nonzero(entries))
 
     return _change_range(tree, page, end, change)
 
@@ -332,18 +343,21 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
     Returns: how many entries in use were cleared.
     """
-    keep, needed = np.uint64(mask), np.uint64(valid)
+    keep, needed = np.uint64(mask), np.uint64(mask & valid)
 
-    def change(entries: Entries, used: int) -> int:
-        np.bitwise_and(entries, keep, entries)
-        flat = entries.reshape(-1)
-        if used == flat.size and np.bitwise_and.reduce(flat) & needed:
-            return used  # all have a valid bit in common, the usual case
+    def change(entries: Entries) -> int:
+        if entries.ndim > 1 and np.bitwise_and.reduce(entries.reshape(-1)) & needed:
+            np.bitwise_and(entries, keep, entries)
+            return 0  # all are in use and have a valid bit in common, the usual case
         still_valid = entries & needed
         number = int(np.count_nonzero(still_valid))
-        if number < used:
-            np.copyto(entries, _ZERO, where=still_valid == _ZERO)
-        return number
+        lost = 0
+        if number < entries.size:
+            lost = int(np.count_nonzero(entries)) - number
+            if lost:
+                np.copyto(entries, _ZERO, where=still_valid == _ZERO)
+        np.bitwise_and(entries, keep, entries)
+        return lost
 
     return _change_range(tree, page, end, change)
 
@@ -352,7 +366,7 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
     tree.settle()
     if _in_one_leaf(page, end):
         leaf = tree.leaf(page)
-        return _change_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end), change)
+        return _change_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end), change) if leaf else 0
     parts = _few_parts(tree, page, end)
     if parts is not None:
         return sum([_change_view(tree, part.row, part.view, change) for part in parts])
@@ -363,25 +377,21 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
         piece = rows[at : at + _PIECE_ROWS]
         index = _row_index(piece)
         entries = tree.rows[index]
-        used = int(tree.counts[index].sum())
-        used_after = change(entries, used)
+        lost_here = change(entries)
         if not isinstance(index, slice):
             tree.rows[piece] = entries
-        if used_after != used:
-            counts = np.count_nonzero(entries, axis=1)
-            tree.counts[index] = counts
-            emptied.append(piece[counts == 0])
-            lost += used - used_after
+        if lost_here:
+            used = np.count_nonzero(entries, axis=1)
+            tree.counts[index] = used
+            emptied.append(piece[used == 0])
+            lost += lost_here
     if emptied:
         tree.arena.drop_all_empty(np.concatenate(emptied))
     return lost
 
 
 def _change_view(tree: DirectoryTree, row: int, view: Entries, change: Change) -> int:
-    used = int(np.count_nonzero(view))
-    if not used:
-        return 0
-    lost = used - change(view, used)
+    lost = change(view)
     if lost:
         _lose(tree, row, lost)
     return lost

@@ -31,9 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hmm.directory_arena import ROOT, distinct
+from hmm.directory_arena import ROOT
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
+from hmm.page_batch import clear_pages, lookup_pages, store_pages
 from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
 from hmm.page_range import clear_range, fill_range, mask_range, read_range, update_range, valid_in_range, zap_range
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
@@ -42,8 +43,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, Entries
 __all__ = ["Cursor", "PageTable", "Run", "TableStatistics", "Zapped"]
 
 _ALL_BITS = (1 << 64) - 1
-_ONE = np.int32(1)
-_TO_PAGE = np.uint64(PAGE_SHIFT)
+_TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
 
 
@@ -337,10 +337,10 @@ class PageTable:
         """
         if addresses.size <= _SCALAR_PAGES:
             return np.array([self.get(address) for address in addresses.tolist()], np.uint64)
-        low, high = int(addresses.min()), int(addresses.max())
+        low, high = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
         self._check_address(high)
         pages = (addresses >> _TO_PAGE).view(np.int64)
-        return self._tree.entries.take(self._tree.slots(pages, low >> PAGE_SHIFT, high >> PAGE_SHIFT))
+        return lookup_pages(self._tree, pages, low >> PAGE_SHIFT, high >> PAGE_SHIFT)
 
     def store(self, addresses: Entries, entries: int | Entries) -> Entries:
         """Store entries for many pages.
@@ -357,36 +357,30 @@ class PageTable:
 
         Cost: O(n), one gather per level; O(n log n) when the addresses are not ascending.
         """
+        if not isinstance(entries, int):
+            entries = self._as_entries(entries, addresses.size)
+        elif not entries:
+            return self.clear_many(addresses)
+        if addresses.size <= _SCALAR_PAGES:
+            few = self._few_pages(addresses)
+            if len(few) * self.llevel <= self._tree.arena.available:
+                words = [entries] * len(few) if isinstance(entries, int) else entries.tolist()
+                return np.array(list(map(self.set, few, words)), np.uint64)
         pages, order = self._distinct_pages(addresses)
-        if not pages.size:
-            return np.empty(0, np.uint64)
         if isinstance(entries, int):
-            if not entries:
-                return self.clear_many(addresses)
-            return _unsorted(self._store(pages, np.uint64(entries)), order)
-        entries = self._as_entries(entries, pages.size)
+            return _unsorted(store_pages(self._tree, pages, entries), order)
         if order is not None:
             entries = entries[order]
-        if entries.all():
-            return _unsorted(self._store(pages, entries), order)
+        if np.count_nonzero(entries) == entries.size:
+            return _unsorted(store_pages(self._tree, pages, entries), order)
+        return _unsorted(self._store_or_clear(pages, entries), order)
+
+    def _store_or_clear(self, pages: Pages, entries: Entries) -> Entries:
         kept = entries != 0
         old = np.empty(pages.size, np.uint64)
         if kept.any():
-            old[kept] = self._store(pages[kept], entries[kept])
-        old[~kept] = self._clear_pages(pages[~kept])
-        return _unsorted(old, order)
-
-    def _store(self, pages: Pages, entries: Entries | np.uint64) -> Entries:
-        tree = self._tree
-        tree.settle()
-        numbers = pages >> DIRECTORY_SHIFT
-        tree.require_leaves(numbers)
-        slots = pages & DIRECTORY_MASK
-        slots |= tree.leaves_allocate(numbers)
-        old: Entries = tree.entries.take(slots)
-        tree.entries[slots] = entries
-        gained = slots[old == 0] if old.any() else slots
-        np.add.at(tree.counts, gained >> DIRECTORY_SHIFT, _ONE)
+            old[kept] = store_pages(self._tree, pages[kept], entries[kept])
+        old[~kept] = clear_pages(self._tree, pages[~kept])
         return old
 
     def clear_many(self, addresses: Entries) -> Entries:
@@ -400,24 +394,18 @@ class PageTable:
         Raises:
             InvalidRequestError: an address is not in the table, or two are in one page (EINVAL).
         """
+        if addresses.size <= _SCALAR_PAGES:
+            return np.array([self.set(page, 0) for page in self._few_pages(addresses)], np.uint64)
         pages, order = self._distinct_pages(addresses)
-        return _unsorted(self._clear_pages(pages), order) if pages.size else np.empty(0, np.uint64)
+        return _unsorted(clear_pages(self._tree, pages), order)
 
-    def _clear_pages(self, pages: Pages) -> Entries:
-        tree = self._tree
-        tree.settle()
-        slots = tree.slots(pages, int(pages[0]), int(pages[-1]))
-        old: Entries = tree.entries.take(slots)
-        if not old.all():
-            slots = slots[old != 0]  # the others may be in the NULL directory, which nobody writes
-        if slots.size:
-            tree.entries[slots] = 0
-            rows = slots >> DIRECTORY_SHIFT
-            np.subtract.at(tree.counts, rows, _ONE)
-            emptied = rows[tree.counts.take(rows) == 0]
-            if emptied.size:
-                tree.arena.drop_all_empty(distinct(emptied))
-        return old
+    def _few_pages(self, addresses: Entries) -> list[Address]:
+        few: list[Address] = addresses.tolist()
+        if len({address >> PAGE_SHIFT for address in few}) < len(few):
+            raise InvalidRequestError("two addresses are in one page")
+        if few:
+            self._check_address(max(few))
+        return few
 
     def _distinct_pages(self, addresses: Entries) -> tuple[Pages, npt.NDArray[np.int64] | None]:
         # Page numbers, ascending, and the order that made them so unless they were.
@@ -428,8 +416,7 @@ class PageTable:
             pages = pages[order]
             if not (pages[1:] > pages[:-1]).all():
                 raise InvalidRequestError("two addresses are in one page")
-        if pages.size:
-            self._check_address(int(pages[-1]) << PAGE_SHIFT)
+        self._check_address(int(pages[-1]) << PAGE_SHIFT)
         return pages, order
 
     def _as_entries(self, entries: Entries, number: int) -> Entries:

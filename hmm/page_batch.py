@@ -1,0 +1,91 @@
+"""Batch operations of a page table: scattered pages.
+
+A batch is an array of page numbers. Where their entries are is found with one gather per level, for all of
+them at once; levels that the whole batch shares are walked once. Changes want pages in ascending order, so
+that pages of one directory stand together.
+
+**Source**: the hmm_pt patch of the 2015 series for what each operation does to the directory counts.
+
+**Invariants**: after each function all counts are exact and no empty directory is left but the root and held
+ones; a function that raises has changed nothing.
+
+**Absent**: bounds and order of the pages, which the caller has checked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm.directory_arena import tally
+from hmm.directory_tree import DirectoryTree, Pages
+from hmm.page_geometry import DIRECTORY_SHIFT
+from hmm.units import Entries
+
+__all__ = ["clear_pages", "lookup_pages", "store_pages"]
+
+_ZERO = np.uint64(0)
+_TO_ROW = np.array(DIRECTORY_SHIFT)
+
+
+def lookup_pages(tree: DirectoryTree, pages: Pages, low: int, high: int) -> Entries:
+    """The entries of pages, uint64[n], 0 where there is none.
+
+    Args:
+        pages: int64[n], any order, repetitions allowed.
+        low, high: the smallest and the largest of them.
+    """
+    entries: Entries = tree.entries.take(tree.slots(pages, low, high))
+    return entries
+
+
+def store_pages(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> Entries:
+    """Store entries that are not 0.
+
+    Args:
+        pages: int64[n], n > 0, ascending and distinct.
+        entries: one for all, or uint64[n].
+
+    Returns: uint64[n], the entries before.
+
+    Raises:
+        OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
+    """
+    tree.settle()
+    tree.require_leaves(pages)
+    slots = tree.slots_allocate(pages)
+    old: Entries = tree.entries.take(slots)
+    tree.entries[slots] = entries
+    already = np.count_nonzero(old)
+    if already:
+        if already == old.size:
+            return old
+        slots = slots[old == _ZERO]
+    rows, gained = tally(slots >> _TO_ROW)
+    tree.counts[rows] += gained
+    return old
+
+
+def clear_pages(tree: DirectoryTree, pages: Pages) -> Entries:
+    """Clear pages and free what becomes empty.
+
+    Args:
+        pages: int64[n], n > 0, ascending and distinct.
+
+    Returns: uint64[n], the entries before, 0 where there was none.
+    """
+    tree.settle()
+    slots = tree.slots(pages, int(pages[0]), int(pages[-1]))
+    old: Entries = tree.entries.take(slots)
+    used = np.count_nonzero(old)
+    if used < old.size:
+        if not used:
+            return old
+        slots = slots[old != _ZERO]  # the others may be in the NULL directory, which nobody writes
+    tree.entries[slots] = _ZERO
+    rows, lost = tally(slots >> _TO_ROW)
+    counts = tree.counts.take(rows)
+    counts -= lost
+    tree.counts[rows] = counts
+    if np.count_nonzero(counts) < counts.size:
+        tree.arena.drop_all_empty(rows[counts == 0])
+    return old
