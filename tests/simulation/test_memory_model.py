@@ -1,0 +1,245 @@
+"""Random calls of several processes and devices against memory as a plain dictionary.
+
+The model knows nothing of pages tables, frames or copy-on-write: a process is a dictionary from page to a cell,
+shared memory is a cell that several dictionaries name, fork copies the values of private cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from hmm import commands_device as devices
+from hmm import commands_process as processes
+from hmm.errors import HmmError
+from hmm.local import Local
+from hmm.machine import Limits, Machine
+from hmm.units import PAGE_SIZE, AddressRange
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+START = 0x1000_0000
+PAGES = 12
+MAXIMUM = 4  # processes
+RW = Prot.READ | Prot.WRITE
+FIXED = MapFlag.ANONYMOUS | MapFlag.FIXED
+
+first_page = st.integers(0, PAGES - 1)
+npages = st.integers(1, 4)
+byte = st.integers(1, 255)
+
+
+@dataclass
+class Cell:
+    """One page of memory: the value of its first byte."""
+
+    value: int = 0
+    shared: bool = False
+
+
+@dataclass
+class Page:
+    """One page of a process."""
+
+    cell: Cell
+    prot: Prot
+
+
+@dataclass
+class ModelProcess:
+    """What a process has mapped."""
+
+    pages: dict[int, Page] = field(default_factory=dict)
+    mirrors: dict[str, int] = field(default_factory=dict)
+
+
+class Memory(RuleBasedStateMachine):
+    """Every call is made twice: to the machine, and to the dictionaries."""
+
+    pids = Bundle("pids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local = Local(Machine(Limits(frames=512, device_frames=0, directories=1 << 8)))
+        self.model: dict[int, ModelProcess] = {}
+        self.devices = {
+            name: self.local.call(devices.register_device, name, dma=name == "nic") for name in ("gpu", "nic")
+        }
+
+    def call(self, command: Any, *arguments: Any, **options: Any) -> Any:
+        """A call of the machine."""
+        return self.local.call(command, *arguments, **options)
+
+    @rule(target=pids)
+    def create(self) -> int:
+        """A process without memory."""
+        pid: int = self.call(processes.create_process)
+        self.model[pid] = ModelProcess()
+        return pid
+
+    def span(self, first: int, count: int) -> tuple[int, int, range]:
+        """Start, length and pages."""
+        pages = range(first, min(first + count, PAGES))
+        return START + first * PAGE_SIZE, len(pages) * PAGE_SIZE, pages
+
+    @rule(pid=pids, first=first_page, count=npages, shared=st.booleans(), populate=st.booleans())
+    def mmap(self, pid: int, first: int, count: int, shared: bool, populate: bool) -> None:
+        """Fresh memory, private or shared."""
+        if pid not in self.model:
+            return
+        start, length, pages = self.span(first, count)
+        flags = FIXED | (MapFlag.SHARED if shared else MapFlag.PRIVATE) | (MapFlag.POPULATE if populate else 0)
+        self.call(processes.mmap, pid, start, length, RW, flags)
+        self.model[pid].pages.update({page: Page(Cell(shared=shared), RW) for page in pages})
+
+    @rule(pid=pids, first=first_page, count=npages)
+    def munmap(self, pid: int, first: int, count: int) -> None:
+        """Nothing there any more."""
+        if pid not in self.model:
+            return
+        start, length, pages = self.span(first, count)
+        self.call(processes.munmap, pid, start, length)
+        for page in pages:
+            self.model[pid].pages.pop(page, None)
+
+    @rule(pid=pids, first=first_page, count=npages, prot=st.sampled_from([RW, Prot.READ, Prot.NONE]))
+    def mprotect(self, pid: int, first: int, count: int, prot: Prot) -> None:
+        """Up to the first hole, as the kernel does."""
+        if pid not in self.model:
+            return
+        start, length, pages = self.span(first, count)
+        known = self.model[pid].pages
+        try:
+            self.call(processes.mprotect, pid, start, length, prot)
+        except HmmError:
+            assert any(page not in known for page in pages)
+        for page in pages:
+            if page not in known:
+                break
+            known[page].prot = prot
+
+    @rule(pid=pids, first=first_page, count=npages)
+    def dontneed(self, pid: int, first: int, count: int) -> None:
+        """Private pages read as zeroes again, shared ones keep their contents; holes are skipped."""
+        if pid not in self.model:
+            return
+        start, length, pages = self.span(first, count)
+        known = self.model[pid].pages
+        try:
+            self.call(processes.madvise, pid, start, length, 4)
+        except HmmError:
+            assert any(page not in known for page in pages)
+        for page in pages:
+            if page in known and not known[page].cell.shared:
+                known[page].cell.value = 0
+
+    @rule(pid=pids, first=first_page, count=npages, to=first_page)
+    def mremap(self, pid: int, first: int, count: int, to: int) -> None:
+        """Moves whole, equally mapped pages."""
+        if pid not in self.model:
+            return
+        start, length, pages = self.span(first, count)
+        target, _, landing = self.span(to, len(pages))
+        known = self.model[pid].pages
+        if len(landing) < len(pages) or set(pages) & set(landing) or not all(page in known for page in pages):
+            return
+        try:
+            self.call(processes.mremap, pid, start, length, length, 3, target)
+        except HmmError:
+            # More than one VMA: the target is unmapped already, the source is as it was.
+            for page in landing:
+                known.pop(page, None)
+            return
+        moved = [known.pop(page) for page in pages]
+        known.update(zip(landing, moved, strict=True))
+
+    @rule(pid=pids, page=first_page, value=byte)
+    def write(self, pid: int, page: int, value: int) -> None:
+        """The CPU stores a byte."""
+        if pid not in self.model:
+            return
+        known = self.model[pid].pages.get(page)
+        done = self.call(processes.write_memory, pid, START + page * PAGE_SIZE, bytes([value])).done
+        assert done == (known is not None and Prot.WRITE in known.prot)
+        if done and known is not None:
+            known.cell.value = value
+
+    @rule(pid=pids, page=first_page, value=byte, device=st.sampled_from(["gpu", "nic"]))
+    def device_write(self, pid: int, page: int, value: int, device: str) -> None:
+        """A device faults a page for writing and writes it."""
+        if pid not in self.model:
+            return
+        mirror = self.mirror(pid, device)
+        address = START + page * PAGE_SIZE
+        span = AddressRange(address, address + PAGE_SIZE)
+        known = self.model[pid].pages.get(page)
+        (part,) = self.call(devices.fault, mirror, [span], write=True).parts
+        assert (part.error is None) == (known is not None and known.prot == RW)
+        if known is not None and part.error is None:
+            self.call(devices.device_write, mirror, [(address, 1)], bytes([value]))
+            known.cell.value = value
+
+    @rule(pid=pids, device=st.sampled_from(["gpu", "nic"]))
+    def device_read(self, pid: int, device: str) -> None:
+        """A device reads every page that it may read."""
+        if pid not in self.model:
+            return
+        mirror = self.mirror(pid, device)
+        for page, known in self.model[pid].pages.items():
+            address = START + page * PAGE_SIZE
+            (part,) = self.call(devices.fault, mirror, [AddressRange(address, address + PAGE_SIZE)], write=False).parts
+            assert (part.error is None) == (Prot.READ in known.prot)
+            if part.error is None:
+                assert self.call(devices.device_read, mirror, [(address, 1)]) == bytes([known.cell.value])
+
+    def mirror(self, pid: int, device: str) -> int:
+        """The device's mirror of a process, registered at first use."""
+        mirrors = self.model[pid].mirrors
+        if device not in mirrors:
+            mirrors[device] = self.call(devices.register_mirror, self.devices[device], pid)
+        return mirrors[device]
+
+    @rule(target=pids, pid=pids)
+    def fork(self, pid: int) -> int:
+        """Private pages are copied, shared ones shared."""
+        if pid not in self.model or len(self.model) >= MAXIMUM:
+            return pid
+        child: int = self.call(processes.fork, pid)
+        copies = {
+            page: Page(known.cell if known.cell.shared else Cell(known.cell.value), known.prot)
+            for page, known in self.model[pid].pages.items()
+        }
+        self.model[child] = ModelProcess(copies)
+        return child
+
+    @rule(pid=pids)
+    def exit(self, pid: int) -> None:
+        """Everything of it goes."""
+        if pid in self.model:
+            self.call(processes.exit_process, pid)
+            for mirror in self.model.pop(pid).mirrors.values():
+                self.call(devices.unregister_mirror, mirror)
+
+    @invariant()
+    def contents_agree(self) -> None:
+        """Every process reads what the dictionaries say, and the machine is sound."""
+        for pid, process in self.model.items():
+            for page, known in process.pages.items():
+                got = self.call(processes.read_memory, pid, START + page * PAGE_SIZE, 1)
+                assert got.data == (bytes([known.cell.value]) if known.prot else b""), (pid, page)
+        self.local.machine.check()
+
+    def teardown(self) -> None:
+        """Nothing leaks when all processes are gone."""
+        for pid in list(self.model):
+            self.exit(pid)
+        system = self.local.machine.frames.statistics()[0]
+        assert system.used == 0, system
+
+
+Memory.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMemory = Memory.TestCase
