@@ -80,9 +80,9 @@ class Area:
     def source(self) -> str | None:
         """What is mapped: a name without ` (deleted)`; None for private anonymous memory."""
         name = self.name.removesuffix(_DELETED)
-        if name.startswith("[anon_shmem:") or (self.is_shared and not name):
-            return SHARED_ANONYMOUS
-        return None if not name or name.startswith("[") else name
+        if not name or name.startswith("["):
+            return SHARED_ANONYMOUS if self.is_shared else None
+        return name
 
     def __str__(self) -> str:
         columns = f"{self.start:08x}-{self.end:08x} {self.perms} {self.offset:08x} {self.device} {self.inode}"
@@ -102,7 +102,7 @@ class Difference:
             return f"missing    {self.expected}".rstrip()
         if self.expected is None:
             return f"unexpected {self.actual}".rstrip()
-        return f"expected   {self.expected}\n     found {self.actual}".rstrip()
+        return f"expected   {self.expected}".rstrip() + f"\n     found {self.actual}".rstrip()
 
 
 def read_maps(path: Path) -> tuple[Area, ...]:

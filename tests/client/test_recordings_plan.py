@@ -1,0 +1,509 @@
+"""From lines to steps: in which order calls took effect, who made whom, and what each call means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hmm_client.recordings import (
+    Advise,
+    Appear,
+    Area,
+    Brk,
+    Exec,
+    Exit,
+    Failed,
+    Fork,
+    GrowStack,
+    Ignored,
+    Lock,
+    LockAll,
+    Map,
+    Plan,
+    ProcessInfo,
+    Protect,
+    RecordingError,
+    Remap,
+    RemapFile,
+    Step,
+    Sync,
+    Thread,
+    ThreadExit,
+    Unknown,
+    Unlock,
+    UnlockAll,
+    Unmap,
+    Vfork,
+    make_plan,
+    parse_log,
+)
+from hmm_client.recordings.order import effects
+
+ANON = "PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0"
+START = '1 execve("/bin/a", ["a"], 0x7ffd /* 3 vars */) = 0'
+
+
+def plan(text: str, initial: list[Area] | None = None, final: list[Area] | None = None) -> Plan:
+    """The plan of a log with these lines."""
+    lines = [line.strip() for line in text.strip().split("\n")]
+    return make_plan(parse_log(lines, Path("strace.log")), initial or [], final or [])
+
+
+def kinds(steps: Plan) -> list[str]:
+    """The class of each step, and the process it concerns."""
+    return [f"{type(step).__name__}({step.process})" for step in steps.steps]
+
+
+def only_step(line: str) -> Step:
+    """The step of a single call."""
+    (step,) = plan(f"1 {line}").steps
+    return step
+
+
+def order(text: str) -> list[int]:
+    """First lines of the calls, in the order in which they take effect."""
+    lines = [line.strip() for line in text.strip().split("\n")]
+    return [effect.event.line for effect in effects(parse_log(lines))]
+
+
+# What each call means.
+
+
+def test_mmap_is_mapped_where_it_was_put_when_it_succeeds() -> None:
+    """Hint, length, protection, flags, file and offset as given; the address as the kernel answered."""
+    step = only_step(
+        "mmap(0x5000, 4097, PROT_READ|PROT_EXEC, MAP_PRIVATE|MAP_DENYWRITE, 3</lib/a.so>, 0x2000) = 0x7000"
+    )
+    assert isinstance(step, Map)
+    assert (step.address, step.length, step.prot, step.flags) == (0x5000, 4097, 5, 0x802)
+    assert (step.source, step.offset, step.recorded) == ("/lib/a.so", 0x2000, 0x7000)
+
+
+def test_mmap_is_anonymous_when_the_flags_say_so() -> None:
+    """The descriptor and the offset mean nothing then."""
+    step = only_step("mmap(NULL, 4096, PROT_NONE, MAP_SHARED|MAP_ANONYMOUS, 3</lib/a.so>, 0x2000) = 0x7000")
+    assert isinstance(step, Map)
+    assert (step.source, step.offset) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        ("MAP_HUGETLB", 1 << 21),
+        ("MAP_HUGETLB|21<<MAP_HUGE_SHIFT", 1 << 21),
+        ("MAP_HUGETLB|30<<MAP_HUGE_SHIFT", 1 << 30),
+    ],
+)
+def test_mmap_takes_whole_huge_pages_when_hugetlb_is_asked(flags: str, length: int) -> None:
+    """mm/mmap.c, ksys_mmap_pgoff() rounds up; maps calls the memory /anon_hugepage."""
+    step = only_step(f"mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|{flags}, -1, 0) = 0x7f0000000000")
+    assert isinstance(step, Map)
+    assert (step.source, step.length) == ("/anon_hugepage", length)
+
+
+def test_every_memory_call_is_its_step_when_it_succeeds() -> None:
+    """Arguments go over as numbers with the kernel's values."""
+    steps = plan(
+        """
+        1 munmap(0x1000, 37807) = 0
+        1 mprotect(0x1000, 4096, PROT_READ|PROT_GROWSDOWN) = 0
+        1 pkey_mprotect(0x1000, 4096, PROT_NONE, 1) = 0
+        1 mremap(0x1000, 4096, 8192, MREMAP_MAYMOVE|MREMAP_FIXED, 0x9000) = 0x9000
+        1 mremap(0x1000, 4096, 8192, 0) = 0x1000
+        1 madvise(0x1000, 4096, MADV_DONTNEED) = 0
+        1 brk(NULL) = 0x5555
+        1 brk(0x6666) = 0x6666
+        1 mlock(0x1000, 4096) = 0
+        1 mlock2(0x1000, 4096, MLOCK_ONFAULT) = 0
+        1 munlock(0x1000, 4096) = 0
+        1 mlockall(MCL_CURRENT|MCL_FUTURE) = 0
+        1 munlockall() = 0
+        1 msync(0x1000, 4096, MS_SYNC) = 0
+        1 remap_file_pages(0x1000, 4096, PROT_NONE, 3, MAP_FILE) = 0
+        1 map_shadow_stack(0, 0x1000, 0) = 0x7000
+        """
+    ).steps
+    at = [step.origin for step in steps]
+    assert list(steps) == [
+        Unmap(at[0], 0x1000, 37807),
+        Protect(at[1], 0x1000, 4096, 0x1000001),
+        Protect(at[2], 0x1000, 4096, 0),
+        Remap(at[3], 0x1000, 4096, 8192, 3, 0x9000, 0x9000),
+        Remap(at[4], 0x1000, 4096, 8192, 0, 0, 0x1000),
+        Advise(at[5], 0x1000, 4096, 4),
+        Brk(at[6], 0, 0x5555),
+        Brk(at[7], 0x6666, 0x6666),
+        Lock(at[8], 0x1000, 4096, 0),
+        Lock(at[9], 0x1000, 4096, 1),
+        Unlock(at[10], 0x1000, 4096),
+        LockAll(at[11], 3),
+        UnlockAll(at[12]),
+        Sync(at[13], 0x1000, 4096, 4),
+        RemapFile(at[14], 0x1000, 4096, 0x3000),
+        Map(at[15], 0, 0x1000, 3, 0x22, None, 0, 0x7000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "attempt"),
+    [
+        ("mprotect(0x1000, 8192, PROT_READ) = -1 ENOMEM (x)", Protect),
+        ("madvise(0x1000, 8192, MADV_DONTNEED) = -1 ENOMEM (x)", Advise),
+        ("mmap(0x1000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_FIXED_NOREPLACE, -1, 0) = -1 EEXIST (x)", Map),
+        ("mremap(0x1000, 4096, 8192, 0) = -1 EFAULT (x)", Remap),
+        ("munmap(0x1001, 8192) = -1 EINVAL (x)", Unmap),
+        ("mprotect(0x1000, 8192, PROT_WRITE) = -1 EACCES (x)", None),
+        ("mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = -1 ENODEV (x)", None),
+        ("munmap(0x1000, 8192) = -1 EPERM (x)", None),
+        ("mremap(0x1000, 4096, 8192, 0) = -1 ENOMEM (x)", None),
+        ("mmap(NULL, 4096, PROT_READ, MAP_NEW, 3, 0) = -1 EOPNOTSUPP (x)", None),
+        ("shmat(0, NULL, 0) = -1 EINVAL (x)", None),
+        ('execve("/bin/absent", ["x"], 0x7ffd) = -1 ENOENT (x)', None),
+        ("clone3({flags=CLONE_VM}, 88) = -1 ENOSYS (x)", None),
+    ],
+)
+def test_failed_call_is_attempted_when_its_error_follows_from_the_layout(line: str, attempt: type[Step] | None) -> None:
+    """mprotect(2): ENOMEM comes after what lies before the hole has changed; limits and modes change nothing."""
+    step = only_step(line)
+    assert isinstance(step, Failed)
+    assert step.errno == line.split(" = -1 ")[1].split(maxsplit=1)[0]
+    assert type(step.attempt) is (attempt or type(None))
+
+
+def test_call_is_unknown_when_nothing_is_known_about_it() -> None:
+    """It is reported, whether it succeeded or not."""
+    assert isinstance(only_step("io_setup(128, [0x7000]) = 0"), Unknown)
+    assert isinstance(only_step("prctl(PR_SET_MM) = -1 EPERM (x)"), Unknown)
+    assert isinstance(only_step("syscall_0x1f4(0x1) = 0"), Unknown)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mincore(0x1000, 4096, [1]) = 0",
+        "mbind(0x1000, 4096, MPOL_PREFERRED, NULL, 0, 0) = 0",
+        "wait4(-1, [{WIFEXITED(s)}], 0, NULL) = 7",
+        "process_madvise(3, [], 0, MADV_COLD, 0) = 0",
+        "syscall_0x1ce(0x7000, 0x1000, 0, 0, 0, 0) = 0",
+        "userfaultfd(O_CLOEXEC) = 3",
+        "munmap(0x1000, 4096) = ? ERESTARTNOINTR (x)",
+        "fork() = ? ERESTARTNOINTR (x)",
+    ],
+)
+def test_call_is_ignored_with_a_reason_when_it_changes_no_layout(line: str) -> None:
+    """What a call did not do, or did not come back from, is counted and explained."""
+    step = only_step(line)
+    assert isinstance(step, Ignored)
+    assert step.why
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = 0x7000",
+            "'3' does not say which file it is; record with strace -y",
+        ),
+        ("mmap(NULL, 4096, PROT_NEW, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7000", "unknown flag 'PROT_NEW'"),
+        ("mmap(NULL, 4096) = 0x7000", "not enough values to unpack"),
+        ("brk() = 0x7000", "brk: too few arguments"),
+        ("clone3(0x7ffd, 88) = 7", "no flags in '0x7ffd, 88'"),
+    ],
+)
+def test_recording_is_refused_with_its_line_when_a_call_is_not_understood(line: str, message: str) -> None:
+    """A call that succeeded and can't be repeated makes the recording unusable."""
+    with pytest.raises(RecordingError) as caught:
+        plan(f"{START}\n1 {line}")
+    assert str(caught.value).startswith(f"strace.log:2: {line.partition('(')[0]}: ")
+    assert message in str(caught.value)
+
+
+def test_recording_is_refused_when_it_holds_no_call() -> None:
+    """Signals and ends alone are no program."""
+    with pytest.raises(RecordingError, match="no system call was recorded"):
+        plan("1 +++ exited with 0 +++")
+
+
+# When calls take effect.
+
+
+def test_mapping_takes_effect_at_return_and_unmapping_at_entry_when_both_are_split() -> None:
+    """The addresses that munmap gives back may be handed out before it returns."""
+    assert order(
+        f"""
+        1 munmap(0x7000, 4096 <unfinished ...>
+        2 mmap(NULL, 4096, {ANON} <unfinished ...>
+        3 mprotect(0x9000, 4096, PROT_READ) = 0
+        2 <... mmap resumed>) = 0x7000
+        1 <... munmap resumed>) = 0
+        """
+    ) == [1, 3, 2]
+
+
+def test_mremap_takes_effect_before_its_taker_when_that_returns_first() -> None:
+    """A chain of three threads: each gets what the next gives back, and all return in the wrong order."""
+    log = f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 3
+        1 mremap(0x7000, 4096, 8192, MREMAP_MAYMOVE <unfinished ...>
+        2 mremap(0x20000, 4096, 8192, MREMAP_MAYMOVE <unfinished ...>
+        3 mmap(NULL, 4096, {ANON}) = 0x20000
+        2 <... mremap resumed>) = 0x7000
+        1 <... mremap resumed>) = 0x40000
+        """
+    assert order(log) == [1, 2, 3, 4, 5]
+
+
+def test_mremap_takes_effect_at_return_when_only_another_process_has_its_addresses() -> None:
+    """Equal addresses in two processes have nothing to do with each other."""
+    log = f"""
+        1 fork() = 2
+        1 mremap(0x7000, 4096, 8192, MREMAP_MAYMOVE <unfinished ...>
+        2 mmap(NULL, 4096, {ANON}) = 0x7000
+        1 <... mremap resumed>) = 0x40000
+        """
+    assert order(log) == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result", "moved"),
+    [
+        ("0x7000, 8192, 4096, 0", "0x7000", True),
+        ("0x7000, 8192, 12288, 0", "0x7000", False),
+        ("0x7000, 8192, 8192, MREMAP_MAYMOVE|MREMAP_DONTUNMAP", "0x40000", False),
+    ],
+)
+def test_mremap_gives_back_what_it_leaves_when_it_is_split(arguments: str, result: str, moved: bool) -> None:
+    """Shrinking gives back the tail, growing in place and DONTUNMAP nothing."""
+    log = f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        1 mremap({arguments} <unfinished ...>
+        2 mmap(NULL, 4096, {ANON}) = 0x8000
+        1 <... mremap resumed>) = {result}
+        """
+    assert order(log) == ([1, 2, 3] if moved else [1, 3, 2])
+
+
+def test_order_ends_when_a_log_contradicts_itself() -> None:
+    """Two moves into each other's place can't have happened; each call still takes effect once."""
+    log = """
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        1 mremap(0x7000, 4096, 4096, MREMAP_MAYMOVE <unfinished ...>
+        2 mremap(0x20000, 4096, 4096, MREMAP_MAYMOVE) = 0x7000
+        1 <... mremap resumed>) = 0x20000
+        """
+    assert sorted(order(log)) == [1, 2, 3]
+
+
+# Who is who.
+
+
+def test_threads_act_as_their_process_when_they_share_it() -> None:
+    """CLONE_THREAD makes no process; the process ends with its last thread, or with exit_group."""
+    result = plan(
+        f"""
+        {START}
+        1 clone3({{flags=CLONE_VM|CLONE_THREAD, stack=0x1}} <unfinished ...>
+        2 munlockall() = 0
+        1 <... clone3 resumed> => {{parent_tid=[2]}}, 88) = 2
+        2 exit(0) = ?
+        2 +++ exited with 0 +++
+        1 exit(3) = ?
+        1 +++ exited with 3 +++
+        """
+    )
+    assert kinds(result) == ["Ignored(0)", "Thread(0)", "UnlockAll(0)", "ThreadExit(0)", "Exit(0)"]
+    assert result.steps[1:2] + result.steps[3:] == (
+        Thread(result.steps[1].origin, 2),
+        ThreadExit(result.steps[3].origin, 2),
+        Exit(result.steps[4].origin, 3),
+    )
+    assert result.processes == (ProcessInfo(0, 1, None),)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "waits"),
+    [
+        ("fork()", Fork, None),
+        ("clone(child_stack=NULL, flags=CLONE_CHILD_SETTID|SIGCHLD, child_tidptr=0x7f)", Fork, None),
+        ("clone(child_stack=NULL, flags=CLONE_VFORK|SIGCHLD)", Fork, None),
+        ("vfork()", Vfork, True),
+        ("clone3({flags=CLONE_VM|CLONE_VFORK, exit_signal=SIGCHLD}, 88)", Vfork, True),
+        ("clone(child_stack=0x7f, flags=CLONE_VM|SIGCHLD)", Vfork, False),
+    ],
+)
+def test_child_is_a_process_when_it_is_no_thread(call: str, kind: type[Step], waits: bool | None) -> None:
+    """fork copies the space; vfork, and a bare CLONE_VM, share it until exec."""
+    result = plan(f"{START}\n1 {call} = 2\n2 munlockall() = 0\n2 exit_group(1) = ?")
+    assert kinds(result) == ["Ignored(0)", f"{kind.__name__}(0)", "UnlockAll(1)", "Exit(1)"]
+    assert result.processes[1] == ProcessInfo(1, 2, 0)
+    assert getattr(result.steps[1], "waits", None) is waits
+    assert not any(step.partial for step in result.steps)
+
+
+def test_child_is_partial_when_it_starts_another_program() -> None:
+    """What exec maps was not recorded; the vforking parent's own space is untouched by it."""
+    result = plan(
+        f"""
+        {START}
+        1 vfork( <unfinished ...>
+        2 execve("/bin/b", ["b"], 0x7ffd <unfinished ...>
+        1 <... vfork resumed>) = 2
+        1 munlockall() = 0
+        2 <... execve resumed>) = 0
+        2 brk(NULL) = 0x5000
+        2 fork() = 3
+        3 exit_group(0) = ?
+        """
+    )
+    assert kinds(result) == ["Ignored(0)", "Vfork(0)", "Exec(1)", "UnlockAll(0)", "Brk(1)", "Fork(1)", "Exit(2)"]
+    assert result.steps[2] == Exec(result.steps[2].origin, "/bin/b", 0x5000)
+    assert [step.partial for step in result.steps] == [False, False, True, False, True, True, True]
+    assert result.incomparable is None
+
+
+def test_final_layout_is_incomparable_when_the_first_process_starts_another_program() -> None:
+    """Its other threads end there, and the layout that follows was not recorded."""
+    result = plan(
+        f"""
+        {START}
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        1 wait4(-1,  <unfinished ...>
+        2 execveat(5</bin/c>, "", ["c"], 0x7ffd, AT_EMPTY_PATH <pid changed to 1 ...>
+        1 +++ superseded by execve in pid 2 +++
+        1 <... execveat resumed>) = 0
+        1 exit_group(0) = ?
+        """
+    )
+    assert kinds(result) == ["Ignored(0)", "Thread(0)", "Exec(0)", "Ignored(0)", "Exit(0)"]
+    assert result.steps[2] == Exec(result.steps[2].origin, "/bin/c", None)
+    assert result.incomparable == "line 4: the first process starts another program, whose layout is unknown"
+
+
+def test_child_is_partial_when_other_threads_change_what_fork_copies() -> None:
+    """Whether their calls came before or after the copy the log does not show."""
+    during = plan(
+        f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        1 fork( <unfinished ...>
+        2 mmap(NULL, 4096, {ANON}) = 0x7000
+        1 <... fork resumed>) = 3
+        3 munlockall() = 0
+        """
+    )
+    before = plan(
+        f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        2 mmap(NULL, 4096, {ANON}) = 0x7000
+        1 fork() = 3
+        3 munlockall() = 0
+        """
+    )
+    assert during.steps[-1].process == before.steps[-1].process == 1
+    assert [step.partial for step in during.steps if step.process == 1] == [True]
+    assert [step.partial for step in before.steps if step.process == 1] == [False]
+
+
+def test_processes_are_told_apart_when_the_kernel_uses_an_id_again() -> None:
+    """A process id means another process after its end."""
+    result = plan(
+        f"""
+        {START}
+        1 fork() = 2
+        2 exit_group(0) = ?
+        2 +++ exited with 0 +++
+        1 fork() = 2
+        2 munlockall() = 0
+        2 +++ killed by SIGKILL +++
+        """
+    )
+    assert kinds(result)[1:] == ["Fork(0)", "Exit(1)", "Fork(0)", "UnlockAll(2)", "Exit(2)"]
+    assert [step.status for step in result.steps if isinstance(step, Exit)] == [0, None]
+
+
+@pytest.mark.parametrize("returned", ["1 fork() = 3", "1 fork( <unfinished ...>"])
+def test_child_finds_its_parent_when_the_parent_was_told_another_id(returned: str) -> None:
+    """In a process id namespace of its own a program sees other ids than strace; a killed parent sees none."""
+    result = plan(f"{START}\n{returned}\n70 munlockall() = 0")
+    assert kinds(result) == ["Ignored(0)", "Fork(0)", "UnlockAll(1)"]
+    assert result.processes[1] == ProcessInfo(1, 70, 0)
+
+
+def test_process_appears_when_nobody_in_the_log_made_it() -> None:
+    """It is partial from its first call on."""
+    result = plan(f"{START}\n9 munlockall() = 0")
+    assert kinds(result) == ["Ignored(0)", "Appear(1)", "UnlockAll(1)"]
+    assert isinstance(result.steps[1], Appear)
+    assert all(step.partial for step in result.steps[1:])
+
+
+def test_calls_of_threads_count_when_they_were_entered_before_exit_group() -> None:
+    """exit_group waits for a thread that is inside a call; what the thread does later comes too late."""
+    result = plan(
+        f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        2 mmap(NULL, 4096, {ANON} <unfinished ...>
+        1 exit_group(0 <unfinished ...>
+        2 <... mmap resumed>) = 0x7000
+        2 munmap(0x7000, 4096) = 0
+        1 <... exit_group resumed>) = ?
+        2 +++ exited with 0 +++
+        1 +++ exited with 0 +++
+        """
+    )
+    assert kinds(result) == ["Thread(0)", "Map(0)", "Exit(0)", "Ignored(0)"]
+
+
+def test_thread_ends_alone_when_a_signal_ends_the_process_thread_by_thread() -> None:
+    """Each thread's end is a line; the last one is the process's."""
+    result = plan(
+        """
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        2 +++ killed by SIGKILL +++
+        1 +++ killed by SIGKILL +++
+        """
+    )
+    assert kinds(result) == ["Thread(0)", "ThreadExit(0)", "Exit(0)"]
+
+
+# What calls do not say.
+
+
+@pytest.mark.parametrize("lines", ["1 exit_group(0) = ?", "1 munlockall() = 0"])
+def test_stack_grows_before_the_end_when_its_lines_say_so(lines: str) -> None:
+    """Faults extend the stack without a call; a part that mprotect split off carries no name."""
+    initial = [Area(0x9000, 0xA000, "rw-p", name="[stack]")]
+    final = [Area(0x1000, 0x2000, "rw-p"), Area(0x6000, 0x8000, "rwxp"), Area(0x8000, 0xA000, "rw-p", name="[stack]")]
+    steps = plan(lines, initial, final).steps
+    assert GrowStack(steps[0].origin, 0x6000, 0x9000) in steps
+    assert not plan(lines, initial, initial).counts()["GrowStack"]
+    assert not plan(lines, initial, []).counts()["GrowStack"]
+
+
+def test_segment_has_its_length_when_shmget_was_recorded() -> None:
+    """shmat and shmdt say no length; a fork inherits what is attached."""
+    steps = plan(
+        """
+        1 shmget(0x1234, 12293, IPC_CREAT|0600) = 5
+        1 shmget(0x1234, 0, 0) = 5
+        1 shmat(5, NULL, 0) = 0x7000
+        1 shmat(5, 0x20123, SHM_RDONLY|SHM_RND|SHM_REMAP|SHM_EXEC) = 0x20000
+        1 fork() = 2
+        2 shmdt(0x7000) = 0
+        """
+    ).steps
+    assert steps[2] == Map(steps[2].origin, 0, 0x4000, 3, 0x01, "/SYSV00001234", 0, 0x7000)
+    assert steps[3] == Map(steps[3].origin, 0x20000, 0x4000, 5, 0x11, "/SYSV00001234", 0, 0x20000)
+    assert steps[5] == Unmap(steps[5].origin, 0x7000, 0x4000)
+
+
+def test_segment_has_the_length_of_its_area_when_shmget_was_not_recorded() -> None:
+    """The final layout shows it; where nothing does, a page marks the place."""
+    final = [Area(0x7000, 0xA000, "rw-s", name="/SYSV00000007 (deleted)")]
+    steps = plan("1 shmat(5, NULL, 0) = 0x7000\n1 shmat(6, NULL, 0) = 0x30000\n1 shmdt(0x7000) = 0", [], final).steps
+    assert [(step.source, step.length) for step in steps if isinstance(step, Map)] == [
+        ("/SYSV00000007", 0x3000),
+        ("/SYSV00000000", 0x1000),
+    ]
+    assert steps[2] == Unmap(steps[2].origin, 0x7000, 0x3000)

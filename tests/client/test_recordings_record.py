@@ -1,0 +1,132 @@
+"""Recording for real: strace runs programs, and their layouts are caught at the right moments."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from layout_model import LayoutModel
+
+from hmm_client.recordings import Recorded, RecordingError, compare, record
+
+PROGRAMS = Path(__file__).parent / "data" / "programs"
+DELAY_S = 0.25
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C programs, compiled; `-static` ones end in `-static`."""
+    folder = tmp_path_factory.mktemp("programs")
+    for source in sorted(PROGRAMS.glob("*.c")):
+        for suffix, options in (("", []), ("-static", ["-static"])):
+            target = folder / (source.stem + suffix)
+            subprocess.run(["gcc", "-O1", "-w", *options, "-o", target, source, "-pthread"], check=True)
+    return folder
+
+
+def check(recorded: Recorded) -> None:
+    """The recorded steps lead to the recorded final layout."""
+    recording = recorded.recording
+    differences = compare(recording.final, LayoutModel(recording).run())
+    assert not differences, "\n".join(map(str, differences))
+    assert recording.plan.incomparable is None
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "ls / | sort | head -1 >/dev/null; exit 3"], 3),
+        (["env", "sh", "-c", "true"], 0),
+        (["sh", "-c", "sleep 0.01 & exec true"], 0),
+    ],
+    ids=["dynamic", "pipeline", "exec", "exec-with-child"],
+)
+def test_record_reproduces_the_final_layout_when_the_program_is_a_shells(
+    tmp_path: Path, command: list[str], status: int
+) -> None:
+    """Children are recorded too; a first process that execs is recorded from its last program on."""
+    recorded = record(command, tmp_path / "out", delay_s=DELAY_S)
+    assert recorded.status == status
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["maps.final", "maps.initial", "strace.log"]
+    check(recorded)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status"),
+    [
+        ("layout", [], 0),
+        ("layout-static", [], 0),
+        ("threads", [], 5),
+        ("threads-static", [], 5),
+        ("threads", ["last"], 0),
+        ("threads", ["exit"], 7),
+    ],
+)
+def test_record_reproduces_the_final_layout_when_the_program_does_odd_things(
+    tmp_path: Path, built: Path, name: str, arguments: list[str], status: int
+) -> None:
+    """Static programs, threads at work, a last thread that is not the first, and an end without exit_group."""
+    recorded = record([str(built / name), *arguments], tmp_path / "out", delay_s=DELAY_S)
+    assert recorded.status == status
+    check(recorded)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "no such command: (none given)"),
+        (["/no/such/program"], "no such command: /no/such/program"),
+        (["sh", "-c", "kill -9 $$"], "sh was ended by SIGKILL; its final layout was not seen"),
+    ],
+)
+def test_record_leaves_nothing_when_it_fails(tmp_path: Path, command: list[str], message: str) -> None:
+    """A recording is complete, or is not there."""
+    with pytest.raises(RecordingError) as caught:
+        record(command, tmp_path / "out", delay_s=DELAY_S)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_record_says_why_when_the_kernel_can_not_execute_the_command(tmp_path: Path) -> None:
+    """A file with the right to be executed need not be a program."""
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF and no more")
+    program.chmod(0o755)
+    with pytest.raises(RecordingError, match="can't be executed: ENOEXEC"):
+        record([str(program)], tmp_path / "out", delay_s=DELAY_S)
+
+
+def test_record_refuses_a_folder_when_it_holds_something(tmp_path: Path) -> None:
+    """Nothing is overwritten, and what was there stays."""
+    (tmp_path / "maps.final").write_text("precious")
+    with pytest.raises(RecordingError, match="the folder is not empty"):
+        record(["true"], tmp_path)
+    assert (tmp_path / "maps.final").read_text() == "precious"
+    with pytest.raises(RecordingError, match=r"Not a directory|File exists"):
+        record(["true"], tmp_path / "maps.final")
+
+
+def test_record_says_what_to_install_when_there_is_no_strace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """strace is a Debian package, not a dependency of this one."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RecordingError, match="apt-get install strace"):
+        record(["/bin/true"], tmp_path / "out")
+
+
+def test_record_says_what_may_forbid_it_when_strace_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strace that may not trace says so itself and writes no log."""
+    fake = tmp_path / "bin" / "strace"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{Path(shutil.which('sh') or '/bin/sh').parent}")
+    with pytest.raises(RecordingError, match=r"strace recorded nothing.*ptrace_scope"):
+        record(["/bin/true"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
