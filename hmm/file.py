@@ -87,7 +87,7 @@ class File:
     vm_flags: VmFlag = VmFlag.NONE
     first_register: Pfn = 1 << 36
     opens: int = 0
-    max_directories: int = 1 << 18
+    max_directories: int = 1 << 16
     mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     pages: PageTable = field(init=False)
 

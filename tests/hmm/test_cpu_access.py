@@ -31,6 +31,16 @@ def test_read_gives_what_was_written_when_it_crosses_pages(world: Any, space: Ad
     assert whole.data == bytes(100) + data + bytes(4 * PAGE_SIZE - 100 - len(data))
 
 
+@pytest.mark.parametrize(("offset", "length"), [(0, 200), (5, 190), (63, 2), (64, 64), (127, 3)])
+def test_read_gives_all_bytes_when_they_are_many(world: Any, space: AddressSpace, offset: int, length: int) -> None:
+    """Blocks of pages come together without a seam; here in pages and a few bytes more."""
+    start = world.map(space, 204)
+    data = np.arange(204 * PAGE_SIZE // 4, dtype=np.uint32).tobytes()
+    world.run(write_memory(space, start, data))
+    low, high = offset * PAGE_SIZE + 7, (offset + length) * PAGE_SIZE + 3
+    assert world.run(read_memory(space, start + low, high - low)).data == data[low:high]
+
+
 @pytest.mark.parametrize(("offset", "length"), [(0, 1), (4095, 1), (4095, 2), (0, 4096), (1, 8191), (4096, 4096)])
 def test_write_changes_only_its_bytes_when_it_covers_parts(
     world: Any, space: AddressSpace, offset: int, length: int
