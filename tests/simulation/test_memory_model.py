@@ -1,6 +1,6 @@
 """Random calls of several processes and devices against memory as a plain dictionary.
 
-The model knows nothing of pages tables, frames or copy-on-write: a process is a dictionary from page to a cell,
+The model knows nothing of page tables, frames or copy-on-write: a process is a dictionary from page to a cell,
 shared memory is a cell that several dictionaries name, fork copies the values of private cells.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
@@ -31,6 +31,7 @@ FIXED = MapFlag.ANONYMOUS | MapFlag.FIXED
 first_page = st.integers(0, PAGES - 1)
 npages = st.integers(1, 4)
 byte = st.integers(1, 255)
+which = st.integers(0, MAXIMUM - 1)
 
 
 @dataclass
@@ -60,8 +61,6 @@ class ModelProcess:
 class Memory(RuleBasedStateMachine):
     """Every call is made twice: to the machine, and to the dictionaries."""
 
-    pids = Bundle("pids")
-
     def __init__(self) -> None:
         super().__init__()
         self.local = Local(Machine(Limits(frames=512, device_frames=0, directories=1 << 8)))
@@ -74,43 +73,48 @@ class Memory(RuleBasedStateMachine):
         """A call of the machine."""
         return self.local.call(command, *arguments, **options)
 
-    @rule(target=pids)
-    def create(self) -> int:
-        """A process without memory."""
+    @initialize()
+    def create(self) -> None:
+        """A process whose window is mapped, so that most calls meet memory."""
         pid: int = self.call(processes.create_process)
         self.model[pid] = ModelProcess()
-        return pid
+        self.map(pid, 0, PAGES)
+        self.map(pid, 4, 4, shared=True)
+
+    def pid(self, choice: int) -> int:
+        """One of the live processes."""
+        return list(self.model)[choice % len(self.model)]
 
     def span(self, first: int, count: int) -> tuple[int, int, range]:
         """Start, length and pages."""
         pages = range(first, min(first + count, PAGES))
         return START + first * PAGE_SIZE, len(pages) * PAGE_SIZE, pages
 
-    @rule(pid=pids, first=first_page, count=npages, shared=st.booleans(), populate=st.booleans())
-    def mmap(self, pid: int, first: int, count: int, shared: bool, populate: bool) -> None:
+    @rule(choice=which, first=first_page, count=npages, shared=st.booleans(), populate=st.booleans())
+    def mmap(self, choice: int, first: int, count: int, shared: bool, populate: bool) -> None:
         """Fresh memory, private or shared."""
-        if pid not in self.model:
-            return
+        self.map(self.pid(choice), first, count, shared=shared, populate=populate)
+
+    def map(self, pid: int, first: int, count: int, *, shared: bool = False, populate: bool = False) -> None:
+        """Fresh memory in both."""
         start, length, pages = self.span(first, count)
         flags = FIXED | (MapFlag.SHARED if shared else MapFlag.PRIVATE) | (MapFlag.POPULATE if populate else 0)
         self.call(processes.mmap, pid, start, length, RW, flags)
         self.model[pid].pages.update({page: Page(Cell(shared=shared), RW) for page in pages})
 
-    @rule(pid=pids, first=first_page, count=npages)
-    def munmap(self, pid: int, first: int, count: int) -> None:
+    @rule(choice=which, first=first_page, count=npages)
+    def munmap(self, choice: int, first: int, count: int) -> None:
         """Nothing there any more."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         start, length, pages = self.span(first, count)
         self.call(processes.munmap, pid, start, length)
         for page in pages:
             self.model[pid].pages.pop(page, None)
 
-    @rule(pid=pids, first=first_page, count=npages, prot=st.sampled_from([RW, Prot.READ, Prot.NONE]))
-    def mprotect(self, pid: int, first: int, count: int, prot: Prot) -> None:
+    @rule(choice=which, first=first_page, count=npages, prot=st.sampled_from([RW, Prot.READ, Prot.NONE]))
+    def mprotect(self, choice: int, first: int, count: int, prot: Prot) -> None:
         """Up to the first hole, as the kernel does."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         start, length, pages = self.span(first, count)
         known = self.model[pid].pages
         try:
@@ -122,11 +126,10 @@ class Memory(RuleBasedStateMachine):
                 break
             known[page].prot = prot
 
-    @rule(pid=pids, first=first_page, count=npages)
-    def dontneed(self, pid: int, first: int, count: int) -> None:
+    @rule(choice=which, first=first_page, count=npages)
+    def dontneed(self, choice: int, first: int, count: int) -> None:
         """Private pages read as zeroes again, shared ones keep their contents; holes are skipped."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         start, length, pages = self.span(first, count)
         known = self.model[pid].pages
         try:
@@ -137,11 +140,10 @@ class Memory(RuleBasedStateMachine):
             if page in known and not known[page].cell.shared:
                 known[page].cell.value = 0
 
-    @rule(pid=pids, first=first_page, count=npages, to=first_page)
-    def mremap(self, pid: int, first: int, count: int, to: int) -> None:
+    @rule(choice=which, first=first_page, count=npages, to=first_page)
+    def mremap(self, choice: int, first: int, count: int, to: int) -> None:
         """Moves whole, equally mapped pages."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         start, length, pages = self.span(first, count)
         target, _, landing = self.span(to, len(pages))
         known = self.model[pid].pages
@@ -157,22 +159,20 @@ class Memory(RuleBasedStateMachine):
         moved = [known.pop(page) for page in pages]
         known.update(zip(landing, moved, strict=True))
 
-    @rule(pid=pids, page=first_page, value=byte)
-    def write(self, pid: int, page: int, value: int) -> None:
+    @rule(choice=which, page=first_page, value=byte)
+    def write(self, choice: int, page: int, value: int) -> None:
         """The CPU stores a byte."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         known = self.model[pid].pages.get(page)
         done = self.call(processes.write_memory, pid, START + page * PAGE_SIZE, bytes([value])).done
         assert done == (known is not None and Prot.WRITE in known.prot)
         if done and known is not None:
             known.cell.value = value
 
-    @rule(pid=pids, page=first_page, value=byte, device=st.sampled_from(["gpu", "nic"]))
-    def device_write(self, pid: int, page: int, value: int, device: str) -> None:
+    @rule(choice=which, page=first_page, value=byte, device=st.sampled_from(["gpu", "nic"]))
+    def device_write(self, choice: int, page: int, value: int, device: str) -> None:
         """A device faults a page for writing and writes it."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         mirror = self.mirror(pid, device)
         address = START + page * PAGE_SIZE
         span = AddressRange(address, address + PAGE_SIZE)
@@ -183,11 +183,10 @@ class Memory(RuleBasedStateMachine):
             self.call(devices.device_write, mirror, [(address, 1)], bytes([value]))
             known.cell.value = value
 
-    @rule(pid=pids, device=st.sampled_from(["gpu", "nic"]))
-    def device_read(self, pid: int, device: str) -> None:
+    @rule(choice=which, device=st.sampled_from(["gpu", "nic"]))
+    def device_read(self, choice: int, device: str) -> None:
         """A device reads every page that it may read."""
-        if pid not in self.model:
-            return
+        pid = self.pid(choice)
         mirror = self.mirror(pid, device)
         for page, known in self.model[pid].pages.items():
             address = START + page * PAGE_SIZE
@@ -203,26 +202,29 @@ class Memory(RuleBasedStateMachine):
             mirrors[device] = self.call(devices.register_mirror, self.devices[device], pid)
         return mirrors[device]
 
-    @rule(target=pids, pid=pids)
-    def fork(self, pid: int) -> int:
+    @precondition(lambda self: len(self.model) < MAXIMUM)
+    @rule(choice=which)
+    def fork(self, choice: int) -> None:
         """Private pages are copied, shared ones shared."""
-        if pid not in self.model or len(self.model) >= MAXIMUM:
-            return pid
+        pid = self.pid(choice)
         child: int = self.call(processes.fork, pid)
         copies = {
             page: Page(known.cell if known.cell.shared else Cell(known.cell.value), known.prot)
             for page, known in self.model[pid].pages.items()
         }
         self.model[child] = ModelProcess(copies)
-        return child
 
-    @rule(pid=pids)
-    def exit(self, pid: int) -> None:
+    @precondition(lambda self: len(self.model) > 1)
+    @rule(choice=which)
+    def exit(self, choice: int) -> None:
         """Everything of it goes."""
-        if pid in self.model:
-            self.call(processes.exit_process, pid)
-            for mirror in self.model.pop(pid).mirrors.values():
-                self.call(devices.unregister_mirror, mirror)
+        self.end(self.pid(choice))
+
+    def end(self, pid: int) -> None:
+        """The end of a process, and of its mirrors."""
+        self.call(processes.exit_process, pid)
+        for mirror in self.model.pop(pid).mirrors.values():
+            self.call(devices.unregister_mirror, mirror)
 
     @invariant()
     def contents_agree(self) -> None:
@@ -236,7 +238,7 @@ class Memory(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Nothing leaks when all processes are gone."""
         for pid in list(self.model):
-            self.exit(pid)
+            self.end(pid)
         system = self.local.machine.frames.statistics()[0]
         assert system.used == 0, system
 
