@@ -14,9 +14,6 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, Pfns
 
 __all__ = ["copy_from_frames", "copy_to_frames"]
 
-_BLOCK_PAGES = 64
-"""Pages copied at once: the temporary stays in the second-level cache, and its memory is used again and again."""
-
 
 def copy_from_frames(frames: Frames, pfns: Pfns, offset: int, length: int) -> bytes:
     """Read bytes that run through several frames.
@@ -26,16 +23,12 @@ def copy_from_frames(frames: Frames, pfns: Pfns, offset: int, length: int) -> by
         offset: of the first byte in the first frame.
         length: bytes; the last one lies in the last frame.
 
-    Cost: that of copying the bytes, once out of the cache.
+    Cost: that of copying the bytes, twice.
     """
     if pfns.size == 1:
         return frames.read(int(pfns[0]), offset, length)
-    parts = []
-    for first in range(0, pfns.size, _BLOCK_PAGES):
-        flat = frames.gather(pfns[first : first + _BLOCK_PAGES]).reshape(-1)
-        start = first << PAGE_SHIFT
-        parts.append(flat[max(offset - start, 0) : offset + length - start].tobytes())
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    flat = frames.gather(pfns).reshape(-1)
+    return flat[offset : offset + length].tobytes()
 
 
 def copy_to_frames(frames: Frames, pfns: Pfns, offset: int, data: memoryview) -> None:
