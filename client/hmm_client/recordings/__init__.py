@@ -1,7 +1,9 @@
 """Recordings of real programs, and traces of the kernel: reading them, making them, planning their replay.
 
     recording = Recording.load("recordings/sqlite")
-    for area in recording.initial:            # map these into a new process, at these addresses
+    recording.mmap_base, recording.brk_start  # where the new process places memory, and its break
+    recording.file_sizes()                    # the files that are mapped, and how large they must be
+    for area in recording.initial:            # map these into the process, at these addresses
         ...
     for step in recording.plan.steps:         # then do these, in this order
         match step:
