@@ -15,11 +15,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import click
 
+from hmm_server import VERSION
 from hmm_server.config import ENVIRONMENT_PREFIX, SETTINGS, Config, ConfigError, load
 from hmm_server.logs import set_up
 
@@ -55,7 +55,7 @@ def _metavar(kind: type) -> str:
 @_options
 @click.option("--config", "config_file", metavar="FILE", help="settings in TOML; default: $HMMD_CONFIG, if set")
 @click.option("--ready-fd", type=int, metavar="FD", help="write the ready line here too, and close it")
-@click.version_option(metadata.version("hmmd"), prog_name="hmmd")
+@click.version_option(VERSION, prog_name="hmmd")
 def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
     """Read the settings and serve."""
     given = {name: value for name, value in flags.items() if value is not None}
@@ -102,6 +102,7 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     async with Daemon(config).serving() as daemon:
+        gc.collect()
         gc.freeze()  # what is here now stays: collections need not look at it
         _announce(f"hmmd serving {' '.join(daemon.targets)}\n", ready_fd)
         await ended.wait()

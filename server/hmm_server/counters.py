@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import resource
-from importlib import metadata
 from pathlib import Path
 
 from hmm.events import EventType
 from hmm.mirror import Mirror
 from hmm_proto.v1 import inspection_pb2
+from hmm_server import VERSION
 from hmm_server.answers import ServedMirror
 from hmm_server.streams import Streams
 
 EVENTS = "events_"
-DISTRIBUTION = "hmmd"
 
 
 def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.DaemonStatistics:
@@ -25,7 +24,7 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
     machine, operations = executor.machine, executor.operations
     system = machine.frames.regions[0]
     return inspection_pb2.DaemonStatistics(
-        version=metadata.version(DISTRIBUTION),
+        version=VERSION,
         uptime_ms=round(uptime_s * 1000),
         processes=len(machine.processes),
         spaces=len(machine.spaces),
