@@ -254,7 +254,7 @@ class DirectoryTree:
         # From one directory that holds all of the pages down to their entries. The pages agree in the bits
         # above its index, so that one addition puts the index into the directory, with these bits taken away.
         shift = self._shifts[level]
-        slots = pages >> shift
+        slots: Offsets = pages >> shift
         slots += np.array(offset - (low >> int(shift) & ~DIRECTORY_MASK))
         for shift in self._shifts[level + 1 :]:
             offsets = take(slots)
@@ -270,8 +270,9 @@ class DirectoryTree:
     def _take_or_allocate(self, slots: Offsets) -> Offsets:
         offsets = self._take(slots)
         if np.count_nonzero(offsets) < offsets.size:
-            self.arena.new_children(distinct(slots[offsets == 0]))
-            offsets = self._take(slots)
+            absent = distinct(slots[offsets == 0])
+            children = self.arena.new_children(absent)
+            offsets = children if absent.size == slots.size else self._take(slots)
         return offsets
 
     # -- how many directories a request needs

@@ -19,23 +19,29 @@ import numpy as np
 from hmm.directory_arena import tally
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_geometry import DIRECTORY_SHIFT
-from hmm.units import Entries
+from hmm.units import PAGE_SHIFT, Entries
 
-__all__ = ["clear_pages", "lookup_pages", "store_pages"]
+__all__ = ["clear_pages", "lookup_addresses", "store_pages"]
 
 _ZERO = np.uint64(0)
 _TO_ROW = np.array(DIRECTORY_SHIFT)
+_TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
+_PIECE = 1 << 13  # of a lookup, whose temporaries then stay in the cache
 
 
-def lookup_pages(tree: DirectoryTree, pages: Pages, low: int, high: int) -> Entries:
-    """The entries of pages, uint64[n], 0 where there is none.
+def lookup_addresses(tree: DirectoryTree, addresses: Entries, low: int, high: int) -> Entries:
+    """The entries of the pages of addresses, uint64[n], 0 where there is none.
 
     Args:
-        pages: int64[n], any order, repetitions allowed.
-        low, high: the smallest and the largest of them.
+        addresses: uint64[n], bytes, any order, repetitions allowed.
+        low, high: the smallest and the largest of their page numbers.
     """
-    entries: Entries = tree.entries.take(tree.slots(pages, low, high))
-    return entries
+    found = np.empty(addresses.size, np.uint64)
+    for at in range(0, addresses.size, _PIECE):
+        pages = (addresses[at : at + _PIECE] >> _TO_PAGE).view(np.int64)
+        # Any other mode copies `out` first.
+        tree.entries.take(tree.slots(pages, low, high), out=found[at : at + _PIECE], mode="clip")
+    return found
 
 
 def store_pages(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> Entries:

@@ -34,6 +34,7 @@ _FEW_LEAVES = 8  # up to here leaf by leaf is faster
 _PIECE_ROWS = 64  # 2^15 pages
 _FILL_ROWS = 512
 _ZERO = np.uint64(0)
+_OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
 
 Change: TypeAlias = Callable[[Entries], int]
 """Changes entries in place, and returns how many it cleared that were in use."""
@@ -145,19 +146,44 @@ def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, E
     head = [_in_use(page, part.view) for part in ragged if part.page == page]
     tail = [_in_use(part.page, part.view) for part in ragged if part.page != page]
     # One allocation for the whole result: fresh memory costs more than the walk.
-    number = int(tree.counts.take(rows).sum()) + sum(entries.size for _, entries in head + tail)
+    counts = tree.counts.take(rows)
+    number = int(counts.sum()) + sum(entries.size for _, entries in head + tail)
     addresses, entries = np.empty(number, np.uint64), np.empty(number, np.uint64)
-    whole = (
-        _in_use_of_rows(tree, numbers[at : at + _PIECE_ROWS], rows[at : at + _PIECE_ROWS])
-        for at in range(0, rows.size, _PIECE_ROWS)
-    )
-    at = 0
-    for some_addresses, some_entries in (*head, *whole, *tail):
+    at = _put(addresses, entries, 0, head)
+    for first in range(0, rows.size, _PIECE_ROWS):
+        piece = slice(first, first + _PIECE_ROWS)
+        stop = at + int(counts[piece].sum())
+        _put_rows(tree, numbers[piece], rows[piece], addresses[at:stop], entries[at:stop])
+        at = stop
+    _put(addresses, entries, at, tail)
+    return addresses, entries
+
+
+def _put(addresses: Entries, entries: Entries, at: int, pieces: list[tuple[Entries, Entries]]) -> int:
+    for some_addresses, some_entries in pieces:
         stop = at + some_entries.size
         addresses[at:stop] = some_addresses
         entries[at:stop] = some_entries
         at = stop
-    return addresses, entries
+    return at
+
+
+def _put_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets, addresses: Entries, entries: Entries) -> None:
+    # What these leaves hold, into arrays that have just the room for it.
+    block = tree.rows[_row_index(rows)]
+    starts = numbers << DIRECTORY_SHIFT + PAGE_SHIFT
+    if entries.size == block.size:
+        entries.reshape(block.shape)[:] = block
+        np.add(starts.view(np.uint64)[:, np.newaxis], _OFFSETS, out=addresses.reshape(block.shape))
+        return
+    block = block.reshape(-1)
+    positions = block.nonzero()[0]
+    np.take(block, positions, out=entries, mode="clip")
+    leaves = positions >> DIRECTORY_SHIFT
+    positions &= DIRECTORY_MASK
+    positions <<= PAGE_SHIFT
+    positions += starts[leaves]
+    addresses[:] = positions.view(np.uint64)
 
 
 def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
@@ -172,19 +198,6 @@ def _in_use(page: int, view: Entries) -> tuple[Entries, Entries]:
     positions += page
     positions <<= PAGE_SHIFT
     return positions.view(np.uint64), entries
-
-
-def _in_use_of_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets) -> tuple[Entries, Entries]:
-    entries = tree.rows[_row_index(rows)].reshape(-1)
-    positions = entries.nonzero()[0]
-    if positions.size < entries.size:
-        entries = entries[positions]
-    pages = numbers[positions >> DIRECTORY_SHIFT]
-    pages <<= DIRECTORY_SHIFT
-    positions &= DIRECTORY_MASK
-    pages |= positions
-    pages <<= PAGE_SHIFT
-    return pages.view(np.uint64), entries
 
 
 # -- clearing

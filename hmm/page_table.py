@@ -34,7 +34,7 @@ import numpy.typing as npt
 from hmm.directory_arena import ROOT
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
-from hmm.page_batch import clear_pages, lookup_pages, store_pages
+from hmm.page_batch import clear_pages, lookup_addresses, store_pages
 from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
 from hmm.page_range import clear_range, fill_range, mask_range, read_range, update_range, valid_in_range, zap_range
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
@@ -223,8 +223,8 @@ class PageTable:
         Cost: O(directories met) + O(n); for large ranges `chunks()` is faster, since its memory is reused.
         """
         page, stop = self._pages(start, end)
-        if page == stop:
-            return np.empty(0, np.uint64), np.empty(0, np.uint64)
+        if stop - page <= 1:
+            return _held(start, self.get(start) if page < stop else 0)
         return valid_in_range(self._tree, page, stop)
 
     def chunks(self, start: Address, end: Address, step: int = PIECE_PAGES) -> Iterator[tuple[Entries, Entries]]:
@@ -285,8 +285,8 @@ class PageTable:
     def zap(self, start: Address, end: Address) -> Zapped:
         """Clear a range, free the directories that become empty, and return what it held."""
         page, stop = self._pages(start, end)
-        if page == stop:
-            return Zapped(*self.valid(start, end))
+        if stop - page <= 1:
+            return _held(start, self.set(start, 0) if page < stop else 0)
         return Zapped(*zap_range(self._tree, page, stop))
 
     def update(self, start: Address, end: Address, function: Callable[[Entries], object]) -> int:
@@ -317,7 +317,18 @@ class PageTable:
         if not mask & valid:
             return self.clear(start, end)
         page, stop = self._pages(start, end)
+        if stop - page == 1:
+            return self._mask_one(start, mask, valid)
         return mask_range(self._tree, page, stop, mask, valid) if page < stop else 0
+
+    def _mask_one(self, address: Address, mask: int, valid: int) -> int:
+        entry = self.get(address)
+        if not entry:
+            return 0
+        entry &= mask
+        kept = entry & valid != 0
+        self.set(address, entry if kept else 0)
+        return 0 if kept else 1
 
     # -- scattered pages
 
@@ -339,8 +350,7 @@ class PageTable:
             return np.array([self.get(address) for address in addresses.tolist()], np.uint64)
         low, high = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
         self._check_address(high)
-        pages = (addresses >> _TO_PAGE).view(np.int64)
-        return lookup_pages(self._tree, pages, low >> PAGE_SHIFT, high >> PAGE_SHIFT)
+        return lookup_addresses(self._tree, addresses, low >> PAGE_SHIFT, high >> PAGE_SHIFT)
 
     def store(self, addresses: Entries, entries: int | Entries) -> Entries:
         """Store entries for many pages.
@@ -527,6 +537,12 @@ class PageTable:
     def check(self) -> None:
         """Assert all invariants. Cost: O(directories)."""
         self._tree.check()
+
+
+def _held(address: Address, entry: int) -> Zapped:
+    if not entry:
+        return Zapped(np.empty(0, np.uint64), np.empty(0, np.uint64))
+    return Zapped(np.array([address], np.uint64), np.array([entry], np.uint64))
 
 
 def _unsorted(values: Entries, order: npt.NDArray[np.int64] | None) -> Entries:

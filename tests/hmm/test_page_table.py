@@ -368,6 +368,20 @@ class TestRanges:
         keep_odd(entries)
         assert np.array_equal(table.read(start, end), entries)
 
+    def test_single_page_is_a_range_too(self, table: PageTable) -> None:
+        """Ranges of one page have a short way of their own, with the same results."""
+        span = (5 * PAGE, 6 * PAGE)
+        assert table.zap(*span).entries.size == table.valid(*span)[0].size == 0
+        assert table.apply_mask(*span, ALL & ~0x10) == 0
+        table.set(5 * PAGE, 0x19)
+        assert table.apply_mask(*span, ALL & ~0x10, valid=0x7) == 0
+        assert [column.tolist() for column in table.valid(*span)] == [[5 * PAGE], [0x9]]
+        assert [column.tolist() for column in table.zap(*span)] == [[5 * PAGE], [0x9]]
+        table.set(5 * PAGE, 0x18)
+        assert table.apply_mask(*span, ALL & ~0x10, valid=0x7) == 1
+        table.check()
+        assert table.directories == 1
+
     def test_ranges_skip_absent_directories(self, table: PageTable) -> None:
         """A range over the whole space costs the directories it meets."""
         for address in (0, 3 * UPPER + 5 * PAGE, 1 << 46, LAST & ~4095):
@@ -531,6 +545,13 @@ class TestBatches:
         assert table.lookup(addresses).tolist() == expected
         assert table.lookup(addresses + np.uint64(123)).tolist() == expected
         table.check()
+
+    def test_lookup_of_many_pages_goes_in_pieces(self, table: PageTable) -> None:
+        """A batch of any size is one answer, in the order of the request."""
+        pages = np.random.default_rng(3).permutation(20_000)
+        table.fill(0, 20_000 * PAGE, _numbers(1, 20_000))
+        found = table.lookup(pages.astype(np.uint64) << np.uint64(12))
+        assert np.array_equal(found, pages.astype(np.uint64) + np.uint64(1))
 
     def test_store_of_zeros_clears(self, table: PageTable) -> None:
         """The entry 0 is no entry, in a batch too."""
