@@ -11,7 +11,7 @@ First touches and upgrades in place are not told to anybody.
 **Source**: Linux mm/memory.c (handle_mm_fault()), arch/x86/mm/fault.c (do_user_addr_fault(), access_error()),
 6.12.
 
-**Invariants**: a page is replaced only while an invalidation that was delivered covers it.
+**Invariants**: while anybody listens, a page is replaced only while an invalidation that was delivered covers it.
 
 **Absent**: the bytes (cpu_access.py), the entry of devices' faults (device_fault.py), huge pages,
 userfaultfd.
@@ -45,12 +45,11 @@ from hmm.units import (
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
-__all__ = ["RESOLVERS", "Resolver", "bring_in", "fault_in"]
+__all__ = ["RESOLVERS", "Resolver", "bring_in", "fault_in", "pieces", "raise_stop"]
 
 Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
 RESOLVERS: dict[int, Resolver] = {}
-"""Who resolves entries that are not present, by their kind (`cpu_pte.DEVICE`, `EXCLUSIVE`, `SWAP`,
-`MIGRATION`).
+"""Who resolves entries that are not present, by their kind (`DEVICE`, `EXCLUSIVE`, `SWAP` or `MIGRATION`).
 
 Called with the pages of one kind in one VMA, and whether they are to be written.  When it returns, the pages
 are looked at again.  A lost page (`cpu_pte.POISON`) has no resolver: touching it is a signal.

@@ -1,16 +1,14 @@
 """Faults on many pages of one VMA at once: what comes to stand in the CPU's page table.
 
-    no entry     anonymous   read   the zero page, read-only
-    do_anonymous_page()
-                             write  a new page of its own
-                 file        read   the page of the file; writable when the VMA is shared    do_read_fault()
-                             write  shared: the page of the file; private: a copy of it
-                                 do_shared_fault(),
-                                                                                             do_cow_fault()
-    read-only    shared      write  becomes writable                                         wp_page_shared()
-                 private     write  becomes writable when nobody else has the page, else is  do_wp_page()
-                                    replaced by a copy, of which mirrors have to be told
-    not present              any    for others to resolve                                    do_swap_page()
+    no entry     anonymous   read   the zero page, read-only                            do_anonymous_page()
+                             write  a new page of its own                               do_anonymous_page()
+                 file        read   the page of the file, writable if the VMA is shared do_read_fault()
+                 shared      write  the page of the file                                do_shared_fault()
+                 private     write  a copy of the page of the file                      do_cow_fault()
+    read-only    shared      write  becomes writable                                    wp_page_shared()
+                 private     write  becomes writable if nobody else has the page;       do_wp_page()
+                                    else a copy of it, of which mirrors are told
+    not present              any    for others to resolve                               do_swap_page()
 
 An `Attempt` does for its pages all that can be done without waiting, and says what it has to wait for.
 

@@ -147,9 +147,7 @@ def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tupl
     addresses, entries = space.table.valid(span.start, span.end)
     if not even_cows and entries.size:
         framed = cpu_pte.holds_frame(entries)
-        own = framed & space.frames.test_flags(
-            np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON
-        )
+        own = framed & space.frames.test_flags(np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON)
         return addresses[~own], entries[~own]
     return addresses, entries
 
