@@ -170,15 +170,15 @@ def fault(
     mirror.require_live("fault")
     if isinstance(target, np.ndarray):
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)
-        addresses, entries = target, mirror.table.lookup(target)
+        entries = mirror.table.lookup(target)
     else:
         one = fault_whole_range if whole else fault_range
         parts = []
         for span in target:
             parts.append((yield from one(mirror, span, write=write, wait=wait)))
-        entries = np.concatenate([mirror.table.read(span.start, span.end) for span in target])
-        addresses = np.concatenate([np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64) for span in target])
-    _leave_out_unsettled(mirror, addresses, entries)
+        entries = _entries_of(mirror, target)
+    if mirror.unsettled:
+        _leave_out_unsettled(mirror, target, entries)
     return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
 
 
@@ -256,8 +256,21 @@ def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
     device.iommu.failing = nth
 
 
-def _leave_out_unsettled(mirror: Mirror, addresses: Entries, entries: Entries) -> None:
+def _entries_of(mirror: Mirror, spans: Sequence[AddressRange]) -> Entries:
+    entries = np.empty(sum(span.npages for span in spans), np.uint64)
+    position = 0
+    for span in spans:
+        mirror.table.read(span.start, span.end, entries[position : position + span.npages])
+        position += span.npages
+    return entries
+
+
+def _leave_out_unsettled(mirror: Mirror, target: Sequence[AddressRange] | Entries, entries: Entries) -> None:
     # The driver may have answered for these pages, or will without knowing of this result.
+    if isinstance(target, np.ndarray):
+        addresses = target
+    else:
+        addresses = np.concatenate([np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64) for span in target])
     for sent in mirror.unsettled.values():
         for span in sent.event.spans:
             entries[(addresses >= span.start) & (addresses < span.end)] = 0

@@ -35,6 +35,7 @@ from hmm.errors import (
 )
 from hmm.events import Event, EventState, EventType, Outcome
 from hmm.fault import fault_in
+from hmm.iommu import Domain
 from hmm.mirror import Mirror
 from hmm.notifier import DeviceFault
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
@@ -52,6 +53,11 @@ from hmm.vma import Vma, VmFlag
 UNMIRRORABLE = VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP | VmFlag.HUGETLB
 ALIGNED_SCATTER = 8
 """From this many ranges on, ranges of single pages are handled together as an array of addresses."""
+
+
+_PFN_MASK = np.uint64(((1 << 64) - 1) & ~(PAGE_SIZE - 1))
+_TO_WRITE = np.uint64(pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length())
+"""Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +78,9 @@ class Faulted:
 
 @dataclass(slots=True)
 class _Attempt:
-    """One pass over a target: the pages that the CPU's table lacks, or the wish to start over."""
+    """One pass over a target: what the CPU's table lacks, or the wish to start over."""
 
-    missing: Entries | None = None
+    missing: AddressRange | Entries | None = None
     retry: bool = False
 
 
@@ -215,21 +221,19 @@ def _trim(vma: Vma, spans: tuple[AddressRange, ...]) -> tuple[AddressRange, ...]
     return tuple(AddressRange(span.start, min(span.end, vma.end)) for span in spans if span.start < vma.end)
 
 
-def _fill(
-    mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool
-) -> Operation[_Attempt]:
+def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:
+    # Nothing that is enlisted can be invalidated: what the first loop has seen is still there in the second.
+    for target in _pieces(enlisted.spans, addresses):
+        missing = _missing(mirror.space, target, write)
+        if missing is not None:
+            return _Attempt(_remaining(enlisted.spans, missing))
     for index, target in enumerate(_pieces(enlisted.spans, addresses)):
         if index:
             yield Pause()
-        mirror.require_live("fault")
+            mirror.require_live("fault")
         if enlisted.backoff:
             return _Attempt(retry=True)
-        missing = _missing(mirror.space, target, write)
-        if missing.size:
-            return _Attempt(missing=missing)
         _install(mirror, target)
-    if enlisted.backoff:
-        return _Attempt(retry=True)
     if mirror.update_on_fault:
         yield from _update(mirror, enlisted, write)
     return _Attempt()
@@ -256,36 +260,56 @@ def _addresses(target: AddressRange | Entries) -> Entries:
     return target
 
 
-def _missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Entries:
-    """uint64[n]: the pages that have to be faulted in first."""
-    entries = _cpu_entries(space, target)
+def _missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> AddressRange | Entries | None:
+    """What has to be faulted in first: a range from the first such page on, or pages; None when all is there."""
     wanted = np.uint64(cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0))
-    lacking = (entries & wanted) != wanted
-    return _addresses(target)[lacking] if lacking.any() else entries[:0]
+    if isinstance(target, AddressRange) and target.size_bytes == PAGE_SIZE:
+        return None if (space.table.get(target.start) & int(wanted)) == int(wanted) else target
+    lacking = (_cpu_entries(space, target) & wanted) != wanted
+    if not lacking.any():
+        return None
+    if isinstance(target, AddressRange):
+        return AddressRange(target.start + int(lacking.argmax()) * PAGE_SIZE, target.end)
+    return target[lacking]
+
+
+def _remaining(spans: tuple[AddressRange, ...], missing: AddressRange | Entries) -> AddressRange | Entries:
+    """All that is left of the range in which a page is missing, so that one CPU fault brings all of it in."""
+    if not isinstance(missing, AddressRange):
+        return missing
+    (span,) = (span for span in spans if missing.start in span)
+    return AddressRange(missing.start, span.end)
 
 
 def _install(mirror: Mirror, target: AddressRange | Entries) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
-    cpu = _cpu_entries(mirror.space, target)
     table = mirror.table
+    entries = _cpu_entries(mirror.space, target)
+    writable = entries & np.uint64(cpu_pte.WRITE)
+    writable <<= _TO_WRITE
+    entries &= _PFN_MASK
+    entries |= np.uint64(pte.VALID_PFN)
+    entries |= writable
     old = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
-    entries = pte.pte_from_pfn(cpu_pte.cpu_pfn(cpu))
-    entries |= ((cpu & np.uint64(cpu_pte.WRITE)) != 0).astype(np.uint64) * np.uint64(pte.WRITE)
     if old.any():
         entries |= old & np.uint64(pte.DIRTY | pte.DRIVER_MASK)
-        kept = pte.pte_test_valid_dma(old)
-        entries[kept] = old[kept] | (entries[kept] & np.uint64(pte.WRITE))
+        if mirror.domain:
+            kept = pte.pte_test_valid_dma(old)
+            entries[kept] = old[kept] | (entries[kept] & np.uint64(pte.WRITE))
     if mirror.domain:
-        fresh = ~pte.pte_test_valid_dma(entries)
-        if fresh.any():
-            iovas = mirror.domain.map(pte.pte_pfn(entries[fresh]), _addresses(target)[fresh])
-            entries[fresh] = pte.pte_from_dma_addr(iovas) | (
-                entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY)
-            )
+        _map_for_dma(mirror.domain, entries, target)
     if isinstance(target, AddressRange):
         table.fill(target.start, target.end, entries)
     else:
         table.store(target, entries)
+
+
+def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entries) -> None:
+    """Turn the frame numbers that are new into DMA addresses; WRITE and DIRTY survive, the driver's bits do not."""
+    fresh = ~pte.pte_test_valid_dma(entries)
+    if fresh.any():
+        iovas = domain.map(pte.pte_pfn(entries[fresh]), _addresses(target)[fresh])
+        entries[fresh] = pte.pte_from_dma_addr(iovas) | (entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY))
 
 
 def _update(mirror: Mirror, enlisted: DeviceFault, write: bool) -> Operation[None]:
