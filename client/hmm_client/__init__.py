@@ -31,7 +31,11 @@ if "grpc" not in sys.modules:
 
 if TYPE_CHECKING:
     from hmm.file import FileKind
+    from hmm.madvise import Advice
     from hmm.mirror import DeadlinePolicy
+    from hmm.mlock import MclFlag, MlockFlag
+    from hmm.mremap import MremapFlag
+    from hmm.msync import MsyncFlag
     from hmm.units import AddressRange
     from hmm.unmapped_area import MapFlag
     from hmm.vma import Prot
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AddressRange": "hmm.units",
+    "Advice": "hmm.madvise",
     "Client": "hmm_client.client",
     "DaemonError": "hmm_client.channel",
     "DeadlinePolicy": "hmm.mirror",
@@ -56,7 +61,11 @@ _HOME = {
     "File": "hmm_client.file",
     "FileKind": "hmm.file",
     "MapFlag": "hmm.unmapped_area",
+    "MclFlag": "hmm.mlock",
     "Mirror": "hmm_client.mirror",
+    "MlockFlag": "hmm.mlock",
+    "MremapFlag": "hmm.mremap",
+    "MsyncFlag": "hmm.msync",
     "Process": "hmm_client.process",
     "Prot": "hmm.vma",
     "TableDriver": "hmm_client.driver",
@@ -67,6 +76,7 @@ _HOME = {
 
 __all__ = [
     "AddressRange",
+    "Advice",
     "Client",
     "DaemonError",
     "DeadlinePolicy",
@@ -77,7 +87,11 @@ __all__ = [
     "File",
     "FileKind",
     "MapFlag",
+    "MclFlag",
     "Mirror",
+    "MlockFlag",
+    "MremapFlag",
+    "MsyncFlag",
     "Process",
     "Prot",
     "TableDriver",

@@ -46,7 +46,7 @@ class AcknowledgementLedger:
         self._touched[mirror_id] = mirror
         if sequence == mirror.mark + 1 and not mirror.above:
             mirror.mark = sequence
-        else:
+        elif sequence > mirror.mark:  # else it is said again, which does no harm
             mirror.above.add(sequence)
             while mirror.mark + 1 in mirror.above:
                 mirror.mark += 1

@@ -11,7 +11,7 @@ under the number that it has for one mirror.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -86,6 +86,11 @@ class Event:
         self.mirror = mirror
         self.sequence = sequence
         self._change = change
+
+    @classmethod
+    def at(cls, event: Event, mirror: Any) -> Self:
+        """The same event, with another handle of its mirror."""
+        return cls(mirror, event.sequence, event._change)
 
     def __repr__(self) -> str:
         where = ", ".join(map(str, self.spans[:3])) + (" ..." if len(self.spans) > 3 else "")

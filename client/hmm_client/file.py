@@ -30,7 +30,7 @@ class File:
 
     def __init__(self, client: Client, file_id: int, name: str) -> None:
         self.client = client
-        self.id = file_id
+        self.id: int = file_id
         self.name = name
 
     def __repr__(self) -> str:

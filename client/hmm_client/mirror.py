@@ -150,6 +150,11 @@ class Mirror:
         if not self._session.lost:
             self._session.answer(self.id, event.sequence, answer)
 
+    def rejected(self, sequence: int, rule: str) -> None:  # noqa: ARG002 - every answer after a loss is rejected
+        """An answer did not count; called by the session.  It is how a driver that was too slow hears of its loss."""
+        if rule.startswith(DeviceLostError.reason):
+            self._lose(rule)
+
     def session_lost(self, why: str) -> None:
         """The stream has ended; called by the session."""
         self._callbacks.drop()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,18 @@ from hmm_proto.v1 import inspection_pb2, process_pb2
 
 if TYPE_CHECKING:
     from hmm_client.client import Client
-    from hmm_client.file import File
 
 T = TypeVar("T")
 PART_BYTES = 1 << 20
 """Reads and writes of more than this travel in parts."""
+
+
+class OpenFile(Protocol):
+    """What a mapping needs of an open file."""
+
+    @property
+    def id(self) -> int:
+        """Names it."""
 
 
 class Process:
@@ -54,7 +61,7 @@ class Process:
         flags: int = PRIVATE_ANONYMOUS,
         *,
         address: int = 0,
-        file: File | None = None,
+        file: OpenFile | None = None,
         offset: int = 0,
     ) -> Mapped:
         """mmap(2)."""
@@ -111,7 +118,7 @@ class Process:
         return (np.frombuffer(residency.pages, np.uint8) & 1).astype(np.bool_)
 
     async def place(
-        self, start: int, end: int, prot: int, flags: int, *, file: File | None = None, offset: int = 0
+        self, start: int, end: int, prot: int, flags: int, *, file: OpenFile | None = None, offset: int = 0
     ) -> Completed:
         """Put a mapping where a recorded program had it: one line of its /proc/PID/maps."""
         file_id = file.id if file is not None else 0

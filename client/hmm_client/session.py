@@ -53,6 +53,9 @@ class Hearer(Protocol):
     def deliver(self, sequence: int, change: Change) -> None:
         """An event came."""
 
+    def rejected(self, sequence: int, rule: str) -> None:
+        """The answer to an event did not count."""
+
     def session_lost(self, why: str) -> None:
         """No event will come any more."""
 
@@ -179,6 +182,11 @@ class Session:
 
     # ---- the end
 
+    async def wait_lost(self) -> str:
+        """Wait until the session has ended.  Returns: why."""
+        await asyncio.wait(self._tasks[:1])
+        return self.lost
+
     async def close(self, reason: str = "") -> None:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
         self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
@@ -255,11 +263,11 @@ class Session:
             self._reply(reply)
         for violation in message.violations:
             _LOG.error(
-                "the daemon rejected the answer to event %d of mirror %d: %s",
-                violation.event_sequence,
-                violation.mirror_id,
-                violation.rule,
+                "the answer to event %d of mirror %d: %s", violation.event_sequence, violation.mirror_id, violation.rule
             )
+            hearer = self._hearers.get(violation.mirror_id)
+            if hearer is not None:
+                hearer.rejected(violation.event_sequence, violation.rule)
 
     def _deliver(self, message: event_pb2.Event) -> None:
         change = Change(message)

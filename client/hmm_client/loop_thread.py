@@ -1,0 +1,58 @@
+"""An event loop on a thread of its own, for those who do not have one.
+
+There is one for the whole process, since gRPC's asyncio support wants no more than one loop; it is started when it is
+first needed and ends with the process.
+
+**Source**: grpc/grpc#25364.
+
+**Absent**: what runs there (`sync.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """A running loop."""
+
+    _shared: LoopThread | None = None
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hmm_client", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def shared(cls) -> LoopThread:
+        """The loop of this process."""
+        with cls._lock:
+            if cls._shared is None:
+                cls._shared = cls()
+            return cls._shared
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for its end; an interrupted wait cancels it.
+
+        Context variables go along: what is called from a driver's callback is known to be.
+
+        Raises:
+            RuntimeError: called on the loop's own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a blocking call on the event loop's own thread would wait for ever")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,285 @@
+"""The same client without await, for scripts and notebooks.
+
+    with hmm_client.sync.connect() as client:
+        process = client.create_process("demo")
+        mapped = process.mmap(1 << 20)
+        process.write(mapped.address, b"hello")
+
+A loop on a thread of its own serves the session, also while the caller blocks: a driver must hear the events that its
+own calls cause.  Drivers' callbacks run on worker threads, one mirror's events in order, and may make calls.
+
+Every method is the asynchronous one of the same name and has its arguments, results and errors.
+
+**Source**: `hmm_client.client` and the handles.
+
+**Absent**: behaviour of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import update_wrapper
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+
+import grpc
+
+from hmm.file import FileKind
+from hmm.mirror import DeadlinePolicy
+from hmm.units import ProcessId
+from hmm_client import client as aio_client
+from hmm_client import device as aio_device
+from hmm_client import driver as aio_driver
+from hmm_client import event as aio_event
+from hmm_client import file as aio_file
+from hmm_client import mirror as aio_mirror
+from hmm_client import process as aio_process
+from hmm_client.calls import Call
+from hmm_client.driver import Written
+from hmm_client.loop_thread import LoopThread
+from hmm_client.results import Outcome
+
+P = ParamSpec("P")
+T = TypeVar("T")
+A = TypeVar("A")
+
+CALLBACK_THREADS = 64
+"""How many callbacks can run, or wait for calls of their own, at a time."""
+
+
+class blocking(Generic[P, T]):  # noqa: N801 - used like a decorator
+    """An asynchronous method as a blocking one: `munmap = blocking(aio.Process.munmap)`."""
+
+    def __init__(self, method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, handle: _Handle[Any], owner: type) -> Callable[P, T]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            return handle.loop.run(self._method(handle.aio, *args, **kwargs))
+
+        return update_wrapper(call, self._method)
+
+
+class _Handle(Generic[A]):
+    """A handle here: the asynchronous one, and the loop that it lives on.
+
+    Attributes:
+        aio: the asynchronous handle.
+        loop: where it lives.
+    """
+
+    def __init__(self, aio: A, loop: LoopThread) -> None:
+        self.aio = aio
+        self.loop = loop
+
+    def __repr__(self) -> str:
+        return repr(self.aio)
+
+
+class Process(_Handle[aio_process.Process]):
+    """As `hmm_client.Process`."""
+
+    @property
+    def id(self) -> ProcessId:
+        """Names the process."""
+        return self.aio.id
+
+    mmap = blocking(aio_process.Process.mmap)
+    munmap = blocking(aio_process.Process.munmap)
+    mprotect = blocking(aio_process.Process.mprotect)
+    mremap = blocking(aio_process.Process.mremap)
+    madvise = blocking(aio_process.Process.madvise)
+    brk = blocking(aio_process.Process.brk)
+    msync = blocking(aio_process.Process.msync)
+    mlock = blocking(aio_process.Process.mlock)
+    munlock = blocking(aio_process.Process.munlock)
+    mlockall = blocking(aio_process.Process.mlockall)
+    munlockall = blocking(aio_process.Process.munlockall)
+    mincore = blocking(aio_process.Process.mincore)
+    place = blocking(aio_process.Process.place)
+    maps = blocking(aio_process.Process.maps)
+    read = blocking(aio_process.Process.read)
+    write = blocking(aio_process.Process.write)
+    touch = blocking(aio_process.Process.touch)
+    access_pages = blocking(aio_process.Process.access_pages)
+    exec = blocking(aio_process.Process.exec)
+    exit = blocking(aio_process.Process.exit)
+
+    def fork(self) -> Process:
+        """fork(2)."""
+        return Process(self.loop.run(self.aio.fork()), self.loop)
+
+    def vfork(self) -> Process:
+        """vfork(2)."""
+        return Process(self.loop.run(self.aio.vfork()), self.loop)
+
+    def thread(self) -> Process:
+        """clone(2) with CLONE_VM | CLONE_THREAD."""
+        return Process(self.loop.run(self.aio.thread()), self.loop)
+
+
+class File(_Handle[aio_file.File]):
+    """As `hmm_client.File`."""
+
+    @property
+    def id(self) -> int:
+        """Names the open file."""
+        return self.aio.id
+
+    truncate = blocking(aio_file.File.truncate)
+    punch = blocking(aio_file.File.punch)
+    read = blocking(aio_file.File.read)
+    write = blocking(aio_file.File.write)
+    status = blocking(aio_file.File.status)
+    close = blocking(aio_file.File.close)
+
+
+class Mirror(_Handle[aio_mirror.Mirror]):
+    """As `hmm_client.Mirror`."""
+
+    @property
+    def id(self) -> int:
+        """Names the mirror."""
+        return self.aio.id
+
+    @property
+    def lost(self) -> str:
+        """Why the mirror was fenced; empty while it lives."""
+        return self.aio.lost
+
+    def is_stale(self, faulted: aio_mirror.Faulted) -> bool:
+        """True when a later event takes back what a fault returned; to be asked under the device's own lock."""
+        return self.aio.is_stale(faulted)
+
+    fault = blocking(aio_mirror.Mirror.fault)
+    read = blocking(aio_mirror.Mirror.read)
+    write = blocking(aio_mirror.Mirror.write)
+    dirty = blocking(aio_mirror.Mirror.dirty)
+    discard = blocking(aio_mirror.Mirror.discard)
+    set_driver_bits = blocking(aio_mirror.Mirror.set_driver_bits)
+    read_table = blocking(aio_mirror.Mirror.read_table)
+    unregister = blocking(aio_mirror.Mirror.unregister)
+
+
+class Event(aio_event.Event):
+    """As `hmm_client.Event`."""
+
+    mirror: Mirror  # type: ignore[assignment]
+
+
+class Driver:
+    """As `hmm_client.Driver`, with plain functions, which run on worker threads and may make calls."""
+
+    def update(self, event: Event) -> Written:
+        """Make the device stop using what `event` names, or program it after a fault, before returning."""
+
+    def release(self, mirror: Mirror) -> None:
+        """Stop everything that uses the address space."""
+
+    def lost(self, mirror: Mirror, why: str) -> None:
+        """The mirror was fenced, or the connection broke."""
+
+
+class _Adapter(aio_driver.Driver):
+    """Hands a driver the handles of this module."""
+
+    def __init__(self, driver: Driver, loop: LoopThread, executor: ThreadPoolExecutor) -> None:
+        self._driver = driver
+        self._loop = loop
+        self._executor = executor
+
+    def update(self, event: aio_event.Event) -> Written:
+        return self._driver.update(Event.at(event, Mirror(event.mirror, self._loop)))
+
+    def release(self, mirror: aio_mirror.Mirror) -> None:
+        self._driver.release(Mirror(mirror, self._loop))
+
+    def lost(self, mirror: aio_mirror.Mirror, why: str) -> None:
+        self._executor.submit(self._driver.lost, Mirror(mirror, self._loop), why)
+
+
+class Device(_Handle[aio_device.Device]):
+    """As `hmm_client.Device`."""
+
+    def mirror(
+        self,
+        process: Process,
+        driver: Driver,
+        *,
+        policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+        fault_events: bool = True,
+        concurrent: bool = False,
+    ) -> Mirror:
+        """Mirror a process's address space."""
+        executor = self.aio.client.executor
+        assert isinstance(executor, ThreadPoolExecutor)
+        adapter = _Adapter(driver, self.loop, executor)
+        options = {"policy": policy, "fault_events": fault_events, "concurrent": concurrent}
+        mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
+        return Mirror(mirror, self.loop)
+
+    unregister = blocking(aio_device.Device.unregister)
+    inject_dma_failure = blocking(aio_device.Device.inject_dma_failure)
+
+
+class Client(_Handle[aio_client.Client]):
+    """As `hmm_client.Client`.  Made by `connect`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say goodbye; mirrors that are still registered are fenced."""
+        self.loop.run(self.aio.close())
+        assert self.aio.executor is not None
+        self.aio.executor.shutdown()
+
+    def create_process(self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0) -> Process:
+        """A process with an empty address space."""
+        made = self.aio.create_process(name, mmap_base=mmap_base, brk_start=brk_start)
+        return Process(self.loop.run(made), self.loop)
+
+    def process(self, process_id: ProcessId) -> Process:
+        """A handle of a process that exists already."""
+        return Process(self.aio.process(process_id), self.loop)
+
+    def open_file(self, name: str, *, create: bool = False, kind: FileKind = FileKind.FILE) -> File:
+        """open(2)."""
+        return File(self.loop.run(self.aio.open_file(name, create=create, kind=kind)), self.loop)
+
+    def register_device(self, name: str, *, dma: bool = False) -> Device:
+        """Register a device; its mirrors are served by this client's session."""
+        return Device(self.loop.run(self.aio.register_device(name, dma=dma)), self.loop)
+
+    def make(self, call: Call[T]) -> T:
+        """Make one call of `hmm_client.calls`."""
+        return self.loop.run(self.aio.make(call))
+
+    def execute(self, calls: Sequence[Call[Any]], *, stop_at_error: bool = False) -> list[Outcome]:
+        """Make many calls for one round trip."""
+        return self.loop.run(self.aio.execute(calls, stop_at_error=stop_at_error))
+
+
+def connect(
+    target: str | None = None,
+    token: str = "",
+    *,
+    name: str = "",
+    credentials: grpc.ChannelCredentials | None = None,
+    credit: int = 0,
+) -> Client:
+    """A client of the daemon at `target`, as `hmm_client.connect`; to be used in `with`."""
+    loop = LoopThread.shared()
+    executor = ThreadPoolExecutor(CALLBACK_THREADS, "hmm_client callback")
+
+    async def make() -> aio_client.Client:
+        return aio_client.connect(target, token, name=name, credentials=credentials, credit=credit, executor=executor)
+
+    return Client(loop.run(make()), loop)
