@@ -1,0 +1,8 @@
+"""Drivers that run: each a worked example of `hmm_client`, each a fake device for tests and demonstrations.
+
+    dummy      the dummy driver of the 2015 series: a page table of its own, read and write as its test suite wants them
+    rdma       a network card that translates by DMA address and faults on demand
+    prefetch   a device that follows a program around and checks everything it sees
+
+`python -m hmm_client.drivers.dummy --help`
+"""

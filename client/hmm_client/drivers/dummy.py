@@ -1,0 +1,204 @@
+"""The dummy driver of the 2015 series: devices that read and write the memory of processes.
+
+Four devices with four minors each; a minor mirrors one process after EXPOSE_MM.  READ and WRITE go through the device's
+own page table, faulting in what is missing, and count the pages they touched.  Serves its ioctls as JSON lines:
+expose_mm, read, write, close.
+
+**Source**: "HMM/dummy: dummy driver for testing and showcasing the HMM API"; its test suite says what must hold.
+
+**Invariants**: an event is answered when no access through what it took is under way.
+
+**Absent**: memory of the device: ndev_pages counts entries that name it, and nobody makes any yet.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from hmm import pte
+from hmm.errors import ConflictError, InvalidRequestError
+from hmm.units import PAGE_SIZE, Address, page_down
+from hmm_client.client import Client
+from hmm_client.device import Device
+from hmm_client.driver import TableDriver
+from hmm_client.drivers.accesses import Accesses
+from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.event import Event
+from hmm_client.mirror import Mirror
+from hmm_client.process import Process
+
+DEVICES = 4
+MINORS = 4
+TRANSFER_BYTES = 1 << 20
+"""One transfer of the device; larger requests are cut at multiples of this address."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one READ or WRITE touched.
+
+    Attributes:
+        nsys_pages, ndev_pages: pages that were in system memory, in device memory.
+        nfaulted_sys_pages, nfaulted_dev_pages: of these, pages that had to be faulted in.
+    """
+
+    nsys_pages: int = 0
+    nfaulted_sys_pages: int = 0
+    ndev_pages: int = 0
+    nfaulted_dev_pages: int = 0
+
+
+class DummyDriver(TableDriver):
+    """What the daemon calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._accesses: dict[int, Accesses] = {}
+
+    def accesses(self, mirror: Mirror) -> Accesses:
+        """The accesses under way through a mirror."""
+        return self._accesses.setdefault(mirror.id, Accesses())
+
+    async def update(self, event: Event) -> None:
+        """Change the table first, so that nothing new starts; then wait for what has started."""
+        self.table(event.mirror).apply(event)
+        if not event.is_fault:
+            await self.accesses(event.mirror).ended(event)
+
+    async def release(self, mirror: Mirror) -> None:
+        """The address space ends."""
+        super().release(mirror)
+        await self.accesses(mirror).all_ended()
+        del self._accesses[mirror.id]
+
+
+class Minor:
+    """One opened /dev/hmm_dummy_device: mirrors one process."""
+
+    def __init__(self, device: Device, driver: DummyDriver) -> None:
+        self._device = device
+        self._driver = driver
+        self._mirror: Mirror | None = None
+        self._busy = False
+
+    async def expose_mm(self, process: Process) -> Mirror:
+        """HMM_DUMMY_EXPOSE_MM: mirror a process from now on.
+
+        Raises:
+            ConflictError: this minor mirrors a process already (EBUSY).
+        """
+        if self._busy:
+            raise ConflictError("expose_mm: this minor mirrors a process already", errnos.EBUSY)
+        self._busy = True
+        try:
+            self._mirror = await self._device.mirror(process, self._driver)
+        except BaseException:
+            self._busy = False
+            raise
+        return self._mirror
+
+    async def read(self, address: Address, size: int) -> tuple[bytes, Counters]:
+        """HMM_DUMMY_READ: the device reads `size` bytes of the process.
+
+        Raises:
+            BadAddressError: nothing readable is mapped at `error.address` (EFAULT).
+            AccessDeniedError: the mapping there is not readable (EACCES).
+        """
+        counters = Counters()
+        parts = [await self._transfer(at, length, None, counters) for at, length in _pieces(address, size)]
+        return b"".join(parts), counters
+
+    async def write(self, address: Address, data: bytes) -> Counters:
+        """HMM_DUMMY_WRITE: the device writes bytes to the process.
+
+        Raises: as `read`, for writing; what lies below the piece that failed is written.
+        """
+        counters = Counters()
+        for at, length in _pieces(address, len(data)):
+            await self._transfer(at, length, data[at - address : at - address + length], counters)
+        return counters
+
+    async def close(self) -> None:
+        """Close the file: the mirror is unregistered, and the minor is free again."""
+        if self._mirror is not None and not (self._mirror.released or self._mirror.lost):
+            await self._mirror.unregister()
+        self._mirror, self._busy = None, False
+
+    async def _transfer(self, address: Address, length: int, data: bytes | None, counters: Counters) -> bytes:
+        mirror = self._mirror
+        if mirror is None:
+            raise InvalidRequestError("this minor mirrors no process")
+        write = data is not None
+        while True:
+            table = self._driver.table(mirror)
+            missing = table.missing(address, length, write=write)
+            if not missing.size:
+                break
+            # Ends in `update` with the entries; an invalidation may take them back before we look again.
+            await mirror.fault(missing, write=write, omit_entries=True)
+            counters.nfaulted_sys_pages += missing.size
+        entries = table.pages.read(page_down(address), page_down(address + length - 1) + PAGE_SIZE)
+        in_device = int(np.count_nonzero(pte.pte_test_valid_dev(entries)))
+        counters.ndev_pages += in_device
+        counters.nsys_pages += entries.size - in_device
+        with self._driver.accesses(mirror).to(address, length):
+            if data is None:
+                return await mirror.read([(address, length)])
+            await mirror.write([(address, length)], data)
+            return b""
+
+
+def _pieces(address: Address, size: int) -> list[tuple[Address, int]]:
+    end = address + size
+    bounds = [address, *range((address // TRANSFER_BYTES + 1) * TRANSFER_BYTES, end, TRANSFER_BYTES), end]
+    return [(start, stop - start) for start, stop in pairwise(bounds) if stop > start]
+
+
+class DummyDevices:
+    """All devices of the driver, as another process drives them."""
+
+    def __init__(self, client: Client, minors: list[list[Minor]]) -> None:
+        self._client = client
+        self._minors = minors
+
+    @classmethod
+    async def register(cls, client: Client) -> DummyDevices:
+        """Register the four devices."""
+        driver = DummyDriver()
+        devices = [await client.register_device(f"hmm_dummy_device{number}") for number in range(DEVICES)]
+        return cls(client, [[Minor(device, driver) for _ in range(MINORS)] for device in devices])
+
+    async def expose_mm(self, device: int, minor: int, process: int) -> dict[str, int]:
+        """Mirror the process of this id."""
+        mirror = await self._minors[device][minor].expose_mm(self._client.process(process))
+        return {"mirror": mirror.id}
+
+    async def read(self, device: int, minor: int, address: int, size: int) -> dict[str, int | str]:
+        """Read bytes."""
+        data, counters = await self._minors[device][minor].read(address, size)
+        return {"data": encode(data), **asdict(counters)}
+
+    async def write(self, device: int, minor: int, address: int, data: str) -> dict[str, int]:
+        """Write bytes."""
+        return asdict(await self._minors[device][minor].write(address, decode(data)))
+
+    async def close(self, device: int, minor: int) -> None:
+        """Stop mirroring."""
+        await self._minors[device][minor].close()
+
+
+async def operations(client: Client) -> Mapping[str, Operation]:
+    """Register the devices; their ioctls by name."""
+    devices = await DummyDevices.register(client)
+    return {"expose_mm": devices.expose_mm, "read": devices.read, "write": devices.write, "close": devices.close}
+
+
+main = driver_command("dummy", operations)
+
+if __name__ == "__main__":
+    main()
