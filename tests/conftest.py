@@ -62,11 +62,13 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *flags),
             env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
+            stdout=asyncio.subprocess.PIPE,
         )
-        daemon = Daemon(socket, process)
-        daemons.append(daemon)
-        await _ready(daemon)
-        return daemon
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+        assert line == f"hmmd serving unix:{socket}\n".encode(), f"the daemon did not start: {line!r}"
+        daemons.append(Daemon(socket, process))
+        return daemons[-1]
 
     yield start
     for daemon in daemons:
@@ -77,14 +79,3 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
 async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon with the default settings, for one test."""
     return await start_daemon()
-
-
-async def _ready(daemon: Daemon) -> None:
-    """Wait until the daemon answers, or has ended."""
-    client = daemon.connect()
-    ended = asyncio.create_task(daemon.process.wait())
-    serving = asyncio.create_task(client.ready())
-    done, _ = await asyncio.wait({ended, serving}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-    ended.cancel()
-    assert serving in done, f"the daemon did not start: exit code {daemon.process.returncode}"
-    await serving
