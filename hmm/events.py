@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
-from hmm import pte
+from hmm.pte import MASK_ALL, MASK_NONE, MASK_WRITE_PROTECT
 from hmm.units import AddressRange, MirrorId, SpaceId
 
 
@@ -50,17 +50,17 @@ _INVALIDATIONS = frozenset(
     {EventType.FORK, EventType.ISDIRTY, EventType.MIGRATE, EventType.MUNMAP, EventType.WRITE_PROTECT}
 )
 _PTE_MASKS = {
-    EventType.NONE: pte.MASK_ALL,
-    EventType.FORK: pte.MASK_WRITE_PROTECT,
-    EventType.ISDIRTY: pte.MASK_ALL,
-    EventType.MIGRATE: pte.MASK_NONE,
-    EventType.MUNMAP: pte.MASK_NONE,
-    EventType.DEVICE_RFAULT: pte.MASK_ALL,
-    EventType.DEVICE_WFAULT: pte.MASK_ALL,
-    EventType.WRITE_PROTECT: pte.MASK_WRITE_PROTECT,
-    EventType.COPY_FROM_DEVICE: pte.MASK_ALL,
-    EventType.COPY_TO_DEVICE: pte.MASK_ALL,
-    EventType.RELEASE: pte.MASK_NONE,
+    EventType.NONE: MASK_ALL,
+    EventType.FORK: MASK_WRITE_PROTECT,
+    EventType.ISDIRTY: MASK_ALL,
+    EventType.MIGRATE: MASK_NONE,
+    EventType.MUNMAP: MASK_NONE,
+    EventType.DEVICE_RFAULT: MASK_ALL,
+    EventType.DEVICE_WFAULT: MASK_ALL,
+    EventType.WRITE_PROTECT: MASK_WRITE_PROTECT,
+    EventType.COPY_FROM_DEVICE: MASK_ALL,
+    EventType.COPY_TO_DEVICE: MASK_ALL,
+    EventType.RELEASE: MASK_NONE,
 }
 
 
