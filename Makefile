@@ -70,7 +70,7 @@ test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
 
 # --- What a developer runs
 
-.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker lint-shell type check bench lock clean
+.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker lint-shell type check bench simulate lock clean
 proto: install-dev ## Generate the stubs of proto/hmm_proto/**/*.proto
 	$(BIN)/python proto/hatch_build.py
 
@@ -114,6 +114,10 @@ lock: install-dev ## Resolve the three lock files anew
 	$(LOCK) pyproject.toml -c requirements-dev.lock -o requirements.lock
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
+
+SEEDS ?= 0:10000
+simulate: install-dev ## Run ten thousand seeded interleavings; SEEDS=FIRST:END selects
+	HMMD_SEEDS=$(SEEDS) $(BIN)/python $(PYTEST) --timeout 0 tests/simulation
 
 clean: ## Remove what the tools above left, the environment included
 	rm -rf $(VENV) .build build dist .coverage coverage.json .hypothesis .*_cache

@@ -270,7 +270,8 @@ def _missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -
         return None
     if isinstance(target, AddressRange):
         return AddressRange(target.start + int(lacking.argmax()) * PAGE_SIZE, target.end)
-    return target[lacking]
+    pages: Entries = target[lacking]
+    return pages
 
 
 def _remaining(spans: tuple[AddressRange, ...], missing: AddressRange | Entries) -> AddressRange | Entries:
