@@ -101,6 +101,8 @@ class DeviceSide:
         else:
             if name == "register_mirror":
                 response = register_mirror_response(self.executor.machine, record.result)
+            elif name == "fault" and request.omit_entries:
+                response.ClearField("entries")
             then(response)
 
     def _note(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> None:
