@@ -103,9 +103,11 @@ def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[No
     with ExitStack() as brackets:
         while new := _untold(file, start, end, told, even_cows=even_cows):
             for space_id, spans in new.items():
+                space = file.mappers.get(space_id)
+                if space is None:  # it unmapped the file while another space was being told
+                    continue
                 told[space_id] = told.get(space_id, ()) + spans
-                notifier = file.mappers[space_id].notifier
-                invalidation = brackets.enter_context(notifier.invalidation(spans, Cause.TRUNCATE))
+                invalidation = brackets.enter_context(space.notifier.invalidation(spans, Cause.TRUNCATE))
                 yield from invalidation.deliver()
         for space in file.mapping_spaces():
             for span in _spans(file, space, start, end):

@@ -25,6 +25,7 @@ REGRESSIONS = {
     108: "a fault whose update was abandoned made its mirror lost and left its events without a final state",
     317: "a fault that spanned a hole handed out an entry that its driver had given up",
     652: "a fault of scattered pages handed out an entry whose invalidation was settled later",
+    3415: "a truncation looked up a space that had unmapped the file while another one was being told",
     767: "two calls unregistered one mirror at the same time",
 }
 
