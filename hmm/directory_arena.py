@@ -48,6 +48,7 @@ ROOT = DIRECTORY_ENTRIES
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COUNT_BYTES = 4
 _OFFSET_BYTES = 8
+_KEPT_ROWS = 1 << 14  # 64 MiB: what an emptied table keeps for the next time
 
 
 def distinct(values: Offsets) -> Offsets:
@@ -94,9 +95,11 @@ class DirectoryArena:
     __slots__ = (
         "_free",
         "_free_stack",
+        "_memory",
         "_nfree",
         "_parent",
         "_parents",
+        "_peak",
         "_reserved",
         "_top",
         "count",
@@ -133,7 +136,8 @@ class DirectoryArena:
         self._free: Offsets = np.frombuffer(memory, np.int64, nrows, memory_bytes - offsets_bytes)
         self._free_stack = self._free.data
         self._nfree = 0
-        self._top = 2  # the NULL directory and the root are always there
+        self._top = self._peak = 2  # the NULL directory and the root are always there
+        self._memory = memory
         self._reserved = 0
         self.held: dict[int, int] = {}
         self.max_directories = max_directories
@@ -152,8 +156,8 @@ class DirectoryArena:
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes of directories and their records that have ever been used, which is what they occupy."""
-        return self._top * (PAGE_SIZE + _COUNT_BYTES + 2 * _OFFSET_BYTES)
+        """Bytes that directories and their records occupy, in use or kept for the next time."""
+        return max(self._top, self._peak) * (PAGE_SIZE + _COUNT_BYTES + 2 * _OFFSET_BYTES)
 
     # -- allocation
 
@@ -163,7 +167,7 @@ class DirectoryArena:
         Raises:
             OutOfFramesError: not enough left; nothing was changed (ENOMEM).
         """
-        if ndirectories > self.available:
+        if ndirectories > self.max_directories + 1 - self._top + self._nfree - self._reserved:
             raise OutOfFramesError(
                 f"{ndirectories} directories needed, {self.available} of {self.max_directories} left"
             )
@@ -251,6 +255,8 @@ class DirectoryArena:
             self._nfree += 1
             row = slot >> DIRECTORY_SHIFT
             count[row] -= 1
+        if self._nfree == self._top - 2:
+            self._start_over()
 
     def drop_all_empty(self, rows: Offsets) -> None:
         """The same for many distinct rows without entries, in address order.
@@ -270,6 +276,18 @@ class DirectoryArena:
             rows = rows[rows != ROOT >> DIRECTORY_SHIFT]
         for row in rows.tolist():
             self.drop_if_empty(row)
+        if self._nfree == self._top - 2:
+            self._start_over()
+
+    def _start_over(self) -> None:
+        # Only the root is left. Directories are given out in order again, so that what is stored in order
+        # lies in order, which is the fastest to go through; and much of a large table's memory goes back.
+        self._peak = max(self._peak, self._top)
+        if self._peak > _KEPT_ROWS:
+            self._memory.madvise(mmap.MADV_DONTNEED, _KEPT_ROWS * PAGE_SIZE, (self._peak - _KEPT_ROWS) * PAGE_SIZE)
+            self._peak = _KEPT_ROWS
+        self._top = 2
+        self._nfree = 0
 
     # -- checking
 
@@ -285,6 +303,8 @@ class DirectoryArena:
         assert not self.rows[free].any(), "a free directory is not empty"
         assert not self.counts[free].any(), "a free directory has a count"
         assert not in_use[NULL], "the NULL directory is linked"
+        assert not self.rows[self._top : self._peak].any(), "a directory to be used again is not empty"
+        assert not self.counts[self._top : self._peak].any(), "a directory to be used again has a count"
         assert (free_once[1:] + in_use[1:] == 1).all(), "a directory leaked, or is free and in use"
         assert all(in_use[row] and holders > 0 for row, holders in self.held.items()), self.held
         assert 0 <= self._reserved <= self.max_directories - self.directories, self._reserved

@@ -39,12 +39,18 @@ Pages = npt.NDArray[np.int64]
 
 _NONE = np.empty(0, np.int64)
 _INDEX_MASK = np.array(DIRECTORY_MASK)  # numpy takes an array without dimensions twice as fast as an int
+_IN_ORDER_PAGES = 1024  # from here on it pays to see whether the leaves of a batch lie in order
 _GATHER_ROWS = 256  # directories looked at together: 1 MiB, which stays in the cache
 
 
 def after_hole(page: int, shift: int, absent: int) -> int:
     """The first page behind a hole of `absent` entries, 2^shift pages each, from that of `page` on."""
     return ((page >> shift) + absent) << shift
+
+
+def _shifted(values: Pages, distance: int) -> Offsets:
+    shifted: Offsets = values + np.array(distance)
+    return shifted
 
 
 class DirectoryTree:
@@ -72,7 +78,7 @@ class DirectoryTree:
         self.geometry = geometry
         self.arena = DirectoryArena(max_directories)
         self.upper_shifts = tuple(shift - PAGE_SHIFT for shift in geometry.shifts[:-1])
-        self._shifts = tuple(np.array(shift) for shift in (*self.upper_shifts, 0))
+        self._shifts = tuple(np.array(shift) for shift in self.upper_shifts)
         self.four_levels = geometry.levels == 4
         self.counts = self.arena.counts
         self.entries = self.arena.entries
@@ -114,17 +120,12 @@ class DirectoryTree:
         Raises:
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
-        words, arena = self.words, self.arena
+        words, new_child = self.words, self.arena.new_child
+        self.arena.require(self.absent_levels(page))
         offset = ROOT
-        for level, shift in enumerate(self.upper_shifts):
+        for shift in self.upper_shifts:
             slot = offset | page >> shift & DIRECTORY_MASK
-            offset = words[slot]
-            if not offset:
-                arena.require(len(self.upper_shifts) - level)
-                offset = arena.new_child(slot)
-                for lower_shift in self.upper_shifts[level + 1 :]:
-                    offset = arena.new_child(offset | page >> lower_shift & DIRECTORY_MASK)
-                break
+            offset = words[slot] or new_child(slot)
         return offset
 
     def next_leaf(self, page: int, end: int) -> tuple[int, int]:
@@ -226,12 +227,34 @@ class DirectoryTree:
 
         Cost: one gather per level that the pages do not share.
         """
+        return self.descend(pages, low, *self.shared_directory(low, high, pages.size))
+
+    def shared_directory(self, low: int, high: int, number: int) -> tuple[int, int]:
+        """The lowest directory that holds all of [low, high], as offset and level, for `descend()`.
+
+        Leaves that lie in order in the arena are as good as one; for many pages it pays to look.
+        """
         offset, level = ROOT, 0
         for shift in self.upper_shifts:
             if (low ^ high) >> shift:
                 break
             offset = self.words[offset | low >> shift & DIRECTORY_MASK]
             level += 1
+        if level == self.geometry.llevel - 1 and number >= _IN_ORDER_PAGES:
+            first, last = (offset | page >> DIRECTORY_SHIFT & DIRECTORY_MASK for page in (low, high))
+            if self._are_in_order(first, last):
+                return self.words[first], self.geometry.llevel
+        return offset, level
+
+    def _are_in_order(self, first: int, last: int) -> bool:
+        # Whether the leaves linked at these slots of one directory lie one after the other in the arena.
+        if not self.words[first] or self.words[last] - self.words[first] != pde_from_row(last - first):
+            return False
+        leaves = self.index[first : last + 1]
+        return bool((leaves[1:] - leaves[:-1] == DIRECTORY_ENTRIES).all())
+
+    def descend(self, pages: Pages, low: int, offset: int, level: int) -> Offsets:
+        """The slots of pages, int64[n], all of them in the directory at `offset` and `level`, as is `low`."""
         return self._descend(pages, low, offset, level, self._take)
 
     def slots_allocate(self, pages: Pages) -> Offsets:
@@ -253,14 +276,18 @@ class DirectoryTree:
     def _descend(self, pages: Pages, low: int, offset: int, level: int, take: Callable[[Offsets], Offsets]) -> Offsets:
         # From one directory that holds all of the pages down to their entries. The pages agree in the bits
         # above its index, so that one addition puts the index into the directory, with these bits taken away.
-        shift = self._shifts[level]
-        slots: Offsets = pages >> shift
-        slots += np.array(offset - (low >> int(shift) & ~DIRECTORY_MASK))
+        above = offset - (low >> (*self.upper_shifts, 0)[level] & ~DIRECTORY_MASK)
+        if level == self.geometry.llevel:
+            return _shifted(pages, above)
+        slots = _shifted(pages >> self._shifts[level], above)
         for shift in self._shifts[level + 1 :]:
             offsets = take(slots)
             np.right_shift(pages, shift, slots)
             slots &= _INDEX_MASK
             slots |= offsets
+        offsets = take(slots)
+        np.bitwise_and(pages, _INDEX_MASK, slots)
+        slots |= offsets
         return slots
 
     def _take(self, slots: Offsets) -> Offsets:

@@ -29,19 +29,18 @@ _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _PIECE = 1 << 13  # of a lookup, whose temporaries then stay in the cache
 
 
-def lookup_addresses(tree: DirectoryTree, addresses: Entries, low: int, high: int) -> Entries:
-    """The entries of the pages of addresses, uint64[n], 0 where there is none.
+def lookup_addresses(tree: DirectoryTree, addresses: Entries, low: int, high: int, out: Entries) -> None:
+    """Copy the entries of the pages of addresses to `out`, uint64[n], 0 where there is none.
 
     Args:
         addresses: uint64[n], bytes, any order, repetitions allowed.
         low, high: the smallest and the largest of their page numbers.
     """
-    found = np.empty(addresses.size, np.uint64)
+    directory = tree.shared_directory(low, high, addresses.size)
     for at in range(0, addresses.size, _PIECE):
         pages = (addresses[at : at + _PIECE] >> _TO_PAGE).view(np.int64)
-        # Any other mode copies `out` first.
-        tree.entries.take(tree.slots(pages, low, high), out=found[at : at + _PIECE], mode="clip")
-    return found
+        slots = tree.descend(pages, low, *directory)
+        tree.entries.take(slots, out=out[at : at + _PIECE], mode="clip")  # any other mode copies `out` first
 
 
 def store_pages(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> Entries:

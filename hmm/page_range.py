@@ -31,8 +31,9 @@ from hmm.units import PAGE_SHIFT, Entries
 __all__ = ["clear_range", "fill_range", "mask_range", "read_range", "update_range", "valid_in_range", "zap_range"]
 
 _FEW_LEAVES = 8  # up to here leaf by leaf is faster
-_PIECE_ROWS = 64  # 2^15 pages
-_FILL_ROWS = 512
+_PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
+_CHANGE_ROWS = 128  # changed, mostly without temporaries
+_FILL_ROWS = 512  # stored, without temporaries
 _ZERO = np.uint64(0)
 _OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
 
@@ -310,24 +311,19 @@ def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) ->
 def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
     # Whole leaves.
     rows = tree.slots_allocate(np.arange(page, end, DIRECTORY_ENTRIES)) >> DIRECTORY_SHIFT
+    index = _row_index(rows)
     if isinstance(source, int):
-        index = _row_index(rows)
         tree.rows[index] = source
-        tree.counts[index] = DIRECTORY_ENTRIES
-        return
-    emptied = []
-    for at in range(0, rows.size, _PIECE_ROWS):
-        index = _row_index(rows[at : at + _PIECE_ROWS])
-        block = source[at << DIRECTORY_SHIFT : at + _PIECE_ROWS << DIRECTORY_SHIFT].reshape(-1, DIRECTORY_ENTRIES)
+    else:
+        block = source.reshape(-1, DIRECTORY_ENTRIES)
+        number = np.count_nonzero(block)
         tree.rows[index] = block
-        if np.count_nonzero(block) == block.size:
-            tree.counts[index] = DIRECTORY_ENTRIES
-        else:
+        if number < block.size:
             used = np.count_nonzero(block, axis=1)
             tree.counts[index] = used
-            emptied.append(rows[at : at + _PIECE_ROWS][used == 0])
-    if emptied:
-        tree.arena.drop_all_empty(np.concatenate(emptied))
+            tree.arena.drop_all_empty(rows[used == 0])
+            return
+    tree.counts[index] = DIRECTORY_ENTRIES
 
 
 # -- changing
@@ -356,7 +352,7 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
     Returns: how many entries in use were cleared.
     """
-    keep, needed = np.uint64(mask), np.uint64(mask & valid)
+    keep, needed = np.array(mask, np.uint64), np.array(mask & valid, np.uint64)
 
     def change(entries: Entries) -> int:
         if entries.ndim > 1 and np.bitwise_and.reduce(entries.reshape(-1)) & needed:
@@ -386,8 +382,8 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
     ragged, _, rows = _split(tree, page, end)
     lost = sum([_change_view(tree, part.row, part.view, change) for part in ragged])
     emptied = []
-    for at in range(0, rows.size, _PIECE_ROWS):
-        piece = rows[at : at + _PIECE_ROWS]
+    for at in range(0, rows.size, _CHANGE_ROWS):
+        piece = rows[at : at + _CHANGE_ROWS]
         index = _row_index(piece)
         entries = tree.rows[index]
         lost_here = change(entries)

@@ -209,10 +209,7 @@ class PageTable:
         Cost: that of copying memory.
         """
         page, stop = self._pages(start, end)
-        if out is None:
-            out = np.empty(stop - page, np.uint64)
-        elif out.shape != (stop - page,) or out.dtype != np.uint64 or not out.flags.c_contiguous:
-            raise InvalidRequestError(f"out must be a contiguous uint64[{stop - page}]")
+        out = _fitting(out, stop - page)
         if page < stop:
             read_range(self._tree, page, stop, out)
         return out
@@ -332,11 +329,12 @@ class PageTable:
 
     # -- scattered pages
 
-    def lookup(self, addresses: Entries) -> Entries:
+    def lookup(self, addresses: Entries, out: Entries | None = None) -> Entries:
         """The entries for many addresses.
 
         Args:
             addresses: uint64[n], any order, repetitions allowed; each stands for the page that holds it.
+            out: C-contiguous uint64[n] to write into instead of a new array.
 
         Returns: uint64[n], 0 where there is no entry.
 
@@ -346,11 +344,14 @@ class PageTable:
         Cost: O(n), one gather per level that the addresses do not share; ascending order is kinder to the
             cache.
         """
+        out = _fitting(out, addresses.size)
         if addresses.size <= _SCALAR_PAGES:
-            return np.array([self.get(address) for address in addresses.tolist()], np.uint64)
+            out[:] = [self.get(address) for address in addresses.tolist()]
+            return out
         low, high = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
         self._check_address(high)
-        return lookup_addresses(self._tree, addresses, low >> PAGE_SHIFT, high >> PAGE_SHIFT)
+        lookup_addresses(self._tree, addresses, low >> PAGE_SHIFT, high >> PAGE_SHIFT, out)
+        return out
 
     def store(self, addresses: Entries, entries: int | Entries) -> Entries:
         """Store entries for many pages.
@@ -537,6 +538,14 @@ class PageTable:
     def check(self) -> None:
         """Assert all invariants. Cost: O(directories)."""
         self._tree.check()
+
+
+def _fitting(out: Entries | None, number: int) -> Entries:
+    if out is None:
+        return np.empty(number, np.uint64)
+    if out.shape != (number,) or out.dtype != np.uint64 or not out.flags.c_contiguous:
+        raise InvalidRequestError(f"out must be a contiguous uint64[{number}]")
+    return out
 
 
 def _held(address: Address, entry: int) -> Zapped:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from hmm import directory_arena
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.page_table import PageTable
 from hmm.units import Entries
@@ -50,6 +51,13 @@ def table() -> PageTable:
 
 def _addresses(*pages: int) -> Entries:
     return np.array(pages, np.uint64) << np.uint64(12)
+
+
+def _expected(leaves: list[int]) -> Entries:
+    entries = np.zeros((5, 512), np.uint64)
+    for leaf in leaves:
+        entries[leaf] = _numbers(1 + leaf * 512, 512)
+    return entries.reshape(-1)
 
 
 def _numbers(first: int, number: int) -> Entries:
@@ -175,6 +183,31 @@ class TestDirectories:
             clear()
             table.check()
             assert table.directories == 1
+
+    def test_emptied_table_gives_its_directories_out_in_order_again(self, table: PageTable) -> None:
+        """With the last entry the arena starts over, so that order in memory is not lost for good."""
+        for address in (9 * LEAF, 0, 5 * LEAF):
+            table.set(address, 1)
+        table.clear(0, LEAF)
+        table.set(7 * LEAF, 1)
+        table.clear(0, LAST + 1)
+        table.check()
+        table.fill(0, 20 * LEAF, 1)
+        leaves = table._tree.directories_at(3)
+        assert (leaves[1:] - leaves[:-1] == 512).all()
+        table.check()
+
+    def test_emptied_table_gives_memory_back(self, table: PageTable, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A table keeps some of its memory for the next time, but not what a large one needed."""
+        monkeypatch.setattr(directory_arena, "_KEPT_ROWS", 8)
+        table.fill(0, 100 * LEAF, 1)
+        assert table.memory_bytes > 100 * PAGE
+        table.clear(0, 100 * LEAF)
+        assert table.memory_bytes < 9 * PAGE
+        table.check()
+        table.fill(0, 100 * LEAF, 2)
+        assert (table.read(0, 100 * LEAF) == 2).all()
+        table.check()
 
     def test_directory_count_refuses_level_that_does_not_exist(self, table: PageTable) -> None:
         """Levels are 0 to llevel."""
@@ -546,12 +579,34 @@ class TestBatches:
         assert table.lookup(addresses + np.uint64(123)).tolist() == expected
         table.check()
 
+    def test_lookup_writes_into_given_array(self, table: PageTable) -> None:
+        """`out` is filled, few pages or many, and returned."""
+        table.set(PAGE, 5)
+        for number in (2, 200):
+            out = np.full(number, 77, np.uint64)
+            assert table.lookup(_addresses(*range(number)), out) is out
+            assert out.tolist() == [0, 5] + [0] * (number - 2)
+            with pytest.raises(InvalidRequestError):
+                table.lookup(_addresses(*range(number)), out[:1])
+
     def test_lookup_of_many_pages_goes_in_pieces(self, table: PageTable) -> None:
         """A batch of any size is one answer, in the order of the request."""
         pages = np.random.default_rng(3).permutation(20_000)
         table.fill(0, 20_000 * PAGE, _numbers(1, 20_000))
         found = table.lookup(pages.astype(np.uint64) << np.uint64(12))
         assert np.array_equal(found, pages.astype(np.uint64) + np.uint64(1))
+
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 1, 3, 4], [0, 3, 2, 1, 4], [1, 2, 3]])
+    def test_lookup_finds_leaves_in_any_order_of_memory(self, table: PageTable, order: list[int]) -> None:
+        """Directories that lie in order are found by one addition, others by a walk, with the same result."""
+        for leaf in order:
+            table.fill(UPPER + leaf * LEAF, UPPER + (leaf + 1) * LEAF, _numbers(1 + leaf * 512, 512))
+        addresses = np.uint64(UPPER) + (_numbers(0, 5 * 512) << np.uint64(12))
+        assert np.array_equal(table.lookup(addresses), table.read(UPPER, UPPER + 5 * LEAF))
+        assert np.array_equal(table.lookup(addresses[512:2048]), table.read(UPPER + LEAF, UPPER + 4 * LEAF))
+        assert np.array_equal(table.clear_many(addresses), _expected(order))
+        table.check()
+        assert table.directories == 1
 
     def test_store_of_zeros_clears(self, table: PageTable) -> None:
         """The entry 0 is no entry, in a batch too."""
