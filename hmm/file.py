@@ -198,8 +198,8 @@ class File:
 
     def zero(self, start: int, end: int) -> None:
         """Fill [start, end), bytes inside one page, with zeroes; a hole is zero already."""
-        entry = self.pages.get(start)
-        if entry and start < end:
+        entry = self.pages.get(start) if start < end else 0
+        if entry:
             self.frames.write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
 
     def check(self) -> None:
