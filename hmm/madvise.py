@@ -42,7 +42,7 @@ from hmm.errors import (
 )
 from hmm.events import Cause
 from hmm.fault import fault_in
-from hmm.file import File, FileKind
+from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.operation import Operation, Pause
 from hmm.truncate import punch
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, is_page_aligned, page_up
@@ -255,7 +255,10 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
             raise AccessDeniedError(f"madvise: {piece} may not be written", errnos.EACCES, address=piece.start)
         if file.kind is FileKind.DEVICE:
             raise NoSuchObjectError(f"madvise: {file} has no pages", errnos.ENODEV, address=piece.start)
-        yield from punch(file, piece.page_offset(piece.start) << PAGE_SHIFT, piece.end - piece.start)
+        offset = piece.page_offset(piece.start) << PAGE_SHIFT
+        length = min(piece.end - piece.start, FILE_SIZE_MAX - offset)
+        if length > 0:
+            yield from punch(file, offset, length)
         at = piece.end
     if hole is not None:
         raise _no_mapping(hole)

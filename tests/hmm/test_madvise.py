@@ -22,6 +22,7 @@ from hmm.errors import (
     TimedOutError,
 )
 from hmm.events import Cause, EventState, EventType, Reason
+from hmm.file import FILE_SIZE_MAX
 from hmm.madvise import Advice, madvise
 from hmm.mman import MapFlag
 from hmm.operation import WaitFor
@@ -343,6 +344,15 @@ def test_madvise_removes_all_mapped_parts_when_there_are_holes(world: Any, space
             advise(world, space, first, last, Advice.REMOVE)
         assert error.value.errno == errno.ENOMEM
     assert letters(world, space, 1, 2) + letters(world, space, 3, 4) == ".."
+
+
+def test_madvise_removes_nothing_when_it_is_behind_any_file(world: Any, space: AddressSpace) -> None:
+    """A mapping may reach further than files do; there is nothing to remove."""
+    file = world.file(1)
+    delta = (FILE_SIZE_MAX - BASE) // PAGE_SIZE
+    space.vmas.assign(pages(0, 2), Mapping(VmFlag.SHARED | MAY_FLAGS, file, delta - 1))
+    assert advise(world, space, 0, 2, Advice.REMOVE) == 0
+    assert advise(world, space, 1, 2, Advice.REMOVE) == 0
 
 
 @pytest.mark.parametrize(
