@@ -48,7 +48,6 @@ ROOT = DIRECTORY_ENTRIES
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COUNT_BYTES = 4
 _OFFSET_BYTES = 8
-_KEPT_ROWS = 1 << 14  # 64 MiB: what an emptied table keeps for the next time
 
 
 def distinct(values: Offsets) -> Offsets:
@@ -95,7 +94,6 @@ class DirectoryArena:
     __slots__ = (
         "_free",
         "_free_stack",
-        "_memory",
         "_nfree",
         "_parent",
         "_parents",
@@ -137,7 +135,6 @@ class DirectoryArena:
         self._free_stack = self._free.data
         self._nfree = 0
         self._top = self._peak = 2  # the NULL directory and the root are always there
-        self._memory = memory
         self._reserved = 0
         self.held: dict[int, int] = {}
         self.max_directories = max_directories
@@ -280,12 +277,9 @@ class DirectoryArena:
             self._start_over()
 
     def _start_over(self) -> None:
-        # Only the root is left. Directories are given out in order again, so that what is stored in order
-        # lies in order, which is the fastest to go through; and much of a large table's memory goes back.
+        # Only the root is left. Directories are given out in order again, so that what is stored in order lies
+        # in order, which is the fastest to go through.
         self._peak = max(self._peak, self._top)
-        if self._peak > _KEPT_ROWS:
-            self._memory.madvise(mmap.MADV_DONTNEED, _KEPT_ROWS * PAGE_SIZE, (self._peak - _KEPT_ROWS) * PAGE_SIZE)
-            self._peak = _KEPT_ROWS
         self._top = 2
         self._nfree = 0
 

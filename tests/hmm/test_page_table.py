@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hmm import directory_arena
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.page_table import PageTable
 from hmm.units import Entries
@@ -195,18 +194,6 @@ class TestDirectories:
         table.fill(0, 20 * LEAF, 1)
         leaves = table._tree.directories_at(3)
         assert (leaves[1:] - leaves[:-1] == 512).all()
-        table.check()
-
-    def test_emptied_table_gives_memory_back(self, table: PageTable, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A table keeps some of its memory for the next time, but not what a large one needed."""
-        monkeypatch.setattr(directory_arena, "_KEPT_ROWS", 8)
-        table.fill(0, 100 * LEAF, 1)
-        assert table.memory_bytes > 100 * PAGE
-        table.clear(0, 100 * LEAF)
-        assert table.memory_bytes < 9 * PAGE
-        table.check()
-        table.fill(0, 100 * LEAF, 2)
-        assert (table.read(0, 100 * LEAF) == 2).all()
         table.check()
 
     def test_directory_count_refuses_level_that_does_not_exist(self, table: PageTable) -> None:
