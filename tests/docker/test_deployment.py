@@ -9,8 +9,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
+
+from hmm_client.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -58,6 +61,15 @@ def test_image_runs_a_command_of_the_project(instruction: str) -> None:
     match = re.search(rf"^{instruction}.*?(\[.*\])$", DOCKERFILE, re.MULTILINE)
     assert match is not None
     assert json.loads(match[1])[0] in SCRIPTS
+
+
+def test_image_asks_for_its_health_with_a_command_that_exists() -> None:
+    """A misspelt probe would leave every container unhealthy."""
+    match = re.search(r"^HEALTHCHECK.* CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert match is not None
+    command, subcommand = json.loads(match[1])
+    assert command == "hmmctl"
+    assert subcommand in main.list_commands(click.Context(main))
 
 
 def test_image_runs_under_the_id_that_owns_the_socket_directory() -> None:
