@@ -17,6 +17,7 @@ from hmm.units import MirrorId
 
 T = TypeVar("T")
 P = ParamSpec("P")
+_CALLER = Caller(name="local")
 
 
 class Driver(Protocol):
@@ -47,7 +48,7 @@ class Local:
 
         Raises: what the command raises; AssertionError when it waits for something that nobody can bring about.
         """
-        caller = Caller(name="local", callback=self._callbacks[-1] if self._callbacks else None)
+        caller = Caller(name="local", callback=self._callbacks[-1]) if self._callbacks else _CALLER
         record = self.machine.start(caller, command, *args, **kwargs)
         while not record.done:
             self._step(record)

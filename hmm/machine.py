@@ -81,6 +81,9 @@ class Caller:
     callback: tuple[MirrorId, int] | None = None
 
 
+_NOBODY = Caller()
+
+
 @dataclass(slots=True, eq=False)
 class Process:
     """A process: a name and the address space that it uses, alone or with its threads."""
@@ -169,7 +172,7 @@ class Machine:
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None
         self._outbox: list[Delivery] = []
-        self._caller = Caller()
+        self._caller = _NOBODY
         self._last_id: dict[str, int] = {}
 
     # ---- inputs
@@ -299,39 +302,35 @@ class Machine:
         self.current.operation_id = record.id
         self._caller = record.caller
         generator = record.generator
-        step: Callable[[], Request] = lambda: generator.throw(thrown) if thrown else generator.send(reply)  # noqa: E731
-        while True:
-            try:
-                record.request = step()
-            except StopIteration as stop:
-                self._finished(record, stop.value, None)
-            except HmmError as error:
-                self._finished(record, None, error)
-            except Exception as error:  # noqa: BLE001 - a bug of ours: the caller sees INTERNAL, the space is marked broken
-                self._finished(record, None, error)
-            else:
-                if isinstance(record.request, Deliver):
-                    self._deliver(record, record.request)
-                elif record.caller.callback is not None and self.waits_for_itself(record):
-                    step = self._thrower(record)
-                    continue
-            break
+        try:
+            request = record.request = generator.throw(thrown) if thrown else generator.send(reply)
+            while not isinstance(request, Deliver) and self._is_deadlocked(record):
+                request = record.request = generator.throw(self._deadlock(record))
+        except StopIteration as stop:
+            self._finished(record, stop.value, None)
+        except Exception as error:  # noqa: BLE001 - if it is a bug of ours: the caller sees INTERNAL, the space is broken
+            self._finished(record, None, error)
+        else:
+            if isinstance(request, Deliver):
+                self._deliver(record, request)
         self.current.operation_id = 0
-        self._caller = Caller()
+        self._caller = _NOBODY
 
     def _finished(self, record: OperationRecord[T], result: T | None, error: BaseException | None) -> None:
         record.request, record.done, record.value, record.error = None, True, result, error
         del self.operations[record.id]
 
-    def _thrower(self, record: OperationRecord[T]) -> Callable[[], Request]:
+    def _is_deadlocked(self, record: OperationRecord[Any]) -> bool:
+        return record.caller.callback is not None and self.waits_for_itself(record)
+
+    def _deadlock(self, record: OperationRecord[Any]) -> WouldDeadlockError:
         assert record.caller.callback is not None
         mirror_id, sequence = record.caller.callback
         chain = ", ".join(f"operation {blocker}" for blocker in self.blockers(record)) or "this callback"
-        error = WouldDeadlockError(
+        return WouldDeadlockError(
             f"{record.name}: called from inside the callback for event {sequence} of mirror {mirror_id}, it would wait "
             f"for {chain}, which waits for that callback"
         )
-        return lambda: record.generator.throw(error)
 
     def waits_for_itself(self, record: OperationRecord[Any]) -> bool:
         """Whether an operation can never finish: it waits, through others and their callbacks, for itself.
