@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a daemon of one's own, as a process, on a socket of its own."""
+"""Fixtures of all tests: daemons, as processes, on sockets of their own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 import hmm_client
 
-START_TIMEOUT_S = 30.0
-"""Far more than it takes; a busy machine is no failure."""
+TIMEOUT_S = 30.0
+"""Far more than anything takes; a busy machine is no failure."""
 
 
 @dataclass
@@ -31,13 +31,27 @@ class Daemon:
     process: asyncio.subprocess.Process
     clients: list[hmm_client.Client] = field(default_factory=list)
 
+    @classmethod
+    async def start(cls, socket: Path, **settings: object) -> Daemon:
+        """Start one, and wait until it serves."""
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *flags),
+            env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
+        assert line == f"hmmd serving unix:{socket}\n".encode(), f"the daemon did not start: {line!r}"
+        return cls(socket, process)
+
     @property
     def target(self) -> str:
         """Where clients connect."""
         return f"unix:{self.socket}"
 
     def connect(self, name: str = "test", token: str = "") -> hmm_client.Client:
-        """A client that is closed when the test ends."""
+        """A client that is closed when the daemon is stopped."""
         client = hmm_client.connect(self.target, token, name=name)
         self.clients.append(client)
         return client
@@ -48,7 +62,7 @@ class Daemon:
             await client.close()
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
-        return await asyncio.wait_for(self.process.wait(), START_TIMEOUT_S)
+        return await asyncio.wait_for(self.process.wait(), TIMEOUT_S)
 
 
 @pytest.fixture
@@ -57,18 +71,9 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
     daemons: list[Daemon] = []
 
     async def start(**settings: object) -> Daemon:
-        socket = tmp_path / f"hmmd{len(daemons)}.sock"
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *flags),
-            env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
-        assert line == f"hmmd serving unix:{socket}\n".encode(), f"the daemon did not start: {line!r}"
-        daemons.append(Daemon(socket, process))
-        return daemons[-1]
+        daemon = await Daemon.start(tmp_path / f"hmmd{len(daemons)}.sock", **settings)
+        daemons.append(daemon)
+        return daemon
 
     yield start
     for daemon in daemons:
@@ -79,3 +84,11 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
 async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon with the default settings, for one test."""
     return await start_daemon()
+
+
+@pytest.fixture(scope="session")
+async def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon with the default settings, for all tests that do not mind what else is in it."""
+    daemon = await Daemon.start(tmp_path_factory.mktemp("hmmd") / "hmmd.sock")
+    yield daemon
+    assert await daemon.stop() == 0

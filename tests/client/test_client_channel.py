@@ -1,0 +1,57 @@
+"""Where the client looks for its daemon, and what it says when there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hmm_client
+from hmm_client.channel import as_target, default_target
+
+
+def test_default_target_follows_the_environment() -> None:
+    """$HMMD_SOCKET, then the user's runtime directory, then the system's."""
+    assert default_target({"HMMD_SOCKET": "/a/b.sock", "XDG_RUNTIME_DIR": "/run/user/1"}) == "unix:/a/b.sock"
+    assert default_target({"XDG_RUNTIME_DIR": "/run/user/1"}) == "unix:/run/user/1/hmmd/hmmd.sock"
+    assert default_target({}) == "unix:/run/hmmd/hmmd.sock"
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [("/a.sock", "unix:/a.sock"), ("unix:/a.sock", "unix:/a.sock"), ("localhost:1234", "localhost:1234")],
+)
+def test_as_target_makes_sockets_of_paths(place: str, target: str) -> None:
+    """A path is a UNIX socket; everything else is gRPC's affair."""
+    assert as_target(place) == target
+
+
+async def test_call_says_that_nobody_listens_when_there_is_no_daemon(tmp_path: Path) -> None:
+    """It is a ConnectionError that names the target, at once, for calls and for sessions."""
+    async with hmm_client.connect(str(tmp_path / "nobody.sock")) as client:
+        with pytest.raises(hmm_client.UnavailableError, match=r"nobody\.sock"):
+            await client.create_process()
+        with pytest.raises(ConnectionError):
+            await client.register_device("gpu")
+
+
+def test_tls_credentials_are_read_from_files(tmp_path: Path) -> None:
+    """Certificates are PEM files; one that is not there is an OSError."""
+    (tmp_path / "ca.pem").write_bytes(b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
+    assert hmm_client.tls_credentials(tmp_path / "ca.pem") is not None
+    with pytest.raises(FileNotFoundError):
+        hmm_client.tls_credentials(tmp_path / "none.pem")
+
+
+def test_import_does_not_load_grpc_before_it_is_needed() -> None:
+    """`import hmm_client` is cheap, and sets what gRPC reads when it is imported; each public name can be fetched."""
+    program = (
+        "import sys, os, hmm_client; assert 'grpc' not in sys.modules;"
+        "assert 'event_engine' in os.environ['GRPC_EXPERIMENTS'];"
+        "[getattr(hmm_client, name) for name in hmm_client.__all__]; assert 'grpc' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hmm_client.nothing

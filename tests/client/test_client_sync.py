@@ -1,0 +1,182 @@
+"""The client without await, in a program of its own, as scripts use it: no loop is in sight."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+PRELUDE = """
+import errno, sys, threading
+import hmm_client.sync
+from hmm.errors import HmmError, WouldDeadlockError
+from hmm_client import Advice, AddressRange
+from hmm_client.sync import Driver
+
+PAGE = 4096
+with hmm_client.sync.connect(sys.argv[1], name="script") as client:
+    process = client.create_process("script")
+    mapped = process.mmap(16 * PAGE)
+"""
+
+
+def run(daemon: Daemon, body: str) -> None:
+    """Run a script after PRELUDE; its assertions are the test's."""
+    script = PRELUDE + "".join(f"    {line}\n" for line in body.strip().splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", script, daemon.target], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_processes_and_files_are_used_without_await(shared_daemon: Daemon) -> None:
+    """Every call blocks and returns its value, or raises the core's error."""
+    run(
+        shared_daemon,
+        """
+process.write(mapped.address, b"hello")
+assert process.read(mapped.address, 5) == b"hello"
+child = process.fork()
+child.write(mapped.address, b"child")
+assert process.read(mapped.address, 5) == b"hello"
+assert [line.span for line in process.maps().lines] == [mapped.span]
+file = client.open_file("of a script", create=True)
+file.write(0, b"file")
+shared = process.mmap(PAGE, flags=hmm_client.MapFlag.SHARED, file=file)
+assert process.read(shared.address, 4) == b"file"
+try:
+    process.mmap(0)
+except HmmError as error:
+    assert error.errno == errno.EINVAL
+else:
+    raise AssertionError("mmap(0) succeeded")
+assert client.process(process.id).id == process.id
+outcomes = client.execute([hmm_client.calls.munmap(process.id, mapped.address, PAGE)])
+assert outcomes[0].error is None
+assert client.make(hmm_client.calls.brk(process.id, 0)).address == 0
+assert process.thread().id != process.vfork().id
+""",
+    )
+
+
+def test_session_is_served_while_the_caller_blocks(shared_daemon: Daemon) -> None:
+    """A fault that ends in an event to the very driver that waits for it; callbacks run on other threads."""
+    run(
+        shared_daemon,
+        """
+threads, events = set(), []
+class Recorder(Driver):
+    def update(self, event):
+        threads.add(threading.current_thread())
+        events.append((event.type.name, event.mirror.id))
+device = client.register_device("of a script")
+mirror = device.mirror(process, Recorder())
+faulted = mirror.fault(mapped.span, write=True)
+assert faulted.writable.all() and not mirror.is_stale(faulted)
+mirror.write([(mapped.address, 3)], b"abc")
+assert mirror.read([(mapped.address, 3)]) == b"abc"
+process.munmap(mapped.address, 8 * PAGE)
+assert mirror.is_stale(faulted)
+assert events == [("DEVICE_WFAULT", mirror.id), ("MUNMAP", mirror.id)]
+assert threading.main_thread() not in threads
+mirror.unregister()
+device.unregister()
+""",
+    )
+
+
+def test_calls_inside_a_callback_are_known_to_be(shared_daemon: Daemon) -> None:
+    """A blocking call in a callback is marked with it: elsewhere it succeeds, on the event's range it is EDEADLK."""
+    run(
+        shared_daemon,
+        """
+results = []
+class Refaulting(Driver):
+    def update(self, event):
+        if event.is_fault:
+            return
+        results.append(event.mirror.fault(AddressRange(mapped.page(15).start, mapped.span.end)).entries.size)
+        try:
+            event.mirror.fault(event.spans[0])
+        except WouldDeadlockError:
+            results.append("EDEADLK")
+mirror = client.register_device("of a script").mirror(process, Refaulting())
+mirror.fault(mapped.page(0))
+process.madvise(mapped.address, PAGE, Advice.DONTNEED)
+assert results == [1, "EDEADLK"], results
+""",
+    )
+
+
+def test_driver_is_told_when_its_mirror_is_lost(shared_daemon: Daemon) -> None:
+    """Closing with a mirror registered fences it, and `lost` says so."""
+    run(
+        shared_daemon,
+        """
+told = []
+class Losing(Driver):
+    def lost(self, mirror, why):
+        told.append(why)
+mirror = client.register_device("of a script").mirror(process, Losing())
+client.close()
+assert told == ["closed"] and mirror.lost == "closed"
+try:
+    client.aio.channel.grpc
+    mirror.fault(mapped.span)
+except HmmError as error:
+    assert error.errno == errno.ENODEV
+else:
+    raise AssertionError("a lost mirror faulted")
+""",
+    )
+
+
+def test_blocking_call_is_refused_when_it_would_block_the_loop_itself(shared_daemon: Daemon) -> None:
+    """On the loop's own thread it could only wait for itself: RuntimeError at once."""
+    run(
+        shared_daemon,
+        """
+async def wrong():
+    return process.brk()
+try:
+    client.loop.run(wrong())
+except RuntimeError as error:
+    assert "own thread" in str(error)
+else:
+    raise AssertionError("it did not wait for ever after all")
+""",
+    )
+
+
+@pytest.mark.slow
+def test_interrupt_ends_the_waiting_and_not_the_program(shared_daemon: Daemon) -> None:
+    """Ctrl-C during a call raises KeyboardInterrupt; the client goes on."""
+    run(
+        shared_daemon,
+        """
+import os, signal
+started, gate = threading.Event(), threading.Event()
+class Slow(Driver):
+    def update(self, event):
+        started.set()
+        gate.wait()
+mirror = client.register_device("of a script").mirror(process, Slow())
+def interrupt():
+    started.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    process.munmap(mapped.address, PAGE)
+except KeyboardInterrupt:
+    pass
+else:
+    raise AssertionError("not interrupted")
+gate.set()
+assert process.mmap(PAGE).address
+""",
+    )

@@ -1,0 +1,94 @@
+"""How driver processes are told what to do: lines on a socket, and a command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import hmm_client
+from hmm.units import PAGE_SIZE
+from hmm_client.drivers import dummy, rdma
+from hmm_client.drivers.control import Control, decode, encode
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+
+@pytest.fixture
+async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
+    """A client of its own for each test."""
+    async with hmm_client.connect(shared_daemon.target, name="control") as client:
+        yield client
+
+
+async def ask(path: Path, *lines: str) -> list[dict[str, Any]]:
+    """Send lines to a control socket; the replies, in order of their ids."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.writelines(line.encode() + b"\n" for line in lines)
+    replies = [json.loads(await reader.readline()) for _ in lines]
+    writer.close()
+    return sorted(replies, key=lambda reply: reply["id"] or 0)
+
+
+async def test_control_socket_serves_operations_as_lines(tmp_path: Path, client: hmm_client.Client) -> None:
+    """Results, errors of the model with errno and address, and lines that make no sense: each gets its reply."""
+    process = await client.create_process("program")
+    mapped = await process.mmap(PAGE_SIZE)
+    path = tmp_path / "control.sock"
+    async with Control(await rdma.operations(client)).serving(path):
+        assert path.stat().st_mode & 0o777 == 0o600
+        registering = {"id": 1, "op": "reg_mr", "process": process.id, "address": mapped.address, "length": 4096}
+        (registered,) = await ask(path, json.dumps(registering))
+        key = registered["result"]["key"]
+        write = {"id": 1, "op": "post_write", "key": key, "address": mapped.address, "data": encode(b"line")}
+        (written,) = await ask(path, json.dumps(write))
+        assert written == {"id": 1, "result": None}
+        read = {"id": 1, "op": "post_read", "key": key, "address": mapped.address, "length": 4}
+        beyond = {"id": 2, "op": "reg_mr", "process": process.id, "address": mapped.span.end, "length": 4096}
+        replies = await ask(
+            path, json.dumps(read), json.dumps(beyond), '{"id": 3, "op": "nothing"}', '{"id": 4, "op": "statistics"}'
+        )
+        assert decode(replies[0]["result"]["data"]) == b"line"
+        assert (replies[1]["error"]["errno"], replies[1]["error"]["address"]) == ("EFAULT", mapped.span.end)
+        assert replies[2]["error"]["errno"] == "EINVAL"
+        assert replies[3]["result"]["writes"] == 1
+        (nonsense,) = await ask(path, "not JSON")
+        assert nonsense["error"]["errno"] == "EINVAL"
+    assert not path.exists()
+
+
+def test_commands_say_what_they_are() -> None:
+    """`--help` shows the head of the module's docstring."""
+    assert dummy.main.help is not None
+    assert dummy.main.help.startswith("The dummy driver of the 2015 series")
+    assert "**Source**" not in dummy.main.help
+
+
+@pytest.mark.slow
+def test_driver_process_ends_in_good_order_when_it_is_told_to(shared_daemon: Daemon, tmp_path: Path) -> None:
+    """It says when it is ready, serves beside the daemon's socket, and exits 0 at SIGTERM."""
+    command = [sys.executable, "-m", "hmm_client.drivers.prefetch", f"--target={shared_daemon.target}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"ready\n"
+        assert shared_daemon.socket.with_name("prefetch.sock").is_socket()
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=30) == 0
+    assert not shared_daemon.socket.with_name("prefetch.sock").exists()
+
+
+@pytest.mark.slow
+def test_driver_process_fails_when_there_is_no_daemon(tmp_path: Path) -> None:
+    """Exit code 1, and a line that names the target; whoever started it may try again."""
+    command = [sys.executable, "-m", "hmm_client.drivers.rdma", f"--target={tmp_path}/nobody.sock"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "nobody.sock" in done.stderr
