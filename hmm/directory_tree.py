@@ -121,7 +121,8 @@ class DirectoryTree:
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
         words, new_child = self.words, self.arena.new_child
-        self.arena.require(self.absent_levels(page))
+        if self.arena.available < len(self.upper_shifts):
+            self.arena.require(self.absent_levels(page))
         offset = ROOT
         for shift in self.upper_shifts:
             slot = offset | page >> shift & DIRECTORY_MASK

@@ -18,6 +18,7 @@ ones; a function that raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,7 +34,8 @@ __all__ = ["clear_range", "fill_range", "mask_range", "read_range", "update_rang
 _FEW_LEAVES = 8  # up to here leaf by leaf is faster
 _PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
 _CHANGE_ROWS = 128  # changed, mostly without temporaries
-_FILL_ROWS = 512  # stored, without temporaries
+_COPY_ROWS = 512  # stored or copied, without temporaries
+_RUN_ROWS = 8  # rows in order that make it worth to treat them as one
 _ZERO = np.uint64(0)
 _OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
 
@@ -92,12 +94,20 @@ def _split(tree: DirectoryTree, page: int, end: int) -> tuple[list[_Part], Pages
     return ragged, numbers, offsets >> DIRECTORY_SHIFT
 
 
-def _row_index(rows: Offsets) -> slice | Offsets:
-    # Rows as an index of the arena: a slice, hence a view, when they lie one after the other.
-    first, number = int(rows[0]), rows.size
-    if int(rows[-1]) - first == number - 1 and (number <= 2 or bool((rows[1:] - rows[:-1] == 1).all())):
-        return slice(first, first + number)
-    return rows
+def _pieces(rows: Offsets, most: int) -> Iterator[tuple[slice, slice | Offsets]]:
+    # Rows in pieces of at most so many: the positions in `rows`, and the rows as an index of the arena. Rows
+    # that lie one after the other give slices, hence views; where they hardly do, a piece is gathered.
+    breaks = (rows[1:] - rows[:-1] != 1).nonzero()[0]
+    if breaks.size * _RUN_ROWS > rows.size:
+        for first in range(0, rows.size, _PIECE_ROWS):
+            piece = slice(first, first + _PIECE_ROWS)
+            yield piece, rows[piece]
+        return
+    for start, end in pairwise([0, *(breaks + 1).tolist(), rows.size]):
+        for first in range(start, end, most):
+            piece = slice(first, min(first + most, end))
+            row = int(rows[first])
+            yield piece, slice(row, row + piece.stop - first)
 
 
 # -- reading
@@ -121,14 +131,16 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     first, stop = page + DIRECTORY_MASK >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
     before, behind = (first << DIRECTORY_SHIFT) - page, (stop << DIRECTORY_SHIFT) - page
     whole = out[before:behind].reshape(-1, DIRECTORY_ENTRIES)
-    if rows.size < stop - first:
-        whole[:] = _ZERO
-        for at in range(0, rows.size, _PIECE_ROWS):
-            whole[numbers[at : at + _PIECE_ROWS] - first] = tree.rows[rows[at : at + _PIECE_ROWS]]
-    elif isinstance(index := _row_index(rows), slice):
-        whole[:] = tree.rows[index]
+    if rows.size == stop - first:
+        for piece, index in _pieces(rows, _COPY_ROWS):
+            if isinstance(index, slice):
+                whole[piece] = tree.rows[index]
+            else:
+                np.take(tree.rows, index, axis=0, out=whole[piece], mode="clip")  # other modes copy `out` first
     else:
-        np.take(tree.rows, rows, axis=0, out=whole, mode="clip")  # any other mode copies `out` first
+        whole[:] = _ZERO
+        for piece, index in _pieces(rows, _PIECE_ROWS):
+            whole[numbers[piece] - first] = tree.rows[index]
     out[:before] = _ZERO
     out[behind:] = _ZERO
     for part in ragged:
@@ -151,10 +163,9 @@ def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, E
     number = int(counts.sum()) + sum(entries.size for _, entries in head + tail)
     addresses, entries = np.empty(number, np.uint64), np.empty(number, np.uint64)
     at = _put(addresses, entries, 0, head)
-    for first in range(0, rows.size, _PIECE_ROWS):
-        piece = slice(first, first + _PIECE_ROWS)
+    for piece, index in _pieces(rows, _PIECE_ROWS):
         stop = at + int(counts[piece].sum())
-        _put_rows(tree, numbers[piece], rows[piece], addresses[at:stop], entries[at:stop])
+        _put_rows(numbers[piece], tree.rows[index], addresses[at:stop], entries[at:stop])
         at = stop
     _put(addresses, entries, at, tail)
     return addresses, entries
@@ -169,9 +180,8 @@ def _put(addresses: Entries, entries: Entries, at: int, pieces: list[tuple[Entri
     return at
 
 
-def _put_rows(tree: DirectoryTree, numbers: Pages, rows: Offsets, addresses: Entries, entries: Entries) -> None:
-    # What these leaves hold, into arrays that have just the room for it.
-    block = tree.rows[_row_index(rows)]
+def _put_rows(numbers: Pages, block: Entries, addresses: Entries, entries: Entries) -> None:
+    # What leaves with these numbers and entries hold, into arrays that have just the room for it.
     starts = numbers << DIRECTORY_SHIFT + PAGE_SHIFT
     if entries.size == block.size:
         entries.reshape(block.shape)[:] = block
@@ -244,10 +254,10 @@ def _lose(tree: DirectoryTree, row: int, number: int) -> None:
 def _clear_rows(tree: DirectoryTree, rows: Offsets) -> int:
     if not rows.size:
         return 0
-    index = _row_index(rows)
-    cleared = int(tree.counts[index].sum())
-    tree.rows[index] = _ZERO
-    tree.counts[index] = 0
+    cleared = int(tree.counts.take(rows).sum())
+    for _, index in _pieces(rows, _COPY_ROWS):
+        tree.rows[index] = _ZERO
+    tree.counts[rows] = 0
     tree.arena.drop_all_empty(rows)
     return cleared
 
@@ -279,7 +289,7 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         if at & DIRECTORY_MASK or stop & DIRECTORY_MASK:
             _fill_part(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
         else:
-            stop = min(((at >> DIRECTORY_SHIFT) + _FILL_ROWS) << DIRECTORY_SHIFT, end & ~DIRECTORY_MASK)
+            stop = min(((at >> DIRECTORY_SHIFT) + _COPY_ROWS) << DIRECTORY_SHIFT, end & ~DIRECTORY_MASK)
             _fill_rows(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
         at = stop
 
@@ -311,19 +321,20 @@ def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) ->
 def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
     # Whole leaves.
     rows = tree.slots_allocate(np.arange(page, end, DIRECTORY_ENTRIES)) >> DIRECTORY_SHIFT
-    index = _row_index(rows)
     if isinstance(source, int):
-        tree.rows[index] = source
+        for _, index in _pieces(rows, _COPY_ROWS):
+            tree.rows[index] = source
     else:
         block = source.reshape(-1, DIRECTORY_ENTRIES)
         number = np.count_nonzero(block)
-        tree.rows[index] = block
+        for piece, index in _pieces(rows, _COPY_ROWS):
+            tree.rows[index] = block[piece]
         if number < block.size:
             used = np.count_nonzero(block, axis=1)
-            tree.counts[index] = used
+            tree.counts[rows] = used
             tree.arena.drop_all_empty(rows[used == 0])
             return
-    tree.counts[index] = DIRECTORY_ENTRIES
+    tree.counts[rows] = DIRECTORY_ENTRIES
 
 
 # -- changing
@@ -382,17 +393,15 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
     ragged, _, rows = _split(tree, page, end)
     lost = sum([_change_view(tree, part.row, part.view, change) for part in ragged])
     emptied = []
-    for at in range(0, rows.size, _CHANGE_ROWS):
-        piece = rows[at : at + _CHANGE_ROWS]
-        index = _row_index(piece)
+    for piece, index in _pieces(rows, _CHANGE_ROWS):
         entries = tree.rows[index]
         lost_here = change(entries)
         if not isinstance(index, slice):
-            tree.rows[piece] = entries
+            tree.rows[index] = entries
         if lost_here:
             used = np.count_nonzero(entries, axis=1)
             tree.counts[index] = used
-            emptied.append(piece[used == 0])
+            emptied.append(rows[piece][used == 0])
             lost += lost_here
     if emptied:
         tree.arena.drop_all_empty(np.concatenate(emptied))
