@@ -188,6 +188,11 @@ class Served:
         """Who waits."""
         return await self.inspection.GetPending(inspection_pb2.GetPendingRequest())
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for the daemon's state to be so."""
+        while not condition():  # noqa: ASYNC110 - what changes is the daemon's state, which wakes nobody
+            await asyncio.sleep(0)
+
     async def statistics(self) -> inspection_pb2.GetStatisticsResponse:
         """All counters."""
         return await self.inspection.GetStatistics(inspection_pb2.GetStatisticsRequest())

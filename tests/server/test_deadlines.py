@@ -73,7 +73,7 @@ async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
     assert (await served.munmap(pid, BASE, END)).result.errno == errnos.ETIMEDOUT
     second = asyncio.ensure_future(served.munmap(pid, BASE, END))
-    await _until(lambda: len(served.daemon.machine.operations) == 1)
+    await served.until(lambda: len(served.daemon.machine.operations) == 1)
     waiting = (await served.pending()).operations[0]
     assert (waiting.waits_for.startswith("answers to abandoned events"), waiting.events[0].mirror_id) == (True, mirror)
     assert (await second).result.errno == errnos.ETIMEDOUT
@@ -92,7 +92,7 @@ async def test_block_waits_and_pending_says_for_whom(serve: Any) -> None:
     unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
     event = await driver.events.get()
     assert event.deadline_ms == 0
-    await _until(lambda: all(running.deadline is None for running in served.daemon.executor.running.values()))
+    await served.until(lambda: all(running.deadline is None for running in served.daemon.executor.running.values()))
     waiting = (await served.pending()).operations[0]
     (unanswered,) = waiting.events
     assert not unmapping.done()
@@ -130,7 +130,7 @@ async def test_operations_wait_when_credit_is_used_up(serve: Any) -> None:
         await driver.mirror(pid, f"gpu{number}")
     calls = [asyncio.ensure_future(served.munmap(pid, BASE, END)) for pid in pids]
     first = await driver.events.get()
-    await _until(lambda: len(served.daemon.machine.operations) == 2)
+    await served.until(lambda: len(served.daemon.machine.operations) == 2)
     pending = await served.pending()
     states = [operation.events[0].state for operation in pending.operations]
     assert states == [types_pb2.EVENT_STATE_SENT, types_pb2.EVENT_STATE_QUEUED]
@@ -167,7 +167,7 @@ async def test_operations_wait_when_bytes_are_used_up(serve: Any) -> None:
         mirrors.append(await driver.mirror(pid, f"gpu{number}", no_fault_events=False))
     faults = [await driver.send("fault", _fault(mirror, BASE, BASE + 400 * PAGE)) for mirror in mirrors]
     first = await driver.events.get()
-    await _until(lambda: len(served.daemon.machine.operations) == 2)
+    await served.until(lambda: len(served.daemon.machine.operations) == 2)
     assert (await served.pending()).streams[0].queued_events == 1
     assert driver.events.empty()
     await driver.acknowledge(first)
@@ -212,11 +212,11 @@ async def test_cancelled_call_runs_to_its_end(serve: Any) -> None:
     unmapping = served.munmap(pid, BASE, END)
     event = await driver.events.get()
     unmapping.cancel()
-    await _until(lambda: all(running.given_up for running in served.daemon.executor.running.values()))
+    await served.until(lambda: all(running.given_up for running in served.daemon.executor.running.values()))
     assert (await served.pending()).operations[0].abandoned_by_caller
     assert not (await _operation(served, event.operation_id)).done
     await driver.acknowledge(event)
-    await _until(lambda: not served.daemon.machine.operations)
+    await served.until(lambda: not served.daemon.machine.operations)
     status = await _operation(served, event.operation_id)
     assert (status.done, status.name, status.result.errno) == (True, "munmap", 0)
     maps = await served.inspection.GetMaps(inspection_pb2.GetMapsRequest(process_id=pid))
@@ -256,7 +256,7 @@ async def test_fault_times_out_and_goes_on(serve: Any, way: str) -> None:
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await driver.acknowledge(event)
     await dropping
-    await _until(lambda: not served.daemon.machine.operations)
+    await served.until(lambda: not served.daemon.machine.operations)
     assert (await served.mirror_status(mirror)).entry_count == 16
 
 
@@ -274,7 +274,7 @@ async def test_long_call_lets_others_run(serve: Any) -> None:
     touching = asyncio.ensure_future(
         served.process.Touch(process_pb2.TouchRequest(process_id=pid, address=BASE, length=npages * PAGE, write=True))
     )
-    await _until(lambda: bool(served.daemon.machine.operations))
+    await served.until(lambda: bool(served.daemon.machine.operations))
     passed = 0
     while not touching.done():
         request = process_pb2.TouchRequest(process_id=small, address=BASE, length=PAGE)
@@ -296,8 +296,3 @@ def _range(start: int, end: int) -> range_pb2.AddressRange:
 def _fault(mirror: int, start: int, end: int, **fields: Any) -> device_pb2.FaultRequest:
     ranges = range_pb2.AddressRanges(starts=[start], ends=[end])
     return device_pb2.FaultRequest(mirror_id=mirror, ranges=ranges, write=True, **fields)
-
-
-async def _until(condition: Any) -> None:
-    while not condition():  # noqa: ASYNC110 - the condition is the daemon's state, which wakes nobody
-        await asyncio.sleep(0)

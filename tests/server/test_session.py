@@ -390,7 +390,7 @@ async def test_pending_shows_the_cycle_when_a_marked_call_waits_elsewhere(mirror
     one = asyncio.ensure_future(served.munmap(pid, BASE, BASE + PAGE))
     event = await driver.events.get()
     two = asyncio.ensure_future(served.munmap(pid, BASE + 8 * PAGE, END))
-    await _until(lambda: len(served.daemon.machine.operations) == 2)
+    await served.until(lambda: len(served.daemon.machine.operations) == 2)
     pending = await served.pending()
     assert list(pending.cycles) == []
     assert list(pending.operations[1].blocked_by) == [pending.operations[0].operation_id]
@@ -442,7 +442,7 @@ async def test_lost_mirrors_and_devices_go_when_the_lease_ends(serve: Any) -> No
     driver = await served.driver()
     await driver.mirror(pid)
     await driver.bye()
-    await _until(lambda: not served.daemon.machine.mirrors and not served.daemon.machine.devices)
+    await served.until(lambda: not served.daemon.machine.mirrors and not served.daemon.machine.devices)
     assert not served.daemon.streams.served
 
 
@@ -512,8 +512,3 @@ def _dontneed(pid: int, start: int, end: int) -> process_pb2.MadviseRequest:
 def _fault(mirror: int, start: int, end: int, **fields: Any) -> device_pb2.FaultRequest:
     ranges = range_pb2.AddressRanges(starts=[start], ends=[end])
     return device_pb2.FaultRequest(mirror_id=mirror, ranges=ranges, write=True, **fields)
-
-
-async def _until(condition: Any) -> None:
-    while not condition():  # noqa: ASYNC110 - the condition is the daemon's state, which wakes nobody
-        await asyncio.sleep(0)

@@ -1,0 +1,105 @@
+"""The configuration: four sources, one order, and nothing misunderstood in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hmm_server.config import SETTINGS, Config, ConfigError, load
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Defaults < file < environment < flags."""
+    file = tmp_path / "hmmd.toml"
+    file.write_text('credit = 1\nmirrors = 1\nprocesses = 1\nacknowledgement_s = 2\nsocket = "/x"\n')
+    config = load({"credit": 3}, {"HMMD_CREDIT": "2", "HMMD_MIRRORS": "2", "HMMD_TARGET": "ignored"}, file)
+    assert (config.credit, config.mirrors, config.processes, config.devices) == (3, 2, 1, Config().devices)
+    assert config.acknowledgement_s == 2.0
+    assert config.limits.mirrors == 2
+
+
+def test_file_is_named_by_the_environment(tmp_path: Path) -> None:
+    """HMMD_CONFIG names the file when no flag does."""
+    file = tmp_path / "hmmd.toml"
+    file.write_text("reflection = false\n")
+    assert not load({}, {"HMMD_CONFIG": str(file)}).reflection
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("creddit = 1", "no setting 'creddit'"),
+        ('credit = "many"', "credit is 'many'; it must be an integer"),
+        ("credit = 1.5", "it must be an integer"),
+        ("reflection = 1", "it must be true or false"),
+        ("credit = ", "Invalid value"),
+    ],
+)
+def test_file_is_refused_when_not_understood(tmp_path: Path, text: str, message: str) -> None:
+    """A name or a value that is not understood is an error that says where it stands."""
+    file = tmp_path / "hmmd.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load({}, {}, file)
+    assert str(file) in str(caught.value)
+
+
+def test_file_is_refused_when_missing(tmp_path: Path) -> None:
+    """A file that was named has to be there."""
+    with pytest.raises(ConfigError, match="No such file"):
+        load({}, {}, tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HMMD_CREDIT", "many", "HMMD_CREDIT is 'many'; it must be an integer"),
+        ("HMMD_FAULT_S", "soon", "it must be a number"),
+        ("HMMD_REFLECTION", "perhaps", "it must be true or false"),
+    ],
+)
+def test_environment_is_refused_when_not_understood(name: str, value: str, message: str) -> None:
+    """The same holds for the environment."""
+    with pytest.raises(ConfigError, match=message):
+        load({}, {name: value})
+
+
+def test_environment_understands_booleans() -> None:
+    """Booleans are written as people write them."""
+    assert not load({}, {"HMMD_REFLECTION": "No"}).reflection
+    assert load({}, {"HMMD_TCP_PLAINTEXT": "1"}).tcp_plaintext
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"credit": 0},
+        {"acknowledgement_s": 0.0},
+        {"message_bytes": 100},
+        {"part_bytes": 8 << 20},
+        {"log_level": "loud"},
+        {"log_format": "xml"},
+        {"tls_certificate": "cert.pem"},
+        {"tcp": "127.0.0.1:0"},
+    ],
+    ids=str,
+)
+def test_value_is_refused_when_out_of_bounds(settings: dict[str, object]) -> None:
+    """Limits are positive, parts fit into messages, TCP has TLS unless told otherwise."""
+    with pytest.raises(ConfigError):
+        Config(**settings)  # type: ignore[arg-type]
+
+
+def test_every_setting_explains_itself() -> None:
+    """Each has a text for --help, and a number names its unit there or in its name."""
+    assert all(setting.metadata["text"] for setting in SETTINGS)
+
+
+def test_socket_path_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a setting the socket lies in the user's runtime directory, else in /run."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert Config().socket_path == Path("/run/user/7/hmmd/hmmd.sock")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert Config().socket_path == Path("/run/hmmd/hmmd.sock")
+    assert Config(socket="unix:/x/y").socket_path == Path("/x/y")

@@ -1,0 +1,233 @@
+"""The daemon as a process: it says when it serves, explains itself, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
+from hmm_server import VERSION
+
+PAGE = 4096
+BASE = 0x10000000000
+END = BASE + 4 * PAGE
+HMMD = (sys.executable, "-m", "hmm_server")
+
+
+@contextlib.asynccontextmanager
+async def hmmd(*flags: str, **options: Any) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A daemon in a process of its own, and its first line."""
+    daemon = await asyncio.create_subprocess_exec(
+        *HMMD, "--frames", "16384", *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+    assert daemon.stdout is not None
+    try:
+        yield daemon, (await daemon.stdout.readline()).decode()
+    finally:
+        if daemon.returncode is None:
+            daemon.kill()
+        await daemon.communicate()
+
+
+def _exists(path: Path) -> bool:
+    return path.exists()
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short path for a socket."""
+    return tmp_path_factory.mktemp("p") / "s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_ends_the_daemon_with_exit_code_zero(place: Path, number: signal.Signals) -> None:
+    """The daemon tells when it serves; SIGTERM and SIGINT end it in good order, and the socket is gone."""
+    async with hmmd("--socket", str(place)) as (daemon, line):
+        assert line == f"hmmd serving unix:{place}\n"
+        daemon.send_signal(number)
+        assert await daemon.wait() == 0
+    assert not _exists(place)
+
+
+@pytest.mark.slow
+async def test_ready_fd_gets_the_line_too(place: Path) -> None:
+    """Harnesses read the ready line on a descriptor of their own, and its end."""
+    read_end, write_end = os.pipe()
+    async with hmmd("--socket", str(place), "--ready-fd", str(write_end), pass_fds=(write_end,)) as (_, line):
+        os.close(write_end)
+        with os.fdopen(read_end) as ready:
+            assert ready.read() == line
+
+
+@pytest.mark.slow
+async def test_second_daemon_exits_with_one(place: Path) -> None:
+    """A socket that is served is refused with exit code 1 and a sentence."""
+    async with hmmd("--socket", str(place)), hmmd("--socket", str(place)) as (second, line):
+        _, errors = await second.communicate()
+        assert (line, second.returncode) == ("", 1)
+        assert b"another hmmd serves it" in errors
+
+
+@pytest.mark.slow
+async def test_killed_daemon_leaves_nothing_in_the_way(place: Path) -> None:
+    """After SIGKILL the socket is stale; the next daemon replaces it."""
+    async with hmmd("--socket", str(place)) as (killed, _):
+        killed.kill()
+        await killed.wait()
+        assert _exists(place)
+        async with hmmd("--socket", str(place)) as (_, line):
+            assert "serving" in line
+
+
+@pytest.mark.slow
+async def test_log_is_json_when_told_to_be(place: Path) -> None:
+    """With log_format json every line on stderr is one object."""
+    async with hmmd("--socket", str(place), "--log-format", "json") as (daemon, _):
+        daemon.terminate()
+        _, errors = await daemon.communicate()
+    lines = [json.loads(line) for line in errors.decode().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set(lines[0])
+    assert lines[-1]["message"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--credit", "0"), 2, "credit is 0"),
+        (("--tcp", "127.0.0.1:0"), 2, "tcp needs"),
+        (("--config", "/none.toml"), 2, "No such file"),
+        (("--socket", "/proc/none/s"), 1, "/proc/none"),
+    ],
+    ids=["value", "combination", "file", "place"],
+)
+@pytest.mark.slow
+def test_hmmd_exits_with_a_sentence_when_it_cannot_start(flags: tuple[str, ...], code: int, message: str) -> None:
+    """Errors of the configuration are exit code 2, of the place 1; no traceback."""
+    run = subprocess.run([*HMMD, *flags], capture_output=True, text=True, check=False)
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_help_and_version_explain_themselves() -> None:
+    """Every setting is in --help; the version is that of the distribution."""
+    text = subprocess.run([*HMMD, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--acknowledgement-s" in text
+    assert "seconds" in text
+    assert metadata.version("hmmd") == VERSION
+    shown = subprocess.run([*HMMD, "--version"], capture_output=True, text=True, check=True).stdout
+    assert VERSION in shown
+
+
+@pytest.mark.slow
+async def test_cpu_setting_pins_the_process(place: Path) -> None:
+    """The daemon runs on the CPU it was told to."""
+    cpu = min(os.sched_getaffinity(0))
+    async with hmmd("--socket", str(place), "--cpu", str(cpu)) as (daemon, _):
+        assert os.sched_getaffinity(daemon.pid) == {cpu}
+
+
+# ---- draining, in this process
+
+
+async def test_drain_waits_for_answers_and_refuses_new_calls(serve: Any) -> None:
+    """While it drains, a call under way gets its answer and ends; new ones are UNAVAILABLE, health says so."""
+    served = await serve(drain_s=5.0)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    driver = await served.driver()
+    mirror = await driver.mirror(pid)
+    watching = health_pb2_grpc.HealthStub(served.channel).Watch(health_pb2.HealthCheckRequest())
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
+    event = await driver.events.get()
+    draining = asyncio.ensure_future(served.daemon.drain())
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await driver.fault(mirror, BASE, END)).reason == "DRAINING"
+    async with grpc.aio.insecure_channel(served.target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await process_pb2_grpc.ProcessServiceStub(channel).CreateProcess(process_pb2.CreateProcessRequest())
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await driver.acknowledge(event)
+    assert list((await unmapping).result.fenced_mirrors) == []
+    assert "ending" in await driver.ended
+    await draining
+
+
+async def test_drain_fences_drivers_that_do_not_answer(serve: Any) -> None:
+    """When the time is up, even a mirror with policy BLOCK is fenced, so that the call and the daemon end."""
+    served = await serve(drain_s=0.05)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    driver = await served.driver()
+    mirror = await driver.mirror(pid, policy=types_pb2.DEADLINE_POLICY_BLOCK)
+    exiting = asyncio.ensure_future(served.process.Exit(process_pb2.ExitRequest(process_id=pid)))
+    await driver.events.get()
+    await served.daemon.drain()
+    assert list((await exiting).result.fenced_mirrors) == [mirror]
+    assert not served.daemon.machine.operations
+    assert not served.daemon.machine.spaces
+
+
+async def test_drain_ends_watchers_and_streams(serve: Any) -> None:
+    """Streams that would last for ever are told goodbye."""
+    from hmm_proto.v1 import device_pb2, inspection_pb2  # noqa: PLC0415
+
+    served = await serve()
+    watching = served.inspection.Watch(inspection_pb2.WatchRequest())
+    await watching.read()
+    events = served.device.WatchEvents(device_pb2.WatchEventsRequest())
+    await events.read()
+    driver = await served.driver()
+    await served.daemon.drain()
+    assert await watching.read() is grpc.aio.EOF
+    while await events.read() is not grpc.aio.EOF:
+        continue
+    assert await driver.ended == "the daemon is ending"
+
+
+# ---- errors that are bugs
+
+
+async def test_bug_is_internal_without_text(served: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception that is no HmmError reaches the client as INTERNAL without text, and the log with its traceback."""
+    pid = await served.new_process()
+    served.daemon.machine.processes[pid].space = None
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.munmap(pid, BASE, END)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "NoneType" not in (caught.value.details() or "")
+    assert "AttributeError" in caplog.text
+    batch = process_pb2.ExecuteRequest(
+        calls=[process_pb2.Call(munmap=process_pb2.MunmapRequest(process_id=pid, address=BASE, length=PAGE))]
+    )
+    (outcome,) = (await served.process.Execute(batch)).outcomes
+    assert (outcome.not_made.reason, outcome.not_made.errno) == ("INTERNAL", 0)
+    del served.daemon.machine.processes[pid]
+
+
+async def test_reflection_lists_the_services(served: Any) -> None:
+    """`buf curl` and its like need no files: the daemon describes itself."""
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc  # noqa: PLC0415
+
+    stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+    call = stub.ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    names = [service.name for service in (await call.read()).list_services_response.service]
+    await call.done_writing()
+    assert {"hmm.v1.ProcessService", "hmm.v1.SessionService", "grpc.health.v1.Health"} <= set(names)
