@@ -1,0 +1,163 @@
+"""Where the daemon is, and what happens when it is not there: options, connecting, exit codes.
+
+**Invariants**: whatever a command ends with, it is one line on stderr and an exit code, never a traceback.
+
+**Absent**: what is asked of the daemon.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hmm_client.client import Client
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OK = 0
+UNEXPECTED = 1
+UNUSABLE = 2
+UNREACHABLE = 3
+REFUSED = 4
+INTERRUPTED = 130
+TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """How to reach a daemon, as the options say it.
+
+    Attributes:
+        target: `unix:PATH`, a path or HOST:PORT; None: the default, or a daemon of one's own.
+    """
+
+    target: str | None
+    token: str
+    tls: bool
+    ca: str | None
+    certificate: str | None
+    key: str | None
+    timeout_s: float
+
+    def connect(self, target: str | None = None, *, name: str = "hmmctl") -> Client:
+        """A client; to be made where a loop runs."""
+        from hmm_client import client, tls_credentials  # noqa: PLC0415 - takes longer than --help may
+
+        secure = self.tls or self.ca or self.certificate
+        credentials = tls_credentials(self.ca, self.certificate, self.key) if secure else None
+        return client.connect(target or self.target, self.token, name=name, credentials=credentials)
+
+
+def where_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where the daemon is; the command gets them as `where`."""
+
+    @functools.wraps(command)
+    def with_where(
+        *args: Any,
+        target: str | None,
+        token: str,
+        tls: bool,
+        tls_ca: str | None,
+        tls_certificate: str | None,
+        tls_key: str | None,
+        timeout: float,
+        **options: Any,
+    ) -> Any:
+        where = Where(target, token, tls, tls_ca, tls_certificate, tls_key, timeout)
+        return command(*args, where=where, **options)
+
+    for option in reversed(
+        (
+            click.option("--target", "-t", metavar="TARGET", help="Where hmmd listens: a socket's path or HOST:PORT."),
+            click.option("--token", envvar="HMMD_TOKEN", default="", help="Whose objects these are.  [$HMMD_TOKEN]"),
+            click.option("--tls", is_flag=True, help="Use TLS, with the system's authorities."),
+            click.option("--tls-ca", metavar="FILE", help="Use TLS; who signed the daemon's certificate (PEM)."),
+            click.option("--tls-certificate", metavar="FILE", help="Use TLS with this certificate of ours (PEM)."),
+            click.option("--tls-key", metavar="FILE", help="The key of our certificate (PEM)."),
+            click.option(
+                "--timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=TIMEOUT_S,
+                metavar="SECONDS",
+                help=f"How long the daemon may take to answer a question.  [default: {TIMEOUT_S:g}]",
+            ),
+        )
+    ):
+        with_where = option(with_where)
+    return with_where
+
+
+def ask(where: Where, question: Callable[[Client], Coroutine[Any, Any, T]], *, limited: bool = True) -> T:
+    """Connect, ask, and hand the answer over; on failure the command ends here with a message.
+
+    Args:
+        limited: the answer must come within `where.timeout_s`.
+    """
+    import asyncio  # noqa: PLC0415 - takes longer than --help may
+
+    async def work() -> T:
+        async with where.connect() as client, asyncio.timeout(where.timeout_s if limited else None):
+            return await question(client)
+
+    with failures(where):
+        return run(work())
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a loop of its own."""
+    import uvloop  # noqa: PLC0415 - takes longer than --help may
+
+    return uvloop.run(work)
+
+
+@contextmanager
+def failures(where: Where) -> Iterator[None]:
+    """Turn what can go wrong into a line on stderr and an exit code."""
+    from hmm.errors import HmmError  # noqa: PLC0415 - takes longer than --help may
+    from hmm_client.channel import DaemonError, UnavailableError, default_target  # noqa: PLC0415
+    from hmm_client.embedded import EmbeddedDaemonError  # noqa: PLC0415
+    from hmm_client.recordings.errors import InputError  # noqa: PLC0415
+
+    try:
+        yield
+    except UnavailableError:
+        target = where.target or default_target()
+        fail(
+            UNREACHABLE,
+            f"nobody listens at {target}",
+            f"Start a daemon with `hmmd{_socket_flag(target)}`, or say where it is with --target or $HMMD_SOCKET.",
+        )
+    except TimeoutError:
+        fail(UNREACHABLE, f"{where.target or default_target()} did not answer within {where.timeout_s:g} s")
+    except (DaemonError, EmbeddedDaemonError) as error:
+        fail(UNREACHABLE, str(error))
+    except InputError as error:
+        fail(UNUSABLE, str(error))
+    except HmmError as error:
+        fail(REFUSED, str(error))
+    except FileNotFoundError as error:
+        fail(UNUSABLE, f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def fail(code: int, message: str, hint: str = "") -> NoReturn:
+    """End the command with a message."""
+    click.echo(f"hmmctl: {message}", err=True)
+    if hint:
+        click.echo(hint, err=True)
+    sys.exit(code)
+
+
+def _socket_flag(target: str) -> str:
+    return f" --socket {target.removeprefix('unix:')}" if target.startswith("unix:") else ""

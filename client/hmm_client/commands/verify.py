@@ -1,0 +1,159 @@
+"""`hmmctl verify`: replay kernel traces and compare.
+
+**Absent**: what is compared, and how (`hmm_client.verification`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, where_options
+from hmm_client.commands.output import JSON, format_option, print_json, print_table
+from hmm_client.commands.progress import Progress
+from hmm_client.embedded import embedded_daemon
+from hmm_client.recordings import ktrace
+from hmm_client.recordings.ktrace import Arguments, Operation
+from hmm_client.verification import Counts, Difference, InProcess, Subject, TraceReport, verify
+
+SHOWN_DIFFERENCES = 5
+_DEFAULTS = Arguments()
+
+
+@click.command("verify")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--in-process", is_flag=True, help="Verify the model itself, without a daemon.")
+@click.option(
+    "--show",
+    type=click.IntRange(min=0),
+    default=SHOWN_DIFFERENCES,
+    metavar="N",
+    show_default=True,
+    help="How many differences are shown in full.",
+)
+@format_option
+@where_options
+def command(paths: tuple[str, ...], in_process: bool, show: int, form: str, where: Where) -> None:
+    """Compare the model with what Linux did, operation by operation.
+
+    PATH is a kernel trace (*.jsonl, *.jsonl.gz) or a folder, whose traces are all taken.  After every operation
+    before a trace's first device operation, what it returned, what it read, and every process's mappings must be as
+    in the trace; with --in-process the entries of the page tables are compared too.
+
+    Without --target a daemon is started for the purpose.
+
+    Exit codes: 0 no difference; 1 differences; 2 unusable input; 3 no daemon can be reached.
+    """
+    with failures(where), ExitStack() as stack:
+        files = [file for path in paths for file in ktrace.expand(path)]
+        subject = InProcess if in_process else stack.enter_context(_daemon(where))
+        reports = _verify(files, subject)
+    if form == JSON:
+        print_json(_as_json(reports))
+    else:
+        _print(reports, show)
+    raise SystemExit(UNEXPECTED if any(report.differences for report in reports) else OK)
+
+
+@contextmanager
+def _daemon(where: Where) -> Iterator[Callable[[], Subject]]:
+    from hmm_client import sync, tls_credentials  # noqa: PLC0415 - imports gRPC, which --in-process does without
+    from hmm_client.verification.over_wire import OverWire  # noqa: PLC0415
+
+    with ExitStack() as stack:
+        target = where.target or stack.enter_context(embedded_daemon())
+        secure = where.tls or where.ca or where.certificate
+        credentials = tls_credentials(where.ca, where.certificate, where.key) if secure else None
+        client = stack.enter_context(sync.connect(target, where.token, name="hmmctl verify", credentials=credentials))
+        yield lambda: OverWire(client)
+
+
+def _verify(files: list[Path], subject: Callable[[], AbstractContextManager[Subject]]) -> list[TraceReport]:
+    reports = []
+    with Progress("verifying", len(files)) as progress:
+        for file in files:
+            trace = ktrace.read_trace(file)
+            with subject() as fresh:
+                reports.append(verify(trace, fresh))
+            progress.advance(what=f"{trace.header.set}/{trace.header.trace}")
+    return reports
+
+
+# ---- the report
+
+
+def _sums(reports: list[TraceReport]) -> tuple[int, Counts, Counts]:
+    semantic, entries = Counts(), Counts()
+    for report in reports:
+        semantic.add(report.semantic)
+        entries.add(report.entries)
+    return sum(report.operations for report in reports), semantic, entries
+
+
+def _as_json(reports: list[TraceReport]) -> dict[str, Any]:
+    operations, semantic, entries = _sums(reports)
+    return {
+        "traces": len(reports),
+        "operations": operations,
+        "semantic": {"compared": semantic.compared, "differences": semantic.differences},
+        "entries": {"compared": entries.compared, "differences": entries.differences},
+    }
+
+
+def _print(reports: list[TraceReport], show: int) -> None:
+    groups: dict[tuple[str, str], list[TraceReport]] = {}
+    for report in reports:
+        groups.setdefault((report.trace.header.set, report.trace.header.kind), []).append(report)
+    rows = [(*group, *_row(groups[group])) for group in sorted(groups)]
+    heads = ("set", "class", ">traces", ">operations", ">compared", ">differences", ">entries", ">differences")
+    print_table(heads, [*rows, ("all", "", *_row(reports))])
+    differences = [difference for report in reports for difference in report.differences]
+    for difference in differences[:show]:
+        click.echo()
+        _print_difference(difference)
+    if len(differences) > show:
+        click.echo(f"\nand {len(differences) - show:,} more")
+
+
+def _row(reports: list[TraceReport]) -> tuple[int, int, int, int, int, int]:
+    operations, semantic, entries = _sums(reports)
+    return (
+        len(reports), operations, semantic.compared, semantic.differences, entries.compared, entries.differences,
+    )  # fmt: skip
+
+
+def _print_difference(difference: Difference) -> None:
+    whose = "" if difference.process is None else f" of process {difference.process}"
+    click.echo(f"{difference.trace.path}:{difference.operation.line}: {difference.aspect.value}{whose}")
+    for operation in difference.before:
+        click.echo(f"    after    {_in_words(operation)}")
+    click.echo(f"    in       {_in_words(difference.operation)}")
+    expected, found = _contrast(difference.expected, difference.found)
+    click.echo(f"    expected {expected}\n    found    {found}")
+
+
+def _in_words(operation: Operation) -> str:
+    args = operation.args
+    given = [
+        f"{name}={getattr(args, name)}" for name in args.__slots__ if getattr(args, name) != getattr(_DEFAULTS, name)
+    ]
+    return f"{operation.index} p{operation.process} {operation.name} {' '.join(given)}".rstrip()
+
+
+def _contrast(expected: object, found: object) -> tuple[str, str]:
+    """Both sides; of long sequences the part where they begin to differ."""
+    if isinstance(expected, tuple | bytes) and isinstance(found, tuple | bytes):
+        pairs = zip(expected, found, strict=False)
+        at = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+        return _from(expected, at), _from(found, at)
+    return str(expected), str(found)
+
+
+def _from(values: tuple[object, ...] | bytes, at: int) -> str:
+    shown = [f"{value:02x}" if isinstance(values, bytes) else str(value) for value in values[at : at + 8]]
+    text = " ".join(shown) if shown else "nothing"
+    return f"[{at}] {text}" + (" ..." if len(values) > at + 8 else "")

@@ -1,0 +1,204 @@
+"""Verification: a trace that is true shows no difference, and every value that is false shows exactly one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hmm_client.cli import main
+from hmm_client.recordings.errors import TraceError
+from hmm_client.recordings.ktrace import expand, read_trace
+from hmm_client.verification import Aspect, InProcess, TraceReport, verify
+
+TRACES = Path(__file__).parent / "data" / "kernel-traces"
+WINDOW = 8
+Line = dict[str, Any]
+
+
+def fingerprint(**values: int) -> str:
+    """A page with these bytes (`b3=7`), zero elsewhere, as `data` shows it."""
+    page = bytearray(4096)
+    for name, value in values.items():
+        page[int(name[1:])] = value
+    return f"{page[:16].hex()}-{zlib.crc32(page):08x}"
+
+
+def line(op: str, args: Line, res: Line, *states: Line, p: int = 0) -> Line:
+    """One operation of a trace; its number is given later."""
+    return {"op": op, "p": p, "args": args, "res": res, "state": list(states)}
+
+
+def state(p: int, s0: str, pm: str, maps: list[list[object]] | None = None) -> Line:
+    """One process after an operation."""
+    return {"p": p, "s0": s0, "pm": pm} | ({} if maps is None else {"maps": maps})
+
+
+ANON = [0, 4, "rw-p", 0, "anon"]
+FILE = [4, 8, "r--s", 0, "f0"]
+CUT = [[0, 2, "rw-p", 0, "anon"], [2, 3, "r--p", 0, "anon"], [3, 4, "rw-p", 0, "anon"], FILE]
+SEVEN, EIGHT, NOTHING = fingerprint(b3=7), fingerprint(b3=8), fingerprint()
+DONE: Line = {"ret": 0}
+BEFORE = state(0, "ff*8", "0*8", [])
+FILLED = "02*2 11*2 01*2 00*2"
+SHARED = "01*2 11*2 01*2 00*2"
+PARENT = state(0, SHARED, "1*4 d*2 0*2")
+ALONE = state(0, SHARED, "9*2 1*2 d*2 0*2")
+
+
+def true_lines() -> list[Line]:
+    """A trace in which every kind of result occurs, each as Linux gives it; snap at the end is not performed."""
+    anonymous = {"page": 0, "n": 4, "prot": "rw", "flags": "private", "src": "anon"}
+    of_file = {"page": 4, "n": 4, "prot": "r", "flags": "shared", "src": "f0", "off": 0}
+    overlapping = {"page": 0, "n": 2, "new": 2, "mode": "move", "to": 1}
+    read = {"ret": 4, "sig": "SEGV_MAPERR", "sigpage": 4, "vals": "05*1 06*1 00*2"}
+    dumped = {"ret": 0, "data": f"{NOTHING}*1 {SEVEN}*1 {EIGHT}*1 BUS_ADRERR*1"}
+    operations = [
+        line("open", {"h": 0, "dev": 0}, DONE, BEFORE),
+        line("ftruncate", {"f": 0, "n": 2}, DONE, BEFORE),
+        line("fwrite", {"f": 0, "page": 0, "n": 2, "off": 3, "val": 7}, {"ret": 2}, BEFORE),
+        line("mmap", anonymous, DONE, state(0, "00*4 ff*4", "0*8", [ANON])),
+        line("wr", {"page": 0, "n": 2, "off": 0, "val": 5}, {"ret": 2}, state(0, "02*2 00*2 ff*4", "9*2 0*6")),
+        line("rd", {"page": 0, "n": 6, "off": 0}, read, state(0, "02*2 11*2 ff*4", "9*2 1*2 0*4")),
+        line("mmap", of_file, {"ret": 4}, state(0, "02*2 11*2 00*4", "9*2 1*2 0*4", [ANON, FILE])),
+        line("dump", {"page": 3, "n": 4}, dumped, state(0, FILLED, "9*2 1*2 d*2 0*2")),
+        line("mprotect", {"page": 2, "n": 1, "prot": "r"}, DONE, state(0, FILLED, "9*2 1*2 d*2 0*2", CUT)),
+        line("fork", {"q": 1}, DONE, PARENT, state(1, "01*2 11*2 00*4", "1*4 0*4", CUT)),
+        line("munmap", {"page": 0, "n": 8}, DONE, PARENT, state(1, "ff*8", "0*8", []), p=1),
+        line("exit", {}, DONE, PARENT, p=1),
+        line("mremap", overlapping, {"ret": -1, "errno": "EINVAL"}, ALONE),
+        line("fread", {"f": 0, "page": 0, "n": 2}, {"ret": 2, "data": f"{SEVEN}*1 {EIGHT}*1"}, ALONE),
+        line("fpunch", {"f": 0, "page": 0, "n": 1}, DONE, state(0, "01*2 11*2 00*1 01*1 00*2", "9*2 1*2 0*1 d*1 0*2")),
+        line("snap", {"h": 0, "page": 0, "n": 8}, {"ret": 99, "prot": "22*8"}, state(0, "22*8", "2*8", [])),
+    ]
+    return [operation | {"i": number} for number, operation in enumerate(operations)]
+
+
+def write(path: Path, operations: list[Line]) -> Path:
+    """A trace as a file."""
+    header = {
+        "trace": path.stem,
+        "window": WINDOW,
+        "base": "0x10000000000",
+        "class": "scripted",
+        "seed": 0,
+        "thp": "never",
+        "desc": "",
+        "kernel": "6.12",
+        "set": "base",
+        "ops": len(operations),
+        "fault_around_pages": 1,
+        "first_fix": None,
+    }
+    path.write_text("".join(json.dumps(value) + "\n" for value in [header, *operations]))
+    return path
+
+
+def verified(path: Path) -> TraceReport:
+    """A trace, verified in process."""
+    with InProcess() as subject:
+        return verify(read_trace(path), subject)
+
+
+@pytest.mark.parametrize("path", expand(TRACES), ids=lambda path: path.name.removesuffix(".jsonl.gz"))
+def test_verify_finds_nothing_when_the_kernel_made_the_trace(path: Path) -> None:
+    """Up to its first device operation the model does what Linux 6.12 did."""
+    report = verified(path)
+    assert not report.differences
+    assert report.operations == report.trace.first_device_operation > 0
+    assert report.semantic.compared > report.operations
+
+
+def test_verify_finds_nothing_when_every_operation_is_true(tmp_path: Path) -> None:
+    """All operations but those of devices are performed and compared, with entries and signals."""
+    report = verified(write(tmp_path / "true.jsonl", true_lines()))
+    assert not report.differences
+    assert report.operations == 15
+
+
+ALTERATIONS: list[tuple[Aspect, int, int | None, Callable[[Line], object]]] = [
+    (Aspect.RET, 2, None, lambda op: op["res"].update(ret=1)),
+    (Aspect.ERRNO, 12, None, lambda op: op["res"].update(errno="EFAULT")),
+    (Aspect.SIGNAL, 5, None, lambda op: op["res"].update(sig="SEGV_ACCERR")),
+    (Aspect.SIGNAL_PAGE, 5, None, lambda op: op["res"].update(sigpage=5)),
+    (Aspect.VALUES, 5, None, lambda op: op["res"].update(vals="05*1 06*1 00*1 01*1")),
+    (Aspect.DATA, 7, None, lambda op: op["res"].update(data=f"{NOTHING}*1 {SEVEN}*2 BUS_ADRERR*1")),
+    (Aspect.DATA, 7, None, lambda op: op["res"].update(data=f"{NOTHING}*1 {SEVEN}*1 {EIGHT}*1 SEGV_MAPERR*1")),
+    (Aspect.DATA, 13, None, lambda op: op["res"].update(data=f"{SEVEN}*2")),
+    (Aspect.PROCESSES, 11, None, lambda op: op["state"].append(state(2, "ff*8", "0*8"))),
+    (Aspect.MAPS, 6, 0, lambda op: op["state"][0].update(maps=[ANON, [4, 8, "r--s", 1, "f0"]])),
+    (Aspect.MAPS, 6, 0, lambda op: op["state"][0].update(maps=[ANON, [4, 8, "r--s", 0, "f1"]])),
+    (Aspect.MAPS, 6, 0, lambda op: op["state"][0].update(maps=[ANON, [4, 7, "r--s", 0, "f0"]])),
+    (Aspect.MAPS, 9, 1, lambda op: op["state"][1].update(maps=[ANON, FILE])),
+    (Aspect.SNAPSHOT, 9, 1, lambda op: op["state"][1].update(s0="02*1 01*1 11*2 00*4")),
+    (Aspect.PAGEMAP, 4, 0, lambda op: op["state"][0].update(pm="d*2 0*6")),
+]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "number", "process", "alter"), ALTERATIONS, ids=[f"{row[0].value}-{row[1]}" for row in ALTERATIONS]
+)
+def test_verify_finds_one_difference_when_one_value_is_false(
+    tmp_path: Path, aspect: Aspect, number: int, process: int | None, alter: Callable[[Line], object]
+) -> None:
+    """Each field is really compared: a single false value is reported, at its place, and nothing else is."""
+    operations = copy.deepcopy(true_lines())  # values stand in several lines
+    alter(operations[number])
+    report = verified(write(tmp_path / "false.jsonl", operations))
+    found = [(difference.aspect, difference.operation.index, difference.process) for difference in report.differences]
+    assert found == [(aspect, number, process)]
+    assert report.semantic.differences == aspect.is_semantic
+    assert report.entries.differences == (not aspect.is_semantic)
+    assert [operation.index for operation in report.differences[0].before] == list(range(max(0, number - 5), number))
+
+
+def test_verify_refuses_a_trace_when_an_argument_names_nothing(tmp_path: Path) -> None:
+    """An unknown advice is an unusable input, and the message has file and line."""
+    operations = true_lines()
+    operations[8] |= {"op": "madvise", "args": {"page": 0, "n": 1, "adv": "NONSENSE"}}
+    with pytest.raises(TraceError, match=r"false\.jsonl:10: madvise: 'NONSENSE'"):
+        verified(write(tmp_path / "false.jsonl", operations))
+
+
+def test_command_prints_counts_when_json_is_asked_for(tmp_path: Path) -> None:
+    """One object on stdout, exit code 0."""
+    write(tmp_path / "true.jsonl", true_lines())
+    result = CliRunner().invoke(main, ["verify", "--in-process", "--format", "json", str(tmp_path)])
+    assert result.exit_code == 0
+    counts = json.loads(result.stdout)
+    assert counts["traces"] == 1
+    assert counts["operations"] == 15
+    assert counts["semantic"]["differences"] == counts["entries"]["differences"] == 0
+    assert counts["semantic"]["compared"] > 90
+
+
+def test_command_shows_the_difference_when_there_is_one(tmp_path: Path) -> None:
+    """Exit code 1; the text has the operation, what was expected and found, and what came before."""
+    operations = copy.deepcopy(true_lines())
+    operations[5]["res"]["vals"] = "05*1 06*1 00*1 01*1"
+    path = write(tmp_path / "false.jsonl", operations)
+    result = CliRunner().invoke(main, ["verify", "--in-process", str(path)])
+    assert result.exit_code == 1
+    shown = result.stdout.split("\n\n")[1].splitlines()
+    assert shown[0] == f"{path}:7: vals"
+    assert shown[-4:] == [
+        "    after    4 p0 wr n=2 val=5",
+        "    in       5 p0 rd n=6",
+        "    expected [3] 01",
+        "    found    [3] 00",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{}\n", "no json\n"])
+def test_command_ends_with_two_when_a_trace_is_unusable(tmp_path: Path, content: str) -> None:
+    """An input that cannot be read is told from a difference."""
+    (tmp_path / "bad.jsonl").write_text(content)
+    result = CliRunner().invoke(main, ["verify", "--in-process", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "bad.jsonl" in result.stderr
