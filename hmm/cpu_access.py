@@ -30,7 +30,7 @@ from hmm.fault import bring_in, pieces, raise_stop
 from hmm.frames import ZERO_PFN
 from hmm.operation import Operation, Pause
 from hmm.uio import copy_from_frames, copy_to_frames
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, page_down, spans_of_pages
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, spans_of_pages
 
 __all__ = ["Accessed", "read_memory", "read_pages", "touch", "write_memory", "write_pages"]
 
@@ -98,9 +98,8 @@ def touch(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[
 
     Raises, Cost: as `read_memory`, without the bytes.
     """
-    _, signal, at = yield from _access(space, span.page_aligned(), write, lambda _: None)
-    pages = (page_down(at) if signal else span.page_aligned().end) - page_down(span.start)
-    return Accessed(pages >> PAGE_SHIFT, b"", signal, at)
+    done, signal, at = yield from _access(space, span.page_aligned(), write, lambda _: None)
+    return Accessed(done >> PAGE_SHIFT, b"", signal, at)
 
 
 def read_pages(space: AddressSpace, span: AddressRange, offset: int) -> Operation[Accessed]:

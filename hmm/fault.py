@@ -22,7 +22,7 @@ what may be written or executed may be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -94,16 +94,20 @@ def raise_stop(stop: Stop, *, write: bool) -> None:
     raise SegmentationFault(f"{access} of {stop.address:#x}: {stop.signal.value}", stop.signal, stop.address)
 
 
-def pieces(target: AddressRange | Entries) -> Iterator[AddressRange | Entries]:
+def pieces(target: AddressRange | Entries) -> Iterable[AddressRange | Entries]:
     """Cut a range or page addresses into pieces of at most PIECE_PAGES pages."""
-    if isinstance(target, AddressRange):
-        at = target.start
-        while at < target.end:
-            start, at = at, min((at // PIECE_BYTES + 1) * PIECE_BYTES, target.end)
-            yield AddressRange(start, at)
-    else:
-        for first in range(0, target.size, PIECE_PAGES):
-            yield target[first : first + PIECE_PAGES]
+    if not isinstance(target, AddressRange):
+        return (target[first : first + PIECE_PAGES] for first in range(0, target.size, PIECE_PAGES))
+    if target.start // PIECE_BYTES == (target.end - 1) // PIECE_BYTES:
+        return (target,)
+    return _pieces_of_range(target)
+
+
+def _pieces_of_range(span: AddressRange) -> Iterator[AddressRange]:
+    at = span.start
+    while at < span.end:
+        start, at = at, min((at // PIECE_BYTES + 1) * PIECE_BYTES, span.end)
+        yield AddressRange(start, at)
 
 
 def bring_in(

@@ -87,11 +87,15 @@ class AddressRange:
 
     def intersect(self, other: AddressRange) -> AddressRange:
         """The bytes in both ranges; empty when there are none."""
+        if other.start <= self.start and self.end <= other.end:
+            return self
         start = max(self.start, other.start)
         return AddressRange(start, max(start, min(self.end, other.end)))
 
     def page_aligned(self) -> AddressRange:
         """The smallest range of whole pages that holds this one."""
+        if is_page_aligned(self.start | self.end):
+            return self
         return AddressRange(page_down(self.start), page_up(self.end))
 
 
