@@ -112,7 +112,7 @@ class Callbacks:
 
     def deliver(self, event: Event) -> None:
         """Handle an event, now or after those before it."""
-        if self._queue or not self._may_start():
+        if self._queue or (self._running and not self._may_start()):
             self._queue.append(event)
         else:
             self._start(event)
@@ -146,7 +146,7 @@ class Callbacks:
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is its answer
             self._finish(event, _refusal(event, error))
             return
-        if inspect.isawaitable(result):
+        if result is not None and inspect.isawaitable(result):
             self._start_task(event, result)
         else:
             self._finish(event, _answer(event, result))

@@ -224,7 +224,8 @@ async def test_second_answer_changes_nothing_when_an_event_was_answered(set_up: 
     half = scene.mapped.address + SIZE // 2
     assert await scene.driver.call("read", mirror=scene.mirror, address=half, length=1)
     await scene.process.munmap(half, SIZE // 2)
-    assert (await scene.mirror_statistics()).rejected_answers == 0
+    statistics = await scene.mirror_statistics()
+    assert (statistics.rejected_answers, statistics.stale_answers) == (0, 2)
 
 
 async def test_answer_is_rejected_when_its_event_was_never_sent(set_up: SetUp) -> None:
