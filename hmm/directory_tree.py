@@ -23,7 +23,7 @@ Differs: the posted walk, on meeting an absent entry, went on at the end of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -162,33 +162,19 @@ class DirectoryTree:
     # -- a range
 
     def leaves(self, page: int, end: int) -> tuple[Pages, Offsets]:
-        """The leaves that hold a page of [page, end), which is not empty.
+        """The leaves that hold a page of [page, end), which reaches over more than one leaf.
 
         Returns: int64[n] leaf numbers (page >> 9), ascending, and int64[n] their offsets.
 
         Cost: O(directories met), one gather per level.
         """
-        words = self.words
-        first, last = page, end - 1
-        offset = ROOT
-        shifts = self.upper_shifts
-        for level, shift in enumerate(shifts):
-            if first >> shift != last >> shift:
-                return self._expand(offset, shifts[level:], first, last)
-            offset = words[offset | first >> shift & DIRECTORY_MASK]
-        if not offset:
-            return _NONE, _NONE
-        return np.array([first >> DIRECTORY_SHIFT]), np.array([offset])
-
-    def _expand(self, offset: int, shifts: Sequence[int], first: int, last: int) -> tuple[Pages, Offsets]:
-        # The part of one directory that lies in the range, then everything below it, level by level.
-        shift = shifts[0]
-        low, high = first >> shift, last >> shift
-        children = self.index[(offset | low & DIRECTORY_MASK) : (offset | high & DIRECTORY_MASK) + 1]
+        offset, level = self.shared_directory(page, end - 1, 0)
+        first, last = (bound >> self.upper_shifts[level] for bound in (page, end - 1))
+        children = self.index[(offset | first & DIRECTORY_MASK) : (offset | last & DIRECTORY_MASK) + 1]
         present = children.nonzero()[0]
-        numbers, offsets = present + low, children[present]
-        for shift in shifts[1:]:
-            numbers, offsets = self._children(numbers, offsets, first >> shift, last >> shift)
+        numbers, offsets = present + first, children[present]
+        for shift in self.upper_shifts[level + 1 :]:
+            numbers, offsets = self._children(numbers, offsets, page >> shift, end - 1 >> shift)
         return numbers, offsets
 
     def _children(self, numbers: Pages, offsets: Offsets, low: int, high: int) -> tuple[Pages, Offsets]:

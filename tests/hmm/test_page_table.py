@@ -257,6 +257,9 @@ class TestDirectories:
         table.fill(0, 10 * LEAF, entries)
         table.check()
         assert list(table.entries(0, LAST + 1)) == [(3 * LEAF + 5 * PAGE, 1)]
+        table.fill(0, 10 * LEAF, np.zeros(10 * 512, np.uint64))
+        table.check()
+        assert table.directories == 1
 
     def test_table_is_freed_without_a_collection(self) -> None:
         """Nothing refers back to the table: its memory goes with the last reference, views or not."""
@@ -617,7 +620,8 @@ class TestBatches:
 
     def test_batch_refuses_two_addresses_in_one_page(self, table: PageTable) -> None:
         """Which of two values would win is not defined."""
-        for addresses in (_addresses(5, 5), _addresses(7, 5, 7), np.array([PAGE, PAGE + 8], np.uint64)):
+        twice = np.tile(_addresses(*range(20)), 2)
+        for addresses in (_addresses(5, 5), _addresses(7, 5, 7), np.array([PAGE, PAGE + 8], np.uint64), twice):
             with pytest.raises(InvalidRequestError):
                 table.store(addresses, 1)
             with pytest.raises(InvalidRequestError):
