@@ -20,12 +20,13 @@ import errno as errnos
 from enum import IntFlag
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import Cause
-from hmm.frames import Frames, PageFlag
+from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
 from hmm.units import Address, AddressRange, Entries, is_page_aligned, page_up
@@ -48,6 +49,8 @@ _PUD_MASK = -(1 << 30)
 _RESERVING = VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE
 _KEEP = np.uint64(~cpu_pte.WRITE & (1 << 64) - 1)
 _WRITE = np.uint64(cpu_pte.WRITE)
+_PRESENT = np.uint64(cpu_pte.PRESENT)
+_FRAMED = np.uint64(cpu_pte.PRESENT | cpu_pte.SPECIAL)
 
 
 def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Operation[int]:
@@ -187,15 +190,14 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     def change(entries: Entries) -> None:
         entries &= _KEEP
         if writable:
-            entries[_upgradable(entries, frames, shared=shared)] |= _WRITE
+            entries |= _upgradable(entries, frames, shared=shared) * _WRITE
 
     space.table.update(span.start, span.end, change)
 
 
-def _upgradable(entries: Entries, frames: Frames, *, shared: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _upgradable(entries: Entries, frames: Frames, *, shared: bool) -> npt.NDArray[np.bool_]:
     """can_change_pte_writable(): a write needs no fault, as the page is shared anyway or this process's alone."""
-    upgradable = cpu_pte.is_present(entries)
-    if not shared:
-        upgradable &= ~cpu_pte.is_special(entries)
-        upgradable[upgradable] = frames.test_flags(cpu_pte.cpu_pfn(entries[upgradable]), PageFlag.ANON_EXCLUSIVE)
-    return upgradable
+    if shared:
+        return cpu_pte.is_present(entries)
+    framed = (entries & _FRAMED) == _PRESENT
+    return frames.test_flags(np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON_EXCLUSIVE)

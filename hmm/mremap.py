@@ -21,8 +21,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntFlag
 
-import numpy as np
-
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
@@ -259,17 +257,18 @@ def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -
 
 def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
     """move_page_tables(): every piece is moved whole or not at all."""
-    shift = np.uint64((target - old.start) & _64_BITS)
     paused = True
     for piece in populated(space.table, old):
         if not paused:
             yield Pause()
         paused = False
-        addresses, entries = space.table.zap(piece.start, piece.end)
+        start = target + piece.start - old.start
+        entries = space.table.read(piece.start, piece.end)
+        space.table.clear(piece.start, piece.end)
         try:
-            space.table.store(addresses + shift, entries)
+            space.table.fill(start, start + piece.size_bytes, entries)
         except OutOfFramesError:
-            space.table.store(addresses, entries)
+            space.table.fill(piece.start, piece.end, entries)
             raise
 
 
