@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ from hmm_server.services.session import SessionService
 from hmm_server.streams import Streams
 
 STOP_S = 1.0
-"""Time for the last messages to leave."""
+"""Time for streams to end after their farewell."""
+LAST_S = 0.1
+"""Time for the last messages to leave; then what is not ours is cut off: health checks that watch."""
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -153,8 +155,10 @@ class Daemon:
         for stream in list(self.streams.open.values()):
             stream.mailbox.close("the daemon is ending")
         self.observers.close()
-        await asyncio.wait({stopping}, timeout=STOP_S)
-        await self._server.stop(None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await self.guard.quiet()
+        await self._server.stop(LAST_S)
         await stopping
         log.info("stopped")
 

@@ -10,6 +10,7 @@ has the traceback (gRPC's own default is UNKNOWN with the exception's text).
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import time
@@ -44,6 +45,13 @@ class Guard(grpc.aio.ServerInterceptor):
         self.failures: Counter[str] = Counter()
         self._tokens = tokens
         self._guarded: dict[str, Handler] = {}
+        self._active = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Wait until no call of hmm.v1 is under way."""
+        await self._quiet.wait()
 
     async def intercept_service(
         self,
@@ -90,6 +98,8 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _watching(self, method: str, context: Context) -> AsyncIterator[None]:
         started_s = time.perf_counter()
         self.calls[method] += 1
+        self._active += 1
+        self._quiet.clear()
         status: status_pb2.Status | None = None
         try:
             self._tokens.require(caller_from(context.invocation_metadata()))
@@ -103,6 +113,10 @@ class Guard(grpc.aio.ServerInterceptor):
         except Exception:
             log.exception("%s hit a bug", method)
             status = _status(code_pb2.INTERNAL, INTERNAL_REASON, "a bug of the daemon; see its log")
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._quiet.set()
         if status is not None:
             self.failures[method] += 1
             log.info("%s: %s", method, status.message)
