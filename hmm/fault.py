@@ -251,13 +251,10 @@ def _set_anonymous(space: AddressSpace, vma: Vma, address: Address, write: bool)
     if not write:
         space.table.set(address, ZERO_PAGE)
         return
-    frames = space.frames
     prepare_anon_vma(space, vma)
-    pfn = frames.allocate_one()
+    pfn = space.frames.allocate_mapped_one(ANON_PAGE)
     try:
         space.table.set(address, cpu_pte.cpu_entry(pfn, WRITTEN))
     except OutOfFramesError:
-        frames.put_one(pfn)
+        space.frames.unmap_one(pfn)
         raise
-    frames.flags[pfn] = ANON_PAGE
-    frames.map_new_one(pfn)

@@ -212,6 +212,16 @@ class Frames(FrameContents):
         self._refcount[pfn] = 1
         return pfn
 
+    def allocate_mapped_one(self, flags: PageFlag) -> Pfn:
+        """`allocate_mapped` for one frame.
+
+        Cost: 0.6 us.
+        """
+        pfn = self.allocate_one()
+        self._mapcount[pfn] = 1
+        self._flags[pfn] = flags
+        return pfn
+
     def get(self, pfns: Pfns) -> None:
         """Take a reference to each; a repeated frame gets as many.
 

@@ -169,6 +169,14 @@ def test_allocate_mapped_is_allocate_and_map_new(frames: Frames) -> None:
     frames.check()
 
 
+def test_allocate_mapped_one_is_allocate_mapped_for_one(frames: Frames) -> None:
+    """The scalar path."""
+    pfn = frames.allocate_mapped_one(PageFlag.ANON)
+    assert (frames.refcount[pfn], frames.mapcount[pfn], frames.flags[pfn]) == (1, 1, PageFlag.ANON)
+    assert frames.unmap_one(pfn) is True
+    frames.check()
+
+
 def test_map_one_and_unmap_one_count_like_map_and_unmap(frames: Frames) -> None:
     """The scalar paths."""
     pfn = frames.allocate_one()
