@@ -129,7 +129,7 @@ class Callbacks:
     async def cancel(self) -> None:
         """End everything; what is not finished stays unanswered."""
         self.drop()
-        tasks = list(self._running.values())
+        tasks = [task for task in self._running.values() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

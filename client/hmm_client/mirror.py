@@ -155,6 +155,10 @@ class Mirror:
         if rule.startswith(DeviceLostError.reason):
             self._lose(rule)
 
+    async def cancel(self) -> None:
+        """End updates that are under way, without an answer; called by the session when it is closed."""
+        await self._callbacks.cancel()
+
     def session_lost(self, why: str) -> None:
         """The stream has ended; called by the session."""
         self._callbacks.drop()
@@ -306,10 +310,6 @@ class Mirror:
         (response,) = await self._call("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=self.id))
         self._require(response)
         self._session.unbind(self.id)
-
-    async def cancel_callbacks(self) -> None:
-        """End updates under way without an answer; for a driver that is being shut down."""
-        await self._callbacks.cancel()
 
     async def _call(self, name: str, request: Any) -> list[Any]:
         if self.lost:

@@ -59,6 +59,9 @@ class Hearer(Protocol):
     def session_lost(self, why: str) -> None:
         """No event will come any more."""
 
+    async def cancel(self) -> None:
+        """Nobody waits for what is under way."""
+
 
 @dataclass(slots=True)
 class _Waiting:
@@ -189,12 +192,14 @@ class Session:
 
     async def close(self, reason: str = "") -> None:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
+        hearers = list(self._hearers.values())
         self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
         self._awake.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
         self._end("closed")
         self._call.cancel()
+        await asyncio.gather(*(hearer.cancel() for hearer in hearers))
 
     def _end(self, why: str) -> None:
         if self.lost:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import hmm_client
 from hmm_client.channel import as_target, default_target
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
 
 
 def test_default_target_follows_the_environment() -> None:
@@ -55,3 +61,19 @@ def test_import_does_not_load_grpc_before_it_is_needed() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hmm_client.nothing
+
+
+@pytest.mark.slow
+async def test_ready_returns_when_the_daemon_has_started(
+    tmp_path: Path, start_daemon: Callable[..., Awaitable[Daemon]]
+) -> None:
+    """A client may be there before its daemon, and wait for it."""
+    async with hmm_client.connect(str(tmp_path / "hmmd0.sock")) as client:
+        waiting = asyncio.ensure_future(client.ready())
+        with pytest.raises(hmm_client.UnavailableError):
+            await client.create_process()
+        assert not waiting.done()
+        daemon = await start_daemon()
+        assert daemon.target == client.channel.target
+        await waiting
+        await client.create_process()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hmm_client
-from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import AccessDeniedError, BadAddressError, ConflictError, InvalidRequestError, NoSuchObjectError
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, Process, Prot
 from hmm_client.drivers.rdma import RdmaCard
@@ -144,3 +144,18 @@ async def test_posts_and_events_race_without_an_access_to_what_is_gone(
 
     await asyncio.gather(*(post(turn) for turn in range(100)), *(discard(turn) for turn in range(100)))
     assert card.statistics.writes == 100
+
+
+async def test_mirror_is_unregistered_after_its_process_has_exited(
+    client: hmm_client.Client, card: RdmaCard, process: Process, mapped: Mapped
+) -> None:
+    """A released mirror is given back at the next registration: the device can go when all processes have."""
+    await card.reg_mr(process, mapped.address, PAGE_SIZE)
+    await process.exit()
+    other = await client.create_process("other")
+    memory = await other.mmap(PAGE_SIZE)
+    await card.reg_mr(other, memory.address, PAGE_SIZE)
+    with pytest.raises(ConflictError, match="EBUSY"):
+        await card._device.unregister()
+    await card._mirrors[other.id].unregister()
+    await card._device.unregister()

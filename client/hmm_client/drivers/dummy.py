@@ -125,7 +125,7 @@ class Minor:
 
     async def close(self) -> None:
         """Close the file: the mirror is unregistered, and the minor is free again."""
-        if self._mirror is not None and not (self._mirror.released or self._mirror.lost):
+        if self._mirror is not None and not self._mirror.lost:
             await self._mirror.unregister()
         self._mirror, self._busy = None, False
 

@@ -124,6 +124,7 @@ class PrefetchDevice(TableDriver):
         self._programs: dict[ProcessId, _Program] = {}
         self._by_mirror: dict[int, _Program] = {}
         self._waiting: asyncio.Queue[tuple[_Program, AddressRange]] = asyncio.Queue(WAITING_PLACES)
+        self._released: list[Mirror] = []
         self._stamp = 0
         self._engine = asyncio.create_task(self._run())
 
@@ -148,6 +149,7 @@ class PrefetchDevice(TableDriver):
         super().release(mirror)
         await self._program(mirror).accesses.all_ended()
         self.statistics.events["RELEASE"] += 1
+        self._released.append(mirror)  # the mirror goes later, since this is a callback of it
 
     def lost(self, mirror: Mirror, why: str) -> None:
         """The daemon has given the mirror up: a device that always answers must not be lost."""
@@ -183,9 +185,10 @@ class PrefetchDevice(TableDriver):
             self._engine.result()
 
     async def stop(self) -> None:
-        """Stop faulting.  Mirrors stay registered, and events are answered."""
+        """Stop faulting.  Mirrors of processes that live stay registered, and events are answered."""
         self._engine.cancel()
         await asyncio.wait({self._engine})
+        await self._unregister_released()
 
     # ---- the engine: one thing at a time, so that nothing but its own program changes what it sees
 
@@ -198,7 +201,15 @@ class PrefetchDevice(TableDriver):
             except (NoSuchObjectError, DeviceLostError) as error:
                 _LOG.debug("%r has gone: %s", program.mirror, error)
             finally:
+                await self._unregister_released()
                 self._waiting.task_done()
+
+    async def _unregister_released(self) -> None:
+        while self._released:
+            mirror = self._released.pop()
+            self._programs.pop(mirror.process.id, None)
+            self._by_mirror.pop(mirror.id, None)
+            await mirror.unregister()
 
     async def _visit(self, program: _Program, span: AddressRange) -> None:
         pages = self._choose(program, span)

@@ -122,6 +122,7 @@ class RdmaCard(Driver):
         self._mirrors: dict[ProcessId, Mirror] = {}
         self._regions: dict[int, MemoryRegion] = {}
         self._accesses: dict[int, Accesses] = {}
+        self._released: list[Mirror] = []
         self._keys = itertools.count(0x1000)
         self.statistics = Statistics()
 
@@ -141,9 +142,10 @@ class RdmaCard(Driver):
         await self._accesses_of(event.mirror).ended(event)
 
     async def release(self, mirror: Mirror) -> None:
-        """The process is gone: so are its regions."""
+        """The process is gone: so are its regions.  The mirror goes later, since this is a callback of it."""
         self._forget(mirror)
         await self._accesses_of(mirror).all_ended()
+        self._released.append(mirror)
 
     def lost(self, mirror: Mirror, why: str) -> None:  # noqa: ARG002 - the interface
         """The mirror was fenced: its regions are gone."""
@@ -225,8 +227,10 @@ class RdmaCard(Driver):
     # ---- bookkeeping
 
     async def _mirror(self, process: Process) -> Mirror:
+        while self._released:
+            await self._released.pop().unregister()
         mirror = self._mirrors.get(process.id)
-        if mirror is None or mirror.lost or mirror.released:
+        if mirror is None:
             mirror = await self._device.mirror(process, self, fault_events=False)
             self._mirrors[process.id] = mirror
         return mirror
@@ -249,6 +253,7 @@ class RdmaCard(Driver):
     def _forget(self, mirror: Mirror) -> None:
         for key in [key for key, region in self._regions.items() if region.mirror is mirror]:
             del self._regions[key]
+        self._mirrors.pop(mirror.process.id, None)
 
 
 class RdmaOperations:
