@@ -117,7 +117,10 @@ class DirectoryArena:
         offsets_bytes = -(-nrows * _OFFSET_BYTES // PAGE_SIZE) * PAGE_SIZE
         rows_bytes = nrows * PAGE_SIZE
         memory_bytes = rows_bytes + counts_bytes + 2 * offsets_bytes
-        memory = mmap.mmap(-1, memory_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        try:
+            memory = mmap.mmap(-1, memory_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        except OSError as error:
+            raise OutOfFramesError(f"no address space for {max_directories} directories") from error
         # A huge page per small table would make a thousand of them cost gigabytes. A kernel without huge
         # pages refuses the advice, and does not need it.
         with suppress(OSError):

@@ -12,7 +12,7 @@ Positions are page numbers; [page, end) is not empty and lies in the table, whic
 **Invariants**: after each function all counts are exact and no empty directory is left but the root and held
 ones; a function that raises has changed nothing.
 
-**Absent**: single pages and scattered pages; see `hmm.page_table`.
+**Absent**: scattered pages (`hmm.page_batch`) and the short ways for one page (`hmm.page_table`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class _Part(NamedTuple):
 
 
 def _view(tree: DirectoryTree, leaf: int, page: int, end: int) -> Entries:
-    # The entries of [page, end), all in this leaf; those of the NULL directory are zero, and not to be
-    # written.
+    # The entries of [page, end), all in this leaf; nobody writes those of the NULL directory.
     first = leaf | page & DIRECTORY_MASK
     return tree.entries[first : first + end - page]
 
@@ -62,8 +61,7 @@ def _in_one_leaf(page: int, end: int) -> bool:
 
 
 def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part] | None:
-    # What there is of [page, end), leaf by leaf, if these are few. The caller may free the leaf that it was
-    # given.
+    # What there is of [page, end), leaf by leaf, if these are few; the caller may free what it was given.
     few = (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) < _FEW_LEAVES
     return _parts(tree, page, end) if few else None
 

@@ -92,6 +92,7 @@ class PageTable:
 
         Raises:
             InvalidRequestError: `last` or `max_directories` is out of range (EINVAL).
+            OutOfFramesError: no address space left for so many directories (ENOMEM).
 
         Cost: some tens of microseconds.
         """

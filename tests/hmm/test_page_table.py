@@ -78,6 +78,11 @@ class TestGeometry:
         with pytest.raises(InvalidRequestError):
             PageTable(last, max_directories=directories)
 
+    def test_table_is_refused_when_address_space_does_not_suffice(self) -> None:
+        """The reservation fails as an allocation does, not as an error of the host."""
+        with pytest.raises(OutOfFramesError):
+            PageTable(LAST, max_directories=1 << 40)
+
     @pytest.mark.parametrize("last", LASTS)
     def test_table_serves_its_first_and_last_page(self, last: int) -> None:
         """Every geometry works at both of its ends, by page, by range and by batch."""
