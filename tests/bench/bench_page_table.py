@@ -182,7 +182,7 @@ def _agree(arena: Arena, radix: Radix) -> None:
         outs.append(np.concatenate((out, many)))
         subject.clear_many(scattered)
         subject.clear(start, end)
-    assert np.array_equal(*outs), "the tables disagree"
+    assert np.array_equal(outs[0], outs[1]), "the tables disagree"
     assert arena.table.directories == radix.directories == 1
 
 
