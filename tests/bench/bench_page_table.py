@@ -243,9 +243,10 @@ def _scattered(arena: Arena, radix: Radix, rounds: int, sizes: tuple[int, ...]) 
                 pages = np.unique(chance.integers(0, (1 << span_bits) - 4096 >> PAGE_SHIFT, number))
                 addresses = pages.astype(np.uint64) << np.uint64(PAGE_SHIFT)
                 cycles: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
-                for _ in range(4):
-                    for subject, column in ((radix, 1), (arena, 0)):
-                        cycles[column].append(_scattered_cycle(subject, addresses, chance.permutation(addresses)))
+                for subject, column in ((radix, 1), (arena, 0)):
+                    for _ in range(4):  # one after the other, so that each finds its directories in the cache
+                        shuffled = chance.permutation(addresses)
+                        cycles[column].append(_scattered_cycle(subject, addresses, shuffled))
                 for name in cycles[0][0]:
                     for column, figure in enumerate(figures.setdefault(name, ([], []))):
                         figure.append(min(cycle[name] for cycle in cycles[column]) / addresses.size)
