@@ -43,8 +43,8 @@ class Odds:
         repeat: answer once more.
     """
 
-    refuse: int = 40
-    lose: int = 60
+    refuse: int = 25
+    lose: int = 15
     repeat: int = 20
 
 
@@ -134,7 +134,7 @@ class Scheduler:
         # A driver may answer its events in any order.
         waiting = self.mailboxes[mirror_id]
         delivery = waiting.pop(self.choose(len(waiting)))
-        mirror = self.machine.mirrors.get(mirror_id)
+        mirror = self.machine.receivers.get(mirror_id)
         if mirror is None or mirror.state is MirrorState.LOST:
             return
         if self._happens(self.odds.lose):
@@ -144,7 +144,7 @@ class Scheduler:
         if not refusing:
             self.answering(delivery)
         self.machine.answer(mirror_id, delivery.sequence, 5 if refusing else 0)
-        if self._happens(self.odds.repeat) and mirror_id in self.machine.mirrors:
+        if self._happens(self.odds.repeat) and mirror_id in self.machine.receivers:
             self.machine.answer(mirror_id, delivery.sequence)
 
     def _lose(self, delivery: Delivery, policy: DeadlinePolicy) -> None:

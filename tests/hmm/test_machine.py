@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hmm import commands_device as devices
+from hmm import commands_file as files
 from hmm import commands_process as processes
 from hmm.errors import (
     AccessDeniedError,
@@ -380,6 +381,39 @@ def test_exit_tells_every_mirror_of_munmap_and_then_release() -> None:
     assert ending.done
     assert world.machine.frames.available == available + 4
     assert error_of(world.start(devices.fault, one, [span(0)], write=False)).errno == errno.ENODEV
+
+
+def test_abandoned_update_fails_the_fault_and_leaves_the_mirror_live() -> None:
+    """Policy FAIL: ETIMEDOUT for the caller; later events reach the mirror once the late answer has come."""
+    world = World(policy=DeadlinePolicy.FAIL)
+    mirror = world.mirrors[0]
+    fault = world.start(devices.fault, mirror, [span(0)], write=True)
+    (update,) = world.sent()
+    world.machine.abandon(mirror, update.sequence)
+    world.resume(fault)
+    (part,) = fault.result.parts
+    assert isinstance(part.error, TimedOutError)
+    assert world.machine.mirrors[mirror].state is MirrorState.LIVE
+    world.machine.answer(mirror, update.sequence)
+    assert world.do(processes.munmap, world.pid, START, PAGE_SIZE) == 0
+    world.machine.check()
+
+
+def test_truncation_goes_on_when_a_space_unmaps_the_file_meanwhile() -> None:
+    """While one space is told, another one may unmap the file, and is not looked for any more."""
+    world = World()
+    file = world.do(files.open_file, "f", create=True)
+    world.do(files.write_file, file, 0, b"x" * PAGE_SIZE)
+    other = world.do(processes.create_process, "other")
+    for pid in (world.pid, other):
+        world.do(processes.mmap, pid, span(32).start, PAGE_SIZE, RW, MapFlag.SHARED | MapFlag.FIXED, file, 0)
+        world.do(processes.touch, pid, span(32), write=True)
+    truncation = world.start(files.truncate_file, file, 0)
+    assert not truncation.done
+    assert world.start(processes.munmap, other, span(32).start, PAGE_SIZE).done
+    world.settle()
+    assert truncation.error is None
+    world.machine.check()
 
 
 def test_exit_goes_on_when_a_mirror_with_policy_fail_does_not_answer() -> None:
