@@ -133,6 +133,12 @@ class PrefetchDevice(TableDriver):
         """Register the device and start it."""
         return cls(client, await client.register_device(name), behaviour or Behaviour())
 
+    @property
+    def mirrors(self) -> list[Mirror]:
+        """Those of programs that have not ended."""
+        mirrors = [program.mirror for program in self._by_mirror.values()]
+        return [mirror for mirror in mirrors if not mirror.released and not mirror.lost]
+
     # ---- what the daemon calls
 
     async def update(self, event: Event) -> None:

@@ -1,0 +1,169 @@
+"""`hmmctl replay`: replay recorded programs while devices mirror them.
+
+**Absent**: replaying (`hmm_client.replay`), the devices (`hmm_client.replay_devices`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, run, where_options
+from hmm_client.commands.output import JSON, format_option, print_json, print_pairs, print_table
+from hmm_client.commands.progress import Progress
+from hmm_client.embedded import embedded_daemon
+from hmm_client.recordings import Recording, demo_folder
+from hmm_client.replay import Replayed, replay
+from hmm_client.replay_devices import DeviceReport, ReplayDevices
+
+DEVICES = 2
+ACKNOWLEDGEMENT_S = 30.0
+"""Of a daemon of our own: a slow machine is no hanging device."""
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One recording, replayed."""
+
+    replayed: Replayed
+    devices: list[DeviceReport]
+    seconds: float
+
+    @property
+    def violations(self) -> list[str]:
+        """Of all devices."""
+        return [what for device in self.devices for what in device.violations]
+
+    @property
+    def events(self) -> Counter[str]:
+        """Of all devices, by type."""
+        return sum((device.events for device in self.devices), Counter())
+
+    @property
+    def good(self) -> bool:
+        """Nothing differs, nothing was violated."""
+        return not self.replayed.differences and not self.violations
+
+
+@click.command("replay")
+@click.argument("folders", metavar="[DIR]...", nargs=-1)
+@click.option(
+    "--devices",
+    type=click.IntRange(min=0, max=8),
+    default=DEVICES,
+    metavar="N",
+    show_default=True,
+    help="How many devices mirror the program.",
+)
+@format_option
+@where_options
+def command(folders: tuple[str, ...], devices: int, form: str, where: Where) -> None:
+    """Replay recorded programs while devices mirror them.
+
+    DIR holds strace.log, maps.initial and maps.final, as `hmmctl record` makes them; without DIR a small recording
+    that comes along is taken.  Every memory call of the program and its children is made on the daemon, while each
+    device faults pages in ahead of the program and behind it, reads and writes them, and answers every update.  In
+    the end the first process's mappings must be those of the kernel.
+
+    Without --target a daemon is started for the purpose.
+
+    Exit codes: 0 as recorded; 1 differences or violations; 2 unusable input; 3 no daemon can be reached.
+    """
+    with failures(where), ExitStack() as stack:
+        recordings = [Recording.load(folder) for folder in folders or (demo_folder(),)]
+        target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=ACKNOWLEDGEMENT_S))
+        outcomes = []
+        for recording in recordings:
+            outcomes.append(run(_replay(recording, where, target, devices)))
+            if form == JSON:
+                print_json(_as_json(outcomes[-1]))
+            else:
+                _print(outcomes[-1])
+    raise SystemExit(OK if all(outcome.good for outcome in outcomes) else UNEXPECTED)
+
+
+async def _replay(recording: Recording, where: Where, target: str, count: int) -> Outcome:
+    began = time.monotonic()
+    with Progress(recording.program, len(recording.plan.steps)) as progress:
+        async with (
+            where.connect(target, name=f"replay {recording.program}") as client,
+            ReplayDevices(lambda name: where.connect(target, name=name), count) as devices,
+        ):
+            replayed = await replay(recording, client, devices, progress.advance)
+    return Outcome(replayed, devices.reports, time.monotonic() - began)
+
+
+# ---- the report
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    replayed = outcome.replayed
+    return {
+        "program": replayed.program,
+        "calls": replayed.calls,
+        "vmas": replayed.vmas,
+        "differences": replayed.differences,
+        "placements": replayed.placements,
+        "faults": sum(device.faults for device in outcome.devices),
+        "events": outcome.events.total(),
+        "violations": len(outcome.violations),
+    }
+
+
+def _print(outcome: Outcome) -> None:
+    replayed = outcome.replayed
+    click.echo(f"{replayed.program}: {replayed.calls:,} calls of {replayed.processes} processes")
+    click.echo()
+    heads = ("device", ">faults", ">pages", ">refused", ">checked", ">written", ">events", ">ack p50", ">ack p99")
+    print_table(heads, [_row(device) for device in outcome.devices], empty="no devices")
+    click.echo()
+    print_table(("event", ">count"), sorted(outcome.events.items()), empty="no events")
+    click.echo()
+    print_pairs(
+        {
+            "final mappings": f"{replayed.vmas}, "
+            + ("equal to the kernel's" if not replayed.layout else f"{len(replayed.layout)} different"),
+            "placements": f"{replayed.placements} mappings would have gone elsewhere",
+            "differences": replayed.differences,
+            "violations": len(outcome.violations),
+            "unknown calls": len(replayed.unknown),
+            "time": f"{outcome.seconds:.1f} s",
+        }
+    )
+    for heading, items in (
+        ("Calls that ended otherwise", replayed.outcomes),
+        ("Mappings that differ", replayed.layout),
+        ("Violations", outcome.violations),
+        ("Unknown calls, not replayed", replayed.unknown),
+    ):
+        _print_some(heading, [str(item) for item in items])
+
+
+def _row(device: DeviceReport) -> tuple[object, ...]:
+    median, tail = device.acknowledged_us
+    return (
+        device.name,
+        device.faults,
+        device.pages,
+        device.refused,
+        device.checks,
+        f"{device.bytes_written:,} B",
+        device.events.total(),
+        f"{median / 1000:.1f} ms",
+        f"{tail / 1000:.1f} ms",
+    )
+
+
+def _print_some(heading: str, items: list[str]) -> None:
+    if items:
+        click.echo(f"\n{heading}:")
+    for item in items[:SHOWN]:
+        click.echo(f"  {item}".replace("\n", "\n  "))
+    if len(items) > SHOWN:
+        click.echo(f"  and {len(items) - SHOWN:,} more")

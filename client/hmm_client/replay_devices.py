@@ -1,0 +1,158 @@
+"""Devices that mirror a replayed program: each a driver with a session of its own.
+
+They fault pages in, for reading and for writing, where the program is going and where it was before, write to them,
+and answer every update.  When the program has ended, each device's own page table is compared with the daemon's table
+of its mirror: a translation that only the device has would be memory that it can still reach.
+
+**Source**: proto/hmm_proto/v1/inspection.proto for what the daemon has counted.
+
+**Invariants**: the program is at most `LAG_CALLS` calls ahead of its devices.
+
+**Absent**: what a device does at a place (`hmm_client.drivers.prefetch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from hmm import pte
+from hmm.errors import ConflictError
+from hmm.units import PAGE_SHIFT, AddressRange, Entries
+from hmm_client.client import Client
+from hmm_client.drivers.prefetch import Behaviour, PrefetchDevice
+from hmm_client.mirror import Mirror
+from hmm_client.process import Process
+from hmm_proto.v1 import inspection_pb2
+
+LAG_CALLS = 8
+
+
+@dataclass(slots=True)
+class DeviceReport:
+    """What one device did.
+
+    Attributes:
+        faults, pages: its calls, and the pages that came in.
+        refused: pages that it asked for where no memory was, or none of that permission.
+        events: it was told of, by type.
+        acknowledged_us: median and 99th percentile from sending an event to its answer, as the daemon counts.
+        violations: what the contract forbids, in words.
+    """
+
+    name: str
+    faults: int = 0
+    pages: int = 0
+    refused: int = 0
+    checks: int = 0
+    bytes_written: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    acknowledged_us: tuple[int, int] = (0, 0)
+    violations: list[str] = field(default_factory=list)
+
+
+class ReplayDevices:
+    """The devices of one replay; to be used in `async with`.
+
+    Attributes:
+        reports: after `settle`, one for each device.
+    """
+
+    def __init__(self, connect: Callable[[str], Client], count: int) -> None:
+        self._connect = connect
+        self._count = count
+        self._stack = AsyncExitStack()
+        self._served: list[tuple[str, Client, PrefetchDevice]] = []
+        self._calls = 0
+        self.reports: list[DeviceReport] = []
+
+    async def __aenter__(self) -> Self:
+        for number in range(self._count):
+            name = f"gpu{number}"
+            client = await self._stack.enter_async_context(self._connect(name))
+            device = await PrefetchDevice.register(client, name, Behaviour(seed=number, slot=number))
+            self._stack.push_async_callback(device.stop)
+            self._served.append((name, client, device))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def attach(self, process: Process) -> None:
+        """Mirror a process from now on, if its memory is not mirrored already: a vforked child has its parent's."""
+        for _, _, device in self._served:
+            try:
+                await device.attach(process)
+            except ConflictError:
+                continue
+
+    async def follow(self, process: Process, span: AddressRange) -> None:
+        """The program is here now; it waits now and then for its devices."""
+        for _, _, device in self._served:
+            device.follow(process.id, span)
+        self._calls += 1
+        if self._calls % LAG_CALLS == 0:
+            await self._idle()
+
+    async def settle(self) -> None:
+        """Let all devices finish, compare their tables with the daemon's, and count."""
+        await self._idle()
+        self.reports = [await _report(*served) for served in self._served]
+
+    async def _idle(self) -> None:
+        await asyncio.gather(*(device.idle() for _, _, device in self._served))
+
+
+async def _report(name: str, client: Client, device: PrefetchDevice) -> DeviceReport:
+    done = device.statistics
+    report = DeviceReport(
+        name,
+        done.faults,
+        done.pages,
+        done.refused.total(),
+        done.checks,
+        done.bytes_written,
+        Counter(done.events),
+        violations=list(done.violations),
+    )
+    statistics: inspection_pb2.GetStatisticsResponse = await client.channel.request(
+        client.inspection.GetStatistics, inspection_pb2.GetStatisticsRequest()
+    )
+    counted = {mirror.mirror_id: mirror for mirror in statistics.mirrors}
+    for mirror in device.mirrors:
+        latencies = counted[mirror.id].acknowledgement
+        report.acknowledged_us = max(report.acknowledged_us, (latencies.p50_us, latencies.p99_us))
+        report.violations += await _mismatches(mirror, device)
+    return report
+
+
+async def _mismatches(mirror: Mirror, device: PrefetchDevice) -> list[str]:
+    """Where the device's own table and the daemon's table of the mirror disagree, one line per directory."""
+    found = []
+    table = device.table(mirror).pages
+    for run in list(table.walk(0, table.last + 1)):
+        span = AddressRange(run.start, run.end)
+        theirs = await mirror.read_table(span)
+        ours = table.read(span.start, span.end)
+        differs = _meaning(ours) != _meaning(theirs)
+        if differs.any():
+            page = span.start + (int(np.flatnonzero(differs)[0]) << PAGE_SHIFT)
+            found.append(f"{mirror}: {int(differs.sum())} entries from {page:#x} on are not the daemon's")
+    return found
+
+
+def _meaning(entries: Entries) -> Entries:
+    """What an access through uint64[n] entries reaches: the frame and the permission, 0 for none."""
+    valid = (entries & np.uint64(pte.VALID)) != 0
+    reached = (pte.pte_pfn(entries).astype(np.uint64) << np.uint64(2)) | np.uint64(1)
+    reached |= np.where(pte.pte_test_write(entries), np.uint64(2), np.uint64(0))
+    return np.where(valid, reached, np.uint64(0))
