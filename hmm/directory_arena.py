@@ -183,13 +183,15 @@ class DirectoryArena:
 
     def new_child(self, slot: int) -> int:
         """Allocate an empty directory and link it at `slot`, an absent entry of its parent; its offset."""
-        if self._nfree:
-            self._nfree -= 1
-            offset: int = self._free_stack[self._nfree]
+        nfree = self._nfree
+        if nfree:
+            self._nfree = nfree = nfree - 1
+            offset: int = self._free_stack[nfree]
         else:
-            assert self._top <= self.max_directories, "directories were not required beforehand"
-            offset = self._top << DIRECTORY_SHIFT
-            self._top += 1
+            top = self._top
+            assert top <= self.max_directories, "directories were not required beforehand"
+            offset = top << DIRECTORY_SHIFT
+            self._top = top + 1
         self.words[slot] = offset
         self.count[slot >> DIRECTORY_SHIFT] += 1
         self._parent[offset >> DIRECTORY_SHIFT] = slot

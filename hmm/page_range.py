@@ -37,6 +37,7 @@ _CHANGE_ROWS = 128  # changed, mostly without temporaries
 _COPY_ROWS = 512  # stored or copied, without temporaries
 _RUN_ROWS = 8  # rows in order that make it worth to treat them as one
 _ZERO = np.uint64(0)
+_NO_ENTRIES = np.empty(0, np.uint64)
 _OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
 
 Change: TypeAlias = Callable[[Entries], int]
@@ -54,10 +55,6 @@ def _view(tree: DirectoryTree, leaf: int, page: int, end: int) -> Entries:
     # The entries of [page, end), all in this leaf; nobody writes those of the NULL directory.
     first = leaf | page & DIRECTORY_MASK
     return tree.entries[first : first + end - page]
-
-
-def _in_one_leaf(page: int, end: int) -> bool:
-    return page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT
 
 
 def _few_parts(tree: DirectoryTree, page: int, end: int) -> Iterator[_Part] | None:
@@ -113,7 +110,7 @@ def _pieces(rows: Offsets, most: int) -> Iterator[tuple[slice, slice | Offsets]]
 
 def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     """Copy the entries of [page, end) to `out`, uint64[end - page], C-contiguous; 0 where there is none."""
-    if _in_one_leaf(page, end):
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         out[:] = _view(tree, tree.leaf(page), page, end)
         return
     parts = _few_parts(tree, page, end)
@@ -124,6 +121,10 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
             at = part.page + part.view.size
             out[part.page - page : at - page] = part.view
         out[at - page :] = _ZERO
+        return
+    offset, level = tree.shared_directory(page, end - 1, end - page)
+    if level == tree.geometry.llevel:  # leaves that lie in order are as good as one
+        out[:] = _view(tree, offset, page, end)
         return
     ragged, numbers, rows = _split(tree, page, end)
     first, stop = page + DIRECTORY_MASK >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
@@ -147,7 +148,7 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
 
 def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
     """The entries in use of [page, end): uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
-    if _in_one_leaf(page, end):
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         return _in_use(page, _view(tree, tree.leaf(page), page, end))
     tree.settle()
     parts = _few_parts(tree, page, end)
@@ -196,7 +197,7 @@ def _put_rows(numbers: Pages, block: Entries, addresses: Entries, entries: Entri
 
 
 def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
-    pieces.append((np.empty(0, np.uint64), np.empty(0, np.uint64)))
+    pieces.append((_NO_ENTRIES, _NO_ENTRIES))
     addresses, entries = zip(*pieces, strict=True)
     return np.concatenate(addresses), np.concatenate(entries)
 
@@ -215,7 +216,7 @@ def _in_use(page: int, view: Entries) -> tuple[Entries, Entries]:
 def clear_range(tree: DirectoryTree, page: int, end: int) -> int:
     """Clear [page, end) and free what becomes empty; the number of entries that were in use."""
     tree.settle()
-    if _in_one_leaf(page, end):
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         leaf = tree.leaf(page)
         return _clear_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end))
     parts = _few_parts(tree, page, end)
@@ -226,11 +227,42 @@ def clear_range(tree: DirectoryTree, page: int, end: int) -> int:
     return cleared + _clear_rows(tree, rows)
 
 
-def zap_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:
-    """Clear [page, end), free what becomes empty, and give what was in use, as `valid_in_range()`."""
-    held = valid_in_range(tree, page, end)
-    if held[0].size:
-        clear_range(tree, page, end)
+def zap_range(tree: DirectoryTree, page: int, end: int) -> Entries:
+    """Clear [page, end), free what becomes empty; uint64[n], what was in use, in the order of addresses."""
+    tree.settle()
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+        leaf = tree.leaf(page)
+        return _zap_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end))
+    parts = _few_parts(tree, page, end)
+    if parts is not None:
+        return np.concatenate([_NO_ENTRIES, *(_zap_view(tree, part.row, part.view) for part in parts)])
+    ragged, _, rows = _split(tree, page, end)
+    if not ragged:
+        return _zap_rows(tree, rows)
+    head = [_zap_view(tree, part.row, part.view) for part in ragged if part.page == page]
+    tail = [_zap_view(tree, part.row, part.view) for part in ragged if part.page != page]
+    return np.concatenate([*head, _zap_rows(tree, rows), *tail])
+
+
+def _zap_view(tree: DirectoryTree, row: int, view: Entries) -> Entries:
+    held = view.copy()
+    used = _clear_view(tree, row, view)
+    return held if used == held.size else held[held.nonzero()]
+
+
+def _zap_rows(tree: DirectoryTree, rows: Offsets) -> Entries:
+    counts = tree.counts.take(rows)
+    held = np.empty(int(counts.sum()), np.uint64)
+    at = 0
+    for piece, index in _pieces(rows, _PIECE_ROWS):
+        block = tree.rows[index].reshape(-1)
+        stop = at + int(counts[piece].sum())
+        if stop - at == block.size:
+            held[at:stop] = block
+        else:
+            np.take(block, block.nonzero()[0], out=held[at:stop], mode="clip")
+        at = stop
+    _clear_rows(tree, rows)
     return held
 
 
@@ -273,7 +305,7 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
     """
     tree.settle()
-    if _in_one_leaf(page, end):
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         _fill_part(tree, page, end, source)
         return
     if isinstance(source, int):
@@ -382,7 +414,7 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
 def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> int:
     tree.settle()
-    if _in_one_leaf(page, end):
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         leaf = tree.leaf(page)
         return _change_view(tree, leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end), change) if leaf else 0
     parts = _few_parts(tree, page, end)

@@ -7,7 +7,7 @@ are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
 
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
                              read valid fill clear zap       done here, at the speed of memory
-                             apply_mask update
+                             apply_mask update populated
     scattered pages          lookup store clear_many
     one page                 get set
     several tables at once   cursor
@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,20 +37,13 @@ from hmm.page_batch import clear_pages, lookup_addresses, store_pages
 from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
 from hmm.page_range import clear_range, fill_range, mask_range, read_range, update_range, valid_in_range, zap_range
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, Entries
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, AddressRange, Entries
 
-__all__ = ["Cursor", "PageTable", "Run", "TableStatistics", "Zapped"]
+__all__ = ["Cursor", "PageTable", "Run", "TableStatistics"]
 
 _ALL_BITS = (1 << 64) - 1
 _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
-
-
-class Zapped(NamedTuple):
-    """What a range held: uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
-
-    addresses: Entries
-    entries: Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +213,8 @@ class PageTable:
         Cost: O(directories met) + O(n); for large ranges `chunks()` is faster, since its memory is reused.
         """
         page, stop = self._pages(start, end)
-        if stop - page <= 1:
-            return _held(start, self.get(start) if page < stop else 0)
+        if page == stop:
+            return np.empty(0, np.uint64), np.empty(0, np.uint64)
         return valid_in_range(self._tree, page, stop)
 
     def chunks(self, start: Address, end: Address, step: int = PIECE_PAGES) -> Iterator[tuple[Entries, Entries]]:
@@ -230,20 +222,33 @@ class PageTable:
 
         The table may be changed between pieces.
         """
+        return (self.valid(part.start, part.end) for part in self.populated(start, end, step))
+
+    def populated(self, start: Address, end: Address, step: int = PIECE_PAGES) -> Iterator[AddressRange]:
+        """The parts of a range that hold entries in use, ascending, each at most `step` pages long.
+
+        A part begins in the directory of its first entry.  The table may be changed between parts.
+
+        Cost: O(directories met); holes are skipped.
+        """
         if step < 1:
             raise InvalidRequestError(f"a step of {step} pages does not advance")
-        return self._chunks(*self._pages(start, end), step)
+        return self._populated(*self._pages(start, end), step)
 
-    def _chunks(self, page: int, end: int, step: int) -> Iterator[tuple[Entries, Entries]]:
+    def _populated(self, page: int, end: int, step: int) -> Iterator[AddressRange]:
+        tree = self._tree
         while True:
-            page, leaf = self._tree.next_leaf(page, end)
+            page, leaf = tree.next_leaf(page, end)
             if not leaf:
                 return
             stop = min((page // step + 1) * step, end)
-            piece = valid_in_range(self._tree, page, stop)
-            if piece[0].size:
-                yield piece
-            page = stop
+            looked = min((page | DIRECTORY_MASK) + 1, stop)
+            first = leaf | page & DIRECTORY_MASK
+            if np.count_nonzero(tree.entries[first : first + looked - page]):
+                yield AddressRange(page << PAGE_SHIFT, stop << PAGE_SHIFT)
+                page = stop
+            else:
+                page = looked
 
     def fill(self, start: Address, end: Address, entries: int | Entries) -> None:
         """Store an entry in every page of a range.
@@ -259,7 +264,7 @@ class PageTable:
         """
         page, stop = self._pages(start, end)
         if not isinstance(entries, int):
-            entries = self._as_entries(entries, stop - page)
+            _check_entries(entries, stop - page)
         elif not entries:
             self.clear(start, end)
             return
@@ -280,12 +285,18 @@ class PageTable:
             return 1 if self.set(start, 0) else 0
         return clear_range(self._tree, page, stop) if page < stop else 0
 
-    def zap(self, start: Address, end: Address) -> Zapped:
-        """Clear a range, free the directories that become empty, and return what it held."""
+    def zap(self, start: Address, end: Address) -> Entries:
+        """Clear a range and free the directories that become empty.
+
+        Returns: uint64[n], the entries that were in use, in the order of their addresses.
+
+        Cost: O(directories met) plus that of copying memory.
+        """
         page, stop = self._pages(start, end)
         if stop - page <= 1:
-            return _held(start, self.set(start, 0) if page < stop else 0)
-        return Zapped(*zap_range(self._tree, page, stop))
+            entry = self.set(start, 0) if page < stop else 0
+            return np.array([entry] if entry else [], np.uint64)
+        return zap_range(self._tree, page, stop)
 
     def update(self, start: Address, end: Address, function: Callable[[Entries], object]) -> int:
         """Let `function` change the entries of a range in place, many at a time.
@@ -370,7 +381,7 @@ class PageTable:
         Cost: O(n), one gather per level; O(n log n) when the addresses are not ascending.
         """
         if not isinstance(entries, int):
-            entries = self._as_entries(entries, addresses.size)
+            _check_entries(entries, addresses.size)
         elif not entries:
             return self.clear_many(addresses)
         if addresses.size <= _SCALAR_PAGES:
@@ -430,11 +441,6 @@ class PageTable:
                 raise InvalidRequestError("two addresses are in one page")
         self._check_address(int(pages[-1]) << PAGE_SHIFT)
         return pages, order
-
-    def _as_entries(self, entries: Entries, number: int) -> Entries:
-        if entries.shape != (number,) or entries.dtype != np.uint64:
-            raise InvalidRequestError(f"entries must be uint64[{number}], not {entries.dtype}{entries.shape}")
-        return entries
 
     def _check_address(self, address: Address) -> None:
         if not 0 <= address <= self._last:
@@ -541,18 +547,17 @@ class PageTable:
         self._tree.check()
 
 
+def _check_entries(entries: Entries, number: int) -> None:
+    if entries.shape != (number,) or entries.dtype != np.uint64:
+        raise InvalidRequestError(f"entries must be uint64[{number}], not {entries.dtype}{entries.shape}")
+
+
 def _fitting(out: Entries | None, number: int) -> Entries:
     if out is None:
         return np.empty(number, np.uint64)
     if out.shape != (number,) or out.dtype != np.uint64 or not out.flags.c_contiguous:
         raise InvalidRequestError(f"out must be a contiguous uint64[{number}]")
     return out
-
-
-def _held(address: Address, entry: int) -> Zapped:
-    if not entry:
-        return Zapped(np.empty(0, np.uint64), np.empty(0, np.uint64))
-    return Zapped(np.array([address], np.uint64), np.array([entry], np.uint64))
 
 
 def _unsorted(values: Entries, order: npt.NDArray[np.int64] | None) -> Entries:
