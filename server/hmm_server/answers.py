@@ -75,7 +75,7 @@ class Stream:
         epoch: names it; answers that name another are rejected.
         owner: the token of whoever opened it.
         devices: registered on it: they go when its lease ends.
-        heard_s: when something was last heard of the driver, by the loop's clock.
+        heard_s: when something was last heard of the driver, on the monotonic clock.
     """
 
     epoch: int
@@ -128,7 +128,9 @@ class Answers:
                 self._answered(served, sequence, 0, ())
         for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
             if served := self._find(mirror_id, up_to):
-                for sequence in [number for number in served.outstanding if number <= up_to]:
+                for sequence in tuple(served.outstanding):  # ascending
+                    if sequence > up_to:
+                        break
                     self._answered(served, sequence, 0, ())
 
     def _take_answer(self, answer: event_pb2.Answer) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from hmm import commands_device
 from hmm.commands_device import DeviceFaulted
 from hmm.device_access import Segment
@@ -75,10 +73,7 @@ def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entri
 
 def fault_pages(q: device_pb2.FaultRequest) -> int:
     """How many pages a fault asks for."""
-    starts, ends = (np.array(bounds, np.uint64) for bounds in (q.ranges.starts, q.ranges.ends))
-    if starts.size != ends.size:
-        return 0
-    return (len(q.pages) >> 3) + int((ends - starts).sum() >> np.uint64(PAGE_SHIFT))
+    return (len(q.pages) >> 3) + ((sum(q.ranges.ends) - sum(q.ranges.starts)) >> PAGE_SHIFT)
 
 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> device_pb2.FaultResponse:
@@ -86,8 +81,10 @@ def _fault_response(faulted: DeviceFaulted | None, result: Result) -> device_pb2
         return device_pb2.FaultResponse(result=result)
     errors = [part.error for part in faulted.parts]
     failed = next((error for error in errors if error is not None), None)
+    if failed is not None:
+        result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
     return device_pb2.FaultResponse(
-        result=to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors)),
+        result=result,
         range_ends=[part.end for part in faulted.parts],
         range_errnos=[error.errno if error else 0 for error in errors],
         entries=convert.entries_to_proto(faulted.entries),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -59,7 +60,7 @@ class Running:
     """An operation that has not ended.
 
     Attributes:
-        started_s: by the loop's clock.
+        started_s: on the monotonic clock.
         event_s: when its present event was made; the deadline counts from here.
         given_up: its caller no longer waits.
     """
@@ -102,7 +103,7 @@ class Executor:
         if self.draining:
             raise DrainingError
         record = self.machine.start(caller, command, *args, **kwargs)
-        self.running[record.id] = Running(record, self._loop.time(), then)
+        self.running[record.id] = Running(record, time.monotonic(), then)
         self._idle.clear()
         self._advanced(record)
         self.pump()
@@ -168,7 +169,7 @@ class Executor:
             return
         unanswered = list(mirror.unanswered)
         self.machine.fence(mirror_id, why)
-        log.warning("%s is lost: %s", mirror, why)
+        log.debug("%s is lost: %s", mirror, why)
         assert self.router is not None
         self.router.settled(mirror_id, unanswered, EventState.FENCED)
         self.router.lost(mirror_id, why)
@@ -236,7 +237,7 @@ class Executor:
             log.error("operation %d (%s) hit a bug", record.id, record.name, exc_info=record.error)
         if not self.running:
             self._idle.set()
-        duration_s = self._loop.time() - running.started_s
+        duration_s = time.monotonic() - running.started_s
         ended = Ended.of(record, duration_s)
         self.operations.add(ended)
         assert self.router is not None
@@ -246,7 +247,7 @@ class Executor:
     # ---- deadlines
 
     def _set_deadline(self, running: Running) -> None:
-        running.event_s = self._loop.time()
+        running.event_s = time.monotonic()
         running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running)
 
     def _deadline(self, running: Running) -> None:
@@ -265,10 +266,12 @@ class Executor:
         sent = mirror.unanswered.get(sequence)
         if sent is None or sent.state is not EventState.SENT:
             return
+        if mirror.policy is DeadlinePolicy.BLOCK:
+            return
+        log.warning("%s did not answer event %d within %g s", mirror, sequence, self.acknowledgement_s)
         if mirror.policy is DeadlinePolicy.FENCE:
             self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s")
-        elif mirror.policy is DeadlinePolicy.FAIL:
-            log.warning("%s did not answer event %d within %g s", mirror, sequence, self.acknowledgement_s)
+        else:
             self.machine.abandon(mirror_id, sequence)
             assert self.router is not None
             self.router.settled(mirror_id, (sequence,), EventState.ABANDONED)

@@ -34,8 +34,8 @@ class Posting:
 
     Attributes:
         sequences: the event's number for each of `mirror_ids`.
-        made_s: when the core made it, by the loop's clock.
-        sent_s: when it left, by the loop's clock; 0 while it waits.
+        made_s: when the core made it, on the monotonic clock.
+        sent_s: when it left, on the monotonic clock; 0 while it waits.
         size_bytes: as sent; 0 while it waits.
         remaining: mirrors that have not answered.
     """

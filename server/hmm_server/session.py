@@ -12,6 +12,7 @@ its half: only Bye tells them apart.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,7 +106,7 @@ class Session:
     async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
         message: Any = first
         while message is not grpc.aio.EOF:
-            stream.heard_s = self._loop.time()
+            stream.heard_s = time.monotonic()
             if message.HasField("acknowledgements"):
                 stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
             for call in message.calls:

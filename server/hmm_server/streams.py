@@ -68,7 +68,7 @@ class Streams:
             raise OutOfFramesError(f"streams: the limit of {self.config.streams} is reached", reason="LIMIT")
         granted = min(credit or self.config.credit, self.config.credit)
         window = Window(granted, self.config.queue_bytes, self.config.part_bytes)
-        stream = Stream(next(self._epochs), owner, name, pid, Mailbox(window, self._send), self._loop.time())
+        stream = Stream(next(self._epochs), owner, name, pid, Mailbox(window, self._send), time.monotonic())
         self.open[stream.epoch] = stream
         stream.mailbox.welcome(
             event_pb2.Welcome(
@@ -90,7 +90,7 @@ class Streams:
         stream.open = False
         stream.mailbox.close(why)
         del self.open[stream.epoch]
-        log.info("%s has ended: %s", stream, why)
+        log.info("%s has ended: %s; it had %d mirrors", stream, why, len(stream.mirrors))
         for mirror_id in stream.mirrors:
             self.executor.fence(mirror_id, f"{stream} has ended: {why}")
         self.executor.pump()
@@ -177,7 +177,7 @@ class Streams:
         record = machine.operations[delivery.operation_id]
         space = machine.spaces.get(delivery.event.space_id)
         notifier_seq = space.notifier.sequence if space else 0
-        return Posting(delivery.event, record.name, record.caller.name, notifier_seq, self._loop.time())
+        return Posting(delivery.event, record.name, record.caller.name, notifier_seq, time.monotonic())
 
     def _send(self, posting: Posting) -> event_pb2.Event | None:
         # The mailbox calls this as the event leaves: from now on it can be answered.
@@ -190,7 +190,7 @@ class Streams:
         event.caller = posting.caller
         event.operation = posting.operation
         event.notifier_seq = posting.notifier_seq
-        posting.sent_s = self._loop.time()
+        posting.sent_s = time.monotonic()
         if self._has_deadline(posting.mirror_ids):
             left_s = posting.made_s + self.executor.acknowledgement_s - posting.sent_s
             event.deadline_ms = max(1, round(left_s * 1000))
@@ -229,7 +229,9 @@ class Streams:
         for sequence in sequences:
             posting = served.outstanding.pop(sequence, None) if served else None
             if served and posting:
-                self._release(served.stream, posting)
+                posting.remaining -= 1
+                if not posting.remaining:
+                    served.stream.mailbox.release(posting)
 
     def lost(self, mirror_id: MirrorId, why: str) -> None:
         """A mirror was fenced."""
@@ -241,12 +243,6 @@ class Streams:
         """A call has ended."""
         self.observers.publish(lambda: inspection_pb2.Observation(operation=operation_status(ended)))
 
-    @staticmethod
-    def _release(stream: Stream, posting: Posting) -> None:
-        posting.remaining -= 1
-        if not posting.remaining:
-            stream.mailbox.release(posting)
-
     # ---- answers in
 
     def acknowledge(self, stream: Stream, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
@@ -254,7 +250,7 @@ class Streams:
 
         Returns: those that were rejected; the others count.
         """
-        stream.heard_s = self._loop.time()
+        stream.heard_s = time.monotonic()
         violations = Answers(self.executor.machine, stream, self._answered).take(message)
         self.rejected += len(violations)
         for violation in violations:
@@ -270,10 +266,13 @@ class Streams:
         posting = served.outstanding.pop(sequence, None)
         if posting is None:
             return
-        latency_s = self._loop.time() - posting.sent_s
+        latency_s = time.monotonic() - posting.sent_s
         served.note_latency(latency_s)
-        self._release(served.stream, posting)
-        self.observers.publish(partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s))
+        posting.remaining -= 1
+        if not posting.remaining:
+            served.stream.mailbox.release(posting)
+        if self.observers.watchers:
+            self.observers.publish(partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s))
 
 
 def _settled(

@@ -36,7 +36,7 @@ class Waits:
         """Everything that waits, oldest first.
 
         Args:
-            now_s: by the loop's clock.
+            now_s: on the monotonic clock.
         """
         blocked = [
             one for one in inspection.pending(self._machine)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno as errnos
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -41,8 +41,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         self._observers = observers
         self._config = config
         self._waits = Waits(executor, streams)
-        self._loop = asyncio.get_running_loop()
-        self._started_s = self._loop.time()
+        self._started_s = time.monotonic()
 
     @property
     def _machine(self) -> Machine:
@@ -138,7 +137,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         request: inspection_pb2.GetPendingRequest,
         context: Context,
     ) -> inspection_pb2.GetPendingResponse:
-        return self._waits.pending(self._loop.time(), _sees(context))
+        return self._waits.pending(time.monotonic(), _sees(context))
 
     async def GetStatistics(
         self,
@@ -147,7 +146,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
     ) -> inspection_pb2.GetStatisticsResponse:
         sees, served = _sees(context), self._streams.served
         return inspection_pb2.GetStatisticsResponse(
-            daemon=counters.daemon_statistics(self._streams, self._loop.time() - self._started_s),
+            daemon=counters.daemon_statistics(self._streams, time.monotonic() - self._started_s),
             mirrors=[
                 counters.mirror_statistics(mirror, served.get(mirror.id))
                 for mirror in self._machine.mirrors.values()
@@ -175,7 +174,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             operation_id=record.id,
             name=record.name,
             caller=record.caller.name,
-            duration_us=round((self._loop.time() - running.started_s) * 1e6),
+            duration_us=round((time.monotonic() - running.started_s) * 1e6),
         )
 
     # ---- look-ups: an operation is none of them, so ownership is looked at here

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -103,17 +104,16 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         require_at_most("execute: calls", len(request.calls), self._config.batch_calls)
         require_at_most("execute: bytes to be read", _bytes_read(request), self._config.message_bytes // 2)
         caller = caller_from(context.invocation_metadata())
-        loop = asyncio.get_running_loop()
         response = process_pb2.ExecuteResponse()
-        breathed_s = loop.time()
+        breathed_s = time.monotonic()
         for call in request.calls:
             outcome = await self._outcome(caller, call)
             response.outcomes.append(outcome)
             if request.stop_at_error and _failed(outcome):
                 break
-            if loop.time() - breathed_s > BREATH_S:
+            if time.monotonic() - breathed_s > BREATH_S:
                 await asyncio.sleep(0)
-                breathed_s = loop.time()
+                breathed_s = time.monotonic()
         return response
 
     async def _outcome(self, caller: Caller, call: process_pb2.Call) -> process_pb2.CallOutcome:
