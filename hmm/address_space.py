@@ -90,7 +90,7 @@ class AddressSpace:
 
         Cost: O(directories + entries), vectorised.  Source: mm/memory.c, zap_pte_range().
         """
-        entries = self.table.zap(start, end).entries
+        entries = self.table.zap(start, end)
         self.drop(entries)
         return entries.size
 

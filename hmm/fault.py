@@ -196,7 +196,7 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
         if vma is None:
             return
         part = AddressRange(at, min(vma.end, span.end))
-        if vma.backing is None and next(space.table.walk(part.start, part.end), None) is None:
+        if vma.backing is None and next(space.table.populated(part.start, part.end), None) is None:
             attempt.fill_empty(vma, part)
         else:
             addresses = np.arange(part.start, part.end, PAGE_SIZE, dtype=np.uint64)

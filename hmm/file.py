@@ -192,7 +192,7 @@ class File:
 
         Source: Linux mm/truncate.c, truncate_inode_pages_range().
         """
-        entries = self.pages.zap(start, end).entries
+        entries = self.pages.zap(start, end)
         self.frames.put(cpu_pte.cpu_pfn(entries))
         return entries.size
 

@@ -47,7 +47,7 @@ from hmm.operation import Operation, Pause
 from hmm.truncate import punch
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, is_page_aligned, page_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
-from hmm.vma_edit import modify_flags, populated, zap
+from hmm.vma_edit import modify_flags, zap
 
 __all__ = ["Advice", "madvise"]
 
@@ -231,7 +231,7 @@ def _make_clean(space: AddressSpace, span: AddressRange) -> Operation[None]:
         entries[cpu_pte.is_poison(entries)] = 0
 
     paused = True
-    for piece in populated(space.table, span):
+    for piece in space.table.populated(span.start, span.end):
         if not paused:
             yield Pause()
         paused = False

@@ -31,7 +31,7 @@ from hmm.operation import Operation, Pause
 from hmm.populate import populate
 from hmm.units import Address, AddressRange, Entries, is_page_aligned, page_up
 from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
-from hmm.vma_edit import modify_flags, populated
+from hmm.vma_edit import modify_flags
 
 __all__ = ["ProtGrow", "mprotect"]
 
@@ -168,7 +168,7 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
         yield from invalidation.deliver()
         paused = True
         for span in spans:
-            for piece in populated(space.table, span):
+            for piece in space.table.populated(span.start, span.end):
                 if not paused:
                     yield Pause()
                 paused = False
@@ -177,7 +177,7 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
 
 def _populated_part(space: AddressSpace, span: AddressRange) -> AddressRange | None:
     """`span` from its first populated 1 GiB table on, as change_pud_range() tells of it."""
-    first = next(populated(space.table, span), None)
+    first = next(space.table.populated(span.start, span.end), None)
     return first and AddressRange(max(span.start, first.start & _PUD_MASK), span.end)
 
 

@@ -31,7 +31,7 @@ from hmm.populate import populate
 from hmm.units import PAGE_SHIFT, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
 from hmm.unmapped_area import MapFlag, get_unmapped_area
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
-from hmm.vma_edit import may_expand, populated, release_files, unmap
+from hmm.vma_edit import may_expand, release_files, unmap
 
 __all__ = ["MremapFlag", "mremap"]
 
@@ -258,7 +258,7 @@ def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -
 def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
     """move_page_tables(): every piece is moved whole or not at all."""
     paused = True
-    for piece in populated(space.table, old):
+    for piece in space.table.populated(old.start, old.end):
         if not paused:
             yield Pause()
         paused = False

@@ -11,18 +11,17 @@ Absent: which parts are changed and why; locked-memory and data limits, memory a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.operation import Operation, Pause
-from hmm.page_table import PageTable
-from hmm.units import PIECE_BYTES, TASK_SIZE, AddressRange
+from hmm.units import TASK_SIZE, AddressRange
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["may_expand", "modify_flags", "populated", "unmap", "zap"]
+__all__ = ["may_expand", "modify_flags", "unmap", "zap"]
 
 
 def may_expand(space: AddressSpace, length: int) -> bool:
@@ -59,29 +58,13 @@ def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
     raise OutOfFramesError(f"{piece} cannot be cut out of {whole}: the space has {before} VMAs already")
 
 
-def populated(table: PageTable, span: AddressRange) -> Iterator[AddressRange]:
-    """The parts of `span` that hold entries, ascending, each at most PIECE_BYTES long.
-
-    The table may be changed between the steps.
-
-    Cost: O(directories met); holes are skipped.
-    """
-    at = span.start
-    while at < span.end:
-        run = next(table.walk(at, span.end), None)
-        if run is None:
-            return
-        start, at = run.start, min(span.end, run.start + PIECE_BYTES)
-        yield AddressRange(start, at)
-
-
 def zap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     """Drop every entry of `span` and the frames that only they held, with a pause between pieces.
 
     Cost: O(directories + entries), vectorised.
     """
     paused = True
-    for piece in populated(space.table, span):
+    for piece in space.table.populated(span.start, span.end):
         if not paused:
             yield Pause()
         space.zap(piece.start, piece.end)

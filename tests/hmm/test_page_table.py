@@ -342,8 +342,7 @@ class TestRanges:
         entries[1::5] = 0
         table.fill(start, end, entries)
         held = table.zap(start, end)
-        assert np.array_equal(held.entries, entries[entries != 0])
-        assert np.array_equal((held.addresses - np.uint64(start)) >> np.uint64(12), np.flatnonzero(entries))
+        assert np.array_equal(held, entries[entries != 0])
         table.check()
         assert table.directories == 1
 
@@ -399,12 +398,12 @@ class TestRanges:
     def test_single_page_is_a_range_too(self, table: PageTable) -> None:
         """Ranges of one page have a short way of their own, with the same results."""
         span = (5 * PAGE, 6 * PAGE)
-        assert table.zap(*span).entries.size == table.valid(*span)[0].size == 0
+        assert table.zap(*span).size == table.valid(*span)[0].size == 0
         assert table.apply_mask(*span, ALL & ~0x10) == 0
         table.set(5 * PAGE, 0x19)
         assert table.apply_mask(*span, ALL & ~0x10, valid=0x7) == 0
         assert [column.tolist() for column in table.valid(*span)] == [[5 * PAGE], [0x9]]
-        assert [column.tolist() for column in table.zap(*span)] == [[5 * PAGE], [0x9]]
+        assert table.zap(*span).tolist() == [0x9]
         table.set(5 * PAGE, 0x18)
         assert table.apply_mask(*span, ALL & ~0x10, valid=0x7) == 1
         table.check()
@@ -482,7 +481,7 @@ class TestRanges:
         table.fill(0, 0, np.empty(0, np.uint64))
         assert table.clear(0, 0) == table.apply_mask(0, 0, 0) == 0
         assert table.update(0, 0, lambda view: view.fill(0)) == 0
-        assert table.zap(0, 0).entries.size == 0
+        assert table.zap(0, 0).size == 0
         assert table.count == 1
 
     @pytest.mark.parametrize(("start", "end"), [(1, PAGE), (0, 5), (PAGE, 0), (-PAGE, 0), (0, LAST + 1 + PAGE)])

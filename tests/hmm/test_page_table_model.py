@@ -126,9 +126,7 @@ class PageTableMachine(RuleBasedStateMachine):
         expected = self._in(page, end)
         start, stop = page << PAGE_SHIFT, end << PAGE_SHIFT
         if collect:
-            held = self.table.zap(start, stop)
-            pages = (held.addresses >> np.uint64(PAGE_SHIFT)).tolist()
-            assert list(zip(pages, held.entries.tolist(), strict=True)) == expected
+            assert self.table.zap(start, stop).tolist() == [word for _, word in expected]
         else:
             assert self.table.clear(start, stop) == len(expected)
         for number, _ in expected:
@@ -233,6 +231,11 @@ class PageTableMachine(RuleBasedStateMachine):
         addresses, entries = self.table.valid(start, stop)
         assert list(zip(addresses.tolist(), entries.tolist(), strict=True)) == addressed
         if step > 1 or end - page < 1000:
+            parts = list(self.table.populated(start, stop, step))
+            assert all(0 < part.npages <= step for part in parts)
+            within = [self._in(part.start >> PAGE_SHIFT, part.end >> PAGE_SHIFT) for part in parts]
+            assert [pair for pairs in within for pair in pairs] == expected
+            assert all(within)
             pieces = self.table.chunks(start, stop, step)
             assert [pair for piece in pieces for pair in zip(*map(list, piece), strict=True)] == addressed
 
