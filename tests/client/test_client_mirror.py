@@ -12,7 +12,14 @@ import pytest
 
 import hmm_client
 from hmm import pte
-from hmm.errors import AccessDeniedError, BadAddressError, ConflictError, NoSuchObjectError, WouldDeadlockError
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    ConflictError,
+    DeviceLostError,
+    NoSuchObjectError,
+    WouldDeadlockError,
+)
 from hmm.events import EventType, Reason
 from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm_client import Device, Driver, Event, Mirror, Process, Prot, TableDriver
@@ -235,6 +242,32 @@ async def test_two_devices_hear_the_same_change_and_are_waited_for_together(
     mapped = await process.mmap(PAGE_SIZE)
     assert (await process.munmap(mapped.address, PAGE_SIZE)).fenced_mirrors == ()
     assert both.n_waiting == 0
+
+
+async def test_new_session_serves_new_mirrors_when_the_last_one_was_lost(
+    client: hmm_client.Client, device: Device, process: Process
+) -> None:
+    """A broken stream loses its mirrors, not the device: the driver mirrors again, on a session of a new epoch."""
+    losses = []
+
+    class Losing(Driver):
+        def lost(self, mirror: Mirror, why: str) -> None:
+            losses.append((mirror.id, why))
+
+    mirror = await device.mirror(process, Losing())
+    session = await client.session()
+    session._call.cancel()
+    assert await session.wait_lost() == "cancelled"
+    assert losses == [(mirror.id, "cancelled")]
+    with pytest.raises(DeviceLostError):
+        await mirror.fault(AddressRange(0, PAGE_SIZE))
+    driver = Witness()
+    again = await device.mirror(process, driver)
+    assert (await client.session()).welcome.epoch > session.welcome.epoch
+    mapped = await process.mmap(PAGE_SIZE)
+    await again.fault(mapped.span)
+    assert (await process.munmap(mapped.address, PAGE_SIZE)).fenced_mirrors == ()
+    assert driver.heard[-1] is EventType.MUNMAP
 
 
 async def test_fault_and_unmap_race_without_a_stale_entry(device: Device, process: Process) -> None:

@@ -17,6 +17,7 @@ from hmm.events import EventType
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Driver, Event, Mirror
 from hmm_client.driver import TableDriver
+from hmm_client.mirror import REMEMBERED_EVENTS, STALE_RETRIES
 from hmm_proto.v1 import device_pb2, event_pb2, range_pb2, session_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -362,6 +363,37 @@ async def test_fault_is_not_repeated_when_the_later_event_is_elsewhere(scripted:
     await daemon.acknowledged()
     await daemon.acknowledged()
     assert mirror.is_stale(result)
+
+
+async def test_result_counts_as_stale_when_it_is_older_than_what_is_remembered(scripted: Scripted) -> None:
+    """Only so many events are remembered; whoever keeps a result longer is told to fault again."""
+    daemon, _ = scripted
+    mirror = await make_mirror(scripted, Recorder())
+    faulting = asyncio.ensure_future(mirror.fault(SPAN))
+    daemon.reply(await daemon.called("fault"), fault=faulted([4] * 4, last_event=0))
+    result = await faulting
+    elsewhere = SPAN.end + PAGE_SIZE
+    daemon.send(events=[event(number, 31, start=elsewhere) for number in range(1, REMEMBERED_EVENTS + 1)])
+    await daemon.acknowledged()
+    assert not mirror.is_stale(result)
+    daemon.send(events=[event(REMEMBERED_EVENTS + 1, 31, start=elsewhere)])
+    await daemon.acknowledged()
+    assert mirror.is_stale(result)
+
+
+async def test_fault_gives_up_when_every_result_is_overtaken(scripted: Scripted) -> None:
+    """EBUSY after many attempts, so that nobody loops for ever."""
+    daemon, _ = scripted
+    mirror = await make_mirror(scripted, Recorder())
+    faulting = asyncio.ensure_future(mirror.fault(SPAN))
+    for turn in range(STALE_RETRIES):
+        calls = []
+        while not calls:
+            calls = list((await daemon.received()).calls)
+        reply = session_pb2.SessionReply(request_id=calls[0].request_id, fault=faulted([4] * 4, last_event=turn))
+        daemon.send(events=[event(turn + 1, 31)], replies=[reply])
+    with pytest.raises(RangeBusyError, match="EBUSY"):
+        await faulting
 
 
 async def test_fault_raises_or_reports_when_a_range_failed(scripted: Scripted) -> None:

@@ -11,6 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.conftest import Daemon
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import errno, sys, threading
 import hmm_client.sync
@@ -153,7 +155,6 @@ else:
     )
 
 
-@pytest.mark.slow
 def test_interrupt_ends_the_waiting_and_not_the_program(shared_daemon: Daemon) -> None:
     """Ctrl-C during a call raises KeyboardInterrupt; the client goes on."""
     run(

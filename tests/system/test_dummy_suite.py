@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.conftest import Daemon
     from tests.system.conftest import DriverProcess
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 NPAGES = 1024
 SIZE = NPAGES * PAGE_SIZE
@@ -200,7 +202,6 @@ async def test_expose_mm_is_refused_when_the_minor_is_busy(
     await Dummy(dummy, 0, 0).expose(other)
 
 
-@pytest.mark.slow
 async def test_stress001_device_faults_again_when_pages_were_reclaimed(
     client: hmm_client.Client, process: Process, minor: Dummy
 ) -> None:
@@ -218,7 +219,6 @@ async def test_stress001_device_faults_again_when_pages_were_reclaimed(
     assert faulted == NPAGES + 15 * NPAGES // 2
 
 
-@pytest.mark.slow
 async def test_stress002_device_reads_what_is_there_now_when_memory_is_mapped_again_and_again(
     process: Process, minor: Dummy
 ) -> None:
@@ -235,7 +235,6 @@ async def test_stress002_device_reads_what_is_there_now_when_memory_is_mapped_ag
         await process.munmap(mapped.address, 4 * PAGE_SIZE)
 
 
-@pytest.mark.slow
 async def test_stress003_successful_read_is_correct_when_it_races_with_munmap(process: Process, minor: Dummy) -> None:
     """1024 races of a device's read with munmap: either EFAULT, or the data that was there."""
     outcomes: list[str] = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.conftest import Daemon
     from tests.system.conftest import DriverProcess
 
+pytestmark = pytest.mark.slow
+
 SIZE = 16 * PAGE_SIZE
 FOREVER_S = 600
 """Longer than any test: what ends before did not end by this deadline."""
