@@ -48,7 +48,6 @@ from hmm_client.recordings import (
     canonical,
     compare,
 )
-from hmm_client.recordings.maps import SHARED_ANONYMOUS
 from hmm_client.replay_calls import make, reached
 
 
@@ -91,8 +90,8 @@ class Replayed:
     Attributes:
         calls: made or, if they change no layout, passed over.
         vmas: of the first process at the end, in canonical form.
-        placements: mappings for which the daemon would have chosen another address than the kernel did.
         processes: made, threads not counted.
+        placed: mappings for which the daemon would have chosen another address than the kernel did.
         layout: where the last layout of the first process differs from the kernel's.
         outcomes: calls that ended otherwise.
         unknown: calls of which it is not known what they do.
@@ -101,8 +100,8 @@ class Replayed:
     program: str
     calls: int = 0
     vmas: int = 0
-    placements: int = 0
     processes: int = 0
+    placed: list[str] = field(default_factory=list)
     layout: list[Difference] = field(default_factory=list)
     outcomes: list[CallDifference] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -192,8 +191,6 @@ class _Run:
         return self.done
 
     async def _open(self, name: str, size_bytes: int) -> None:
-        if name == SHARED_ANONYMOUS:
-            return
         file = self._files[name] = await self._client.open_file(name, create=True)
         if (await file.status()).size_bytes < size_bytes:
             await file.truncate(size_bytes)
@@ -291,6 +288,7 @@ class _Run:
         found = await make(process, step, self._files)
         if found.expected != found.found:
             raise _DifferenceFoundError(found.expected, found.found)
-        self.done.placements += found.placed_elsewhere and not step.partial
+        if found.placement and not step.partial:
+            self.done.placed.append(f"line {step.call.line}: {step.call.text}: here {found.placement:#x}")
         if after:
             await self._devices.follow(process, after)

@@ -46,12 +46,12 @@ class Made:
 
     Attributes:
         expected, found: what it answered there and here, in words; equal when it did not matter.
-        placed_elsewhere: left alone, the daemon would have chosen another address.
+        placement: the other address that the daemon would have chosen if left alone; 0 for none.
     """
 
     expected: str = ""
     found: str = ""
-    placed_elsewhere: bool = False
+    placement: int = 0
 
 
 def reached(step: Step) -> tuple[AddressRange, AddressRange]:
@@ -135,7 +135,8 @@ async def _map(process: Process, step: Map, files: Mapping[str, File]) -> Made:
         offset=step.offset,
     )
     hinted = bool(step.address) and page_down(step.address) == step.recorded
-    return Made(placed_elsewhere=chosen and not hinted and mapped.placement != step.recorded)
+    elsewhere = chosen and not hinted and mapped.placement != step.recorded
+    return Made(placement=mapped.placement if elsewhere else 0)
 
 
 async def _remap(process: Process, step: Remap) -> Made:

@@ -109,7 +109,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "calls": replayed.calls,
         "vmas": replayed.vmas,
         "differences": replayed.differences,
-        "placements": replayed.placements,
+        "placements": len(replayed.placed),
         "faults": sum(device.faults for device in outcome.devices),
         "events": outcome.events.total(),
         "violations": len(outcome.violations),
@@ -129,7 +129,7 @@ def _print(outcome: Outcome) -> None:
         {
             "final mappings": f"{replayed.vmas}, "
             + ("equal to the kernel's" if not replayed.layout else f"{len(replayed.layout)} different"),
-            "placements": f"{replayed.placements} mappings would have gone elsewhere",
+            "placements": f"{len(replayed.placed)} mappings would have gone elsewhere",
             "differences": replayed.differences,
             "violations": len(outcome.violations),
             "unknown calls": len(replayed.unknown),
@@ -141,6 +141,7 @@ def _print(outcome: Outcome) -> None:
         ("Mappings that differ", replayed.layout),
         ("Violations", outcome.violations),
         ("Unknown calls, not replayed", replayed.unknown),
+        ("Mappings that would have gone elsewhere", replayed.placed),
     ):
         _print_some(heading, [str(item) for item in items])
 
