@@ -110,7 +110,7 @@ def register_mirror(
             raise ConflictError(
                 f"register mirror: {device} mirrors {process} already ({other})", errnos.EINVAL
             )
-    machine.require_room("mirrors", len(machine.mirrors), machine.limits.mirrors)
+    machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = Mirror(
         machine.next_id("mirror"),
         device,
@@ -118,11 +118,10 @@ def register_mirror(
         process_id,
         machine.caller.token,
         policy,
-        update_on_fault,
-        machine.limits.directories,
+        update_on_fault=update_on_fault,
+        directories=machine.limits.directories,
     )
-    machine.mirrors[mirror.id] = mirror
-    space.notifier.subscribers[mirror.id] = mirror
+    machine.add_receiver(mirror)
     return mirror.id
 
 
@@ -137,13 +136,13 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     mirror = machine.mirror(mirror_id)
     while mirror.unanswered and mirror_id in machine.mirrors:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
-    if machine.mirrors.get(mirror_id) is not mirror:
+    if machine.receivers.get(mirror_id) is not mirror:
         return
     if mirror.state is MirrorState.LIVE:
         mirror.release(MirrorState.RELEASED)
         release = mirror.space.notifier.release_event(machine.current.operation_id)
         yield Deliver(release, (mirror_id,))
-    machine.mirrors.pop(mirror_id, None)
+    machine.remove_receiver(mirror_id)
 
 
 def fault(

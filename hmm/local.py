@@ -75,7 +75,7 @@ class Local:
                     errno = driver.update(delivery.mirror_id, delivery.event)
             finally:
                 self._callbacks.pop()
-        if delivery.mirror_id in self.machine.mirrors:
+        if delivery.mirror_id in self.machine.receivers:
             self.machine.answer(delivery.mirror_id, delivery.sequence, errno)
 
 

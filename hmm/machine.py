@@ -38,6 +38,7 @@ from hmm.file import File
 from hmm.frames import Frames
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
+from hmm.receiver import Receiver
 from hmm.units import AddressRange, DeviceId, MirrorId, ProcessId, SpaceId
 
 T = TypeVar("T")
@@ -166,6 +167,7 @@ class Machine:
         self.spaces: dict[SpaceId, AddressSpace] = {}
         self.processes: dict[ProcessId, Process] = {}
         self.devices: dict[DeviceId, Device] = {}
+        self.receivers: dict[MirrorId, Receiver] = {}
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
         self.file_names: dict[str, int] = {}
@@ -216,7 +218,7 @@ class Machine:
             InvalidRequestError: the event was never sent to this mirror (EINVAL).
             NoSuchObjectError: there is no such mirror (ENODEV).
         """
-        mirror = self.mirror(mirror_id)
+        mirror = self.receiver(mirror_id)
         self._note("answer", mirror_id, sequence, errno, dirty)
         sent = mirror.answer(sequence, errno, dirty)
         if sent is not None:
@@ -225,7 +227,7 @@ class Machine:
 
     def fence(self, mirror_id: MirrorId, why: str) -> None:
         """Give a mirror up: its table is dropped and no operation waits for it any longer."""
-        mirror = self.mirrors[mirror_id]
+        mirror = self.receivers[mirror_id]
         self._note("fence", mirror_id, why)
         mirror.release(MirrorState.LOST, why)
         for sequence in list(mirror.unanswered):
@@ -236,7 +238,7 @@ class Machine:
     def abandon(self, mirror_id: MirrorId, sequence: int) -> None:
         """Stop waiting for one answer; the operation fails with ETIMEDOUT (policy FAIL)."""
         self._note("abandon", mirror_id, sequence)
-        self._finish(self.mirrors[mirror_id], sequence, EventState.ABANDONED)
+        self._finish(self.receivers[mirror_id], sequence, EventState.ABANDONED)
 
     def expire(self, operation_id: int) -> None:
         """An operation has waited too long for late answers to abandoned events: it fails with ETIMEDOUT."""
@@ -264,7 +266,7 @@ class Machine:
             return not record.remaining
         if isinstance(request, Await):
             if request.wait_for is WaitFor.CALLBACKS:
-                mirror = self.mirrors.get(request.mirror_id)
+                mirror = self.receivers.get(request.mirror_id)
                 return mirror is None or not mirror.unanswered
             space = self.spaces.get(request.space_id)
             return space is None or space.notifier.is_ready(request)
@@ -288,11 +290,11 @@ class Machine:
         if isinstance(request, Deliver):
             return [key for key, outcome in record.answers.items() if outcome is None]
         if isinstance(request, Await) and request.wait_for is WaitFor.CALLBACKS:
-            return [(request.mirror_id, sequence) for sequence in self.mirrors[request.mirror_id].unanswered]
+            return [(request.mirror_id, sequence) for sequence in self.receivers[request.mirror_id].unanswered]
         if isinstance(request, Await) and request.wait_for is WaitFor.LATE_ANSWERS:
             return [
                 (mirror.id, sequence)
-                for mirror in self.mirrors.values()
+                for mirror in self.receivers.values()
                 for sequence, sent in mirror.unanswered.items()
                 if mirror.space.id == request.space_id and sent.state is EventState.ABANDONED
             ]
@@ -359,12 +361,12 @@ class Machine:
     def _deliver(self, record: OperationRecord[Any], request: Deliver) -> None:
         record.answers = {}
         for mirror_id in request.mirrors:
-            sequence = self.mirrors[mirror_id].send(request.event, record.id)
+            sequence = self.receivers[mirror_id].send(request.event, record.id)
             record.answers[mirror_id, sequence] = None
             self._outbox.append(Delivery(mirror_id, sequence, request.event, record.id))
         record.remaining = len(record.answers)
 
-    def _finish(self, mirror: Mirror, sequence: int, state: EventState) -> None:
+    def _finish(self, mirror: Receiver, sequence: int, state: EventState) -> None:
         sent = mirror.finish(sequence, state)
         if sent is not None:
             self._settle(sent.operation_id, Outcome(mirror.id, sequence, state))
@@ -407,13 +409,32 @@ class Machine:
         self._require_owner(device.owner, str(device))
         return device
 
-    def mirror(self, mirror_id: MirrorId) -> Mirror:
-        """Look a mirror up: ENODEV when there is none, EPERM when it belongs to somebody else."""
-        mirror = self.mirrors.get(mirror_id)
-        if mirror is None:
+    def receiver(self, mirror_id: MirrorId) -> Receiver:
+        """Look up who gets events by this number: ENODEV when nobody, EPERM when it belongs to somebody else."""
+        receiver = self.receivers.get(mirror_id)
+        if receiver is None:
             raise NoSuchObjectError(f"there is no mirror {mirror_id}", errnos.ENODEV)
-        self._require_owner(mirror.owner, str(mirror))
+        self._require_owner(receiver.owner, str(receiver))
+        return receiver
+
+    def mirror(self, mirror_id: MirrorId) -> Mirror:
+        """Look a mirror of 2015 up: ENODEV when there is none, EPERM when it belongs to somebody else."""
+        mirror = self.receiver(mirror_id)
+        if not isinstance(mirror, Mirror):
+            raise NoSuchObjectError(f"{mirror} has no table here: its driver keeps its own", errnos.ENODEV)
         return mirror
+
+    def add_receiver(self, receiver: Receiver) -> None:
+        """From now on this one gets the events of its address space."""
+        self.receivers[receiver.id] = receiver
+        if isinstance(receiver, Mirror):
+            self.mirrors[receiver.id] = receiver
+        receiver.space.notifier.subscribers[receiver.id] = receiver
+
+    def remove_receiver(self, mirror_id: MirrorId) -> None:
+        """Forget one that gets no events any more."""
+        self.receivers.pop(mirror_id, None)
+        self.mirrors.pop(mirror_id, None)
 
     def file(self, file_id: int) -> File:
         """Look a file up: EBADF when there is none."""
@@ -446,8 +467,8 @@ class Machine:
         for space in self.spaces.values():
             space.check()
         self._check_map_counts()
-        for mirror in self.mirrors.values():
-            mirror.check()
+        for receiver in self.receivers.values():
+            receiver.check()
         for record in self.operations.values():
             assert record.request is not None
             assert not record.done

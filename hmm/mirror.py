@@ -6,8 +6,8 @@ is propagated, DMA mappings whose VALID bit goes are unmapped, directories witho
 Source: linux-mm, "HMM: introduce heterogeneous memory management v4" (life cycle), "HMM: add per mirror page table
 v4" (hmm_mirror_update_pt), "HMM: add dirty flag helper v3", "HMM: DMA map memory on behalf of device driver v2".
 Invariants: an entry names the frame that the CPU's entry at this address names, and permits writing only if that
-one does; a mirror that is not LIVE has an empty table; event sequences are dense and each has one final state.
-Absent: filling the table (device_fault.py), transport.
+one does; a mirror that is not LIVE has an empty table.
+Absent: numbering and answers (receiver.py), filling the table (device_fault.py), transport.
 
 Differs: an error on an event of a range kills the mirror as in the posted code, but its table is emptied with
 dirty propagated; the posted code dropped the recorded dirty bits of device entries.
@@ -15,76 +15,32 @@ dirty propagated; the posted code dropped the recorded dirty bits of device entr
 
 from __future__ import annotations
 
-import errno as errnos
-from collections import Counter
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from hmm import cpu_pte, pte
-from hmm.address_space import AddressSpace
-from hmm.device import Device
-from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.events import Event, EventState, EventType, Outcome, Reason
 from hmm.frames import PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
-from hmm.units import TASK_SIZE, AddressRange, Entries, MirrorId, Pfns, ProcessId
+from hmm.receiver import DeadlinePolicy, MirrorState, Receiver, SentEvent
+from hmm.units import TASK_SIZE, AddressRange, Entries, Pfns
 
-
-class DeadlinePolicy(Enum):
-    """What happens when a driver does not answer in time."""
-
-    FENCE = "fence"
-    BLOCK = "block"
-    FAIL = "fail"
-
-
-class MirrorState(Enum):
-    """LIVE until released (by exit, unregistering or its own error) or lost (fenced)."""
-
-    LIVE = "live"
-    RELEASED = "released"
-    LOST = "lost"
+__all__ = ["DeadlinePolicy", "Mirror", "MirrorState", "SentEvent"]
 
 
 @dataclass(slots=True, eq=False)
-class SentEvent:
-    """An event on its way: sent to one mirror for one operation, until its final state."""
-
-    event: Event
-    operation_id: int
-    state: EventState = EventState.SENT
-    errno: int = 0
-    dirty: tuple[AddressRange, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Mirror:
+class Mirror(Receiver):
     """`struct hmm_mirror`: registered by a driver, bound to the address space of one process.
 
     Attributes:
-        unanswered: the events that the driver has still to answer, abandoned ones included.
-        unsettled: the invalidations that were sent and whose mask is not applied yet; other mirrors may still have
-            to answer.
+        update_on_fault: the mirror's own faults are delivered to it as events too.
+        directories: limit of its table.
     """
 
-    id: MirrorId
-    device: Device
-    space: AddressSpace
-    process_id: ProcessId
-    owner: str
-    policy: DeadlinePolicy = DeadlinePolicy.FENCE
     update_on_fault: bool = True
     directories: int = 1 << 18
-    state: MirrorState = MirrorState.LIVE
-    lost_because: str = ""
-    sequence: int = 0
-    low_water: int = 0
-    unanswered: dict[int, SentEvent] = field(default_factory=dict)
-    unsettled: dict[int, SentEvent] = field(default_factory=dict)
-    counters: Counter[str] = field(default_factory=Counter)
     table: PageTable = field(init=False)
     domain: Domain | None = field(init=False)
 
@@ -92,37 +48,14 @@ class Mirror:
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.directories)
         self.domain = Domain(self.device.iommu) if self.device.iommu else None
 
-    def __str__(self) -> str:
-        return f"mirror {self.id} ({self.device.name})"
-
     # ---- the life cycle
-
-    def require_live(self, operation: str) -> None:
-        """Raise unless the mirror still mirrors.
-
-        Raises:
-            DeviceLostError: it was fenced (ENODEV).
-            NoSuchObjectError: it was released: its process exited, or its own error killed it (ENODEV).
-        """
-        if self.state is MirrorState.LOST:
-            raise DeviceLostError(f"{operation}: {self} was fenced: {self.lost_because}")
-        if self.state is MirrorState.RELEASED:
-            raise NoSuchObjectError(f"{operation}: {self} was released", errnos.ENODEV)
 
     def release(self, state: MirrorState, why: str = "") -> None:
         """Stop mirroring: no further events, no entries.  Recorded dirty is propagated first."""
         if self.state is not MirrorState.LIVE:
             return
-        self.space.notifier.subscribers.pop(self.id, None)
         self.apply(self.span, pte.MASK_NONE)
-        self.unsettled.clear()
-        self.state = state
-        self.lost_because = why
-
-    @property
-    def span(self) -> AddressRange:
-        """All addresses of the mirror."""
-        return AddressRange(0, TASK_SIZE)
+        Receiver.release(self, state, why)
 
     # ---- events: what the notifier needs of a subscriber
 
@@ -131,10 +64,6 @@ class Mirror:
         return event.etype is not EventType.NONE and not (
             event.owner == self.device.id and event.reason in (Reason.MIGRATE, Reason.EXCLUSIVE)
         )
-
-    def awaits_late_answer(self) -> bool:
-        """True while an abandoned event is unanswered: nothing new is sent before that."""
-        return any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
         """Apply a final state: the mask on success; False when the driver's error killed the mirror."""
@@ -149,68 +78,6 @@ class Mirror:
         for span in event.spans:
             self.apply(span, event.etype.pte_mask)
         return True
-
-    # ---- events: numbering and answers
-
-    def send(self, event: Event, operation_id: int) -> int:
-        """Number an event for this mirror.  Returns: its sequence, dense from 1."""
-        self.sequence += 1
-        sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
-        if event.etype.is_invalidation:
-            self.unsettled[self.sequence] = sent
-        self.counters[f"events_{event.etype.name.lower()}"] += 1
-        return self.sequence
-
-    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> SentEvent | None:
-        """Record a driver's answer.  Returns: the event that it finishes, None when it changes nothing.
-
-        Raises:
-            InvalidRequestError: the event was never sent to this mirror (EINVAL).
-        """
-        if not 0 < sequence <= self.sequence:
-            raise InvalidRequestError(
-                f"acknowledge: event {sequence} was never sent to {self}; the last one is {self.sequence}"
-            )
-        sent = self.unanswered.get(sequence)
-        if sent is None:
-            self.counters["repeated_answers"] += 1
-            return None
-        if sent.state is EventState.ABANDONED:
-            self.counters["late_answers"] += 1
-            self._forget(sequence)
-            return None
-        sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
-        self.counters[sent.state.value] += 1
-        self._forget(sequence)
-        return sent
-
-    def finish(self, sequence: int, state: EventState) -> SentEvent | None:
-        """Give an unanswered event a final state other than a driver's answer (fenced, abandoned)."""
-        sent = self.unanswered.get(sequence)
-        if sent is None or sent.state is not EventState.SENT:
-            return None
-        sent.state = state
-        self.counters[state.value] += 1
-        self.unsettled.pop(sequence, None)
-        if state is not EventState.ABANDONED:
-            self._forget(sequence)
-        return sent
-
-    def _forget(self, sequence: int) -> None:
-        del self.unanswered[sequence]
-        self.low_water = min(self.unanswered, default=self.sequence + 1) - 1
-
-    def _verdict(self, event: Event, errno: int) -> EventState:
-        # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
-        refusing = errno == errnos.EAGAIN and not event.blockable
-        return EventState.REFUSED if refusing else EventState.ACKNOWLEDGED
-
-    def _accepted(self, errno: int) -> int:
-        # hmm_mirror_update(): 0, ENOMEM and EIO are documented; others are warned of and become EIO.
-        if errno in (0, errnos.ENOMEM, errnos.EIO):
-            return errno
-        self.counters["undocumented_errors"] += 1
-        return errnos.EIO
 
     # ---- entries
 
@@ -270,8 +137,8 @@ class Mirror:
 
     def check(self) -> None:
         """Assert the invariants of this mirror against the CPU's table."""
+        Receiver.check(self)
         self.table.check()
-        assert self.low_water == min(self.unanswered, default=self.sequence + 1) - 1
         addresses, entries = self.table.valid(0, TASK_SIZE)
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"

@@ -1,0 +1,189 @@
+"""Who receives events: the numbering, the answers and the life of one driver's tie to one address space.
+
+What the mirrors of 2015 (mirror.py) and the interval notifiers of today (interval_notifier.py) have in common.
+Events are numbered densely per receiver; each reaches one final state; `low_water` says up to where all have.
+
+Source: our own; it stands for the certainty that a function call gives inside one kernel.
+Invariants: event sequences are dense and each has one final state; the low-water mark is monotone.
+Absent: which events are heard and what they do (the subclasses), transport, deadlines.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hmm.address_space import AddressSpace
+from hmm.device import Device
+from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
+from hmm.events import Event, EventState, Outcome
+from hmm.units import TASK_SIZE, AddressRange, MirrorId, ProcessId
+
+__all__ = ["DeadlinePolicy", "MirrorState", "Receiver", "SentEvent"]
+
+
+class DeadlinePolicy(Enum):
+    """What happens when a driver does not answer in time."""
+
+    FENCE = "fence"
+    BLOCK = "block"
+    FAIL = "fail"
+
+
+class MirrorState(Enum):
+    """LIVE until released (by exit, unregistering or its own error) or lost (fenced)."""
+
+    LIVE = "live"
+    RELEASED = "released"
+    LOST = "lost"
+
+
+@dataclass(slots=True, eq=False)
+class SentEvent:
+    """An event on its way: sent to one receiver for one operation, until its final state."""
+
+    event: Event
+    operation_id: int
+    state: EventState = EventState.SENT
+    errno: int = 0
+    dirty: tuple[AddressRange, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Receiver(ABC):
+    """One driver's tie to the address space of one process.
+
+    Attributes:
+        owner: the token of whoever registered it.
+        unanswered: the events that the driver has still to answer, abandoned ones included.
+        unsettled: the invalidations that were sent and whose effect is not applied yet; others may still have to
+            answer.
+    """
+
+    id: MirrorId
+    device: Device
+    space: AddressSpace
+    process_id: ProcessId
+    owner: str
+    policy: DeadlinePolicy = DeadlinePolicy.FENCE
+    state: MirrorState = MirrorState.LIVE
+    lost_because: str = ""
+    sequence: int = 0
+    low_water: int = 0
+    unanswered: dict[int, SentEvent] = field(default_factory=dict)
+    unsettled: dict[int, SentEvent] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return f"mirror {self.id} ({self.device.name})"
+
+    @property
+    def span(self) -> AddressRange:
+        """All addresses of the address space."""
+        return AddressRange(0, TASK_SIZE)
+
+    # ---- the life cycle
+
+    def require_live(self, operation: str) -> None:
+        """Raise unless the driver still hears.
+
+        Raises:
+            DeviceLostError: it was fenced (ENODEV).
+            NoSuchObjectError: it was released: its process exited, or its own error killed it (ENODEV).
+        """
+        if self.state is MirrorState.LOST:
+            raise DeviceLostError(f"{operation}: {self} was fenced: {self.lost_because}")
+        if self.state is MirrorState.RELEASED:
+            raise NoSuchObjectError(f"{operation}: {self} was released", errnos.ENODEV)
+
+    def release(self, state: MirrorState, why: str = "") -> None:
+        """Stop hearing: no further events."""
+        if self.state is not MirrorState.LIVE:
+            return
+        self.space.notifier.subscribers.pop(self.id, None)
+        self.unsettled.clear()
+        self.state = state
+        self.lost_because = why
+
+    # ---- what the notifier needs of a subscriber
+
+    @abstractmethod
+    def hears(self, event: Event) -> bool:
+        """Whether this event has to be delivered."""
+
+    def awaits_late_answer(self) -> bool:
+        """True while an abandoned event is unanswered: nothing new is sent before that."""
+        return any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
+
+    @abstractmethod
+    def settle(self, event: Event, outcome: Outcome) -> bool:
+        """Apply a final state; False when the driver's error killed the receiver."""
+
+    # ---- numbering and answers
+
+    def send(self, event: Event, operation_id: int) -> int:
+        """Number an event for this receiver.  Returns: its sequence, dense from 1."""
+        self.sequence += 1
+        sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
+        if event.etype.is_invalidation:
+            self.unsettled[self.sequence] = sent
+        self.counters[f"events_{event.etype.name.lower()}"] += 1
+        return self.sequence
+
+    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> SentEvent | None:
+        """Record a driver's answer.  Returns: the event that it finishes, None when it changes nothing.
+
+        Raises:
+            InvalidRequestError: the event was never sent to this receiver (EINVAL).
+        """
+        if not 0 < sequence <= self.sequence:
+            raise InvalidRequestError(
+                f"acknowledge: event {sequence} was never sent to {self}; the last one is {self.sequence}"
+            )
+        sent = self.unanswered.get(sequence)
+        if sent is None:
+            self.counters["repeated_answers"] += 1
+            return None
+        if sent.state is EventState.ABANDONED:
+            self.counters["late_answers"] += 1
+            self._forget(sequence)
+            return None
+        sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
+        self.counters[sent.state.value] += 1
+        self._forget(sequence)
+        return sent
+
+    def finish(self, sequence: int, state: EventState) -> SentEvent | None:
+        """Give an unanswered event a final state other than a driver's answer (fenced, abandoned)."""
+        sent = self.unanswered.get(sequence)
+        if sent is None or sent.state is not EventState.SENT:
+            return None
+        sent.state = state
+        self.counters[state.value] += 1
+        self.unsettled.pop(sequence, None)
+        if state is not EventState.ABANDONED:
+            self._forget(sequence)
+        return sent
+
+    def _forget(self, sequence: int) -> None:
+        del self.unanswered[sequence]
+        self.low_water = min(self.unanswered, default=self.sequence + 1) - 1
+
+    def _verdict(self, event: Event, errno: int) -> EventState:
+        # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
+        refusing = errno == errnos.EAGAIN and not event.blockable
+        return EventState.REFUSED if refusing else EventState.ACKNOWLEDGED
+
+    def _accepted(self, errno: int) -> int:
+        # hmm_mirror_update(): 0, ENOMEM and EIO are documented; others are warned of and become EIO.
+        if errno in (0, errnos.ENOMEM, errnos.EIO):
+            return errno
+        self.counters["undocumented_errors"] += 1
+        return errnos.EIO
+
+    def check(self) -> None:
+        """Assert the invariants of the numbering."""
+        assert self.low_water == min(self.unanswered, default=self.sequence + 1) - 1
