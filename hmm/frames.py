@@ -89,6 +89,7 @@ class Frames(FrameContents):
         flags: uint32[n], PageFlag.
         index: int64[n], page->index: page offset in the file, or linear index of an anonymous page.
         mapping: int64[n], page->mapping: id of the file or of the anon_vma, 0 for none.
+        zone_device_data: int64[n], of a device's frame in use: the mirror that put the page there, 0 for none.
 
     All methods take frame numbers as int64[n].
     """
@@ -109,6 +110,7 @@ class Frames(FrameContents):
         self.flags: npt.NDArray[np.uint32] = _column(np.uint32, nframes)
         self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        self.zone_device_data: npt.NDArray[np.int64] = _column(np.int64, nframes)
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
         self._mapcount = self.mapcount.data
@@ -378,6 +380,22 @@ class Frames(FrameContents):
         """
         result: npt.NDArray[np.bool_] = (self.flags[pfns] & np.uint32(flags)) != 0
         return result
+
+    def all_have(self, pfns: Pfns, flags: PageFlag) -> bool:
+        """True when every frame has all of `flags`.
+
+        Cost: 0.2 ns per page for consecutive frames.
+        """
+        common = np.bitwise_and.reduce(self.flags[_where(pfns)])
+        return int(common) & flags._value_ == flags._value_
+
+    def flags_of(self, pfn: Pfn) -> int:
+        """The flags of one frame, as a plain integer."""
+        return self._flags[pfn]
+
+    def set_flags_one(self, pfn: Pfn, flags: PageFlag) -> None:
+        """`set_flags` for one frame."""
+        self._flags[pfn] |= flags._value_
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
