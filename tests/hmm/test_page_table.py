@@ -409,6 +409,15 @@ class TestRanges:
         table.check()
         assert table.directories == 1
 
+    def test_zap_of_many_directories_gives_sparse_entries_too(self, table: PageTable) -> None:
+        """Full directories and sparse ones come out in the order of their addresses."""
+        entries = _numbers(1, 200 * 512)
+        entries[150 * 512 :: 3] = 0
+        table.fill(0, 200 * LEAF, entries)
+        assert np.array_equal(table.zap(0, 200 * LEAF), entries[entries != 0])
+        assert table.directories == 1
+        table.check()
+
     def test_ranges_skip_absent_directories(self, table: PageTable) -> None:
         """A range over the whole space costs the directories it meets."""
         for address in (0, 3 * UPPER + 5 * PAGE, 1 << 46, LAST & ~4095):
@@ -611,6 +620,16 @@ class TestBatches:
         assert table.store(_addresses(1, 70000), 0).tolist() == [4, 9]
         assert table.directories == 1
         assert table.store(_addresses(3, 4), np.zeros(2, np.uint64)).tolist() == [0, 0]
+        assert table.directories == 1
+        table.check()
+
+    def test_store_counts_only_what_is_new(self, table: PageTable) -> None:
+        """A batch over pages that are partly there adds the others to the counts."""
+        table.store(_addresses(*range(0, 40, 2)), 1)
+        assert table.store(_addresses(*range(40)), 2).tolist() == [1, 0] * 20
+        table.check()
+        assert table.count == 40
+        assert table.store(_addresses(*range(40)), np.zeros(40, np.uint64)).tolist() == [2] * 40
         assert table.directories == 1
         table.check()
 
