@@ -629,7 +629,13 @@ class TestBatches:
         assert table.store(_addresses(*range(40)), 2).tolist() == [1, 0] * 20
         table.check()
         assert table.count == 40
-        assert table.store(_addresses(*range(40)), np.zeros(40, np.uint64)).tolist() == [2] * 40
+        mixed = np.tile(np.array([0, 3], np.uint64), 20)
+        assert table.store(_addresses(*range(40)), mixed).tolist() == [2] * 40
+        table.check()
+        assert table.count == 20
+        assert table.apply_mask(0, 40 * PAGE, ALL & ~2, valid=1) == 0
+        assert table.store(_addresses(*range(40)), np.zeros(40, np.uint64)).tolist() == [0, 1] * 20
+        assert not table.clear_many(_addresses(*range(40))).any()
         assert table.directories == 1
         table.check()
 
