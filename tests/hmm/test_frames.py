@@ -256,8 +256,8 @@ def test_flags_are_set_tested_and_cleared(frames: Frames) -> None:
     assert frames.test_flags(taken, PageFlag.ANON | PageFlag.DIRTY).all()
     assert frames.all_have(pfns(5), PageFlag.ANON | PageFlag.DIRTY)
     assert not frames.all_have(pfns(1, 5), PageFlag.ANON | PageFlag.DIRTY)
-    frames.set_flags_one(3, PageFlag.DIRTY)
-    assert frames.flags_of(3) == PageFlag.ANON | PageFlag.DIRTY
+    frames.set_flags_one(4, PageFlag.DIRTY)
+    assert frames.flags_of(4) == PageFlag.ANON | PageFlag.DIRTY
     frames.clear_flags(taken, PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.DIRTY)
     assert not frames.flags.any()
     frames.put(taken)
