@@ -19,7 +19,7 @@ import numpy as np
 from hmm.errors import InvalidRequestError, Signal
 from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
-from hmm.mirror import DeadlinePolicy
+from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned, spans_of_pages
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
 

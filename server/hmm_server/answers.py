@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from hmm.errors import HmmError
 from hmm.machine import Machine
-from hmm.mirror import MirrorState
+from hmm.receiver import MirrorState
 from hmm.units import AddressRange, DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2
@@ -149,7 +149,7 @@ class Answers:
         if served is None:
             self._reject(mirror_id, sequence, f"mirror {mirror_id} is not served by this stream")
             return None
-        mirror = self._machine.mirrors[mirror_id]
+        mirror = self._machine.receivers[mirror_id]
         if mirror.state is MirrorState.LOST:
             rule = f"DEVICE_LOST: {mirror} was fenced: {mirror.lost_because}"
         elif sequence > served.sent_up_to:

@@ -24,8 +24,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from hmm.errors import HmmError, TimedOutError
 from hmm.events import EventState
 from hmm.machine import Caller, Command, Delivery, Machine, OperationRecord
-from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, Pause, WaitFor
+from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, MirrorId
 from hmm_server.operation_log import Ended, OperationLog
 
@@ -143,7 +143,8 @@ class Executor:
             async with asyncio.timeout(seconds):
                 await ended
         except TimeoutError:
-            raise self.give_up(record, seconds or 0) from None
+            if not record.done:
+                raise self.give_up(record, seconds or 0) from None
         finally:
             if not record.done:
                 self.running[record.id].given_up = True
@@ -164,7 +165,7 @@ class Executor:
 
     def fence(self, mirror_id: MirrorId, why: str) -> None:
         """Give a mirror up; `pump` has to follow."""
-        mirror = self.machine.mirrors.get(mirror_id)
+        mirror = self.machine.receivers.get(mirror_id)
         if mirror is None:
             return
         unanswered = list(mirror.unanswered)
@@ -262,7 +263,7 @@ class Executor:
         self.pump()
 
     def _too_late(self, mirror_id: MirrorId, sequence: int) -> None:
-        mirror = self.machine.mirrors[mirror_id]
+        mirror = self.machine.receivers[mirror_id]
         sent = mirror.unanswered.get(sequence)
         if sent is None or sent.state is not EventState.SENT:
             return
@@ -291,7 +292,7 @@ class Executor:
         await self._idle.wait()
 
     def _fence_waited_for(self) -> None:
-        for mirror in list(self.machine.mirrors.values()):
+        for mirror in list(self.machine.receivers.values()):
             if mirror.unanswered:
                 self.fence(mirror.id, "the daemon is ending")
 

@@ -25,7 +25,7 @@ from hmm.commands_device import unregister_device, unregister_mirror
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import EventState
 from hmm.machine import Caller, Delivery, OperationRecord
-from hmm.mirror import DeadlinePolicy
+from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2, inspection_pb2
@@ -207,14 +207,14 @@ class Streams:
         pairs = [
             (mirror_id, sequence)
             for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True)
-            if mirror_id in self.served and sequence in machine.mirrors[mirror_id].unanswered
+            if mirror_id in self.served and sequence in machine.receivers[mirror_id].unanswered
         ]
         posting.mirror_ids = [mirror_id for mirror_id, _ in pairs]
         posting.sequences = [sequence for _, sequence in pairs]
         posting.remaining = len(pairs)
 
     def _has_deadline(self, mirror_ids: Iterable[MirrorId]) -> bool:
-        mirrors = (self.executor.machine.mirrors.get(mirror_id) for mirror_id in mirror_ids)
+        mirrors = (self.executor.machine.receivers.get(mirror_id) for mirror_id in mirror_ids)
         return any(mirror is not None and mirror.policy is not DeadlinePolicy.BLOCK for mirror in mirrors)
 
     def settled(self, mirror_id: MirrorId, sequences: Sequence[int], state: EventState) -> None:

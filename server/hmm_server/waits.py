@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from hmm import inspection
 from hmm.events import EventState
 from hmm.inspection import Blocked
-from hmm.mirror import DeadlinePolicy
+from hmm.receiver import DeadlinePolicy
 from hmm.units import MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, types_pb2
@@ -66,7 +66,7 @@ class Waits:
         )
 
     def _event(self, mirror_id: MirrorId, sequence: int, running: Running, now_s: float) -> inspection_pb2.PendingEvent:
-        mirror = self._machine.mirrors[mirror_id]
+        mirror = self._machine.receivers[mirror_id]
         sent = mirror.unanswered[sequence]
         served = self._streams.served.get(mirror_id)
         event = inspection_pb2.PendingEvent(

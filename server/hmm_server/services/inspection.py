@@ -208,7 +208,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
                 return request.operations and ended is not None and sees(ended.owner)
             mirror_ids = observation.event.mirror_ids if kind == "event" else [_mirror_of(observation)]
             mirrors = [
-                self._machine.mirrors[mirror_id] for mirror_id in mirror_ids if mirror_id in self._machine.mirrors
+                self._machine.receivers[mirror_id] for mirror_id in mirror_ids if mirror_id in self._machine.receivers
             ]
             return any(
                 sees(mirror.owner) and (not wanted or mirror.id in wanted) and (not spaces or mirror.space.id in spaces)
