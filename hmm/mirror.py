@@ -21,7 +21,7 @@ import numpy as np
 
 from hmm import cpu_pte, pte
 from hmm.events import Event, EventState, EventType, Outcome, Reason
-from hmm.frames import PageFlag
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver, SentEvent
@@ -86,16 +86,17 @@ class Mirror(Receiver):
 
         Cost: O(entries + directories), vectorised, in pieces.  Source: hmm_mirror_update_pt(), hmm_pte_update().
         """
-        if mask == pte.MASK_ALL or not self.table.directories:
+        if mask == pte.MASK_ALL:
             return
-        for addresses, entries in self.table.chunks(span.start, span.end):
-            self._propagate_dirty(addresses, entries)
-            if mask == pte.MASK_NONE and self.domain:
-                self._unmap(self.domain, entries)
-        if mask == pte.MASK_NONE:
-            self.table.clear(span.start, span.end)
-        else:
-            self.table.apply_mask(span.start, span.end, mask & ~pte.DIRTY)
+        for part in self.table.populated(span.start, span.end):
+            if mask == pte.MASK_NONE:
+                entries = self.table.zap(part.start, part.end)
+                self._propagate_dirty(entries)
+                if self.domain:
+                    self._unmap(self.domain, entries)
+            else:
+                self._propagate_dirty(self.table.read(part.start, part.end))
+                self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
 
     def mark_dirty(self, span: AddressRange) -> None:
         """Set DIRTY on the entries of a range that are valid and writable.
@@ -121,13 +122,10 @@ class Mirror(Receiver):
                 pfns[dma] = self.domain.pfns(pte.pte_dma_addr(entries[dma]))
         return pfns
 
-    def _propagate_dirty(self, addresses: Entries, entries: Entries) -> None:
-        dirty = addresses[(entries & np.uint64(pte.DIRTY)) != 0]
-        if not dirty.size:
-            return
-        cpu = self.space.table.lookup(dirty)
-        pfns = cpu_pte.cpu_pfn(cpu[cpu_pte.is_present(cpu) & ~cpu_pte.is_special(cpu)])
-        self.space.frames.set_flags(pfns, PageFlag.DIRTY)
+    def _propagate_dirty(self, entries: Entries) -> None:
+        if int(np.bitwise_or.reduce(entries)) & pte.DIRTY:
+            pfns = self.pfns(entries[pte.pte_test_dirty(entries)])
+            self.space.frames.set_flags(pfns[pfns != ZERO_PFN], PageFlag.DIRTY)
 
     @staticmethod
     def _unmap(domain: Domain, entries: Entries) -> None:

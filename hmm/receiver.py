@@ -19,10 +19,13 @@ from enum import Enum
 from hmm.address_space import AddressSpace
 from hmm.device import Device
 from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
-from hmm.events import Event, EventState, Outcome
+from hmm.events import Event, EventState, EventType, Outcome
 from hmm.units import TASK_SIZE, AddressRange, MirrorId, ProcessId
 
 __all__ = ["DeadlinePolicy", "MirrorState", "Receiver", "SentEvent"]
+
+_EVENTS_OF = {etype: f"events_{etype.name.lower()}" for etype in EventType}
+"""The counters of events by type."""
 
 
 class DeadlinePolicy(Enum):
@@ -116,7 +119,7 @@ class Receiver(ABC):
 
     def awaits_late_answer(self) -> bool:
         """True while an abandoned event is unanswered: nothing new is sent before that."""
-        return any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
+        return bool(self.unanswered) and any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
 
     @abstractmethod
     def settle(self, event: Event, outcome: Outcome) -> bool:
@@ -130,7 +133,7 @@ class Receiver(ABC):
         sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
         if event.etype.is_invalidation:
             self.unsettled[self.sequence] = sent
-        self.counters[f"events_{event.etype.name.lower()}"] += 1
+        self.counters[_EVENTS_OF[event.etype]] += 1
         return self.sequence
 
     def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> SentEvent | None:
