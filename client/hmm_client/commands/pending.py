@@ -1,0 +1,105 @@
+"""`hmmctl pending`: who is waiting for whom, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
+from hmm_client.commands.messages import as_value, word
+from hmm_client.commands.output import JSON, format_option, print_json, print_table, size
+from hmm_proto.v1 import inspection_pb2, types_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.client import Client
+
+SHOWN_RANGES = 3
+
+
+@click.command("pending")
+@click.option("--check", is_flag=True, help="Exit with 1 if something is pending.")
+@format_option
+@where_options
+def command(check: bool, form: str, where: Where) -> None:
+    """Show who is waiting for whom, and why.
+
+    Of each call that has not ended: how long it has been under way, what it waits for, which driver has not answered
+    which event, how long that driver still has, and what happens then.
+    """
+    answer = ask(where, _ask)
+    if form == JSON:
+        print_json(as_value(answer))
+    else:
+        _print(answer)
+    raise SystemExit(UNEXPECTED if check and answer.operations else OK)
+
+
+async def _ask(client: Client) -> inspection_pb2.GetPendingResponse:
+    answer: inspection_pb2.GetPendingResponse = await client.channel.request(
+        client.inspection.GetPending, inspection_pb2.GetPendingRequest()
+    )
+    return answer
+
+
+def _print(answer: inspection_pb2.GetPendingResponse) -> None:
+    if not answer.operations:
+        click.echo("nothing is pending")
+    names = {operation.operation_id: operation.name for operation in answer.operations}
+    for operation in answer.operations:
+        for line in _operation(operation, names):
+            click.echo(line)
+    for cycle in answer.cycles:
+        calls = " -> ".join(f"{names.get(number, 'call')} {number}" for number in cycle.operation_ids)
+        inside = ", ".join(f"mirror {number}" for number in cycle.mirror_ids)
+        click.echo(f"\nThese wait for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
+    waiting = [stream for stream in answer.streams if stream.unanswered_events or stream.queued_events]
+    if waiting:
+        click.echo()
+        heads = ("driver", ">pid", "mirrors", ">unanswered", ">credit", ">queued", ">bytes", ">silent for")
+        print_table(heads, [_stream(stream) for stream in waiting])
+
+
+def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]) -> list[str]:
+    whose = f" of process {operation.process_id}" if operation.process_id else ""
+    caller = f" by {operation.caller}" if operation.caller else ""
+    gone = ", whose caller has given up," if operation.abandoned_by_caller else ""
+    lines = [f"{operation.name} {operation.operation_id}{whose}{caller}{gone} under way for {_s(operation.age_ms)}"]
+    lines.append(f"  waits for {operation.waits_for}")
+    spans = [f"{a:x}-{b:x}" for a, b in zip(operation.ranges.starts, operation.ranges.ends, strict=True)]
+    if spans:
+        more = f" and {len(spans) - SHOWN_RANGES} more" if len(spans) > SHOWN_RANGES else ""
+        lines.append(f"  at {' '.join(spans[:SHOWN_RANGES])}{more}")
+    lines += [f"  after {names.get(number, 'call')} {number}" for number in operation.blocked_by]
+    lines += [f"  {_event(event)}" for event in operation.events]
+    return lines
+
+
+def _event(event: inspection_pb2.PendingEvent) -> str:
+    driver = event.driver_name or "its driver"
+    who = f"{driver} (pid {event.driver_pid})" if event.driver_pid else driver
+    kind = word(types_pb2.EventType.DESCRIPTOR, event.type)
+    state = word(types_pb2.EventState.DESCRIPTOR, event.state).lower()
+    due = "no deadline"
+    if event.HasField("deadline_ms"):
+        policy = word(types_pb2.DeadlinePolicy.DESCRIPTOR, event.policy).lower()
+        due = f"{_s(event.deadline_ms)} left, then {policy}"
+    what = f"{kind} #{event.event_sequence} of mirror {event.mirror_id}"
+    return f"{who} has not answered {what}: {state} {_s(event.age_ms)} ago, {due}"
+
+
+def _stream(stream: inspection_pb2.StreamStatus) -> tuple[object, ...]:
+    return (
+        stream.driver_name or "-",
+        str(stream.driver_pid or "-"),
+        " ".join(map(str, stream.mirror_ids)) or "-",
+        stream.unanswered_events,
+        stream.credit,
+        stream.queued_events,
+        size(stream.queued_bytes),
+        _s(stream.silent_ms),
+    )
+
+
+def _s(milliseconds: int) -> str:
+    return f"{milliseconds / 1000:.1f} s"

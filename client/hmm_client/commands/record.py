@@ -1,0 +1,54 @@
+"""`hmmctl record`: make a recording of any program, for replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hmm_client.commands.connection import UNUSABLE, fail
+from hmm_client.recordings import RecordingError, canonical
+from hmm_client.recordings import record as make_recording
+from hmm_client.recordings.record import DELAY_S
+
+
+@click.command("record", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--output",
+    "-o",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where to; must be new or empty.  [default: the command's name]",
+)
+@click.option(
+    "--delay",
+    type=click.FloatRange(min=0.01),
+    default=DELAY_S,
+    metavar="SECONDS",
+    show_default=True,
+    help="How long processes are held at exec and exit, so that their layout can be read.",
+)
+@click.argument("arguments", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True, type=click.UNPROCESSED)
+def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> None:
+    r"""Run a command under strace and record its memory calls, for `hmmctl replay`.
+
+    \b
+    hmmctl record -o recordings/sqlite -- sqlite3 :memory: 'select 1'
+    hmmctl replay recordings/sqlite
+
+    The command keeps its standard input and outputs.  Exit code: the command's own, or 2 if it cannot be recorded.
+    """
+    folder = output or Path(Path(arguments[0]).name)
+    try:
+        recorded = make_recording(arguments, folder, delay_s=delay)
+    except RecordingError as error:
+        fail(UNUSABLE, str(error))
+    recording = recorded.recording
+    click.echo(
+        f"{folder}: {len(recording.log.calls):,} calls of {len(recording.plan.processes)} processes, "
+        f"{len(canonical(recording.final))} mappings at the end",
+        err=True,
+    )
+    if recording.plan.incomparable:
+        click.echo(f"hmmctl: it cannot be replayed: {recording.plan.incomparable}", err=True)
+    raise SystemExit(recorded.status)
