@@ -235,7 +235,11 @@ class Executor:
     def _end(self, record: OperationRecord[Any]) -> None:
         running = self.running.pop(record.id)
         if record.error is not None and not isinstance(record.error, HmmError):
-            log.error("operation %d (%s) hit a bug", record.id, record.name, exc_info=record.error)
+            log.error(
+                *("operation %d (%s) hit a bug", record.id, record.name),
+                exc_info=record.error,
+                extra={"operation_id": record.id},
+            )
         if not self.running:
             self._idle.set()
         duration_s = time.monotonic() - running.started_s
@@ -259,17 +263,21 @@ class Executor:
             self._advanced(record)
         else:
             for mirror_id, sequence in self.machine.unanswered(record):
-                self._too_late(mirror_id, sequence)
+                self._too_late(record, mirror_id, sequence)
         self.pump()
 
-    def _too_late(self, mirror_id: MirrorId, sequence: int) -> None:
+    def _too_late(self, record: OperationRecord[Any], mirror_id: MirrorId, sequence: int) -> None:
         mirror = self.machine.receivers[mirror_id]
         sent = mirror.unanswered.get(sequence)
         if sent is None or sent.state is not EventState.SENT:
             return
         if mirror.policy is DeadlinePolicy.BLOCK:
             return
-        log.warning("%s did not answer event %d within %g s", mirror, sequence, self.acknowledgement_s)
+        log.warning(
+            "operation %d (%s): %s did not answer event %d within %g s",
+            *(record.id, record.name, mirror, sequence, self.acknowledgement_s),
+            extra={"operation_id": record.id},
+        )
         if mirror.policy is DeadlinePolicy.FENCE:
             self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s")
         else:

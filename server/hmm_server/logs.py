@@ -1,6 +1,7 @@
 """Log lines: plain text for people, or one JSON object a line for collectors.
 
-Times are UTC.  Operation ids stand in the messages, so that a line leads to `GetOperation`.
+Times are UTC.  What concerns one call names its operation, in the text and as a field of its own, so that a line leads
+to `GetOperation`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON, with its traceback if it has one."""
-        fields = {
+        fields: dict[str, object] = {
             "time": f"{self.formatTime(record, TIME_FORMAT)}.{record.msecs:03.0f}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if hasattr(record, "operation_id"):
+            fields["operation_id"] = record.operation_id
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
