@@ -20,10 +20,9 @@ Absent: transport, deadlines, and what an entry means.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
 from hmm.events import Cause, Event, EventState, EventType, Outcome
@@ -57,7 +56,7 @@ class Subscriber(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Invalidation:
-    """One running change: created by `Notifier.invalidation`, gone when its `with` block ends."""
+    """One running change: made by `Notifier.invalidation`, in the list while its `with` block runs."""
 
     notifier: Notifier
     operation_id: int
@@ -66,6 +65,18 @@ class Invalidation:
     owner: int = 0
     blockable: bool = True
     certain: bool = False
+
+    def __enter__(self) -> Self:
+        self.notifier.invalidations.append(self)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        notifier = self.notifier
+        if error is not None and not isinstance(error, (HmmError, GeneratorExit)):
+            notifier.broken = f"{self.cause.value} of {self.spans[0]} failed half-way: {error!r}"
+        notifier.invalidations.remove(self)
+        if not notifier.invalidations and notifier.sequence & 1:
+            notifier.sequence += 1
 
     def deliver(self) -> Operation[tuple[Outcome, ...]]:
         """Tell every subscriber concerned and wait for all answers.
@@ -83,11 +94,14 @@ class Invalidation:
         event = self._event()
         if not notifier.listeners(event):
             return ()
-        yield from notifier.back_off(event.spans)
-        while any(listener.awaits_late_answer() for listener in notifier.listeners(event)):
+        if notifier.faults:
+            yield from notifier.back_off(event.spans)
+        listeners = notifier.listeners(event)
+        while any(listener.awaits_late_answer() for listener in listeners):
             yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans)
+            listeners = notifier.listeners(event)
         notifier.mark(event)
-        return (yield from notifier.broadcast(event, certain=self.certain))
+        return (yield from notifier.broadcast(event, listeners, certain=self.certain))
 
     def _event(self) -> Event:
         told = self.cause.told
@@ -122,6 +136,13 @@ class Turn:
     operation_id: int
     ticket: int
     spans: Spans = ()
+
+    def __enter__(self) -> Self:
+        self.notifier.turns.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.notifier.turns.remove(self)
 
     def wait(self) -> Operation[None]:
         """Wait until all earlier calls are done."""
@@ -158,28 +179,15 @@ class Notifier:
 
     # ---- invalidations
 
-    @contextmanager
     def invalidation(
         self, spans: Spans, cause: Cause, *, owner: int = 0, blockable: bool = True, certain: bool = False
-    ) -> Iterator[Invalidation]:
+    ) -> Invalidation:
         """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block.
 
         Args:
             certain: the change cannot be taken back (exit): whatever a mirror's policy, it goes on.
         """
-        running = Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain)
-        self.invalidations.append(running)
-        try:
-            yield running
-        except (HmmError, GeneratorExit):
-            raise
-        except BaseException as error:
-            self.broken = f"{cause.value} of {spans[0]} failed half-way: {error!r}"
-            raise
-        finally:
-            self.invalidations.remove(running)
-            if not self.invalidations and self.sequence & 1:
-                self.sequence += 1
+        return Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain)
 
     def listeners(self, event: Event) -> list[Subscriber]:
         """Those who have to hear of `event`, in order of registration."""
@@ -198,9 +206,10 @@ class Notifier:
                     fault.backoff = True
             yield Await(WaitFor.FAULTS, self.space_id, spans)
 
-    def broadcast(self, event: Event, *, certain: bool = False) -> Operation[tuple[Outcome, ...]]:
+    def broadcast(
+        self, event: Event, listeners: list[Subscriber], *, certain: bool = False
+    ) -> Operation[tuple[Outcome, ...]]:
         """Send one event to all listeners, wait for all, settle all; then release those that it killed."""
-        listeners = self.listeners(event)
         if not listeners:
             return ()
         outcomes: tuple[Outcome, ...] = yield Deliver(event, tuple(listener.id for listener in listeners))
@@ -245,16 +254,10 @@ class Notifier:
 
     # ---- turns
 
-    @contextmanager
-    def turn(self) -> Iterator[Turn]:
-        """Queue a call that changes VMAs; it leaves the queue when the block ends, however it ends."""
+    def turn(self) -> Turn:
+        """A call that changes VMAs: it is in the queue while its `with` block runs, however that ends."""
         self._tickets += 1
-        turn = Turn(self, self.current.operation_id, self._tickets)
-        self.turns.append(turn)
-        try:
-            yield turn
-        finally:
-            self.turns.remove(turn)
+        return Turn(self, self.current.operation_id, self._tickets)
 
     def wait_for_edits(self, spans: Spans) -> Operation[None]:
         """Wait until no call is changing the VMAs of these ranges; faults start with this."""
