@@ -107,9 +107,7 @@ def register_mirror(
     space = process.space
     for other in machine.mirrors.values():
         if other.device is device and other.space is space and other.state is MirrorState.LIVE:
-            raise ConflictError(
-                f"register mirror: {device} mirrors {process} already ({other})", errnos.EINVAL
-            )
+            raise ConflictError(f"register mirror: {device} mirrors {process} already ({other})", errnos.EINVAL)
     machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = Mirror(
         machine.next_id("mirror"),
@@ -279,7 +277,5 @@ def _mirror_of_range(machine: Machine, mirror_id: MirrorId, span: AddressRange, 
     mirror = machine.mirror(mirror_id)
     mirror.require_live(operation)
     if not span or not is_page_aligned(span.start | span.end) or span.end > mirror.span.end:
-        raise InvalidRequestError(
-            f"{operation}: {span} is empty, not page-aligned or beyond the address space"
-        )
+        raise InvalidRequestError(f"{operation}: {span} is empty, not page-aligned or beyond the address space")
     return mirror

@@ -270,9 +270,7 @@ def munlockall(machine: Machine, process_id: ProcessId) -> Operation[int]:
     return (yield from locking.munlockall(machine.process(process_id).space))
 
 
-def mincore(
-    machine: Machine, process_id: ProcessId, start: Address, length: int
-) -> Operation[npt.NDArray[np.uint8]]:
+def mincore(machine: Machine, process_id: ProcessId, start: Address, length: int) -> Operation[npt.NDArray[np.uint8]]:
     """mincore(2), as `mincore.mincore`: uint8[npages], 1 where a touch would not fault for I/O."""
     return (yield from residence.mincore(machine.process(process_id).space, start, length))
 

@@ -92,9 +92,7 @@ Mask = npt.NDArray[np.bool_]
 def cpu_entry(pfns: int, flags: int) -> int: ...
 @overload
 def cpu_entry(pfns: npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries) -> Entries: ...
-def cpu_entry(
-    pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries
-) -> int | Entries:
+def cpu_entry(pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries) -> int | Entries:
     """Build entries from frame numbers and flags (`pfn_pte()`, `make_device_private_entry()` and so on).
 
     Args:

@@ -81,9 +81,7 @@ def _pages(segments: Sequence[Segment]) -> Entries:
         return np.empty(0, np.uint64)
     for address, length in segments:
         if length <= 0 or address < 0 or address + length > 1 << 63:
-            raise InvalidRequestError(
-                f"device access: segment ({address:#x}, {length}) is empty or out of range"
-            )
+            raise InvalidRequestError(f"device access: segment ({address:#x}, {length}) is empty or out of range")
     starts = np.array([address & PAGE_MASK for address, _ in segments], np.uint64)
     counts = np.array([AddressRange(a, a + n).npages for a, n in segments], np.int64)
     firsts = np.concatenate(([0], np.cumsum(counts)[:-1]))

@@ -16,8 +16,8 @@ The posted code did not test VM_READ; a mapping without it is EACCES here, as it
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeGuard, overload
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from hmm.errors import (
     TimedOutError,
 )
 from hmm.events import Event, EventState, EventType, Outcome
-from hmm.fault import fault_in
+from hmm.fault import fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
 from hmm.notifier import DeviceFault
@@ -42,7 +42,6 @@ from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
-    PIECE_BYTES,
     AddressRange,
     Entries,
     is_page_aligned,
@@ -55,9 +54,11 @@ ALIGNED_SCATTER = 8
 """From this many ranges on, ranges of single pages are handled together as an array of addresses."""
 
 
-_PFN_MASK = np.uint64(((1 << 64) - 1) & ~(PAGE_SIZE - 1))
-_TO_WRITE = np.uint64(pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length())
+_PFN_MASK = ((1 << 64) - 1) & ~(PAGE_SIZE - 1)
+_TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
 """Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
+_KEPT = pte.DIRTY | pte.DRIVER_MASK
+"""What a fault leaves alone in a mirror's entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +100,20 @@ def fault_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool =
     return (yield from _fault(mirror, (span,), None, write, wait))
 
 
-def fault_whole_range(
-    mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True
-) -> Operation[Faulted]:
+def fault_whole_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True) -> Operation[Faulted]:
     """Fault one range across VMAs: what a driver would do by issuing the fault again from where it stopped."""
     start, retries = span.start, 0
     while True:
-        done = yield from fault_range(mirror, AddressRange(start, span.end), write=write, wait=wait)
+        rest = AddressRange(start, span.end) if start > span.start else span
+        done = yield from fault_range(mirror, rest, write=write, wait=wait)
         retries += done.retries
         if done.error or done.end >= span.end:
-            return replace(done, span=span, retries=retries)
+            return Faulted(span, done.end, done.error, retries)
         start = done.end
         yield Pause()
 
 
-def fault_pages(
-    mirror: Mirror, addresses: Entries, *, write: bool, wait: bool = True
-) -> Operation[list[Faulted]]:
+def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool = True) -> Operation[list[Faulted]]:
     """Fault scattered pages, VMA by VMA, each VMA's pages in one pass.
 
     Args:
@@ -157,9 +155,7 @@ def _fault(
             return Faulted(asked, error.address or asked.start, error, retries)
         if notifier.invalidations_overlap(spans):
             if not wait:
-                raise RangeBusyError(
-                    f"fault: {spans[0]} is being invalidated", notifier_seq=notifier.sequence
-                )
+                raise RangeBusyError(f"fault: {spans[0]} is being invalidated", notifier_seq=notifier.sequence)
             yield Await(WaitFor.INVALIDATIONS, space.id, spans)
             retries += 1
             continue
@@ -181,9 +177,7 @@ def _fault(
             mirror.counters["faulted_pages"] += sum(span.npages for span in spans)
             return Faulted(asked, spans[-1].end, None, retries)
         elif not wait:
-            raise RangeBusyError(
-                f"fault: {spans[0]} was invalidated meanwhile", notifier_seq=notifier.sequence
-            )
+            raise RangeBusyError(f"fault: {spans[0]} was invalidated meanwhile", notifier_seq=notifier.sequence)
         else:
             retries += 1
             mirror.counters["retries"] += 1
@@ -204,10 +198,8 @@ def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> V
             address=start,
             hole_end=vma.start,
         )
-    if vma.flags & UNMIRRORABLE:
-        raise BadAddressError(
-            f"fault: {vma} maps a device or hugetlb memory, which is not mirrored", address=start
-        )
+    if vma.has(UNMIRRORABLE):
+        raise BadAddressError(f"fault: {vma} maps a device or hugetlb memory, which is not mirrored", address=start)
     if not vma.readable:
         raise AccessDeniedError(f"fault: {vma} is not readable", errnos.EACCES, address=start)
     if write and not vma.writable:
@@ -223,32 +215,38 @@ def _trim(vma: Vma, spans: tuple[AddressRange, ...]) -> tuple[AddressRange, ...]
 
 def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:
     # Nothing that is enlisted can be invalidated: what the first loop has seen is still there in the second.
-    for target in _pieces(enlisted.spans, addresses):
-        missing = _missing(mirror.space, target, write)
+    targets = _pieces(enlisted.spans, addresses)
+    for target in targets:
+        entries = _cpu_entries(mirror.space, target)
+        missing = _missing(target, entries, write)
         if missing is not None:
             return _Attempt(_remaining(enlisted.spans, missing))
-    for index, target in enumerate(_pieces(enlisted.spans, addresses)):
+    for index, target in enumerate(targets):
         if index:
             yield Pause()
             mirror.require_live("fault")
         if enlisted.backoff:
             return _Attempt(retry=True)
-        _install(mirror, target)
+        _install(mirror, target, entries if len(targets) == 1 else _cpu_entries(mirror.space, target))
     if mirror.update_on_fault:
         yield from _update(mirror, enlisted, write)
     return _Attempt()
 
 
-def _pieces(spans: tuple[AddressRange, ...], addresses: Entries | None) -> Iterator[AddressRange | Entries]:
+def _pieces(spans: tuple[AddressRange, ...], addresses: Entries | None) -> list[AddressRange | Entries]:
     if addresses is not None and len(spans) >= ALIGNED_SCATTER:
-        yield addresses
-        return
-    for span in spans:
-        for start in range(span.start, span.end, PIECE_BYTES):
-            yield AddressRange(start, min(span.end, start + PIECE_BYTES))
+        return list(pieces(addresses))
+    return [piece for span in spans for piece in pieces(span)]
 
 
-def _cpu_entries(space: AddressSpace, target: AddressRange | Entries) -> Entries:
+def _is_page(target: AddressRange | Entries) -> TypeGuard[AddressRange]:
+    return isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE
+
+
+def _cpu_entries(space: AddressSpace, target: AddressRange | Entries) -> int | Entries:
+    """The CPU's entries: an int for a single page, else uint64[n]."""
+    if _is_page(target):
+        return space.table.get(target.start)
     if isinstance(target, AddressRange):
         return space.table.read(target.start, target.end)
     return space.table.lookup(target)
@@ -260,14 +258,15 @@ def _addresses(target: AddressRange | Entries) -> Entries:
     return target
 
 
-def _missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> AddressRange | Entries | None:
+def _missing(target: AddressRange | Entries, entries: int | Entries, write: bool) -> AddressRange | Entries | None:
     """What has to be faulted in first: a range from the first such page on, or pages; None when all is there."""
-    wanted = np.uint64(cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0))
-    if isinstance(target, AddressRange) and target.size_bytes == PAGE_SIZE:
-        return None if (space.table.get(target.start) & int(wanted)) == int(wanted) else target
-    lacking = (_cpu_entries(space, target) & wanted) != wanted
-    if not lacking.any():
+    wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
+    common = entries if isinstance(entries, int) else int(np.bitwise_and.reduce(entries))
+    if common & wanted == wanted:
         return None
+    if isinstance(entries, int):
+        return target
+    lacking = (entries & np.uint64(wanted)) != wanted
     if isinstance(target, AddressRange):
         return AddressRange(target.start + int(lacking.argmax()) * PAGE_SIZE, target.end)
     pages: Entries = target[lacking]
@@ -282,27 +281,34 @@ def _remaining(spans: tuple[AddressRange, ...], missing: AddressRange | Entries)
     return AddressRange(missing.start, span.end)
 
 
-def _install(mirror: Mirror, target: AddressRange | Entries) -> None:
+def _install(mirror: Mirror, target: AddressRange | Entries, cpu: int | Entries) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
-    table = mirror.table
-    entries = _cpu_entries(mirror.space, target)
-    writable = entries & np.uint64(cpu_pte.WRITE)
-    writable <<= _TO_WRITE
-    entries &= _PFN_MASK
-    entries |= np.uint64(pte.VALID_PFN)
-    entries |= writable
+    table, domain = mirror.table, mirror.domain
+    if isinstance(cpu, int) and not domain:
+        assert isinstance(target, AddressRange)
+        table.set(target.start, _mirrored(cpu) | table.get(target.start) & _KEPT)
+        return
+    entries = _mirrored(np.atleast_1d(np.asarray(cpu, np.uint64)))
     old = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
-    if old.any():
-        entries |= old & np.uint64(pte.DIRTY | pte.DRIVER_MASK)
-        if mirror.domain:
+    if int(np.bitwise_or.reduce(old)) & (_KEPT | pte.VALID_DMA):
+        entries |= old & np.uint64(_KEPT)
+        if domain:
             kept = pte.pte_test_valid_dma(old)
             entries[kept] = old[kept] | (entries[kept] & np.uint64(pte.WRITE))
-    if mirror.domain:
-        _map_for_dma(mirror.domain, entries, target)
+    if domain:
+        _map_for_dma(domain, entries, target)
     if isinstance(target, AddressRange):
         table.fill(target.start, target.end, entries)
     else:
         table.store(target, entries)
+
+
+@overload
+def _mirrored(cpu: int) -> int: ...
+@overload
+def _mirrored(cpu: Entries) -> Entries: ...
+def _mirrored(cpu: int | Entries) -> int | Entries:
+    return cpu & _PFN_MASK | (cpu & cpu_pte.WRITE) << _TO_WRITE | pte.VALID_PFN
 
 
 def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entries) -> None:

@@ -101,6 +101,7 @@ class Cause(Enum):
     CLEAR_SOFT_DIRTY = "clear soft-dirty"
     WRITE_BACK = "write back"  # page_mkclean()
     RECLAIM = "reclaim"
+    MIGRATE_SHARED = "migrate shared page"  # try_to_migrate(): every other mapping of a page that migrates
     HUGE_PAGE_SPLIT = "huge page split"
     COLLAPSE = "collapse"
     MIGRATE_TO_DEVICE = "migrate to device"
@@ -129,6 +130,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.CLEAR_SOFT_DIRTY: Told(EventType.WRITE_PROTECT, Reason.SOFT_DIRTY),
     Cause.WRITE_BACK: Told(EventType.WRITE_PROTECT, Reason.PROTECTION_PAGE),
     Cause.RECLAIM: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.MIGRATE_SHARED: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.HUGE_PAGE_SPLIT: Told(EventType.MUNMAP, Reason.CLEAR),
     Cause.COLLAPSE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MIGRATE_TO_DEVICE: Told(EventType.MIGRATE, Reason.MIGRATE),

@@ -75,6 +75,7 @@ def exit_mmap(space: AddressSpace) -> Operation[None]:
     Cost: O(VMAs + directories + entries).  Source: Linux mm/mmap.c, exit_mmap().
     """
     yield from zap(space, WHOLE_SPACE)
+    space.relatives.pop(space.id, None)
     vmas = list(space.vmas)
     if vmas:
         space.vmas.erase(AddressRange(vmas[0].start, vmas[-1].end))
@@ -94,6 +95,7 @@ def _is_cow(vma: Vma) -> bool:
 def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: list[Vma]) -> Operation[None]:
     child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
     child.fault_around_pages = parent.fault_around_pages
+    child.join(parent)
     for vma in vmas:
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)

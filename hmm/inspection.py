@@ -97,9 +97,7 @@ def directories(table: PageTable, span: AddressRange) -> list[DirectoryNode]:
                 nodes.append(DirectoryNode(level, AddressRange(start, end), in_use))
             elif (level, start) not in seen:
                 seen.add((level, start))
-                nodes.append(
-                    DirectoryNode(level, AddressRange(start, end), table.reference_count(run.start, level))
-                )
+                nodes.append(DirectoryNode(level, AddressRange(start, end), table.reference_count(run.start, level)))
     return nodes
 
 

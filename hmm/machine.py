@@ -179,9 +179,7 @@ class Machine:
 
     # ---- inputs
 
-    def start(
-        self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> OperationRecord[T]:
+    def start(self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> OperationRecord[T]:
         """Start a command and run it to its first request or to its end.
 
         An error of the call is kept in the record and not raised here.
@@ -207,9 +205,7 @@ class Machine:
             record.answers.clear()
         self._advance(record, reply)
 
-    def answer(
-        self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()
-    ) -> None:
+    def answer(self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()) -> None:
         """A driver's callback for one event returned `errno`.
 
         Repeats and late answers change nothing and are counted.

@@ -142,9 +142,7 @@ class Mirror(Receiver):
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
         cpu = self.space.table.lookup(addresses)
         assert cpu_pte.is_present(cpu).all(), f"{self} reaches pages that the CPU table no longer has"
-        assert np.array_equal(cpu_pte.cpu_pfn(cpu), self.pfns(entries)), (
-            f"{self} reaches other frames than the CPU"
-        )
+        assert np.array_equal(cpu_pte.cpu_pfn(cpu), self.pfns(entries)), f"{self} reaches other frames than the CPU"
         writes = pte.pte_test_write(entries)
         assert cpu_pte.is_writable(cpu[writes]).all(), f"{self} may write where the CPU may not"
         dirty = pte.pte_test_dirty(entries)

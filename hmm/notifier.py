@@ -277,11 +277,7 @@ class Notifier:
 
     def edits_overlap(self, spans: Spans, operation_id: int = 0) -> bool:
         """True while the call whose turn it is, if it is another than `operation_id`, changes a part of `spans`."""
-        return (
-            bool(self.turns)
-            and self.turns[0].operation_id != operation_id
-            and overlap(self.turns[0].spans, spans)
-        )
+        return bool(self.turns) and self.turns[0].operation_id != operation_id and overlap(self.turns[0].spans, spans)
 
     def is_turn(self, ticket: int) -> bool:
         """True when the call with this ticket is first in the queue."""

@@ -20,6 +20,8 @@ from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.units import MirrorId
 
 Choose = Callable[[int], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A command to be started, with its arguments."""
@@ -160,6 +162,4 @@ class Scheduler:
         return bool(one_in) and self.choose(one_in) == 0
 
     def _describe(self) -> str:
-        return "; ".join(
-            f"{record.name}{record.arguments} waits for {record.request}" for record in self.running
-        )
+        return "; ".join(f"{record.name}{record.arguments} waits for {record.request}" for record in self.running)

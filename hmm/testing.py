@@ -91,9 +91,7 @@ class DeviceModel:
 
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
-    for address in [
-        address for address in held if event.overlaps(AddressRange(address, address + PAGE_SIZE))
-    ]:
+    for address in [address for address in held if event.overlaps(AddressRange(address, address + PAGE_SIZE))]:
         if event.etype.pte_mask == pte.MASK_NONE:
             del held[address]
         elif event.etype.pte_mask == pte.MASK_WRITE_PROTECT:

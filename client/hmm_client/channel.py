@@ -17,8 +17,10 @@ import grpc.aio
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 
+from hmm.errors import HmmError
 from hmm_client.callbacks import waiting
-from hmm_proto.status import from_status
+from hmm_proto.status import DRAINING_REASON, INTERNAL_REASON, from_call_result, from_status
+from hmm_proto.v1 import types_pb2
 
 MESSAGE_BYTES = 8 << 20
 """Largest message in either direction; what is larger travels in parts."""
@@ -129,6 +131,15 @@ class Channel:
     async def close(self) -> None:
         """Close the connection; calls under way end with an error."""
         await self.grpc.close()
+
+
+def not_made_error(result: types_pb2.CallResult) -> HmmError | DaemonError:
+    """Why one call of a batch or of a session was not made."""
+    if result.reason == INTERNAL_REASON:
+        return DaemonError(grpc.StatusCode.INTERNAL, result.message)
+    if result.reason == DRAINING_REASON:
+        return UnavailableError(grpc.StatusCode.UNAVAILABLE, result.message)
+    return from_call_result(result) or DaemonError(grpc.StatusCode.UNKNOWN, "a call was not made, without a reason")
 
 
 def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:

@@ -19,13 +19,12 @@ from hmm.errors import HmmError
 from hmm.file import FileKind
 from hmm.units import ProcessId
 from hmm_client.calls import Call
-from hmm_client.channel import Channel, as_target, default_target
+from hmm_client.channel import Channel, as_target, default_target, not_made_error
 from hmm_client.device import Device
 from hmm_client.file import File
 from hmm_client.process import Process
 from hmm_client.results import Outcome
 from hmm_client.session import Session
-from hmm_proto.status import from_call_result
 from hmm_proto.v1 import (
     device_pb2_grpc,
     file_pb2_grpc,
@@ -198,7 +197,7 @@ def _batches(calls: Sequence[Call[Any]]) -> Iterator[list[Call[Any]]]:
 def _outcome(call: Call[Any], message: process_pb2.CallOutcome) -> Outcome:
     which = message.WhichOneof("outcome")
     if which == "not_made":
-        return Outcome(error=from_call_result(message.not_made))
+        return Outcome(error=not_made_error(message.not_made))
     try:
         return Outcome(call.read(getattr(message, str(which))))
     except HmmError as error:

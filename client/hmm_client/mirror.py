@@ -10,6 +10,7 @@ today: `hmm_range_fault()` with `mmu_interval_read_retry()`; proto/hmm_proto/v1/
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ Target: TypeAlias = AddressRange | Sequence[AddressRange] | Entries
 """One range, many (ascending, disjoint), or scattered pages: uint64[n] addresses, ascending."""
 Segment: TypeAlias = tuple[int, int]
 """(address, length in bytes)"""
+
+_LOG = logging.getLogger(__name__)
 
 REMEMBERED_EVENTS = 256
 """How far back a mirror can tell whether the result of a fault is stale; older results count as stale."""
@@ -167,7 +170,10 @@ class Mirror:
     def _lose(self, why: str) -> None:
         if not self.lost and not self.released:
             self.lost = why
-            self.driver.lost(self, why)
+            try:
+                self.driver.lost(self, why)
+            except Exception:
+                _LOG.exception("%r: the driver failed to take note of its loss", self)
 
     def is_stale(self, faulted: Faulted) -> bool:
         """True when an event that came later takes back what a fault returned (`mmu_interval_read_retry()`).

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hmm.errors import HmmError, SegmentationFault, Signal
 from hmm.file import FileKind
 from hmm.units import PAGE_SIZE, Address, AddressRange, MirrorId, page_up
+from hmm_client.channel import DaemonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Outcome:
     """
 
     value: object = None
-    error: HmmError | None = None
+    error: HmmError | DaemonError | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,8 @@ from hmm.errors import DeviceLostError
 from hmm.units import MirrorId
 from hmm_client.acknowledgements import AcknowledgementLedger
 from hmm_client.callbacks import waiting
-from hmm_client.channel import Channel, DaemonError, as_error
+from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
-from hmm_proto.status import from_call_result
 from hmm_proto.v1 import event_pb2, session_pb2, session_pb2_grpc
 
 PROTOCOL_VERSION = 1
@@ -230,6 +229,10 @@ class Session:
             if not self._call.cancelled():
                 raise
             why = "cancelled"
+        except Exception as error:
+            _LOG.exception("what the daemon sent cannot be handled")
+            why = repr(error)
+            self._call.cancel()
         finally:
             self._end("closed" if self._bye is not None else why)
 
@@ -305,7 +308,7 @@ class Session:
         if reply.more:
             return
         del self._waiting[reply.request_id]
-        error = from_call_result(reply.not_made) if name == "not_made" else None
+        error = not_made_error(reply.not_made) if name == "not_made" else None
         if call.on_reply is not None:
             if error is None:
                 call.on_reply(call.parts[-1])

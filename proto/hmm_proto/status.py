@@ -41,6 +41,8 @@ from hmm_proto.v1 import types_pb2
 DOMAIN = "hmm.v1"
 INTERNAL_REASON = "INTERNAL"
 """Reason of a call that a bug of the daemon ended; its text stays in the daemon's log."""
+DRAINING_REASON = "DRAINING"
+"""Reason of a call that was not made because the daemon is ending."""
 
 
 @dataclass(frozen=True, slots=True)

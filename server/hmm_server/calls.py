@@ -19,13 +19,12 @@ from google.protobuf.message import Message
 
 from hmm.errors import HmmError
 from hmm.machine import Caller, OperationRecord
-from hmm_proto.status import INTERNAL_REASON, is_not_made, to_call_result
+from hmm_proto.status import DRAINING_REASON, INTERNAL_REASON, is_not_made, to_call_result
 from hmm_proto.v1 import types_pb2
 from hmm_server.executor import DrainingError, Executor
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
-DRAINING_REASON = "DRAINING"
 log = logging.getLogger(__name__)
 
 

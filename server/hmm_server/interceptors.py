@@ -25,9 +25,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hmm.errors import HmmError
-from hmm_proto.status import DOMAIN, INTERNAL_REASON, to_status
+from hmm_proto.status import DOMAIN, DRAINING_REASON, INTERNAL_REASON, to_status
 from hmm_server.callers import Tokens, UnknownTokenError, caller_from
-from hmm_server.calls import DRAINING_REASON
 from hmm_server.executor import DrainingError
 
 OUR_METHODS = "/hmm.v1."

@@ -15,7 +15,7 @@ import hmm_client
 from hmm.errors import DeviceLostError, NoSuchObjectError, RangeBusyError
 from hmm.events import EventType
 from hmm.units import PAGE_SIZE, AddressRange
-from hmm_client import Driver, Event, Mirror
+from hmm_client import DaemonError, Driver, Event, Mirror, UnavailableError
 from hmm_client.driver import TableDriver
 from hmm_client.mirror import REMEMBERED_EVENTS, STALE_RETRIES
 from hmm_proto.v1 import device_pb2, event_pb2, range_pb2, session_pb2, types_pb2
@@ -431,6 +431,33 @@ async def test_call_raises_the_daemons_error_when_it_was_not_made(scripted: Scri
     daemon.reply(await daemon.called("unregister_mirror"), not_made=not_made)
     with pytest.raises(NoSuchObjectError, match="ENODEV: no mirror 31"):
         await unregistering
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("INTERNAL", DaemonError), ("DRAINING", UnavailableError)])
+async def test_call_raises_daemon_error_when_the_daemon_is_at_fault(
+    scripted: Scripted, reason: str, kind: type[Exception]
+) -> None:
+    """A bug of the daemon, or its end, is no error of the model."""
+    daemon, _ = scripted
+    mirror = await make_mirror(scripted, Recorder())
+    asking = asyncio.ensure_future(mirror.dirty(SPAN))
+    daemon.reply(await daemon.called("dirty_range"), not_made=types_pb2.CallResult(reason=reason, message="sorry"))
+    with pytest.raises(kind, match="sorry"):
+        await asking
+
+
+async def test_session_is_given_up_when_what_comes_cannot_be_handled(
+    scripted: Scripted, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An event of a type that nobody knows cannot be answered: the mirrors are lost, at once and not by a deadline."""
+    daemon, client = scripted
+    driver = Recorder()
+    mirror = await make_mirror(scripted, driver)
+    driver.lost = lambda *_: 1 // 0  # type: ignore[assignment, method-assign]
+    daemon.send(events=[event(1, 31, etype=99)])  # type: ignore[arg-type]
+    assert "event type 99" in await (await client.session()).wait_lost()
+    assert "event type 99" in mirror.lost
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_mirror_is_lost_when_a_call_says_so(scripted: Scripted) -> None:

@@ -170,6 +170,19 @@ async def test_answer_is_rejected_when_arrays_differ_in_length(mirrored: Any) ->
     assert "as many" in (await driver.violations.get()).rule
 
 
+async def test_answer_is_rejected_when_its_dirty_ranges_are_malformed(mirrored: Any) -> None:
+    """An answer that makes no sense does not count; the event waits for one that does."""
+    served, driver, pid, mirror = mirrored
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
+    event = await driver.events.get()
+    dirty = range_pb2.AddressRanges(starts=[BASE + 1], ends=[BASE + PAGE])
+    await driver.answer(answers=[event_pb2.Answer(mirror_id=mirror, event_sequence=1, dirty=dirty)])
+    assert "page-aligned" in (await driver.violations.get()).rule
+    assert not unmapping.done()
+    await driver.acknowledge(event)
+    await unmapping
+
+
 async def test_repeated_answer_does_no_harm(mirrored: Any) -> None:
     """An answer that comes again is counted and changes nothing."""
     served, driver, pid, mirror = mirrored
@@ -295,6 +308,12 @@ async def test_read_table_returns_entries_in_parts(mirrored: Any) -> None:
 async def test_call_is_not_made_when_it_makes_no_sense(mirrored: Any) -> None:
     """A session survives calls that would be statuses alone: unknown kinds, malformed ranges, foreign objects."""
     served, driver, pid, mirror = mirrored
+    unknown, reply = driver.prepare("fault", device_pb2.FaultRequest())
+    unknown.ClearField("fault")
+    await driver.call.write(session_pb2.SessionRequest(calls=[unknown]))
+    assert (await reply).not_made.reason == "MALFORMED"
+    missing = device_pb2.ReadTableRequest(mirror_id=77, range=_range(BASE, END))
+    assert (await driver.make("read_table", missing)).errno == errnos.ENODEV
     assert (await driver.make("fault", device_pb2.FaultRequest(mirror_id=mirror))).reason == "MALFORMED"
     assert (await driver.make("unregister_device", device_pb2.UnregisterDeviceRequest(device_id=77))).errno == (
         errnos.ENODEV
@@ -384,8 +403,8 @@ async def test_unmarked_fault_waits_and_pending_shows_the_wait(mirrored: Any) ->
     assert (await fault).fault.result.errno == 0
 
 
-async def test_pending_shows_the_cycle_when_a_marked_call_waits_elsewhere(mirrored: Any) -> None:
-    """A callback that waits for another driver's answer is no cycle; one that waits for itself is shown as one."""
+async def test_pending_shows_no_cycle_when_calls_wait_in_line(mirrored: Any) -> None:
+    """A second call on the same address space waits for the first, as under mmap_lock; that is no cycle."""
     served, driver, pid, _ = mirrored
     one = asyncio.ensure_future(served.munmap(pid, BASE, BASE + PAGE))
     event = await driver.events.get()
@@ -397,6 +416,32 @@ async def test_pending_shows_the_cycle_when_a_marked_call_waits_elsewhere(mirror
     await driver.acknowledge(event)
     await driver.acknowledge(await driver.events.get())
     await asyncio.gather(one, two)
+
+
+async def test_pending_shows_the_cycle_when_callbacks_wait_for_one_another(mirrored: Any) -> None:
+    """Two callbacks, each faulting where the other's event is handled: no call is wrong alone, the circle is shown."""
+    served, driver, pid, first = mirrored
+    other_pid = await served.new_process()
+    await served.mmap(other_pid, BASE, END)
+    second = await driver.mirror(other_pid, "gpu1")
+    calls = [
+        asyncio.ensure_future(served.process.Madvise(_dontneed(one, BASE, BASE + PAGE))) for one in (pid, other_pid)
+    ]
+    events = [await driver.events.get(), await driver.events.get()]
+    callbacks = [(event.mirror_ids[0], event.event_sequences[0]) for event in events]
+    faults = [
+        await driver.send("fault", _fault(other, BASE, END), callback)
+        for other, callback in zip((second, first), callbacks, strict=True)
+    ]
+    await served.until(lambda: len(served.daemon.machine.operations) == 4)
+    pending = await served.pending()
+    (cycle,) = pending.cycles
+    assert sorted(cycle.operation_ids) == [operation.operation_id for operation in pending.operations]
+    assert sorted(cycle.mirror_ids) == [first, second]
+    for event in events:
+        await driver.acknowledge(event)
+    assert [call.result.errno for call in await asyncio.gather(*calls)] == [0, 0]
+    assert [(await fault).fault.result.errno for fault in faults] == [0, 0]
 
 
 # ---- how it ends
