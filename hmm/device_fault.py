@@ -216,6 +216,7 @@ def _trim(vma: Vma, spans: tuple[AddressRange, ...]) -> tuple[AddressRange, ...]
 def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:
     # Nothing that is enlisted can be invalidated: what the first loop has seen is still there in the second.
     targets = _pieces(enlisted.spans, addresses)
+    entries: int | Entries = 0
     for target in targets:
         entries = _cpu_entries(mirror.space, target)
         missing = _missing(target, entries, write)
@@ -308,7 +309,13 @@ def _mirrored(cpu: int) -> int: ...
 @overload
 def _mirrored(cpu: Entries) -> Entries: ...
 def _mirrored(cpu: int | Entries) -> int | Entries:
-    return cpu & _PFN_MASK | (cpu & cpu_pte.WRITE) << _TO_WRITE | pte.VALID_PFN
+    if isinstance(cpu, int):
+        return cpu & _PFN_MASK | (cpu & cpu_pte.WRITE) << _TO_WRITE | pte.VALID_PFN
+    entries = cpu & np.uint64(cpu_pte.WRITE)
+    entries <<= np.uint64(_TO_WRITE)
+    entries |= cpu & np.uint64(_PFN_MASK)
+    entries |= np.uint64(pte.VALID_PFN)
+    return entries
 
 
 def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entries) -> None:
