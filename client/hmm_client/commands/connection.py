@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import contextmanager
@@ -124,18 +125,18 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def failures(where: Where) -> Iterator[None]:
     """Turn what can go wrong into a line on stderr and an exit code."""
     from hmm.errors import HmmError  # noqa: PLC0415 - takes longer than --help may
-    from hmm_client.channel import DaemonError, UnavailableError, default_target  # noqa: PLC0415
+    from hmm_client.channel import DaemonError, UnavailableError, as_target, default_target  # noqa: PLC0415
     from hmm_client.embedded import EmbeddedDaemonError  # noqa: PLC0415
     from hmm_client.recordings.errors import InputError  # noqa: PLC0415
 
     try:
         yield
     except UnavailableError:
-        target = where.target or default_target()
+        target = as_target(where.target) if where.target else default_target()
         fail(
             UNREACHABLE,
             f"nobody listens at {target}",
-            f"Start a daemon with `hmmd{_socket_flag(target)}`, or say where it is with --target or $HMMD_SOCKET.",
+            f"Start a daemon with `hmmd{_flag(target)}`, or say where it is with --target or $HMMD_SOCKET.",
         )
     except TimeoutError:
         fail(UNREACHABLE, f"{where.target or default_target()} did not answer within {where.timeout_s:g} s")
@@ -159,5 +160,10 @@ def fail(code: int, message: str, hint: str = "") -> NoReturn:
     sys.exit(code)
 
 
-def _socket_flag(target: str) -> str:
-    return f" --socket {target.removeprefix('unix:')}" if target.startswith("unix:") else ""
+def _flag(target: str) -> str:
+    """What makes hmmd listen there; nothing for where it listens anyway."""
+    from hmm_client.channel import default_target  # noqa: PLC0415 - takes longer than --help may
+
+    if target == default_target({name: value for name, value in os.environ.items() if name != "HMMD_SOCKET"}):
+        return ""
+    return f" --socket {target.removeprefix('unix:')}" if target.startswith("unix:") else f" --tcp {target}"
