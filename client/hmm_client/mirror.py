@@ -172,7 +172,7 @@ class Mirror:
             self.lost = why
             try:
                 self.driver.lost(self, why)
-            except Exception:
+            except Exception:  # noqa: BLE001 - its other mirrors must be told as well
                 _LOG.exception("%r: the driver failed to take note of its loss", self)
 
     def is_stale(self, faulted: Faulted) -> bool:
