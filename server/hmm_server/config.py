@@ -67,6 +67,7 @@ class Config:
     # How much at a time
     message_bytes: int = _setting(8 << 20, "largest message in either direction, bytes", at_least=1 << 16)
     part_bytes: int = _setting(1 << 20, "largest part of data in one message, bytes", at_least=4096)
+    concurrent_calls: int = _limit(16384, "calls of all clients that are under way at a time, streams included")
     batch_calls: int = _limit(4096, "calls in one Execute")
     fault_pages: int = _limit(1 << 18, "pages in one device fault")
     list_entries: int = _limit(1000, "objects in one answer of a list")

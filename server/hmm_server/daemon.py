@@ -98,7 +98,11 @@ class Daemon:
         self.guard = Guard(Tokens(config.token_file))
         self.targets: list[str] = []
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=[self.guard], options=self._options())
+        self._server = grpc.aio.server(
+            interceptors=[self.guard],
+            options=self._options(),
+            maximum_concurrent_rpcs=config.concurrent_calls,
+        )
         self._add_services()
 
     def _options(self) -> list[tuple[str, int]]:

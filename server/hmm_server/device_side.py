@@ -49,13 +49,17 @@ class DeviceSide:
             HmmError: the request makes no sense, or asks for too much at a time.
             DrainingError: the daemon is ending.
         """
+        on_session = stream
         if name == "fault":
             require_at_most("fault: pages", fault_pages(request), self.config.fault_pages)
         elif name == "register_mirror" and stream is None:
             stream = self.streams.find(request.epoch, caller.token)
         invocation = CALLS[name].invocation(request)
         ended = partial(self._ended, name, request, stream, then)
-        return self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
+        record = self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
+        if on_session and not record.done:
+            self.executor.running[record.id].epoch = on_session.epoch
+        return record
 
     async def make(self, caller: Caller, name: str, request: Any) -> Any:
         """Make a call that came on no session, and wait for its response.

@@ -63,6 +63,7 @@ class Running:
         started_s: on the monotonic clock.
         event_s: when its present event was made; the deadline counts from here.
         given_up: its caller no longer waits.
+        epoch: the stream that the call came on; 0 for none.
     """
 
     record: OperationRecord[Any]
@@ -71,6 +72,7 @@ class Running:
     event_s: float = 0.0
     deadline: asyncio.TimerHandle | None = None
     given_up: bool = False
+    epoch: int = 0
 
 
 class Executor:

@@ -7,7 +7,8 @@ The core knows operations, requests and blockers; ages, deadlines and what was s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 from hmm import inspection
 from hmm.events import EventState
@@ -17,6 +18,7 @@ from hmm.units import MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, types_pb2
 from hmm_server.answers import Stream
+from hmm_server.circles import Edge, circles
 from hmm_server.executor import Executor, Running
 from hmm_server.streams import Streams
 
@@ -44,7 +46,7 @@ class Waits:
         ]  # fmt: skip
         return inspection_pb2.GetPendingResponse(
             operations=[self._operation(one, now_s) for one in blocked],
-            cycles=self._cycles(blocked),
+            cycles=[wait_cycle(circle) for circle in circles(self._edges(blocked))],
             streams=[stream_status(stream, now_s) for stream in self._streams.open.values() if sees(stream.owner)],
         )
 
@@ -85,37 +87,35 @@ class Waits:
             event.deadline_ms = _milliseconds(running.event_s + self._executor.acknowledgement_s - now_s)
         return event
 
-    def _cycles(self, blocked: Iterable[Blocked]) -> list[inspection_pb2.WaitCycle]:
-        inside: dict[tuple[MirrorId, int], list[int]] = {}
-        for record in self._machine.operations.values():
-            if record.caller.callback is not None:
-                inside.setdefault(record.caller.callback, []).append(record.id)
-        circling = {one.operation_id: one for one in blocked if one.cycle}
-        cycles = []
-        while circling:
-            operations, mirrors = _follow(next(iter(circling.values())), circling, inside)
-            for operation_id in operations:
-                circling.pop(operation_id, None)
-            cycles.append(inspection_pb2.WaitCycle(operation_ids=operations, mirror_ids=mirrors))
-        return cycles
+    def _edges(self, blocked: Iterable[Blocked]) -> dict[int, list[Edge]]:
+        """For every call the calls that have to get on first, through drivers that owe answers if need be."""
+        inside: dict[tuple[MirrorId, int], list[int]] = defaultdict(list)
+        unmarked: dict[int, list[int]] = defaultdict(list)
+        for running in self._executor.running.values():
+            callback = running.record.caller.callback
+            if callback is not None:
+                inside[callback].append(running.record.id)
+            elif running.epoch:
+                unmarked[running.epoch].append(running.record.id)
+        edges: dict[int, list[Edge]] = {}
+        for one in blocked:
+            edges[one.operation_id] = [Edge(other) for other in one.operations]
+            for mirror_id, sequence in one.answers:
+                served = self._streams.served.get(mirror_id)
+                edges[one.operation_id] += [Edge(other, mirror_id) for other in inside[mirror_id, sequence]]
+                edges[one.operation_id] += [
+                    Edge(other, mirror_id, suspected=True) for other in unmarked[served.stream.epoch if served else 0]
+                ]
+        return edges
 
 
-def _follow(
-    first: Blocked, circling: dict[int, Blocked], inside: dict[tuple[MirrorId, int], list[int]]
-) -> tuple[list[int], list[MirrorId]]:
-    """Go from call to call until one comes again."""
-    operations: list[int] = []
-    mirrors: list[MirrorId] = []
-    here: Blocked | None = first
-    while here is not None and here.operation_id not in operations:
-        operations.append(here.operation_id)
-        following = [(operation_id, None) for operation_id in here.operations]
-        following += [(other, answer[0]) for answer in here.answers for other in inside.get(answer, [])]  # type: ignore[misc]
-        step = next((pair for pair in following if pair[0] in circling), None)
-        here = circling[step[0]] if step else None
-        if step and step[1] is not None:
-            mirrors.append(step[1])
-    return operations, mirrors
+def wait_cycle(edges: Sequence[tuple[int, Edge]]) -> inspection_pb2.WaitCycle:
+    """A circle as a message, from its calls and the edge that leaves each."""
+    return inspection_pb2.WaitCycle(
+        operation_ids=[operation_id for operation_id, _ in edges],
+        mirror_ids=[edge.mirror_id for _, edge in edges if edge.mirror_id],
+        suspected=any(edge.suspected for _, edge in edges),
+    )
 
 
 def stream_status(stream: Stream, now_s: float) -> inspection_pb2.StreamStatus:

@@ -201,6 +201,15 @@ async def test_drain_ends_watchers_and_streams(serve: Any) -> None:
     assert await driver.ended == "the daemon is ending"
 
 
+async def test_calls_are_exhausted_when_too_many_are_under_way(serve: Any) -> None:
+    """The number of calls under way is limited, streams included."""
+    served = await serve(concurrent_calls=1)
+    await served.driver()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.new_process()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 # ---- errors that are bugs
 
 

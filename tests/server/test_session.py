@@ -418,26 +418,42 @@ async def test_pending_shows_no_cycle_when_calls_wait_in_line(mirrored: Any) -> 
     await asyncio.gather(one, two)
 
 
-async def test_pending_shows_the_cycle_when_callbacks_wait_for_one_another(mirrored: Any) -> None:
-    """Two callbacks, each faulting where the other's event is handled: no call is wrong alone, the circle is shown."""
-    served, driver, pid, first = mirrored
+async def _handling_two(mirrored: Any) -> tuple[list[Any], list[Any], list[tuple[int, int]], int]:
+    """Two calls on two processes, each waiting for an answer of the same driver, which handles both events."""
+    served, driver, pid, _ = mirrored
     other_pid = await served.new_process()
     await served.mmap(other_pid, BASE, END)
     second = await driver.mirror(other_pid, "gpu1")
-    calls = [
-        asyncio.ensure_future(served.process.Madvise(_dontneed(one, BASE, BASE + PAGE))) for one in (pid, other_pid)
-    ]
-    events = [await driver.events.get(), await driver.events.get()]
-    callbacks = [(event.mirror_ids[0], event.event_sequences[0]) for event in events]
-    faults = [
-        await driver.send("fault", _fault(other, BASE, END), callback)
-        for other, callback in zip((second, first), callbacks, strict=True)
-    ]
+    calls, events = [], []
+    for one in (pid, other_pid):
+        calls.append(asyncio.ensure_future(served.process.Madvise(_dontneed(one, BASE, BASE + PAGE))))
+        events.append(await driver.events.get())
+    return calls, events, [(event.mirror_ids[0], event.event_sequences[0]) for event in events], second
+
+
+async def test_call_that_would_close_a_circle_fails_at_once(mirrored: Any) -> None:
+    """Two callbacks, each faulting where the other's event is handled: the second fault can never end."""
+    _, driver, _, first = mirrored
+    calls, events, callbacks, second = await _handling_two(mirrored)
+    fault = await driver.send("fault", _fault(second, BASE, END), callbacks[0])
+    assert (await driver.make("fault", _fault(first, BASE, END), callbacks[1])).errno == errnos.EDEADLK
+    for event in events:
+        await driver.acknowledge(event)
+    assert [call.result.errno for call in await asyncio.gather(*calls)] == [0, 0]
+    assert (await fault).fault.result.errno == 0
+
+
+async def test_pending_shows_the_circle_when_calls_carry_no_mark(mirrored: Any) -> None:
+    """Without marks the daemon cannot know, but it can suspect, and `pending` shows the circle until a deadline."""
+    served, driver, _, first = mirrored
+    calls, events, _, second = await _handling_two(mirrored)
+    faults = [await driver.send("fault", _fault(mirror, BASE, END)) for mirror in (second, first)]
     await served.until(lambda: len(served.daemon.machine.operations) == 4)
     pending = await served.pending()
-    (cycle,) = pending.cycles
-    assert sorted(cycle.operation_ids) == [operation.operation_id for operation in pending.operations]
-    assert sorted(cycle.mirror_ids) == [first, second]
+    ids = [operation.operation_id for operation in pending.operations]
+    assert {operation_id for cycle in pending.cycles for operation_id in cycle.operation_ids} == set(ids)
+    assert {mirror for cycle in pending.cycles for mirror in cycle.mirror_ids} == {first, second}
+    assert all(cycle.suspected for cycle in pending.cycles)
     for event in events:
         await driver.acknowledge(event)
     assert [call.result.errno for call in await asyncio.gather(*calls)] == [0, 0]
