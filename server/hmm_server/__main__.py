@@ -81,6 +81,17 @@ def _tune(config: Config) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, MALLOC_THRESHOLD_BYTES)
 
 
+def _settle() -> None:
+    """Give back what starting left over; what is here now stays, so collections need not look at it."""
+    import ctypes  # noqa: PLC0415 - not needed for --help
+
+    gc.collect()
+    gc.freeze()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _run(config: Config, ready_fd: int | None) -> int:
     import uvloop  # noqa: PLC0415 - not needed for --help
 
@@ -102,8 +113,7 @@ async def _serve(config: Config, ready_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     async with Daemon(config).serving() as daemon:
-        gc.collect()
-        gc.freeze()  # what is here now stays: collections need not look at it
+        _settle()
         _announce(f"hmmd serving {' '.join(daemon.targets)}\n", ready_fd)
         await ended.wait()
 
