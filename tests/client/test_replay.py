@@ -1,0 +1,194 @@
+"""Replaying on a daemon: true recordings show no difference, and whatever is false in one is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hmm import pte
+from hmm.units import AddressRange
+from hmm_client import Process
+from hmm_client.recordings import Recording, RecordingError, demo_folder
+from hmm_client.replay import Replayed, replay
+from hmm_client.replay_devices import ReplayDevices
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+DATA = Path(__file__).parent / "data"
+FOLDERS = [demo_folder(), *sorted(path.parent for path in DATA.glob("*/*/strace.log"))]
+TRUE = DATA / "real-programs" / "true"
+LAYOUT = DATA / "recorded" / "layout"
+
+
+@dataclass
+class NoDevices:
+    """Nobody mirrors the program; what is asked of devices is written down."""
+
+    attached: list[int] = field(default_factory=list)
+    followed: list[AddressRange] = field(default_factory=list)
+    settled: int = 0
+
+    async def attach(self, process: Process) -> None:
+        """Write it down."""
+        self.attached.append(process.id)
+
+    async def follow(self, process: Process, span: AddressRange) -> None:
+        """Write it down."""
+        self.followed.append(span)
+
+    async def settle(self) -> None:
+        """Write it down."""
+        self.settled += 1
+
+
+@pytest.fixture
+def altered(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a recording with one text in one of its files replaced."""
+
+    def alter(folder: Path, file: str, old: str, new: str) -> Path:
+        copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+        text = (copy / file).read_text()
+        assert old in text
+        (copy / file).write_text(text.replace(old, new, 1))
+        return copy
+
+    return alter
+
+
+async def replayed(folder: Path, daemon: Daemon) -> Replayed:
+    """A recording, replayed without devices."""
+    return await replay(Recording.load(folder), daemon.connect(), NoDevices())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+async def test_replay_equals_the_kernel_when_devices_are_attached(daemon: Daemon, folder: Path) -> None:
+    """The last layout is the kernel's, every call ends as it did, and no device sees anything forbidden."""
+    recording = Recording.load(folder)
+    async with ReplayDevices(daemon.connect, 2) as devices:
+        done = await replay(recording, daemon.connect(), devices)
+    assert done.layout == []
+    assert done.outcomes == []
+    assert done.unknown == []
+    assert len(devices.reports) == 2
+    for report in devices.reports:
+        assert report.violations == []
+        assert min(report.faults, report.pages, report.checks, report.bytes_written, report.events.total()) > 0
+        assert 0 < report.acknowledged_us[0] <= report.acknowledged_us[1]
+
+
+async def test_replay_counts_what_it_did_when_it_ends(daemon: Daemon) -> None:
+    """Calls without the exec that began the program; mappings in canonical form; processes; what devices are told."""
+    recording = Recording.load(TRUE)
+    devices = NoDevices()
+    steps = []
+    done = await replay(recording, daemon.connect(), devices, steps.append)
+    assert (done.program, done.calls, done.vmas, done.processes) == ("true", 14, 19, 1)
+    assert (done.differences, done.placed) == (0, [])
+    assert sum(steps) == len(recording.plan.steps)
+    assert (len(devices.attached), devices.settled) == (1, 1)
+    assert {AddressRange(area.start, area.end) for area in recording.initial} <= set(devices.followed)
+
+
+async def test_replay_makes_processes_of_children_when_a_program_forks(daemon: Daemon) -> None:
+    """Forks, vforks and execs are processes of the daemon, and all have ended when the replay has."""
+    devices = NoDevices()
+    done = await replay(Recording.load(DATA / "recorded" / "threads"), daemon.connect(), devices)
+    assert done.processes == 5
+    assert len(set(devices.attached)) == 5
+    with pytest.raises(Exception, match="no process"):
+        await daemon.connect().process(devices.attached[0]).maps()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "rw-p 00000000 00:00 0                          [stack]",
+            "r--p 00000000 00:00 0                          [stack]",
+        ),
+        ("/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.9"),
+    ],
+    ids=["permissions", "name"],
+)
+async def test_replay_finds_one_difference_when_the_last_layout_is_false(
+    daemon: Daemon, altered: Callable[..., Path], old: str, new: str
+) -> None:
+    """A line of maps.final that is not what the calls made is reported with both sides."""
+    done = await replayed(altered(TRUE, "maps.final", old, new), daemon)
+    assert done.differences == len(done.layout) == 1
+    (difference,) = done.layout
+    assert difference.expected is not None
+    assert difference.actual is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected", "found"),
+    [
+        ("brk(0x5633ec6d16a0)               = 0x5633ec6d16a0", "brk(0x8000)  = 0x8000", "0x8000", "0x5633ec6b9000"),
+        ("7f555df73001, 4096)      = -1 EINVAL", "7f555df73000, 4096)      = -1 EINVAL", "EINVAL", "success"),
+        ("7f555df73001, 4096)      = -1 EINVAL (Invalid argument)", "7f555df73001, 4096) = 0", "success", "EINVAL"),
+        ("= 0x7f555df87000", "= 0x7f555e17b000", "success", "EEXIST"),
+    ],
+    ids=["value", "errno", "success", "place"],
+)
+async def test_replay_finds_a_difference_when_a_call_ended_otherwise(
+    daemon: Daemon, altered: Callable[..., Path], old: str, new: str, expected: str, found: str
+) -> None:
+    """A call that ends otherwise than the log says is reported with its line."""
+    folder = altered(LAYOUT, "strace.log", old, new)
+    done = await replayed(folder, daemon)
+    first = done.outcomes[0]
+    assert (first.expected, first.found.split(":")[0]) == (expected, found)
+    assert new.split(maxsplit=1)[0] in (folder / "strace.log").read_text().splitlines()[first.line - 1]
+
+
+async def test_replay_counts_a_placement_when_the_kernel_chose_another_place(daemon: Daemon) -> None:
+    """Where the daemon would have put a mapping, here into a hole that the kernel did not have, is no difference."""
+    recording = Recording.load(TRUE)
+    initial = tuple(area for area in recording.initial if area.name != "[vvar]")
+    done = await replay(dataclasses.replace(recording, initial=initial), daemon.connect(), NoDevices())
+    assert len(done.placed) > 0
+    assert done.outcomes == []
+    assert {difference.expected.name for difference in done.layout if difference.expected} == {""}
+
+
+async def test_replay_reports_a_call_when_nobody_knows_what_it_does(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """A call that is not known is neither dropped silently nor a difference."""
+    done = await replayed(altered(TRUE, "strace.log", "brk(NULL)", "mnovel(NULL)"), daemon)
+    assert [line.split(": ")[1].split("(")[0] for line in done.unknown] == ["mnovel"]
+
+
+async def test_replay_refuses_a_recording_when_its_end_is_not_known(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """A first process that execs again has mapped what was not recorded: there is nothing to compare."""
+    folder = altered(TRUE, "strace.log", "brk(NULL)", 'execve("/bin/false", [], 0x7ff) = 0\n21460 brk(NULL)')
+    with pytest.raises(RecordingError, match="cannot be compared"):
+        await replayed(folder, daemon)
+
+
+async def test_settle_finds_a_violation_when_a_device_has_entries_of_its_own(daemon: Daemon) -> None:
+    """A translation that only the device has would be memory that it can still reach after it was taken back."""
+    process = await daemon.connect().create_process("p")
+    mapped = await process.mmap(4096)
+    async with ReplayDevices(daemon.connect, 1) as devices:
+        await devices.attach(process)
+        await devices.follow(process, mapped.span)
+        await devices.settle()
+        assert devices.reports[0].violations == []
+        ((_, _, device),) = devices._served
+        device.table(device.mirrors[0]).pages.set(mapped.address, pte.pte_from_pfn(77) | pte.WRITE)
+        await devices.settle()
+    assert len(devices.reports[0].violations) == 1
+    assert f"{mapped.address:#x}" in devices.reports[0].violations[0]
