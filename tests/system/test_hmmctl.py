@@ -1,0 +1,357 @@
+"""hmmctl as a process of its own, on a daemon with a driver that owes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hmm_client import AddressRange, Driver, Event, Mirror, Process
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+DATA = Path(__file__).parents[1] / "client" / "data"
+FIELDS = ["program", "calls", "vmas", "differences", "placements", "faults", "events", "violations"]
+TIMEOUT_S = 60.0
+"""Far more than anything takes; a busy machine is no failure."""
+
+
+@dataclass
+class Done:
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def values(self) -> list[Any]:
+        """Every line of its output as JSON."""
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+    @property
+    def value(self) -> Any:
+        """Its only line of output as JSON."""
+        (value,) = self.values
+        return value
+
+
+async def hmmctl(*arguments: object) -> Done:
+    """Run a command to its end."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+    assert process.returncode is not None
+    return Done(process.returncode, stdout.decode(), stderr.decode())
+
+
+class Holding(Driver):
+    """Answers updates only after `go_on` is set."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+
+    async def update(self, event: Event) -> None:
+        """Wait, but not after faults."""
+        if not event.is_fault:
+            await self.go_on.wait()
+
+
+@dataclass
+class Mirrored:
+    """A process of four pages, whose first two a device mirrors."""
+
+    process: Process
+    span: AddressRange
+    mirror: Mirror
+    driver: Holding
+
+    @asynccontextmanager
+    async def stuck(self) -> AsyncIterator[None]:
+        """While this lasts, munmap of the first page waits for the device."""
+        unmapping = asyncio.create_task(self.process.munmap(self.span.start, 4096))
+        while (await hmmctl("pending", "--check", "-t", self.process.client.channel.target)).code == 0:
+            pass
+        yield
+        self.driver.go_on.set()
+        await unmapping
+
+
+@pytest.fixture
+async def mirrored(daemon: Daemon) -> Mirrored:
+    """A process, and a device whose driver answers when it is told to."""
+    process = await daemon.connect("program").create_process("demo")
+    mapped = await process.mmap(4 * 4096)
+    await process.write(mapped.address, b"x" * 8192)
+    driver = Holding()
+    device = await daemon.connect("gpu driver").register_device("gpu")
+    mirror = await device.mirror(process, driver)
+    await mirror.fault(AddressRange(mapped.address, mapped.address + 8192), write=True)
+    return Mirrored(process, mapped.span, mirror, driver)
+
+
+async def test_ps_lists_what_exists_when_asked(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Processes with their mirrors, devices with their drivers; as a table and as JSON."""
+    value = (await hmmctl("ps", "-t", daemon.target, "--format", "json")).value
+    (process,), (device,) = value["processes"], value["devices"]
+    assert (process["process_id"], process["name"], process["resident_pages"]) == (mirrored.process.id, "demo", 2)
+    assert process["mirror_ids"] == [mirrored.mirror.id]
+    (mirror,) = device["mirrors"]
+    assert (device["name"], mirror["state"], mirror["entry_count"]) == ("gpu", "live", 2)
+    assert (mirror["driver_name"], mirror["policy"]) == ("gpu driver", "FENCE")
+    text = (await hmmctl("ps", "-t", daemon.target)).stdout
+    assert "demo" in text
+    assert "gpu driver (pid" in text
+
+
+async def test_maps_looks_like_the_kernels_when_printed(daemon: Daemon, mirrored: Mirrored) -> None:
+    """The text is that of /proc/PID/maps."""
+    done = await hmmctl("maps", mirrored.process.id, "-t", daemon.target)
+    span = mirrored.span
+    assert done.stdout == f"{span.start:08x}-{span.end:08x} rw-p 00000000 00:00 0 \n"
+    value = (await hmmctl("maps", mirrored.process.id, "-t", daemon.target, "--format", "json")).value
+    assert (value["start"], value["end"], value["resident_pages"]) == (span.start, span.end, 2)
+
+
+@pytest.mark.parametrize("whose", ["mirror", "cpu"])
+async def test_pagetable_draws_a_tree_when_there_are_entries(daemon: Daemon, mirrored: Mirrored, whose: str) -> None:
+    """Four levels, one directory each, two entries; a range without entries shows none."""
+    number = [mirrored.mirror.id] if whose == "mirror" else [mirrored.process.id, "--cpu"]
+    lines = (await hmmctl("pagetable", *number, "-t", daemon.target)).stdout.splitlines()
+    assert lines[0].endswith("4 levels, 4 directories, 2 entries")
+    assert [line[0] for line in lines[1:]] == ["0", "└", " ", " "]
+    assert lines[-1].endswith("  2")
+    outside = f"{mirrored.span.start - (4 << 20):x}-{mirrored.span.start - (2 << 20):x}"
+    assert (await hmmctl("pagetable", *number, outside, "-t", daemon.target, "--format", "json")).values == []
+
+
+async def test_walk_shows_each_table_when_a_page_is_mirrored(daemon: Daemon, mirrored: Mirrored) -> None:
+    """The CPU and the mirror reach the same frame through tables of their own."""
+    arguments = ("walk", mirrored.process.id, f"{mirrored.span.start:x}", "-t", daemon.target)
+    cpu, mirror = (await hmmctl(*arguments, "--format", "json")).value["walks"]
+    assert len(cpu["steps"]) == len(mirror["steps"]) == 4
+    assert cpu["pfn"] == mirror["pfn"] > 0
+    assert "write" in cpu["flags"].split()
+    assert mirror["flags"] == "valid-pfn write"
+    text = (await hmmctl(*arguments)).stdout
+    assert f"frame {cpu['pfn']}  valid-pfn write" in text
+    assert text.count("level 0") == 2
+
+
+async def test_pending_names_the_driver_when_it_does_not_answer(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Who waits, for which event of which driver, and what happens when; exit code 1 with --check."""
+    assert (await hmmctl("pending", "-t", daemon.target)).stdout == "nothing is pending\n"
+    async with mirrored.stuck():
+        done = await hmmctl("pending", "--check", "-t", daemon.target)
+        value = (await hmmctl("pending", "-t", daemon.target, "--format", "json")).value
+    assert done.code == 1
+    assert "munmap" in done.stdout
+    assert f"has not answered MUNMAP #2 of mirror {mirrored.mirror.id}: sent" in done.stdout
+    assert "left, then fence" in done.stdout
+    (operation,) = value["operations"]
+    (event,) = operation["events"]
+    assert (operation["name"], operation["caller"], event["driver_name"]) == ("munmap", "program", "gpu driver")
+
+
+async def test_watch_shows_event_and_answer_when_memory_is_unmapped(daemon: Daemon, mirrored: Mirrored) -> None:
+    """One line for what is sent, one for its answer, one for the call that ends; then it has seen enough."""
+    watching = asyncio.create_task(hmmctl("watch", "-o", "-n", 3, "-t", daemon.target, "--format", "json"))
+    mirrored.driver.go_on.set()
+    while not watching.done():  # it may begin to watch later than this begins to unmap
+        mapped = await mirrored.process.mmap(4096)
+        await mirrored.mirror.fault(mapped.span)
+        await mirrored.process.munmap(mapped.address, 4096)
+    done = await watching
+    assert done.code == 0
+    assert len(done.values) == 3
+    assert all(value["time_ns"] > 0 for value in done.values)
+    assert {"event", "settled", "operation"} >= {key for value in done.values for key in value} - {"time_ns"}
+
+
+async def test_stats_counts_events_when_a_driver_has_answered(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Counters of the daemon and of the mirror, with the time an answer took."""
+    mirrored.driver.go_on.set()
+    await mirrored.process.munmap(mirrored.span.start, 4096)
+    value = (await hmmctl("stats", "-t", daemon.target, "--format", "json")).value
+    assert value["daemon"]["operations"]["munmap"] == 1
+    (mirror,) = value["mirrors"]
+    assert mirror["events_by_type"] == {"DEVICE_WFAULT": 1, "MUNMAP": 1}
+    assert mirror["acknowledgement"]["count"] == 2
+    text = (await hmmctl("stats", "-t", daemon.target)).stdout
+    assert "address spaces" in text
+    assert "ack p99" in text
+
+
+async def test_health_is_its_exit_code_when_a_container_asks(daemon: Daemon, tmp_path: Path) -> None:
+    """0 while it serves, 1 when nobody is there."""
+    done = await hmmctl("health", "-t", daemon.target)
+    assert (done.code, done.stdout) == (0, "serving\n")
+    assert (await hmmctl("health", "-t", tmp_path / "no.sock")).code == 1
+
+
+@pytest.mark.parametrize("arguments", [("maps", 99), ("walk", 99, "1000"), ("pagetable", 99)])
+async def test_command_ends_with_four_when_the_daemon_refuses(daemon: Daemon, arguments: tuple[object, ...]) -> None:
+    """What does not exist is told by the kernel's errno."""
+    done = await hmmctl(*arguments, "-t", daemon.target)
+    assert done.code == 4
+    assert done.stdout == ""
+    assert done.stderr.startswith(("hmmctl: ESRCH: ", "hmmctl: ENODEV: "))
+
+
+async def test_replay_prints_one_object_when_json_is_asked_for() -> None:
+    """Without --target it starts a daemon of its own; one line per folder, all of it integers but the name."""
+    folder = DATA / "real-programs" / "true"
+    done = await hmmctl("replay", "--format", "json", folder, folder)
+    assert done.code == 0
+    assert len(done.values) == 2
+    for value in done.values:
+        assert list(value) == [
+            "program",
+            "calls",
+            "vmas",
+            "differences",
+            "placements",
+            "faults",
+            "events",
+            "violations",
+        ]
+        assert (value["program"], value["calls"], value["vmas"]) == ("true", 14, 19)
+        assert value["differences"] == value["placements"] == value["violations"] == 0
+        assert min(value["faults"], value["events"]) > 0
+
+
+async def test_replay_shows_tables_when_people_look(daemon: Daemon) -> None:
+    """Devices, events by type, and that the mappings are the kernel's; nothing is left on the daemon."""
+    done = await hmmctl("replay", DATA / "real-programs" / "true", "-t", daemon.target, "--devices", 3)
+    assert done.code == 0
+    assert all(name in done.stdout for name in ("gpu0", "gpu1", "gpu2", "MUNMAP", "equal to the kernel's"))
+    assert (await hmmctl("ps", "-t", daemon.target, "--format", "json")).value["processes"] == []
+
+
+async def test_replay_ends_with_one_when_something_differs(tmp_path: Path) -> None:
+    """A layout that is not the kernel's is a difference, and is shown."""
+    folder = tmp_path / "true"
+    folder.mkdir()
+    for file in (DATA / "real-programs" / "true").iterdir():
+        text = file.read_text()
+        (folder / file.name).write_text(text.replace("[stack]", "/stack") if file.name == "maps.final" else text)
+    done = await hmmctl("replay", folder)
+    assert done.code == 1
+    assert "Mappings that differ" in done.stdout
+    assert "/stack" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["own", "given"])
+async def test_verify_finds_nothing_when_traces_go_through_a_daemon(
+    start_daemon: Callable[..., Awaitable[Daemon]], mode: str
+) -> None:
+    """The daemon does what Linux did, over the wire as in process."""
+    target = ["-t", (await start_daemon()).target] if mode == "given" else []
+    done = await hmmctl("verify", "--format", "json", DATA / "kernel-traces" / "fa", *target)
+    assert done.code == 0
+    assert done.value["traces"] == 2
+    assert done.value["semantic"]["compared"] > 50
+    assert done.value["semantic"]["differences"] == 0
+
+
+SCENARIO = """
+title = "A driver that hangs is fenced, and munmap ends"
+[daemon]
+acknowledgement_s = 0.5
+[processes.app]
+[drivers.gpu]
+mirrors = ["app"]
+on_update = ["answer", "hang"]
+[drivers.nic]
+mirrors = ["app"]
+[[steps]]
+process = "app"
+call = "mmap"
+length = "4 pages"
+as = "buffer"
+[[steps]]
+process = "app"
+call = "write"
+at = "buffer+0x10"
+data = "hello"
+[[steps]]
+driver = "gpu"
+call = "fault"
+at = "buffer"
+write = true
+[[steps]]
+driver = "gpu"
+call = "read"
+at = "buffer+0x10"
+length = 5
+expect.data = "hello"
+[[steps]]
+process = "app"
+call = "mprotect"
+at = "buffer"
+length = 4096
+prot = "r"
+expect.events = { gpu = ["WRITE_PROTECT"], nic = ["WRITE_PROTECT"] }
+[[steps]]
+process = "app"
+call = "munmap"
+at = "buffer"
+background = "unmap"
+[[steps]]
+pending = ["gpu"]
+[[steps]]
+wait = "unmap"
+expect = { fenced = ["gpu"], events = { gpu = ["MUNMAP"], nic = ["MUNMAP"] } }
+[[steps]]
+driver = "gpu"
+call = "read"
+at = "buffer"
+length = 1
+expect.error = "ENODEV"
+[[steps]]
+process = "app"
+call = "read"
+at = "buffer"
+length = 1
+expect.signal = "SEGV_MAPERR"
+"""
+
+
+async def test_run_meets_all_expectations_when_a_driver_hangs(tmp_path: Path) -> None:
+    """The driver that hangs is named by `pending`, fenced after its deadline, and refused from then on."""
+    (tmp_path / "hang.toml").write_text(SCENARIO)
+    done = await hmmctl("run", tmp_path / "hang.toml", "--format", "json")
+    assert [step["wrong"] for step in done.values[:-1]] == [[]] * 10
+    assert done.values[-1] == {"scenario": "A driver that hangs is fenced, and munmap ends", "steps": 10, "failed": 0}
+    assert done.code == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        ('expect.data = "hello"', 'expect.data = "hullo"', "data b'hello' instead of b'hullo'"),
+        ('fenced = ["gpu"]', 'fenced = ["nic"]', "fenced ['gpu'] instead of ['nic']"),
+        ('nic = ["MUNMAP"]', 'nic = ["FORK"]', "nic heard ['MUNMAP'] instead of ['FORK']"),
+        ('"ENODEV"', '"EIO"', "error ENODEV instead of EIO"),
+        ('"SEGV_MAPERR"', '"SEGV_ACCERR"', "signal SEGV_MAPERR instead of SEGV_ACCERR"),
+    ],
+)
+async def test_run_ends_with_one_when_an_expectation_is_not_met(tmp_path: Path, old: str, new: str, wrong: str) -> None:
+    """Each kind of expectation can fail, and says what came instead."""
+    assert old in SCENARIO
+    (tmp_path / "hang.toml").write_text(SCENARIO.replace(old, new, 1))
+    done = await hmmctl("run", tmp_path / "hang.toml")
+    assert done.code == 1
+    assert wrong in done.stdout
+    assert "1 not as expected" in done.stdout
