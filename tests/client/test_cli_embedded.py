@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import hmm_client
@@ -18,7 +16,9 @@ async def test_daemon_serves_when_the_block_begins_and_is_gone_when_it_ends() ->
             await client.create_process()
             with pytest.raises(OutOfFramesError, match="processes"):
                 await client.create_process()
-    assert not Path(target.removeprefix("unix:")).exists()
+    async with hmm_client.connect(target) as client:
+        with pytest.raises(hmm_client.UnavailableError):
+            await client.create_process()
 
 
 def test_daemon_says_why_when_it_cannot_start(capfd: pytest.CaptureFixture[str]) -> None:
