@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno as errnos
 from dataclasses import dataclass
-from typing import TypeGuard, overload
+from typing import overload
 
 import numpy as np
 
@@ -214,21 +214,18 @@ def _trim(vma: Vma, spans: tuple[AddressRange, ...]) -> tuple[AddressRange, ...]
 
 
 def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:
-    # Nothing that is enlisted can be invalidated: what the first loop has seen is still there in the second.
+    # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
     targets = _pieces(enlisted.spans, addresses)
-    entries: int | Entries = 0
-    for target in targets:
-        entries = _cpu_entries(mirror.space, target)
-        missing = _missing(target, entries, write)
-        if missing is not None:
-            return _Attempt(_remaining(enlisted.spans, missing))
+    missing = _missing(mirror.space, targets, enlisted.spans, write)
+    if missing is not None:
+        return _Attempt(missing)
     for index, target in enumerate(targets):
         if index:
             yield Pause()
             mirror.require_live("fault")
         if enlisted.backoff:
             return _Attempt(retry=True)
-        _install(mirror, target, entries if len(targets) == 1 else _cpu_entries(mirror.space, target))
+        _install(mirror, target, write)
     if mirror.update_on_fault:
         yield from _update(mirror, enlisted, write)
     return _Attempt()
@@ -240,58 +237,42 @@ def _pieces(spans: tuple[AddressRange, ...], addresses: Entries | None) -> list[
     return [piece for span in spans for piece in pieces(span)]
 
 
-def _is_page(target: AddressRange | Entries) -> TypeGuard[AddressRange]:
-    return isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE
+def _missing(
+    space: AddressSpace, targets: list[AddressRange | Entries], spans: tuple[AddressRange, ...], write: bool
+) -> AddressRange | Entries | None:
+    """What has to be faulted in first; None when all is there.
 
-
-def _cpu_entries(space: AddressSpace, target: AddressRange | Entries) -> int | Entries:
-    """The CPU's entries: an int for a single page, else uint64[n]."""
-    if _is_page(target):
-        return space.table.get(target.start)
-    if isinstance(target, AddressRange):
-        return space.table.read(target.start, target.end)
-    return space.table.lookup(target)
-
-
-def _addresses(target: AddressRange | Entries) -> Entries:
-    if isinstance(target, AddressRange):
-        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
-    return target
-
-
-def _missing(target: AddressRange | Entries, entries: int | Entries, write: bool) -> AddressRange | Entries | None:
-    """What has to be faulted in first: a range from the first such page on, or pages; None when all is there."""
+    Of a range it is all from the first such page on, so that one CPU fault brings all of it in.
+    """
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
-    common = entries if isinstance(entries, int) else int(np.bitwise_and.reduce(entries))
-    if common & wanted == wanted:
-        return None
-    if isinstance(entries, int):
-        return target
-    lacking = (entries & np.uint64(wanted)) != wanted
-    if isinstance(target, AddressRange):
-        return AddressRange(target.start + int(lacking.argmax()) * PAGE_SIZE, target.end)
-    pages: Entries = target[lacking]
-    return pages
+    for target in targets:
+        if isinstance(target, AddressRange):
+            if space.table.common(target.start, target.end) & wanted != wanted:
+                lacking = (space.table.read(target.start, target.end) & np.uint64(wanted)) != wanted
+                first = target.start + int(lacking.argmax()) * PAGE_SIZE
+                return AddressRange(first, next(span.end for span in spans if first in span))
+        else:
+            lacking = (space.table.lookup(target) & np.uint64(wanted)) != wanted
+            if lacking.any():
+                pages: Entries = target[lacking]
+                return pages
+    return None
 
 
-def _remaining(spans: tuple[AddressRange, ...], missing: AddressRange | Entries) -> AddressRange | Entries:
-    """All that is left of the range in which a page is missing, so that one CPU fault brings all of it in."""
-    if not isinstance(missing, AddressRange):
-        return missing
-    (span,) = (span for span in spans if missing.start in span)
-    return AddressRange(missing.start, span.end)
-
-
-def _install(mirror: Mirror, target: AddressRange | Entries, cpu: int | Entries) -> None:
+def _install(mirror: Mirror, target: AddressRange | Entries, write: bool) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
-    table, domain = mirror.table, mirror.domain
-    if isinstance(cpu, int) and not domain:
-        assert isinstance(target, AddressRange)
-        table.set(target.start, _mirrored(cpu) | table.get(target.start) & _KEPT)
+    table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
+    old: Entries | None = None
+    if not isinstance(target, AddressRange):
+        entries, old = _mirrored(cpu.lookup(target), write), table.lookup(target)
+    elif target.size_bytes == PAGE_SIZE and not domain:
+        table.set(target.start, _mirrored(cpu.get(target.start), write) | table.get(target.start) & _KEPT)
         return
-    entries = _mirrored(np.atleast_1d(np.asarray(cpu, np.uint64)))
-    old = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
-    if int(np.bitwise_or.reduce(old)) & (_KEPT | pte.VALID_DMA):
+    else:
+        entries = _mirrored(cpu.read(target.start, target.end), write)
+        if next(table.populated(target.start, target.end), None):
+            old = table.read(target.start, target.end)
+    if old is not None and int(np.bitwise_or.reduce(old)) & (_KEPT | pte.VALID_DMA):
         entries |= old & np.uint64(_KEPT)
         if domain:
             kept = pte.pte_test_valid_dma(old)
@@ -305,17 +286,29 @@ def _install(mirror: Mirror, target: AddressRange | Entries, cpu: int | Entries)
 
 
 @overload
-def _mirrored(cpu: int) -> int: ...
+def _mirrored(cpu: int, writable: bool) -> int: ...
 @overload
-def _mirrored(cpu: Entries) -> Entries: ...
-def _mirrored(cpu: int | Entries) -> int | Entries:
+def _mirrored(cpu: Entries, writable: bool) -> Entries: ...
+def _mirrored(cpu: int | Entries, writable: bool) -> int | Entries:
+    """Entries of a mirror from the CPU's, in place in an array; `writable` when all are known to be."""
     if isinstance(cpu, int):
         return cpu & _PFN_MASK | (cpu & cpu_pte.WRITE) << _TO_WRITE | pte.VALID_PFN
-    entries = cpu & np.uint64(cpu_pte.WRITE)
-    entries <<= np.uint64(_TO_WRITE)
-    entries |= cpu & np.uint64(_PFN_MASK)
-    entries |= np.uint64(pte.VALID_PFN)
-    return entries
+    if writable:
+        cpu &= np.uint64(_PFN_MASK)
+        cpu |= np.uint64(pte.VALID_PFN | pte.WRITE)
+        return cpu
+    permitted = cpu & np.uint64(cpu_pte.WRITE)
+    permitted <<= np.uint64(_TO_WRITE)
+    cpu &= np.uint64(_PFN_MASK)
+    cpu |= np.uint64(pte.VALID_PFN)
+    cpu |= permitted
+    return cpu
+
+
+def _addresses(target: AddressRange | Entries) -> Entries:
+    if isinstance(target, AddressRange):
+        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
+    return target
 
 
 def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entries) -> None:

@@ -29,13 +29,23 @@ from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, Entries
 
-__all__ = ["clear_range", "fill_range", "mask_range", "read_range", "update_range", "valid_in_range", "zap_range"]
+__all__ = [
+    "clear_range",
+    "common_bits",
+    "fill_range",
+    "mask_range",
+    "read_range",
+    "update_range",
+    "valid_in_range",
+    "zap_range",
+]
 
 _FEW_LEAVES = 8  # up to here leaf by leaf is faster
 _PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
 _CHANGE_ROWS = 128  # changed, mostly without temporaries
 _COPY_ROWS = 512  # stored or copied, without temporaries
 _RUN_ROWS = 8  # rows in order that make it worth to treat them as one
+_ALL_BITS = (1 << 64) - 1
 _ZERO = np.uint64(0)
 _NO_ENTRIES = np.empty(0, np.uint64)
 _OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
@@ -144,6 +154,22 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     out[behind:] = _ZERO
     for part in ragged:
         out[part.page - page : part.page - page + part.view.size] = part.view
+
+
+def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
+    """The bits that all entries of [page, end) have; 0 when a page has no entry."""
+    offset, level = tree.shared_directory(page, end - 1, end - page)
+    if level == tree.geometry.llevel:  # one leaf, or leaves that lie in order
+        return int(np.bitwise_and.reduce(_view(tree, offset, page, end)))
+    ragged, numbers, rows = _split(tree, page, end)
+    if numbers.size + len(ragged) < (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) + 1:
+        return 0
+    common = _ALL_BITS
+    for part in ragged:
+        common &= int(np.bitwise_and.reduce(part.view))
+    for _, index in _pieces(rows, _COPY_ROWS):
+        common &= int(np.bitwise_and.reduce(tree.rows[index], axis=None))
+    return common
 
 
 def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:

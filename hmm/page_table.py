@@ -6,8 +6,9 @@ everything else is *in use* and keeps its directory alive, whether some owner ca
 are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
 
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
-                             read valid fill clear zap       done here, at the speed of memory
-                             apply_mask update populated
+                             populated
+                             read valid common fill clear    done here, at the speed of memory
+                             zap apply_mask update
     scattered pages          lookup store clear_many
     one page                 get set
     several tables at once   cursor
@@ -35,7 +36,16 @@ from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
 from hmm.page_batch import clear_pages, lookup_addresses, store_pages
 from hmm.page_geometry import DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
-from hmm.page_range import clear_range, fill_range, mask_range, read_range, update_range, valid_in_range, zap_range
+from hmm.page_range import (
+    clear_range,
+    common_bits,
+    fill_range,
+    mask_range,
+    read_range,
+    update_range,
+    valid_in_range,
+    zap_range,
+)
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, Address, AddressRange, Entries
 
@@ -206,6 +216,16 @@ class PageTable:
         if page < stop:
             read_range(self._tree, page, stop, out)
         return out
+
+    def common(self, start: Address, end: Address) -> int:
+        """The bits that all entries of a range have; 0 when a page has no entry.
+
+        Cost: that of reading memory.
+        """
+        page, stop = self._pages(start, end)
+        if stop - page <= 1:
+            return self.get(start) if page < stop else _ALL_BITS
+        return common_bits(self._tree, page, stop)
 
     def valid(self, start: Address, end: Address) -> tuple[Entries, Entries]:
         """The entries in use of a range: uint64[n] addresses in bytes, ascending, and uint64[n] entries.

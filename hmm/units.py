@@ -23,7 +23,7 @@ PMD_SIZE = 1 << PMD_SHIFT
 PMD_PAGES = 1 << (PMD_SHIFT - PAGE_SHIFT)
 TASK_SIZE = (1 << 47) - PAGE_SIZE
 """End of a process's address space: x86-64 keeps the last page below 2^47 unmapped."""
-PIECE_PAGES = 1 << 15
+PIECE_PAGES = 1 << 16
 """Large requests are cut into pieces of this many pages: temporaries stay in the cache."""
 PIECE_BYTES = PIECE_PAGES << PAGE_SHIFT
 
