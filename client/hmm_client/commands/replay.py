@@ -118,7 +118,8 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 def _print(outcome: Outcome) -> None:
     replayed = outcome.replayed
-    click.echo(f"{replayed.program}: {replayed.calls:,} calls of {replayed.processes} processes")
+    several = "es" if replayed.processes > 1 else ""
+    click.echo(f"{replayed.program}: {replayed.calls:,} calls of {replayed.processes} process{several}")
     click.echo()
     heads = ("device", ">faults", ">pages", ">refused", ">checked", ">written", ">events", ">ack p50", ">ack p99")
     print_table(heads, [_row(device) for device in outcome.devices], empty="no devices")
@@ -128,7 +129,7 @@ def _print(outcome: Outcome) -> None:
     print_pairs(
         {
             "final mappings": f"{replayed.vmas}, "
-            + ("equal to the kernel's" if not replayed.layout else f"{len(replayed.layout)} different"),
+            + ("equal to the kernel's /proc/PID/maps" if not replayed.layout else f"{len(replayed.layout)} different"),
             "placements": f"{len(replayed.placed)} mappings would have gone elsewhere",
             "differences": replayed.differences,
             "violations": len(outcome.violations),
