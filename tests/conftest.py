@@ -25,10 +25,12 @@ class Daemon:
     Attributes:
         socket: where it listens.
         process: the process itself.
+        targets: everywhere it listens: the socket first, then TCP if it was asked for.
     """
 
     socket: Path
     process: asyncio.subprocess.Process
+    targets: list[str]
     clients: list[hmm_client.Client] = field(default_factory=list)
 
     @classmethod
@@ -42,8 +44,8 @@ class Daemon:
         )
         assert process.stdout is not None
         line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
-        assert line == f"hmmd serving unix:{socket}\n".encode(), f"the daemon did not start: {line!r}"
-        return cls(socket, process)
+        assert line.startswith(f"hmmd serving unix:{socket}".encode()), f"the daemon did not start: {line!r}"
+        return cls(socket, process, line.decode().split()[2:])
 
     @property
     def target(self) -> str:

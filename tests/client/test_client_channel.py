@@ -17,6 +17,8 @@ from hmm_client.channel import as_target, default_target
 if TYPE_CHECKING:
     from tests.conftest import Daemon
 
+TLS = Path(__file__).parents[1] / "server" / "tls"
+
 
 def test_default_target_follows_the_environment() -> None:
     """$HMMD_SOCKET, then the user's runtime directory, then the system's."""
@@ -49,6 +51,30 @@ def test_tls_credentials_are_read_from_files(tmp_path: Path) -> None:
     assert hmm_client.tls_credentials(tmp_path / "ca.pem") is not None
     with pytest.raises(FileNotFoundError):
         hmm_client.tls_credentials(tmp_path / "none.pem")
+
+
+@pytest.mark.slow
+async def test_session_and_calls_travel_over_tls(start_daemon: Callable[..., Awaitable[Daemon]]) -> None:
+    """TCP with certificates on both sides is as good as the socket; without the client's own, nobody answers."""
+    daemon = await start_daemon(
+        tcp="127.0.0.1:0",
+        tls_certificate=TLS / "server.pem",
+        tls_key=TLS / "server.key",
+        tls_client_ca=TLS / "authority.pem",
+    )
+    known = hmm_client.tls_credentials(TLS / "authority.pem", TLS / "client.pem", TLS / "client.key")
+    async with hmm_client.connect(daemon.targets[1], credentials=known) as client:
+        process = await client.create_process("far away")
+        mirror = await (await client.register_device("gpu")).mirror(process, hmm_client.Driver())
+        mapped = await process.mmap(4096)
+        await mirror.fault(mapped.span, write=True)
+        await mirror.write([(mapped.address, 3)], b"tls")
+        assert await process.read(mapped.address, 3) == b"tls"
+        assert (await process.munmap(mapped.address, 4096)).fenced_mirrors == ()
+    unknown = hmm_client.tls_credentials(TLS / "authority.pem")
+    async with hmm_client.connect(daemon.targets[1], credentials=unknown) as client:
+        with pytest.raises(hmm_client.UnavailableError):
+            await client.create_process("nobody")
 
 
 def test_import_does_not_load_grpc_before_it_is_needed() -> None:
