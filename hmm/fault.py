@@ -195,7 +195,8 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
         vma = _vma_for(attempt, at)
         if vma is None:
             return
-        part = AddressRange(at, min(vma.end, span.end))
+        inside = at == span.start and span.end <= vma.end
+        part = span if inside else AddressRange(at, min(vma.end, span.end))
         if vma.backing is None and next(space.table.populated(part.start, part.end), None) is None:
             attempt.fill_empty(vma, part)
         else:

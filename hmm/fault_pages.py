@@ -95,7 +95,8 @@ class Attempt:
     @property
     def available(self) -> int:
         """Frames that may be used: those for copies that wait are spoken for, as they come first."""
-        return self.space.frames.available - sum(addresses.size for addresses in self.copies)
+        free = self.space.frames.available
+        return free - sum(addresses.size for addresses in self.copies) if self.copies else free
 
     # ---- ranges that hold nothing
 
