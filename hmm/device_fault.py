@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno as errnos
 from dataclasses import dataclass
+from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -108,7 +109,7 @@ def fault_whole_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: 
         done = yield from fault_range(mirror, rest, write=write, wait=wait)
         retries += done.retries
         if done.error or done.end >= span.end:
-            return Faulted(span, done.end, done.error, retries)
+            return done if rest is span else Faulted(span, done.end, done.error, retries)
         start = done.end
         yield Pause()
 
@@ -142,12 +143,15 @@ def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool =
 def _fault(
     mirror: Mirror, spans: tuple[AddressRange, ...], addresses: Entries | None, write: bool, wait: bool
 ) -> Operation[Faulted]:
-    asked = AddressRange(spans[0].start, spans[-1].end)
+    asked = spans[0] if len(spans) == 1 else AddressRange(spans[0].start, spans[-1].end)
     space, retries = mirror.space, 0
     notifier = space.notifier
     mirror.counters["faults"] += 1
     while True:
-        yield from notifier.wait_for_edits(spans)
+        if notifier.turns:
+            yield from notifier.wait_for_edits(spans)
+        else:
+            notifier.require_usable()
         mirror.require_live("fault")
         try:
             spans = _trim(_mirrorable_vma(space, spans[0].start, asked.end, write), spans)
@@ -174,7 +178,7 @@ def _fault(
             except OutOfFramesError as error:
                 return Faulted(asked, asked.start, error, retries)
         elif not attempt.retry:
-            mirror.counters["faulted_pages"] += sum(span.npages for span in spans)
+            mirror.counters["faulted_pages"] += sum([span.end - span.start for span in spans]) >> PAGE_SHIFT
             return Faulted(asked, spans[-1].end, None, retries)
         elif not wait:
             raise RangeBusyError(f"fault: {spans[0]} was invalidated meanwhile", notifier_seq=notifier.sequence)
@@ -234,7 +238,7 @@ def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, writ
 def _pieces(spans: tuple[AddressRange, ...], addresses: Entries | None) -> list[AddressRange | Entries]:
     if addresses is not None and len(spans) >= ALIGNED_SCATTER:
         return list(pieces(addresses))
-    return [piece for span in spans for piece in pieces(span)]
+    return list(chain.from_iterable(map(pieces, spans)))
 
 
 def _missing(

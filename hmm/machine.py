@@ -394,7 +394,7 @@ class Machine:
         process = self.processes.get(process_id)
         if process is None:
             raise NoSuchObjectError(f"there is no process {process_id}", errnos.ESRCH)
-        self._require_owner(process.owner, str(process))
+        self._require_owner(process.owner, process)
         return process
 
     def device(self, device_id: DeviceId) -> Device:
@@ -402,7 +402,7 @@ class Machine:
         device = self.devices.get(device_id)
         if device is None:
             raise NoSuchObjectError(f"there is no device {device_id}", errnos.ENODEV)
-        self._require_owner(device.owner, str(device))
+        self._require_owner(device.owner, device)
         return device
 
     def receiver(self, mirror_id: MirrorId) -> Receiver:
@@ -410,7 +410,7 @@ class Machine:
         receiver = self.receivers.get(mirror_id)
         if receiver is None:
             raise NoSuchObjectError(f"there is no mirror {mirror_id}", errnos.ENODEV)
-        self._require_owner(receiver.owner, str(receiver))
+        self._require_owner(receiver.owner, receiver)
         return receiver
 
     def mirror(self, mirror_id: MirrorId) -> Mirror:
@@ -439,7 +439,7 @@ class Machine:
             raise NoSuchObjectError(f"there is no file {file_id}", errnos.EBADF)
         return file
 
-    def _require_owner(self, owner: str, what: str) -> None:
+    def _require_owner(self, owner: str, what: object) -> None:
         if owner and owner != self._caller.token and self.current.operation_id:
             raise AccessDeniedError(f"{what} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
 

@@ -269,11 +269,11 @@ class Notifier:
 
     def faults_overlap(self, spans: Spans) -> bool:
         """True while a device fault fills a part of `spans`."""
-        return any(overlap(fault.spans, spans) for fault in self.faults)
+        return bool(self.faults) and any(overlap(fault.spans, spans) for fault in self.faults)
 
     def invalidations_overlap(self, spans: Spans) -> bool:
         """True while a part of `spans` is being invalidated."""
-        return any(overlap(running.spans, spans) for running in self.invalidations)
+        return bool(self.invalidations) and any(overlap(running.spans, spans) for running in self.invalidations)
 
     def edits_overlap(self, spans: Spans, operation_id: int = 0) -> bool:
         """True while the call whose turn it is, if it is another than `operation_id`, changes a part of `spans`."""
