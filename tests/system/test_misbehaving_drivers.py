@@ -60,11 +60,12 @@ class Scene:
         return response
 
     async def waiting(self, name: str) -> inspection_pb2.PendingOperation:
-        """Wait until a call of that name is pending and waits for an answer, and return it."""
+        """Wait until a call of that name is pending and its event has left for the driver, and return it."""
         async with asyncio.timeout(30):
             while True:
                 for operation in (await self.pending()).operations:
-                    if operation.name == name and operation.events:
+                    sent = [event for event in operation.events if event.state == types_pb2.EVENT_STATE_SENT]
+                    if operation.name == name and sent:
                         return operation
 
     async def mirror_statistics(self) -> inspection_pb2.MirrorStatistics:
