@@ -140,8 +140,10 @@ def failures(where: Where) -> Iterator[None]:
         )
     except TimeoutError:
         fail(UNREACHABLE, f"{where.target or default_target()} did not answer within {where.timeout_s:g} s")
-    except (DaemonError, EmbeddedDaemonError) as error:
+    except EmbeddedDaemonError as error:
         fail(UNREACHABLE, str(error))
+    except DaemonError as error:  # a bug of the daemon is no refusal
+        fail(UNEXPECTED if error.code.name == "INTERNAL" else REFUSED, str(error))
     except InputError as error:
         fail(UNUSABLE, str(error))
     except HmmError as error:
