@@ -28,7 +28,8 @@ def indented_blocks(text: str) -> list[list[str]]:
     """The indented blocks after the Python, each as its lines."""
     after = re.split(r"```python\n.*?```", text, maxsplit=1, flags=re.DOTALL)[1]
     return [
-        [line.strip() for line in block.strip("\n").split("\n")] for block in re.findall(r"(?:^ {4}.*\n)+", after, re.M)
+        [line.strip() for line in block.strip("\n").split("\n")]
+        for block in re.findall(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
     ]
 
 
