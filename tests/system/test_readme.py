@@ -27,10 +27,8 @@ def code_block(text: str) -> str:
 def indented_blocks(text: str) -> list[list[str]]:
     """The indented blocks after the Python, each as its lines."""
     after = re.split(r"```python\n.*?```", text, maxsplit=1, flags=re.DOTALL)[1]
-    return [
-        [line.strip() for line in block.strip("\n").split("\n")]
-        for block in re.findall(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
-    ]
+    blocks = re.findall(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
+    return [[line.strip() for line in block.splitlines()] for block in blocks]
 
 
 async def test_first_driver_prints_what_the_readme_says(start_daemon: Callable[..., Awaitable[Daemon]]) -> None:
