@@ -253,7 +253,10 @@ class PageTable:
         """
         if step < 1:
             raise InvalidRequestError(f"a step of {step} pages does not advance")
-        return self._populated(*self._pages(start, end), step)
+        page, stop = self._pages(start, end)
+        if stop - page == 1:
+            return iter((AddressRange(start, end),) if self.get(start) else ())
+        return self._populated(page, stop, step)
 
     def _populated(self, page: int, end: int, step: int) -> Iterator[AddressRange]:
         tree = self._tree

@@ -273,6 +273,8 @@ class Vma(NamedTuple):
 
     def clip(self, start: Address, end: Address) -> Vma:
         """The part in [start, end), which must share a byte with the VMA."""
+        if start <= self.start and self.end <= end:
+            return self
         return Vma(max(start, self.start), min(end, self.end), self.mapping)
 
 
