@@ -76,7 +76,7 @@ class Scene:
         (statistics,) = [one for one in response.mirrors if one.mirror_id == self.mirror]
         return statistics
 
-    async def named_meanwhile(self, operation: inspection_pb2.PendingOperation) -> None:
+    def named_meanwhile(self, operation: inspection_pb2.PendingOperation) -> None:
         """Assert that the pending operation says exactly who has to answer."""
         (event,) = operation.events
         assert event.mirror_id == self.mirror
@@ -112,7 +112,7 @@ async def test_hanging_driver_is_fenced_when_the_deadline_passes(set_up: SetUp) 
     scene = await set_up(acknowledgement_s=SOON_S)
     await scene.driver.call("behave", how="hang")
     unmapping = asyncio.ensure_future(scene.munmap())
-    await scene.named_meanwhile(await scene.waiting("munmap"))
+    scene.named_meanwhile(await scene.waiting("munmap"))
     assert (await unmapping).fenced_mirrors == (scene.mirror,)
     with pytest.raises(Exception, match="ENODEV"):
         await scene.driver.call("read", mirror=scene.mirror, address=scene.mapped.address + SIZE // 2, length=1)
@@ -127,7 +127,7 @@ async def test_hanging_driver_is_waited_for_when_its_policy_is_block(set_up: Set
     operation = await scene.waiting("munmap")
     while operation.age_ms < 200:
         operation = await scene.waiting("munmap")
-    await scene.named_meanwhile(operation)
+    scene.named_meanwhile(operation)
     assert not operation.events[0].HasField("deadline_ms")
     assert operation.events[0].policy == types_pb2.DEADLINE_POLICY_BLOCK
     await scene.driver.call("go_on")
@@ -139,7 +139,7 @@ async def test_call_fails_and_changes_nothing_when_the_hanging_drivers_policy_is
     scene = await set_up(policy="fail", acknowledgement_s=SOON_S)
     await scene.driver.call("behave", how="hang")
     unmapping = asyncio.ensure_future(scene.munmap())
-    await scene.named_meanwhile(await scene.waiting("munmap"))
+    scene.named_meanwhile(await scene.waiting("munmap"))
     with pytest.raises(TimedOutError):
         await unmapping
     assert await scene.process.read(scene.mapped.address, 6) == b"before"
@@ -157,7 +157,7 @@ async def test_dead_driver_is_fenced_at_once_when_it_is_killed(set_up: SetUp) ->
     scene = await set_up(acknowledgement_s=FOREVER_S)
     await scene.driver.call("behave", how="hang")
     unmapping = asyncio.ensure_future(scene.munmap())
-    await scene.named_meanwhile(await scene.waiting("munmap"))
+    scene.named_meanwhile(await scene.waiting("munmap"))
     scene.driver.signal(signal.SIGKILL)
     assert (await unmapping).fenced_mirrors == (scene.mirror,)
     assert await scene.driver.ended() == -signal.SIGKILL
@@ -170,7 +170,7 @@ async def test_stopped_driver_is_fenced_when_the_deadline_passes(set_up: SetUp) 
     scene = await set_up(acknowledgement_s=SOON_S)
     scene.driver.signal(signal.SIGSTOP)
     unmapping = asyncio.ensure_future(scene.munmap())
-    await scene.named_meanwhile(await scene.waiting("munmap"))
+    scene.named_meanwhile(await scene.waiting("munmap"))
     assert (await unmapping).fenced_mirrors == (scene.mirror,)
     scene.driver.signal(signal.SIGCONT)
     with pytest.raises(Exception, match="ENODEV"):
@@ -182,7 +182,7 @@ async def test_stopped_driver_is_fenced_when_it_answers_no_pings(set_up: SetUp) 
     scene = await set_up(acknowledgement_s=FOREVER_S, keepalive_ms=300, ping_timeout_ms=300)
     scene.driver.signal(signal.SIGSTOP)
     unmapping = asyncio.ensure_future(scene.munmap())
-    await scene.named_meanwhile(await scene.waiting("munmap"))
+    scene.named_meanwhile(await scene.waiting("munmap"))
     assert (await unmapping).fenced_mirrors == (scene.mirror,)
     scene.driver.signal(signal.SIGCONT)
     assert await scene.driver.ended() == 1
