@@ -18,7 +18,9 @@ import numpy as np
 from hmm import device_access, pte
 from hmm.device import Device
 from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
+from hmm.device_pages import evict
 from hmm.errors import ConflictError, InvalidRequestError
+from hmm.frames import RegionKind
 from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
@@ -46,37 +48,54 @@ class DeviceFaulted:
 
 
 @immediate
-def register_device(machine: Machine, name: str, *, dma: bool = False) -> DeviceId:
+def register_device(
+    machine: Machine,
+    name: str,
+    *,
+    dma: bool = False,
+    memory_pages: int = 0,
+    kind: RegionKind = RegionKind.DEVICE_PRIVATE,
+) -> DeviceId:
     """Register a device; with `dma` its mirrors' entries hold DMA addresses of an emulated IOMMU.
 
-    Raises:
-        InvalidRequestError: an empty name (EINVAL).
-        OutOfFramesError: too many devices (ENOMEM).
+    Args:
+        memory_pages: size of its own memory.
+        kind: whether the CPU can reach that memory.
 
-    Source: hmm_device_register().
+    Raises:
+        InvalidRequestError: an empty name, a negative size, or memory of the system's kind (EINVAL).
+        OutOfFramesError: too many devices, or no frame numbers left for so much memory (ENOMEM).
+
+    Source: hmm_device_register(); Linux mm/memremap.c, memremap_pages().
     """
-    if not name:
-        raise InvalidRequestError("register device: the name is empty")
+    if not name or memory_pages < 0 or kind is RegionKind.SYSTEM:
+        raise InvalidRequestError(f"register device: name {name!r}, {memory_pages} pages of {kind.value} memory")
     machine.require_room("devices", len(machine.devices), machine.limits.devices)
     iommu = Iommu(machine.limits.dma_pages) if dma else None
-    device = Device(machine.next_id("device"), name, machine.caller.token, iommu)
-    machine.devices[device.id] = device
-    return device.id
+    number = machine.next_id("device")
+    region = machine.frames.add_region(memory_pages, number, kind).number if memory_pages else 0
+    machine.devices[number] = Device(number, name, machine.caller.token, iommu, region)
+    return number
 
 
-@immediate
-def unregister_device(machine: Machine, device_id: DeviceId) -> None:
-    """Unregister a device.
+def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
+    """Unregister a device; what is in its memory comes back to system memory first.
 
     Raises:
-        ConflictError: it still has mirrors (EBUSY).
+        ConflictError: it still has mirrors, or a page of its memory is in use otherwise (EBUSY).
+        OutOfFramesError: there is no room for what is in its memory (ENOMEM); it stays registered.
 
-    Source: hmm_device_unregister().
+    Source: hmm_device_unregister(); Linux mm/memremap.c, memunmap_pages().
     """
     device = machine.device(device_id)
-    if any(mirror.device is device for mirror in machine.mirrors.values()):
+    if any(receiver.device is device for receiver in machine.receivers.values()):
         raise ConflictError(f"unregister device: {device} still has mirrors", errnos.EBUSY)
-    del machine.devices[device_id]
+    if device.region:
+        region = machine.frames.region(device.region)
+        if region.used:
+            yield from evict(machine.frames, machine.spaces.values(), region)
+        machine.frames.remove_region(device.region)
+    machine.devices.pop(device_id, None)
 
 
 @immediate

@@ -197,7 +197,7 @@ def mmap(
     space = machine.process(process_id).space
     file = machine.file(file_id) if file_id else None
     chosen = MapFlag(flags) & ~(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
-    placement = _placement(space, length, chosen, file, offset) if address else 0
+    placement = _placement(space, length, chosen, file, offset) if address and length > 0 else 0
     mapped = yield from mman.mmap(
         space, address, length, Prot(prot), MapFlag(flags), file, offset, partial(new_shared_memory, machine)
     )

@@ -20,12 +20,14 @@ class Device:
 
     Attributes:
         iommu: present when the device does DMA, so that its mirrors' entries hold DMA addresses.
+        region: number of its memory among the regions of frames; 0 when it has none.
     """
 
     id: DeviceId
     name: str
     owner: str
     iommu: Iommu | None = None
+    region: int = 0
 
     def __str__(self) -> str:
         return f"device {self.id} ({self.name})"

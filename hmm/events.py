@@ -161,6 +161,7 @@ class Event:
         revision: per address space, ascending.
         spans: page-aligned, ascending, disjoint; one message carries all ranges of an operation.
         owner: the device whose own migration or exclusive access this is; 0 for nobody.
+        initiator: the mirror that asked for it, or that put the page where it has to come back from; 0 for none.
         blockable: False only for the OOM reaper and process_mrelease, which accept a refusal.
         entries: DEVICE_RFAULT and DEVICE_WFAULT: the mirror's entries of `spans`, little-endian uint64.
     """
@@ -175,6 +176,7 @@ class Event:
     owner: int = 0
     blockable: bool = True
     entries: bytes = b""
+    initiator: MirrorId = 0
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""

@@ -65,6 +65,7 @@ class Invalidation:
     owner: int = 0
     blockable: bool = True
     certain: bool = False
+    initiator: MirrorId = 0
 
     def __enter__(self) -> Self:
         self.notifier.invalidations.append(self)
@@ -115,6 +116,7 @@ class Invalidation:
             spans=self.spans,
             owner=self.owner,
             blockable=self.blockable,
+            initiator=self.initiator,
         )
 
 
@@ -180,14 +182,24 @@ class Notifier:
     # ---- invalidations
 
     def invalidation(
-        self, spans: Spans, cause: Cause, *, owner: int = 0, blockable: bool = True, certain: bool = False
+        self,
+        spans: Spans,
+        cause: Cause,
+        *,
+        owner: int = 0,
+        initiator: MirrorId = 0,
+        blockable: bool = True,
+        certain: bool = False,
     ) -> Invalidation:
         """Bracket a change: `deliver()` inside it, then edit; the range is busy from here to the end of the block.
 
         Args:
+            owner, initiator: the device whose own migration or exclusive access this is, and its mirror.
             certain: the change cannot be taken back (exit): whatever a mirror's policy, it goes on.
         """
-        return Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain)
+        return Invalidation(
+            self, self.current.operation_id, cause, spans, owner, blockable, certain, initiator
+        )
 
     def listeners(self, event: Event) -> list[Subscriber]:
         """Those who have to hear of `event`, in order of registration."""
@@ -294,6 +306,8 @@ class Notifier:
                 return not self.edits_overlap(request.spans)
             case WaitFor.TURN:
                 return self.is_turn(request.ticket)
+            case WaitFor.SEQUENCE:
+                return self.sequence != request.ticket
             case _:
                 return not any(subscriber.awaits_late_answer() for subscriber in self.subscribers.values())
 
@@ -308,5 +322,7 @@ class Notifier:
                 return [self.turns[0].operation_id]
             case WaitFor.TURN:
                 return [turn.operation_id for turn in self.turns if turn.ticket < request.ticket]
+            case WaitFor.SEQUENCE:
+                return [running.operation_id for running in self.invalidations]
             case _:
                 return []

@@ -45,11 +45,12 @@ class WaitFor(Enum):
     TURN = "earlier calls that change VMAs of this space"
     CALLBACKS = "callbacks of the mirror"
     LATE_ANSWERS = "answers to abandoned events"
+    SEQUENCE = "the end of all running invalidations"
 
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """Wait until the condition holds for the ranges (or the ticket, or the mirror) given."""
+    """Wait until the condition holds for the ranges (or the ticket, sequence or mirror) given."""
 
     wait_for: WaitFor
     space_id: SpaceId = 0

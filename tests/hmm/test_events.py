@@ -45,6 +45,7 @@ def test_pte_mask_is_that_of_the_type(etype: EventType, mask: int) -> None:
         (Cause.CLEAR_SOFT_DIRTY, EventType.WRITE_PROTECT, Reason.SOFT_DIRTY),
         (Cause.WRITE_BACK, EventType.WRITE_PROTECT, Reason.PROTECTION_PAGE),
         (Cause.RECLAIM, EventType.MIGRATE, Reason.CLEAR),
+        (Cause.MIGRATE_SHARED, EventType.MIGRATE, Reason.CLEAR),
         (Cause.HUGE_PAGE_SPLIT, EventType.MUNMAP, Reason.CLEAR),
         (Cause.COLLAPSE, EventType.MIGRATE, Reason.CLEAR),
         (Cause.MIGRATE_TO_DEVICE, EventType.MIGRATE, Reason.MIGRATE),

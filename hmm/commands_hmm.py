@@ -1,0 +1,247 @@
+"""Commands of today's interface: what a driver of a current kernel calls.
+
+    interval notifiers   attach detach insert_notifier remove_notifier read_begin read_retry
+    looking and faulting find_vma range_fault
+    moving               migrate_to_device migrate_to_system evict_device
+    exclusive access     make_exclusive
+    the device itself    read_frames write_frames
+
+A driver attaches a device to a process once and gets one numbered stream of events for it; it inserts as many
+interval notifiers there as it likes.
+
+Source: Linux include/linux/mmu_notifier.h, hmm.h, migrate.h, rmap.h; the modules called name theirs.
+Invariants: a driver reaches only processes that it attached to.
+Absent: transport; a driver's answers (`Machine.answer`).
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmm import device_pages, exclusive, frame_access
+from hmm.device import Device
+from hmm.errors import InvalidRequestError, NoSuchObjectError
+from hmm.frames import Region
+from hmm.interval_notifier import IntervalMirror
+from hmm.machine import Machine
+from hmm.migrate import Migration
+from hmm.operation import Await, Operation, WaitFor, immediate
+from hmm.range_fault import HmmRange
+from hmm.range_fault import range_fault as fault_range
+from hmm.receiver import DeadlinePolicy, MirrorState
+from hmm.units import PAGE_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
+from hmm.zone_device import forget_holder
+
+
+@dataclass(frozen=True, slots=True)
+class VmaView:
+    """A VMA as drivers look at it."""
+
+    start: Address
+    end: Address
+    readable: bool
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """Words of a migration, uint64[npages] each, in the layout of `hmm.migrate`.
+
+    Attributes:
+        src: MIGRATE stands in those of the pages that were moved.
+        dst: the destinations of these.
+    """
+
+    src: Entries
+    dst: Entries
+
+
+@immediate
+def attach(
+    machine: Machine,
+    device_id: DeviceId,
+    process_id: ProcessId,
+    *,
+    policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+) -> MirrorId:
+    """Let a device's driver subscribe to changes of a process's address space.  It may do so several times.
+
+    Raises:
+        OutOfFramesError: too many mirrors (ENOMEM).
+    """
+    device = machine.device(device_id)
+    process = machine.process(process_id)
+    machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
+    mirror = IntervalMirror(machine.next_id("mirror"), device, process.space, process_id, machine.caller.token, policy)
+    machine.add_receiver(mirror)
+    return mirror.id
+
+
+def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
+    """Remove all interval notifiers of a mirror, and the mirror; running callbacks end first.
+
+    Pages that it put on its device stay there.
+
+    Raises:
+        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+    """
+    mirror = _mirror(machine, mirror_id)
+    for number in list(mirror.notifiers):
+        yield from mirror.remove(number)
+    while mirror.unanswered and mirror_id in machine.receivers:
+        yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
+    mirror.release(MirrorState.RELEASED)
+    machine.remove_receiver(mirror_id)
+    forget_holder(machine.frames, mirror_id)
+
+
+@immediate
+def insert_notifier(
+    machine: Machine, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool = False
+) -> int:
+    """As `IntervalMirror.insert`; `filtered`: the mirror's own migrations do not disturb its read sections."""
+    return _mirror(machine, mirror_id).insert(start, length, filtered=filtered).id
+
+
+def remove_notifier(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[None]:
+    """As `IntervalMirror.remove`."""
+    yield from _mirror(machine, mirror_id).remove(number)
+
+
+def read_begin(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[int]:
+    """As `IntervalMirror.read_begin`."""
+    return (yield from _mirror(machine, mirror_id).read_begin(number))
+
+
+@immediate
+def read_retry(machine: Machine, mirror_id: MirrorId, number: int, sequence: int) -> bool:
+    """As `IntervalMirror.read_retry`."""
+    return _mirror(machine, mirror_id).read_retry(number, sequence)
+
+
+@immediate
+def find_vma(machine: Machine, mirror_id: MirrorId, address: Address) -> VmaView | None:
+    """The VMA at an address.
+
+    Raises:
+        NoSuchObjectError: the process has exited (ESRCH).
+
+    Source: include/linux/mm.h, vma_lookup().
+    """
+    vma = _live(machine, mirror_id).space.vmas.find(address)
+    return None if vma is None else VmaView(vma.start, vma.end, vma.readable, vma.writable)
+
+
+def range_fault(
+    machine: Machine,
+    mirror_id: MirrorId,
+    number: int,
+    sequence: int,
+    span: AddressRange,
+    default_flags: int = 0,
+    pfn_flags_mask: int = 0,
+    words: Entries | None = None,
+) -> Operation[Entries]:
+    """As `range_fault.range_fault`; without flags a snapshot, which never faults.
+
+    Args:
+        words: uint64[npages], the pages' own requests; not changed.
+
+    Returns: uint64[npages].
+
+    Raises: also NoSuchObjectError: the process has exited (ESRCH).
+    """
+    mirror = _live(machine, mirror_id)
+    copied = np.zeros(span.npages, np.uint64) if words is None else words.copy()
+    request = HmmRange(mirror, number, sequence, span, copied, default_flags, pfn_flags_mask, mirror.device.id)
+    yield from fault_range(request)
+    return request.words
+
+
+def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
+    """Move what can be moved of a part of one VMA to the mirror's device, as `device_pages.migrate_to_device`.
+
+    Raises: also NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
+    """
+    mirror = _live(machine, mirror_id)
+    region = _region(machine, mirror.device)
+    return _words((yield from device_pages.migrate_to_device(mirror.space, span, region, mirror_id)))
+
+
+def migrate_to_system(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
+    """Move what the mirror's device has of a part of one VMA back, as `device_pages.migrate_to_system`.
+
+    Raises: as `migrate_to_device`.
+    """
+    mirror = _live(machine, mirror_id)
+    region = _region(machine, mirror.device)
+    return _words((yield from device_pages.migrate_to_system(mirror.space, span, region, mirror_id)))
+
+
+@immediate
+def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
+    """The frames of a device's memory, from the first to behind the last.
+
+    Raises: NoSuchObjectError: it has none (ENODEV).
+    """
+    region = _region(machine, machine.device(device_id))
+    return region.start, region.end
+
+
+def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
+    """Move everything in a device's memory to system memory, as `device_pages.evict`."""
+    region = _region(machine, machine.device(device_id))
+    return (yield from device_pages.evict(machine.frames, machine.spaces.values(), region))
+
+
+def make_exclusive(
+    machine: Machine, mirror_id: MirrorId, span: AddressRange, *, owned: bool = False
+) -> Operation[Pfns]:
+    """As `exclusive.make_device_exclusive_range`; `owned`: the event names the device and the mirror."""
+    mirror = _live(machine, mirror_id)
+    owner, initiator = (mirror.device.id, mirror_id) if owned else (0, 0)
+    return (yield from exclusive.make_device_exclusive_range(mirror.space, span, owner, initiator))
+
+
+@immediate
+def read_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+    """As `frame_access.read_frames`."""
+    mirror = _mirror(machine, mirror_id)
+    return frame_access.read_frames(mirror.space, addresses, pfns, mirror.device.id)
+
+
+@immediate
+def write_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+    """As `frame_access.write_frames`."""
+    if len(data) != addresses.size * PAGE_SIZE or addresses.size != pfns.size:
+        raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
+    mirror = _mirror(machine, mirror_id)
+    frame_access.write_frames(mirror.space, addresses, pfns, data, mirror.device.id)
+
+
+def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+    mirror = machine.receiver(mirror_id)
+    if not isinstance(mirror, IntervalMirror):
+        raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
+    mirror.require_live("hmm")
+    return mirror
+
+
+def _live(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+    mirror = _mirror(machine, mirror_id)
+    if not mirror.space.users:
+        raise NoSuchObjectError(f"the process of {mirror} has exited", errnos.ESRCH)
+    return mirror
+
+
+def _region(machine: Machine, device: Device) -> Region:
+    if not device.region:
+        raise NoSuchObjectError(f"{device} has no memory", errnos.ENODEV)
+    return machine.frames.region(device.region)
+
+
+def _words(migration: Migration) -> Migrated:
+    return Migrated(migration.src, migration.dst)

@@ -1,0 +1,208 @@
+"""Pages in the memory of devices: there and back.
+
+    to the device    migrate_to_device   by its driver's request
+    back             migrate_to_system   by its driver's request
+                     RESOLVERS[DEVICE]   a CPU, or another device, touches the page: migrate_to_ram()
+                     evict               everything that is in a device's memory: migrate_device_range()
+
+The frames of devices have bytes like all others, so a copy is made here and not by the driver.  Before a page leaves
+because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
+
+**Source**: Linux mm/migrate_device.c, mm/memory.c (do_swap_page()), lib/test_hmm.c (dmirror_devmem_fault()), 6.12.
+
+**Invariants**: a device's frame in use is mapped as a device's page or held by a migration; nothing is lost when a
+page cannot be moved: it stays where it is.
+
+**Absent**: the steps of a migration (migrate.py), swap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError
+from hmm.events import Cause, Event, EventType
+from hmm.fault import RESOLVERS
+from hmm.fault_pages import Strangers
+from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
+from hmm.migrate import MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, migrate_vma, run
+from hmm.migration_entries import HeldPages, replace, unmap_everywhere
+from hmm.operation import Deliver, Operation, Pause
+from hmm.rmap import Places, anonymous_places
+from hmm.units import PAGE_SHIFT, PIECE_PAGES, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
+from hmm.zone_device import owners, used_frames
+
+__all__ = ["evict", "migrate_to_device", "migrate_to_system"]
+
+_WRITE = np.uint64(WRITE)
+
+
+def migrate_to_device(
+    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId
+) -> Operation[Migration]:
+    """Move what can be moved of a range to a device's memory, in ascending order as far as there is room.
+
+    Args:
+        mirror_id: who is told when a page has to come back.
+
+    Returns, Raises, Cost: as `migrate_vma`.
+    """
+
+    def copy(migration: Migration) -> Operation[None]:
+        pages = np.flatnonzero(migration.src & np.uint64(MIGRATE))
+        pages = pages[: region.free]
+        if pages.size:
+            pfns = _copied(migration, pages, region.number)
+            space.frames.zone_device_data[pfns] = mirror_id
+            if migration.vma.writable:
+                hole = (migration.src[pages] & np.uint64(VALID)) == 0
+                migration.dst[pages[hole]] |= _WRITE
+        return
+        yield Pause()  # makes this function a generator
+
+    return (yield from migrate_vma(space, span, copy, select=Select.SYSTEM, owner=region.owner, initiator=mirror_id))
+
+
+def migrate_to_system(
+    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId
+) -> Operation[Migration]:
+    """Move what a device has of a range back to system memory, as far as there is room.
+
+    Args:
+        mirror_id: who asks.
+
+    Returns, Raises, Cost: as `migrate_vma`.
+    """
+    select, owner = _select(region), region.owner
+    return (yield from migrate_vma(space, span, _to_system, select=select, owner=owner, initiator=mirror_id))
+
+
+def _select(region: Region) -> Select:
+    return Select.DEVICE_PRIVATE if region.kind is RegionKind.DEVICE_PRIVATE else Select.DEVICE_COHERENT
+
+
+def _to_system(migration: Migration) -> Operation[None]:
+    pages = migration.pages[: migration.space.frames.available]
+    if pages.size:
+        _copied(migration, pages, SYSTEM_REGION)
+    return
+    yield Pause()  # makes this function a generator
+
+
+def _copied(migration: Migration, pages: np.ndarray[tuple[int, ...], np.dtype[np.intp]], region: int) -> Pfns:
+    """Allocate a destination for each page and copy it; a hole gets zeroes.  Returns: int64[n] frames."""
+    frames = migration.space.frames
+    pfns = frames.allocate(pages.size, region)
+    words = migrate_pfn(pfns) | (migration.src[pages] & _WRITE)
+    migration.dst[pages] = words
+    framed = (migration.src[pages] & np.uint64(VALID)) != 0
+    frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
+    return pfns
+
+
+# ---- back by touch
+
+
+def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
+    """migrate_to_ram() for pages of one VMA that were touched.
+
+    Raises:
+        OutOfFramesError: there is not one frame for them (ENOMEM).
+    """
+    frames = space.frames
+    pfns = cpu_pte.cpu_pfn(touched.entries)
+    devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
+    for device_id, mirror_id in np.unique(np.stack((devices, holders), axis=1), axis=0).tolist():
+        addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
+        if not frames.available:
+            raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
+        chosen = addresses[: frames.available]
+        migration = Migration(
+            space, touched.vma, chosen, Select.DEVICE_PRIVATE, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id
+        )
+        yield from run(migration, _tell_and_copy)
+
+
+def _tell_and_copy(migration: Migration) -> Operation[None]:
+    if migration.initiator and migration.pages.size:
+        event = _copy_event(migration, migration.addresses[migration.pages])
+        yield Deliver(event, (migration.initiator,))
+    yield from _to_system(migration)
+
+
+def _copy_event(migration: Migration, addresses: Entries) -> Event:
+    space = migration.space
+    return Event(
+        operation_id=space.current.operation_id,
+        space_id=space.id,
+        revision=space.notifier.next_revision(),
+        etype=EventType.COPY_FROM_DEVICE,
+        reason=None,
+        cause=Cause.MIGRATE_TO_SYSTEM,
+        spans=spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)),
+        owner=migration.owner,
+        initiator=migration.initiator,
+    )
+
+
+RESOLVERS[cpu_pte.DEVICE] = _bring_back
+
+
+# ---- eviction
+
+
+def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Operation[int]:
+    """Move everything in a device's memory to system memory, whoever has mapped it.
+
+    Args:
+        spaces: all that there are.
+
+    Returns: number of pages moved.
+
+    Raises:
+        OutOfFramesError: system memory ran out; what was moved stays moved (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
+
+    Cost: O(VMAs + pages), vectorised, and the copying.  Source: Linux mm/migrate_device.c, migrate_device_range().
+    """
+    known = list(spaces)
+    moved = 0
+    for first in range(region.first, region.top, PIECE_PAGES):
+        used = used_frames(frames, region.number)
+        pfns = used[(used >= first) & (used < first + PIECE_PAGES)]
+        if pfns.size:
+            moved += yield from _evict(frames, known, pfns)
+            yield Pause()
+    return moved
+
+
+def _evict(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
+    if pfns.size > frames.available:
+        raise OutOfFramesError(f"evict: {pfns.size} pages have to move and {frames.available} frames are free")
+    order = np.argsort(frames.index[pfns], kind="stable")
+    pfns = pfns[order]
+    indices = frames.index[pfns]
+
+    def places() -> Iterator[Places]:
+        for space in spaces:
+            backings = {vma.backing.id if vma.backing else 0: vma.backing for vma in space.vmas if vma.anon_vma}
+            for backing in backings.values():
+                yield from anonymous_places([space], indices, backing)
+
+    frames.get(pfns)
+    held, targets = HeldPages(frames, pfns, places), pfns
+    with ExitStack() as brackets:
+        try:
+            yield from unmap_everywhere(held, brackets, only_where_mapped=True)
+            free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
+            targets = pfns.copy()
+            targets[free] = frames.allocate(int(np.count_nonzero(free)))
+            frames.copy(targets[free], pfns[free])
+        finally:
+            replace(held, targets)
+    return int(np.count_nonzero(targets != pfns))

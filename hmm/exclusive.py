@@ -1,0 +1,171 @@
+"""Exclusive access: a device takes pages away from the CPU for atomic operations, until the CPU wants them back.
+
+The page stays where it is.  Its entry becomes one that the CPU cannot use; the first touch, by the CPU or through any
+device's fault, tells every mirror and makes the entry what it was, with the permission that its VMA now gives.
+
+**Source**: Linux mm/rmap.c (make_device_exclusive_range(), page_make_device_exclusive_one()), mm/memory.c
+(remove_device_exclusive_entry(), restore_exclusive_pte()), 6.12.
+
+**Invariants**: only private pages that one process has to itself are held exclusively.
+
+**Absent**: huge pages; who uses the pages meanwhile.
+
+Differs: one event for all pages of a call, where the kernel sends one per page.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, Signal
+from hmm.events import Cause
+from hmm.fault import RESOLVERS, bring_in
+from hmm.fault_pages import Strangers
+from hmm.frames import PageFlag
+from hmm.operation import Operation
+from hmm.rmap import anonymous_places
+from hmm.units import (
+    PAGE_SHIFT,
+    PIECE_PAGES,
+    AddressRange,
+    DeviceId,
+    Entries,
+    MirrorId,
+    Pfns,
+    is_page_aligned,
+    spans_of_pages,
+)
+from hmm.vma import VmFlag
+
+__all__ = ["make_device_exclusive_range"]
+
+_EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
+_PRESENT = np.uint64(cpu_pte.PRESENT)
+
+
+def make_device_exclusive_range(
+    space: AddressSpace, span: AddressRange, owner: DeviceId = 0, initiator: MirrorId = 0
+) -> Operation[Pfns]:
+    """Fault pages in for writing and take them from the CPU.
+
+    Args:
+        span: page-aligned, at most PIECE_PAGES pages.
+        owner, initiator: what the event carries, so that a driver knows its own.
+
+    Returns: int64[m], the frames of the pages that were brought in, m < npages when that stopped early; 0 for those
+    that stay the CPU's, because they are not private memory.
+
+    Raises:
+        InvalidRequestError: an empty, unaligned or too long range (EINVAL).
+        BadAddressError: nothing is mapped at the first page, or it is behind the end of its file (EFAULT).
+        AccessDeniedError: the first page may not be written (EFAULT).
+        OutOfFramesError: memory ran out at the first page (ENOMEM).
+
+    Cost: O(pages), vectorised.
+    """
+    if not span or not is_page_aligned(span.start | span.end) or span.npages > PIECE_PAGES:
+        raise InvalidRequestError(f"exclusive access: {span} is not a range of up to {PIECE_PAGES} pages")
+    while True:
+        got = yield from _get_user_pages(space, span)
+        pages, pfns = _suitable(space, got)
+        if not pages.size:
+            return np.zeros(got.npages, np.int64)
+        if (yield from _take(space, pages, pfns, owner, initiator)):
+            result = np.zeros(got.npages, np.int64)
+            result[(pages - (got.start >> PAGE_SHIFT))] = pfns
+            return result
+
+
+def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[AddressRange]:
+    """Bring pages in for writing, as get_user_pages_remote(FOLL_WRITE).  Returns: the part that is in."""
+    end = _writable_end(space, span)
+    stop = yield from bring_in(space, AddressRange(span.start, end), write=True)
+    done = end if stop is None else stop.address
+    if done > span.start:
+        return AddressRange(span.start, done)
+    signal = stop.signal if stop is not None else Signal.SEGV_MAPERR
+    raise BadAddressError(f"exclusive access: {span.start:#x}: {signal.value if signal else 'memory ran out'}")
+
+
+def _writable_end(space: AddressSpace, span: AddressRange) -> int:
+    """How far check_vma_flags() lets the pages be had for writing."""
+    at = span.start
+    while at < span.end:
+        vma = space.vmas.find(at)
+        error: HmmError | None = None
+        if vma is None:
+            error = BadAddressError(f"exclusive access: nothing is mapped at {at:#x}", address=at)
+        elif not vma.writable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
+            error = AccessDeniedError(f"exclusive access: {vma} may not be written", 14, address=at)
+        if error is not None:
+            if at == span.start:
+                raise error
+            return at
+        assert vma is not None
+        at = vma.end
+    return span.end
+
+
+def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
+    """Page numbers and frames of the private pages of a range: int64[n] each."""
+    entries = space.table.read(span.start, span.end)
+    pfns = cpu_pte.cpu_pfn(entries)
+    private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
+    private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
+    chosen = np.flatnonzero(private)
+    return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]
+
+
+def _take(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiator: MirrorId) -> Operation[bool]:
+    """Tell everybody who could map the pages, then take them.  Returns: False when they changed meanwhile."""
+    addresses = (pages << PAGE_SHIFT).view(np.uint64)
+    spans = spans_of_pages(pages)
+    space.frames.get(pfns)
+    try:
+        with space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
+            yield from bracket.deliver()
+            yield from _tell_relatives(space, pages, owner)
+            entries = space.table.lookup(addresses)
+            ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
+            if not ours.all():
+                return False
+            space.table.store(addresses, (entries & ~_PRESENT) | _EXCLUSIVE)
+            return True
+    finally:
+        space.frames.put(pfns)
+
+
+def _tell_relatives(space: AddressSpace, pages: Pfns, owner: DeviceId) -> Operation[None]:
+    """rmap_walk() tells every VMA where the pages could be, and does not ask first whether they are."""
+    relatives = [space.relatives[number] for number in sorted(space.relatives) if number != space.id]
+    whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
+    for vma in space.vmas.mapped_pieces(whole) if relatives else ():
+        low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
+        for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
+            spans = spans_of_pages((place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+            with place.space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner) as bracket:
+                yield from bracket.deliver()
+
+
+def _revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
+    """The CPU gets pages back: remove_device_exclusive_entry()."""
+    spans = spans_of_pages((touched.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    with space.notifier.invalidation(spans, Cause.EXCLUSIVE) as bracket:
+        yield from bracket.deliver()
+        entries = space.table.lookup(touched.addresses)
+        held = cpu_pte.is_device_exclusive(entries)
+        space.table.store(touched.addresses[held], _restored(space, touched.addresses[held], entries[held]))
+
+
+def _restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
+    """What exclusive entries become when the CPU gets them back: restore_exclusive_pte()."""
+    vma = space.vmas.find(int(addresses[0])) if addresses.size else None
+    given = (entries & ~_EXCLUSIVE) | _PRESENT
+    if vma is not None and not vma.writable:
+        given &= ~np.uint64(cpu_pte.WRITE)
+    return given
+
+
+RESOLVERS[cpu_pte.EXCLUSIVE] = _revoke

@@ -1,0 +1,168 @@
+"""Interval notifiers: how today's drivers hear of changes, and know that what they read is still so.
+
+A driver subscribes to ranges of an address space.  A change calls it back and makes the sequence of the address space
+odd until all running changes have ended; a read section begins by noting the sequence of its subscription and must be
+repeated when that has moved:
+
+    sequence = read_begin()        waits while the range is being invalidated
+    ... look at the page table ...
+    if read_retry(sequence): start over, else program the device
+
+The driver keeps its own table: of it nothing is known here.
+
+**Source**: Linux mm/mmu_notifier.c: __mmu_interval_notifier_insert(), mmu_interval_notifier_remove(),
+mmu_interval_read_begin(), mn_itree_inv_start_range(), mn_itree_inv_end(), 6.12.
+
+**Invariants**: the sequence of a subscription is odd; it equals that of the address space exactly while an
+invalidation that it was told of is running, or one that ran when it was inserted.
+
+**Absent**: the two passes of 7.1; signals and memory that inserting may run into (EINTR, ENOMEM).
+
+Differs: a driver that ignores its own migrations says so once, by `filtered`, and not by leaving the sequence as it is
+in the callback.  The sequence moves when the event is sent, not when the driver is called.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass, field
+
+from hmm.errors import InvalidRequestError, NoSuchObjectError
+from hmm.events import Event, EventState, Outcome
+from hmm.operation import Await, Operation, WaitFor
+from hmm.receiver import Receiver
+from hmm.units import Address, AddressRange
+
+__all__ = ["IntervalMirror", "IntervalNotifier"]
+
+_ULONG_MAX = (1 << 64) - 1
+
+
+@dataclass(slots=True, eq=False)
+class IntervalNotifier:
+    """`struct mmu_interval_notifier`: one range.
+
+    Attributes:
+        filtered: what this mirror itself asked for does not disturb read sections.
+        sequence: of the last invalidation it was told of.
+        deferred: the sequence until whose end it hears nothing, as it was inserted while that lasted; 0 for none.
+    """
+
+    id: int
+    span: AddressRange
+    filtered: bool
+    sequence: int
+    deferred: int = 0
+
+    def concerned(self, event: Event, sequence: int) -> bool:
+        """Whether the driver has to hear of `event` for this range; `sequence` is that of the address space."""
+        return self.deferred != sequence and event.overlaps(self.span)
+
+
+@dataclass(slots=True, eq=False)
+class IntervalMirror(Receiver):
+    """A driver's interval notifiers in one address space, called back through one stream."""
+
+    notifiers: dict[int, IntervalNotifier] = field(default_factory=dict)
+    last_notifier: int = 0
+
+    # ---- subscriptions
+
+    def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+        """Subscribe to [start, start + length); overlapping subscriptions are fine.
+
+        Raises:
+            InvalidRequestError: no length, or an end beyond all addresses (EOVERFLOW); the process has exited
+                (EINVAL).
+
+        Source: __mmu_interval_notifier_insert().
+        """
+        if length <= 0 or start < 0 or start + length - 1 > _ULONG_MAX:
+            raise InvalidRequestError(f"insert: {length:#x} bytes at {start:#x} are no range", errnos.EOVERFLOW)
+        if not self.space.users:
+            raise InvalidRequestError(f"insert: the address space of {self} is gone")
+        core = self.space.notifier
+        deferred = core.sequence if core.sequence & 1 else 0
+        if core.invalidations:
+            core.sequence |= 1
+        sequence = core.sequence if core.invalidations else core.sequence - 1
+        self.last_notifier += 1
+        notifier = IntervalNotifier(
+            self.last_notifier, AddressRange(start, start + length), filtered, sequence, deferred
+        )
+        self.notifiers[notifier.id] = notifier
+        return notifier
+
+    def remove(self, number: int) -> Operation[None]:
+        """Unsubscribe; when it returns no callback for this range is running and none will come.
+
+        Raises:
+            WouldDeadlockError: called from inside a callback (EDEADLK).
+
+        Source: mmu_interval_notifier_remove().
+        """
+        notifier = self.notifier(number)
+        del self.notifiers[number]
+        sequence = self.space.notifier.sequence
+        if sequence & 1 and notifier.deferred != sequence:
+            yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+
+    def notifier(self, number: int) -> IntervalNotifier:
+        """The subscription of that number.
+
+        Raises:
+            NoSuchObjectError: there is none (ENOENT).
+        """
+        notifier = self.notifiers.get(number)
+        if notifier is None:
+            raise NoSuchObjectError(f"{self} has no interval notifier {number}", errnos.ENOENT)
+        return notifier
+
+    # ---- read sections
+
+    def read_begin(self, number: int) -> Operation[int]:
+        """Begin a read section.  Returns: what `read_retry` has to be asked with; it may be outdated already.
+
+        Source: mmu_interval_read_begin(); it waits once and does not loop.
+        """
+        sequence = self.notifier(number).sequence
+        if sequence == self.space.notifier.sequence:
+            yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+        return sequence
+
+    def read_retry(self, number: int, sequence: int) -> bool:
+        """Whether an invalidation came meanwhile, so that everything read has to be thrown away."""
+        return self.notifier(number).sequence != sequence
+
+    # ---- events
+
+    def hears(self, event: Event) -> bool:
+        """Every change with a reason of today that overlaps a subscription, its own device's included."""
+        sequence = self.space.notifier.sequence
+        return event.reason is not None and any(
+            notifier.concerned(event, sequence) for notifier in self.notifiers.values()
+        )
+
+    def send(self, event: Event, operation_id: int) -> int:
+        """Number an event for this receiver; from now on read sections over its ranges have to be repeated."""
+        if event.reason is not None:
+            sequence = self.space.notifier.sequence
+            for notifier in self.notifiers.values():
+                ignored = notifier.filtered and event.initiator == self.id
+                if notifier.concerned(event, sequence) and not ignored:
+                    notifier.sequence = sequence
+        return Receiver.send(self, event, operation_id)
+
+    def settle(self, event: Event, outcome: Outcome) -> bool:
+        """An answer has no effect here: a callback that may wait cannot fail."""
+        self.unsettled.pop(outcome.sequence, None)
+        if outcome.errno and outcome.state is not EventState.REFUSED:
+            self.counters[f"refused_{event.etype.name.lower()}"] += 1
+        return True
+
+    def check(self) -> None:
+        """Assert the invariants of the subscriptions."""
+        Receiver.check(self)
+        for notifier in self.notifiers.values():
+            assert notifier.sequence & 1, f"{self}: an even sequence"
+            assert notifier.sequence <= self.space.notifier.sequence, f"{self}: a sequence of the future"

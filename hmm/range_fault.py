@@ -1,0 +1,273 @@
+"""hmm_range_fault(): what the CPU's page table says of a range, after faulting in what is asked for.
+
+Each page has one word.  Going in it may say what is wanted (REQ_FAULT, REQ_WRITE), going out it says what is there:
+
+    VALID      the page may be read; WRITE: and written; the low bits name its frame
+    ERROR      the device must fail an access
+    0          nothing there now, and a fault could succeed
+    order      the CPU maps a naturally aligned 2^order pages by one entry
+
+The walk is ascending.  The first page that needs a fault makes the kernel fault everything behind it, up to the end of
+the request, of the VMA or of the directory: pages of the own device that lie there come back to system memory.
+
+**Source**: Linux mm/hmm.c, include/linux/hmm.h; 6.12, with the bits of the words as of 6.16.
+
+**Invariants**: when an error is raised, words below the failing address are outputs and all others still inputs.
+
+**Absent**: huge pages, DMA mapping of the result.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, RangeBusyError
+from hmm.fault import bring_in
+from hmm.frames import ZERO_PFN
+from hmm.interval_notifier import IntervalMirror
+from hmm.operation import Operation, Pause
+from hmm.units import (
+    PAGE_SHIFT,
+    PIECE_BYTES,
+    PMD_SHIFT,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    DeviceId,
+    Entries,
+    Pfns,
+    is_page_aligned,
+)
+from hmm.vma import Vma, VmFlag
+from hmm.zone_device import owners
+
+__all__ = [
+    "ERROR",
+    "ORDER_SHIFT",
+    "REQ_FAULT",
+    "REQ_WRITE",
+    "STICKY",
+    "VALID",
+    "WRITE",
+    "HmmRange",
+    "range_fault",
+    "word_pfns",
+]
+
+VALID = 1 << 63
+WRITE = 1 << 62
+ERROR = 1 << 61
+REQ_FAULT = VALID
+REQ_WRITE = WRITE
+STICKY = 0b111 << 58
+"""DMA_MAPPED, P2PDMA, P2PDMA_BUS: they survive from input to output."""
+ORDER_SHIFT = 53
+_PFN_MASK = np.uint64((1 << ORDER_SHIFT) - 1)
+_BLOCK_PAGES = 1 << (PMD_SHIFT - PAGE_SHIFT)
+
+_Mask = npt.NDArray[np.bool_]
+
+
+def word_pfns(words: Entries) -> Pfns:
+    """int64[n]: the frames that words name."""
+    return (words & _PFN_MASK).view(np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class HmmRange:
+    """`struct hmm_range`.
+
+    Attributes:
+        notifier, sequence: the subscription that covers the range, and what its read_begin returned.
+        words: uint64[npages], in and out.
+        default_flags: requests for all pages.
+        pfn_flags_mask: which bits of the input words count as requests.
+        owner: dev_private_owner: the device whose private pages are reported and not faulted back; 0 for none.
+    """
+
+    mirror: IntervalMirror
+    notifier: int
+    sequence: int
+    span: AddressRange
+    words: Entries
+    default_flags: int = 0
+    pfn_flags_mask: int = 0
+    owner: DeviceId = 0
+
+    @property
+    def space(self) -> AddressSpace:
+        """Whose page table is looked at."""
+        return self.mirror.space
+
+    def slice(self, span: AddressRange) -> Entries:
+        """The words of a part, to be written."""
+        first = (span.start - self.span.start) >> PAGE_SHIFT
+        return self.words[first : first + span.npages]
+
+    def wants(self, span: AddressRange) -> tuple[_Mask, _Mask]:
+        """bool[n] twice: which pages of a part have to come out VALID, and which with WRITE."""
+        requests = (self.slice(span) & np.uint64(self.pfn_flags_mask)) | np.uint64(self.default_flags)
+        fault: _Mask = (requests & np.uint64(REQ_FAULT)) != 0
+        write: _Mask = fault & ((requests & np.uint64(REQ_WRITE)) != 0)
+        return fault, write
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all pages are asked for alike."""
+        return not self.pfn_flags_mask & (REQ_FAULT | REQ_WRITE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    # A part of one VMA as it is: words, and bool[n]: what has to be faulted, for writing, what cannot be had.
+    words: Entries
+    need: _Mask
+    need_write: _Mask
+    hopeless: _Mask
+    populated: bool
+
+
+def range_fault(request: HmmRange) -> Operation[None]:
+    """Fill `request.words`.
+
+    Raises:
+        InvalidRequestError: an empty or unaligned range, or not as many words as pages (EINVAL).
+        RangeBusyError: an invalidation came since read_begin: begin again (EBUSY).
+        AccessDeniedError: a page is wanted for writing and its VMA does not permit it (EPERM), `error.address`.
+        BadAddressError: a page that is wanted cannot be had: no mapping, no permission to read, behind the end of its
+            file, registers, lost, or no memory (EFAULT), `error.address`.  Pages below it have been faulted in.
+
+    Cost: O(pages + VMAs), vectorised.
+    """
+    _check(request)
+    at = request.span.start
+    while at < request.span.end:
+        _require_current(request)
+        stop = min(request.span.end, (at // PIECE_BYTES + 1) * PIECE_BYTES)
+        at = yield from _part(request, at, stop)
+        if at < request.span.end and at == stop:
+            yield Pause()
+
+
+def _check(request: HmmRange) -> None:
+    span = request.span
+    if not span or not is_page_aligned(span.start | span.end) or span.end > TASK_SIZE:
+        raise InvalidRequestError(f"range fault: {span} is not a range of pages")
+    if request.words.size != span.npages:
+        raise InvalidRequestError(f"range fault: {request.words.size} words for the {span.npages} pages of {span}")
+
+
+def _require_current(request: HmmRange) -> None:
+    if request.mirror.read_retry(request.notifier, request.sequence):
+        raise RangeBusyError(
+            f"range fault: {request.span} was invalidated since its read section began",
+            notifier_seq=request.space.notifier.sequence,
+        )
+
+
+def _part(request: HmmRange, at: Address, stop: Address) -> Operation[Address]:
+    """What there is at `at`: a hole, or a part of one VMA.  Returns: how far its words are outputs."""
+    vma = request.space.vmas.find(at)
+    if vma is None:
+        above = request.space.vmas.find_next(at)
+        span = AddressRange(at, min(stop, above.start) if above else stop)
+        _refuse(request, span, "nothing is mapped there")
+        return span.end
+    span = AddressRange(at, min(stop, vma.end))
+    if not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
+        _refuse(request, span, f"{vma} cannot be read by a device")
+        return span.end
+    look = _look(request, span)
+    done = _done(look)
+    out = request.slice(span)
+    out[:done] = (out[:done] & np.uint64(STICKY)) | look.words[:done]
+    if done == span.npages:
+        return span.end
+    failing = at + (done << PAGE_SHIFT)
+    if look.hopeless[done]:
+        raise BadAddressError(f"range fault: {failing:#x} is not memory that can be had", address=failing)
+    yield from _fault(request, vma, span, look, done)
+    return failing
+
+
+def _refuse(request: HmmRange, span: AddressRange, why: str) -> None:
+    # hmm_vma_walk_test() and hmm_vma_walk_hole().
+    fault, _ = request.wants(span)
+    if fault.any():
+        raise BadAddressError(f"range fault: {span.start:#x}: {why}", address=span.start)
+    out = request.slice(span)
+    out[:] = (out & np.uint64(STICKY)) | np.uint64(ERROR)
+
+
+def _look(request: HmmRange, span: AddressRange) -> _Look:
+    """hmm_vma_handle_pte() for all pages of a part of one VMA."""
+    space = request.space
+    entries = space.table.read(span.start, span.end)
+    pfns = cpu_pte.cpu_pfn(entries)
+    fault, write = request.wants(span)
+    present = cpu_pte.is_present(entries)
+    own = cpu_pte.is_device_private(entries)
+    if own.any():
+        own[own] = owners(space.frames, pfns[own]) == (request.owner or -1)
+    writable = cpu_pte.is_writable(entries)
+    registers = present & cpu_pte.is_special(entries) & (pfns != ZERO_PFN)
+    words = np.zeros(entries.size, np.uint64)
+    shown = present | own
+    words[shown] = pfns[shown].view(np.uint64) | np.uint64(VALID)
+    words[shown & writable] |= np.uint64(WRITE)
+    need_write = write & ~writable & ~own
+    need = np.where(present, need_write, fault & ~own)
+    hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)
+    words[registers] = np.uint64(ERROR)
+    return _Look(words, need, need_write, hopeless, bool(entries.any()))
+
+
+def _done(look: _Look) -> int:
+    stopping = look.need | look.hopeless
+    first = int(stopping.argmax())
+    return first if stopping[first] else stopping.size
+
+
+def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: int) -> Operation[None]:
+    """hmm_vma_fault(): fault from the first page on that needs it, in each directory to its end."""
+    target, write = _to_be_faulted(request, span, look, first)
+    address = span.start + (first << PAGE_SHIFT)
+    if write and not vma.writable:
+        raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
+    stop = yield from bring_in(request.space, target, write=write)
+    if stop is not None:
+        why = stop.signal.value if stop.signal else "memory ran out"
+        raise BadAddressError(f"range fault: {stop.address:#x}: {why}", address=stop.address)
+
+
+def _to_be_faulted(
+    request: HmmRange, span: AddressRange, look: _Look, first: int
+) -> tuple[AddressRange | Entries, bool]:
+    """What is faulted, and whether for writing."""
+    start = span.start >> PAGE_SHIFT
+    if request.uniform:
+        # In every directory at once: the outcome is that of one after the other.
+        pages = np.arange(start, start + look.need.size)
+        blocks = pages >> (PMD_SHIFT - PAGE_SHIFT)
+        needy = pages[look.need]
+        which, positions = np.unique(needy >> (PMD_SHIFT - PAGE_SHIFT), return_index=True)
+        begins = np.full(int(blocks[-1] - blocks[0]) + 1, np.iinfo(np.int64).max)
+        begins[which - blocks[0]] = needy[positions]
+        limit = start + int(look.hopeless.argmax()) if look.hopeless.any() else int(pages[-1]) + 1
+        chosen = pages[(pages >= begins[blocks - blocks[0]]) & (pages < limit)]
+        write = bool(look.need_write[first])
+        if chosen.size == int(chosen[-1]) - int(chosen[0]) + 1:
+            return AddressRange(int(chosen[0]) << PAGE_SHIFT, (int(chosen[-1]) + 1) << PAGE_SHIFT), write
+        return (chosen << PAGE_SHIFT).view(np.uint64), write
+    page = start + first
+    end = min(start + look.need.size, (page // _BLOCK_PAGES + 1) * _BLOCK_PAGES)
+    write = bool(look.need_write[first])
+    if not look.populated:
+        write = bool(look.need_write[first : end - start].any())
+    return AddressRange(page << PAGE_SHIFT, end << PAGE_SHIFT), write

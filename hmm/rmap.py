@@ -1,0 +1,81 @@
+"""The reverse map: where pages may be mapped, found by their page offset.
+
+A page does not know its page-table entries.  It knows its offset (page->index), and every VMA that could map it maps
+it at that offset: so the candidates are computed, and the entry that stands there says whether it is so.
+
+Private pages are looked for in the VMAs that have an `anon_vma`, in the address spaces that descend from a common
+ancestor by fork; pages of a file in all VMAs of that file.
+
+Source: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address().
+Invariants: every entry that names a page is at one of the places found for it.
+Absent: the entries.
+
+Differs: the kernel asks only the descendants of the space that a private page was made in; here all relatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmm.address_space import AddressSpace
+from hmm.units import PAGE_SHIFT, Entries, Pfns
+from hmm.vma import Backing, Vma
+
+__all__ = ["Places", "anonymous_places", "file_places"]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where one VMA could map some of the pages asked for.
+
+    Attributes:
+        addresses: uint64[n], ascending.
+        pages: which of the pages asked for, as a slice of their array.
+    """
+
+    space: AddressSpace
+    vma: Vma
+    addresses: Entries
+    pages: slice
+
+
+def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None) -> Iterator[Places]:
+    """Where private pages could be mapped.
+
+    Args:
+        spaces: relatives of the space that the pages were met in.
+        indices: int64[n], page offsets, ascending.
+        backing: of the VMA that the pages were met in; None for anonymous memory.
+
+    Cost: O(VMAs), and O(n) for each that matches.
+    """
+    for space in spaces:
+        for vma in list(space.vmas):
+            if vma.anon_vma and vma.backing is backing:
+                yield from _in_vma(space, vma, indices)
+
+
+def file_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing) -> Iterator[Places]:
+    """Where pages of a file could be mapped.
+
+    Args:
+        spaces: those with VMAs that map the file.
+        indices: int64[n], page offsets in the file, ascending.
+
+    Cost: as `anonymous_places`.
+    """
+    for space in spaces:
+        for vma in list(space.vmas):
+            if vma.backing is backing:
+                yield from _in_vma(space, vma, indices)
+
+
+def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:
+    first = vma.page_offset(vma.start)
+    low, high = np.searchsorted(indices, (first, first + vma.npages)).tolist()
+    if low < high:
+        addresses = (indices[low:high] - vma.mapping.delta) << PAGE_SHIFT
+        yield Places(space, vma, addresses.view(np.uint64), slice(low, high))

@@ -1,0 +1,242 @@
+"""Pages in the memory of devices: migrated there, brought back by touch, by request, and by eviction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte
+from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
+from hmm.events import EventType, Reason
+from hmm.migrate import MIGRATE, VALID, WRITE
+from hmm.units import PAGE_SIZE, AddressRange
+from hmm.unmapped_area import MapFlag
+
+BASE = 1 << 40
+
+
+def test_migrate_moves_pages_when_they_are_private_memory(bench: Any) -> None:
+    """Present pages go to the device with their contents; the CPU's entry becomes a device's, writable as before."""
+    bench.write(0, b"ab" * PAGE_SIZE)
+    moved = bench.to_device(0, 2)
+    assert ((moved.src & np.uint64(VALID | MIGRATE | WRITE)) == VALID | MIGRATE | WRITE).all()
+    assert bench.used == 2
+    entry = bench.entry(0)
+    assert cpu_pte.is_device_private(entry)
+    assert cpu_pte.is_writable(entry)
+    bench.local.machine.check()
+    assert bench.read(0, 2 * PAGE_SIZE) == b"ab" * PAGE_SIZE
+    assert bench.used == 0
+
+
+def test_migrate_makes_zero_pages_when_nothing_was_there(bench: Any) -> None:
+    """Holes and the zero page of anonymous memory become zeroed device pages; a second event tells of the holes."""
+    bench.read(1, 1)
+    bench.heard.events.clear()
+    moved = bench.to_device(0, 3)
+    assert ((moved.src & np.uint64(VALID | MIGRATE)) == MIGRATE).all()
+    assert bench.heard.reasons == [Reason.MIGRATE, Reason.MIGRATE]
+    assert [event.owner for event in bench.heard.events] == [bench.device] * 2
+    assert bench.used == 3
+    assert bench.read(0, 3 * PAGE_SIZE) == bytes(3 * PAGE_SIZE)
+    bench.local.machine.check()
+
+
+def test_migrate_leaves_pages_when_they_are_shared_memory(bench: Any) -> None:
+    """Pages of files and of shared memory never go to a device (migrate_vma_pages())."""
+    bench.map(2, flags=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS, at=32)
+    bench.write(32, b"x" * 2 * PAGE_SIZE)
+    moved = bench.to_device(32, 2)
+    assert not (moved.src & np.uint64(MIGRATE)).any()
+    assert bench.used == 0
+    assert bench.read(32, 2 * PAGE_SIZE) == b"x" * 2 * PAGE_SIZE
+    bench.local.machine.check()
+
+
+def test_migrate_moves_the_first_pages_when_the_device_is_small(make_bench: Any) -> None:
+    """Without room the rest stays in system memory; the call succeeds."""
+    bench = make_bench(memory_pages=3)
+    bench.write(0, bytes(range(1, 6)) * PAGE_SIZE)
+    moved = bench.to_device(0, 5)
+    assert [bool(word & MIGRATE) for word in moved.src.tolist()] == [True, True, True, False, False]
+    bench.local.machine.check()
+    assert bench.read(0, 5 * PAGE_SIZE) == bytes(range(1, 6)) * PAGE_SIZE
+
+
+def test_migrate_leaves_the_page_when_it_is_pinned(bench: Any) -> None:
+    """A page with a pin stays, and its entry is what it was."""
+    bench.write(0, b"p" * PAGE_SIZE)
+    before = bench.entry(0)
+    frames = bench.local.machine.frames
+    pinned = np.array([cpu_pte.cpu_pfn(before)])
+    frames.pin(pinned)
+    moved = bench.to_device(0, 1)
+    assert moved.src.tolist() == [0]
+    assert bench.entry(0) == before
+    frames.unpin(pinned)
+
+
+def test_migrate_fails_when_the_range_is_not_in_one_mapping(bench: Any) -> None:
+    """migrate_vma_setup() wants one VMA: EINVAL."""
+    with pytest.raises(InvalidRequestError):
+        bench.to_device(15, 2)
+    with pytest.raises(InvalidRequestError):
+        bench.to_device(40, 1)
+    with pytest.raises(InvalidRequestError):
+        bench.call(commands_hmm.migrate_to_device, bench.mirror, AddressRange(BASE, BASE))
+
+
+def test_touch_brings_pages_back_when_the_cpu_reads(bench: Any) -> None:
+    """migrate_to_ram(): the mirror that put the page there is told to copy it back, others hear MIGRATE."""
+    bench.write(0, b"z" * PAGE_SIZE)
+    bench.to_device(0, 1)
+    bench.heard.events.clear()
+    assert bench.read(0, 1) == b"z"
+    assert [(event.reason, event.etype) for event in bench.heard.events] == [
+        (Reason.MIGRATE, EventType.MIGRATE),
+        (None, EventType.COPY_FROM_DEVICE),
+    ]
+    assert {event.initiator for event in bench.heard.events} == {bench.mirror}
+
+
+def test_touch_brings_the_page_back_for_all_when_fork_shares_it(bench: Any) -> None:
+    """One fault migrates a page for every process that maps it; the other one's mirror hears CLEAR."""
+    bench.write(0, b"s" * PAGE_SIZE)
+    bench.to_device(0, 1)
+    child = bench.call(commands_process.fork, bench.process)
+    assert not cpu_pte.is_writable(bench.entry(0))
+    bench.heard.events.clear()
+    assert bench.read(0, PAGE_SIZE, child) == b"s" * PAGE_SIZE
+    assert Reason.CLEAR in bench.heard.reasons
+    assert cpu_pte.is_present(bench.entry(0))
+    assert bench.used == 0
+    bench.local.machine.check()
+    bench.write(0, b"t", child)
+    assert bench.read(0, 1) == b"s"
+
+
+def test_migrate_moves_the_page_of_both_when_fork_shares_it(bench: Any) -> None:
+    """A page shared by fork goes to the device for both, read-only in each."""
+    bench.write(0, b"s" * PAGE_SIZE)
+    child = bench.call(commands_process.fork, bench.process)
+    bench.to_device(0, 1)
+    for process in (bench.process, child):
+        entry = bench.entry(0, process)
+        assert cpu_pte.is_device_private(entry)
+        assert not cpu_pte.is_writable(entry)
+    bench.local.machine.check()
+    bench.call(commands_process.exit_process, child)
+    assert bench.used == 1
+    bench.write(0, b"own")
+    assert bench.read(0, 4) == b"owns"
+
+
+def test_migrate_back_moves_only_what_the_device_has(bench: Any) -> None:
+    """MIGRATE_VMA_SELECT_DEVICE_PRIVATE leaves system pages and holes alone."""
+    bench.write(0, b"a" * PAGE_SIZE)
+    bench.write(1, b"b" * PAGE_SIZE)
+    bench.to_device(0, 1)
+    moved = bench.to_system(0, 3)
+    assert [bool(word & MIGRATE) for word in moved.src.tolist()] == [True, False, False]
+    assert cpu_pte.is_present(bench.entry(0))
+    assert bench.entry(2) == 0
+    bench.local.machine.check()
+
+
+def test_touch_brings_the_page_back_when_it_was_moved_by_mremap(bench: Any) -> None:
+    """mremap moves device entries as they are; the page is found at its new place."""
+    bench.write(0, b"m" * PAGE_SIZE)
+    bench.to_device(0, 1)
+    moved = bench.call(commands_process.mremap, bench.process, BASE, PAGE_SIZE, PAGE_SIZE, 3, BASE + 64 * PAGE_SIZE)
+    assert moved == BASE + 64 * PAGE_SIZE
+    bench.call(commands_hmm.evict_device, bench.device)
+    assert cpu_pte.is_present(bench.entry(64))
+    assert bench.read(64, 1) == b"m"
+
+
+def test_munmap_frees_device_pages(bench: Any) -> None:
+    """The last mapping that goes frees the device's frame."""
+    bench.write(0, b"m" * 4 * PAGE_SIZE)
+    bench.to_device(0, 4)
+    bench.call(commands_process.munmap, bench.process, BASE, 4 * PAGE_SIZE)
+    assert bench.used == 0
+    bench.local.machine.check()
+
+
+def test_evict_brings_everything_back_whoever_has_it(bench: Any) -> None:
+    """migrate_device_range() finds pages of all processes by the reverse map; mirrors hear CLEAR without an owner."""
+    bench.write(0, b"e" * 4 * PAGE_SIZE)
+    bench.to_device(0, 4)
+    child = bench.call(commands_process.fork, bench.process)
+    bench.heard.events.clear()
+    assert bench.call(commands_hmm.evict_device, bench.device) == 4
+    assert bench.used == 0
+    assert bench.heard.reasons == [Reason.CLEAR]
+    assert bench.heard.events[0].owner == 0
+    assert bench.read(0, 4 * PAGE_SIZE, child) == b"e" * 4 * PAGE_SIZE
+    bench.local.machine.check()
+
+
+def test_evict_fails_when_system_memory_is_short(make_bench: Any) -> None:
+    """Nothing is moved and nothing is lost when there is no room."""
+    bench = make_bench(frames=12, memory_pages=8)
+    bench.write(0, b"e" * 8 * PAGE_SIZE)
+    bench.to_device(0, 8)
+    bench.map(8, at=32)
+    bench.write(32, b"f" * 8 * PAGE_SIZE)
+    with pytest.raises(OutOfFramesError):
+        bench.call(commands_hmm.evict_device, bench.device)
+    assert bench.used == 8
+    bench.local.machine.check()
+
+
+def test_touch_fails_when_system_memory_is_short(make_bench: Any) -> None:
+    """A page cannot come back without a frame: the access fails with ENOMEM and the page stays."""
+    bench = make_bench(frames=6, memory_pages=8)
+    bench.write(0, b"e" * 4 * PAGE_SIZE)
+    bench.to_device(0, 4)
+    bench.write(4, b"f" * 5 * PAGE_SIZE)
+    with pytest.raises(OutOfFramesError):
+        bench.read(0, 1)
+    assert bench.used == 4
+    bench.local.machine.check()
+
+
+def test_register_fails_when_no_frame_numbers_are_left(make_bench: Any) -> None:
+    """A device's memory takes frame numbers, which are limited: ENOMEM."""
+    bench = make_bench()
+    with pytest.raises(OutOfFramesError):
+        bench.call(commands_device.register_device, "huge", memory_pages=1 << 30)
+    with pytest.raises(InvalidRequestError):
+        bench.call(commands_device.register_device, "negative", memory_pages=-1)
+
+
+def test_migrate_fails_when_the_device_has_no_memory(bench: Any) -> None:
+    """A device registered without memory has no frames to move to: ENODEV."""
+    plain = bench.call(commands_device.register_device, "plain")
+    mirror, _ = bench.attach(plain, bench.process)
+    with pytest.raises(NoSuchObjectError):
+        bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0))
+
+
+def test_unregister_loses_nothing_when_pages_are_on_board(bench: Any) -> None:
+    """Unregistering moves everything back first; a device with mirrors stays (EBUSY)."""
+    bench.write(0, b"u" * 2 * PAGE_SIZE)
+    bench.to_device(0, 2)
+    with pytest.raises(ConflictError):
+        bench.call(commands_device.unregister_device, bench.device)
+    bench.call(commands_hmm.detach, bench.mirror)
+    bench.call(commands_device.unregister_device, bench.device)
+    assert len(bench.local.machine.frames.regions) == 1
+    assert bench.read(0, 2 * PAGE_SIZE) == b"u" * 2 * PAGE_SIZE
+    bench.local.machine.check()
+
+
+def test_touch_tells_nobody_to_copy_when_the_mirror_is_gone(bench: Any) -> None:
+    """Pages that a detached mirror left on the device come back without it."""
+    bench.write(0, b"g" * PAGE_SIZE)
+    bench.to_device(0, 1)
+    bench.call(commands_hmm.detach, bench.mirror)
+    assert bench.read(0, 1) == b"g"

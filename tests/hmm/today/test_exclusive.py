@@ -1,0 +1,119 @@
+"""Exclusive access: taking pages from the CPU, and losing them again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import commands_hmm, commands_process, cpu_pte
+from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
+from hmm.events import Reason
+from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+
+def take(bench: Any, at: int, npages: int = 1) -> np.ndarray:
+    """make_device_exclusive_range()."""
+    frames: np.ndarray = bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(at, npages))
+    return frames
+
+
+def test_take_faults_in_and_leaves_exclusive_entries(bench: Any) -> None:
+    """Untouched pages become real ones first; the CPU's entries no longer translate."""
+    pfns = take(bench, 0, 2)
+    assert (pfns > 0).all()
+    assert all(cpu_pte.is_device_exclusive(bench.entry(at)) for at in range(2))
+    assert bench.heard.reasons == [Reason.EXCLUSIVE]
+    assert bench.heard.events[0].owner == 0
+    bench.local.machine.check()
+
+
+def test_touch_revokes_when_the_cpu_reads(bench: Any) -> None:
+    """Any access gives the page back, writable as it was, with its contents, after telling everybody."""
+    bench.write(0, b"q")
+    take(bench, 0)
+    bench.heard.events.clear()
+    assert bench.read(0, 1) == b"q"
+    assert bench.heard.reasons == [Reason.EXCLUSIVE]
+    entry = bench.entry(0)
+    assert cpu_pte.is_present(entry)
+    assert cpu_pte.is_writable(entry)
+
+
+def test_take_again_revokes_first(bench: Any) -> None:
+    """A page that is exclusive already is given back and taken anew: two events."""
+    first = take(bench, 0)
+    bench.heard.events.clear()
+    assert take(bench, 0).tolist() == first.tolist()
+    assert bench.heard.reasons == [Reason.EXCLUSIVE, Reason.EXCLUSIVE]
+
+
+def test_take_copies_first_when_the_page_is_shared_by_fork(bench: Any) -> None:
+    """The process gets a page of its own, and the child's stays what it was."""
+    bench.write(0, b"c")
+    child = bench.call(commands_process.fork, bench.process)
+    before = cpu_pte.cpu_pfn(bench.entry(0))
+    assert take(bench, 0).tolist() != [before]
+    assert bench.read(0, 1, child) == b"c"
+    assert cpu_pte.is_device_exclusive(bench.entry(0))
+
+
+def test_take_brings_the_own_page_back_first(bench: Any) -> None:
+    """A page in the device's memory is migrated back before it is taken."""
+    bench.write(0, b"d")
+    bench.to_device(0, 1)
+    take(bench, 0)
+    assert bench.used == 0
+
+
+def test_take_leaves_shared_memory(bench: Any) -> None:
+    """Only private memory can be taken: 0 for pages of shared memory."""
+    bench.map(2, flags=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS, at=32)
+    assert take(bench, 32, 2).tolist() == [0, 0]
+    assert cpu_pte.is_present(bench.entry(32))
+
+
+def test_take_stops_early_when_a_page_cannot_be_had(bench: Any) -> None:
+    """Pages below a hole are taken all the same: their frames are the result."""
+    assert take(bench, 14, 4).size == 2
+    assert cpu_pte.is_device_exclusive(bench.entry(15))
+
+
+def test_take_fails_when_the_first_page_cannot_be_had(bench: Any) -> None:
+    """Nothing mapped, or no permission to write, is EFAULT; an empty range EINVAL."""
+    bench.map(1, Prot.READ, at=32)
+    with pytest.raises(BadAddressError):
+        take(bench, 40)
+    with pytest.raises(AccessDeniedError):
+        take(bench, 32)
+    with pytest.raises(InvalidRequestError):
+        take(bench, 0, 0)
+
+
+def test_take_works_without_permission_to_read(bench: Any) -> None:
+    """VM_WRITE is all that is asked for."""
+    bench.map(1, Prot.WRITE, at=32)
+    assert take(bench, 32).size == 1
+
+
+def test_revoked_entry_obeys_the_new_protection(bench: Any) -> None:
+    """mprotect keeps the exclusive entry; what it becomes later may not be written."""
+    bench.write(0, b"q")
+    take(bench, 0)
+    bench.call(commands_process.mprotect, bench.process, bench.span(0).start, PAGE_SIZE, Prot.READ)
+    assert cpu_pte.is_device_exclusive(bench.entry(0))
+    assert bench.read(0, 1) == b"q"
+    assert not cpu_pte.is_writable(bench.entry(0))
+
+
+def test_relatives_hear_when_a_page_is_taken(bench: Any) -> None:
+    """rmap_walk() tells every mapping where the page could be, the child's too, before it looks."""
+    bench.write(0, b"q")
+    child = bench.call(commands_process.fork, bench.process)
+    _, heard = bench.attach(bench.device, child)
+    bench.write(0, b"r")
+    take(bench, 0)
+    assert Reason.EXCLUSIVE in heard.reasons

@@ -1,0 +1,181 @@
+"""Interval notifiers: subscriptions, sequences, read sections (hmm-modern: mmu_interval_notifier)."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from hmm import commands_device, commands_hmm, commands_process
+from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, WouldDeadlockError
+from hmm.events import Reason
+from hmm.machine import Caller
+from hmm.operation import Await, WaitFor
+from hmm.units import PAGE_SIZE, TASK_SIZE
+
+BASE = 1 << 40
+
+
+def unmap(bench: Any, at: int, npages: int = 1) -> None:
+    """munmap pages of the window."""
+    span = bench.span(at, npages)
+    bench.call(commands_process.munmap, bench.process, span.start, span.size_bytes)
+
+
+def begin(bench: Any, number: int = 1) -> int:
+    """mmu_interval_read_begin()."""
+    sequence: int = bench.call(commands_hmm.read_begin, bench.mirror, number)
+    return sequence
+
+
+def retry(bench: Any, sequence: int, number: int = 1) -> bool:
+    """mmu_interval_read_retry()."""
+    moved: bool = bench.call(commands_hmm.read_retry, bench.mirror, number, sequence)
+    return moved
+
+
+@pytest.mark.parametrize(("start", "length"), [(BASE, 0), ((1 << 64) - PAGE_SIZE, 2 * PAGE_SIZE)])
+def test_insert_fails_when_the_range_is_empty_or_wraps(bench: Any, start: int, length: int) -> None:
+    """A length of 0, and an end behind all addresses, are EOVERFLOW."""
+    with pytest.raises(InvalidRequestError) as error:
+        bench.call(commands_hmm.insert_notifier, bench.mirror, start, length)
+    assert error.value.errno == errno.EOVERFLOW
+
+
+def test_insert_fails_when_the_process_has_exited(bench: Any) -> None:
+    """A subscription needs an address space with users: EINVAL."""
+    bench.call(commands_process.exit_process, bench.process)
+    with pytest.raises(InvalidRequestError) as error:
+        bench.call(commands_hmm.insert_notifier, bench.mirror, BASE, PAGE_SIZE)
+    assert error.value.errno == errno.EINVAL
+
+
+def test_read_section_holds_when_nothing_happened(bench: Any) -> None:
+    """A fresh subscription does not block, and its sequence stays."""
+    assert not retry(bench, begin(bench))
+
+
+def test_read_section_is_to_be_repeated_when_its_range_was_invalidated(bench: Any) -> None:
+    """The sequence moves with an overlapping invalidation."""
+    sequence = begin(bench)
+    unmap(bench, 3)
+    assert retry(bench, sequence)
+    assert not retry(bench, begin(bench))
+
+
+def test_read_section_holds_when_the_invalidation_is_elsewhere(bench: Any) -> None:
+    """A change outside of the range of the subscription neither moves it nor is told."""
+    number = bench.call(commands_hmm.insert_notifier, bench.mirror, BASE, 2 * PAGE_SIZE)
+    sequence = begin(bench, number)
+    unmap(bench, 5)
+    assert not retry(bench, sequence, number)
+
+
+def test_event_carries_the_whole_range_when_the_subscription_is_smaller(bench: Any) -> None:
+    """The range is that of the event and not clipped to the subscription."""
+    bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    bench.call(commands_hmm.insert_notifier, bench.mirror, BASE + PAGE_SIZE, 100)
+    unmap(bench, 0, 4)
+    assert [event.spans for event in bench.heard.events] == [(bench.span(0, 4),)]
+
+
+def test_removed_subscription_hears_nothing(bench: Any) -> None:
+    """Behind remove no callback comes; removing twice is ENOENT."""
+    bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    unmap(bench, 0)
+    assert bench.heard.events == []
+    with pytest.raises(NoSuchObjectError):
+        bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+
+
+def test_read_begin_waits_when_the_range_is_being_invalidated(bench: Any) -> None:
+    """From the callback to the end of the invalidation a read section cannot begin."""
+    machine = bench.local.machine
+    call = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    reader = machine.start(Caller(), commands_hmm.read_begin, bench.mirror, bench.notifier)
+    assert isinstance(reader.request, Await)
+    assert reader.request.wait_for is WaitFor.SEQUENCE
+    assert machine.blockers(reader) == [call.id]
+    (delivery,) = machine.take_outbox()
+    machine.answer(bench.mirror, delivery.sequence)
+    machine.resume(call.id)
+    machine.resume(reader.id)
+    assert call.done
+    assert not retry(bench, reader.result)
+    machine.check()
+
+
+def test_insert_is_deferred_when_an_invalidation_runs(bench: Any) -> None:
+    """A subscription made meanwhile blocks readers until the end and hears nothing of what started before it."""
+    machine = bench.local.machine
+    call = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    number = bench.call(commands_hmm.insert_notifier, bench.mirror, BASE, PAGE_SIZE)
+    reader = machine.start(Caller(), commands_hmm.read_begin, bench.mirror, number)
+    assert not reader.done
+    (delivery,) = machine.take_outbox()
+    machine.answer(bench.mirror, delivery.sequence)
+    machine.resume(call.id)
+    machine.resume(reader.id)
+    assert reader.done
+    bench.map(1)
+    sequence = begin(bench, number)
+    unmap(bench, 0)
+    assert retry(bench, sequence, number)
+
+
+def test_remove_waits_when_an_invalidation_runs(bench: Any) -> None:
+    """When remove returns, no callback is running."""
+    machine = bench.local.machine
+    call = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    removal = machine.start(Caller(), commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    assert not removal.done
+    (delivery,) = machine.take_outbox()
+    machine.answer(bench.mirror, delivery.sequence)
+    machine.resume(call.id)
+    machine.resume(removal.id)
+    assert removal.done
+
+
+def test_remove_fails_when_called_inside_a_callback(bench: Any) -> None:
+    """It would wait for the callback that it is called from: EDEADLK."""
+    errors: list[HmmError] = []
+
+    def remove(_: object) -> None:
+        try:
+            bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+        except WouldDeadlockError as error:
+            errors.append(error)
+
+    bench.heard.meanwhile = remove
+    unmap(bench, 0)
+    assert len(errors) == 1
+
+
+def test_exit_releases_and_keeps_the_subscription(bench: Any) -> None:
+    """The last user's exit is one RELEASE of all addresses; the driver still has to detach."""
+    bench.call(commands_process.exit_process, bench.process)
+    (event,) = bench.heard.events
+    assert event.reason is Reason.RELEASE
+    assert event.spans[0].end == TASK_SIZE
+    bench.call(commands_hmm.detach, bench.mirror)
+    assert not bench.local.machine.receivers
+
+
+def test_own_migration_does_not_disturb_a_filtered_section(bench: Any) -> None:
+    """A driver that filters its own migrations is not made to repeat its read sections by them."""
+    bench.write(0, b"x")
+    filtered = bench.call(commands_hmm.insert_notifier, bench.mirror, 0, TASK_SIZE, filtered=True)
+    own, other = begin(bench, filtered), begin(bench)
+    bench.to_device(0, 1)
+    assert not retry(bench, own, filtered)
+    assert retry(bench, other)
+
+
+def test_commands_fail_when_the_mirror_is_one_of_2015(bench: Any) -> None:
+    """A mirror with a table in the daemon has no interval notifiers, and the other way round: ENODEV."""
+    old = bench.call(commands_device.register_mirror, bench.device, bench.process)
+    with pytest.raises(NoSuchObjectError):
+        bench.call(commands_hmm.read_begin, old, 1)
+    with pytest.raises(NoSuchObjectError):
+        bench.call(commands_device.read_table, bench.mirror, bench.span(0))

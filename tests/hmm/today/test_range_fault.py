@@ -1,0 +1,211 @@
+"""hmm_range_fault(): what comes out for every state of a page, and where it fails."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
+from hmm.interval_notifier import IntervalMirror
+from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
+from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot, VmFlag
+
+BOTH = REQ_FAULT | REQ_WRITE
+
+
+def fault(bench: Any, at: int, npages: int, flags: int = 0, mirror: int = 0) -> np.ndarray:
+    """The words of pages of the window."""
+    mirror = mirror or bench.mirror
+    while True:
+        sequence = bench.call(commands_hmm.read_begin, mirror, 1)
+        try:
+            words: np.ndarray = bench.call(commands_hmm.range_fault, mirror, 1, sequence, bench.span(at, npages), flags)
+        except RangeBusyError:
+            continue
+        return words
+
+
+def flags_of(words: np.ndarray) -> list[int]:
+    """VALID, WRITE and ERROR of words."""
+    return [word & (VALID | WRITE | ERROR) for word in words.tolist()]
+
+
+def test_snapshot_never_faults(bench: Any) -> None:
+    """Nothing there is 0; present pages are shown with their permission; no mapping is ERROR."""
+    bench.write(0, b"x")
+    bench.read(1, 1)
+    assert flags_of(fault(bench, 0, 3)) == [VALID | WRITE, VALID, 0]
+    assert bench.entry(2) == 0
+    assert flags_of(fault(bench, 15, 3)) == [0, ERROR, ERROR]
+
+
+def test_read_request_brings_the_zero_page(bench: Any) -> None:
+    """Untouched anonymous memory is VALID and not WRITE behind a read fault."""
+    words = fault(bench, 0, 4, REQ_FAULT)
+    assert flags_of(words) == [VALID] * 4
+    assert word_pfns(words).tolist() == [0] * 4
+
+
+def test_write_request_brings_pages_of_their_own(bench: Any) -> None:
+    """REQ_WRITE comes out WRITE, also where the zero page was; the driver hears of the copies and starts over."""
+    bench.read(0, PAGE_SIZE)
+    words = fault(bench, 0, 4, BOTH)
+    assert flags_of(words) == [VALID | WRITE] * 4
+    assert np.unique(word_pfns(words)).size == 4
+    assert [event.spans for event in bench.heard.events] == [(bench.span(0),)]
+
+
+@pytest.mark.parametrize(
+    ("prot", "flags", "number"),
+    [
+        (Prot.NONE, REQ_FAULT, errno.EFAULT),
+        (Prot.NONE, BOTH, errno.EFAULT),
+        (Prot.WRITE, BOTH, errno.EFAULT),
+        (Prot.READ, BOTH, errno.EPERM),
+    ],
+)
+def test_fault_fails_when_the_mapping_does_not_permit_it(bench: Any, prot: Prot, flags: int, number: int) -> None:
+    """Without VM_READ it is EFAULT, for writing without VM_WRITE EPERM; pages below have been faulted in."""
+    bench.map(2, prot, at=16)
+    with pytest.raises(HmmError) as error:
+        fault(bench, 14, 4, flags)
+    assert error.value.errno == number
+    assert error.value.address == bench.span(16).start
+    assert cpu_pte.is_present(bench.entry(15))
+
+
+def test_fault_fails_when_nothing_is_mapped(bench: Any) -> None:
+    """A hole is EFAULT at its first address."""
+    with pytest.raises(BadAddressError) as error:
+        fault(bench, 14, 4, REQ_FAULT)
+    assert error.value.address == bench.span(16).start
+
+
+def test_words_above_the_failing_address_are_still_inputs(bench: Any) -> None:
+    """On an error outputs end where it happened; the sticky bits survive in all."""
+    mirror = bench.local.machine.receivers[bench.mirror]
+    assert isinstance(mirror, IntervalMirror)
+    words = np.full(4, STICKY | 7, np.uint64)
+    request = HmmRange(
+        mirror, 1, bench.call(commands_hmm.read_begin, bench.mirror, 1), bench.span(14, 4), words, REQ_FAULT
+    )
+    with pytest.raises(BadAddressError):
+        for _ in range_fault(request):
+            pass
+    assert (words[:2] & np.uint64(VALID | STICKY) == VALID | STICKY).all()
+    assert words[2:].tolist() == [STICKY | 7] * 2
+
+
+def test_page_requests_count_when_the_mask_says_so(bench: Any) -> None:
+    """Each page is asked for by its own word; what nobody asks for may be faulted in too, but need not."""
+    words = np.array([0, REQ_FAULT, 0, 0], np.uint64)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0, 4), 0, BOTH, words)
+    assert flags_of(found)[1] == VALID
+    bench.write(8, b"x")
+    words = np.array([0, 0, BOTH], np.uint64)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(8, 3), 0, BOTH, words)
+    assert flags_of(found) == [VALID | WRITE, 0, VALID | WRITE]
+
+
+def test_fault_fails_when_the_section_is_outdated(bench: Any) -> None:
+    """An invalidation since read_begin is EBUSY, with the sequence to start again from."""
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    bench.call(commands_process.munmap, bench.process, bench.span(9).start, PAGE_SIZE)
+    with pytest.raises(RangeBusyError):
+        bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0), REQ_FAULT)
+
+
+def test_fault_fails_when_the_request_is_malformed(bench: Any) -> None:
+    """An empty range, or words that are not as many as pages, are EINVAL."""
+    for words in (None, np.zeros(3, np.uint64)):
+        span = bench.span(0, 2 if words is not None else 0)
+        with pytest.raises(InvalidRequestError):
+            bench.call(commands_hmm.range_fault, bench.mirror, 1, 1, span, REQ_FAULT, 0, words)
+
+
+def test_own_pages_are_reported_where_they_are(bench: Any) -> None:
+    """A page in the asking device's memory is VALID with the device's frame, whatever is requested."""
+    bench.write(0, b"x" * 2 * PAGE_SIZE)
+    bench.to_device(0, 2)
+    first, end = bench.call(commands_hmm.device_frames, bench.device)
+    words = fault(bench, 0, 2, BOTH)
+    assert flags_of(words) == [VALID | WRITE] * 2
+    assert ((word_pfns(words) >= first) & (word_pfns(words) < end)).all()
+
+
+def test_own_read_only_page_is_valid_though_writing_was_requested(bench: Any) -> None:
+    """The kernel does not enforce REQ_WRITE for own device pages: success without WRITE."""
+    bench.write(0, b"x")
+    bench.to_device(0, 1)
+    for prot in (Prot.READ, Prot.READ | Prot.WRITE):
+        bench.call(commands_process.mprotect, bench.process, bench.span(0).start, PAGE_SIZE, prot)
+    assert flags_of(fault(bench, 0, 1, BOTH)) == [VALID]
+
+
+def test_own_pages_behind_a_needy_one_come_back(bench: Any) -> None:
+    """One page that needs a fault makes everything behind it fault, own device pages included; those before stay."""
+    bench.write(0, b"x" * 4 * PAGE_SIZE)
+    bench.call(commands_process.madvise, bench.process, bench.span(2).start, PAGE_SIZE, 4)
+    bench.to_device(0, 2)
+    bench.to_device(3, 1)
+    fault(bench, 0, 4, REQ_FAULT)
+    kinds = [cpu_pte.is_device_private(bench.entry(at)) for at in range(4)]
+    assert kinds == [True, True, False, False]
+
+
+def test_pages_of_another_device_are_nothing_or_come_back(bench: Any) -> None:
+    """In a snapshot they are 0 and stay; a request pulls them to system memory."""
+    bench.write(0, b"x")
+    bench.to_device(0, 1)
+    other = bench.call(commands_device.register_device, "other")
+    mirror, _ = bench.attach(other, bench.process)
+    assert flags_of(fault(bench, 0, 1, 0, mirror)) == [0]
+    assert flags_of(fault(bench, 0, 1, REQ_FAULT, mirror)) == [VALID | WRITE]
+    assert bench.used == 0
+
+
+def test_fault_fails_behind_the_end_of_a_file(bench: Any) -> None:
+    """A fault that the CPU would get SIGBUS for is EFAULT."""
+    file = bench.call(commands_file.open_file, "f", create=True)
+    bench.call(commands_file.truncate_file, file, PAGE_SIZE)
+    span = bench.span(32, 2)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    bench.call(commands_process.mmap, bench.process, span.start, span.size_bytes, Prot.READ, shared, file)
+    with pytest.raises(BadAddressError) as error:
+        fault(bench, 32, 2, REQ_FAULT)
+    assert error.value.address == span.start + PAGE_SIZE
+
+
+def test_fault_spans_directories_and_mappings(make_bench: Any) -> None:
+    """A range over many directories and two mappings is one call; holes in it are filled."""
+    bench = make_bench(frames=4000)
+    bench.map(1500, at=500)
+    bench.map(100, Prot.READ, at=2000)
+    bench.write(700, b"x")
+    words = fault(bench, 500, 1600, REQ_FAULT)
+    assert flags_of(words)[200] == VALID | WRITE
+    assert (words & np.uint64(VALID) != 0).all()
+    with pytest.raises(AccessDeniedError) as error:
+        fault(bench, 500, 1600, BOTH)
+    assert error.value.address == bench.span(2000).start
+    assert (fault(bench, 500, 1500) & np.uint64(WRITE) != 0).all()
+    bench.local.machine.check()
+
+
+def test_registers_are_errors(bench: Any) -> None:
+    """A driver's registers have no pages: ERROR in a snapshot, EFAULT when requested."""
+    registers = bench.call(commands_file.open_device_file, "regs", VmFlag.IO | VmFlag.PFNMAP)
+    span = bench.span(40, 1)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    bench.call(commands_process.mmap, bench.process, span.start, span.size_bytes, Prot.READ, shared, registers)
+    assert flags_of(fault(bench, 40, 1)) == [ERROR]
+    with pytest.raises(BadAddressError):
+        fault(bench, 40, 1, REQ_FAULT)
