@@ -117,7 +117,7 @@ def measure(quick: bool) -> Iterator[Row]:
     _keep_memory()
     model, yardstick = Model(), Yardstick()
     gc.collect()
-    for npages, repeats in ((1, 100), (512, 30), (1 << 14 if quick else 1 << 18, 1)):
+    for npages, repeats in ((1, 100), (512, 10), (1 << 14 if quick else 1 << 18, 1)):
         yield from _measure_size(model, yardstick, npages, repeats, 5 if quick else 9)
 
 
