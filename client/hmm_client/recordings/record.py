@@ -142,6 +142,8 @@ def _follow(source: int, strace_pid: int, recorder: _Recorder) -> None:
             data = os.read(source, _READ_BYTES) if source in ready or ended in ready else b""
             if data:
                 recorder.feed(data)
+                if recorder.just_began and source not in dict(poll.poll(0)):
+                    recorder.just_began = False
             elif ended in ready:
                 return
             elif source in ready:  # strace closed its log; it is about to end
@@ -152,7 +154,12 @@ def _follow(source: int, strace_pid: int, recorder: _Recorder) -> None:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Writes down the log of one program, and takes its layouts at the right lines."""
+    """Writes down the log of one program, and takes its layouts at the right lines.
+
+    Attributes:
+        just_began: an exec of the first process was seen, and what strace wrote up to the reading of its layout is
+            not all read yet.  A line of the process among that means that it was held no longer: `late`.
+    """
 
     log: IO[bytes]
     path: Path
@@ -163,6 +170,8 @@ class _Recorder:
     failed_exec: str | None = None
     tail: bytes = b""
     tail_seen: bool = False
+    just_began: bool = False
+    late: bool = False
     reader: LogReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,10 +181,12 @@ class _Recorder:
         """Take what strace wrote; the last line may be incomplete, as that of a call just entered is."""
         *lines, tail = (self.tail + data).split(b"\n")
         for line in lines:
+            self.late = self.late or (self.just_began and self._is_of_first(line))
             if not self.tail_seen:
                 self.look_for_end(line)
             self.tail_seen = False
             self.write(line)
+        self.late = self.late or (self.just_began and self._is_of_first(tail))
         self.tail = tail
         if not self.tail_seen:
             self.tail_seen = self.look_for_end(tail)
@@ -197,6 +208,7 @@ class _Recorder:
             self.failed_exec = call.errno
             return
         self.initial = _read_layout(call.pid)
+        self.just_began, self.late = True, False
         self.final = b""
         self.log.seek(0)
         self.log.truncate()
@@ -215,6 +227,9 @@ class _Recorder:
             self.final = (_read_layout(thread) if leaves_nobody else b"") or self.final
         return True
 
+    def _is_of_first(self, line: bytes) -> bool:
+        return self.first is not None and line.startswith(b"%d " % self.first)
+
     def layouts(self, program: str) -> tuple[bytes, bytes]:
         """The first and the last layout.
 
@@ -227,8 +242,8 @@ class _Recorder:
             raise RecordingError(f"{program} can't be executed: {self.failed_exec}")
         if self.ended is not None and self.ended.signal:
             raise RecordingError(f"{program} was ended by {self.ended.signal}; its final layout was not seen")
-        if not self.initial or not self.final:
-            moment = "exit" if self.initial else "start"
+        if self.late or not self.initial or not self.final:
+            moment = "exit" if self.initial and not self.late else "start"
             raise RecordingError(f"the layout of {program} at its {moment} was not seen in time; try a longer delay")
         return self.initial, self.final
 
