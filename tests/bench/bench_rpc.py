@@ -1,0 +1,323 @@
+"""The daemon as its clients see it, on a UNIX socket, against bare sockets and bare gRPC on the same machine.
+
+The client and the drivers run on one CPU, the daemon and the bare servers on another ("two CPUs") or on the same one
+("one CPU"): a wake-up of another CPU costs more than many a message, so both are told apart.  Times are microseconds
+unless the unit says otherwise; medians of a round, ratios within a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import hmm_client  # before grpc, which reads the environment that this sets
+
+# isort: split
+
+import grpc
+import numpy as np
+import peers
+import uvloop
+from hmm_client import AddressRange, Client, Mirror, Process
+from hmm_client import calls as process_calls
+from measurement import Row, alone, compared, print_rows
+
+from hmm.units import PAGE_SHIFT, PAGE_SIZE
+from hmm_proto.v1 import inspection_pb2
+
+MIRRORS = (1, 8, 64, 256)
+FURTHER = 3
+"""Client processes beside the first one, in the measurement of what a further one costs."""
+GIB_PAGES = 1 << 18
+ENTRIES = 1 << 16
+MESSAGE_BYTES = 32
+Figures = dict[str, list[float]]
+
+
+# ---- processes
+
+
+@contextmanager
+def running(arguments: Sequence[str], cpu: int) -> Iterator[int]:
+    """A process on one CPU, from its first line of output on; gives its pid.  It ends with its input or by a signal."""
+    command = ["taskset", "-c", str(cpu), sys.executable, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if not process.stdout.readline():
+                raise RuntimeError(f"{' '.join(arguments)} did not start")
+            yield process.pid
+        finally:
+            process.stdin.close()
+            process.terminate()
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the bare servers and the daemon listen."""
+
+    raw: str
+    grpc: str
+    daemon: str
+
+
+@contextmanager
+def serving(server_cpu: int, directory: Path) -> Iterator[Servers]:
+    """The daemon and the bare servers, all on one CPU."""
+    servers = Servers(f"{directory}/raw", f"{directory}/grpc", f"unix:{directory}/hmmd")
+    peer = str(Path(peers.__file__))
+    daemon = ["-m", "hmm_server", f"--socket={directory}/hmmd", "--log-level=warning", "--fault-s=60", "--devices=1024"]
+    with ExitStack() as stack:
+        stack.enter_context(running([peer, "raw", servers.raw], server_cpu))
+        stack.enter_context(running([peer, "grpc", servers.grpc], server_cpu))
+        stack.enter_context(running(daemon, server_cpu))
+        yield servers
+
+
+# ---- yardsticks
+
+
+class RawClient(asyncio.BufferedProtocol):
+    """Asks a `peers.RawServer` for bytes, again and again, without a task in between."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(1 << 22)
+        self._got = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the connection."""
+        self._transport: Any = transport
+
+    async def ask(self, nbytes: int, times: int) -> list[float]:
+        """Ask `times` times for `nbytes`, one after the other.  Returns: microseconds of each."""
+        self._wanted, self._left = nbytes, times
+        self._took: list[float] = []
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._send()
+        await self._done
+        return self._took
+
+    def _send(self) -> None:
+        self._got = 0
+        self._began = perf_counter()
+        self._transport.write(peers.REQUEST.pack(self._wanted))
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Where the next bytes go."""
+        return memoryview(self._buffer)[self._got :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Some bytes have come; ask again when it was all."""
+        self._got += nbytes
+        if self._got == self._wanted:
+            self._took.append((perf_counter() - self._began) * 1e6)
+            self._left -= 1
+            if self._left:
+                self._send()
+            else:
+                self._done.set_result(None)
+
+
+class Yardsticks:
+    """The bare socket and the bare stream."""
+
+    def __init__(self, raw: RawClient, stream: Any) -> None:
+        self._raw = raw
+        self._stream = stream
+
+    @classmethod
+    async def connect(cls, servers: Servers, channel: grpc.aio.Channel) -> Yardsticks:
+        """Connect to both."""
+        _, raw = await asyncio.get_running_loop().create_unix_connection(RawClient, servers.raw)
+        return cls(raw, channel.stream_stream(peers.STREAM)())
+
+    async def socket(self, nbytes: int, times: int) -> float:
+        """Microseconds of a request for `nbytes` on the bare socket."""
+        return median(await self._raw.ask(nbytes, times))
+
+    async def stream(self, times: int) -> float:
+        """Microseconds of a message there and back on the bare stream."""
+        message = bytes(MESSAGE_BYTES)
+
+        async def echo() -> None:
+            await self._stream.write(message)
+            await self._stream.read()
+
+        return await typical(echo, times)
+
+
+async def typical(call: Callable[[], Awaitable[Any]], times: int) -> float:
+    """Microseconds of a call, the median of some."""
+    took = []
+    for _ in range(times):
+        began = perf_counter()
+        await call()
+        took.append((perf_counter() - began) * 1e6)
+    return median(took)
+
+
+# ---- the daemon
+
+
+class Model:
+    """What is measured on the daemon: processes whose mirrors are told of their munmaps."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def set_up(self, mirrors: Sequence[int]) -> None:
+        """One process for each number of mirrors, all of these in this client; and one for faults, with one mirror."""
+        devices = [await self._client.register_device("bench") for _ in range(max(mirrors))]
+        self._by_mirrors: dict[int, Process] = {}
+        for count in mirrors:
+            process = self._by_mirrors[count] = await self._client.create_process("bench")
+            for device in devices[:count]:
+                await device.mirror(process, hmm_client.Driver(), fault_events=False)
+        self._process = await self._client.create_process("bench")
+        self._mirror: Mirror = await devices[0].mirror(self._process, hmm_client.Driver(), fault_events=False)
+        mapped = await self._process.mmap(GIB_PAGES << PAGE_SHIFT)
+        self._start = mapped.address
+        await self._process.touch(self._start, GIB_PAGES << PAGE_SHIFT, write=True)
+
+    async def process_for(self, drivers: Sequence[str], target: str, stack: ExitStack, cpu: int) -> Process:
+        """A process that is mirrored by as many further client processes as there are `drivers`."""
+        process = await self._client.create_process("bench")
+        for mirrors in drivers:
+            peer = [str(Path(peers.__file__)), "driver", target, mirrors, str(process.id)]
+            await asyncio.to_thread(stack.enter_context, running(peer, cpu))
+        return process
+
+    async def unary(self, times: int) -> float:
+        """Microseconds of a call that does next to nothing."""
+        return await typical(lambda: self._client.make(process_calls.brk(self._process.id, 0)), times)
+
+    async def fault(self, npages: int, times: int) -> float:
+        """Microseconds of a fault of so many pages, all of which the mirror has."""
+        span = AddressRange(self._start, self._start + (npages << PAGE_SHIFT))
+        return await typical(lambda: self._mirror.fault(span, write=True), times)
+
+    async def scattered_fault(self, npages: int, times: int) -> float:
+        """Microseconds of a fault of so many pages here and there, which the mirror does not have yet."""
+        step = GIB_PAGES // npages
+        pages = np.arange(npages, dtype=np.uint64) * np.uint64(step * PAGE_SIZE) + np.uint64(self._start)
+        whole = AddressRange(self._start, self._start + (GIB_PAGES << PAGE_SHIFT))
+        took = []
+        for _ in range(times):
+            await self._mirror.discard(whole)
+            began = perf_counter()
+            await self._mirror.fault(pages, write=True)
+            took.append((perf_counter() - began) * 1e6)
+        return median(took)
+
+    async def munmap(self, process: Process | int, times: int) -> tuple[float, float]:
+        """Microseconds of a munmap as the client sees it, and from its start to its end in the daemon."""
+        if isinstance(process, int):
+            process = self._by_mirrors[process]
+        took, inside = [], []
+        for _ in range(times):
+            mapped = await process.mmap(PAGE_SIZE)
+            began = perf_counter()
+            done = await process.munmap(mapped.address, PAGE_SIZE)
+            took.append((perf_counter() - began) * 1e6)
+            request = inspection_pb2.GetOperationRequest(operation_id=done.operation_id)
+            response = await self._client.channel.request(self._client.inspection.GetOperation, request)
+            inside.append(float(response.operation.duration_us))
+        return median(took), median(inside)
+
+
+# ---- measuring
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """Latencies on two CPUs and on one, fan-out, bulk."""
+    cpus = sorted(os.sched_getaffinity(0))
+    rounds, times = (3, 40) if quick else (9, 150)
+    pinnings = [("one CPU", cpus[-1])] if len(cpus) == 1 else [("two CPUs", cpus[0]), ("one CPU", cpus[-1])]
+    for name, server_cpu in pinnings:
+        os.sched_setaffinity(0, {cpus[-1]})
+        try:
+            with tempfile.TemporaryDirectory() as directory, serving(server_cpu, Path(directory)) as servers:
+                figures = uvloop.run(_figures(servers, cpus[-1], rounds, times))
+        finally:
+            os.sched_setaffinity(0, set(cpus))
+        yield from _rows(name, figures, split=name == "two CPUs")
+
+
+async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figures:
+    figures: Figures = {}
+
+    def note(name: str, value: float) -> None:
+        figures.setdefault(name, []).append(value)
+
+    with ExitStack() as stack:
+        async with grpc.aio.insecure_channel(f"unix:{servers.grpc}") as channel, hmm_client.connect(
+            servers.daemon, name="bench"
+        ) as client:
+            yardsticks = await Yardsticks.connect(servers, channel)
+            model = Model(client)
+            await model.set_up(MIRRORS)
+            alone_there = await model.process_for(["1"], servers.daemon, stack, cpu)
+            together = await model.process_for(["1"] * (1 + FURTHER), servers.daemon, stack, cpu)
+            few = max(5, times // 10)
+            for number in range(rounds + 1):
+                if number == 1:
+                    figures.clear()  # the first round warms up
+                note("socket", await yardsticks.socket(MESSAGE_BYTES, times))
+                note("stream", await yardsticks.stream(times))
+                note("fault", await model.fault(1, times))
+                note("scattered", await model.scattered_fault(256, few))
+                note("unary", await model.unary(times))
+                for count in MIRRORS:
+                    seen, inside = await model.munmap(count, times // 2)
+                    note(f"munmap {count}", seen)
+                    note(f"event {count}", inside)
+                note("one process", (await model.munmap(alone_there, times // 2))[1])
+                note("more processes", (await model.munmap(together, times // 2))[1])
+                note("bytes", await yardsticks.socket(ENTRIES * 8, few))
+                note("range", await model.fault(ENTRIES, few))
+                note("gigabyte", await model.fault(GIB_PAGES, 3))
+                note("gigabyte of bytes", await yardsticks.socket(GIB_PAGES * 8, 3))
+    return figures
+
+
+def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
+    def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], target: float | None = None) -> Row:
+        return compared(f"{name}, {where}", "us", ours, theirs, target)
+
+    trip, event, unary = figures["fault"], figures["event 1"], figures["unary"]
+    yield ratio("bare gRPC stream / bare socket", figures["stream"], figures["socket"])
+    yield ratio("fault of one page / bare socket", trip, figures["socket"], 2.5 if split else 15.0)
+    yield ratio("fault of one page / bare gRPC stream", trip, figures["stream"])
+    yield ratio("unary call / fault of one page", unary, trip)
+    yield ratio("event and answer, 1 mirror / fault of one page", event, trip, 1.5)
+    yield ratio("event and answer, 1 mirror / bare gRPC stream", event, figures["stream"])
+    for count in MIRRORS[1:]:
+        target = 1.5 if count == max(MIRRORS) else None
+        yield ratio(f"event and answer, {count} mirrors / 1 mirror", figures[f"event {count}"], event, target)
+    further = [
+        (more - one) / FURTHER for more, one in zip(figures["more processes"], figures["one process"], strict=True)
+    ]
+    yield ratio("each further client process / fault of one page", further, trip, 1.3)
+    both = [a + b for a, b in zip(unary, event, strict=True)]
+    yield ratio("munmap, 1 mirror / unary call + event and answer", figures["munmap 1"], both, 1.6)
+    yield ratio("256 scattered faults in one call / fault of one page", figures["scattered"], trip, 1.5)
+    yield alone(f"256 scattered faults in one call, {where}", "us", figures["scattered"], 720.0)
+    yield ratio("fault of 65,536 pages / the bytes on a bare socket", figures["range"], figures["bytes"], 12.0)
+    per_entry = [value * 1000 / ENTRIES for value in figures["range"]]
+    yield alone(f"fault of 65,536 pages, per entry, {where}", "ns", per_entry, 17.0)
+    yield ratio("fault of 1 GiB / the bytes on a bare socket", figures["gigabyte"], figures["gigabyte of bytes"])
+
+
+if __name__ == "__main__":
+    print_rows(measure("--quick" in sys.argv))
