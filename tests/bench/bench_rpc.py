@@ -28,11 +28,11 @@ import grpc
 import numpy as np
 import peers
 import uvloop
-from hmm_client import AddressRange, Client, Mirror, Process
-from hmm_client import calls as process_calls
 from measurement import Row, alone, compared, print_rows
 
 from hmm.units import PAGE_SHIFT, PAGE_SIZE
+from hmm_client import AddressRange, Client, Mirror, Process
+from hmm_client import calls as process_calls
 from hmm_proto.v1 import inspection_pb2
 
 MIRRORS = (1, 8, 64, 256)
@@ -261,9 +261,10 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
         figures.setdefault(name, []).append(value)
 
     with ExitStack() as stack:
-        async with grpc.aio.insecure_channel(f"unix:{servers.grpc}") as channel, hmm_client.connect(
-            servers.daemon, name="bench"
-        ) as client:
+        async with (
+            grpc.aio.insecure_channel(f"unix:{servers.grpc}") as channel,
+            hmm_client.connect(servers.daemon, name="bench") as client,
+        ):
             yardsticks = await Yardsticks.connect(servers, channel)
             model = Model(client)
             await model.set_up(MIRRORS)
