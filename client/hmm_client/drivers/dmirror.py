@@ -1,0 +1,505 @@
+"""The kernel's HMM test driver: /dev/hmm_dmirror with its ioctls, over today's interface.
+
+    card = Card(hmm, pages=1 << 16)             one device; `hmm` is the model in this process, or a daemon
+    handle = card.open(process_id)              mirrors that process from now on
+    handle.write(address, data).faults          the device writes, faulting pages in where its table has none
+    handle.migrate_to_device(address, npages).data
+
+A handle keeps a table of its own: for each page the frame, and whether the device may write to it or has it for
+itself.  The table is all that reads and writes look at; what it lacks is faulted in, and every event takes from it.
+
+A `Profile` says how true to the kernel's driver it is.  `LINUX_6_12_CORRECTED` repeats what that does with batches,
+error codes and neighbouring pages, with the two corrections that keep it from following dangling pointers;
+`CLEAN`, the default, is what its author would want.
+
+**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12.
+
+**Invariants**: an access goes through the table; no entry outlives the event that takes it away.
+
+**Absent**: mapping the device file (its pages are ordinary ones), the FLAGS command of 6.19.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import range_fault as words_of
+from hmm.commands_hmm import Migrated, VmaView
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    RangeBusyError,
+)
+from hmm.events import Event, EventType, Reason
+from hmm.migrate import MIGRATE, VALID
+from hmm.migrate import PFN_SHIFT as MIGRATE_PFN_SHIFT
+from hmm.migrate import WRITE as MIGRATE_WRITE
+from hmm.page_table import PageTable
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    DeviceId,
+    Entries,
+    MirrorId,
+    Pfn,
+    Pfns,
+    ProcessId,
+    is_page_aligned,
+)
+
+__all__ = ["CLEAN", "LINUX_6_12_CORRECTED", "Card", "Handle", "Hmm", "Profile", "Reply", "Snapshot", "Tag"]
+
+
+class Hmm(Protocol):
+    """What the driver needs of today's interface; the commands of `hmm.commands_hmm`."""
+
+    def register_device(self, name: str, memory_pages: int) -> DeviceId:
+        """A device with private memory."""
+
+    def device_frames(self, device_id: DeviceId) -> tuple[Pfn, Pfn]:
+        """The frames of its memory, from the first to behind the last."""
+
+    def attach(self, device_id: DeviceId, process_id: ProcessId, update: Callable[[Event], None]) -> MirrorId:
+        """Get the events of a process; `update` is called for each and has handled it when it returns."""
+
+    def detach(self, mirror_id: MirrorId) -> None:
+        """Get no more events."""
+
+    def insert_notifier(self, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool) -> int:
+        """Subscribe to a range."""
+
+    def read_begin(self, mirror_id: MirrorId, number: int) -> int:
+        """Begin a read section."""
+
+    def read_retry(self, mirror_id: MirrorId, number: int, sequence: int) -> bool:
+        """Whether it has to be repeated."""
+
+    def find_vma(self, mirror_id: MirrorId, address: Address) -> VmaView | None:
+        """The VMA at an address."""
+
+    def range_fault(
+        self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
+    ) -> Entries:
+        """hmm_range_fault()."""
+
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+        """Move a part of one VMA to the device."""
+
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+        """Move it back."""
+
+    def evict_device(self, device_id: DeviceId) -> int:
+        """Move everything back."""
+
+    def make_exclusive(self, mirror_id: MirrorId, span: AddressRange) -> Pfns:
+        """Take pages from the CPU."""
+
+    def read_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+        """The device reads pages."""
+
+    def write_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+        """The device writes pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How the driver behaves where the kernel's is peculiar.
+
+    Attributes:
+        batch_pages: how many pages one call of the interface is asked for.
+        end_included: an event of [a, b) takes the entry of page b too.
+        faults_own_pages_back: a device write to a page of its own that is read-only brings the page back and goes on;
+            otherwise it fails with EFAULT, as hmm_range_fault() does not enforce writing there.
+        exclusive_errno: what every failure of EXCLUSIVE is; 0 for what it really was.
+    """
+
+    name: str
+    batch_pages: int
+    end_included: bool
+    faults_own_pages_back: bool
+    exclusive_errno: int
+
+
+LINUX_6_12_CORRECTED = Profile("6.12-corrected", 64, True, False, errnos.EBUSY)
+CLEAN = Profile("clean", 512, False, True, 0)
+
+
+class Tag(IntEnum):
+    """What a table entry permits: DPT_XA_TAG_."""
+
+    NONE = 0
+    WRITE = 1
+    ATOMIC = 2
+
+
+class Snapshot(IntEnum):
+    """Bytes of a snapshot: HMM_DMIRROR_PROT_."""
+
+    ERROR = 0xFF
+    NONE = 0x00
+    READ = 0x01
+    WRITE = 0x02
+    PMD = 0x04
+    ZERO = 0x10
+    DEV_PRIVATE_LOCAL = 0x20
+    DEV_COHERENT_LOCAL = 0x40
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an ioctl gives back when it succeeds.
+
+    Attributes:
+        cpages: pages copied, or moved.
+        faults: how often something had to be faulted in.
+        data: the bytes read; of a snapshot one byte per page.
+    """
+
+    cpages: int = 0
+    faults: int = 0
+    data: bytes = b""
+
+
+_IN_USE = 1 << 2
+_TAG = np.uint64(3)
+_PFN_SHIFT = np.uint64(12)
+
+
+class Card:
+    """One device, /dev/hmm_dmirror<n>."""
+
+    def __init__(self, hmm: Hmm, name: str = "dmirror", *, pages: int = 1 << 16, profile: Profile = CLEAN) -> None:
+        self.hmm = hmm
+        self.profile = profile
+        self.pages = pages
+        self.id = hmm.register_device(name, pages)
+        self.frames = hmm.device_frames(self.id)
+
+    def open(self, process_id: ProcessId) -> Handle:
+        """Open the device file: mirror a process."""
+        return Handle(self, process_id)
+
+    def evict(self) -> None:
+        """Move everything that is in the device's memory to system memory: dmirror_device_remove_chunks()."""
+        self.hmm.evict_device(self.id)
+
+
+class Handle:
+    """One open file of the device: a mirror of the process that opened it, for as long as it is open."""
+
+    def __init__(self, card: Card, process_id: ProcessId) -> None:
+        self.card = card
+        self._hmm = card.hmm
+        self._profile = card.profile
+        self._table = PageTable(TASK_SIZE - 1)
+        self.id = card.hmm.attach(card.id, process_id, self.update)
+        self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=True)
+
+    def close(self) -> None:
+        """Close the file: all pages of the device go back to system memory, whoever put them there."""
+        self._hmm.detach(self.id)
+        self.card.evict()
+        self._table.clear(0, TASK_SIZE)
+
+    # ---- events
+
+    def update(self, event: Event) -> None:
+        """Handle an event: dmirror_interval_invalidate(), and the table's part of dmirror_devmem_fault()."""
+        if event.etype is EventType.COPY_FROM_DEVICE:
+            for span in event.spans:
+                self._table.clear(span.start, span.end)
+        elif event.reason is not Reason.MIGRATE or event.initiator != self.id:
+            beyond = PAGE_SIZE if self._profile.end_included else 0
+            for span in event.spans:
+                self._table.clear(span.start, min(span.end + beyond, TASK_SIZE))
+
+    # ---- ioctls
+
+    def read(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_READ: the device reads pages.
+
+        Raises:
+            BadAddressError: a page cannot be had (EFAULT); nothing is read then.
+            InvalidRequestError: an address inside a page, or no pages (EINVAL).
+        """
+        span = _checked("read", address, npages)
+        parts: list[bytes] = []
+        faults, at = 0, span.start
+        while (at := self._read_mapped(AddressRange(at, span.end), parts)) < span.end:
+            self._fault(AddressRange(at, span.end), write=False)
+            faults += 1
+        return Reply(npages, faults, b"".join(parts))
+
+    def write(self, address: Address, data: bytes) -> Reply:
+        """HMM_DMIRROR_WRITE: the device writes whole pages.
+
+        Raises: as `read`; what lies below the page that cannot be had may be written.
+            AccessDeniedError: a page may not be written (EPERM).
+        """
+        span = _checked("write", address, len(data) >> PAGE_SHIFT)
+        faults, at = 0, span.start
+        while (at := self._write_mapped(AddressRange(at, span.end), data[at - span.start :])) < span.end:
+            self._fault(AddressRange(at, span.end), write=True)
+            faults += 1
+        return Reply(span.npages, faults)
+
+    def migrate_to_device(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_MIGRATE_TO_DEV: move pages to the device and read them there.
+
+        Raises:
+            InvalidRequestError: a part is not mapped or may not be read, or the process has exited (EINVAL); what lies
+                below it was moved.
+            NoSuchObjectError: the table has no entry for a page afterwards, whether it was moved or not (ENOENT).
+        """
+        span = _checked("migrate", address, npages)
+        for part in self._readable_parts(span):
+            with _alive("migrate"):
+                moved = self._hmm.migrate_to_device(self.id, part)
+            self._enter(part, moved)
+        return self._read_back(span)
+
+    def migrate_to_system(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_MIGRATE_TO_SYS: move the device's own pages back.
+
+        Raises: InvalidRequestError: as `migrate_to_device`.
+        """
+        span = _checked("migrate", address, npages)
+        count = 0
+        for part in self._readable_parts(span):
+            with _alive("migrate"):
+                moved = self._hmm.migrate_to_system(self.id, part)
+            pages = _moved(moved)
+            self._table.clear_many(_at(part, pages))
+            count += pages.size
+        return Reply(count)
+
+    def snapshot(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_SNAPSHOT: what the CPU's table shows of each page, without faulting anything in.
+
+        Raises: InvalidRequestError: as `read`, or the process has exited (EINVAL).
+        """
+        span = _checked("snapshot", address, npages)
+        parts = []
+        for batch in self._batches(span):
+            with _alive("snapshot"):
+                parts.append(self._shown(self._range_fault(batch, 0)[0]))
+        return Reply(npages, 0, b"".join(parts))
+
+    def exclusive(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_EXCLUSIVE: take pages from the CPU, and read them.
+
+        Raises:
+            InvalidRequestError: as `read`, or the process has exited (EINVAL).
+            HmmError: a page cannot be taken; what lies below it was, and stays.
+        """
+        span = _checked("exclusive", address, npages)
+        for batch in self._batches(span):
+            self._take(batch)
+        return self._read_back(span)
+
+    def check_exclusive(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_CHECK_EXCLUSIVE.
+
+        Raises: AccessDeniedError: the device has a page of the range for itself (EPERM).
+        """
+        span = _checked("check", address, npages)
+        entries = self._table.read(span.start, span.end)
+        if ((entries & _TAG) == Tag.ATOMIC).any():
+            raise AccessDeniedError(f"{span} has pages held exclusively", errnos.EPERM)
+        return Reply()
+
+    def release(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_RELEASE: empty the memory of the whole device; the range is only looked at."""
+        _checked("release", address, npages)
+        self.card.evict()
+        return Reply()
+
+    # ---- the table
+
+    def _store(self, span: AddressRange, pfns: Pfns, tags: npt.NDArray[np.uint64]) -> None:
+        self._table.fill(span.start, span.end, _entries(pfns, tags))
+
+    def _read_mapped(self, span: AddressRange, parts: list[bytes]) -> Address:
+        """dmirror_do_read(): up to the first page without an entry.  Returns: its address."""
+        entries = self._table.read(span.start, span.end)
+        count = _leading(entries != 0)
+        if count:
+            parts.append(self._hmm.read_frames(self.id, _addresses(span, count), _pfns(entries[:count])))
+        return span.start + (count << PAGE_SHIFT)
+
+    def _write_mapped(self, span: AddressRange, data: bytes) -> Address:
+        """dmirror_do_write(): up to the first page without an entry for writing.  Returns: its address."""
+        entries = self._table.read(span.start, span.end)
+        count = _leading((entries & _TAG) == Tag.WRITE)
+        if count:
+            self._hmm.write_frames(
+                self.id, _addresses(span, count), _pfns(entries[:count]), data[: count << PAGE_SHIFT]
+            )
+        return span.start + (count << PAGE_SHIFT)
+
+    def _read_back(self, span: AddressRange) -> Reply:
+        parts: list[bytes] = []
+        at = self._read_mapped(span, parts)
+        if at < span.end:
+            raise NoSuchObjectError(f"the device has no page at {at:#x}", errnos.ENOENT, address=at)
+        return Reply(span.npages, 0, b"".join(parts))
+
+    def _enter(self, part: AddressRange, moved: Migrated) -> None:
+        pages = _moved(moved)
+        words = moved.dst[pages]
+        tags = np.where(words & np.uint64(MIGRATE_WRITE), np.uint64(Tag.WRITE), np.uint64(Tag.NONE))
+        pfns = (words >> np.uint64(MIGRATE_PFN_SHIFT)).view(np.int64)
+        self._table.store(_at(part, pages), _entries(pfns, tags))
+
+    # ---- faulting
+
+    def _fault(self, span: AddressRange, *, write: bool) -> None:
+        """dmirror_fault(): fault a range in, batch by batch.
+
+        The kernel's driver never comes to an end when the process has exited; here that is EFAULT.
+        """
+        flags = words_of.REQ_FAULT | (words_of.REQ_WRITE if write else 0)
+        for batch in self._batches(span):
+            try:
+                words, sequence = self._range_fault(batch, flags)
+                while self._hmm.read_retry(self.id, self._notifier, sequence):
+                    words, sequence = self._range_fault(batch, flags)
+            except NoSuchObjectError as error:
+                raise BadAddressError(error.message, address=batch.start) from error
+            self._map(batch, words, write=write)
+
+    def _range_fault(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+        while True:
+            sequence = self._hmm.read_begin(self.id, self._notifier)
+            try:
+                return self._hmm.range_fault(self.id, self._notifier, sequence, span, flags), sequence
+            except RangeBusyError:
+                continue
+
+    def _map(self, span: AddressRange, words: Entries, *, write: bool) -> None:
+        """dmirror_do_fault(): enter what was faulted."""
+        writable = (words & np.uint64(words_of.WRITE)) != 0
+        count = _leading(writable) if write else writable.size
+        tags = np.where(writable, np.uint64(Tag.WRITE), np.uint64(Tag.NONE))[:count]
+        if count:
+            part = AddressRange(span.start, span.start + (count << PAGE_SHIFT))
+            self._store(part, words_of.word_pfns(words[:count]), tags)
+        if count < span.npages:
+            self._own_page_is_read_only(AddressRange(span.start + (count << PAGE_SHIFT), span.end))
+
+    def _own_page_is_read_only(self, span: AddressRange) -> None:
+        if not self._profile.faults_own_pages_back:
+            raise BadAddressError(f"the device's own page at {span.start:#x} is read-only", address=span.start)
+        self.migrate_to_system(span.start, 1)
+        self._fault(span, write=True)
+
+    # ---- pieces
+
+    def _batches(self, span: AddressRange) -> list[AddressRange]:
+        step = self._profile.batch_pages << PAGE_SHIFT
+        return [AddressRange(at, min(at + step, span.end)) for at in range(span.start, span.end, step)]
+
+    def _readable_parts(self, span: AddressRange) -> Iterator[AddressRange]:
+        """What one migration each can move: within a VMA, at most a batch, looked up when it is its turn."""
+        at = span.start
+        while at < span.end:
+            with _alive("migrate"):
+                vma = self._hmm.find_vma(self.id, at)
+            if vma is None or not vma.readable:
+                raise InvalidRequestError(f"migrate: nothing readable is mapped at {at:#x}", address=at)
+            part = AddressRange(at, min(span.end, at + (self._profile.batch_pages << PAGE_SHIFT), vma.end))
+            yield part
+            at = part.end
+
+    def _take(self, batch: AddressRange) -> None:
+        """Take one batch from the CPU: make_device_exclusive_range() and dmirror_atomic_map()."""
+        try:
+            with _alive("exclusive"):
+                pfns = self._hmm.make_exclusive(self.id, batch)
+        except (BadAddressError, AccessDeniedError, OutOfFramesError) as error:
+            raise self._not_taken(batch.start, error) from error
+        if pfns.size == batch.npages:
+            taken = np.flatnonzero(pfns)
+            tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
+            self._table.store(_at(batch, taken), _entries(pfns[taken], tags))
+            if taken.size == pfns.size:
+                return
+        missing = int((pfns == 0).argmax()) if not pfns.all() else pfns.size
+        raise self._not_taken(batch.start + (missing << PAGE_SHIFT), None)
+
+    def _not_taken(self, address: Address, error: HmmError | None) -> HmmError:
+        message = f"exclusive access: {address:#x} cannot be taken from the CPU"
+        if self._profile.exclusive_errno:
+            return RangeBusyError(message, self._profile.exclusive_errno, address=address)
+        return error or InvalidRequestError(message, errnos.EOPNOTSUPP, address=address)
+
+    def _shown(self, words: Entries) -> bytes:
+        """dmirror_mkentry(): a byte for each word."""
+        valid = (words & np.uint64(words_of.VALID)) != 0
+        shown = np.where(words & np.uint64(words_of.WRITE), Snapshot.WRITE, Snapshot.READ).astype(np.uint8)
+        pfns = words_of.word_pfns(words)
+        first, end = self.card.frames
+        shown[valid & (pfns == 0)] |= np.uint8(Snapshot.ZERO)
+        shown[valid & (pfns >= first) & (pfns < end)] |= np.uint8(Snapshot.DEV_PRIVATE_LOCAL)
+        shown[~valid] = Snapshot.NONE
+        shown[(words & np.uint64(words_of.ERROR)) != 0] = Snapshot.ERROR
+        return shown.tobytes()
+
+
+def _checked(operation: str, address: Address, npages: int) -> AddressRange:
+    end = address + (npages << PAGE_SHIFT)
+    if not is_page_aligned(address) or npages <= 0 or end > TASK_SIZE:
+        raise InvalidRequestError(f"{operation}: {npages} pages at {address:#x}")
+    return AddressRange(address, end)
+
+
+@contextmanager
+def _alive(operation: str) -> Iterator[None]:
+    # A process that has exited has no memory to look at: mmget_not_zero() fails.
+    try:
+        yield
+    except NoSuchObjectError as error:
+        raise InvalidRequestError(f"{operation}: {error.message}") from error
+
+
+def _entries(pfns: Pfns, tags: npt.NDArray[np.uint64]) -> Entries:
+    entries: Entries = (pfns.view(np.uint64) << _PFN_SHIFT) | np.uint64(_IN_USE) | tags
+    return entries
+
+
+def _pfns(entries: Entries) -> Pfns:
+    return (entries >> _PFN_SHIFT).view(np.int64)
+
+
+def _addresses(span: AddressRange, count: int) -> Entries:
+    return np.arange(span.start, span.start + (count << PAGE_SHIFT), PAGE_SIZE, dtype=np.uint64)
+
+
+def _at(span: AddressRange, pages: npt.NDArray[np.intp]) -> Entries:
+    """The addresses of pages counted from the start of a range."""
+    return np.uint64(span.start) + (pages << PAGE_SHIFT).view(np.uint64)
+
+
+def _leading(mask: npt.NDArray[np.bool_]) -> int:
+    """How many are true before the first that is not."""
+    return mask.size if mask.all() else int(mask.argmin())
+
+
+def _moved(moved: Migrated) -> npt.NDArray[np.intp]:
+    """Which pages of a migration have been moved."""
+    return np.flatnonzero((moved.src & np.uint64(MIGRATE) != 0) & (moved.dst & np.uint64(VALID) != 0))

@@ -1,0 +1,102 @@
+"""Today's interface of the model in this process, for drivers that need no daemon.
+
+**Source**: the commands of `hmm.commands_hmm`.
+
+**Absent**: a daemon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hmm import commands_device, commands_hmm
+from hmm.commands_hmm import Migrated, VmaView
+from hmm.events import Event
+from hmm.local import Local
+from hmm.units import Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
+
+__all__ = ["InProcessHmm"]
+
+
+class InProcessHmm:
+    """`hmm_client.drivers.dmirror.Hmm` on a machine of this process."""
+
+    def __init__(self, local: Local) -> None:
+        self._local = local
+
+    def register_device(self, name: str, memory_pages: int) -> DeviceId:
+        """A device with private memory."""
+        return self._local.call(commands_device.register_device, name, memory_pages=memory_pages)
+
+    def device_frames(self, device_id: DeviceId) -> tuple[Pfn, Pfn]:
+        """The frames of its memory."""
+        return self._local.call(commands_hmm.device_frames, device_id)
+
+    def attach(self, device_id: DeviceId, process_id: ProcessId, update: Callable[[Event], None]) -> MirrorId:
+        """Get the events of a process."""
+        mirror_id = self._local.call(commands_hmm.attach, device_id, process_id)
+        self._local.attach(mirror_id, _Callback(update))
+        return mirror_id
+
+    def detach(self, mirror_id: MirrorId) -> None:
+        """Get no more events."""
+        self._local.call(commands_hmm.detach, mirror_id)
+
+    def insert_notifier(self, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool) -> int:
+        """Subscribe to a range."""
+        return self._local.call(commands_hmm.insert_notifier, mirror_id, start, length, filtered=filtered)
+
+    def read_begin(self, mirror_id: MirrorId, number: int) -> int:
+        """Begin a read section."""
+        return self._local.call(commands_hmm.read_begin, mirror_id, number)
+
+    def read_retry(self, mirror_id: MirrorId, number: int, sequence: int) -> bool:
+        """Whether it has to be repeated."""
+        return self._local.call(commands_hmm.read_retry, mirror_id, number, sequence)
+
+    def find_vma(self, mirror_id: MirrorId, address: Address) -> VmaView | None:
+        """The VMA at an address."""
+        return self._local.call(commands_hmm.find_vma, mirror_id, address)
+
+    def range_fault(
+        self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
+    ) -> Entries:
+        """hmm_range_fault()."""
+        return self._local.call(commands_hmm.range_fault, mirror_id, number, sequence, span, default_flags)
+
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+        """Move a part of one VMA to the device."""
+        return self._local.call(commands_hmm.migrate_to_device, mirror_id, span)
+
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+        """Move it back."""
+        return self._local.call(commands_hmm.migrate_to_system, mirror_id, span)
+
+    def evict_device(self, device_id: DeviceId) -> int:
+        """Move everything back."""
+        return self._local.call(commands_hmm.evict_device, device_id)
+
+    def make_exclusive(self, mirror_id: MirrorId, span: AddressRange) -> Pfns:
+        """Take pages from the CPU."""
+        return self._local.call(commands_hmm.make_exclusive, mirror_id, span)
+
+    def read_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+        """The device reads pages."""
+        return self._local.call(commands_hmm.read_frames, mirror_id, addresses, pfns)
+
+    def write_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+        """The device writes pages."""
+        self._local.call(commands_hmm.write_frames, mirror_id, addresses, pfns, data)
+
+
+class _Callback:
+    # As hmm.local wants its drivers.
+    def __init__(self, update: Callable[[Event], None]) -> None:
+        self._update = update
+
+    def update(self, _: MirrorId, event: Event) -> int:
+        self._update(event)
+        return 0
+
+    def release(self, _: MirrorId) -> None:
+        """Interval notifiers have no such callback: the end is an event like others."""

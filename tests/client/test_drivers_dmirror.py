@@ -1,0 +1,263 @@
+"""The kernel's HMM test driver in this process: its ioctls, in both profiles."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from hmm import commands_process
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, NoSuchObjectError
+from hmm.local import Local
+from hmm.machine import Limits, Machine
+from hmm.units import PAGE_SIZE, Address, ProcessId
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+from hmm_client.drivers.dmirror import CLEAN, LINUX_6_12_CORRECTED, Card, Handle, Profile
+from hmm_client.drivers.in_process import InProcessHmm
+
+BASE = 1 << 40
+RW = Prot.READ | Prot.WRITE
+FIXED = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
+
+
+class Bench:
+    """One process with 200 private pages, and two cards."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.local = Local(Machine(Limits(frames=2000, device_frames=2000)))
+        self.hmm = InProcessHmm(self.local)
+        self.process = self.local.call(commands_process.create_process, "bench")
+        self.cards = [Card(self.hmm, f"dmirror{n}", pages=800, profile=profile) for n in range(2)]
+        self.map(0, 200)
+
+    def open(self, card: int = 0, process: ProcessId = 0) -> Handle:
+        """A handle of one of the cards."""
+        return self.cards[card].open(process or self.process)
+
+    def map(self, at: int, npages: int, prot: Prot = RW, sharing: MapFlag = FIXED) -> None:
+        """Map pages of the window."""
+        self.local.call(commands_process.mmap, self.process, page(at), npages * PAGE_SIZE, prot, sharing)
+
+    def protect(self, at: int, npages: int, prot: Prot) -> None:
+        """mprotect."""
+        self.local.call(commands_process.mprotect, self.process, page(at), npages * PAGE_SIZE, prot)
+
+    def cpu_write(self, at: int, data: bytes) -> None:
+        """The CPU writes at a page."""
+        self.local.call(commands_process.write_memory, self.process, page(at), data)
+
+    def cpu_read(self, at: int, length: int) -> bytes:
+        """The CPU reads at a page."""
+        return self.local.call(commands_process.read_memory, self.process, page(at), length).data
+
+
+@pytest.fixture(params=[CLEAN, LINUX_6_12_CORRECTED], ids=lambda profile: profile.name)
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """A bench in each profile."""
+    return Bench(request.param)
+
+
+@pytest.fixture
+def kernel() -> Bench:
+    """A bench as the kernel's driver behaves."""
+    return Bench(LINUX_6_12_CORRECTED)
+
+
+@pytest.fixture
+def clean() -> Bench:
+    """A bench as one would want it."""
+    return Bench(CLEAN)
+
+
+def page(at: int) -> Address:
+    """Address of a page of the window."""
+    return BASE + at * PAGE_SIZE
+
+
+def test_read_shows_what_the_cpu_wrote(bench: Bench) -> None:
+    """The first read faults, the second finds everything in the table."""
+    bench.cpu_write(0, b"abcd" * PAGE_SIZE)
+    handle = bench.open()
+    first = handle.read(page(0), 5)
+    assert first.data == b"abcd" * PAGE_SIZE + bytes(PAGE_SIZE)
+    assert (first.cpages, first.faults) == (5, 1)
+    assert handle.read(page(0), 5).faults == 0
+
+
+def test_read_starts_over_when_the_cpu_takes_a_page_away(bench: Bench) -> None:
+    """Unmapping drops the entry; the next read faults, and fails with EFAULT where nothing is mapped."""
+    handle = bench.open()
+    handle.read(page(0), 4)
+    bench.local.call(commands_process.munmap, bench.process, page(1), PAGE_SIZE)
+    with pytest.raises(BadAddressError):
+        handle.read(page(0), 4)
+
+
+def test_write_is_seen_by_the_cpu(bench: Bench) -> None:
+    """Device writes go to the process's own pages; zero pages are copied first."""
+    bench.cpu_read(0, PAGE_SIZE)
+    handle = bench.open()
+    assert handle.write(page(0), b"w" * 3 * PAGE_SIZE).faults == 1
+    assert bench.cpu_read(0, 3 * PAGE_SIZE) == b"w" * 3 * PAGE_SIZE
+
+
+def test_write_fails_when_the_mapping_is_read_only(bench: Bench) -> None:
+    """EPERM, and nothing changes."""
+    bench.protect(2, 1, Prot.READ)
+    with pytest.raises(AccessDeniedError) as error:
+        bench.open().write(page(2), b"w" * PAGE_SIZE)
+    assert error.value.errno == errno.EPERM
+
+
+@pytest.mark.parametrize(("address", "npages"), [(BASE + 1, 1), (BASE, 0)])
+def test_commands_fail_when_the_range_is_malformed(bench: Bench, address: Address, npages: int) -> None:
+    """An address inside a page, and no pages, are EINVAL for every command."""
+    handle = bench.open()
+    commands: list[Callable[[Address, int], object]] = [
+        handle.read, handle.migrate_to_device, handle.migrate_to_system, handle.snapshot,
+        handle.exclusive, handle.check_exclusive, handle.release,
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(InvalidRequestError):
+            command(address, npages)
+
+
+def test_migrate_moves_pages_and_reads_them_there(bench: Bench) -> None:
+    """The reply has the contents; snapshots of the two cards differ; the CPU gets its bytes back."""
+    bench.cpu_write(0, b"ab" * PAGE_SIZE)
+    handle, other = bench.open(), bench.open(1)
+    assert handle.migrate_to_device(page(0), 2).data == b"ab" * PAGE_SIZE
+    assert handle.snapshot(page(0), 3).data == bytes([0x22, 0x22, 0x00])
+    assert other.snapshot(page(0), 3).data == bytes(3)
+    assert handle.write(page(0), b"z" * PAGE_SIZE).faults == 0
+    assert bench.cpu_read(0, 1) == b"z"
+    assert handle.snapshot(page(0), 2).data == bytes([0x02, 0x22])
+    assert handle.migrate_to_system(page(0), 2).cpages == 1
+
+
+def test_migrate_fails_when_the_table_lacks_a_page(bench: Bench) -> None:
+    """Shared memory stays where it is, so that the device has no entry: ENOENT.  With entries it succeeds."""
+    bench.map(300, 2, sharing=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
+    handle = bench.open()
+    with pytest.raises(NoSuchObjectError) as error:
+        handle.migrate_to_device(page(300), 2)
+    assert error.value.errno == errno.ENOENT
+    handle.write(page(300), b"s" * 2 * PAGE_SIZE)
+    assert handle.migrate_to_device(page(300), 2).data == b"s" * 2 * PAGE_SIZE
+
+
+def test_migrate_fails_when_a_part_is_not_readable(bench: Bench) -> None:
+    """Holes and mappings without VM_READ are EINVAL; what lies below has moved."""
+    bench.cpu_write(0, b"a" * 4 * PAGE_SIZE)
+    bench.protect(2, 1, Prot.NONE)
+    handle = bench.open()
+    with pytest.raises(InvalidRequestError):
+        handle.migrate_to_device(page(0), 4)
+    assert handle.snapshot(page(0), 4).data == bytes([0x22, 0x22, 0xFF, 0x02])
+
+
+def test_other_handle_of_the_card_loses_its_entries(bench: Bench) -> None:
+    """A migration tells the other handles of the same device, which held pages that are gone."""
+    bench.cpu_write(0, b"a" * PAGE_SIZE)
+    first, second = bench.open(), bench.open()
+    second.read(page(0), 1)
+    first.migrate_to_device(page(0), 1)
+    assert second.read(page(0), 1).faults == 1
+    assert first.read(page(0), 1).faults == 0
+
+
+def test_close_empties_the_memory_of_the_card(bench: Bench) -> None:
+    """Closing any handle moves the pages of all handles back."""
+    bench.cpu_write(0, b"a" * 2 * PAGE_SIZE)
+    first, second = bench.open(), bench.open()
+    first.migrate_to_device(page(0), 2)
+    second.close()
+    assert first.snapshot(page(0), 2).data == bytes([0x02, 0x02])
+    first.migrate_to_device(page(0), 2)
+    first.release(page(0), 1)
+    assert first.snapshot(page(0), 2).data == bytes([0x02, 0x02])
+    bench.local.machine.check()
+
+
+def test_exclusive_pages_are_the_devices_until_touched(bench: Bench) -> None:
+    """CHECK_EXCLUSIVE is EPERM as long as the table has one; the CPU's touch takes it back."""
+    bench.cpu_write(0, b"e" * PAGE_SIZE)
+    handle = bench.open()
+    assert handle.exclusive(page(0), 1).data == b"e" * PAGE_SIZE
+    with pytest.raises(AccessDeniedError):
+        handle.check_exclusive(page(0), 1)
+    assert handle.read(page(0), 1).faults == 0
+    assert handle.snapshot(page(0), 1).data == bytes(1)
+    assert bench.cpu_read(0, 1) == b"e"
+    handle.check_exclusive(page(0), 1)
+
+
+def test_device_write_revokes_exclusive_pages(bench: Bench) -> None:
+    """An exclusive entry does not serve writes: they fault, which gives the page back."""
+    handle = bench.open()
+    handle.exclusive(page(0), 1)
+    assert handle.write(page(0), b"w" * PAGE_SIZE).faults == 1
+    handle.check_exclusive(page(0), 1)
+
+
+def test_exclusive_fails_with_the_errno_of_the_profile(kernel: Bench, clean: Bench) -> None:
+    """The kernel's driver says EBUSY whatever the cause; otherwise it is the cause."""
+    for bench, shared, hole in ((kernel, errno.EBUSY, errno.EBUSY), (clean, errno.EOPNOTSUPP, errno.EFAULT)):
+        bench.map(300, 1, sharing=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
+        for at, number in ((300, shared), (400, hole)):
+            with pytest.raises(HmmError) as error:
+                bench.open().exclusive(page(at), 1)
+            assert error.value.errno == number
+
+
+def test_commands_fail_when_the_process_has_exited(bench: Bench) -> None:
+    """Reads and writes are EFAULT, all that looks at the process's memory EINVAL; no page is exclusive."""
+    handle = bench.open()
+    handle.exclusive(page(0), 1)
+    bench.local.call(commands_process.exit_process, bench.process)
+    with pytest.raises(BadAddressError):
+        handle.read(page(0), 1)
+    with pytest.raises(BadAddressError):
+        handle.write(page(0), bytes(PAGE_SIZE))
+    for command in (handle.migrate_to_device, handle.migrate_to_system, handle.snapshot, handle.exclusive):
+        with pytest.raises(InvalidRequestError):
+            command(page(0), 1)
+    assert handle.check_exclusive(page(0), 1).cpages == 0
+    handle.close()
+
+
+def test_write_to_a_page_of_the_device_that_became_read_only(kernel: Bench, clean: Bench) -> None:
+    """Behind mprotect the kernel's driver fails with EFAULT; otherwise the page comes back and is written."""
+    for bench in (kernel, clean):
+        bench.cpu_write(0, b"a" * PAGE_SIZE)
+        handle = bench.open()
+        handle.migrate_to_device(page(0), 1)
+        bench.protect(0, 1, RW | Prot.EXEC)
+        if bench is kernel:
+            with pytest.raises(BadAddressError):
+                handle.write(page(0), b"b" * PAGE_SIZE)
+            assert handle.read(page(0), 1).data == b"a" * PAGE_SIZE
+        else:
+            handle.write(page(0), b"b" * PAGE_SIZE)
+            assert bench.cpu_read(0, 1) == b"b"
+
+
+def test_kernel_driver_drops_the_page_behind_an_event(kernel: Bench, clean: Bench) -> None:
+    """Its invalidation takes the end of the range as included."""
+    for bench, faults in ((kernel, 1), (clean, 0)):
+        handle = bench.open()
+        handle.read(page(0), 2)
+        bench.local.call(commands_process.munmap, bench.process, page(0), PAGE_SIZE)
+        assert handle.read(page(1), 1).faults == faults
+
+
+def test_kernel_driver_faults_in_batches(kernel: Bench) -> None:
+    """Batches of 64 pages count from the first page missing; what whole batches brought stays behind an error."""
+    handle = kernel.open()
+    with pytest.raises(BadAddressError):
+        handle.read(page(100), 128)
+    assert handle.snapshot(page(100), 100).data == bytes([0x11]) * 100
+    assert handle.read(page(100), 64).faults == 0
+    assert handle.read(page(164), 36).faults == 1
