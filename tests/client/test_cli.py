@@ -45,6 +45,7 @@ def test_command_explains_itself_when_asked_for_help(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) > 6
+    assert "\\b" not in result.stdout  # click's mark for lines that stay as they are
 
 
 def test_completion_offers_commands_when_a_name_is_begun() -> None:

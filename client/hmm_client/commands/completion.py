@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 @click.pass_context
 def command(context: click.Context, shell: str | None) -> None:
-    r"""Print what a shell needs to complete hmmctl's commands.
+    """Print what a shell needs to complete hmmctl's commands.
 
     \b
     bash:  eval "$(hmmctl completion bash)"            in ~/.bashrc

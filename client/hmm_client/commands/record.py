@@ -30,7 +30,7 @@ from hmm_client.recordings.record import DELAY_S
 )
 @click.argument("arguments", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> None:
-    r"""Run a command under strace and record its memory calls, for `hmmctl replay`.
+    """Run a command under strace and record its memory calls, for `hmmctl replay`.
 
     \b
     hmmctl record -o recordings/sqlite -- sqlite3 :memory: 'select 1'
