@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmm import cpu_pte
-from hmm.errors import TimedOutError
+from hmm.errors import TimedOutError, WouldDeadlockError
 from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
@@ -134,12 +134,15 @@ class AddressSpace:
 
     @contextmanager
     def restoring(self, span: AddressRange) -> Iterator[None]:
-        """Put the VMAs of `span` back when a mirror with policy FAIL did not answer: nothing was changed then."""
+        """Put the VMAs of `span` back when the change could not be told; nothing else was changed then.
+
+        A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for.
+        """
         vmas = self.vmas.mapped_pieces(span)
         brk_end = self.brk_end
         try:
             yield
-        except TimedOutError:
+        except (TimedOutError, WouldDeadlockError):
             self.vmas.replace(span, vmas)
             self.brk_end = brk_end
             raise

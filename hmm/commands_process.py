@@ -27,7 +27,7 @@ from hmm import msync as syncing
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.commands_file import new_shared_memory
 from hmm.cpu_access import Accessed
-from hmm.errors import HmmError, InvalidRequestError
+from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.machine import Machine, Process
@@ -109,13 +109,21 @@ def exec_process(
 ) -> Operation[None]:
     """Leave the address space for an empty one.  Mirrors stay with the old one and are released if it ends.
 
-    Raises: as `create_process`.  Source: fs/exec.c, exec_mmap().
+    Raises: as `create_process`; also
+        WouldDeadlockError: made inside a callback that it would wait for (EDEADLK); nothing was changed.
+
+    Source: fs/exec.c, exec_mmap().
     """
     process = machine.process(process_id)
     space = _empty_space(machine, mmap_base, brk_start)
-    left, process.space = process.space, space
-    process.name = name or process.name
-    yield from _leave(machine, left)
+    left, old_name = process.space, process.name
+    process.space, process.name = space, name or old_name
+    try:
+        yield from _leave(machine, left)
+    except WouldDeadlockError:
+        process.space, process.name = left, old_name
+        del machine.spaces[space.id]
+        raise
 
 
 def exit_process(machine: Machine, process_id: ProcessId) -> Operation[None]:
@@ -123,11 +131,18 @@ def exit_process(machine: Machine, process_id: ProcessId) -> Operation[None]:
 
     Every mirror hears MUNMAP of everything and then `release`; only then are the frames freed.
 
+    Raises:
+        WouldDeadlockError: made inside a callback that it would wait for (EDEADLK); nothing was changed.
+
     Source: mm/mmap.c, exit_mmap(); hmm_notifier_release().
     """
     process = machine.process(process_id)
     del machine.processes[process_id]
-    yield from _leave(machine, process.space)
+    try:
+        yield from _leave(machine, process.space)
+    except WouldDeadlockError:
+        machine.processes[process_id] = process
+        raise
 
 
 def _empty_space(machine: Machine, mmap_base: Address, brk_start: Address) -> AddressSpace:
@@ -157,6 +172,14 @@ def _leave(machine: Machine, space: AddressSpace) -> Operation[None]:
     space.users -= 1
     if space.users:
         return
+    try:
+        yield from _end(machine, space)
+    except WouldDeadlockError:
+        space.users += 1
+        raise
+
+
+def _end(machine: Machine, space: AddressSpace) -> Operation[None]:
     with space.notifier.turn() as turn:
         yield from turn.wait()
         with space.notifier.invalidation((WHOLE_SPACE,), Cause.EXIT, certain=True) as invalidation:

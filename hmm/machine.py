@@ -237,11 +237,11 @@ class Machine:
         self._finish(self.receivers[mirror_id], sequence, EventState.ABANDONED)
 
     def expire(self, operation_id: int) -> None:
-        """An operation has waited too long for late answers to abandoned events: it fails with ETIMEDOUT."""
+        """An operation has waited too long for the answers to abandoned events: it fails with ETIMEDOUT."""
         self._note("expire", operation_id)
         record = self.operations[operation_id]
         assert isinstance(record.request, Await), record.request
-        assert record.request.wait_for is WaitFor.LATE_ANSWERS, record.request
+        assert record.request.wait_for in (WaitFor.LATE_ANSWERS, WaitFor.CALLBACKS), record.request
         late = ", ".join(f"mirror {mirror_id}" for mirror_id, _ in self.unanswered(record))
         error = TimedOutError(f"{record.name}: {late} still owes the answer to an abandoned event; nothing was changed")
         self._advance(record, None, error)
@@ -285,16 +285,14 @@ class Machine:
         request = record.request
         if isinstance(request, Deliver):
             return [key for key, outcome in record.answers.items() if outcome is None]
-        if isinstance(request, Await) and request.wait_for is WaitFor.CALLBACKS:
-            return [(request.mirror_id, sequence) for sequence in self.receivers[request.mirror_id].unanswered]
-        if isinstance(request, Await) and request.wait_for is WaitFor.LATE_ANSWERS:
-            return [
-                (mirror.id, sequence)
-                for mirror in self.receivers.values()
-                for sequence, sent in mirror.unanswered.items()
-                if mirror.space.id == request.space_id and sent.state is EventState.ABANDONED
-            ]
-        return []
+        if not isinstance(request, Await) or request.wait_for not in (WaitFor.CALLBACKS, WaitFor.LATE_ANSWERS):
+            return []
+        receiver = self.receivers.get(request.mirror_id)
+        return [
+            (request.mirror_id, sequence)
+            for sequence, sent in (receiver.unanswered.items() if receiver else ())
+            if request.wait_for is WaitFor.CALLBACKS or sent.state is EventState.ABANDONED
+        ]
 
     def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:
         self.current.operation_id = record.id

@@ -79,6 +79,11 @@ class Mirror(Receiver):
             self.apply(span, event.etype.pte_mask)
         return True
 
+    def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:
+        """The entries are still there, so that what the device wrote through them is recorded."""
+        for span in dirty:
+            self.mark_dirty(span)
+
     # ---- entries
 
     def apply(self, span: AddressRange, mask: int) -> None:

@@ -97,12 +97,22 @@ class Invalidation:
             return ()
         if notifier.faults:
             yield from notifier.back_off(event.spans)
-        listeners = notifier.listeners(event)
-        while any(listener.awaits_late_answer() for listener in listeners):
-            yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans)
-            listeners = notifier.listeners(event)
+        if any(listener.awaits_late_answer() for listener in notifier.listeners(event)):
+            yield from self._late_answers(event)
+        if notifier.revision != event.revision:
+            event = self._event()  # numbered when it is sent, so that revisions ascend
         notifier.mark(event)
-        return (yield from notifier.broadcast(event, listeners, certain=self.certain))
+        return (yield from notifier.broadcast(event, notifier.listeners(event), certain=self.certain))
+
+    def _late_answers(self, event: Event) -> Operation[None]:
+        # A death is told in the end even to those who owe an answer; everything else is not told to anybody.
+        notifier = self.notifier
+        try:
+            while owing := [one for one in notifier.listeners(event) if one.awaits_late_answer()]:
+                yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans, mirror_id=owing[0].id)
+        except TimedOutError:
+            if not self.certain:
+                raise
 
     def _event(self) -> Event:
         told = self.cause.told
@@ -197,9 +207,7 @@ class Notifier:
             owner, initiator: the device whose own migration or exclusive access this is, and its mirror.
             certain: the change cannot be taken back (exit): whatever a mirror's policy, it goes on.
         """
-        return Invalidation(
-            self, self.current.operation_id, cause, spans, owner, blockable, certain, initiator
-        )
+        return Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain, initiator)
 
     def listeners(self, event: Event) -> list[Subscriber]:
         """Those who have to hear of `event`, in order of registration."""
@@ -309,7 +317,8 @@ class Notifier:
             case WaitFor.SEQUENCE:
                 return self.sequence != request.ticket
             case _:
-                return not any(subscriber.awaits_late_answer() for subscriber in self.subscribers.values())
+                owing = self.subscribers.get(request.mirror_id)
+                return owing is None or not owing.awaits_late_answer()
 
     def blockers(self, request: Await) -> list[int]:
         """The operations that `request` waits for, in order of arrival."""
@@ -319,7 +328,7 @@ class Notifier:
             case WaitFor.INVALIDATIONS:
                 return [i.operation_id for i in self.invalidations if overlap(i.spans, request.spans)]
             case WaitFor.EDITS:
-                return [self.turns[0].operation_id]
+                return [self.turns[0].operation_id] if self.edits_overlap(request.spans) else []
             case WaitFor.TURN:
                 return [turn.operation_id for turn in self.turns if turn.ticket < request.ticket]
             case WaitFor.SEQUENCE:

@@ -8,7 +8,7 @@ Absent: how a page is brought in (fault.py).
 from __future__ import annotations
 
 from hmm.address_space import AddressSpace
-from hmm.errors import BadAddressError, OutOfFramesError
+from hmm.errors import BadAddressError, OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.fault import fault_in
 from hmm.operation import Operation
 from hmm.units import AddressRange
@@ -30,6 +30,8 @@ def populate(space: AddressSpace, span: AddressRange, *, ignore_errors: bool = T
     Raises (unless ignored):
         BadAddressError: a mapping without any access, or a page behind the end of its file (EFAULT).
         OutOfFramesError: no frame is left (ENOMEM).
+        TimedOutError: a mirror with policy FAIL did not answer for a page to be copied (ETIMEDOUT).
+        WouldDeadlockError: made inside a callback that it would wait for (EDEADLK).
     """
     at = span.start
     while at < span.end:
@@ -45,6 +47,6 @@ def populate(space: AddressSpace, span: AddressRange, *, ignore_errors: bool = T
                 raise BadAddressError(f"{piece} permits no access", address=piece.start)
             write = piece.writable and not piece.shared
             yield from fault_in(space, piece.span, write=write)
-        except (BadAddressError, OutOfFramesError):
+        except (BadAddressError, OutOfFramesError, TimedOutError, WouldDeadlockError):
             if not ignore_errors:
                 raise

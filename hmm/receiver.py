@@ -125,6 +125,9 @@ class Receiver(ABC):
     def settle(self, event: Event, outcome: Outcome) -> bool:
         """Apply a final state; False when the driver's error killed the receiver."""
 
+    def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:  # noqa: B027 - nothing to do for most
+        """An abandoned event was answered after all; the change that it told of was not made."""
+
     # ---- numbering and answers
 
     def send(self, event: Event, operation_id: int) -> int:
@@ -153,6 +156,7 @@ class Receiver(ABC):
         if sent.state is EventState.ABANDONED:
             self.counters["late_answers"] += 1
             self._forget(sequence)
+            self.heard_late(dirty)
             return None
         sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
         self.counters[sent.state.value] += 1

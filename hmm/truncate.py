@@ -27,7 +27,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import InvalidRequestError, TimedOutError
+from hmm.errors import InvalidRequestError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
@@ -60,7 +60,7 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
     # The size comes first: from here on no touch brings back what is about to go.
     try:
         yield from _unmap(file, page_up(size_bytes), FILE_SIZE_MAX, even_cows=True)
-    except TimedOutError:
+    except (TimedOutError, WouldDeadlockError):
         file.size_bytes = max(file.size_bytes, before)
         raise
     file.zero(size_bytes, page_up(size_bytes))

@@ -231,7 +231,7 @@ class Executor:
     def _advanced(self, record: OperationRecord[Any]) -> None:
         if record.done:
             self._end(record)
-        elif _awaits_late_answers(record):
+        elif _awaits_owed_answers(record):
             self._set_deadline(self.running[record.id])
 
     def _end(self, record: OperationRecord[Any]) -> None:
@@ -260,13 +260,23 @@ class Executor:
     def _deadline(self, running: Running) -> None:
         running.deadline = None
         record = running.record
-        if _awaits_late_answers(record):
-            self.machine.expire(record.id)
-            self._advanced(record)
+        if _awaits_owed_answers(record):
+            self._owed_too_long(running)
         else:
             for mirror_id, sequence in self.machine.unanswered(record):
                 self._too_late(record, mirror_id, sequence)
         self.pump()
+
+    def _owed_too_long(self, running: Running) -> None:
+        # Unregistering also waits for events that have deadlines of their own: only abandoned ones are owed.
+        record = running.record
+        waited_for = self.machine.unanswered(record)
+        states = {self.machine.receivers[mirror_id].unanswered[sequence].state for mirror_id, sequence in waited_for}
+        if EventState.SENT in states:
+            self._set_deadline(running)
+        else:
+            self.machine.expire(record.id)
+            self._advanced(record)
 
     def _too_late(self, record: OperationRecord[Any], mirror_id: MirrorId, sequence: int) -> None:
         mirror = self.machine.receivers[mirror_id]
@@ -313,5 +323,5 @@ def resolve(ended: asyncio.Future[None]) -> None:
         ended.set_result(None)
 
 
-def _awaits_late_answers(record: OperationRecord[Any]) -> bool:
-    return isinstance(record.request, Await) and record.request.wait_for is WaitFor.LATE_ANSWERS
+def _awaits_owed_answers(record: OperationRecord[Any]) -> bool:
+    return isinstance(record.request, Await) and record.request.wait_for in (WaitFor.LATE_ANSWERS, WaitFor.CALLBACKS)

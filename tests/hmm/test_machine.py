@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from machine_world import RW, START, World, error_of, span
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
@@ -15,7 +16,6 @@ from hmm.errors import (
     AccessDeniedError,
     ConflictError,
     DeviceLostError,
-    HmmError,
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -24,80 +24,11 @@ from hmm.errors import (
 )
 from hmm.events import EventState, EventType
 from hmm.inspection import broken_spaces, pending
-from hmm.machine import Caller, Delivery, Limits, Machine, OperationRecord
+from hmm.machine import Caller, Limits
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Deliver
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
-from hmm.vma import Prot
-
-START = 0x1000_0000
-RW = Prot.READ | Prot.WRITE
-FIXED = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
-NOBODY = Caller()
-
-
-def span(first: int, npages: int = 1) -> AddressRange:
-    """Pages of the window."""
-    return AddressRange(START + first * PAGE_SIZE, START + (first + npages) * PAGE_SIZE)
-
-
-class World:
-    """A process with sixteen writable pages, mirrored by as many devices as asked for."""
-
-    def __init__(
-        self,
-        mirrors: int = 1,
-        policy: DeadlinePolicy = DeadlinePolicy.FENCE,
-        limits: Limits = Limits(frames=256, device_frames=0),  # noqa: B008 - a frozen value
-    ) -> None:
-        self.machine = Machine(limits)
-        self.pid = self.do(processes.create_process, "p")
-        self.do(processes.mmap, self.pid, START, 16 * PAGE_SIZE, RW, FIXED)
-        self.devices = [self.do(devices.register_device, f"gpu{n}") for n in range(mirrors)]
-        self.mirrors = [self.do(devices.register_mirror, device, self.pid, policy=policy) for device in self.devices]
-
-    def start(
-        self, command: Callable[..., Any], *args: Any, caller: Caller = NOBODY, **kw: Any
-    ) -> OperationRecord[Any]:
-        """Start a call."""
-        return self.machine.start(caller, command, *args, **kw)
-
-    def do(self, command: Callable[..., Any], *args: Any, caller: Caller = NOBODY, **kw: Any) -> Any:
-        """Run a call to its end; drivers acknowledge at once."""
-        record = self.start(command, *args, caller=caller, **kw)
-        self.settle()
-        assert record.done
-        return record.result
-
-    def settle(self) -> None:
-        """Answer everything and resume everything, until nothing moves."""
-        while True:
-            deliveries = self.machine.take_outbox()
-            for delivery in deliveries:
-                self.machine.answer(delivery.mirror_id, delivery.sequence)
-            ready = self.machine.ready()
-            if not ready and not deliveries:
-                return
-            for record in ready:
-                if not record.done and self.machine.is_ready(record):
-                    self.machine.resume(record.id)
-
-    def resume(self, record: OperationRecord[Any]) -> None:
-        """Resume one operation, which must be ready."""
-        assert record in self.machine.ready()
-        self.machine.resume(record.id)
-
-    def sent(self) -> list[Delivery]:
-        """What is in the outbox."""
-        return self.machine.take_outbox()
-
-
-def error_of(record: OperationRecord[Any]) -> HmmError:
-    """The error that a finished call ended with."""
-    assert record.done
-    assert isinstance(record.error, HmmError)
-    return record.error
 
 
 def test_munmap_frees_only_after_every_mirror_has_answered() -> None:

@@ -1,0 +1,138 @@
+"""Calls that a driver makes from inside its callback: those that could never end are refused, and change nothing."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from machine_world import RW, START, World, error_of, span
+
+from hmm import commands_device as devices
+from hmm import commands_file as files
+from hmm import commands_process as processes
+from hmm.errors import WouldDeadlockError
+from hmm.inspection import pending
+from hmm.journal import digest
+from hmm.machine import Caller, Delivery
+from hmm.madvise import Advice
+from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+MAYMOVE_FIXED = 3
+TO = span(64)
+
+
+@pytest.fixture
+def world() -> World:
+    """A process with private pages, a page of a shared file and a heap, and one mirror."""
+    world = World()
+    file = world.do(files.open_file, "f", create=True)
+    world.do(files.write_file, file, 0, b"x" * PAGE_SIZE)
+    world.do(processes.mmap, world.pid, span(32).start, PAGE_SIZE, RW, MapFlag.SHARED | MapFlag.FIXED, file, 0)
+    world.do(processes.write_memory, world.pid, START, b"kept")
+    return world
+
+
+def updating(world: World, page: int = 0) -> Delivery:
+    """The update of a device fault of one page, which its driver is handling."""
+    world.start(devices.fault, world.mirrors[0], [span(page)], write=True)
+    (update,) = world.sent()
+    return update
+
+
+def inside(delivery: Delivery) -> Caller:
+    """A call from inside that callback."""
+    return Caller(callback=(delivery.mirror_id, delivery.sequence))
+
+
+@pytest.mark.parametrize(
+    ("page", "command", "arguments"),
+    [
+        (0, processes.munmap, (START, PAGE_SIZE)),
+        (0, processes.mprotect, (START, PAGE_SIZE, Prot.READ)),
+        (0, processes.madvise, (START, PAGE_SIZE, Advice.DONTNEED)),
+        (0, processes.mremap, (START, PAGE_SIZE, PAGE_SIZE, MAYMOVE_FIXED, TO.start)),
+        (32, processes.madvise, (span(32).start, PAGE_SIZE, Advice.REMOVE)),
+        (0, processes.fork, ()),
+        (0, processes.exec_process, ("other",)),
+        (0, processes.exit_process, ()),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_call_changes_nothing_when_it_would_deadlock(
+    world: World, page: int, command: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """A change of the range that is being faulted would wait for this very callback: EDEADLK, and nothing else."""
+    update = updating(world, page)
+    before = digest(world.machine)
+    nested = world.start(command, world.pid, *arguments, caller=inside(update))
+    assert error_of(nested).errno == errno.EDEADLK
+    world.machine.check()
+    assert digest(world.machine) == before
+    world.machine.answer(update.mirror_id, update.sequence)
+    world.settle()
+    assert world.do(processes.read_memory, world.pid, START, 4).data == b"kept"
+    world.do(processes.exit_process, world.pid)
+    assert world.machine.frames.statistics()[0].used == 1, "the page of the file"
+
+
+def test_truncation_changes_nothing_when_it_would_deadlock(world: World) -> None:
+    """The size of the file is as before."""
+    update = updating(world, 32)
+    nested = world.start(files.truncate_file, 1, 0, caller=inside(update))
+    assert isinstance(error_of(nested), WouldDeadlockError)
+    assert world.machine.files[1].size_bytes == PAGE_SIZE
+
+
+def test_munmap_of_another_range_succeeds_inside_the_callback_of_a_fault(world: World) -> None:
+    """Only what can never finish is refused: no call that changes VMAs is under way."""
+    update = updating(world)
+    nested = world.start(processes.munmap, world.pid, span(8).start, PAGE_SIZE, caller=inside(update))
+    world.settle()
+    assert nested.result == 0
+
+
+def test_call_waits_when_only_a_call_that_has_ended_stands_in_its_way() -> None:
+    """What an operation waited for may be over before it goes on: it no longer counts as waiting for anybody."""
+    world = World(mirrors=2)
+    world.do(processes.write_memory, world.pid, START, b"x")
+    editing = world.start(processes.mprotect, world.pid, START, PAGE_SIZE, Prot.READ)
+    protecting = world.sent()
+    waiting = world.start(devices.fault, world.mirrors[0], [span(0)], write=False)
+    queued = world.start(processes.munmap, world.pid, span(8).start, PAGE_SIZE)
+    for delivery in protecting:
+        world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(editing)
+    assert world.machine.blockers(waiting) == []
+    world.settle()
+    assert (waiting.error, queued.result) == (None, 0)
+
+
+def test_pending_shows_calls_that_may_go_on_and_have_not_yet() -> None:
+    """Between the end of a wait and the next step of who waited there is nothing that is waited for."""
+    world = World()
+    world.do(processes.write_memory, world.pid, START, b"x")
+    editing = world.start(processes.mprotect, world.pid, START, PAGE_SIZE, Prot.READ)
+    (protecting,) = world.sent()
+    world.start(devices.fault, world.mirrors[0], [span(0)], write=False)
+    world.machine.answer(protecting.mirror_id, protecting.sequence)
+    world.resume(editing)
+    (fault,) = pending(world.machine)
+    assert (fault.name, fault.operations) == ("fault", ())
+    world.settle()
+    unmapping = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    (delivery,) = world.sent()
+    first, second = (world.start(devices.unregister_mirror, world.mirrors[0]) for _ in range(2))
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(unmapping)
+    world.resume(first)
+    for _ in range(2):
+        for delivery in world.sent():
+            world.machine.answer(delivery.mirror_id, delivery.sequence)
+        if not first.done:
+            world.resume(first)
+    (left,) = pending(world.machine)
+    assert (left.operation_id, left.answers) == (second.id, ())
