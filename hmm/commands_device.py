@@ -25,7 +25,7 @@ from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, WaitFor, immediate
-from hmm.units import PAGE_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
+from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,7 @@ def fault(
     """
     mirror = machine.mirror(mirror_id)
     mirror.require_live("fault")
+    _require_inside(target)
     if isinstance(target, np.ndarray):
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)
         entries = mirror.table.lookup(target)
@@ -270,6 +271,15 @@ def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
     if device.iommu is None or nth < 0:
         raise InvalidRequestError(f"inject DMA failure: {device} does no DMA, or {nth} is negative")
     device.iommu.failing = nth
+
+
+def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
+    if isinstance(target, np.ndarray):
+        end = int(target.max(initial=0))
+    else:
+        end = max((span.end for span in target), default=0) - PAGE_SIZE
+    if end >= TASK_SIZE:
+        raise InvalidRequestError(f"fault: {end:#x} is beyond the address space", address=end)
 
 
 def _entries_of(mirror: Mirror, spans: Sequence[AddressRange]) -> Entries:

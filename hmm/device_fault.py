@@ -29,6 +29,7 @@ from hmm.errors import (
     BadAddressError,
     HmmError,
     InvalidRequestError,
+    NoSuchObjectError,
     OutOfFramesError,
     RangeBusyError,
     SegmentationFault,
@@ -131,12 +132,15 @@ def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool =
     while position < addresses.size:
         first = int(addresses[position])
         vma = mirror.space.vmas.find_next(first)
-        limit = vma.end if vma is not None and vma.start <= first else first + PAGE_SIZE
-        upto = int(addresses.searchsorted(np.uint64(limit)))
+        upto = addresses.size
+        if vma is not None:
+            upto = int(addresses.searchsorted(np.uint64(vma.end if vma.start <= first else vma.start)))
         chosen = addresses[position:upto]
         spans = spans_of_pages((chosen >> np.uint64(PAGE_SHIFT)).astype(np.int64))
-        results.append((yield from _fault(mirror, spans, chosen, write, wait)))
-        position = upto
+        done = yield from _fault(mirror, spans, chosen, write, wait)
+        results.append(done)
+        # A VMA that lost its end while the fault waited leaves pages to be done by the rules of where they are now.
+        position = upto if done.error else int(addresses.searchsorted(np.uint64(done.end)))
     return results
 
 
@@ -144,23 +148,22 @@ def _fault(
     mirror: Mirror, spans: tuple[AddressRange, ...], addresses: Entries | None, write: bool, wait: bool
 ) -> Operation[Faulted]:
     asked = spans[0] if len(spans) == 1 else AddressRange(spans[0].start, spans[-1].end)
-    space, retries = mirror.space, 0
-    notifier = space.notifier
+    notifier = mirror.space.notifier
+    failure, retries = None, 0
     mirror.counters["faults"] += 1
     while True:
-        if notifier.turns:
-            yield from notifier.wait_for_edits(spans)
-        else:
-            notifier.require_usable()
+        if notifier.turns or mirror.unanswered:
+            yield from _wait_to_start(mirror, spans, wait)
         mirror.require_live("fault")
+        notifier.require_usable()
         try:
-            spans = _trim(_mirrorable_vma(space, spans[0].start, asked.end, write), spans)
+            vma = _mirrorable_vma(mirror.space, spans[0].start, asked.end, write)
         except HmmError as error:
             return Faulted(asked, error.address or asked.start, error, retries)
+        if spans[-1].end > vma.end:
+            spans, addresses = _trim(vma.end, spans, addresses)
         if notifier.invalidations_overlap(spans):
-            if not wait:
-                raise RangeBusyError(f"fault: {spans[0]} is being invalidated", notifier_seq=notifier.sequence)
-            yield Await(WaitFor.INVALIDATIONS, space.id, spans)
+            yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, spans), wait)
             retries += 1
             continue
         enlisted = notifier.start_fault(mirror.id, spans)
@@ -171,24 +174,58 @@ def _fault(
         finally:
             notifier.end_fault(enlisted)
         if attempt.missing is not None:
-            try:
-                yield from fault_in(space, attempt.missing, write=write)
-            except SegmentationFault as error:
-                return Faulted(asked, error.address or asked.start, _efault(error), retries)
-            except OutOfFramesError as error:
-                return Faulted(asked, asked.start, error, retries)
+            failed = yield from _bring_in(mirror, attempt.missing, write)
+            if failed is not None:
+                if (failed.address or 0) <= asked.start:
+                    return Faulted(asked, asked.start, failed, retries)
+                # What lies before is there now, and is filled before the failure is reported.
+                failure = failed
+                spans, addresses = _trim(failed.address or 0, spans, addresses)
         elif not attempt.retry:
             mirror.counters["faulted_pages"] += sum([span.end - span.start for span in spans]) >> PAGE_SHIFT
-            return Faulted(asked, spans[-1].end, None, retries)
-        elif not wait:
-            raise RangeBusyError(f"fault: {spans[0]} was invalidated meanwhile", notifier_seq=notifier.sequence)
+            end = failure.address if failure is not None else None
+            return Faulted(asked, end or spans[-1].end, failure, retries)
         else:
+            _require_patience(mirror, wait, f"{spans[0]} was invalidated meanwhile")
             retries += 1
             mirror.counters["retries"] += 1
 
 
-def _efault(error: SegmentationFault) -> BadAddressError:
-    return BadAddressError(f"fault: {error.signal.value} at {error.address or 0:#x}", address=error.address)
+def _wait_to_start(mirror: Mirror, spans: tuple[AddressRange, ...], wait: bool) -> Operation[None]:
+    """Wait until no call is changing these mappings and the driver may be sent an event."""
+    notifier = mirror.space.notifier
+    while True:
+        if notifier.edits_overlap(spans, notifier.current.operation_id):
+            yield _wait_or_busy(mirror, Await(WaitFor.EDITS, notifier.space_id, spans), wait)
+        elif mirror.update_on_fault and mirror.awaits_late_answer():
+            late = Await(WaitFor.LATE_ANSWERS, notifier.space_id, spans, mirror_id=mirror.id)
+            yield _wait_or_busy(mirror, late, wait)
+        else:
+            return
+
+
+def _wait_or_busy(mirror: Mirror, request: Await, wait: bool) -> Await:
+    _require_patience(mirror, wait, f"{request.spans[0]} waits for {request.wait_for.value}")
+    return request
+
+
+def _require_patience(mirror: Mirror, wait: bool, why: str) -> None:
+    if not wait:
+        raise RangeBusyError(f"fault: {why}", notifier_seq=mirror.space.notifier.sequence)
+
+
+def _bring_in(mirror: Mirror, missing: AddressRange | Entries, write: bool) -> Operation[HmmError | None]:
+    """Fault in what the CPU's table lacks.  Returns: why that ended early, at `error.address`."""
+    try:
+        yield from fault_in(mirror.space, missing, write=write)
+    except SegmentationFault as error:
+        return BadAddressError(f"fault: {error.signal.value} at {error.address or 0:#x}", address=error.address)
+    except OutOfFramesError as error:
+        return error
+    except NoSuchObjectError:
+        mirror.require_live("fault")  # the address space has ended, and every mirror with it
+        raise
+    return None
 
 
 def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> Vma:
@@ -211,10 +248,11 @@ def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> V
     return vma
 
 
-def _trim(vma: Vma, spans: tuple[AddressRange, ...]) -> tuple[AddressRange, ...]:
-    if spans[-1].end <= vma.end:
-        return spans
-    return tuple(AddressRange(span.start, min(span.end, vma.end)) for span in spans if span.start < vma.end)
+def _trim(
+    end: int, spans: tuple[AddressRange, ...], addresses: Entries | None
+) -> tuple[tuple[AddressRange, ...], Entries | None]:
+    trimmed = tuple(AddressRange(span.start, min(span.end, end)) for span in spans if span.start < end)
+    return trimmed, None if addresses is None else addresses[: addresses.searchsorted(np.uint64(end))]
 
 
 def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:

@@ -195,16 +195,20 @@ def test_fault_beyond_the_end_of_a_file_is_efault_and_keeps_what_came_before(ben
     file = bench.call(files.open_file, "f", create=True)
     bench.call(files.truncate_file, file, 2 * PAGE_SIZE)
     bench.map(span(32, 4), file=file, flags=MapFlag.SHARED | MapFlag.FIXED)
-    error = bench.error(span(32, 4))
-    assert (error.errno, error.address) == (errno.EFAULT, span(34).start)
+    (part,) = bench.fault(span(32, 4)).parts
+    assert part.error is not None
+    assert (part.error.errno, part.error.address, part.end) == (errno.EFAULT, span(34).start, span(34).start)
+    assert [entry != 0 for entry in bench.entries(span(32, 4))] == [True, True, False, False]
 
 
 def test_fault_is_enomem_when_frames_run_out() -> None:
     """VM_FAULT_OOM becomes ENOMEM; nothing is lost and the machine is sound."""
     bench = Bench(frames=8)
     bench.map(span(0, 16))
-    error = bench.error(span(0, 16), write=True)
-    assert isinstance(error, OutOfFramesError)
+    (part,) = bench.fault(span(0, 16), write=True).parts
+    assert isinstance(part.error, OutOfFramesError)
+    assert part.end == span(7).start, "one frame is the zero page"
+    assert [entry != 0 for entry in bench.entries(span(0, 16))] == [True] * 7 + [False] * 9
     bench.machine.check()
 
 
