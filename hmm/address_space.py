@@ -3,10 +3,12 @@
 Models `struct mm_struct`.  The state only: the calls that change it are in mman.py, mremap.py, madvise.py,
 fault.py and fork.py, which are generators over this class.
 
-Source: Linux include/linux/mm_types.h, struct mm_struct; mm/memory.c, zap_pte_range().
-Invariants: every present entry of the CPU table lies in a VMA; a frame's map count is the number of CPU entries
+**Source**: Linux include/linux/mm_types.h, struct mm_struct; mm/memory.c, zap_pte_range().
+
+**Invariants**: every present entry of the CPU table lies in a VMA; a frame's map count is the number of CPU entries
 of all spaces that name it.
-Absent: processes (machine.py), who hears of changes (notifier.py).
+
+**Absent**: processes (machine.py), who hears of changes (notifier.py).
 """
 
 from __future__ import annotations

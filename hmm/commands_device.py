@@ -2,9 +2,10 @@
 
 Every function is a command for `Machine.start`: a generator over the machine that takes and returns plain values.
 
-Source: linux-mm, "HMM: introduce heterogeneous memory management v4" for the life cycle; the modules called name
+**Source**: linux-mm, "HMM: introduce heterogeneous memory management v4" for the life cycle; the modules called name
 theirs.
-Absent: transport; a driver's answers, which are inputs of their own (`Machine.answer`).
+
+**Absent**: transport; a driver's answers, which are inputs of their own (`Machine.answer`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Commands on files: named bytes that processes map, read and write.
 
-Source: Linux fs/open.c, fs/namei.c (do_unlinkat()), mm/shmem.c (shmem_zero_setup()).
-Invariants: a file is there as long as it has a name, an open handle or a mapping.
-Absent: directories, modes, locks, write-back to a disk.
+**Source**: Linux fs/open.c, fs/namei.c (do_unlinkat()), mm/shmem.c (shmem_zero_setup()).
+
+**Invariants**: a file is there as long as it has a name, an open handle or a mapping.
+
+**Absent**: directories, modes, locks, write-back to a disk.
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@
 A driver attaches a device to a process once and gets one numbered stream of events for it; it inserts as many
 interval notifiers there as it likes.
 
-Source: Linux include/linux/mmu_notifier.h, hmm.h, migrate.h, rmap.h; the modules called name theirs.
-Invariants: a driver reaches only processes that it attached to.
-Absent: transport; a driver's answers (`Machine.answer`).
+**Source**: Linux include/linux/mmu_notifier.h, hmm.h, migrate.h, rmap.h; the modules called name theirs.
+
+**Invariants**: a driver reaches only processes that it attached to.
+
+**Absent**: transport; a driver's answers (`Machine.answer`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """A device: what a driver registers before it can mirror anything.
 
-Source: linux-mm, "HMM: introduce heterogeneous memory management v4", hmm_device_register(),
+**Source**: linux-mm, "HMM: introduce heterogeneous memory management v4", hmm_device_register(),
 hmm_device_unregister(); `device->dev` decides whether mirrors hold frame numbers or DMA addresses.
-Invariants: at most one mirror per (device, address space).
-Absent: the mirrors' tables (mirror.py).
+
+**Invariants**: at most one mirror per (device, address space).
+
+**Absent**: the mirrors' tables (mirror.py).
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ This is how every device of the emulator reaches memory, as through its own MMU:
 address through the IOMMU.  An access through an entry that is not valid, that does not permit writing, or whose
 invalidation the driver has acknowledged already, is refused; nothing of that access is done.
 
-Source: our own; the dirty bit is set as a device that tracks it would (linux-mm, "HMM: add dirty flag helper v3").
-Invariants: a read returns the last write ordered before it, because there is one copy of every page.
-Absent: faulting (device_fault.py): an access never faults pages in.
+**Source**: our own; the dirty bit is set as a device that tracks it would (linux-mm, "HMM: add dirty flag helper v3").
+
+**Invariants**: a read returns the last write ordered before it, because there is one copy of every page.
+
+**Absent**: faulting (device_fault.py): an access never faults pages in.
 """
 
 from __future__ import annotations

@@ -4,9 +4,12 @@ The order is the contract: the fault enlists only when no overlapping invalidati
 tells the driver, and leaves.  What the CPU's table lacks is faulted in after leaving, because breaking
 copy-on-write invalidates the range and would wait for us.
 
-Source: linux-mm, "HMM: add device page fault support v3", hmm_mirror_fault(), hmm_mirror_handle_fault(),
+**Source**: linux-mm, "HMM: add device page fault support v3", hmm_mirror_fault(), hmm_mirror_handle_fault(),
 hmm_mirror_fault_pmd(); DMA: "HMM: DMA map memory on behalf of device driver v2".
-Absent: CPU faults (fault.py); queueing of requests.
+
+**Invariants**: an entry is written only while its fault is enlisted, so no overlapping invalidation is past its start.
+
+**Absent**: CPU faults (fault.py); queueing of requests.
 
 Differs: the posted code looped for ever (v8) or returned EBUSY (v9) when it raced with an invalidation; here the
 caller says which.  The posted code did not upgrade WRITE in an entry that was mapped for DMA already; this does.

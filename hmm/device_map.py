@@ -3,9 +3,11 @@
 Such mappings have no fault handler, so every entry is there from the start; what is unmapped or discarded later
 stays away.
 
-Source: Linux mm/memory.c (vm_insert_page(), remap_pfn_range()), 6.12.
-Invariants: pages (VM_MIXEDMAP) are counted like any other; registers (VM_PFNMAP) are entries without struct page.
-Absent: what the driver keeps for itself: a page lives as long as it is mapped.
+**Source**: Linux mm/memory.c (vm_insert_page(), remap_pfn_range()), 6.12.
+
+**Invariants**: pages (VM_MIXEDMAP) are counted like any other; registers (VM_PFNMAP) are entries without struct page.
+
+**Absent**: what the driver keeps for itself: a page lives as long as it is mapped.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@
 The errno belongs to the instance: it is the kernel's errno at the kernel's point.  `str(error)` names the
 operation, the range and the rule.  A bug of ours is an AssertionError and never one of these.
 
-Absent: how an error travels; `hmm_proto.status` turns it into a google.rpc.Status and back.
+**Absent**: how an error travels; `hmm_proto.status` turns it into a google.rpc.Status and back.
 """
 
 from __future__ import annotations

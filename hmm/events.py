@@ -4,11 +4,13 @@ One table, `CAUSES`, says for every cause of a change to the CPU page table what
 hears: the 2015 event type with the mask that is applied to the mirror's entries after the driver answered, and
 today's reason.  A side that has NONE is not told.
 
-Source: 2015: `enum hmm_etype` and `hmm_update()` of "HMM: introduce heterogeneous memory management v4",
+**Source**: 2015: `enum hmm_etype` and `hmm_update()` of "HMM: introduce heterogeneous memory management v4",
 `enum mmu_event` of "mmu_notifier: add event information"; today: include/linux/mmu_notifier.h,
 `enum mmu_notifier_event`, and its senders in mm/.
-Invariants: tests walk the table; every cause is sent from exactly the places that its comment names.
-Absent: who listens (notifier.py), what an entry looks like (pte.py).
+
+**Invariants**: tests walk the table; every cause is sent from exactly the places that its comment names.
+
+**Absent**: who listens (notifier.py), what an entry looks like (pte.py).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 
 **Invariants**: only pages that are in the cache, inside the file and not yet mapped are mapped; nothing is
 allocated but directories of the page table.
+
+**Absent**: reading ahead: what is not in the cache stays so.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 The kernel lets a driver use any page that it once got; here every access is checked against what the CPU's table
 says of that address now, so that a driver that keeps an outdated translation is found out.
 
-Source: our own; it stands for the device's own page-table walk and DMA.
-Invariants: no access reaches a frame that the address no longer means.
-Absent: where drivers keep translations.
+**Source**: our own; it stands for the device's own page-table walk and DMA.
+
+**Invariants**: no access reaches a frame that the address no longer means.
+
+**Absent**: where drivers keep translations.
 """
 
 from __future__ import annotations

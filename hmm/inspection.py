@@ -2,8 +2,11 @@
 
 Everything here is a plain value, made for `hmmctl` and for reports of failing tests.
 
-Source: our own; `walk` shows what a hardware page walk would see, `pending` what the kernel cannot tell.
-Absent: ages and deadlines (the server adds them), formatting.
+**Source**: our own; `walk` shows what a hardware page walk would see, `pending` what the kernel cannot tell.
+
+**Invariants**: nothing changes.
+
+**Absent**: ages and deadlines (the server adds them), formatting.
 """
 
 from __future__ import annotations

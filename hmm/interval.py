@@ -7,10 +7,12 @@ one memmove, so this beats balanced trees written in Python at every size a proc
 Every chunk also keeps the size of the hole below each interval and an upper bound of these sizes, so that the
 search for a hole skips chunks: the kernel's maple tree keeps the same number in its nodes.
 
-Source: Linux lib/maple_tree.c, mas_empty_area() and mas_empty_area_rev(), for the search of holes.
-Invariants: intervals are ascending and disjoint; no chunk is empty or above `2 * CHUNK`; `holes` are exact
-    and `largest` is never below their maximum; the count is the number of intervals.
-Absent: what an interval means, and when two neighbours are one.
+**Source**: Linux lib/maple_tree.c, mas_empty_area() and mas_empty_area_rev(), for the search of holes.
+
+**Invariants**: intervals are ascending and disjoint; no chunk is empty or above `2 * CHUNK`; `holes` are exact
+and `largest` is never below their maximum; the count is the number of intervals.
+
+**Absent**: what an interval means, and when two neighbours are one.
 """
 
 from __future__ import annotations

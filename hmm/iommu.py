@@ -3,10 +3,12 @@
 Each mirror of a DMA device has a domain.  An I/O virtual address (iova) is never handed out twice, so that a
 device that goes on using an unmapped one is always caught and never reaches somebody else's page.
 
-Source: Linux include/linux/dma-mapping.h, dma_map_page() and dma_mapping_error(); "HMM: DMA map memory on behalf
+**Source**: Linux include/linux/dma-mapping.h, dma_map_page() and dma_mapping_error(); "HMM: DMA map memory on behalf
 of device driver v2" says when a mirror maps and unmaps.
-Invariants: the two tables of a domain have the same keys; `mapped_pages` of an Iommu is the sum over its domains.
-Absent: when to map (mirror.py).
+
+**Invariants**: the two tables of a domain have the same keys; `mapped_pages` of an Iommu is the sum over its domains.
+
+**Absent**: when to map (mirror.py).
 """
 
 from __future__ import annotations

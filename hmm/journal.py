@@ -3,9 +3,11 @@
 A machine made with `recording=True` writes every input down (`Machine.inputs`).  `replay` feeds such a list to a
 fresh machine; `digest` says whether two machines are in the same state.
 
-Source: our own.
-Invariants: `digest(replay(machine.inputs, machine.limits)) == digest(machine)` after every input.
-Absent: files and formats; a journal on disk is somebody else's.
+**Source**: our own.
+
+**Invariants**: `digest(replay(machine.inputs, machine.limits)) == digest(machine)` after every input.
+
+**Absent**: files and formats; a journal on disk is somebody else's.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 For unit tests, notebooks and library users.  An event is handed to its driver at once, oldest first; a driver may
 make calls of its own from inside its callback, as the kernel lets it.
 
-Source: our own.
-Absent: concurrency (scheduler.py), deadlines (the server's executor).
+**Source**: our own.
+
+**Absent**: concurrency (scheduler.py), deadlines (the server's executor).
 """
 
 from __future__ import annotations

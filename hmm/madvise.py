@@ -9,10 +9,12 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     hints      WILLNEED COLD PAGEOUT COLLAPSE are accepted where the kernel accepts them, and do nothing
 
-Source: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
+**Source**: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
 (hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
-Invariants: those of the calls it is made of.
-Absent: reclaim, huge pages and page merging, which the hints speak of; memory failure injection, which needs
+
+**Invariants**: those of the calls it is made of.
+
+**Absent**: reclaim, huge pages and page merging, which the hints speak of; memory failure injection, which needs
 privileges (EPERM); the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.

@@ -5,9 +5,11 @@ alone, so that what is mapped nowhere else and referenced by nobody else cannot 
 entries that are still there become entries of the new page, or of the old one; an entry that was unmapped or moved
 meanwhile is found, or not, where the reverse map says.
 
-Source: Linux mm/rmap.c (try_to_migrate_one()), mm/migrate.c (remove_migration_pte()), include/linux/swapops.h.
-Invariants: outside of a running migration no table holds a migration entry.
-Absent: which pages move, where to, and who is told.
+**Source**: Linux mm/rmap.c (try_to_migrate_one()), mm/migrate.c (remove_migration_pte()), include/linux/swapops.h.
+
+**Invariants**: outside of a running migration no table holds a migration entry.
+
+**Absent**: which pages move, where to, and who is told.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 A page counts when a touch of it needs no contents from elsewhere: it is mapped, or on a device, or in the page cache
 of the file that is mapped there.
 
-Source: Linux mm/mincore.c (mincore_pte_range(), __mincore_unmapped_range()), 6.12.
-Invariants: nothing changes.
-Absent: swap; the answer for files that the caller does not own.
+**Source**: Linux mm/mincore.c (mincore_pte_range(), __mincore_unmapped_range()), 6.12.
+
+**Invariants**: nothing changes.
+
+**Absent**: swap; the answer for files that the caller does not own.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 The driver hears of a change first and answers; then the event's mask is applied to the entries of the range: dirty
 is propagated, DMA mappings whose VALID bit goes are unmapped, directories without entries are freed.
 
-Source: linux-mm, "HMM: introduce heterogeneous memory management v4" (life cycle), "HMM: add per mirror page table
+**Source**: linux-mm, "HMM: introduce heterogeneous memory management v4" (life cycle), "HMM: add per mirror page table
 v4" (hmm_mirror_update_pt), "HMM: add dirty flag helper v3", "HMM: DMA map memory on behalf of device driver v2".
-Invariants: an entry names the frame that the CPU's entry at this address names, and permits writing only if that
+
+**Invariants**: an entry names the frame that the CPU's entry at this address names, and permits writing only if that
 one does; a mirror that is not LIVE has an empty table.
-Absent: numbering and answers (receiver.py), filling the table (device_fault.py), transport.
+
+**Absent**: numbering and answers (receiver.py), filling the table (device_fault.py), transport.
 
 Differs: an error on an event of a range kills the mirror as in the posted code, but its table is emptied with
 dirty propagated; the posted code dropped the recorded dirty bits of device entries.

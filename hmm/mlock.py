@@ -3,9 +3,11 @@
 Nothing is ever swapped out or reclaimed here, so a lock is a flag of the VMA, which splits and merges it, and the
 population that comes with it.
 
-Source: Linux mm/mlock.c (do_mlock(), apply_vma_lock_flags(), mlock_fixup(), apply_mlockall_flags()), 6.12.
-Invariants: no VMA of VM_SPECIAL is locked.
-Absent: RLIMIT_MEMLOCK and the right to lock: every caller has CAP_IPC_LOCK.
+**Source**: Linux mm/mlock.c (do_mlock(), apply_vma_lock_flags(), mlock_fixup(), apply_mlockall_flags()), 6.12.
+
+**Invariants**: no VMA of VM_SPECIAL is locked.
+
+**Absent**: RLIMIT_MEMLOCK and the right to lock: every caller has CAP_IPC_LOCK.
 """
 
 from __future__ import annotations

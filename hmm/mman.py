@@ -3,9 +3,11 @@
 Each is one turn at the address space: what the request says by itself is looked at first, the rest in its turn,
 against what is mapped; what was there before is unmapped, the VMA is made, and pages are populated after the turn.
 
-Source: Linux mm/mmap.c (ksys_mmap_pgoff(), do_mmap(), mmap_region(), SYSCALL brk), 6.12.
-Invariants: a call that fails has changed nothing.
-Absent: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
+**Source**: Linux mm/mmap.c (ksys_mmap_pgoff(), do_mmap(), mmap_region(), SYSCALL brk), 6.12.
+
+**Invariants**: a call that fails has changed nothing.
+
+**Absent**: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
 
 Differs: there are no hugetlb pages (MAP_HUGETLB of anonymous memory finds none: ENOMEM); MAP_DROPPABLE is not known.
 """

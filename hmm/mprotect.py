@@ -5,10 +5,12 @@ changed; then the entries follow.  An entry loses WRITE and gets it back at once
 in shared mappings, and for private pages that belong to this process alone.  A page on a device loses its permission
 to be written for good, so that the driver is asked before it is written again.
 
-Source: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_range(), can_change_pte_writable()),
+**Source**: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_range(), can_change_pte_writable()),
 6.12.
-Invariants: no writable entry remains in a mapping that does not permit writing.
-Absent: protection keys; write notification of shared files, whose pages are upgraded like shared memory's.
+
+**Invariants**: no writable entry remains in a mapping that does not permit writing.
+
+**Absent**: protection keys; write notification of shared files, whose pages are upgraded like shared memory's.
 
 Differs: one event for the call, where the kernel sends one per VMA; locked pages that become writable are copied when
 all VMAs have changed, not VMA by VMA.

@@ -7,10 +7,12 @@ A move makes the new VMA, tells the mirrors of the old range, once for the move 
 it stays (MREMAP_DONTUNMAP), moves the entries and removes the old VMA.  So a mirror that does not answer leaves
 everything as it was.
 
-Source: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables()), mm/vma.c
+**Source**: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables()), mm/vma.c
 (copy_vma(), vma_merge_extend()), 6.12.
-Invariants: an entry is at its old or its new address, and nobody faults on either while it moves.
-Absent: hugetlb pages, userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
+
+**Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
+
+**Absent**: hugetlb pages, userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
 Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
 moves.

@@ -3,10 +3,12 @@
 Write-back makes the pages of a file clean: whoever writes to one of them afterwards takes a fault first.  So every
 mirror of every process that maps the range is told, and then their entries lose WRITE and DIRTY.
 
-Source: Linux mm/msync.c, mm/rmap.c (folio_mkclean(), page_mkclean_one()), mm/page-writeback.c
+**Source**: Linux mm/msync.c, mm/rmap.c (folio_mkclean(), page_mkclean_one()), mm/page-writeback.c
 (folio_clear_dirty_for_io()), 6.12.
-Invariants: after a write-back no shared mapping of the range has a writable or a dirty entry.
-Absent: a disk: what is written back stays where it was.  Shared memory has none either, in the kernel and here, and
+
+**Invariants**: after a write-back no shared mapping of the range has a writable or a dirty entry.
+
+**Absent**: a disk: what is written back stays where it was.  Shared memory has none either, in the kernel and here, and
 is never written back.
 
 Differs: one event per space for all its mappings, from the first to the last page that is cleaned, where the kernel

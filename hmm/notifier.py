@@ -11,11 +11,13 @@ The conflict protocol of 2015: a device fault starts only when no overlapping in
 asks overlapping device faults to back off and waits until they are gone, and only then calls the drivers.  So for
 any overlap the driver's update for the fault is complete before its update for the invalidation, or never happens.
 
-Source: linux-mm, "mmu_notifier: keep track of active invalidation ranges v3" and "HMM: add device page fault
+**Source**: linux-mm, "mmu_notifier: keep track of active invalidation ranges v3" and "HMM: add device page fault
 support v3" (hmm_fault_start, hmm_event_backoff); today: mm/mmu_notifier.c, mn_itree_inv_start_range().
-Invariants: an invalidation and a device fault that overlap are never past their start together; `active` equals
+
+**Invariants**: an invalidation and a device fault that overlap are never past their start together; `active` equals
 the number of invalidations; the sequence is odd exactly while one of them concerned a subscription.
-Absent: transport, deadlines, and what an entry means.
+
+**Absent**: transport, deadlines, and what an entry means.
 """
 
 from __future__ import annotations

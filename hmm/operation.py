@@ -9,8 +9,11 @@ The requests are plain values, so that whoever runs operations can write them do
     Await     a condition on one address space or mirror holds
     Pause     nothing; others may go first (between the pieces of a long operation)
 
-Source: our own; it stands for everything that may sleep in the kernel.
-Absent: who decides what runs next (local.py, scheduler.py and the server's executor do).
+**Source**: our own; it stands for everything that may sleep in the kernel.
+
+**Invariants**: requests are frozen; nothing else leaves an operation but its result or its exception.
+
+**Absent**: who decides what runs next (local.py, scheduler.py and the server's executor do).
 """
 
 from __future__ import annotations

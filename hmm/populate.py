@@ -1,8 +1,10 @@
 """Bringing pages of mappings in ahead of use: MAP_POPULATE, mlock, growing locked memory.
 
-Source: Linux mm/gup.c (__mm_populate(), populate_vma_page_range()), 6.12.
-Invariants: no VMA changes; the caller has given its turn up.
-Absent: how a page is brought in (fault.py).
+**Source**: Linux mm/gup.c (__mm_populate(), populate_vma_page_range()), 6.12.
+
+**Invariants**: no VMA changes; the caller has given its turn up.
+
+**Absent**: how a page is brought in (fault.py).
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 What the mirrors of 2015 (mirror.py) and the interval notifiers of today (interval_notifier.py) have in common.
 Events are numbered densely per receiver; each reaches one final state; `low_water` says up to where all have.
 
-Source: our own; it stands for the certainty that a function call gives inside one kernel.
-Invariants: event sequences are dense and each has one final state; the low-water mark is monotone.
-Absent: which events are heard and what they do (the subclasses), transport, deadlines.
+**Source**: our own; it stands for the certainty that a function call gives inside one kernel.
+
+**Invariants**: event sequences are dense and each has one final state; the low-water mark is monotone.
+
+**Absent**: which events are heard and what they do (the subclasses), transport, deadlines.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ it at that offset: so the candidates are computed, and the entry that stands the
 Private pages are looked for in the VMAs that have an `anon_vma`, in the address spaces that descend from a common
 ancestor by fork; pages of a file in all VMAs of that file.
 
-Source: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address().
-Invariants: every entry that names a page is at one of the places found for it.
-Absent: the entries.
+**Source**: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address().
+
+**Invariants**: every entry that names a page is at one of the places found for it.
+
+**Absent**: the entries.
 
 Differs: the kernel asks only the descendants of the space that a private page was made in; here all relatives.
 """

@@ -4,8 +4,11 @@ Each step is one choice among everything that could happen next: start a call, r
 let a driver answer one of the events it has, or lose a driver.  Choices come in through `choose(n)`, a number from
 0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
 
-Source: our own; the idea is that of deterministic simulation testing.
-Absent: what is called (the workload decides), randomness, time.
+**Source**: our own; the idea is that of deterministic simulation testing.
+
+**Invariants**: the same choices make the same run.
+
+**Absent**: what is called (the workload decides), randomness, time.
 """
 
 from __future__ import annotations

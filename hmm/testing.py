@@ -4,8 +4,9 @@
 does.  So it sees what the model of the daemon cannot see by itself: an event that was never sent, or an edit that
 came before the answer.
 
-Source: our own.
-Invariants: as long as a device may use a translation, the CPU's table has the same frame at that address, with no
+**Source**: our own.
+
+**Invariants**: as long as a device may use a translation, the CPU's table has the same frame at that address, with no
 less permission (invariant 1 and 3 of the project, seen from the device).
 """
 

@@ -1,8 +1,7 @@
 """Truncation: the end of a file moves, or a hole is made in it, under the feet of those who map it.
 
-Every address space that maps a part of the range is told first and gives up its entries, then the pages go.
-No
-VMA lock is taken: VMAs stay, and a touch of an address that lies behind the end is answered with SIGBUS.
+Every address space that maps a part of the range is told first and gives up its entries, then the pages go.  No VMA
+lock is taken: VMAs stay, and a touch of an address that lies behind the end is answered with SIGBUS.
 
 Truncation takes private copies too (`even_cows`), as they stand for bytes that the file no longer has; a hole
 leaves them, as they are no longer the file's.

@@ -3,8 +3,9 @@
 An *address* is a byte address in a process or a device; a *pfn* is the number of a frame and never an address.
 Ranges are half-open and in bytes.  The names and values are those of x86-64 with four-level paging.
 
-Source: Linux include/linux/mm.h, arch/x86/include/asm/page_types.h.
-Absent: what is mapped where.
+**Source**: Linux include/linux/mm.h, arch/x86/include/asm/page_types.h.
+
+**Absent**: what is mapped where.
 """
 
 from __future__ import annotations

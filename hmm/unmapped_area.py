@@ -5,12 +5,14 @@ space is searched from the bottom.  A hint is taken when it is free.  Mappings t
 where the huge pages of their object do: private anonymous memory of whole 2 MiB and no hint, and regular files of
 which at least one aligned 2 MiB is mapped.
 
-Source: Linux mm/mmap.c (__get_unmapped_area(), round_hint_to_min()), arch/x86/kernel/sys_x86_64.c
+**Source**: Linux mm/mmap.c (__get_unmapped_area(), round_hint_to_min()), arch/x86/kernel/sys_x86_64.c
 (arch_get_unmapped_area_topdown()), mm/huge_memory.c (__thp_get_unmapped_area()), mm/shmem.c
 (shmem_get_unmapped_area() with the default huge=never), 6.12 with the correction "no hint" of 6.12.9.
-Invariants: what is returned is page-aligned, inside the address space, not below MMAP_MIN_ADDR, and free unless
-    MAP_FIXED asked for it.
-Absent: randomisation; hugetlbfs; the alignment for the caches of AMD family 15h.
+
+**Invariants**: what is returned is page-aligned, inside the address space, not below MMAP_MIN_ADDR, and free unless
+MAP_FIXED asked for it.
+
+**Absent**: randomisation; hugetlbfs; the alignment for the caches of AMD family 15h.
 """
 
 from __future__ import annotations

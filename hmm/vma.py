@@ -4,9 +4,10 @@ A VMA is a stretch of addresses with one `Mapping`: flags, what stands behind it
 The offset is kept relative to the address (`delta`), so that it is constant inside a mapping: a split needs
 no arithmetic, and two neighbours continue each other exactly when their deltas are equal.
 
-Source: Linux include/linux/mm.h, mm/vma.c (6.12).
-Absent: where VMAs are kept (vma_map.py); pages and page tables; the memory policy, userfaultfd and names of
-    anonymous VMAs, which the kernel compares too before it merges; vm_ops->close(), which forbids it.
+**Source**: Linux include/linux/mm.h, mm/vma.c (6.12).
+
+**Absent**: where VMAs are kept (vma_map.py); pages and page tables; the memory policy, userfaultfd and names of
+anonymous VMAs, which the kernel compares too before it merges; vm_ops->close(), which forbids it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 Models the part of the kernel that has moved to mm/vma.c.  Everything here expects that the caller has the turn.
 
-Source: Linux mm/vma.c (vma_modify(), do_vmi_align_munmap()), mm/mmap.c (may_expand_vm()), mm/memory.c
+**Source**: Linux mm/vma.c (vma_modify(), do_vmi_align_munmap()), mm/mmap.c (may_expand_vm()), mm/memory.c
 (unmap_vmas()), 6.12.
-Invariants: a call that fails for want of VMAs has changed no mapping; at most a VMA stays cut where the kernel cuts
+
+**Invariants**: a call that fails for want of VMAs has changed no mapping; at most a VMA stays cut where the kernel cuts
 it before it finds that the second cut is one too many.
-Absent: which parts are changed and why; locked-memory and data limits, memory accounting.
+
+**Absent**: which parts are changed and why; locked-memory and data limits, memory accounting.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ Neighbours become one VMA at the edges of the operation that touched them, and o
 the rules are those of Linux 6.12.  One operation, `VmaMap.replace`, does it all: mmap assigns a mapping,
 munmap erases, mprotect assigns a changed mapping to every piece, mremap erases here and replaces there.
 
-Source: Linux mm/vma.c, mm/mmap.c (6.12).
-Invariants: VMAs are page-aligned, ascending, disjoint and in the address space; what `IntervalMap` promises.
-Absent: limits and accounting; where a mapping without an address is placed (unmapped_area.py).
+**Source**: Linux mm/vma.c, mm/mmap.c (6.12).
+
+**Invariants**: VMAs are page-aligned, ascending, disjoint and in the address space; what `IntervalMap` promises.
+
+**Absent**: limits and accounting; where a mapping without an address is placed (unmapped_area.py).
 """
 
 from __future__ import annotations

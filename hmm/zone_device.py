@@ -1,7 +1,8 @@
 """Frames that belong to devices: which of some frames do, and to whom.
 
-Source: Linux include/linux/memremap.h: is_zone_device_page(), is_device_private_page(), page->pgmap->owner.
-Absent: who is free (frame_allocator.py).
+**Source**: Linux include/linux/memremap.h: is_zone_device_page(), is_device_private_page(), page->pgmap->owner.
+
+**Absent**: who is free (frame_allocator.py).
 """
 
 from __future__ import annotations
