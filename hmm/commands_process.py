@@ -10,6 +10,7 @@ Absent: signals, scheduling, permissions of files, resource limits other than th
 
 from __future__ import annotations
 
+import errno as errnos
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,10 +25,11 @@ from hmm import mlock as locking
 from hmm import mprotect as protecting
 from hmm import mremap as remapping
 from hmm import msync as syncing
+from hmm import pin as pinning
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.commands_file import new_shared_memory
 from hmm.cpu_access import Accessed
-from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
+from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.machine import Machine, Process
@@ -329,3 +331,31 @@ def write_pages(
         raise InvalidRequestError(f"write pages: {len(values)} values for the {span.npages} pages of {span}")
     stored = np.frombuffer(values, np.uint8)
     return (yield from cpu_access.write_pages(machine.process(process_id).space, span, offset, stored))
+
+
+# ---- pages that are to stay
+
+
+def pin(machine: Machine, process_id: ProcessId, span: AddressRange, *, write: bool) -> Operation[int]:
+    """Pin pages for long, as `pin.pin_user_pages`; they outlive the process.
+
+    Returns: a number for `unpin`.
+    """
+    pfns = yield from pinning.pin_user_pages(machine.process(process_id).space, span, write=write)
+    number = machine.next_id("pin")
+    machine.pins[number] = pfns
+    return number
+
+
+@immediate
+def unpin(machine: Machine, number: int) -> None:
+    """Let pinned pages go.
+
+    Raises:
+        NoSuchObjectError: there is no such pin (ENOENT).
+
+    Source: Linux mm/gup.c, unpin_user_pages().
+    """
+    if number not in machine.pins:
+        raise NoSuchObjectError(f"unpin: there is no pin {number}", errnos.ENOENT)
+    machine.frames.unpin(machine.pins.pop(number))

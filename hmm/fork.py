@@ -12,17 +12,19 @@ space and calls `exit_mmap` for the old one when its last user has left.
 **Invariants**: after fork no private page is writable in both spaces, or counted as exclusive to one; the child has
 the parent's VMAs with the parent's cuts.
 
-**Absent**: processes (commands_process.py), pinned pages, which the kernel copies at once.
+**Absent**: processes (commands_process.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError
 from hmm.events import Cause
+from hmm.fault_pages import ANON_PAGE
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.operation import Operation, Pause
@@ -124,6 +126,12 @@ def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
 def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
     """Give the child the entries of some pages of one VMA: copy_pte_range()."""
     if _is_cow(vma):
+        pinned = _pinned(parent, entries)
+        if pinned.any():
+            _copy_pinned(parent, child, vma, addresses[pinned], entries[pinned])
+            addresses, entries = addresses[~pinned], entries[~pinned]
+        if not addresses.size:
+            return
         shared = _read_only(entries)
         if not np.array_equal(shared, entries):
             _store(parent.table, addresses, shared)
@@ -133,7 +141,34 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
         _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED | cpu_pte.DIRTY))
     pfns = cpu_pte.cpu_pfn(shared[cpu_pte.holds_frame(shared)])
     parent.frames.map(pfns)
-    parent.frames.clear_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    migrating = cpu_pte.cpu_pfn(shared[cpu_pte.is_migration(shared)])
+    parent.frames.clear_flags(np.concatenate((pfns, migrating)), PageFlag.ANON_EXCLUSIVE)
+
+
+def _pinned(parent: AddressSpace, entries: Entries) -> npt.NDArray[np.bool_]:
+    """Pages that must stay the parent's alone, because devices use them: folio_needs_cow_for_dma()."""
+    frames = parent.frames
+    pinned: npt.NDArray[np.bool_] = cpu_pte.holds_frame(entries)
+    pfns = cpu_pte.cpu_pfn(entries[pinned])
+    pinned[pinned] = (frames.pincount[pfns] > 0) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    return pinned
+
+
+def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
+    """The child gets copies at once, the parent keeps its pages: copy_present_page()."""
+    frames = parent.frames
+    given_back = cpu_pte.is_device_exclusive(entries)
+    kept = entries & ~np.uint64(cpu_pte.EXCLUSIVE)
+    kept[given_back] |= np.uint64(cpu_pte.PRESENT)
+    parent.table.store(addresses, kept)
+    copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
+    frames.copy(copies, cpu_pte.cpu_pfn(entries))
+    flags = cpu_pte.PRESENT | cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY | (cpu_pte.WRITE if vma.writable else 0)
+    try:
+        child.table.store(addresses, cpu_pte.cpu_entry(copies, flags))
+    except OutOfFramesError:
+        frames.unmap(copies)
+        raise
 
 
 def _read_only(entries: Entries) -> Entries:

@@ -39,7 +39,7 @@ from hmm.frames import Frames
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.receiver import Receiver
-from hmm.units import AddressRange, DeviceId, MirrorId, ProcessId, SpaceId
+from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -170,6 +170,7 @@ class Machine:
         self.receivers: dict[MirrorId, Receiver] = {}
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
+        self.pins: dict[int, Pfns] = {}
         self.file_names: dict[str, int] = {}
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None

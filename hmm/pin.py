@@ -1,0 +1,126 @@
+"""Pinning: pages are brought in and kept where they are, for DMA by devices that cannot fault.
+
+A pinned private page must be the one that its process keeps: what is shared by fork, or still the file's or the zero
+page, is copied first, even when it is only to be read.
+
+**Source**: Linux mm/gup.c (pin_user_pages() with FOLL_LONGTERM, check_vma_flags(), gup_must_unshare()), mm/memory.c
+(wp_page_copy() for FAULT_FLAG_UNSHARE), 6.12.
+
+**Invariants**: a pinned anonymous page is exclusive to the process that it was pinned for.
+
+**Absent**: short-term pins, moving pages out of movable zones first, RLIMIT_MEMLOCK.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import BadAddressError, InvalidRequestError
+from hmm.events import Cause
+from hmm.fault import bring_in, pieces, raise_stop
+from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
+from hmm.frames import ZERO_PFN, PageFlag
+from hmm.operation import Operation
+from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned, spans_of_pages
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["pin_user_pages"]
+
+
+def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[Pfns]:
+    """Pin the pages of a range for long.
+
+    Args:
+        span: page-aligned.
+
+    Returns: int64[npages], their frames, to be given to `Frames.unpin`.
+
+    Raises:
+        InvalidRequestError: an empty or unaligned range (EINVAL).
+        BadAddressError: a page is not mapped, or not for this access, or has nothing behind it (EFAULT); nothing stays
+            pinned.
+        OutOfFramesError: memory ran out (ENOMEM); nothing stays pinned.
+
+    Cost: O(pages), vectorised.
+    """
+    if not span or not is_page_aligned(span.start | span.end):
+        raise InvalidRequestError(f"pin: {span} is not a range of pages")
+    pinned: list[Pfns] = []
+    try:
+        at = span.start
+        while at < span.end:
+            vma = _permitting(space, at, write)
+            for piece in pieces(AddressRange(at, min(span.end, vma.end))):
+                assert isinstance(piece, AddressRange)
+                pinned.append((yield from _pin(space, piece, write)))
+                at = piece.end
+    except BaseException:
+        for pfns in pinned:
+            space.frames.unpin(pfns)
+        raise
+    return np.concatenate(pinned)
+
+
+def _permitting(space: AddressSpace, address: int, write: bool) -> Vma:
+    """check_vma_flags()."""
+    vma = space.vmas.find(address)
+    if vma is None:
+        raise BadAddressError(f"pin: nothing is mapped at {address:#x}", address=address)
+    if vma.has(VmFlag.IO | VmFlag.PFNMAP) or not (vma.writable if write else vma.readable):
+        raise BadAddressError(f"pin: {vma} does not permit it", address=address)
+    return vma
+
+
+def _pin(space: AddressSpace, piece: AddressRange, write: bool) -> Operation[Pfns]:
+    while True:
+        stop = yield from bring_in(space, piece, write=write)
+        if stop is not None:
+            raise_stop(stop, write=write)
+        entries = space.table.read(piece.start, piece.end)
+        shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
+        if not shared.any():
+            pfns = cpu_pte.cpu_pfn(entries)
+            space.frames.pin(pfns)
+            return pfns
+        yield from _unshare(space, piece, np.flatnonzero(shared))
+
+
+def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) -> npt.NDArray[np.bool_]:
+    """gup_must_unshare(): pages of private mappings that this process does not have to itself."""
+    vma = space.vmas.find(piece.start)
+    assert vma is not None
+    if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE) != VmFlag.MAYWRITE:
+        return np.zeros(entries.size, np.bool_)
+    pfns = cpu_pte.cpu_pfn(entries)
+    shared: npt.NDArray[np.bool_] = ~cpu_pte.is_writable(entries)
+    shared &= ~space.frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    return shared
+
+
+def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.intp]) -> Operation[None]:
+    """do_wp_page() for FAULT_FLAG_UNSHARE: a page nobody else has becomes exclusive, others are copied."""
+    frames = space.frames
+    pages = which + (piece.start >> PAGE_SHIFT)
+    addresses = (pages << PAGE_SHIFT).view(np.uint64)
+    entries = space.table.lookup(addresses)
+    pfns = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
+    alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)
+    frames.set_flags(pfns[alone], PageFlag.ANON_EXCLUSIVE)
+    pages, addresses = pages[~alone], addresses[~alone]
+    if not pages.size:
+        return
+    with space.notifier.invalidation(spans_of_pages(pages), Cause.COPY_ON_WRITE) as bracket:
+        yield from bracket.deliver()
+        now = space.table.lookup(addresses)
+        same = now == entries[~alone]
+        vma = space.vmas.find(int(addresses[0]))
+        if vma is None or not same.any():
+            return
+        prepare_anon_vma(space, vma)
+        copies = frames.allocate_mapped(int(np.count_nonzero(same)), ANON_PAGE)
+        frames.copy(copies, pfns[~alone][same])
+        space.table.store(addresses[same], cpu_pte.cpu_entry(copies, READ_ONLY))
+        space.drop(now[same])
