@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
+from area import BASE, PRIVATE, RW
 
 from hmm.address_space import AddressSpace, SpaceLimits
 from hmm.events import Event, EventState, Outcome
@@ -18,9 +19,6 @@ from hmm.units import PAGE_SIZE, Address
 from hmm.vma import Prot, VmFlag
 
 T = TypeVar("T")
-BASE = 1 << 40
-RW = Prot.READ | Prot.WRITE
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import PRIVATE, RW, SHARED, at
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -13,20 +14,11 @@ from hmm.cpu_access import read_memory, write_memory
 from hmm.errors import OutOfFramesError
 from hmm.file import FileKind
 from hmm.madvise import Advice, madvise
-from hmm.mman import MapFlag, munmap
+from hmm.mman import munmap
 from hmm.units import PAGE_SIZE, PIECE_PAGES
-from hmm.vma import Prot, VmFlag
+from hmm.vma import VmFlag
 
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
-BASE = 1 << 40
 FREE = 1023
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
 
 
 def flags(space: AddressSpace, page: int) -> int:

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from area import BASE, PRIVATE, RW, SHARED, at, pages
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -26,23 +27,8 @@ from hmm.file import FILE_SIZE_MAX
 from hmm.madvise import Advice, madvise
 from hmm.mman import MapFlag
 from hmm.operation import WaitFor
-from hmm.units import PAGE_SIZE, PIECE_PAGES, AddressRange
+from hmm.units import PAGE_SIZE, PIECE_PAGES
 from hmm.vma import MAY_FLAGS, Mapping, Prot, VmFlag
-
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
-BASE = 1 << 40
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
-
-
-def pages(first: int, last: int) -> AddressRange:
-    """Pages [first, last) of the test area."""
-    return AddressRange(at(first), at(last))
 
 
 def advise(world: Any, space: AddressSpace, first: int, last: int, advice: int) -> int:

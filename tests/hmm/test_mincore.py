@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import BASE, SHARED, at
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -14,18 +15,8 @@ from hmm.cpu_access import touch
 from hmm.errors import BadAddressError, InvalidRequestError
 from hmm.file import FILE_SIZE_MAX
 from hmm.mincore import mincore
-from hmm.mman import MapFlag
 from hmm.units import PAGE_SIZE, PIECE_PAGES, TASK_SIZE, AddressRange
 from hmm.vma import Mapping, Prot, VmFlag
-
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-BASE = 1 << 40
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
 
 
 def resident(world: Any, space: AddressSpace, first: int, last: int) -> str:

@@ -7,26 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from area import BASE, RW, SHARED, at
 
 from hmm.address_space import AddressSpace
 from hmm.cpu_access import touch
 from hmm.errors import BadAddressError, HmmError, InvalidRequestError, OutOfFramesError, RangeBusyError
 from hmm.mlock import MclFlag, MlockFlag, mlock, mlock2, mlockall, munlock, munlockall
-from hmm.mman import MapFlag
 from hmm.operation import Operation
 from hmm.populate import populate
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import MAY_FLAGS, Mapping, Prot, VmFlag
 
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-BASE = 1 << 40
 FREE = 1023
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
 
 
 def locks(space: AddressSpace) -> str:

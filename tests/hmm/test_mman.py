@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from area import BASE, RW, at, layout, pages
 
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.cpu_access import read_memory, touch, write_memory
@@ -26,26 +27,8 @@ from hmm.operation import Pause, WaitFor
 from hmm.units import PAGE_SIZE, PIECE_PAGES, TASK_SIZE, AddressRange
 from hmm.vma import MAY_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
 
-RW = Prot.READ | Prot.WRITE
 ANON = MapFlag.PRIVATE | MapFlag.ANONYMOUS
 SHARED_ANON = MapFlag.SHARED | MapFlag.ANONYMOUS
-BASE = 1 << 40
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
-
-
-def pages(first: int, last: int) -> AddressRange:
-    """Pages [first, last) of the test area."""
-    return AddressRange(at(first), at(last))
-
-
-def layout(space: AddressSpace) -> str:
-    """What is mapped in the test area, such as "0-3:rw-p"."""
-    page = [(vma.start - BASE) // PAGE_SIZE for vma in space.vmas]
-    return " ".join(f"{first}-{first + vma.npages}:{vma.perms}" for first, vma in zip(page, space.vmas, strict=True))
 
 
 # ---- mmap

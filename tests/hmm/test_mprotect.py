@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import BASE, PRIVATE, RW, SHARED, at, layout, pages
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -28,28 +29,7 @@ from hmm.operation import WaitFor
 from hmm.units import PAGE_SIZE, PIECE_PAGES, AddressRange
 from hmm.vma import MAY_FLAGS, Mapping, Prot, VmFlag
 
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
-BASE = 1 << 40
 GIB = 1 << 30
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
-
-
-def pages(first: int, last: int) -> AddressRange:
-    """Pages [first, last) of the test area."""
-    return AddressRange(at(first), at(last))
-
-
-def layout(space: AddressSpace) -> str:
-    """What is mapped in the test area, such as "0-3:rw-p"."""
-    return " ".join(
-        f"{(vma.start - BASE) // PAGE_SIZE}-{(vma.end - BASE) // PAGE_SIZE}:{vma.perms}" for vma in space.vmas
-    )
 
 
 def entries(space: AddressSpace, first: int, last: int) -> str:

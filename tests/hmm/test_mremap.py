@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import BASE, PRIVATE, RW, SHARED, at, layout, pages
 
 from hmm import cpu_pte
 from hmm.address_space import MMAP_BASE, AddressSpace
@@ -16,32 +17,11 @@ from hmm.events import Cause, EventState, EventType, Reason
 from hmm.mman import MapFlag, munmap
 from hmm.mremap import MremapFlag, mremap
 from hmm.operation import WaitFor
-from hmm.units import PAGE_SIZE, PIECE_PAGES, PMD_SIZE, TASK_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, PIECE_PAGES, PMD_SIZE, TASK_SIZE
 from hmm.vma import Prot, VmFlag
 
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
 MAYMOVE, DONTUNMAP = MremapFlag.MAYMOVE, MremapFlag.DONTUNMAP
 FIXED = MremapFlag.FIXED | MAYMOVE
-BASE = 1 << 40
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
-
-
-def pages(first: int, last: int) -> AddressRange:
-    """Pages [first, last) of the test area."""
-    return AddressRange(at(first), at(last))
-
-
-def layout(space: AddressSpace) -> str:
-    """What is mapped, in pages of the test area, such as "0-3:rw-p"."""
-    return " ".join(
-        f"{(vma.start - BASE) // PAGE_SIZE}-{(vma.end - BASE) // PAGE_SIZE}:{vma.perms}" for vma in space.vmas
-    )
 
 
 def remap(world: Any, space: AddressSpace, old: tuple[int, int], new_npages: int, flags: int = 0, to: int = 0) -> int:

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from area import BASE, PRIVATE, RW, SHARED, at, pages
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -16,23 +17,8 @@ from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import PageFlag
 from hmm.mman import MapFlag, mmap, munmap
 from hmm.msync import MsyncFlag, msync, write_back
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE
 from hmm.vma import Prot
-
-RW = Prot.READ | Prot.WRITE
-SHARED = MapFlag.SHARED | MapFlag.FIXED
-PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED
-BASE = 1 << 40
-
-
-def at(page: int) -> int:
-    """The address of a page of the test area."""
-    return BASE + page * PAGE_SIZE
-
-
-def pages(first: int, last: int) -> AddressRange:
-    """Pages [first, last) of the test area."""
-    return AddressRange(at(first), at(last))
 
 
 def sync(world: Any, space: AddressSpace, first: int, last: int, flags: int = MsyncFlag.SYNC) -> int:
