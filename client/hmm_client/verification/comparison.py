@@ -1,12 +1,12 @@
-"""Comparing a trace with what a subject does, operation by operation, up to the first that acts through a device.
+"""Comparing a trace with what a subject does, operation by operation.
 
-Every field of the result and every state is one comparison of one *aspect*.  The semantic aspects are what a model of
-HMM must match; the entries (snapshots and page maps) are counted by themselves.
+Every field of the result and every state is one comparison of one *aspect*, at one of three levels.  A subject that
+has no devices, and a trace with huge pages, are followed up to the first operation that acts through a device.
 
 **Invariants**: after a trace's first difference in a result the trace goes on, so that each operation is counted;
     what a trace does not say is not compared.
 
-**Absent**: what acts through a device.
+**Absent**: performing the operations (`operations`, `device_operations`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
-from hmm_client.recordings.ktrace import HANDLE_OPERATIONS, Operation, State, Trace, canonical_maps
-from hmm_client.verification.operations import TraceRun, acts_through_device
-from hmm_client.verification.subject import PAGEMAP_FILE, PAGEMAP_PRESENT, Subject
+from hmm_client.recordings.ktrace import Operation, Result, State, Trace, canonical_maps
+from hmm_client.verification.operations import TraceRun
+from hmm_client.verification.subject import Subject
 
 CONTEXT_OPERATIONS = 5
 """How many operations before a difference are shown with it."""
+
+
+class Level(Enum):
+    """How much a comparison says.
+
+    SEMANTIC must be equal for a model of HMM; MIRROR depends on which entries the test driver's own table still holds;
+    DETAIL is the kernel's bookkeeping.
+    """
+
+    SEMANTIC = "semantic"
+    MIRROR = "mirror"
+    DETAIL = "detail"
 
 
 class Aspect(Enum):
@@ -33,19 +46,23 @@ class Aspect(Enum):
     SIGNAL_PAGE = "sigpage"
     VALUES = "vals"
     DATA = "data"
+    SHOWN = "prot"
+    COPIED = "cpages"
+    FAULTS = "faults"
     PROCESSES = "processes"
     MAPS = "maps"
     SNAPSHOT = "snapshot"
+    OTHER_SNAPSHOT = "other snapshot"
+    RAW_MAPS = "raw maps"
     PAGEMAP = "pagemap"
 
-    @property
-    def is_semantic(self) -> bool:
-        """True for what programs can see; False for what only the page table shows."""
-        return self not in _ENTRIES
 
-
-_ENTRIES = frozenset({Aspect.SNAPSHOT, Aspect.PAGEMAP})
-_RESULTS = (Aspect.RET, Aspect.ERRNO, Aspect.SIGNAL, Aspect.SIGNAL_PAGE, Aspect.VALUES, Aspect.DATA)
+_RESULTS = (
+    Aspect.RET, Aspect.ERRNO, Aspect.SIGNAL, Aspect.SIGNAL_PAGE, Aspect.VALUES, Aspect.DATA, Aspect.SHOWN,
+    Aspect.COPIED, Aspect.FAULTS,
+)  # fmt: skip
+_LEVELS = {Aspect.FAULTS: Level.MIRROR, Aspect.RAW_MAPS: Level.DETAIL, Aspect.PAGEMAP: Level.DETAIL}
+_READ_BACK = frozenset({"mig_dev", "excl"})
 
 
 @dataclass(slots=True)
@@ -66,6 +83,7 @@ class Difference:
     """One comparison that failed.
 
     Attributes:
+        level: how much it says.
         process: whose state; None for a result.
         before: the operations before it, oldest first.
     """
@@ -73,6 +91,7 @@ class Difference:
     trace: Trace
     operation: Operation
     aspect: Aspect
+    level: Level
     process: int | None
     expected: object
     found: object
@@ -89,9 +108,13 @@ class TraceReport:
 
     trace: Trace
     operations: int = 0
-    semantic: Counts = field(default_factory=Counts)
-    entries: Counts = field(default_factory=Counts)
+    counts: dict[Level, Counts] = field(default_factory=lambda: {level: Counts() for level in Level})
     differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> int:
+        """Operations that were not performed."""
+        return len(self.trace.operations) - self.operations
 
 
 def verify(trace: Trace, subject: Subject) -> TraceReport:
@@ -103,38 +126,54 @@ def verify(trace: Trace, subject: Subject) -> TraceReport:
     run = TraceRun(trace, subject)
     before: deque[Operation] = deque(maxlen=CONTEXT_OPERATIONS)
     for operation in trace.operations:
-        if acts_through_device(operation):
+        if not run.performs(operation):
             break
         report.operations += 1
-        for aspect, process, expected, found in _compared(run, trace, operation):
-            counts = report.semantic if aspect.is_semantic else report.entries
+        for aspect, level, process, expected, found in _compared(run, operation):
+            counts = report.counts[level]
             counts.compared += 1
             if expected != found:
                 counts.differences += 1
-                report.differences.append(Difference(trace, operation, aspect, process, expected, found, tuple(before)))
+                difference = Difference(trace, operation, aspect, level, process, expected, found, tuple(before))
+                report.differences.append(difference)
         before.append(operation)
     return report
 
 
-def _compared(run: TraceRun, trace: Trace, operation: Operation) -> Iterator[tuple[Aspect, int | None, object, object]]:
+_Compared: TypeAlias = "tuple[Aspect, Level, int | None, object, object]"
+
+
+def _compared(run: TraceRun, operation: Operation) -> Iterator[_Compared]:
     found = run.perform(operation)
-    if operation.name not in HANDLE_OPERATIONS:
-        for aspect in _RESULTS:
-            yield aspect, None, getattr(operation.result, aspect.value), getattr(found, aspect.value)
-    yield Aspect.PROCESSES, None, sorted(state.process for state in operation.states), sorted(run.processes)
+    level = _level(operation, found)
+    for aspect in _RESULTS:
+        expected = getattr(operation.result, aspect.value)
+        yield aspect, _LEVELS.get(aspect, level), None, expected, getattr(found, aspect.value)
+    alive = sorted(state.process for state in operation.states)
+    yield Aspect.PROCESSES, Level.SEMANTIC, None, alive, sorted(run.processes)
     for state in operation.states:
         if state.process in run.processes:
-            yield from _states(run, trace, state)
+            yield from _states(run, state)
 
 
-def _states(run: TraceRun, trace: Trace, state: State) -> Iterator[tuple[Aspect, int, object, object]]:
+def _level(operation: Operation, found: Result) -> Level:
+    """What depends on the entries of the driver's table: an ENOENT expected or found, and CHECK_EXCLUSIVE."""
+    missing = operation.name in _READ_BACK and "ENOENT" in (operation.result.errno, found.errno)
+    return Level.MIRROR if missing or operation.name == "chk_excl" else Level.SEMANTIC
+
+
+def _states(run: TraceRun, state: State) -> Iterator[_Compared]:
+    process = state.process
     if state.maps is not None:
-        maps = run.maps(state.process)
-        yield Aspect.MAPS, state.process, canonical_maps(state.maps), canonical_maps(maps)
-    if trace.header.thp == "always":  # huge pages populate neighbours, which this part does not
+        maps = run.maps(process)
+        expected, found = canonical_maps(state.maps), canonical_maps(maps)
+        yield Aspect.MAPS, Level.SEMANTIC, process, expected, found
+        if expected == found:
+            yield Aspect.RAW_MAPS, Level.DETAIL, process, state.maps, maps
+    shown = run.snapshots(process)
+    if not shown:
         return
-    pages = run.page_states(state.process)
-    if pages is not None:
-        yield Aspect.SNAPSHOT, state.process, state.s0, pages.snapshot
-        shown = bytes(digit & (PAGEMAP_PRESENT | PAGEMAP_FILE) for digit in state.pm)
-        yield Aspect.PAGEMAP, state.process, shown, pages.pagemap
+    yield Aspect.SNAPSHOT, Level.SEMANTIC, process, state.s0, shown[0]
+    if state.s1 != state.s0 or shown[1] != shown[0]:
+        yield Aspect.OTHER_SNAPSHOT, Level.SEMANTIC, process, state.s1, shown[1]
+    yield Aspect.PAGEMAP, Level.DETAIL, process, state.pm, run.pagemap(process)

@@ -5,7 +5,8 @@
 **Invariants**: what is performed is what the trace asked for; what comes back is in the trace's own terms, so that
 the two can be compared field by field.
 
-**Absent**: comparing (`comparison`); operations of devices.
+**Absent**: comparing (`comparison`); what devices do (`device_operations`); huge pages: of traces that have them only
+what comes before the first operation of a device is performed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.recordings.errors import TraceError
-from hmm_client.recordings.ktrace import MapsLine, Operation, Result, Trace, fingerprint
-from hmm_client.verification.subject import Access, PageStates, Region, Subject
+from hmm_client.recordings.ktrace import HANDLE_OPERATIONS, MapsLine, Operation, Result, Trace, fingerprint
+from hmm_client.verification.device_operations import DeviceRun
+from hmm_client.verification.subject import Access, Region, Subject
 
 _PROT = {"r": Prot.READ, "w": Prot.WRITE, "x": Prot.EXEC}
 _SHARING = {"private": MapFlag.PRIVATE, "shared": MapFlag.SHARED}
@@ -36,7 +38,7 @@ PINS = frozenset({"pin", "unpin"})
 
 
 def acts_through_device(operation: Operation) -> bool:
-    """True for what this part does not perform: operations of devices, and pins for them."""
+    """True for operations of devices, for mappings of their files, and for pins."""
     return operation.is_device_operation or operation.name in PINS
 
 
@@ -55,9 +57,11 @@ class TraceRun:
         self.processes: dict[int, ProcessId] = {0: subject.create_process(header.fault_around_pages)}
         self.files = [subject.open_file(name) for name in FILES]
         self._sources = dict(zip(self.files, FILES, strict=True))
+        devices = subject.devices if header.thp == "never" else None
+        self._devices = DeviceRun(devices, header.base) if devices else None
+        if self._devices:
+            self._devices.born(0, self.processes[0])
         self._performers: Mapping[str, Callable[[Operation], Result]] = {
-            "open": self._handle,
-            "close": self._handle,
             "fork": self._fork,
             "exit": self._exit,
             "mmap": self._mmap,
@@ -81,7 +85,12 @@ class TraceRun:
             TraceError: its arguments name something that there is not.
         """
         try:
-            return self._performers[operation.name](operation)
+            if operation.name in self._performers:
+                return self._performers[operation.name](operation)
+            if self._devices is None:
+                assert operation.name in HANDLE_OPERATIONS, operation
+                return operation.result  # opening and closing change no process
+            return self._devices.performers[operation.name](operation, self.processes[operation.process])
         except HmmError as error:
             return Result(-1, errno_name(error.errno))
         except (KeyError, IndexError, ValueError) as error:
@@ -98,9 +107,17 @@ class TraceRun:
         """A process's maps as the trace writes them."""
         return tuple(self._line(region) for region in self._subject.maps(self.processes[process]))
 
-    def page_states(self, process: int) -> PageStates | None:
-        """A process's page states; None if the subject cannot tell."""
-        return self._subject.page_states(self.processes[process], self.window)
+    def performs(self, operation: Operation) -> bool:
+        """Whether this operation can be performed here: without devices, those before the first that needs one."""
+        return self._devices is not None or not acts_through_device(operation)
+
+    def pagemap(self, process: int) -> bytes | None:
+        """A process's page map; None if the subject cannot tell."""
+        return self._subject.pagemap(self.processes[process], self.window)
+
+    def snapshots(self, process: int) -> list[bytes]:
+        """What the two devices see of a process, one byte per page; nothing without devices."""
+        return self._devices.snapshots(process, self.window) if self._devices else []
 
     def _line(self, region: Region) -> MapsLine:
         source = self._sources.get(region.file_id, SHARED_MEMORY) if region.file_id else ANONYMOUS
@@ -117,15 +134,12 @@ class TraceRun:
         args = operation.args
         return self.processes[operation.process], self._address(args.page) + args.unaligned, args.n << PAGE_SHIFT
 
-    # ---- handles: they change no process
-
-    def _handle(self, operation: Operation) -> Result:
-        return Result(operation.result.ret, operation.result.errno)
-
     # ---- processes
 
     def _fork(self, operation: Operation) -> Result:
-        self.processes[operation.args.q] = self._subject.fork(self.processes[operation.process])
+        child = self.processes[operation.args.q] = self._subject.fork(self.processes[operation.process])
+        if self._devices:
+            self._devices.born(operation.args.q, child)
         return Result(0)
 
     def _exit(self, operation: Operation) -> Result:
@@ -142,8 +156,11 @@ class TraceRun:
         file_id = 0
         if args.src == ANONYMOUS:
             flags |= MapFlag.ANONYMOUS
-        else:
+        elif args.src in FILES:
             file_id = self.files[FILES.index(args.src)]
+        else:
+            assert self._devices, operation
+            file_id = self._devices.file_of(int(args.src.removeprefix("d")))
         at = self._subject.mmap(process_id, address, length, _prot(args.prot), flags, file_id, args.off << PAGE_SHIFT)
         return Result(self._page(at))
 

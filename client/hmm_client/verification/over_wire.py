@@ -2,7 +2,7 @@
 
 **Source**: proto/hmm_proto/v1.
 
-**Absent**: page tables; a trace's entries are compared in process only.
+**Absent**: page tables and devices; a trace's states and its operations through devices are compared in process only.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class OverWire:
         self._prefix = f"/verify/{os.getpid()}-{next(_RUNS)}"
         self._files: dict[int, sync.File] = {}
         self._processes: set[ProcessId] = set()
+
+    @property
+    def devices(self) -> None:
+        """As `Subject`: today's interface is not among the daemon's services."""
+        return
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +142,6 @@ class OverWire:
         lines = self._client.process(process_id).maps().lines
         return [Region(line.start, line.end, line.permissions, line.offset, line.file_id) for line in lines]
 
-    def page_states(self, process_id: ProcessId, span: AddressRange) -> None:  # noqa: ARG002 - the interface
+    def pagemap(self, process_id: ProcessId, span: AddressRange) -> None:  # noqa: ARG002 - the interface
         """As `Subject`."""
         return

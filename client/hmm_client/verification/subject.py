@@ -20,20 +20,19 @@ import numpy.typing as npt
 from hmm import commands_file, commands_process, cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import Signal
-from hmm.frames import PageFlag
+from hmm.frames import Frames, PageFlag
 from hmm.local import Local
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
-from hmm.vma import Vma
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
+from hmm.vma import VmFlag
+from hmm_client.drivers.dmirror import Hmm
+from hmm_client.drivers.in_process import InProcessHmm
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-SNAPSHOT_NONE = 0xFF
-SNAPSHOT_EMPTY = 0x00
-SNAPSHOT_READ = 0x01
-SNAPSHOT_WRITE = 0x02
-SNAPSHOT_ZERO = 0x10
 PAGEMAP_PRESENT = 0x1
+PAGEMAP_SWAP = 0x2
 PAGEMAP_FILE = 0x4
+PAGEMAP_EXCLUSIVE = 0x8
 
 
 class Access(Protocol):
@@ -72,21 +71,29 @@ class Region:
     file_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class PageStates:
-    """What the CPU's table shows of each page of a range.
+class Devices(Protocol):
+    """What a subject needs for operations of devices."""
 
-    Attributes:
-        snapshot: bytes as the test driver's snapshot of a device that holds no page.
-        pagemap: bits 1 (present) and 4 (file or shared memory) of the page map.
-    """
+    @property
+    def hmm(self) -> Hmm:
+        """Today's interface of HMM."""
 
-    snapshot: bytes
-    pagemap: bytes
+    def driver_file(self, name: str) -> int:
+        """A device's file, whose mappings are pages of its driver."""
+
+    def pin(self, process_id: ProcessId, address: Address, length: int, *, write: bool) -> int:
+        """pin_user_pages() for long; a number for `unpin`."""
+
+    def unpin(self, number: int) -> None:
+        """unpin_user_pages()."""
 
 
 class Subject(Protocol):
     """Something to verify.  Arguments are those of the kernel's calls, in bytes."""
+
+    @property
+    def devices(self) -> Devices | None:
+        """How devices act on it; None if they cannot."""
 
     def __enter__(self) -> Self: ...
 
@@ -149,8 +156,8 @@ class Subject(Protocol):
     def maps(self, process_id: ProcessId) -> list[Region]:
         """/proc/PID/maps."""
 
-    def page_states(self, process_id: ProcessId, span: AddressRange) -> PageStates | None:
-        """What the CPU's table shows; None if this subject cannot tell."""
+    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes | None:
+        """/proc/PID/pagemap, one digit per page as traces have them; None if this subject cannot tell."""
 
 
 class InProcess:
@@ -158,6 +165,11 @@ class InProcess:
 
     def __init__(self) -> None:
         self._local = Local()
+
+    @property
+    def devices(self) -> InProcessDevices:
+        """As `Subject`."""
+        return InProcessDevices(self._local)
 
     def __enter__(self) -> Self:
         return self
@@ -251,31 +263,49 @@ class InProcess:
             for vma in self._space(process_id).vmas
         ]
 
-    def page_states(self, process_id: ProcessId, span: AddressRange) -> PageStates:
+    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes:
         """As `Subject`."""
         space = self._space(process_id)
-        snapshot = np.full(span.npages, SNAPSHOT_NONE, np.uint8)
-        pagemap = np.zeros(span.npages, np.uint8)
-        for vma in space.vmas.mapped_pieces(span):
-            pages = slice((vma.start - span.start) >> PAGE_SHIFT, (vma.end - span.start) >> PAGE_SHIFT)
-            _show(space, vma, snapshot[pages], pagemap[pages])
-        return PageStates(snapshot.tobytes(), pagemap.tobytes())
+        return _digits(space.table.read(span.start, span.end), space.frames).tobytes()
 
     def _space(self, process_id: ProcessId) -> AddressSpace:
         return self._local.machine.process(process_id).space
 
 
-def _show(space: AddressSpace, vma: Vma, snapshot: _Bytes, pagemap: _Bytes) -> None:
-    entries = space.table.read(vma.start, vma.end)
-    present = cpu_pte.is_present(entries)
-    zero = cpu_pte.is_special(entries)
-    shown = np.where(cpu_pte.is_writable(entries), SNAPSHOT_WRITE, SNAPSHOT_READ)
-    shown = np.where(present, shown | np.where(zero, SNAPSHOT_ZERO, 0), SNAPSHOT_EMPTY)
-    snapshot[:] = shown if vma.readable else SNAPSHOT_NONE
-    ours = np.zeros(entries.size, np.bool_)
-    held = present & ~zero
-    ours[held] = ~space.frames.test_flags(cpu_pte.cpu_pfn(entries[held]), PageFlag.ANON)
-    pagemap[:] = np.where(present, PAGEMAP_PRESENT, 0) | np.where(ours, PAGEMAP_FILE, 0)
+class InProcessDevices:
+    """Devices that act on the machine of an `InProcess`."""
+
+    def __init__(self, local: Local) -> None:
+        self._local = local
+        self.hmm = InProcessHmm(local)
+
+    def driver_file(self, name: str) -> int:
+        """As `Devices`."""
+        return self._local.call(commands_file.open_device_file, name, VmFlag.MIXEDMAP)
+
+    def pin(self, process_id: ProcessId, address: Address, length: int, *, write: bool) -> int:
+        """As `Devices`."""
+        span = AddressRange(address, address + length)
+        return self._local.call(commands_process.pin, process_id, span, write=write)
+
+    def unpin(self, number: int) -> None:
+        """As `Devices`."""
+        self._local.call(commands_process.unpin, number)
+
+
+def _digits(entries: Entries, frames: Frames) -> _Bytes:
+    """As fs/proc/task_mmu.c, pte_to_pagemap_entry()."""
+    held = cpu_pte.holds_frame(entries)
+    pfns = cpu_pte.cpu_pfn(entries[held])
+    of_file, alone = np.zeros(entries.size, np.bool_), np.zeros(entries.size, np.bool_)
+    of_file[held] = ~frames.test_flags(pfns, PageFlag.ANON)
+    alone[held] = frames.mapcount[pfns] == 1
+    alone &= cpu_pte.is_present(entries)
+    away = cpu_pte.is_device_private(entries) | cpu_pte.is_device_exclusive(entries)
+    digits = cpu_pte.is_present(entries).astype(np.uint8)
+    for bit, mask in ((PAGEMAP_SWAP, away), (PAGEMAP_FILE, of_file), (PAGEMAP_EXCLUSIVE, alone)):
+        digits[mask] |= np.uint8(bit)
+    return digits
 
 
 def _pages(address: Address, npages: int) -> tuple[AddressRange, int]:
