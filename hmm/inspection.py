@@ -75,11 +75,6 @@ def pending(machine: Machine) -> list[Blocked]:
     return [_blocked(machine, record) for record in machine.operations.values()]
 
 
-def broken_spaces(machine: Machine) -> dict[SpaceId, str]:
-    """The address spaces that an internal error left half edited, and which one."""
-    return {space.id: space.notifier.broken for space in machine.spaces.values() if space.notifier.broken}
-
-
 def processes_of(machine: Machine, space_id: SpaceId) -> list[ProcessId]:
     """The processes (threads) that use an address space, ascending."""
     return [process.id for process in machine.processes.values() if process.space.id == space_id]

@@ -83,10 +83,6 @@ class VmaMap(IntervalMap[Vma]):
         above = self.find_next(at)
         return AddressRange(at, above.start if above else max(span.end, self._limit))
 
-    def covers(self, span: AddressRange) -> bool:
-        """True when every byte of `span` is mapped."""
-        return self.first_hole(span) is None
-
     def assign(self, span: AddressRange, mapping: Mapping, *, merge: bool = True) -> None:
         """Map `span` anew, whatever was there; see `replace`."""
         self.replace(span, ((span.start, span.end, mapping),), merge=merge)

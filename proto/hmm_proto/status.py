@@ -87,7 +87,6 @@ TABLE: tuple[Row, ...] = (
 
 _BY_CLASS = {row.error: row for row in TABLE}
 _BY_REASON = {reason: row for row in TABLE for reason in row.reasons}
-_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def is_not_made(error: HmmError) -> bool:
@@ -133,11 +132,6 @@ def from_status(status: status_pb2.Status) -> HmmError | None:
                 info.metadata.get("signal", ""),
             )
     return None
-
-
-def status_code(status: status_pb2.Status) -> grpc.StatusCode:
-    """The status code by its name."""
-    return _CODES[status.code]
 
 
 def _number(metadata: Mapping[str, str], name: str) -> int | None:

@@ -323,22 +323,21 @@ def test_threads_act_as_their_process_when_they_share_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "waits"),
+    ("call", "kind"),
     [
-        ("fork()", Fork, None),
-        ("clone(child_stack=NULL, flags=CLONE_CHILD_SETTID|SIGCHLD, child_tidptr=0x7f)", Fork, None),
-        ("clone(child_stack=NULL, flags=CLONE_VFORK|SIGCHLD)", Fork, None),
-        ("vfork()", Vfork, True),
-        ("clone3({flags=CLONE_VM|CLONE_VFORK, exit_signal=SIGCHLD}, 88)", Vfork, True),
-        ("clone(child_stack=0x7f, flags=CLONE_VM|SIGCHLD)", Vfork, False),
+        ("fork()", Fork),
+        ("clone(child_stack=NULL, flags=CLONE_CHILD_SETTID|SIGCHLD, child_tidptr=0x7f)", Fork),
+        ("clone(child_stack=NULL, flags=CLONE_VFORK|SIGCHLD)", Fork),
+        ("vfork()", Vfork),
+        ("clone3({flags=CLONE_VM|CLONE_VFORK, exit_signal=SIGCHLD}, 88)", Vfork),
+        ("clone(child_stack=0x7f, flags=CLONE_VM|SIGCHLD)", Vfork),
     ],
 )
-def test_child_is_a_process_when_it_is_no_thread(call: str, kind: type[Step], waits: bool | None) -> None:
+def test_child_is_a_process_when_it_is_no_thread(call: str, kind: type[Step]) -> None:
     """fork copies the space; vfork, and a bare CLONE_VM, share it until exec."""
     result = plan(f"{START}\n1 {call} = 2\n2 munlockall() = 0\n2 exit_group(1) = ?")
     assert kinds(result) == ["Ignored(0)", f"{kind.__name__}(0)", "UnlockAll(1)", "Exit(1)"]
     assert result.processes[1] == ProcessInfo(1, 2, 0)
-    assert getattr(result.steps[1], "waits", None) is waits
     assert not any(step.partial for step in result.steps)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from machine_world import FIXED, RW, START, span
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
@@ -32,15 +33,7 @@ from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
-START = 0x1000_0000
-RW = Prot.READ | Prot.WRITE
-FIXED = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
 DONTNEED = 4
-
-
-def span(first: int, npages: int = 1) -> AddressRange:
-    """Pages of the window."""
-    return AddressRange(START + first * PAGE_SIZE, START + (first + npages) * PAGE_SIZE)
 
 
 class Recorder:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tests.conftest import Daemon
 
 DATA = Path(__file__).parents[1] / "client" / "data"
-FIELDS = ["program", "calls", "vmas", "differences", "placements", "faults", "events", "violations"]
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
 

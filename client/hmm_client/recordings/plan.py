@@ -224,7 +224,7 @@ class _Planner:
             self.partial.add(child)
         self.segments.inherit(origin.process, child)
         if "CLONE_VM" in names:
-            self.steps.append(Vfork(origin, child, waits="CLONE_VFORK" in names))
+            self.steps.append(Vfork(origin, child))
         else:
             self.steps.append(Fork(origin, child))
 

@@ -192,14 +192,9 @@ class Fork(Step):
 
 @dataclass(frozen=True, slots=True)
 class Vfork(Step):
-    """The process made `child`, which uses the same address space until its own Exec or Exit.
-
-    Attributes:
-        waits: the parent does nothing meanwhile (CLONE_VFORK); false for a bare CLONE_VM.
-    """
+    """The process made `child`, which uses the same address space until its own Exec or Exit."""
 
     child: ProcessIndex
-    waits: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,6 @@ def _behaviours(value: object) -> tuple[str, ...]:
 
 _ADVICE = _one_of({advice.name.lower(): advice for advice in Advice})
 _POLICY = _one_of({policy.name.lower(): policy for policy in DeadlinePolicy})
-_MAP_DEFAULT = MapFlag.PRIVATE | MapFlag.ANONYMOUS
 
 Arguments = dict[str, tuple[Callable[[object], Any], Any]]
 _RANGE: Arguments = {"at": (_text, REQUIRED), "length": (_size, None)}
