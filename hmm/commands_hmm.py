@@ -97,7 +97,6 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
     mirror.release(MirrorState.RELEASED)
     machine.remove_receiver(mirror_id)
-    forget_holder(machine.frames, mirror_id)
 
 
 @immediate
@@ -170,7 +169,10 @@ def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange)
     """
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
-    return _words((yield from device_pages.migrate_to_device(mirror.space, span, region, mirror_id)))
+    migration = yield from device_pages.migrate_to_device(mirror.space, span, region, mirror_id)
+    if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
+        forget_holder(machine.frames, mirror_id)
+    return _words(migration)
 
 
 def migrate_to_system(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:

@@ -129,9 +129,11 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
 
 
 def _tell_and_copy(migration: Migration) -> Operation[None]:
-    if migration.initiator and migration.pages.size:
-        event = _copy_event(migration, migration.addresses[migration.pages])
-        yield Deliver(event, (migration.initiator,))
+    # While others were told, the mirror may have gone.
+    holders = migration.space.frames.zone_device_data[migration.source_pfns(migration.pages)]
+    held = migration.pages[holders == migration.initiator]
+    if migration.initiator and held.size:
+        yield Deliver(_copy_event(migration, migration.addresses[held]), (migration.initiator,))
     yield from _to_system(migration)
 
 

@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 from hmm.errors import InvalidRequestError, NoSuchObjectError
 from hmm.events import Event, EventState, Outcome
 from hmm.operation import Await, Operation, WaitFor
-from hmm.receiver import Receiver
+from hmm.receiver import MirrorState, Receiver
 from hmm.units import Address, AddressRange
+from hmm.zone_device import forget_holder
 
 __all__ = ["IntervalMirror", "IntervalNotifier"]
 
@@ -65,6 +66,11 @@ class IntervalMirror(Receiver):
 
     notifiers: dict[int, IntervalNotifier] = field(default_factory=dict)
     last_notifier: int = 0
+
+    def release(self, state: MirrorState, why: str = "") -> None:
+        """Hear nothing any more; pages that it put on its device come back without it."""
+        forget_holder(self.space.frames, self.id)
+        Receiver.release(self, state, why)
 
     # ---- subscriptions
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmm import cpu_pte, pte
-from hmm.events import Event, EventState, EventType, Outcome, Reason
+from hmm.events import Event, EventState, EventType, Outcome
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
@@ -62,10 +62,8 @@ class Mirror(Receiver):
     # ---- events: what the notifier needs of a subscriber
 
     def hears(self, event: Event) -> bool:
-        """A 2015 mirror hears every change of its space that has a 2015 type, but not those of its own device."""
-        return event.etype is not EventType.NONE and not (
-            event.owner == self.device.id and event.reason in (Reason.MIGRATE, Reason.EXCLUSIVE)
-        )
+        """A 2015 mirror hears every change of its space that has a 2015 type, but not its own migrations."""
+        return event.etype is not EventType.NONE and event.initiator != self.id
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
         """Apply a final state: the mask on success; False when the driver's error killed the mirror."""
