@@ -25,7 +25,7 @@ from hmm.frames import RegionKind
 from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
-from hmm.operation import Await, Deliver, Operation, WaitFor, immediate
+from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
 
 
@@ -144,23 +144,28 @@ def register_mirror(
 
 
 def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
-    """Stop mirroring: no new events, running callbacks end, then `release` is called, then the mirror is gone.
+    """Stop mirroring: running callbacks end, everything is taken back, `release` is called, the mirror is gone.
 
     Raises:
-        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
+        TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT).
 
-    Source: hmm_mirror_unregister().
+    Source: hmm_mirror_unregister(), hmm_mirror_kill().
     """
     mirror = machine.mirror(mirror_id)
-    while mirror.unanswered and mirror_id in machine.mirrors:
-        yield Await(WaitFor.CALLBACKS, mirror.space.id, mirror_id=mirror_id)
-    if machine.receivers.get(mirror_id) is not mirror:
-        return
-    if mirror.state is MirrorState.LIVE:
-        mirror.release(MirrorState.RELEASED)
-        release = mirror.space.notifier.release_event(machine.current.operation_id)
-        yield Deliver(release, (mirror_id,))
+    if mirror.unanswered:
+        yield _callbacks(mirror)
+    if mirror.state is MirrorState.LIVE and not mirror.leaving:
+        mirror.leaving = True
+        yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
+    while mirror_id in machine.mirrors and (mirror.leaving or mirror.unanswered):
+        yield _callbacks(mirror)
     machine.remove_receiver(mirror_id)
+
+
+def _callbacks(mirror: Mirror) -> Await:
+    # Not those that come later: a busy process would keep its mirror for ever.
+    return Await(WaitFor.CALLBACKS, mirror.space.id, ticket=mirror.sequence, mirror_id=mirror.id)
 
 
 def fault(
@@ -184,7 +189,7 @@ def fault(
     Cost: O(pages), vectorised.
     """
     mirror = machine.mirror(mirror_id)
-    mirror.require_live("fault")
+    mirror.require_filling("fault")
     _require_inside(target)
     if isinstance(target, np.ndarray):
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)

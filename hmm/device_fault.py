@@ -157,7 +157,7 @@ def _fault(
     while True:
         if notifier.turns or mirror.unanswered:
             yield from _wait_to_start(mirror, spans, wait)
-        mirror.require_live("fault")
+        mirror.require_filling("fault")
         notifier.require_usable()
         try:
             vma = _mirrorable_vma(mirror.space, spans[0].start, asked.end, write)
@@ -267,7 +267,7 @@ def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, writ
     for index, target in enumerate(targets):
         if index:
             yield Pause()
-            mirror.require_live("fault")
+            mirror.require_filling("fault")
         if enlisted.backoff:
             return _Attempt(retry=True)
         _install(mirror, target, write)

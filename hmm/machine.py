@@ -264,7 +264,7 @@ class Machine:
         if isinstance(request, Await):
             if request.wait_for is WaitFor.CALLBACKS:
                 mirror = self.receivers.get(request.mirror_id)
-                return mirror is None or not mirror.unanswered
+                return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
             space = self.spaces.get(request.space_id)
             return space is None or space.notifier.is_ready(request)
         return True
@@ -289,10 +289,12 @@ class Machine:
         if not isinstance(request, Await) or request.wait_for not in (WaitFor.CALLBACKS, WaitFor.LATE_ANSWERS):
             return []
         receiver = self.receivers.get(request.mirror_id)
+        if receiver is None:
+            return []
         return [
             (request.mirror_id, sequence)
-            for sequence, sent in (receiver.unanswered.items() if receiver else ())
-            if request.wait_for is WaitFor.CALLBACKS or sent.state is EventState.ABANDONED
+            for sequence, sent in receiver.unanswered.items()
+            if sequence <= request.ticket or sent.state is EventState.ABANDONED or receiver.leaving
         ]
 
     def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:

@@ -17,11 +17,13 @@ dirty propagated; the posted code dropped the recorded dirty bits of device entr
 
 from __future__ import annotations
 
+import errno as errnos
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hmm import cpu_pte, pte
+from hmm.errors import NoSuchObjectError
 from hmm.events import Event, EventState, EventType, Outcome
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
@@ -52,6 +54,15 @@ class Mirror(Receiver):
 
     # ---- the life cycle
 
+    def require_filling(self, operation: str) -> None:
+        """Raise unless entries may be added.
+
+        Raises: as `require_live`; also NoSuchObjectError: it is about to be released (ENODEV).
+        """
+        self.require_live(operation)
+        if self.leaving:
+            raise NoSuchObjectError(f"{operation}: {self} is being released", errnos.ENODEV)
+
     def release(self, state: MirrorState, why: str = "") -> None:
         """Stop mirroring: no further events, no entries.  Recorded dirty is propagated first."""
         if self.state is not MirrorState.LIVE:
@@ -66,17 +77,20 @@ class Mirror(Receiver):
         return event.etype is not EventType.NONE and event.initiator != self.id
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
-        """Apply a final state: the mask on success; False when the driver's error killed the mirror."""
+        """Apply a final state; False when it is an error, which is the end of the mirror.
+
+        Source: hmm_mirror_update(): the mask is applied whatever the driver answered.
+        """
         self.unsettled.pop(outcome.sequence, None)
         if self.state is not MirrorState.LIVE or outcome.state is EventState.FENCED:
             return True
         for span in outcome.dirty:
             self.mark_dirty(span)
-        if outcome.errno and event.etype.is_invalidation:
-            self.release(MirrorState.RELEASED)
-            return False
         for span in event.spans:
             self.apply(span, event.etype.pte_mask)
+        if outcome.errno and event.etype.is_invalidation:
+            self.leaving = True
+            return False
         return True
 
     def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:

@@ -29,7 +29,7 @@ from typing import Protocol, Self
 from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
 from hmm.events import Cause, Event, EventState, EventType, Outcome
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
-from hmm.units import AddressRange, MirrorId, SpaceId
+from hmm.units import WHOLE_SPACE, AddressRange, MirrorId, SpaceId
 
 Spans = tuple[AddressRange, ...]
 
@@ -53,7 +53,10 @@ class Subscriber(Protocol):
         """Whether an abandoned event is still unanswered, so that nothing new may be sent."""
 
     def settle(self, event: Event, outcome: Outcome) -> bool:
-        """Apply what the answer means; False when the subscriber was killed by its own error."""
+        """Apply what the answer means; False when the subscriber's own error is its end."""
+
+    def kill(self) -> None:
+        """Unsubscribe for good: it has been told to give everything up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -231,7 +234,7 @@ class Notifier:
     def broadcast(
         self, event: Event, listeners: list[Subscriber], *, certain: bool = False
     ) -> Operation[tuple[Outcome, ...]]:
-        """Send one event to all listeners, wait for all, settle all; then release those that it killed."""
+        """Send one event to all listeners, wait for all, settle all; then end those whose own error is their end."""
         if not listeners:
             return ()
         outcomes: tuple[Outcome, ...] = yield Deliver(event, tuple(listener.id for listener in listeners))
@@ -243,14 +246,31 @@ class Notifier:
                 abandoned.append(outcome.mirror_id)
             elif subscriber is not None and not subscriber.settle(event, outcome):
                 killed.append(outcome.mirror_id)
-        if killed:
-            yield Deliver(self.release_event(event.operation_id), tuple(killed))
+        if killed and not certain:
+            yield from self.end(tuple(killed), event.operation_id)
         if abandoned:
             raise TimedOutError(
                 f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
                 f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
             )
         return outcomes
+
+    def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
+        """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.
+
+        Those who are lost or ended by somebody else meanwhile are not told `release`.  Source: hmm_mirror_kill().
+        """
+        event = Event(operation_id, self.space_id, self.next_revision(), EventType.MUNMAP, None, None, (WHOLE_SPACE,))
+        outcomes: tuple[Outcome, ...] = yield Deliver(event, mirror_ids)
+        killed: list[MirrorId] = []
+        for outcome in outcomes:
+            subscriber = self.subscribers.get(outcome.mirror_id)
+            if subscriber is not None:
+                subscriber.settle(event, outcome)
+                subscriber.kill()
+                killed.append(outcome.mirror_id)
+        if killed:
+            yield Deliver(self.release_event(operation_id), tuple(killed))
 
     def release_event(self, operation_id: int) -> Event:
         """The `release` callback: stop everything that uses this address space."""

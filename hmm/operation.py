@@ -46,7 +46,7 @@ class WaitFor(Enum):
     INVALIDATIONS = "invalidations of the range"
     EDITS = "a call that changes the range's VMAs"
     TURN = "earlier calls that change VMAs of this space"
-    CALLBACKS = "callbacks of the mirror"
+    CALLBACKS = "callbacks of the mirror"  # up to the event whose sequence is the ticket
     LATE_ANSWERS = "answers to abandoned events"
     SEQUENCE = "the end of all running invalidations"
 

@@ -64,6 +64,7 @@ class Receiver(ABC):
     Attributes:
         owner: the token of whoever registered it.
         unanswered: the events that the driver has still to answer, abandoned ones included.
+        leaving: about to be released: it still hears of changes and gives up what it has, but gets nothing new.
         unsettled: the invalidations that were sent and whose effect is not applied yet; others may still have to
             answer.
     """
@@ -76,6 +77,7 @@ class Receiver(ABC):
     policy: DeadlinePolicy = DeadlinePolicy.FENCE
     state: MirrorState = MirrorState.LIVE
     lost_because: str = ""
+    leaving: bool = False
     sequence: int = 0
     low_water: int = 0
     unanswered: dict[int, SentEvent] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class Receiver(ABC):
 
     def release(self, state: MirrorState, why: str = "") -> None:
         """Stop hearing: no further events."""
+        self.leaving = False
         if self.state is not MirrorState.LIVE:
             return
         self.space.notifier.subscribers.pop(self.id, None)
@@ -114,6 +117,10 @@ class Receiver(ABC):
         self.lost_because = why
 
     # ---- what the notifier needs of a subscriber
+
+    def kill(self) -> None:
+        """Unsubscribe for good: the driver has been told to give everything up."""
+        self.release(MirrorState.RELEASED)
 
     @abstractmethod
     def hears(self, event: Event) -> bool:
@@ -125,7 +132,7 @@ class Receiver(ABC):
 
     @abstractmethod
     def settle(self, event: Event, outcome: Outcome) -> bool:
-        """Apply a final state; False when the driver's error killed the receiver."""
+        """Apply a final state; False when the driver's own error is its end."""
 
     def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:  # noqa: B027 - nothing to do for most
         """An abandoned event was answered after all; the change that it told of was not made."""

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from machine_world import RW, START, World, error_of, span
 
@@ -23,11 +24,12 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm.events import EventState, EventType
+from hmm.frames import PageFlag
 from hmm.inspection import pending
 from hmm.machine import Caller, Limits
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Deliver
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, WHOLE_SPACE, AddressRange
 from hmm.unmapped_area import MapFlag
 
 
@@ -130,22 +132,25 @@ def test_abandon_fails_the_call_and_changes_nothing_when_the_policy_is_fail() ->
 
 
 def test_error_kills_the_mirror_and_no_other_when_it_answers_an_invalidation() -> None:
-    """2015: any error of `update` on an invalidation kills that mirror; `release` is called."""
+    """2015: an error of `update` on an invalidation ends that mirror: MUNMAP of everything, then `release`."""
     world = World(mirrors=2)
     world.do(devices.fault, world.mirrors[0], [span(0)], write=False)
     record = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
     first, second = world.sent()
     world.machine.answer(first.mirror_id, first.sequence, errno.EIO)
     world.machine.answer(second.mirror_id, second.sequence)
-    world.resume(record)
-    (release,) = world.sent()
-    assert (release.mirror_id, release.event.etype) == (world.mirrors[0], EventType.RELEASE)
-    world.machine.answer(release.mirror_id, release.sequence)
-    world.settle()
+    heard = []
+    while not record.done:
+        world.resume(record)
+        for delivery in world.sent():
+            heard.append((delivery.mirror_id, delivery.event.etype, delivery.event.spans))
+            world.machine.answer(delivery.mirror_id, delivery.sequence)
+    killed, other = world.mirrors
+    assert heard == [(killed, EventType.MUNMAP, (WHOLE_SPACE,)), (killed, EventType.RELEASE, ())]
     assert record.result == 0
-    states = [world.machine.mirrors[mirror].state for mirror in world.mirrors]
+    states = [world.machine.mirrors[mirror].state for mirror in (killed, other)]
     assert states == [MirrorState.RELEASED, MirrorState.LIVE]
-    refused = world.start(devices.fault, world.mirrors[0], [span(1)], write=False)
+    refused = world.start(devices.fault, killed, [span(1)], write=False)
     assert error_of(refused).errno == errno.ENODEV
 
 
@@ -265,21 +270,76 @@ def test_blocking_fault_of_the_same_range_from_inside_a_callback_fails() -> None
     world.settle()
 
 
-def test_unregister_waits_for_running_callbacks_and_then_releases() -> None:
-    """hmm_mirror_unregister(): no callback runs once it has returned."""
+def test_unregister_waits_for_running_callbacks_and_takes_everything_back_before_it_releases() -> None:
+    """hmm_mirror_unregister(): MUNMAP of everything, then `release`; no callback runs once it has returned."""
     world = World()
+    mirror = world.machine.mirrors[world.mirrors[0]]
+    world.do(devices.fault, mirror.id, [span(0, 4)], write=True)
     world.start(processes.munmap, world.pid, START, PAGE_SIZE)
-    (delivery,) = world.sent()
-    leaving = world.start(devices.unregister_mirror, world.mirrors[0])
-    assert not leaving.done
-    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    (running,) = world.sent()
+    leaving = world.start(devices.unregister_mirror, mirror.id)
+    assert not world.sent()
+    world.machine.answer(mirror.id, running.sequence)
     world.resume(leaving)
+    (taking,) = world.sent()
+    assert (taking.event.etype, taking.event.spans) == (EventType.MUNMAP, (WHOLE_SPACE,))
+    assert error_of(world.start(devices.fault, mirror.id, [span(8)], write=False)).errno == errno.ENODEV
+    frames, (pfn,) = world.machine.frames, mirror.pfns(mirror.table.read(span(2).start, span(3).start))
+    frames.clear_flags(np.array([pfn]), PageFlag.DIRTY)
+    world.machine.answer(mirror.id, taking.sequence, dirty=(span(2),))
+    world.resume(leaving)
+    assert frames.test_flags(np.array([pfn]), PageFlag.DIRTY)[0], "what the device wrote is not lost"
     (release,) = world.sent()
     assert release.event.etype is EventType.RELEASE
-    world.machine.answer(release.mirror_id, release.sequence)
+    world.machine.answer(mirror.id, release.sequence)
     world.settle()
     assert leaving.done
-    assert world.mirrors[0] not in world.machine.mirrors
+    assert mirror.id not in world.machine.mirrors
+
+
+def test_unregister_does_not_wait_for_callbacks_that_begin_after_it() -> None:
+    """A process that is always busy does not keep its mirror."""
+    world = World()
+    world.do(processes.write_memory, world.pid, START, b"x" * 16 * PAGE_SIZE)
+    world.do(processes.fork, world.pid)
+    copying = [world.start(processes.write_memory, world.pid, span(n).start, b"y") for n in range(2)]
+    first, second = world.sent()
+    leaving = world.start(devices.unregister_mirror, world.mirrors[0])
+    world.machine.answer(first.mirror_id, first.sequence)
+    assert leaving not in world.machine.ready()
+    copying.append(world.start(processes.write_memory, world.pid, span(2).start, b"y"))
+    (later,) = world.sent()
+    world.machine.answer(second.mirror_id, second.sequence)
+    world.resume(leaving)
+    (taking,) = world.sent()
+    assert taking.sequence == later.sequence + 1
+    world.machine.answer(taking.mirror_id, taking.sequence)
+    world.resume(leaving)
+    world.settle()
+    assert not leaving.done, "the callback that began meanwhile is still running"
+    world.machine.answer(later.mirror_id, later.sequence)
+    world.settle()
+    assert leaving.done
+    assert all(call.result.done == 1 for call in copying)
+    world.machine.check()
+
+
+def test_unregister_releases_once_when_the_process_exits_meanwhile() -> None:
+    """List membership makes `release` come once only."""
+    world = World()
+    leaving = world.start(devices.unregister_mirror, world.mirrors[0])
+    ending = world.start(processes.exit_process, world.pid)
+    heard = []
+    while deliveries := world.sent():
+        for delivery in reversed(deliveries):
+            heard.append(delivery.event.etype)
+            world.machine.answer(delivery.mirror_id, delivery.sequence)
+        for record in reversed(world.machine.ready()):
+            world.machine.resume(record.id)
+    world.settle()
+    assert heard.count(EventType.RELEASE) == 1
+    assert (leaving.error, ending.error) == (None, None)
+    assert not world.machine.mirrors
 
 
 def test_unregister_twice_at_the_same_time_ends_both() -> None:

@@ -60,8 +60,7 @@ def test_call_raises_what_an_in_process_driver_raises() -> None:
 
 def waiting_for_ever(machine: Machine) -> Operation[None]:
     """A command that waits for what nobody will do."""
-    del machine
-    yield Await(WaitFor.CALLBACKS, mirror_id=1)
+    yield Await(WaitFor.CALLBACKS, ticket=machine.mirrors[1].sequence, mirror_id=1)
 
 
 def test_call_fails_instead_of_hanging_when_nothing_can_happen() -> None:

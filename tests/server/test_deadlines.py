@@ -85,6 +85,31 @@ async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
     assert (await third).result.errno == 0
 
 
+async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered(serve: Any) -> None:
+    """It waits for callbacks that run, but under the policy FAIL not for ever; once the answer came it succeeds."""
+    served = await serve(acknowledgement_s=SHORT_S)
+    driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
+    assert (await served.munmap(pid, BASE, END)).result.errno == errnos.ETIMEDOUT
+    leaving = device_pb2.UnregisterMirrorRequest(mirror_id=mirror)
+    assert (await driver.make("unregister_mirror", leaving)).result.errno == errnos.ETIMEDOUT
+    await driver.acknowledge(await driver.events.get())
+    reply = await driver.send("unregister_mirror", leaving)
+    for _ in range(2):
+        await driver.acknowledge(await driver.events.get())
+    assert (await reply).unregister_mirror.result.errno == 0
+
+
+async def test_exit_ends_when_an_abandoned_event_is_never_answered(serve: Any) -> None:
+    """A death is told in the end even to a driver that owes an answer, and goes on without it."""
+    served = await serve(acknowledgement_s=SHORT_S)
+    _, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
+    assert (await served.munmap(pid, BASE, END)).result.errno == errnos.ETIMEDOUT
+    exited = await served.process.Exit(process_pb2.ExitRequest(process_id=pid))
+    assert exited.result.errno == 0
+    assert not served.daemon.machine.spaces
+    assert (await served.mirror_status(mirror)).state == "released"
+
+
 async def test_block_waits_and_pending_says_for_whom(serve: Any) -> None:
     """BLOCK: as the kernel does, for ever; `pending` names the driver, and the call ends when it answers."""
     served = await serve(acknowledgement_s=SHORT_S)
