@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.errors import TimedOutError, WouldDeadlockError
@@ -25,7 +26,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, SpaceId
+from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, Pfn, Pfns, SpaceId
 from hmm.vma import VmFlag
 from hmm.vma_map import VmaMap
 
@@ -60,6 +61,7 @@ class AddressSpace:
             1 for the one touched alone, 16 in a kernel that was not told otherwise (fault_around_bytes).
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
+        lineage: the spaces that this one was forked from, the oldest first, and itself.
     """
 
     id: SpaceId
@@ -74,6 +76,7 @@ class AddressSpace:
     fault_around_pages: int = 1
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
+    lineage: tuple[SpaceId, ...] = ()
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
     notifier: Notifier = field(init=False)
@@ -83,11 +86,29 @@ class AddressSpace:
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.limits.directories)
         self.notifier = Notifier(self.id, self.current)
         self.relatives[self.id] = self
+        self.lineage = (self.id,)
 
     def join(self, parent: AddressSpace) -> None:
         """Become a relative of `parent`, whose private pages this space is about to share."""
         self.relatives = parent.relatives
         self.relatives[self.id] = self
+        self.lineage = (*parent.lineage, self.id)
+
+    def claim(self, pfns: Pfn | Pfns) -> None:
+        """Note that private pages are this space's own: its parents can never come to map them.
+
+        Of a space without relatives nothing need be noted, as all that may ever map its pages descend from it.
+
+        Source: Linux mm/rmap.c, __folio_set_anon(), folio_move_anon_rmap().
+        """
+        if len(self.relatives) > 1:
+            self.frames.mapping[pfns] = self.id
+
+    def may_map(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
+        """bool[n]: which private pages this space, or one that it was forked from, has made."""
+        makers = self.frames.mapping[pfns]
+        possible: npt.NDArray[np.bool_] = (makers == 0) | np.isin(makers, self.lineage)
+        return possible
 
     def new_anon_vma(self) -> int:
         """A family of private pages that no VMA of this space has yet."""

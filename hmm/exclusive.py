@@ -126,7 +126,7 @@ def _take(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiat
     try:
         with space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
             yield from bracket.deliver()
-            yield from _tell_relatives(space, pages, owner)
+            yield from _tell_relatives(space, pages, pfns, owner)
             entries = space.table.lookup(addresses)
             ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
             if not ours.all():
@@ -137,14 +137,17 @@ def _take(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiat
         space.frames.put(pfns)
 
 
-def _tell_relatives(space: AddressSpace, pages: Pfns, owner: DeviceId) -> Operation[None]:
+def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId) -> Operation[None]:
     """rmap_walk() tells every VMA where the pages could be, and does not ask first whether they are."""
     relatives = [space.relatives[number] for number in sorted(space.relatives) if number != space.id]
     whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
     for vma in space.vmas.mapped_pieces(whole) if relatives else ():
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
         for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
-            spans = spans_of_pages((place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+            concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
+            if not concerned.size:
+                continue
+            spans = spans_of_pages((concerned >> np.uint64(PAGE_SHIFT)).view(np.int64))
             with place.space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner) as bracket:
                 yield from bracket.deliver()
 

@@ -120,6 +120,7 @@ class Attempt:
                 except OutOfFramesError:
                     space.frames.unmap(pfns)
                     raise
+                space.claim(pfns)
             if end < span.end:
                 self.stop = Stop(end, None)
         except OutOfFramesError:
@@ -316,6 +317,7 @@ class _Part:
         except OutOfFramesError:
             frames.unmap(pfns)
             raise
+        self.space.claim(pfns)
         if sources is not None:
             frames.copy(pfns, sources)
         return before
@@ -324,6 +326,7 @@ class _Part:
         # As wp_page_reuse().
         if not self.vma.shared:
             self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.ANON_EXCLUSIVE)
+            self.space.claim(cpu_pte.cpu_pfn(entries))
         self.space.table.store(addresses, entries | np.uint64(WRITTEN))
 
     def _copy(self, addresses: Entries, entries: Entries) -> None:

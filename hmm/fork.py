@@ -169,6 +169,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     except OutOfFramesError:
         frames.unmap(copies)
         raise
+    child.claim(copies)
 
 
 def _read_only(entries: Entries) -> Entries:

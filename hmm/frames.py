@@ -88,7 +88,8 @@ class Frames(FrameContents):
         refcount, mapcount, pincount: int32[n]; to be changed by the methods only.
         flags: uint32[n], PageFlag.
         index: int64[n], page->index: page offset in the file, or linear index of an anonymous page.
-        mapping: int64[n], page->mapping: id of the file or of the anon_vma, 0 for none.
+        mapping: int64[n], page->mapping: id of the file, or of the address space that a private page was made in, 0 for
+            none or where it does not matter.
         zone_device_data: int64[n], of a device's frame in use: the mirror that put the page there, 0 for none.
 
     All methods take frame numbers as int64[n].

@@ -89,9 +89,10 @@ def unmap_everywhere(held: HeldPages, brackets: ExitStack, *, only_where_mapped:
     mapped = frames.mapcount[held.pfns] > 0
     if not mapped.any():
         return
+    of_file = ~frames.test_flags(held.pfns, PageFlag.ANON)
     told: dict[int, tuple[AddressSpace, list[Entries]]] = {}
     for place in held.places():
-        chosen = mapped[place.pages]
+        chosen = mapped[place.pages] & (of_file[place.pages] | place.space.may_map(held.pfns[place.pages]))
         if only_where_mapped:
             entries = place.space.table.lookup(place.addresses)
             chosen = chosen & _names(entries, held.pfns[place.pages])

@@ -109,6 +109,7 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
     pfns = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
     alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)
     frames.set_flags(pfns[alone], PageFlag.ANON_EXCLUSIVE)
+    space.claim(pfns[alone])
     pages, addresses = pages[~alone], addresses[~alone]
     if not pages.size:
         return
@@ -122,5 +123,6 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
         prepare_anon_vma(space, vma)
         copies = frames.allocate_mapped(int(np.count_nonzero(same)), ANON_PAGE)
         frames.copy(copies, pfns[~alone][same])
+        space.claim(copies)
         space.table.store(addresses[same], cpu_pte.cpu_entry(copies, READ_ONLY))
         space.drop(now[same])

@@ -12,7 +12,7 @@ ancestor by fork; pages of a file in all VMAs of that file.
 
 **Absent**: the entries.
 
-Differs: the kernel asks only the descendants of the space that a private page was made in; here all relatives.
+Differs: the kernel finds VMAs by their `anon_vma`; here one mapped anew at the offset of a page is a candidate too.
 """
 
 from __future__ import annotations

@@ -117,3 +117,20 @@ def test_relatives_hear_when_a_page_is_taken(bench: Any) -> None:
     bench.write(0, b"r")
     take(bench, 0)
     assert Reason.EXCLUSIVE in heard.reasons
+
+
+def test_parent_does_not_hear_when_the_childs_own_page_is_taken(bench: Any) -> None:
+    """A page that the child made can never be mapped by the parent, so that it is not asked."""
+    bench.write(0, b"q")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(0, b"r", child)
+    mirror, _ = bench.attach(bench.device, child)
+    bench.heard.events.clear()
+    bench.call(commands_hmm.make_exclusive, mirror, bench.span(0))
+    assert bench.heard.events == []
+    grandchild = bench.call(commands_process.fork, child)
+    _, heard = bench.attach(bench.device, grandchild)
+    bench.write(0, b"s", child)
+    bench.call(commands_hmm.make_exclusive, mirror, bench.span(0))
+    assert bench.heard.events == []
+    assert Reason.EXCLUSIVE in heard.reasons  # it descends from the space that made the page
