@@ -101,7 +101,7 @@ lint-shell: install-dev
 type: install-dev ## Check types, strictly
 	$(BIN)/mypy
 
-check: lint type test ## Everything above, as before a commit; .ci/run adds the packaging checks
+check: lint type test ## Lint, types and tests, as before a commit; .ci/run adds packaging, the demo and coverage
 
 bench: install-dev ## Measure, as ratios within one run
 	$(call need,command -v cc,gcc libc6-dev)
