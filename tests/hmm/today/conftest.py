@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from area import BASE, RW
 
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.commands_hmm import Migrated
@@ -15,9 +16,7 @@ from hmm.units import PAGE_SIZE, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
-BASE = 1 << 40
 PRIVATE = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
-RW = Prot.READ | Prot.WRITE
 
 
 class Heard:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import BASE
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
@@ -13,8 +14,6 @@ from hmm.events import EventType, Reason
 from hmm.migrate import MIGRATE, VALID, WRITE
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
-
-BASE = 1 << 40
 
 
 def test_migrate_moves_pages_when_they_are_private_memory(bench: Any) -> None:

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from area import BASE
 
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, WouldDeadlockError
@@ -13,8 +14,6 @@ from hmm.events import Reason
 from hmm.machine import Caller
 from hmm.operation import Await, WaitFor
 from hmm.units import PAGE_SIZE, TASK_SIZE
-
-BASE = 1 << 40
 
 
 def unmap(bench: Any, at: int, npages: int = 1) -> None:
