@@ -96,7 +96,7 @@ def test_pieces_of_nothing_are_none(three: VmaMap) -> None:
     for page in (0, 2, 3, 6, 12):
         assert three.overlapping(pages(page, page)) == []
         assert three.pieces(pages(page, page)) == []
-        assert three.covers(pages(page, page))
+        assert three.first_hole(pages(page, page)) is None
 
 
 def test_one_piece_is_clipped_at_both_ends(three: VmaMap) -> None:
@@ -107,12 +107,10 @@ def test_one_piece_is_clipped_at_both_ends(three: VmaMap) -> None:
 def test_first_hole_reaches_to_the_next_vma_when_the_range_is_not_covered(three: VmaMap) -> None:
     """The extent of a hole lets a caller skip all of it, also behind its range."""
     assert three.first_hole(pages(2, 6)) is None
-    assert three.covers(pages(2, 6))
     assert three.first_hole(pages(0, 4)) == pages(0, 2)
     assert three.first_hole(pages(3, 7)) == pages(6, 9)
     assert three.first_hole(pages(3, 20)) == pages(6, 9)
     assert three.first_hole(pages(11, 13)) == AddressRange(12 * PAGE_SIZE, TASK_SIZE)
-    assert not three.covers(pages(11, 13))
 
 
 def test_number_and_order_of_vmas(three: VmaMap) -> None:
