@@ -117,6 +117,28 @@ def test_record_says_why_when_the_kernel_can_not_execute_the_command(tmp_path: P
         record([str(program)], tmp_path / "out", delay_s=DELAY_S)
 
 
+@pytest.mark.parametrize(
+    ("command", "seen"), [(["cat", "/proc/self/status"], "SigIgn:"), (["cat", "/proc/self/environ"], "")]
+)
+def test_record_starts_the_command_as_it_starts_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: list[str], seen: str
+) -> None:
+    """Ignored signals and the environment, strange entries included, are those that the command has by itself."""
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.setenv("LC_CTYPE", "C")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("SIGNS", "a=b=c d")
+    alone = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    record(command, tmp_path / "out", delay_s=DELAY_S)
+    recorded = capfd.readouterr().out
+    expected, found = (
+        sorted(line for part in text.split("\0") for line in part.splitlines() if line.startswith(seen))
+        for text in (alone, recorded)
+    )
+    assert expected
+    assert found == expected
+
+
 def test_record_refuses_a_folder_when_it_holds_something(tmp_path: Path) -> None:
     """Nothing is overwritten, and what was there stays."""
     (tmp_path / "maps.final").write_text("precious")

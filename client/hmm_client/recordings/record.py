@@ -4,6 +4,8 @@ strace holds the program still at two moments, by injecting a delay: behind each
 program that has not run an instruction yet, and at the entry of exit_group (and exit), when it has done its last
 call.  This module reads the log through a pipe, sees these moments as they come, and reads /proc/PID/maps then.
 
+strace injects nothing into the exec that it starts a command with.  So it starts a launcher, which execs the command.
+
 When the first process execs again (a shell's last command, `env`), the recording begins anew: it is one of the
 program that ended.
 
@@ -19,6 +21,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +41,19 @@ THREAD_DELAY_S = 0.1
 _TRACED = "trace=%memory,%process,shmget"  # shmat does not say how long its segment is
 _ENDING = re.compile(rb"(\d+)\s+(exit|exit_group)\(")
 _READ_BYTES = 1 << 16
+# The interpreter ignores two signals and may set LC_CTYPE: the command gets both as we got them.  Unlike env(1) and
+# sh(1) it takes no file for a script that the kernel can't execute.
+_LAUNCHER = """
+import os, signal, sys
+for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(number, signal.SIG_DFL)
+with open("/proc/self/environ", "rb") as block:
+    environment = dict(entry.split(b"=", 1) for entry in block.read().split(b"\\0") if b"=" in entry)
+try:
+    os.execve(sys.argv[1], sys.argv[2:], environment)
+except OSError:
+    sys.exit(126)
+"""
 _HELP = (
     "its message is above. If it may not trace: kernel.yama.ptrace_scope must be below 2, "
     "and a container needs the capability SYS_PTRACE and a seccomp profile that allows ptrace"
@@ -73,14 +89,16 @@ def record(command: Sequence[str], folder: Path, *, delay_s: float = DELAY_S) ->
     strace = shutil.which("strace")
     if strace is None:
         raise RecordingError("strace is not installed; on Debian: apt-get install strace")
-    if not command or shutil.which(command[0]) is None:
+    program = shutil.which(command[0]) if command else None
+    if program is None:
         raise RecordingError(f"no such command: {command[0] if command else '(none given)'}")
     with _new_folder(folder), tempfile.TemporaryDirectory(prefix="hmmctl-record-") as scratch:
         pipe = Path(scratch) / "log"
         os.mkfifo(pipe, 0o600)
         with (folder / LOG).open("w+b") as log:
             recorder = _Recorder(log, folder / LOG)
-            status = _run([strace, *_options(pipe, delay_s), "--", *command], pipe, recorder)
+            launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, program]
+            status = _run([strace, *_options(pipe, delay_s), "--", *launcher, *command], pipe, recorder)
         layouts = recorder.layouts(command[0])
         for name, text in zip((INITIAL, FINAL), layouts, strict=True):
             (folder / name).write_bytes(text)
@@ -157,6 +175,7 @@ class _Recorder:
     """Writes down the log of one program, and takes its layouts at the right lines.
 
     Attributes:
+        launched: the exec of the launcher was seen.
         just_began: an exec of the first process was seen, and what strace wrote up to the reading of its layout is
             not all read yet.  A line of the process among that means that it was held no longer: `late`.
     """
@@ -164,6 +183,7 @@ class _Recorder:
     log: IO[bytes]
     path: Path
     first: int | None = None
+    launched: bool = False
     initial: bytes = b""
     final: bytes = b""
     ended: Ended | None = None
@@ -206,6 +226,9 @@ class _Recorder:
     def look_at_exec(self, call: Call) -> None:
         if not call.succeeded:
             self.failed_exec = call.errno
+            return
+        if not self.launched:
+            self.launched = True
             return
         self.initial = _read_layout(call.pid)
         self.just_began, self.late = True, False
