@@ -19,6 +19,7 @@ The posted code did not test VM_READ; a mapping without it is EACCES here, as it
 from __future__ import annotations
 
 import errno as errnos
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import overload
@@ -47,18 +48,21 @@ from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
+    Address,
     AddressRange,
     Entries,
+    Pfns,
     is_page_aligned,
     spans_of_pages,
 )
 from hmm.vma import Vma, VmFlag
 
 UNMIRRORABLE = VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP | VmFlag.HUGETLB
-ALIGNED_SCATTER = 8
-"""From this many ranges on, ranges of single pages are handled together as an array of addresses."""
+SCATTERED = 8
+"""From this many gaps on, pages are handled together as an array of addresses, else range by range."""
 
 
+_PAGE_SIZE = np.uint64(PAGE_SIZE)
 _PFN_MASK = ((1 << 64) - 1) & ~(PAGE_SIZE - 1)
 _TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
 """Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
@@ -83,6 +87,53 @@ class Faulted:
 
 
 @dataclass(slots=True)
+class _Pages:
+    """What is to be filled: one range, or uint64[n] addresses of scattered pages of one VMA."""
+
+    target: AddressRange | Entries
+    ranges: tuple[AddressRange, ...] | None = None
+
+    @property
+    def spans(self) -> tuple[AddressRange, ...]:
+        """The same as ranges."""
+        if self.ranges is None:
+            target = self.target
+            self.ranges = (target,) if isinstance(target, AddressRange) else spans_of_pages(_numbers(target))
+        return self.ranges
+
+    @property
+    def whole(self) -> AddressRange:
+        """From the first page to the last."""
+        if isinstance(self.target, AddressRange):
+            return self.target
+        return AddressRange(int(self.target[0]), int(self.target[-1]) + PAGE_SIZE)
+
+    @property
+    def npages(self) -> int:
+        """How many pages."""
+        return self.target.npages if isinstance(self.target, AddressRange) else self.target.size
+
+    def up_to(self, end: Address) -> _Pages:
+        """The part below `end`, which is not empty."""
+        if isinstance(self.target, AddressRange):
+            return _Pages(AddressRange(self.target.start, min(self.target.end, end)))
+        return _Pages(self.target[: self.target.searchsorted(np.uint64(end))])
+
+    def pieces(self) -> Iterable[AddressRange | Entries]:
+        """At most PIECE_PAGES each; pages that are few ranges come as these."""
+        if isinstance(self.target, AddressRange):
+            return pieces(self.target)
+        breaks = np.count_nonzero(self.target[1:] - self.target[:-1] != _PAGE_SIZE)
+        if breaks < SCATTERED:
+            return chain.from_iterable(map(pieces, self.spans))
+        return pieces(self.target)
+
+
+def _numbers(addresses: Entries) -> Pfns:
+    return (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
+
+
+@dataclass(slots=True)
 class _Attempt:
     """One pass over a target: what the CPU's table lacks, or the wish to start over."""
 
@@ -102,7 +153,7 @@ def fault_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool =
     """
     if not span or not is_page_aligned(span.start | span.end):
         raise InvalidRequestError(f"fault: {span} is empty or not page-aligned")
-    return (yield from _fault(mirror, (span,), None, write, wait))
+    return (yield from _fault(mirror, _Pages(span), write, wait))
 
 
 def fault_whole_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True) -> Operation[Faulted]:
@@ -138,40 +189,36 @@ def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool =
         upto = addresses.size
         if vma is not None:
             upto = int(addresses.searchsorted(np.uint64(vma.end if vma.start <= first else vma.start)))
-        chosen = addresses[position:upto]
-        spans = spans_of_pages((chosen >> np.uint64(PAGE_SHIFT)).astype(np.int64))
-        done = yield from _fault(mirror, spans, chosen, write, wait)
+        done = yield from _fault(mirror, _Pages(addresses[position:upto]), write, wait)
         results.append(done)
         # A VMA that lost its end while the fault waited leaves pages to be done by the rules of where they are now.
         position = upto if done.error else int(addresses.searchsorted(np.uint64(done.end)))
     return results
 
 
-def _fault(
-    mirror: Mirror, spans: tuple[AddressRange, ...], addresses: Entries | None, write: bool, wait: bool
-) -> Operation[Faulted]:
-    asked = spans[0] if len(spans) == 1 else AddressRange(spans[0].start, spans[-1].end)
+def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[Faulted]:
+    asked = pages.whole
     notifier = mirror.space.notifier
     failure, retries = None, 0
     mirror.counters["faults"] += 1
     while True:
         if notifier.turns or mirror.unanswered:
-            yield from _wait_to_start(mirror, spans, wait)
+            yield from _wait_to_start(mirror, pages.spans, wait)
         mirror.require_filling("fault")
         notifier.require_usable()
         try:
-            vma = _mirrorable_vma(mirror.space, spans[0].start, asked.end, write)
+            vma = _mirrorable_vma(mirror.space, asked.start, asked.end, write)
         except HmmError as error:
             return Faulted(asked, error.address or asked.start, error, retries)
-        if spans[-1].end > vma.end:
-            spans, addresses = _trim(vma.end, spans, addresses)
-        if notifier.invalidations_overlap(spans):
-            yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, spans), wait)
+        if pages.whole.end > vma.end:
+            pages = pages.up_to(vma.end)
+        if notifier.invalidations and notifier.invalidations_overlap(pages.spans):
+            yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
             retries += 1
             continue
-        enlisted = notifier.start_fault(mirror.id, spans)
+        enlisted = notifier.start_fault(mirror.id, pages)
         try:
-            attempt = yield from _fill(mirror, enlisted, addresses, write)
+            attempt = yield from _fill(mirror, enlisted, pages, write)
         except HmmError as error:
             return Faulted(asked, asked.start, error, retries)
         finally:
@@ -183,13 +230,13 @@ def _fault(
                     return Faulted(asked, asked.start, failed, retries)
                 # What lies before is there now, and is filled before the failure is reported.
                 failure = failed
-                spans, addresses = _trim(failed.address or 0, spans, addresses)
+                pages = pages.up_to(failed.address or 0)
         elif not attempt.retry:
-            mirror.counters["faulted_pages"] += sum([span.end - span.start for span in spans]) >> PAGE_SHIFT
+            mirror.counters["faulted_pages"] += pages.npages
             end = failure.address if failure is not None else None
-            return Faulted(asked, end or spans[-1].end, failure, retries)
+            return Faulted(asked, end or pages.whole.end, failure, retries)
         else:
-            _require_patience(mirror, wait, f"{spans[0]} was invalidated meanwhile")
+            _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
             retries += 1
             mirror.counters["retries"] += 1
 
@@ -251,17 +298,10 @@ def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> V
     return vma
 
 
-def _trim(
-    end: int, spans: tuple[AddressRange, ...], addresses: Entries | None
-) -> tuple[tuple[AddressRange, ...], Entries | None]:
-    trimmed = tuple(AddressRange(span.start, min(span.end, end)) for span in spans if span.start < end)
-    return trimmed, None if addresses is None else addresses[: addresses.searchsorted(np.uint64(end))]
-
-
-def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, write: bool) -> Operation[_Attempt]:
+def _fill(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> Operation[_Attempt]:
     # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
-    targets = _pieces(enlisted.spans, addresses)
-    missing = _missing(mirror.space, targets, enlisted.spans, write)
+    targets = tuple(pages.pieces())
+    missing = _missing(mirror.space, targets, pages, write)
     if missing is not None:
         return _Attempt(missing)
     for index, target in enumerate(targets):
@@ -276,14 +316,8 @@ def _fill(mirror: Mirror, enlisted: DeviceFault, addresses: Entries | None, writ
     return _Attempt()
 
 
-def _pieces(spans: tuple[AddressRange, ...], addresses: Entries | None) -> list[AddressRange | Entries]:
-    if addresses is not None and len(spans) >= ALIGNED_SCATTER:
-        return list(pieces(addresses))
-    return list(chain.from_iterable(map(pieces, spans)))
-
-
 def _missing(
-    space: AddressSpace, targets: list[AddressRange | Entries], spans: tuple[AddressRange, ...], write: bool
+    space: AddressSpace, targets: Iterable[AddressRange | Entries], pages: _Pages, write: bool
 ) -> AddressRange | Entries | None:
     """What has to be faulted in first; None when all is there.
 
@@ -295,12 +329,12 @@ def _missing(
             if space.table.common(target.start, target.end) & wanted != wanted:
                 lacking = (space.table.read(target.start, target.end) & np.uint64(wanted)) != wanted
                 first = target.start + int(lacking.argmax()) * PAGE_SIZE
-                return AddressRange(first, next(span.end for span in spans if first in span))
+                return AddressRange(first, next(span.end for span in pages.spans if first in span))
         else:
             lacking = (space.table.lookup(target) & np.uint64(wanted)) != wanted
             if lacking.any():
-                pages: Entries = target[lacking]
-                return pages
+                scattered: Entries = target[lacking]
+                return scattered
     return None
 
 

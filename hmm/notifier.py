@@ -39,6 +39,14 @@ def overlap(left: Iterable[AddressRange], right: Spans) -> bool:
     return any(mine.overlaps(other) for mine in left for other in right)
 
 
+class HasSpans(Protocol):
+    """Ranges that are worked out when somebody asks for them: many pages here and there are as many objects."""
+
+    @property
+    def spans(self) -> Spans:
+        """Ascending and disjoint."""
+
+
 class Subscriber(Protocol):
     """What the notifier needs of a mirror or an interval subscription."""
 
@@ -141,8 +149,13 @@ class DeviceFault:
 
     operation_id: int
     mirror_id: MirrorId
-    spans: Spans
+    target: HasSpans
     backoff: bool = False
+
+    @property
+    def spans(self) -> Spans:
+        """The ranges that it fills."""
+        return self.target.spans
 
 
 @dataclass(slots=True, eq=False)
@@ -283,10 +296,10 @@ class Notifier:
 
     # ---- device faults
 
-    def start_fault(self, mirror_id: MirrorId, spans: Spans) -> DeviceFault:
+    def start_fault(self, mirror_id: MirrorId, target: HasSpans) -> DeviceFault:
         """Enlist a device fault; the caller has seen that nothing overlaps, and yields nothing in between."""
-        assert not self.invalidations_overlap(spans)
-        fault = DeviceFault(self.current.operation_id, mirror_id, spans)
+        assert not self.invalidations or not self.invalidations_overlap(target.spans)
+        fault = DeviceFault(self.current.operation_id, mirror_id, target)
         self.faults.append(fault)
         return fault
 
