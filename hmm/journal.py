@@ -20,8 +20,10 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import HmmError
+from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Input, Limits, Machine
 from hmm.mirror import Mirror
+from hmm.receiver import Receiver
 from hmm.units import TASK_SIZE
 
 
@@ -52,8 +54,10 @@ def digest(machine: Machine) -> str:
         _, entries = file.pages.valid(0, file.pages.last + 1)
         state.update(repr((file.id, file.name, file.size_bytes)).encode())
         state.update(machine.frames.gather(cpu_pte.cpu_pfn(entries)).tobytes())
-    for mirror in machine.mirrors.values():
-        _add_mirror(state, mirror)
+    for receiver in machine.receivers.values():
+        _add_receiver(state, receiver)
+    for number, pfns in machine.pins.items():
+        state.update(repr((number, pfns.tolist())).encode())
     for record in machine.operations.values():
         state.update(repr((record.id, record.name, record.request, sorted(record.answers))).encode())
     return state.hexdigest()
@@ -69,7 +73,15 @@ def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
     state.update(space.frames.gather(cpu_pte.cpu_pfn(held)).tobytes())
 
 
-def _add_mirror(state: hashlib._Hash, mirror: Mirror) -> None:
-    state.update(repr((mirror.id, mirror.state.value, mirror.sequence, mirror.low_water)).encode())
+def _add_receiver(state: hashlib._Hash, receiver: Receiver) -> None:
+    state.update(repr((receiver.id, receiver.state.value, receiver.sequence, receiver.low_water)).encode())
+    if isinstance(receiver, Mirror):
+        _add_table(state, receiver)
+    if isinstance(receiver, IntervalMirror):
+        for notifier in receiver.notifiers.values():
+            state.update(repr((notifier.id, notifier.span, notifier.sequence, notifier.deferred)).encode())
+
+
+def _add_table(state: hashlib._Hash, mirror: Mirror) -> None:
     addresses, entries = mirror.table.valid(0, TASK_SIZE)
     state.update(addresses.tobytes() + np.asarray(entries).tobytes())

@@ -476,6 +476,8 @@ class Machine:
         counted = np.zeros_like(self.frames.mapcount)
         for space in self.spaces.values():
             _, entries = space.table.valid(0, space.table.last + 1)
+            migrating = bool(cpu_pte.is_migration(entries).any())
+            assert self.operations or not migrating, f"space {space.id} has migration entries and nothing migrates"
             np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
         wrong = np.flatnonzero(counted != self.frames.mapcount)
         assert not wrong.size, (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -121,6 +121,10 @@ SMALL = Limits(frames=400, device_frames=0, processes=8, directories=1 << 10)
 """Limits of a simulated machine: little enough that checking everything is cheap, and that memory runs out."""
 
 
+Makers: TypeAlias = "tuple[tuple[Callable[[Town], Call | None], int], ...]"
+"""What makes random calls, and how often each does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Town:
     """Where a random workload takes place: a window of few pages, so that everything overlaps.
@@ -128,6 +132,7 @@ class Town:
     Attributes:
         processes, devices: as many are kept alive at the most.
         pages: of the window, at `start` of every process.
+        more: what else makes calls.
     """
 
     machine: Machine
@@ -136,10 +141,11 @@ class Town:
     devices: int = 2
     pages: int = 24
     start: int = 0x1000_0000
+    more: Makers = ()
 
     def calls(self, ncalls: int) -> Iterator[Call]:
         """`ncalls` calls, each made at the moment it is started, so that it fits the state of that moment."""
-        makers = [maker for maker, weight in _WEIGHTS for _ in range(weight)]
+        makers = [maker for maker, weight in _WEIGHTS + self.more for _ in range(weight)]
         made = 0
         while made < ncalls:
             call = makers[self.choose(len(makers))](self)
@@ -172,7 +178,7 @@ class SimulationError(AssertionError):
     """A seed whose run broke an invariant; the message says how to run it again."""
 
 
-def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL) -> Scheduler:
+def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Makers = ()) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
     Every invariant is checked after every step, and at the end that replaying the inputs gives the same state.
@@ -186,7 +192,7 @@ def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL) -> Schedule
     scheduler = Scheduler(
         machine,
         choose,
-        Town(machine, choose).calls(ncalls),
+        Town(machine, choose, more=more).calls(ncalls),
         finished=devices.finished,
         answering=devices.answering,
         checking=devices.check,
@@ -338,7 +344,7 @@ def _discard(town: Town) -> Call | None:
     return None if mirror is None or town.choose(3) else Call(commands_device.discard_range, (mirror, span))
 
 
-_WEIGHTS: tuple[tuple[Callable[[Town], Call | None], int], ...] = (
+_WEIGHTS: Makers = (
     (_create, 3), (_fork, 2), (_exit, 1), (_mmap, 6), (_munmap, 3), (_mprotect, 3), (_mremap, 2), (_madvise, 3),
     (_write, 6), (_read, 3), (_open, 1), (_truncate, 1), (_punch, 1), (_register_device, 2), (_register_mirror, 4),
     (_unregister_mirror, 1), (_fault, 10), (_device_write, 4), (_dirty, 1), (_discard, 1),
