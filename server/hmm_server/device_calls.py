@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from hmm import commands_device
 from hmm.commands_device import DeviceFaulted
@@ -21,6 +23,7 @@ from hmm_server.calls import Call, Invocation, invoke
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
 
 Result = types_pb2.CallResult
+_NO_ENTRIES = np.empty(0, np.uint64)
 
 
 def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
@@ -76,34 +79,46 @@ def fault_pages(q: device_pb2.FaultRequest) -> int:
     return (len(q.pages) >> 3) + ((sum(q.ranges.ends) - sum(q.ranges.starts)) >> PAGE_SHIFT)
 
 
-def _fault_response(faulted: DeviceFaulted | None, result: Result) -> device_pb2.FaultResponse:
+class FaultResult(NamedTuple):
+    """The response to a fault, but for its entries, uint64[npages]: these are copied once, into what leaves."""
+
+    response: device_pb2.FaultResponse
+    entries: Entries
+
+    def whole(self) -> device_pb2.FaultResponse:
+        """The response with its entries."""
+        self.response.entries = convert.entries_to_proto(self.entries)
+        return self.response
+
+    def parts(self, part_bytes: int) -> Iterator[tuple[device_pb2.FaultResponse, bytes, bool]]:
+        """Cut the entries of a long reply; everything else is in the last part.
+
+        Yields: a response, its entries, whether more follow.
+        """
+        step = max(1, part_bytes >> 3)
+        last = max(0, self.entries.size - 1) // step * step
+        for start in range(0, last, step):
+            entries = self.entries[start : start + step]
+            yield device_pb2.FaultResponse(), convert.entries_to_proto(entries), True
+        yield self.response, convert.entries_to_proto(self.entries[last:]), False
+
+
+def _fault_response(faulted: DeviceFaulted | None, result: Result) -> FaultResult:
     if faulted is None:
-        return device_pb2.FaultResponse(result=result)
+        return FaultResult(device_pb2.FaultResponse(result=result), _NO_ENTRIES)
     errors = [part.error for part in faulted.parts]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
         result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
-    return device_pb2.FaultResponse(
+    response = device_pb2.FaultResponse(
         result=result,
         range_ends=[part.end for part in faulted.parts],
         range_errnos=[error.errno if error else 0 for error in errors],
-        entries=convert.entries_to_proto(faulted.entries),
         notifier_seq=faulted.notifier_seq,
         last_event_sequence=faulted.event_sequence,
-        retries=sum(part.retries for part in faulted.parts),
+        retries=sum([part.retries for part in faulted.parts]),
     )
-
-
-def in_parts(response: device_pb2.FaultResponse, part_bytes: int) -> Iterator[tuple[device_pb2.FaultResponse, bool]]:
-    """Cut the entries of a long reply; everything else is in the last part.  Yields: the part, whether more follow."""
-    entries = response.entries
-    whole = max(8, part_bytes & ~7)
-    cut = (max(0, len(entries) - 1) // whole) * whole
-    for start in range(0, cut, whole):
-        yield device_pb2.FaultResponse(entries=entries[start : start + whole]), True
-    if cut:
-        response.entries = entries[cut:]
-    yield response, False
+    return FaultResult(response, faulted.entries)
 
 
 def _segments(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest) -> list[Segment]:

@@ -15,12 +15,12 @@ from typing import Any
 
 from hmm import commands_device
 from hmm.machine import Caller, OperationRecord
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, MirrorId
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2
 from hmm_server.answers import Stream
 from hmm_server.config import Config
-from hmm_server.device_calls import CALLS, fault_pages, register_mirror_response
+from hmm_server.device_calls import CALLS, FaultResult, fault_pages, register_mirror_response
 from hmm_server.executor import Executor, resolve
 from hmm_server.process_calls import require_at_most
 from hmm_server.streams import Streams
@@ -80,7 +80,7 @@ class DeviceSide:
         (result,) = results
         if isinstance(result, BaseException):
             raise result
-        return result
+        return result.whole() if isinstance(result, FaultResult) else result
 
     def patience_s(self, name: str, request: Any) -> float | None:
         """How long the caller waits, in seconds: faults have a deadline, other calls end by those of their events."""
@@ -106,7 +106,7 @@ class DeviceSide:
             if name == "register_mirror":
                 response = register_mirror_response(self.executor.machine, record.result)
             elif name == "fault" and request.omit_entries:
-                response.ClearField("entries")
+                response = response._replace(entries=response.entries[:0])
             then(response)
 
     def _note(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> None:
@@ -124,8 +124,8 @@ class DeviceSide:
 
     async def table_parts(
         self, caller: Caller, request: device_pb2.ReadTableRequest
-    ) -> AsyncIterator[device_pb2.ReadTableResponse]:
-        """The entries of a range in parts; directories that do not exist are left out.
+    ) -> AsyncIterator[tuple[Address, bytes]]:
+        """The entries of a range in parts: where each begins, and its entries.  Holes are left out.
 
         Raises:
             HmmError: as `commands_device.read_table`.
@@ -136,9 +136,7 @@ class DeviceSide:
         await self._read(caller, request.mirror_id, AddressRange(position, min(span.end, position + PAGE_SIZE)))
         while (start := self._next_directory(request.mirror_id, AddressRange(position, span.end))) is not None:
             position = min(span.end, start + step)
-            yield device_pb2.ReadTableResponse(
-                start=start, entries=await self._read(caller, request.mirror_id, AddressRange(start, position))
-            )
+            yield start, await self._read(caller, request.mirror_id, AddressRange(start, position))
 
     async def _read(self, caller: Caller, mirror_id: MirrorId, span: AddressRange) -> bytes:
         record = await self.executor.call(caller, commands_device.read_table, mirror_id, span)

@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from google.protobuf.message import Message
+
 from hmm.events import Event
 from hmm.units import MirrorId
 from hmm_proto.v1 import event_pb2, session_pb2
@@ -50,6 +52,36 @@ class Posting:
     sent_s: float = 0.0
     size_bytes: int = 0
     remaining: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The reply to a call, or a part of it, as it waits.
+
+    Attributes:
+        name: which field of SessionReply `response` is.
+        entries: what belongs in the field `entries` of `response`.  Kept apart, for every message that is put into
+            another one is copied.
+    """
+
+    request_id: int
+    name: str
+    response: Message
+    more: bool = False
+    entries: bytes = b""
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in a message."""
+        return self.response.ByteSize() + len(self.entries) + 32
+
+    def put_into(self, message: session_pb2.SessionResponse) -> None:
+        """Write it down."""
+        reply = message.replies.add(request_id=self.request_id, more=self.more)
+        response = getattr(reply, self.name)
+        response.CopyFrom(self.response)
+        if self.entries:
+            response.entries = self.entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +117,10 @@ class Mailbox:
         self.closed = False
         self._send = send
         self._welcome: event_pb2.Welcome | None = None
-        self._replies: deque[session_pb2.SessionReply] = deque()
+        self._replies: deque[tuple[Reply, int]] = deque()
         self._violations: list[event_pb2.ProtocolViolation] = []
         self._farewell = ""
-        self._wake = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
 
     # ---- what is to be told
@@ -96,26 +128,27 @@ class Mailbox:
     def welcome(self, welcome: event_pb2.Welcome) -> None:
         """The first thing to be told."""
         self._welcome = welcome
-        self._wake.set()
+        self._wake()
 
     def post(self, posting: Posting) -> None:
         """An event; it leaves when the window permits."""
         if not self.closed:
             self.events.append(posting)
-            self._wake.set()
+            self._wake()
 
-    def reply(self, reply: session_pb2.SessionReply) -> None:
+    def reply(self, reply: Reply) -> None:
         """The reply to a call, or a part of it."""
         if not self.closed:
-            self._replies.append(reply)
-            self.reply_bytes += reply.ByteSize()
-            self._wake.set()
+            size_bytes = reply.size_bytes
+            self._replies.append((reply, size_bytes))
+            self.reply_bytes += size_bytes
+            self._wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""
         if violations and not self.closed:
             self._violations += violations
-            self._wake.set()
+            self._wake()
 
     def close(self, why: str) -> None:
         """Let nothing in any more; replies that wait still leave, then a farewell.  Events that wait do not."""
@@ -123,14 +156,14 @@ class Mailbox:
             self.closed = True
             self._farewell = why
             self.events.clear()
-            self._wake.set()
+            self._wake()
             self._room.set()
 
     def release(self, posting: Posting) -> None:
         """All mirrors of an event have answered, or will not: its part of the window is free again."""
         self.in_flight -= 1
         self.in_flight_bytes -= posting.size_bytes
-        self._wake.set()
+        self._wake()
 
     @property
     def is_full(self) -> bool:
@@ -143,23 +176,35 @@ class Mailbox:
         """The next message, as soon as there is something to tell; None after the farewell."""
         while True:
             if self._has_something():
-                message = self._batch()
-                if message.ByteSize():
+                message = session_pb2.SessionResponse()
+                if self._fill(message):
                     return message
             elif self.closed:
                 return None
             else:
-                self._wake.clear()
-                await self._wake.wait()
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
 
-    def _batch(self) -> session_pb2.SessionResponse:
-        message = session_pb2.SessionResponse(welcome=self._welcome, violations=self._violations)
-        self._welcome, self._violations = None, []
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _fill(self, message: session_pb2.SessionResponse) -> bool:
+        """Write down what waits.  Returns: whether it is anything."""
+        told = bool(self._welcome or self._violations or self._replies)
+        if self._welcome is not None:
+            message.welcome.CopyFrom(self._welcome)
+            self._welcome = None
+        if self._violations:
+            message.violations.extend(self._violations)
+            self._violations = []
         self._take_events(message)
-        self._take_replies(message)
+        if self._replies:
+            self._take_replies(message)
         if self._farewell and not self._replies:
             message.bye.reason, self._farewell = self._farewell, ""
-        return message
+            return True
+        return told or bool(message.events)
 
     async def room(self) -> None:
         """Wait until the client has read enough for something large to be added."""
@@ -194,10 +239,10 @@ class Mailbox:
 
     def _take_replies(self, message: session_pb2.SessionResponse) -> None:
         size = 0
-        while self._replies and (not size or size + self._replies[0].ByteSize() <= self.window.part_bytes):
-            reply = self._replies.popleft()
-            size += reply.ByteSize()
-            message.replies.append(reply)
+        while self._replies and (not size or size + self._replies[0][1] <= self.window.part_bytes):
+            reply, size_bytes = self._replies.popleft()
+            size += size_bytes
+            reply.put_into(message)
         self.reply_bytes -= size
         self._room.set()
 

@@ -22,13 +22,14 @@ import grpc
 from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.machine import Caller, OperationRecord
 from hmm_proto import convert
-from hmm_proto.v1 import session_pb2
+from hmm_proto.v1 import device_pb2, session_pb2
 from hmm_server.answers import Stream
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
-from hmm_server.device_calls import in_parts
+from hmm_server.device_calls import FaultResult
 from hmm_server.device_side import DeviceSide, Result
+from hmm_server.mailbox import Reply
 from hmm_server.streams import PROTOCOL_VERSION, Streams
 
 FAREWELL_S = 5.0
@@ -122,7 +123,7 @@ class Session:
         name = call.WhichOneof("call") or ""
         refusal = self._refusal(stream, call.request_id, name)
         if refusal is not None:
-            stream.mailbox.reply(session_pb2.SessionReply(request_id=call.request_id, not_made=not_made(refusal)))
+            stream.mailbox.reply(Reply(call.request_id, "not_made", not_made(refusal)))
             return
         under_way = self._calls[call.request_id] = UnderWay(name)
         request = getattr(call, name)
@@ -169,25 +170,24 @@ class Session:
         if under_way.timer is not None:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
-            stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, not_made=not_made(result)))
-        elif under_way.name == "fault":
-            for part, more in in_parts(result, self._config.part_bytes):
-                stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, more=more, fault=part))
+            stream.mailbox.reply(Reply(request_id, "not_made", not_made(result)))
+        elif isinstance(result, FaultResult):
+            for response, entries, more in result.parts(self._config.part_bytes):
+                stream.mailbox.reply(Reply(request_id, "fault", response, more, entries))
         else:
-            stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, **{under_way.name: result}))
+            stream.mailbox.reply(Reply(request_id, under_way.name, result))
 
     async def _send_table(self, stream: Stream, request_id: int, caller: Caller, request: Any) -> None:
         try:
-            async for part in self._side.table_parts(caller, request):
+            async for start, entries in self._side.table_parts(caller, request):
                 await stream.mailbox.room()
-                stream.mailbox.reply(session_pb2.SessionReply(request_id=request_id, more=True, read_table=part))
+                part = device_pb2.ReadTableResponse(start=start)
+                stream.mailbox.reply(Reply(request_id, "read_table", part, True, entries))
         except HmmError as error:
             self._reply(stream, request_id, error)
         else:
             self._calls.pop(request_id, None)
-            last = session_pb2.SessionReply(request_id=request_id)
-            last.read_table.SetInParent()
-            stream.mailbox.reply(last)
+            stream.mailbox.reply(Reply(request_id, "read_table", device_pb2.ReadTableResponse()))
 
     def _forget_calls(self) -> None:
         for under_way in self._calls.values():

@@ -10,7 +10,7 @@ from hmm.events import Event, EventType
 from hmm.units import AddressRange
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
-from hmm_server.mailbox import Mailbox, Posting, Window
+from hmm_server.mailbox import Mailbox, Posting, Reply, Window
 
 PAGE = 4096
 
@@ -33,9 +33,8 @@ def _mailbox(credit: int = 256, queue_bytes: int = 1 << 20, part_bytes: int = 1 
     return Mailbox(Window(credit, queue_bytes, part_bytes), _send)
 
 
-def _reply(request_id: int, size: int = 0) -> session_pb2.SessionReply:
-    read = device_pb2.DeviceReadResponse(data=bytes(size))
-    return session_pb2.SessionReply(request_id=request_id, device_read=read)
+def _reply(request_id: int, size: int = 0) -> Reply:
+    return Reply(request_id, "device_read", device_pb2.DeviceReadResponse(data=bytes(size)))
 
 
 async def _take(mailbox: Mailbox) -> session_pb2.SessionResponse:
@@ -60,6 +59,14 @@ async def test_take_returns_everything_that_waits_as_one_message() -> None:
     assert (message.welcome.epoch, _revisions(message), len(message.violations)) == (7, [1, 2, 3], 1)
     assert [reply.request_id for reply in message.replies] == [1, 2, 3]
     assert not message.HasField("bye")
+
+
+async def test_entries_of_a_reply_are_in_its_response() -> None:
+    """They wait apart, and leave where the protocol has them."""
+    mailbox = _mailbox()
+    mailbox.reply(Reply(1, "fault", device_pb2.FaultResponse(retries=2), True, b"12345678"))
+    (reply,) = (await _take(mailbox)).replies
+    assert (reply.more, reply.fault.retries, reply.fault.entries) == (True, 2, b"12345678")
 
 
 async def test_take_waits_until_there_is_something() -> None:

@@ -47,8 +47,8 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
     async def ReadTable(
         self, request: device_pb2.ReadTableRequest, context: Context
     ) -> AsyncIterator[device_pb2.ReadTableResponse]:
-        async for part in self.side.table_parts(caller_from(context.invocation_metadata()), request):
-            yield part
+        async for start, entries in self.side.table_parts(caller_from(context.invocation_metadata()), request):
+            yield device_pb2.ReadTableResponse(start=start, entries=entries)
 
     async def WatchEvents(
         self, request: device_pb2.WatchEventsRequest, context: Context
