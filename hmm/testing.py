@@ -39,10 +39,16 @@ class LostTranslationError(AssertionError):
 
 @dataclass(slots=True)
 class DeviceModel:
-    """What one device may use at the moment, per mirror: page address -> (frame, may write)."""
+    """What one device may use at the moment, per mirror: page address -> (frame, may write).
+
+    Attributes:
+        discarded: what a driver discarded by itself, with the last event sent before: it programs none of these
+            pages from an older event that it has still to answer.
+    """
 
     machine: Machine
     translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
+    discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
 
     def answering(self, delivery: Delivery) -> None:
         """The driver handled an event and is about to answer: the device has done what the event asks."""
@@ -52,12 +58,20 @@ class DeviceModel:
             held.clear()
         elif event.etype in (EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT):
             self._program(delivery.mirror_id, event.spans, np.frombuffer(event.entries, "<u8"))
+            for sequence, span in self.discarded.get(delivery.mirror_id, ()):
+                if delivery.sequence <= sequence:
+                    for address in range(span.start, span.end, PAGE_SIZE):
+                        held.pop(address, None)
         else:
             _give_up(held, event)
 
     def finished(self, record: OperationRecord[Any]) -> None:
         """A fault of a mirror that gets no update for its own faults tells the device by its result."""
         result = None if record.error else record.result
+        if record.name == "discard_range" and not record.error:
+            mirror_id, span = record.arguments[0], record.arguments[1]
+            sequence = self.machine.mirrors[mirror_id].sequence
+            self.discarded.setdefault(mirror_id, []).append((sequence, span))
         if isinstance(result, DeviceFaulted):
             mirror_id, target = record.arguments[0], record.arguments[1]
             mirror = self.machine.mirrors.get(mirror_id)
