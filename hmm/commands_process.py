@@ -3,9 +3,11 @@
 Every function is a command for `Machine.start`.  It looks the process up and leaves the work to the module named
 after the kernel's file; what is here is what concerns processes: who uses which address space, who is born of whom.
 
-Source: Linux kernel/fork.c, kernel/exit.c (exit_mm()), fs/exec.c (exec_mmap()).
-Invariants: an address space ends with its last user, after every mirror of it was released.
-Absent: signals, scheduling, permissions of files, resource limits other than those of `Limits`.
+**Source**: Linux kernel/fork.c, kernel/exit.c (exit_mm()), fs/exec.c (exec_mmap()).
+
+**Invariants**: an address space ends with its last user, after every mirror of it was released.
+
+**Absent**: signals, scheduling, permissions of files, resource limits other than those of `Limits`.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ the outbox.
 Whoever runs a machine (local.py, scheduler.py, the server's executor) takes the outbox, feeds answers in, and
 resumes what is ready, in an order of its own choosing.
 
-Source: our own; the objects are those of mm_struct, hmm_device and hmm_mirror.
-Invariants: `check()` runs those of every part and the ones between parts; identifiers are never used again.
-Absent: clocks, deadlines, transport, randomness.
+**Source**: our own; the objects are those of mm_struct, hmm_device and hmm_mirror.
+
+**Invariants**: `check()` runs those of every part and the ones between parts; identifiers are never used again.
+
+**Absent**: clocks, deadlines, transport, randomness.
 """
 
 from __future__ import annotations

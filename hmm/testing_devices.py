@@ -1,8 +1,10 @@
 """Random calls of devices that have memory, to be mixed into the workloads of testing.py.
 
-Source: our own.
-Invariants: those of the machine, which the simulation checks after every step.
-Absent: a model of what the devices themselves use.
+**Source**: our own.
+
+**Invariants**: those of the machine, which the simulation checks after every step.
+
+**Absent**: a model of what the devices themselves use.
 """
 
 from __future__ import annotations
