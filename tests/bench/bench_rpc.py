@@ -146,9 +146,9 @@ class Yardsticks:
         """Microseconds of a request for `nbytes` on the bare socket."""
         return median(await self._raw.ask(nbytes, times))
 
-    async def stream(self, times: int) -> float:
-        """Microseconds of a message there and back on the bare stream."""
-        message = bytes(MESSAGE_BYTES)
+    async def stream(self, nbytes: int, times: int) -> float:
+        """Microseconds of a request for `nbytes` on the bare stream."""
+        message = peers.REQUEST.pack(nbytes)
 
         async def echo() -> None:
             await self._stream.write(message)
@@ -275,7 +275,7 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                 if number == 1:
                     figures.clear()  # the first round warms up
                 note("socket", await yardsticks.socket(MESSAGE_BYTES, times))
-                note("stream", await yardsticks.stream(times))
+                note("stream", await yardsticks.stream(MESSAGE_BYTES, times))
                 note("fault", await model.fault(1, times))
                 note("scattered", await model.scattered_fault(256, few))
                 note("unary", await model.unary(times))
@@ -286,6 +286,7 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                 note("one process", (await model.munmap(alone_there, times // 2))[1])
                 note("more processes", (await model.munmap(together, times // 2))[1])
                 note("bytes", await yardsticks.socket(ENTRIES * 8, few))
+                note("stream bytes", await yardsticks.stream(ENTRIES * 8, few))
                 note("range", await model.fault(ENTRIES, few))
                 note("gigabyte", await model.fault(GIB_PAGES, 3))
                 note("gigabyte of bytes", await yardsticks.socket(GIB_PAGES * 8, 3))
@@ -315,6 +316,7 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
     yield ratio("256 scattered faults in one call / fault of one page", figures["scattered"], trip, 1.5)
     yield alone(f"256 scattered faults in one call, {where}", "us", figures["scattered"], 720.0)
     yield ratio("fault of 65,536 pages / the bytes on a bare socket", figures["range"], figures["bytes"], 12.0)
+    yield ratio("fault of 65,536 pages / the bytes on a bare gRPC stream", figures["range"], figures["stream bytes"])
     per_entry = [value * 1000 / ENTRIES for value in figures["range"]]
     yield alone(f"fault of 65,536 pages, per entry, {where}", "ns", per_entry, 17.0)
     yield ratio("fault of 1 GiB / the bytes on a bare socket", figures["gigabyte"], figures["gigabyte of bytes"])

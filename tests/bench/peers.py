@@ -1,7 +1,7 @@
 """The processes that bench_rpc.py talks to beside the daemon: bare echo servers, and drivers of their own.
 
     python tests/bench/peers.py raw PATH                     the socket itself, on uvloop
-    python tests/bench/peers.py grpc PATH                    a bidirectional gRPC stream and nothing else
+    python tests/bench/peers.py grpc PATH                    the same on a bidirectional gRPC stream
     python tests/bench/peers.py driver TARGET MIRRORS PID... a client process, with mirrors of each process of the model
 
 Each prints a line when it is ready, and ends when its standard input does.
@@ -48,12 +48,12 @@ async def serve_raw(path: str) -> None:
 
 
 async def serve_grpc(path: str) -> None:
-    """Serve a stream that sends every message back; messages are bytes, nothing is encoded."""
+    """Serve a stream that answers every message with as many bytes as it asks for; nothing is encoded."""
     import grpc  # noqa: PLC0415 - only this peer serves gRPC
 
     async def echo(_: Any, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
-            await context.write(message)
+            await context.write(_ANSWER[: REQUEST.unpack(message)[0]].tobytes())
 
     class Handler(grpc.GenericRpcHandler):
         def service(self, _: grpc.HandlerCallDetails) -> Any:
