@@ -61,10 +61,11 @@ def ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRange, .
     Raises:
         InvalidRequestError: arrays of different lengths, ranges that are not ascending and disjoint (EINVAL).
     """
-    if len(message.starts) != len(message.ends):
-        raise malformed(f"{len(message.starts)} starts and {len(message.ends)} ends of ranges")
-    spans = tuple(_range(start, end) for start, end in zip(message.starts, message.ends, strict=True))
-    if any(left.end > right.start for left, right in pairwise(spans)):
+    starts, ends = message.starts, message.ends
+    if len(starts) != len(ends):
+        raise malformed(f"{len(starts)} starts and {len(ends)} ends of ranges")
+    spans = tuple(map(_range, starts, ends))
+    if len(spans) > 1 and any(left.end > right.start for left, right in pairwise(spans)):
         raise malformed("ranges that overlap or do not ascend")
     return spans
 
@@ -114,7 +115,8 @@ def pages_from_proto(data: bytes) -> Entries:
         InvalidRequestError: they are not (EINVAL).
     """
     pages = entries_from_proto(data)
-    if (pages & np.uint64(PAGE_SIZE - 1)).any() or (pages[1:] <= pages[:-1]).any() or (pages >= TASK_SIZE).any():
+    unaligned = int(np.bitwise_or.reduce(pages)) & (PAGE_SIZE - 1)
+    if unaligned or np.count_nonzero(pages[1:] <= pages[:-1]) or (pages.size and pages[-1] >= TASK_SIZE):
         raise malformed("page addresses that are unaligned, do not ascend or are beyond the address space")
     return pages
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -28,13 +28,12 @@ R = TypeVar("R", bound=Message)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Invocation:
+class Invocation(NamedTuple):
     """A command of the core with its arguments, ready for `Machine.start`."""
 
     command: Callable[..., Any]
     arguments: tuple[Any, ...]
-    keywords: dict[str, Any] = field(default_factory=dict)
+    keywords: dict[str, Any]
 
 
 def invoke(command: Callable[..., Any], *arguments: Any, **keywords: Any) -> Invocation:

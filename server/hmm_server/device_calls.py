@@ -76,7 +76,8 @@ def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entri
 
 def fault_pages(q: device_pb2.FaultRequest) -> int:
     """How many pages a fault asks for."""
-    return (len(q.pages) >> 3) + ((sum(q.ranges.ends) - sum(q.ranges.starts)) >> PAGE_SHIFT)
+    ranges = q.ranges
+    return (len(q.pages) >> 3) + ((sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT)
 
 
 class FaultResult(NamedTuple):

@@ -104,10 +104,14 @@ class Executor:
         """
         if self.draining:
             raise DrainingError
+        started_s = time.monotonic()
         record = self.machine.start(caller, command, *args, **kwargs)
-        self.running[record.id] = Running(record, time.monotonic(), then)
-        self._idle.clear()
-        self._advanced(record)
+        if record.done:
+            self._end(record, started_s, then)
+        else:
+            self.running[record.id] = Running(record, started_s, then)
+            self._idle.clear()
+            self._advanced(record)
         self.pump()
         return record
 
@@ -181,7 +185,7 @@ class Executor:
 
     def pump(self) -> None:
         """Deliver what is to be delivered and resume what is ready, until neither is left."""
-        if self._pumping:
+        if self._pumping or not self.running:
             return
         self._pumping = True
         try:
@@ -230,26 +234,25 @@ class Executor:
 
     def _advanced(self, record: OperationRecord[Any]) -> None:
         if record.done:
-            self._end(record)
+            running = self.running.pop(record.id)
+            if not self.running:
+                self._idle.set()
+            self._end(record, running.started_s, running.then)
         elif _awaits_owed_answers(record):
             self._set_deadline(self.running[record.id])
 
-    def _end(self, record: OperationRecord[Any]) -> None:
-        running = self.running.pop(record.id)
+    def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any]) -> None:
         if record.error is not None and not isinstance(record.error, HmmError):
             log.error(
                 *("operation %d (%s) hit a bug", record.id, record.name),
                 exc_info=record.error,
                 extra={"operation_id": record.id},
             )
-        if not self.running:
-            self._idle.set()
-        duration_s = time.monotonic() - running.started_s
-        ended = Ended.of(record, duration_s)
+        ended = Ended.of(record, time.monotonic() - started_s)
         self.operations.add(ended)
         assert self.router is not None
         self.router.ended(ended)
-        running.then(record)
+        then(record)
 
     # ---- deadlines
 

@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hmm.errors import HmmError
 from hmm.machine import OperationRecord
@@ -17,8 +16,7 @@ from hmm.units import MirrorId
 from hmm_proto.status import INTERNAL_REASON
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """One call that has ended.
 
     Attributes:
