@@ -23,7 +23,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +74,13 @@ class Callback:
 _current: ContextVar[Callback | None] = ContextVar("hmm_client.callback", default=None)
 
 
-@contextmanager
-def waiting() -> Iterator[Callback | None]:
+_OUTSIDE: AbstractContextManager[None] = nullcontext()
+
+
+def waiting() -> AbstractContextManager[Callback | None]:
     """Around every call of the library: gives the callback that it is made in, None outside of one."""
     callback = _current.get()
-    if callback is None or not callback.active:
-        yield None
-    else:
-        with callback.waiting():
-            yield callback
+    return _OUTSIDE if callback is None or not callback.active else callback.waiting()
 
 
 class Callbacks:

@@ -348,8 +348,8 @@ def _faulted(starts: Entries, ends: Entries, parts: list[device_pb2.FaultRespons
     return Faulted(
         starts=starts,
         ends=ends,
-        filled=np.array(last.range_ends, np.uint64),
-        errnos=np.array(last.range_errnos, np.int32),
+        filled=np.fromiter(last.range_ends, np.uint64),
+        errnos=np.fromiter(last.range_errnos, np.int32),
         entries=entries_from_proto(b"".join(part.entries for part in parts)),
         error=from_call_result(last.result),
         notifier_seq=last.notifier_seq,

@@ -33,7 +33,7 @@ from google.protobuf.message import Message
 from hmm.errors import DeviceLostError
 from hmm.units import MirrorId
 from hmm_client.acknowledgements import AcknowledgementLedger
-from hmm_client.callbacks import waiting
+from hmm_client.callbacks import Callback, waiting
 from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
 from hmm_proto.v1 import event_pb2, session_pb2, session_pb2_grpc
@@ -63,12 +63,30 @@ class Hearer(Protocol):
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A call under way: the parts of its reply so far."""
+class _Call:
+    """A call under way.
 
+    Attributes:
+        name: which field of SessionCall `request` is.
+        callback: the one that it was made in.
+        parts: of its reply, so far.
+    """
+
+    request_id: int
+    name: str
+    request: Message
+    callback: Callback | None
     future: asyncio.Future[list[Any]]
     on_reply: Callable[[Any], None] | None
     parts: list[Any] = field(default_factory=list)
+
+    def put_into(self, batch: session_pb2.SessionRequest) -> None:
+        """Write it down."""
+        message = batch.calls.add(request_id=self.request_id)
+        if self.callback is not None:
+            message.in_callback_mirror_id = self.callback.event.mirror.id
+            message.in_callback_sequence = self.callback.event.sequence
+        getattr(message, self.name).CopyFrom(self.request)
 
 
 class Session:
@@ -88,10 +106,10 @@ class Session:
         self._target = target
         self._hearers: dict[MirrorId, Hearer] = {}
         self._unclaimed: dict[MirrorId, list[tuple[int, Change]]] = {}
-        self._waiting: dict[int, _Waiting] = {}
-        self._outgoing: deque[session_pb2.SessionCall] = deque()
+        self._waiting: dict[int, _Call] = {}
+        self._outgoing: deque[_Call] = deque()
         self._last_request = 0
-        self._awake = asyncio.Event()
+        self._sleeping: asyncio.Future[None] | None = None
         self._bye: session_pb2.SessionRequest | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -145,14 +163,10 @@ class Session:
         self._last_request += 1
         request_id = self._last_request
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = _Waiting(future, on_reply)
         with waiting() as callback:
-            message = session_pb2.SessionCall(request_id=request_id, **{name: request})  # type: ignore[arg-type]
-            if callback is not None:
-                message.in_callback_mirror_id = callback.event.mirror.id
-                message.in_callback_sequence = callback.event.sequence
-            self._outgoing.append(message)
-            self._awake.set()
+            call = self._waiting[request_id] = _Call(request_id, name, request, callback, future, on_reply)
+            self._outgoing.append(call)
+            self._wake()
             return await future
 
     def require_live(self, operation: str) -> None:
@@ -180,7 +194,7 @@ class Session:
     def answer(self, mirror_id: MirrorId, sequence: int, answer: event_pb2.Answer | None = None) -> None:
         """Tell the daemon, with the next batch, that an event is finished."""
         self.ledger.done(mirror_id, sequence, answer)
-        self._awake.set()
+        self._wake()
 
     # ---- the end
 
@@ -193,7 +207,7 @@ class Session:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
         hearers = list(self._hearers.values())
         self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
-        self._awake.set()
+        self._wake()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
         self._end("closed")
@@ -204,7 +218,7 @@ class Session:
         if self.lost:
             return
         self.lost = why
-        self._awake.set()
+        self._wake()
         for waiting_call in self._waiting.values():
             if not waiting_call.future.done():
                 waiting_call.future.set_exception(DeviceLostError(f"the session has ended: {why}"))
@@ -239,17 +253,21 @@ class Session:
     async def _write(self) -> None:
         try:
             while not self.lost:
-                await self._awake.wait()
-                self._awake.clear()
                 while (batch := self._next_batch()) is not None:
                     await self._call.write(batch)
                 if self._bye is not None:
                     await self._call.write(self._bye)
                     await self._call.done_writing()
                     return
+                self._sleeping = asyncio.get_running_loop().create_future()
+                await self._sleeping
         except (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError):
             # The stream has ended; the reader hears why.
             return
+
+    def _wake(self) -> None:
+        if self._sleeping is not None and not self._sleeping.done():
+            self._sleeping.set_result(None)
 
     def _next_batch(self) -> session_pb2.SessionRequest | None:
         if self.lost or not (self.ledger or self._outgoing):
@@ -260,8 +278,8 @@ class Session:
         size = 0
         while self._outgoing and size < BATCH_BYTES:
             call = self._outgoing.popleft()
-            size += call.ByteSize()
-            batch.calls.append(call)
+            size += call.request.ByteSize()
+            call.put_into(batch)
         return batch
 
     def _dispatch(self, message: session_pb2.SessionResponse) -> None:
