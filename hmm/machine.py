@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -118,6 +118,7 @@ class OperationRecord(Generic[T]):
     Attributes:
         request: what it waits for; None before the start and when done.
         outcomes: how mirrors answered the events of this operation, all of them, in order.
+        refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
     """
 
     id: int
@@ -129,6 +130,7 @@ class OperationRecord(Generic[T]):
     remaining: int = 0
     answers: dict[tuple[MirrorId, int], Outcome | None] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+    refusal: WouldDeadlockError | None = None
     done: bool = False
     error: BaseException | None = None
     value: T | None = None
@@ -176,6 +178,7 @@ class Machine:
         self.file_names: dict[str, int] = {}
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None
+        self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
         self._outbox: list[Delivery] = []
         self._caller = _NOBODY
         self._last_id: dict[str, int] = {}
@@ -185,14 +188,19 @@ class Machine:
     def start(self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> OperationRecord[T]:
         """Start a command and run it to its first request or to its end.
 
-        An error of the call is kept in the record and not raised here.
+        An error of the call is kept in the record and not raised here.  A mark that the call is made from inside a
+        callback counts only for the caller's own mirrors: it makes others' calls fail.
         """
         self._note("start", caller, command, *args, **kwargs)
+        if caller.callback is not None and not self._owns(caller.token, caller.callback[0]):
+            caller = replace(caller, callback=None)
         record: OperationRecord[T] = OperationRecord(
             self.next_id("operation"), command.__name__, args + tuple(kwargs.values()), caller,
             command(self, *args, **kwargs),
         )  # fmt: skip
         self.operations[record.id] = record
+        if caller.callback is not None:
+            self._inside[record.id] = record
         self._advance(record, None)
         return record
 
@@ -206,7 +214,7 @@ class Machine:
             reply = tuple(outcome for outcome in record.answers.values() if outcome is not None)
             record.outcomes.extend(reply)
             record.answers.clear()
-        self._advance(record, reply)
+        self._advance(record, reply, record.refusal)
 
     def answer(self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()) -> None:
         """A driver's callback for one event returned `errno`.
@@ -261,6 +269,8 @@ class Machine:
         request = record.request
         if record.done or request is None:
             return False
+        if record.refusal is not None:
+            return True
         if isinstance(request, Deliver):
             return not record.remaining
         if isinstance(request, Await):
@@ -302,6 +312,7 @@ class Machine:
     def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:
         self.current.operation_id = record.id
         self._caller = record.caller
+        record.refusal = None
         generator = record.generator
         try:
             request = record.request = generator.throw(thrown) if thrown else generator.send(reply)
@@ -316,10 +327,19 @@ class Machine:
                 self._deliver(record, request)
         self.current.operation_id = 0
         self._caller = _NOBODY
+        if self._inside:
+            self._refuse_circles()
+
+    def _refuse_circles(self) -> None:
+        # A call that waited behind one that could end may find itself waiting for its own callback later.
+        for record in self._inside.values():
+            if isinstance(record.request, Await) and record.refusal is None and self.waits_for_itself(record):
+                record.refusal = self._deadlock(record)
 
     def _finished(self, record: OperationRecord[T], result: T | None, error: BaseException | None) -> None:
         record.request, record.done, record.value, record.error = None, True, result, error
         del self.operations[record.id]
+        self._inside.pop(record.id, None)
 
     def _is_deadlocked(self, record: OperationRecord[Any]) -> bool:
         return record.caller.callback is not None and self.waits_for_itself(record)
@@ -340,9 +360,9 @@ class Machine:
         callback have ended.
         """
         inside: dict[tuple[MirrorId, int], list[int]] = {}
-        for other in self.operations.values():
-            if other.caller.callback is not None:
-                inside.setdefault(other.caller.callback, []).append(other.id)
+        for other in self._inside.values():
+            assert other.caller.callback is not None
+            inside.setdefault(other.caller.callback, []).append(other.id)
         seen: set[int] = set()
         queue = [record]
         while queue:
@@ -441,6 +461,10 @@ class Machine:
         if file is None:
             raise NoSuchObjectError(f"there is no file {file_id}", errnos.EBADF)
         return file
+
+    def _owns(self, token: str, mirror_id: MirrorId) -> bool:
+        receiver = self.receivers.get(mirror_id)
+        return receiver is not None and receiver.owner in ("", token)
 
     def _require_owner(self, owner: str, what: object) -> None:
         if owner and owner != self._caller.token and self.current.operation_id:

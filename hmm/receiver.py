@@ -5,7 +5,8 @@ Events are numbered densely per receiver; each reaches one final state; `low_wat
 
 **Source**: our own; it stands for the certainty that a function call gives inside one kernel.
 
-**Invariants**: event sequences are dense and each has one final state; the low-water mark is monotone.
+**Invariants**: event sequences are dense and each has one final state; the low-water mark is monotone; revisions
+ascend with sequences.
 
 **Absent**: which events are heard and what they do (the subclasses), transport, deadlines.
 """
@@ -63,6 +64,8 @@ class Receiver(ABC):
 
     Attributes:
         owner: the token of whoever registered it.
+        sequence: of the last event sent.
+        revision: of the last event of this address space that was sent; pages on a device may be touched from others.
         unanswered: the events that the driver has still to answer, abandoned ones included.
         leaving: about to be released: it still hears of changes and gives up what it has, but gets nothing new.
         unsettled: the invalidations that were sent and whose effect is not applied yet; others may still have to
@@ -79,6 +82,7 @@ class Receiver(ABC):
     lost_because: str = ""
     leaving: bool = False
     sequence: int = 0
+    revision: int = 0
     low_water: int = 0
     unanswered: dict[int, SentEvent] = field(default_factory=dict)
     unsettled: dict[int, SentEvent] = field(default_factory=dict)
@@ -142,6 +146,9 @@ class Receiver(ABC):
     def send(self, event: Event, operation_id: int) -> int:
         """Number an event for this receiver.  Returns: its sequence, dense from 1."""
         self.sequence += 1
+        if event.space_id == self.space.id:
+            assert event.revision > self.revision, f"{self} hears of revision {event.revision} after {self.revision}"
+            self.revision = event.revision
         sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
         if event.etype.is_invalidation:
             self.unsettled[self.sequence] = sent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,46 @@ def test_call_waits_when_only_a_call_that_has_ended_stands_in_its_way() -> None:
     assert world.machine.blockers(waiting) == []
     world.settle()
     assert (waiting.error, queued.result) == (None, 0)
+
+
+def test_waiting_call_is_refused_when_another_call_closes_the_circle() -> None:
+    """It waited behind a call that could end; that one then comes to wait for the callback: EDEADLK to who said so."""
+    world = World(mirrors=2)
+    world.do(devices.fault, world.mirrors[1], [span(4)], write=True)
+    first = world.start(processes.munmap, world.pid, span(4).start, PAGE_SIZE)
+    deliveries = world.sent()
+    update = updating(world)
+    second = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    nested = world.start(processes.munmap, world.pid, span(8).start, PAGE_SIZE, caller=inside(update))
+    assert (second.done, nested.done) == (False, False)
+    for delivery in deliveries:
+        world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(first)
+    world.resume(second)
+    assert world.machine.blockers(second) == [update.operation_id]
+    world.resume(nested)
+    assert error_of(nested).errno == errno.EDEADLK
+    assert not world.machine.ready()
+    world.machine.answer(update.mirror_id, update.sequence)
+    world.settle()
+    assert second.result == 0
+
+
+def test_mark_counts_for_nobody_elses_callback() -> None:
+    """Who claims to be inside a callback of somebody else's mirror cannot make that driver's calls fail."""
+    world = World()
+    mine = Caller(token="mine")
+    device = world.do(devices.register_device, "mine", caller=mine)
+    mirror = world.do(devices.register_mirror, device, world.pid, caller=mine)
+    world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    (delivery,) = [delivery for delivery in world.sent() if delivery.mirror_id == mirror]
+    callback = (mirror, delivery.sequence)
+    yours = Caller(token="yours", callback=callback)
+    claimed = world.start(processes.munmap, world.pid, span(4).start, PAGE_SIZE, caller=yours)
+    assert claimed.caller.callback is None
+    assert not claimed.done
+    marked = world.start(processes.munmap, world.pid, span(8).start, PAGE_SIZE, caller=replace(mine, callback=callback))
+    assert isinstance(error_of(marked), WouldDeadlockError)
 
 
 def test_pending_shows_calls_that_may_go_on_and_have_not_yet() -> None:
