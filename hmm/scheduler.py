@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hmm.events import EventType
+from hmm.events import EventState, EventType
 from hmm.machine import Caller, Delivery, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy, MirrorState
+from hmm.operation import Await, WaitFor
 from hmm.units import MirrorId
 
 Choose = Callable[[int], int]
@@ -46,11 +47,13 @@ class Odds:
         refuse: answer with an error.
         lose: never answer; the deadline passes and the mirror's policy decides.
         repeat: answer once more.
+        inside: make a call from inside a callback, which is answered when the call has ended.
     """
 
     refuse: int = 25
     lose: int = 15
     repeat: int = 20
+    inside: int = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -117,28 +120,54 @@ class Scheduler:
         if len(self.running) < self.parallel and not self._exhausted:
             options.append(self._start)
         options += [self._resumer(record) for record in self.machine.ready()]
-        options += [self._answerer(mirror_id) for mirror_id, waiting in self.mailboxes.items() if waiting]
+        options += [self._answerer(mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
+        options += [self._expirer(record) for record in self.running if self._waits_for_owed_answers(record)]
         return options
+
+    def _answerable(self, mirror_id: MirrorId) -> list[Delivery]:
+        # A driver answers an event when the calls made from inside its callback have ended.
+        busy = [record.caller.callback for record in self.running]
+        return [one for one in self.mailboxes[mirror_id] if (one.mirror_id, one.sequence) not in busy]
+
+    def _waits_for_owed_answers(self, record: OperationRecord[Any]) -> bool:
+        request = record.request
+        if not isinstance(request, Await) or request.wait_for not in (WaitFor.LATE_ANSWERS, WaitFor.CALLBACKS):
+            return False
+        owed = self.machine.unanswered(record)
+        receivers = self.machine.receivers
+        return bool(owed) and all(
+            receivers[mirror_id].unanswered[sequence].state is EventState.ABANDONED for mirror_id, sequence in owed
+        )
 
     def _start(self) -> None:
         call = next(self.workload, None)
         if call is None:
             self._exhausted = True
             return
-        self.running.append(
-            self.machine.start(Caller(name="simulation"), call.command, *call.arguments, **call.options)
-        )
+        caller = Caller(name="simulation", callback=self._callback())
+        self.running.append(self.machine.start(caller, call.command, *call.arguments, **call.options))
+
+    def _callback(self) -> tuple[MirrorId, int] | None:
+        handled = [delivery for waiting in self.mailboxes.values() for delivery in waiting]
+        if not handled or not self._happens(self.odds.inside):
+            return None
+        delivery = handled[self.choose(len(handled))]
+        return delivery.mirror_id, delivery.sequence
 
     def _resumer(self, record: OperationRecord[Any]) -> Callable[[], None]:
         return lambda: self.machine.resume(record.id)
+
+    def _expirer(self, record: OperationRecord[Any]) -> Callable[[], None]:
+        return lambda: self.machine.expire(record.id)
 
     def _answerer(self, mirror_id: MirrorId) -> Callable[[], None]:
         return lambda: self._answer(mirror_id)
 
     def _answer(self, mirror_id: MirrorId) -> None:
         # A driver may answer its events in any order.
-        waiting = self.mailboxes[mirror_id]
-        delivery = waiting.pop(self.choose(len(waiting)))
+        waiting = self._answerable(mirror_id)
+        delivery = waiting[self.choose(len(waiting))]
+        self.mailboxes[mirror_id].remove(delivery)
         mirror = self.machine.receivers.get(mirror_id)
         if mirror is None or mirror.state is MirrorState.LOST:
             return

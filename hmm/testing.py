@@ -159,6 +159,7 @@ class Town:
 
     def calls(self, ncalls: int) -> Iterator[Call]:
         """`ncalls` calls, each made at the moment it is started, so that it fits the state of that moment."""
+        yield from self._first_calls()
         makers = [maker for maker, weight in _WEIGHTS + self.more for _ in range(weight)]
         made = 0
         while made < ncalls:
@@ -166,6 +167,20 @@ class Town:
             if call is not None:
                 made += 1
                 yield call
+
+    def _first_calls(self) -> Iterator[Call]:
+        # Somebody to talk to: without it most of a short run would be calls that find nothing.
+        yield Call(commands_process.create_process, ("simulated",))
+        (process,) = self.machine.processes
+        shared_pages = self.pages // 3
+        for npages, kind in ((self.pages, MapFlag.PRIVATE), (shared_pages, MapFlag.SHARED)):
+            flags = kind | MapFlag.FIXED | MapFlag.ANONYMOUS
+            place = (process, self.start, npages * PAGE_SIZE)
+            yield Call(commands_process.mmap, (*place, Prot.READ | Prot.WRITE, flags))
+        for dma in (False, True):
+            yield Call(commands_device.register_device, ("simulated",), {"dma": dma})
+        for device in list(self.machine.devices):
+            yield _mirror(self, device, process)
 
     def span(self, most: int = 5) -> AddressRange:
         """One to `most` pages of the window."""
@@ -307,6 +322,21 @@ def _punch(town: Town) -> Call | None:
     return None if file is None else Call(commands_file.punch_file, (file, offset, (1 + town.choose(3)) * PAGE_SIZE))
 
 
+def _exec(town: Town) -> Call | None:
+    process = town.process()
+    return None if process is None or town.choose(4) else Call(commands_process.exec_process, (process, "other"))
+
+
+def _msync(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    return None if process is None else Call(commands_process.msync, (process, span.start, span.size_bytes, 4))
+
+
+def _mlock(town: Town) -> Call | None:
+    process, span = town.process(), town.span()
+    return None if process is None else Call(commands_process.mlock, (process, span.start, span.size_bytes))
+
+
 def _register_device(town: Town) -> Call | None:
     if len(town.machine.devices) >= town.devices:
         return None
@@ -317,6 +347,10 @@ def _register_mirror(town: Town) -> Call | None:
     device, process = town.pick(town.machine.devices), town.process()
     if device is None or process is None:
         return None
+    return _mirror(town, device, process)
+
+
+def _mirror(town: Town, device: int, process: int) -> Call:
     policy = (DeadlinePolicy.FENCE, DeadlinePolicy.BLOCK, DeadlinePolicy.FAIL)[town.choose(3)]
     options = {"policy": policy, "update_on_fault": town.choose(2) == 0}
     return Call(commands_device.register_mirror, (device, process), options)
@@ -359,7 +393,8 @@ def _discard(town: Town) -> Call | None:
 
 
 _WEIGHTS: Makers = (
-    (_create, 3), (_fork, 2), (_exit, 1), (_mmap, 6), (_munmap, 3), (_mprotect, 3), (_mremap, 2), (_madvise, 3),
-    (_write, 6), (_read, 3), (_open, 1), (_truncate, 1), (_punch, 1), (_register_device, 2), (_register_mirror, 4),
-    (_unregister_mirror, 1), (_fault, 10), (_device_write, 4), (_dirty, 1), (_discard, 1),
+    (_create, 2), (_fork, 3), (_exit, 1), (_exec, 1), (_mmap, 5), (_munmap, 2), (_mprotect, 3), (_mremap, 2),
+    (_madvise, 3), (_write, 6), (_read, 3), (_open, 1), (_truncate, 1), (_punch, 1), (_msync, 1), (_mlock, 1),
+    (_register_device, 1), (_register_mirror, 4), (_unregister_mirror, 1), (_fault, 12), (_device_write, 4),
+    (_dirty, 1), (_discard, 1),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from hmm.notifier import Invalidation, Notifier, Subscriber
 from hmm.operation import Operation
 from hmm.testing import SimulationError, simulate
 
-FIRST, END = (int(bound) for bound in os.environ.get("HMMD_SEEDS", "0:300").split(":"))
+FIRST, END = (int(bound) for bound in os.environ.get("HMMD_SEEDS", "0:200").split(":"))
 BATCH = 50
 
 
