@@ -18,7 +18,7 @@ from measurement import Row, alone, compared, print_rows
 from hmm.frames import Frames, PageFlag
 from hmm.units import PAGE_SIZE, PIECE_PAGES, Pfns
 
-POOL_FRAMES = 1 << 17
+POOL_FRAMES = 4 * PIECE_PAGES
 
 
 def _each(call: Callable[[], object], npages: int, repetitions: int) -> float:
