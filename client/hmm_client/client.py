@@ -27,6 +27,7 @@ from hmm_client.results import Outcome
 from hmm_client.session import Session
 from hmm_proto.v1 import (
     device_pb2_grpc,
+    file_pb2,
     file_pb2_grpc,
     inspection_pb2_grpc,
     process_pb2,
@@ -132,6 +133,14 @@ class Client:
             NoSuchObjectError: there is none, and `create` is False (ENOENT).
         """
         return await File.open(self, name, create=create, kind=kind)
+
+    async def unlink_file(self, name: str) -> None:
+        """unlink(2): the name goes at once, the file when it is open and mapped nowhere.
+
+        Raises:
+            NoSuchObjectError: there is no file of this name (ENOENT).
+        """
+        await self.channel.request(self.files.UnlinkFile, file_pb2.UnlinkFileRequest(name=name))
 
     async def register_device(self, name: str, *, dma: bool = False) -> Device:
         """Register a device; its mirrors are served by this client's session.

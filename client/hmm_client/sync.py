@@ -254,6 +254,10 @@ class Client(_Handle[aio_client.Client]):
         """open(2)."""
         return File(self.loop.run(self.aio.open_file(name, create=create, kind=kind)), self.loop)
 
+    def unlink_file(self, name: str) -> None:
+        """unlink(2)."""
+        self.loop.run(self.aio.unlink_file(name))
+
     def register_device(self, name: str, *, dma: bool = False) -> Device:
         """Register a device; its mirrors are served by this client's session."""
         return Device(self.loop.run(self.aio.register_device(name, dma=dma)), self.loop)

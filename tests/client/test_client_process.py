@@ -216,6 +216,21 @@ async def test_files_are_read_written_and_mapped(client: hmm_client.Client, proc
     assert (await device.status()).kind is FileKind.DEVICE
 
 
+async def test_unlink_takes_the_name_when_the_file_is_still_mapped(client: hmm_client.Client, process: Process) -> None:
+    """unlink(2): the mapping keeps the bytes, the name is free for another file."""
+    name = f"unlinked {os.getpid()} {process.id}"
+    file = await client.open_file(name, create=True)
+    await file.write(0, b"kept")
+    mapped = await process.mmap(PAGE_SIZE, flags=MapFlag.SHARED, file=file)
+    await file.close()
+    await client.unlink_file(name)
+    with pytest.raises(NoSuchObjectError) as missing:
+        await client.unlink_file(name)
+    assert missing.value.errno == errnos.ENOENT
+    assert (await (await client.open_file(name, create=True)).status()).size_bytes == 0
+    assert await process.read(mapped.address, 4) == b"kept"
+
+
 async def test_place_puts_a_mapping_where_a_recording_had_it(client: hmm_client.Client) -> None:
     """Lines of a recorded maps file are placed as they are."""
     process = await client.create_process("recorded")

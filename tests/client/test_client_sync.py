@@ -51,6 +51,7 @@ file = client.open_file("of a script", create=True)
 file.write(0, b"file")
 shared = process.mmap(PAGE, flags=hmm_client.MapFlag.SHARED, file=file)
 assert process.read(shared.address, 4) == b"file"
+client.unlink_file("of a script")
 try:
     process.mmap(0)
 except HmmError as error:
