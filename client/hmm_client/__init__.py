@@ -31,6 +31,7 @@ if "grpc" not in sys.modules:
 
 if TYPE_CHECKING:
     from hmm.file import FileKind
+    from hmm.frames import RegionKind
     from hmm.madvise import Advice
     from hmm.mirror import DeadlinePolicy
     from hmm.mlock import MclFlag, MlockFlag
@@ -68,6 +69,7 @@ _HOME = {
     "MsyncFlag": "hmm.msync",
     "Process": "hmm_client.process",
     "Prot": "hmm.vma",
+    "RegionKind": "hmm.frames",
     "TableDriver": "hmm_client.driver",
     "UnavailableError": "hmm_client.channel",
     "connect": "hmm_client.client",
@@ -94,6 +96,7 @@ __all__ = [
     "MsyncFlag",
     "Process",
     "Prot",
+    "RegionKind",
     "TableDriver",
     "UnavailableError",
     "connect",

@@ -17,6 +17,7 @@ import grpc
 
 from hmm.errors import HmmError
 from hmm.file import FileKind
+from hmm.frames import RegionKind
 from hmm.units import ProcessId
 from hmm_client.calls import Call
 from hmm_client.channel import Channel, as_target, default_target, not_made_error
@@ -142,14 +143,21 @@ class Client:
         """
         await self.channel.request(self.files.UnlinkFile, file_pb2.UnlinkFileRequest(name=name))
 
-    async def register_device(self, name: str, *, dma: bool = False) -> Device:
+    async def register_device(
+        self, name: str, *, dma: bool = False, memory_pages: int = 0, kind: RegionKind = RegionKind.DEVICE_PRIVATE
+    ) -> Device:
         """Register a device; its mirrors are served by this client's session.
 
         Args:
             name: for people.
             dma: its page tables hold DMA addresses of an emulated IOMMU instead of frame numbers.
+            memory_pages: size of memory of its own.
+            kind: whether the CPU can reach that memory.
+
+        Raises:
+            OutOfFramesError: too many devices, or no frame numbers left for so much memory (ENOMEM).
         """
-        return await Device.register(self, name, dma=dma)
+        return await Device.register(self, name, dma=dma, memory_pages=memory_pages, kind=kind)
 
     async def session(self) -> Session:
         """The session of this client's drivers; a new one if there is none or the last one was lost."""

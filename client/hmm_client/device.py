@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
-from hmm.units import DeviceId
+from hmm.units import DeviceId, Pfn
 from hmm_client.driver import Driver
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
 from hmm_client.session import Session
-from hmm_proto.convert import policy_to_proto
+from hmm_proto.convert import memory_kind_to_proto, policy_to_proto
 from hmm_proto.v1 import device_pb2
 
 if TYPE_CHECKING:
@@ -28,24 +29,30 @@ class Device:
     Attributes:
         name: for people.
         dma: entries of its tables are DMA addresses.
+        frames: of its own memory, from the first to behind the last; two zeroes without memory.
     """
 
-    def __init__(self, client: Client, device_id: DeviceId, name: str, *, dma: bool = False) -> None:
+    def __init__(
+        self, client: Client, device_id: DeviceId, name: str, *, dma: bool = False, frames: tuple[Pfn, Pfn] = (0, 0)
+    ) -> None:
         self.client = client
         self.id = device_id
         self.name = name
         self.dma = dma
+        self.frames = frames
 
     def __repr__(self) -> str:
         return f"<device {self.id} {self.name!r}>"
 
     @classmethod
-    async def register(cls, client: Client, name: str, *, dma: bool) -> Device:
+    async def register(cls, client: Client, name: str, *, dma: bool, memory_pages: int, kind: RegionKind) -> Device:
         """As `Client.register_device`."""
         session = await client.session()
-        request = device_pb2.RegisterDeviceRequest(name=name, dma=dma)
+        request = device_pb2.RegisterDeviceRequest(
+            name=name, dma=dma, memory_pages=memory_pages, memory_kind=memory_kind_to_proto(kind)
+        )
         (response,) = await session.call("register_device", request)
-        return cls(client, response.device_id, name, dma=dma)
+        return cls(client, response.device_id, name, dma=dma, frames=(response.first_pfn, response.end_pfn))
 
     async def mirror(
         self,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from hmm.events import EventType, Reason
-from hmm.units import PAGE_SIZE, AddressRange, Entries
+from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
 from hmm_proto.convert import entries_from_proto, event_type_from_proto, ranges_from_proto, reason_from_proto
 from hmm_proto.v1 import event_pb2
 
@@ -160,6 +160,11 @@ class Event:
     def owner(self) -> int:
         """The device whose own migration or exclusive access this is; 0 for nobody."""
         return self._change.message.owner
+
+    @property
+    def initiator(self) -> MirrorId:
+        """The mirror that asked for it, or that put the pages where they have to come back from; 0 for none."""
+        return self._change.message.initiator
 
     @property
     def operation_id(self) -> int:

@@ -26,6 +26,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 import grpc
 
 from hmm.file import FileKind
+from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
 from hmm.units import ProcessId
 from hmm_client import client as aio_client
@@ -258,9 +259,12 @@ class Client(_Handle[aio_client.Client]):
         """unlink(2)."""
         self.loop.run(self.aio.unlink_file(name))
 
-    def register_device(self, name: str, *, dma: bool = False) -> Device:
+    def register_device(
+        self, name: str, *, dma: bool = False, memory_pages: int = 0, kind: RegionKind = RegionKind.DEVICE_PRIVATE
+    ) -> Device:
         """Register a device; its mirrors are served by this client's session."""
-        return Device(self.loop.run(self.aio.register_device(name, dma=dma)), self.loop)
+        made = self.aio.register_device(name, dma=dma, memory_pages=memory_pages, kind=kind)
+        return Device(self.loop.run(made), self.loop)
 
     def make(self, call: Call[T]) -> T:
         """Make one call of `hmm_client.calls`."""

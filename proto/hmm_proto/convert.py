@@ -19,6 +19,7 @@ import numpy as np
 from hmm.errors import InvalidRequestError, Signal
 from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
+from hmm.frames import RegionKind
 from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned, spans_of_pages
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
@@ -151,12 +152,18 @@ _FILE_KINDS = {
     FileKind.DEVICE: file_pb2.FILE_KIND_DEVICE,
 }
 
+_MEMORY_KINDS = {
+    RegionKind.DEVICE_PRIVATE: types_pb2.MEMORY_KIND_PRIVATE,
+    RegionKind.DEVICE_COHERENT: types_pb2.MEMORY_KIND_COHERENT,
+}
+
 _EVENT_TYPE_MEMBERS = _inverse(_EVENT_TYPES)
 _REASON_MEMBERS = _inverse(_REASONS)
 _EVENT_STATE_MEMBERS = _inverse(_EVENT_STATES)
 _POLICY_MEMBERS = {**_inverse(_POLICIES), 0: DeadlinePolicy.FENCE}
 _SIGNAL_MEMBERS = _inverse(_SIGNALS)
 _FILE_KIND_MEMBERS = {**_inverse(_FILE_KINDS), 0: FileKind.FILE}
+_MEMORY_KIND_MEMBERS = {**_inverse(_MEMORY_KINDS), 0: RegionKind.DEVICE_PRIVATE}
 
 
 def event_type_to_proto(etype: EventType) -> types_pb2.EventType.ValueType:
@@ -223,6 +230,16 @@ def file_kind_from_proto(number: int) -> FileKind:
     return _member(_FILE_KIND_MEMBERS, number, "file kind")
 
 
+def memory_kind_to_proto(kind: RegionKind) -> types_pb2.MemoryKind.ValueType:
+    """Who can reach the memory of a device."""
+    return _MEMORY_KINDS[kind]
+
+
+def memory_kind_from_proto(number: int) -> RegionKind:
+    """Who can reach it; 0 is DEVICE_PRIVATE.  Raises: InvalidRequestError for an unknown number (EINVAL)."""
+    return _member(_MEMORY_KIND_MEMBERS, number, "memory kind")
+
+
 # ---- events
 
 
@@ -240,6 +257,7 @@ def event_to_proto(event: Event) -> event_pb2.Event:
         ranges=ranges_to_proto(event.spans),
         entries=event.entries,
         cause=event.cause.value if event.cause else "",
+        initiator=event.initiator,
     )
 
 
@@ -264,4 +282,5 @@ def event_from_proto(message: event_pb2.Event) -> Event:
         owner=message.owner,
         blockable=not message.non_blockable,
         entries=message.entries,
+        initiator=message.initiator,
     )

@@ -56,6 +56,7 @@ class Config:
 
     # How much it holds
     frames: int = _limit(1 << 20, "frames of system memory, 4096 bytes each")
+    device_frames: int = _limit(1 << 20, "frames in the memory of all devices together")
     processes: int = _limit(4096, "processes")
     devices: int = _limit(256, "devices")
     mirrors: int = _limit(4096, "mirrors")
@@ -118,6 +119,7 @@ class Config:
         """What the core needs of it."""
         return Limits(
             frames=self.frames,
+            device_frames=self.device_frames,
             processes=self.processes,
             devices=self.devices,
             mirrors=self.mirrors,

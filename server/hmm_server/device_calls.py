@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,22 @@ _NO_ENTRIES = np.empty(0, np.uint64)
 def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
     if len(q.name) > NAME_LENGTH_MAX:
         raise convert.malformed(f"register device: the name has more than {NAME_LENGTH_MAX} characters")
-    return invoke(commands_device.register_device, q.name, dma=q.dma)
+    return invoke(
+        commands_device.register_device,
+        q.name,
+        dma=q.dma,
+        memory_pages=q.memory_pages,
+        kind=convert.memory_kind_from_proto(q.memory_kind),
+    )
+
+
+def register_device_response(machine: Machine, device_id: int) -> device_pb2.RegisterDeviceResponse:
+    """What a driver wants to know of its new device."""
+    number = machine.devices[device_id].region
+    if not number:
+        return device_pb2.RegisterDeviceResponse(device_id=device_id)
+    region = machine.frames.region(number)
+    return device_pb2.RegisterDeviceResponse(device_id=device_id, first_pfn=region.start, end_pfn=region.end)
 
 
 def _register_mirror(q: device_pb2.RegisterMirrorRequest) -> Invocation:
@@ -78,6 +93,13 @@ def fault_pages(q: device_pb2.FaultRequest) -> int:
     """How many pages a fault asks for."""
     ranges = q.ranges
     return (len(q.pages) >> 3) + ((sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT)
+
+
+DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
+    "register_device": register_device_response,
+    "register_mirror": register_mirror_response,
+}
+"""Responses that say more of a new object than its number."""
 
 
 class FaultResult(NamedTuple):

@@ -20,7 +20,7 @@ from hmm_proto import convert
 from hmm_proto.v1 import device_pb2
 from hmm_server.answers import Stream
 from hmm_server.config import Config
-from hmm_server.device_calls import CALLS, FaultResult, fault_pages, register_mirror_response
+from hmm_server.device_calls import CALLS, DESCRIBED, FaultResult, fault_pages
 from hmm_server.executor import Executor, resolve
 from hmm_server.process_calls import require_at_most
 from hmm_server.streams import Streams
@@ -103,8 +103,8 @@ class DeviceSide:
         except Exception as error:  # noqa: BLE001 - handed on: whoever asked decides what becomes of it
             then(error)
         else:
-            if name == "register_mirror":
-                response = register_mirror_response(self.executor.machine, record.result)
+            if name in DESCRIBED:
+                response = DESCRIBED[name](self.executor.machine, record.result)
             elif name == "fault" and request.omit_entries:
                 response = response._replace(entries=response.entries[:0])
             then(response)

@@ -11,6 +11,7 @@ import pytest
 from hmm.errors import InvalidRequestError, Signal
 from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
+from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
 from hmm.units import TASK_SIZE, AddressRange
 from hmm_proto import convert
@@ -78,6 +79,8 @@ def test_enums_return_equal_member_when_decoded() -> None:
         assert convert.policy_from_proto(convert.policy_to_proto(policy)) is policy
     for kind in FileKind:
         assert convert.file_kind_from_proto(convert.file_kind_to_proto(kind)) is kind
+    for memory in (RegionKind.DEVICE_PRIVATE, RegionKind.DEVICE_COHERENT):
+        assert convert.memory_kind_from_proto(convert.memory_kind_to_proto(memory)) is memory
     for signal in Signal:
         assert convert.signal_from_proto(convert.signal_to_proto(signal, 0x1000)) == (signal, 0x1000)
     assert convert.signal_from_proto(convert.signal_to_proto(None, None)) is None
@@ -91,6 +94,7 @@ def test_enums_return_equal_member_when_decoded() -> None:
         convert.event_state_from_proto,
         convert.policy_from_proto,
         convert.file_kind_from_proto,
+        convert.memory_kind_from_proto,
     ],
 )
 def test_enums_are_malformed_when_number_is_unknown(decode: Callable[[int], object]) -> None:
@@ -100,9 +104,10 @@ def test_enums_are_malformed_when_number_is_unknown(decode: Callable[[int], obje
 
 
 def test_zero_stands_for_the_default() -> None:
-    """A client that sets neither policy nor kind gets FENCE and a regular file."""
+    """A client that sets neither policy nor kind gets FENCE, a regular file and private memory."""
     assert convert.policy_from_proto(0) is DeadlinePolicy.FENCE
     assert convert.file_kind_from_proto(0) is FileKind.FILE
+    assert convert.memory_kind_from_proto(0) is RegionKind.DEVICE_PRIVATE
 
 
 @pytest.mark.parametrize("cause", [None, *Cause])

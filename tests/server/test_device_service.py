@@ -137,6 +137,19 @@ async def test_dma_addresses_reach_memory_until_mapping_fails(watched: Any) -> N
     assert read.data == b"dma"
 
 
+async def test_register_device_tells_its_frames(watched: Any) -> None:
+    """Frames of devices are apart from those of the system and of other devices; without memory there are none."""
+    served, *_ = watched
+    first, second = [
+        await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name=name, memory_pages=8))
+        for name in ("first", "second")
+    ]
+    assert first.end_pfn - first.first_pfn == second.end_pfn - second.first_pfn == 8
+    assert served.daemon.machine.frames.regions[0].end <= first.first_pfn < first.end_pfn <= second.first_pfn
+    without = await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="without"))
+    assert (without.first_pfn, without.end_pfn) == (0, 0)
+
+
 async def test_register_mirror_tells_policy_and_space(watched: Any) -> None:
     """The reply tells what the daemon made of the request; FENCE is the default policy."""
     served, _, epoch, _, _ = watched
