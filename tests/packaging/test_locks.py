@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -66,3 +67,12 @@ def test_lock_hashes_every_pin(lock: str) -> None:
     entries = re.split(r"^(?=[\w.-]+==)", (ROOT / lock).read_text(), flags=re.MULTILINE)[1:]
     assert entries
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_javascript_lock_names_no_registry_and_hashes_every_package() -> None:
+    """The driver in JavaScript is installed from wherever the machine's npm is set up to look."""
+    lock = json.loads((ROOT / "tests" / "system" / "javascript" / "package-lock.json").read_text())
+    packages = [package for name, package in lock["packages"].items() if name]
+    assert packages
+    assert not any("resolved" in package for package in packages)
+    assert all(package["integrity"].startswith("sha512-") for package in packages)
