@@ -27,6 +27,7 @@ from hmm import mlock as locking
 from hmm import mprotect as protecting
 from hmm import mremap as remapping
 from hmm import msync as syncing
+from hmm import pagemap as page_map
 from hmm import pin as pinning
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.commands_file import new_shared_memory
@@ -37,9 +38,11 @@ from hmm.file import File
 from hmm.machine import Machine, Process
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Deliver, Operation, immediate
-from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, ProcessId, is_page_aligned
+from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, Entries, ProcessId, is_page_aligned
 from hmm.unmapped_area import MapFlag, place
 from hmm.vma import Prot
+
+FAULT_AROUND_MAX = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +62,31 @@ class Mapped:
 
 
 @immediate
-def create_process(machine: Machine, name: str = "", *, mmap_base: Address = 0, brk_start: Address = 0) -> ProcessId:
+def create_process(
+    machine: Machine,
+    name: str = "",
+    *,
+    mmap_base: Address = 0,
+    brk_start: Address = 0,
+    fault_around_pages: int = 1,
+) -> ProcessId:
     """A process with an empty address space, as right after execve() before anything is mapped.
 
     Args:
         mmap_base: mappings are placed downwards from here; 0 for the kernel's default without randomisation.
         brk_start: the initial program break; 0 for no heap.
+        fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
 
     Raises:
-        InvalidRequestError: an address that is unaligned or beyond the address space (EINVAL).
+        InvalidRequestError: an address that is unaligned or beyond the address space, or another number of pages
+            (EINVAL).
         OutOfFramesError: too many processes (ENOMEM).
     """
     machine.require_room("processes", len(machine.processes), machine.limits.processes)
+    if not 1 <= fault_around_pages <= FAULT_AROUND_MAX or fault_around_pages & (fault_around_pages - 1):
+        raise InvalidRequestError(f"create process: {fault_around_pages} pages around a fault are no power of two")
     space = _empty_space(machine, mmap_base, brk_start)
+    space.fault_around_pages = fault_around_pages
     process = Process(machine.next_id("process"), name, machine.caller.token, space)
     machine.processes[process.id] = process
     return process.id
@@ -300,6 +315,12 @@ def munlockall(machine: Machine, process_id: ProcessId) -> Operation[int]:
 def mincore(machine: Machine, process_id: ProcessId, start: Address, length: int) -> Operation[npt.NDArray[np.uint8]]:
     """mincore(2), as `mincore.mincore`: uint8[npages], 1 where a touch would not fault for I/O."""
     return (yield from residence.mincore(machine.process(process_id).space, start, length))
+
+
+@immediate
+def pagemap(machine: Machine, process_id: ProcessId, span: AddressRange) -> Entries:
+    """/proc/PID/pagemap, as `pagemap.pagemap`: uint64[npages]."""
+    return page_map.pagemap(machine.process(process_id).space, span)
 
 
 # ---- what the CPUs of a process do

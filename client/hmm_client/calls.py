@@ -22,10 +22,10 @@ from google.protobuf.message import Message
 
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
-from hmm_client.results import Accessed, Born, Completed, Mapped, ProgramBreak, Residency
-from hmm_proto.convert import signal_from_proto
+from hmm_client.results import Accessed, Born, Completed, Mapped, PageMap, ProgramBreak, Residency
+from hmm_proto.convert import entries_from_proto, signal_from_proto
 from hmm_proto.status import from_call_result
-from hmm_proto.v1 import process_pb2, types_pb2
+from hmm_proto.v1 import process_pb2, range_pb2, types_pb2
 
 T = TypeVar("T")
 READ_WRITE = Prot.READ | Prot.WRITE
@@ -160,6 +160,12 @@ def mincore(process_id: int, address: int, length: int) -> Call[Residency]:
     """mincore(address, length)."""
     request = process_pb2.MincoreRequest(process_id=process_id, address=address, length=length)
     return Call("mincore", request, lambda r: Residency(*_completed(r), r.residency))
+
+
+def pagemap(process_id: int, start: int, end: int) -> Call[PageMap]:
+    """A part of /proc/PID/pagemap; both ends page-aligned, at most 131,072 pages."""
+    request = process_pb2.PagemapRequest(process_id=process_id, range=range_pb2.AddressRange(start=start, end=end))
+    return Call("pagemap", request, lambda r: PageMap(*_completed(r), entries_from_proto(r.entries)))
 
 
 def place(

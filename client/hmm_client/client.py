@@ -107,15 +107,20 @@ class Client:
 
     # ---- objects
 
-    async def create_process(self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0) -> Process:
+    async def create_process(
+        self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0, fault_around_pages: int = 1
+    ) -> Process:
         """A process with an empty address space.
 
         Args:
             name: for people.
             mmap_base: mappings are placed downwards from here; 0: the kernel's default.
             brk_start: initial program break; 0: no heap.
+            fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
         """
-        request = process_pb2.CreateProcessRequest(name=name, mmap_base=mmap_base, brk_start=brk_start)
+        request = process_pb2.CreateProcessRequest(
+            name=name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages
+        )
         response: process_pb2.CreateProcessResponse = await self.channel.request(self.processes.CreateProcess, request)
         return Process(self, response.process_id)
 

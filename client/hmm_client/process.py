@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hmm.units import ProcessId
+from hmm.units import PAGE_SHIFT, AddressRange, Entries, ProcessId
 from hmm_client import calls
 from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
 from hmm_client.results import Accessed, Completed, Mapped, Maps, MapsLine, ProgramBreak
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PART_BYTES = 1 << 20
 """Reads and writes of more than this travel in parts."""
+PAGEMAP_BYTES = PART_BYTES >> 3 << PAGE_SHIFT
+"""How much memory one part of a page map describes."""
 
 
 class OpenFile(Protocol):
@@ -116,6 +118,14 @@ class Process:
         """mincore(2): bool[npages], which pages are in memory."""
         residency = await self._make(calls.mincore(self.id, address, length))
         return (np.frombuffer(residency.pages, np.uint8) & 1).astype(np.bool_)
+
+    async def pagemap(self, span: AddressRange) -> Entries:
+        """/proc/PID/pagemap: uint64[npages], with the bits of `hmm.pagemap`; any number of pages, in parts."""
+        spans = [
+            AddressRange(at, min(at + PAGEMAP_BYTES, span.end)) for at in range(span.start, span.end, PAGEMAP_BYTES)
+        ]
+        parts = [(await self._make(calls.pagemap(self.id, part.start, part.end))).entries for part in spans]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
     async def place(
         self, start: int, end: int, prot: int, flags: int, *, file: OpenFile | None = None, offset: int = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hmm.errors import HmmError, SegmentationFault, Signal
 from hmm.file import FileKind
-from hmm.units import PAGE_SIZE, Address, AddressRange, MirrorId, page_up
+from hmm.units import PAGE_SIZE, Address, AddressRange, Entries, MirrorId, page_up
 from hmm_client.channel import DaemonError
 
 
@@ -64,6 +64,13 @@ class Residency(Completed):
     """What mincore() says: one byte for each page, bit 0 for *in memory*."""
 
     pages: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageMap(Completed):
+    """What /proc/PID/pagemap says: uint64[npages], read-only; the bits are those of `hmm.pagemap`."""
+
+    entries: Entries
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class Process(_Handle[aio_process.Process]):
     mlockall = blocking(aio_process.Process.mlockall)
     munlockall = blocking(aio_process.Process.munlockall)
     mincore = blocking(aio_process.Process.mincore)
+    pagemap = blocking(aio_process.Process.pagemap)
     place = blocking(aio_process.Process.place)
     maps = blocking(aio_process.Process.maps)
     read = blocking(aio_process.Process.read)
@@ -242,9 +243,13 @@ class Client(_Handle[aio_client.Client]):
         assert self.aio.executor is not None
         self.aio.executor.shutdown()
 
-    def create_process(self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0) -> Process:
+    def create_process(
+        self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0, fault_around_pages: int = 1
+    ) -> Process:
         """A process with an empty address space."""
-        made = self.aio.create_process(name, mmap_base=mmap_base, brk_start=brk_start)
+        made = self.aio.create_process(
+            name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages
+        )
         return Process(self.loop.run(made), self.loop)
 
     def process(self, process_id: ProcessId) -> Process:

@@ -21,6 +21,7 @@ from hmm_server.calls import Call, Invocation, invoke
 DATA_BYTES_MAX = 1 << 20
 """Bytes that one unary call reads or writes."""
 MINCORE_PAGES_MAX = 1 << 22
+PAGEMAP_PAGES_MAX = DATA_BYTES_MAX >> 3
 ACCESS_PAGES_MAX = 1 << 20
 
 Result = types_pb2.CallResult
@@ -65,6 +66,12 @@ def _exec(q: process_pb2.ExecRequest) -> Invocation:
 def _mincore(q: process_pb2.MincoreRequest) -> Invocation:
     require_at_most("mincore: pages", q.length >> PAGE_SHIFT, MINCORE_PAGES_MAX)
     return invoke(commands_process.mincore, q.process_id, q.address, q.length)
+
+
+def _pagemap(q: process_pb2.PagemapRequest) -> Invocation:
+    span = convert.range_from_proto(q.range)
+    require_at_most("pagemap: pages", span.npages, PAGEMAP_PAGES_MAX)
+    return invoke(commands_process.pagemap, q.process_id, span)
 
 
 def _read_memory(q: process_pb2.ReadMemoryRequest) -> Invocation:
@@ -166,6 +173,12 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         _mincore,
         lambda value, result: process_pb2.MincoreResponse(
             result=result, residency=b"" if value is None else value.tobytes()
+        ),
+    ),
+    "pagemap": Call(
+        _pagemap,
+        lambda value, result: process_pb2.PagemapResponse(
+            result=result, entries=b"" if value is None else convert.entries_to_proto(value)
         ),
     ),
     "place": Call(_place, lambda _, result: process_pb2.PlaceResponse(result=result)),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hmm_client
+from hmm import pagemap
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
@@ -22,7 +23,7 @@ from hmm.errors import (
 )
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, FileKind, MapFlag, MremapFlag, MsyncFlag, Process, Prot, calls
-from hmm_client.results import Mapped
+from hmm_client.results import Mapped, PageMap
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -250,3 +251,22 @@ async def test_objects_are_refused_when_they_belong_to_another_token(shared_daem
         with pytest.raises(AccessDeniedError) as denied:
             await theirs.process(process.id).mmap(PAGE_SIZE)
         assert (denied.value.errno, denied.value.reason) == (errnos.EPERM, "NOT_OWNER")
+
+
+async def test_pagemap_shows_what_backs_each_page(client: hmm_client.Client, process: Process) -> None:
+    """/proc/PID/pagemap: in any number of parts, and in a batch like every other call."""
+    mapped = await process.mmap(600 << 20)
+    far = mapped.span.end - PAGE_SIZE
+    await process.write(far, b"x")
+    words = await process.pagemap(mapped.span)
+    assert words.size == mapped.span.npages
+    assert np.flatnonzero(words).tolist() == [words.size - 1]
+    (outcome,) = await client.execute([calls.pagemap(process.id, far, far + PAGE_SIZE)])
+    assert isinstance(outcome.value, PageMap)
+    assert int(outcome.value.entries[0]) & (pagemap.PRESENT | pagemap.FILE) == pagemap.PRESENT
+
+
+async def test_process_is_refused_when_fault_around_is_no_power_of_two(client: hmm_client.Client) -> None:
+    """fault_around_bytes is rounded down to a power of two by the kernel; here it has to be one."""
+    with pytest.raises(InvalidRequestError):
+        await client.create_process("around", fault_around_pages=3)

@@ -17,7 +17,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
 from hmm_client import calls, sync
 from hmm_client.calls import Call
 from hmm_client.results import Accessed
-from hmm_client.verification.subject import Access, Region
+from hmm_client.verification.subject import Access, Region, digits
 
 T = TypeVar("T")
 _RUNS = itertools.count(1)
@@ -54,9 +54,9 @@ class OverWire:
     def _make(self, call: Call[T]) -> T:
         return self._client.make(call)
 
-    def create_process(self, fault_around_pages: int) -> ProcessId:  # noqa: ARG002 - programs cannot tell
+    def create_process(self, fault_around_pages: int) -> ProcessId:
         """As `Subject`."""
-        process_id = self._client.create_process("trace").id
+        process_id = self._client.create_process("trace", fault_around_pages=fault_around_pages).id
         self._processes.add(process_id)
         return process_id
 
@@ -142,6 +142,6 @@ class OverWire:
         lines = self._client.process(process_id).maps().lines
         return [Region(line.start, line.end, line.permissions, line.offset, line.file_id) for line in lines]
 
-    def pagemap(self, process_id: ProcessId, span: AddressRange) -> None:  # noqa: ARG002 - the interface
+    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes:
         """As `Subject`."""
-        return
+        return digits(self._client.process(process_id).pagemap(span))

@@ -12,27 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from hmm import commands_file, commands_process, cpu_pte
+from hmm import commands_file, commands_process, pagemap
 from hmm.address_space import AddressSpace
 from hmm.errors import Signal
-from hmm.frames import Frames, PageFlag
 from hmm.local import Local
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
 from hmm.vma import VmFlag
 from hmm_client.drivers.dmirror import Hmm
 from hmm_client.drivers.in_process import InProcessHmm
 
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
-
-PAGEMAP_PRESENT = 0x1
-PAGEMAP_SWAP = 0x2
-PAGEMAP_FILE = 0x4
-PAGEMAP_EXCLUSIVE = 0x8
+_DIGITS = {0x1: pagemap.PRESENT, 0x2: pagemap.SWAP, 0x4: pagemap.FILE, 0x8: pagemap.MMAP_EXCLUSIVE}
 
 
 class Access(Protocol):
@@ -182,9 +175,7 @@ class InProcess:
 
     def create_process(self, fault_around_pages: int) -> ProcessId:
         """As `Subject`."""
-        process_id = self._local.call(commands_process.create_process, "trace")
-        self._space(process_id).fault_around_pages = fault_around_pages
-        return process_id
+        return self._local.call(commands_process.create_process, "trace", fault_around_pages=fault_around_pages)
 
     def fork(self, process_id: ProcessId) -> ProcessId:
         """As `Subject`."""
@@ -265,8 +256,7 @@ class InProcess:
 
     def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes:
         """As `Subject`."""
-        space = self._space(process_id)
-        return _digits(space.table.read(span.start, span.end), space.frames).tobytes()
+        return digits(self._local.call(commands_process.pagemap, process_id, span))
 
     def _space(self, process_id: ProcessId) -> AddressSpace:
         return self._local.machine.process(process_id).space
@@ -293,19 +283,12 @@ class InProcessDevices:
         self._local.call(commands_process.unpin, number)
 
 
-def _digits(entries: Entries, frames: Frames) -> _Bytes:
-    """As fs/proc/task_mmu.c, pte_to_pagemap_entry()."""
-    held = cpu_pte.holds_frame(entries)
-    pfns = cpu_pte.cpu_pfn(entries[held])
-    of_file, alone = np.zeros(entries.size, np.bool_), np.zeros(entries.size, np.bool_)
-    of_file[held] = ~frames.test_flags(pfns, PageFlag.ANON)
-    alone[held] = frames.mapcount[pfns] == 1
-    alone &= cpu_pte.is_present(entries)
-    away = cpu_pte.is_device_private(entries) | cpu_pte.is_device_exclusive(entries)
-    digits = cpu_pte.is_present(entries).astype(np.uint8)
-    for bit, mask in ((PAGEMAP_SWAP, away), (PAGEMAP_FILE, of_file), (PAGEMAP_EXCLUSIVE, alone)):
-        digits[mask] |= np.uint8(bit)
-    return digits
+def digits(words: Entries) -> bytes:
+    """A page map as traces write it: a digit per page, from the words of /proc/PID/pagemap."""
+    shown = np.zeros(words.size, np.uint8)
+    for digit, bit in _DIGITS.items():
+        shown |= np.where(words & np.uint64(bit), np.uint8(digit), np.uint8(0))
+    return shown.tobytes()
 
 
 def _pages(address: Address, npages: int) -> tuple[AddressRange, int]:

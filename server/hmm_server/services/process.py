@@ -58,6 +58,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
             request.name,
             mmap_base=request.mmap_base,
             brk_start=request.brk_start,
+            fault_around_pages=request.fault_around_pages or 1,
         )
         return process_pb2.CreateProcessResponse(process_id=record.result)
 
@@ -144,6 +145,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     Mlockall = _rpc("mlockall")
     Munlockall = _rpc("munlockall")
     Mincore = _rpc("mincore")
+    Pagemap = _rpc("pagemap")
     Place = _rpc("place")
     ReadMemory = _rpc("read_memory")
     WriteMemory = _rpc("write_memory")
@@ -153,7 +155,10 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
 
 def _bytes_read(request: process_pb2.ExecuteRequest) -> int:
     return sum(
-        call.read_memory.length + call.access_pages.page_count + (call.mincore.length >> PAGE_SHIFT)
+        call.read_memory.length
+        + call.access_pages.page_count
+        + (call.mincore.length >> PAGE_SHIFT)
+        + ((call.pagemap.range.end - call.pagemap.range.start) >> PAGE_SHIFT << 3)
         for call in request.calls
     )
 
