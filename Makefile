@@ -117,8 +117,9 @@ lock: install-dev ## Resolve the three lock files anew
 		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
 
 SEEDS ?= 0:10000
-simulate: install-dev ## Run ten thousand seeded interleavings; SEEDS=FIRST:END selects
-	HMMD_SEEDS=$(SEEDS) $(BIN)/python $(PYTEST) --timeout 0 tests/simulation
+TOWNS ?=
+simulate: install-dev ## Run ten thousand seeded interleavings on all CPUs; SEEDS=FIRST:END and TOWNS select
+	$(BIN)/python tests/simulation $(SEEDS) $(TOWNS)
 
 clean: ## Remove what the tools above left, the environment included
 	rm -rf $(VENV) .build build dist .coverage coverage.json .hypothesis .*_cache

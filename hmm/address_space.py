@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
+from hmm.checked import Checked
 from hmm.errors import TimedOutError, WouldDeadlockError
 from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
@@ -170,15 +171,22 @@ class AddressSpace:
             self.brk_end = brk_end
             raise
 
-    def check(self) -> None:
+    def check(self, checked: Checked) -> None:
         """Assert the invariants of this address space: tables, and that entries lie in VMAs.
 
         While a range is being unmapped its VMAs are gone already and its entries are still there.
         """
-        self.vmas.check()
-        self.table.check()
-        leaving = [span for running in self.notifier.invalidations for span in running.spans]
-        for run in self.table.walk(0, TASK_SIZE):
-            for address in (run.start + np.flatnonzero(run.entries) * PAGE_SIZE).tolist():
-                if self.vmas.find(address) is None:
-                    assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"
+        table, vmas = checked.number(self.table), checked.number(self.vmas)
+        if checked.is_new(self.table, table):
+            self.table.check()
+        if checked.is_new(self.vmas, vmas):
+            self.vmas.check()
+        leaving = tuple(span for running in self.notifier.invalidations for span in running.spans)
+        if checked.is_new(self, table, vmas, leaving):
+            self._check_entries(leaving)
+
+    def _check_entries(self, leaving: tuple[AddressRange, ...]) -> None:
+        addresses, _ = self.table.valid(0, TASK_SIZE)
+        for address in addresses.tolist():
+            if self.vmas.find(address) is None:
+                assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"

@@ -290,6 +290,13 @@ class DirectoryArena:
 
     # -- checking
 
+    def image(self) -> tuple[bytes | int, ...]:
+        """Everything that `check()` looks at, as a value.  Cost: O(directories), a copy."""
+        used = max(self._top, self._peak)
+        columns = (self.rows[:used], self.counts[:used], self._parents[:used], self._free[: self._nfree])
+        holders = tuple(number for pair in self.held.items() for number in pair)
+        return *(column.tobytes() for column in columns), self._top, self._reserved, *holders
+
     def check(self, in_use: npt.NDArray[np.bool_]) -> None:
         """Assert the invariants of this module.
 

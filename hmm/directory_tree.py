@@ -345,11 +345,12 @@ class DirectoryTree:
         for level in range(self.geometry.levels):
             assert not in_use[rows].any(), "a directory is linked twice"
             in_use[rows] = True
-            used = np.count_nonzero(self.rows[rows], axis=1)
-            assert (used == self.counts[rows]).all(), (level, used, self.counts[rows])
-            assert (may_be_empty[rows] | (used > 0)).all(), "an empty directory is linked"
             if level < self.geometry.llevel:
                 rows = self._checked_children(rows)
+        rows = in_use.nonzero()[0]
+        used = np.count_nonzero(self.rows[rows], axis=1)
+        assert (used == self.counts[rows]).all(), (rows, used, self.counts[rows])
+        assert (may_be_empty[rows] | (used > 0)).all(), "an empty directory is linked"
         self._check_end()
         arena.check(in_use)
 

@@ -99,11 +99,17 @@ class FrameAllocator:
         self.system = Region(SYSTEM_REGION, 0, system_frames, 0, RegionKind.SYSTEM, first, first)
         self._regions = {SYSTEM_REGION: self.system}
         self._next_number = SYSTEM_REGION + 1
+        self._removed_top: Pfn = 0  # of regions that are gone
 
     @property
     def regions(self) -> list[Region]:
         """All regions, in the order they were added."""
         return list(self._regions.values())
+
+    @property
+    def used_end(self) -> Pfn:
+        """The frame numbers from here on were never used."""
+        return max(self._removed_top, *(region.top for region in self._regions.values()))
 
     def region(self, number: int) -> Region:
         """The region of that number.
@@ -149,6 +155,7 @@ class FrameAllocator:
         if region.used:
             raise ConflictError(f"remove {region}: {region.used} frames are in use", errnos.EBUSY)
         del self._regions[number]
+        self._removed_top = max(self._removed_top, region.top)
         return region
 
     def take(self, count: int, number: int) -> tuple[Pfns, slice | None, int]:

@@ -130,6 +130,11 @@ class Frames(FrameContents):
         """All regions, in the order they were added; the first is system memory."""
         return self._allocator.regions
 
+    @property
+    def used_end(self) -> Pfn:
+        """The frame numbers from here on were never used."""
+        return self._allocator.used_end
+
     def region(self, number: int) -> Region:
         """The region of that number.
 

@@ -304,6 +304,11 @@ class IntervalMap(Generic[T]):
             return self._chunks[number].items[index - 1].end
         return self._chunks[number - 1].items[-1].end if number else 0
 
+    def image(self) -> object:
+        """All of the map's state, as a value (`checked.HasImage`).  Cost: O(n), a copy."""
+        chunks = ((*chunk.starts, *chunk.items, *chunk.holes, chunk.largest) for chunk in self._chunks)
+        return self._count, *self._firsts, *chunks
+
     def check(self) -> None:
         """Assert all invariants of the structure.
 

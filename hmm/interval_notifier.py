@@ -27,6 +27,7 @@ from __future__ import annotations
 import errno as errnos
 from dataclasses import dataclass, field
 
+from hmm.checked import Checked
 from hmm.errors import InvalidRequestError, NoSuchObjectError
 from hmm.events import Event, EventState, Outcome
 from hmm.operation import Await, Operation, WaitFor
@@ -166,9 +167,9 @@ class IntervalMirror(Receiver):
             self.counters[f"refused_{event.etype.name.lower()}"] += 1
         return True
 
-    def check(self) -> None:
+    def check(self, checked: Checked) -> None:
         """Assert the invariants of the subscriptions."""
-        Receiver.check(self)
+        Receiver.check(self, checked)
         for notifier in self.notifiers.values():
             assert notifier.sequence & 1, f"{self}: an even sequence"
             assert notifier.sequence <= self.space.notifier.sequence, f"{self}: a sequence of the future"

@@ -103,6 +103,11 @@ class Domain:
         """uint64[n]: the mirror address behind each iova; 0 where nothing is mapped."""
         return self.origins.lookup(iovas) & ~_IN_USE
 
+    @property
+    def tables(self) -> tuple[PageTable, PageTable]:
+        """All that this domain knows."""
+        return self.frames, self.origins
+
     def check(self) -> None:
         """Assert the invariants of this domain."""
         self.frames.check()

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmm import cpu_pte, pte
+from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
 from hmm.events import Event, EventState, EventType, Outcome
 from hmm.frames import ZERO_PFN, PageFlag
@@ -152,10 +153,18 @@ class Mirror(Receiver):
         if mapped.size:
             domain.unmap(pte.pte_dma_addr(mapped))
 
-    def check(self) -> None:
+    def check(self, checked: Checked) -> None:
         """Assert the invariants of this mirror against the CPU's table."""
-        Receiver.check(self)
-        self.table.check()
+        Receiver.check(self, checked)
+        own = [checked.number(table) for table in (self.table, *(self.domain.tables if self.domain else ()))]
+        if checked.is_new(self.table, *own):
+            self.table.check()
+            if self.domain:
+                self.domain.check()
+        if checked.is_new(self, self.state, checked.number(self.space.table), *own):
+            self._check_entries()
+
+    def _check_entries(self) -> None:
         addresses, entries = self.table.valid(0, TASK_SIZE)
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
@@ -167,7 +176,6 @@ class Mirror(Receiver):
         dirty = pte.pte_test_dirty(entries)
         assert writes[dirty].all(), f"{self} has dirty entries that do not permit writing"
         if self.domain:
-            self.domain.check()
             mapped = pte.pte_test_valid_dma(entries)
             assert int(mapped.sum()) == self.domain.frames.count, f"{self} leaks DMA mappings"
 

@@ -565,6 +565,10 @@ class PageTable:
             memory_bytes=self.memory_bytes,
         )
 
+    def image(self) -> object:
+        """All of the table's state, as a value (`checked.HasImage`).  Cost: O(directories), a copy."""
+        return self._tree.arena.image()
+
     def check(self) -> None:
         """Assert all invariants. Cost: O(directories)."""
         self._tree.check()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from hmm.address_space import AddressSpace
+from hmm.checked import Checked
 from hmm.device import Device
 from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.events import Event, EventState, EventType, Outcome
@@ -207,6 +208,6 @@ class Receiver(ABC):
         self.counters["undocumented_errors"] += 1
         return errnos.EIO
 
-    def check(self) -> None:
+    def check(self, _: Checked) -> None:
         """Assert the invariants of the numbering."""
         assert self.low_water == min(self.unanswered, default=self.sequence + 1) - 1

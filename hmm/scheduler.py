@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hmm.checked import Checked
 from hmm.events import EventState, EventType
 from hmm.machine import Caller, Delivery, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy, MirrorState
@@ -79,6 +80,7 @@ class Scheduler:
     steps: int = 0
     mailboxes: dict[MirrorId, list[Delivery]] = field(default_factory=dict)
     running: list[OperationRecord[Any]] = field(default_factory=list)
+    checked: Checked = field(default_factory=Checked)
     _exhausted: bool = False
 
     def run(self, limit: int = 100_000) -> None:
@@ -102,7 +104,7 @@ class Scheduler:
         options[self.choose(len(options))]()
         self.steps += 1
         self._collect()
-        self.machine.check()
+        self.machine.check(self.checked)
         self.checking()
         return True
 

@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Limits
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
-from hmm.scheduler import Call
-from hmm.testing import Makers, Town
+from hmm.scheduler import Call, Scheduler
+from hmm.testing import Makers, Town, simulate
 from hmm.units import DeviceId, MirrorId
 
-__all__ = ["DEVICE_CALLS", "SMALL_WITH_DEVICES"]
+__all__ = ["DEVICE_CALLS", "SMALL_WITH_DEVICES", "TOWNS", "simulate_devices"]
 
 SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directories=1 << 10)
 """As `testing.SMALL`, with frame numbers for a few small devices."""
@@ -129,3 +131,12 @@ DEVICE_CALLS: Makers = (
     (_range_fault, 6), (_to_device, 10), (_to_system, 3), (_evict, 1), (_exclusive, 4), (_pin, 2), (_unpin, 2),
 )  # fmt: skip
 """What makes calls of devices, and how often."""
+
+
+def simulate_devices(seed: int) -> Scheduler:
+    """As `testing.simulate`, with devices that have memory."""
+    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS)
+
+
+TOWNS: Mapping[str, Callable[[int], Scheduler]] = {"mirrors": simulate, "devices": simulate_devices}
+"""What a seed can be run in: by name, all workloads there are."""

@@ -1,11 +1,6 @@
-"""Seeded interleavings with devices that have memory: migration, eviction, exclusive access, pins, read sections.
-
-`HMMD_SEEDS=FIRST:END` chooses the seeds.
-"""
+"""Seeded interleavings with devices that have memory: migration, eviction, exclusive access, pins, read sections."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 
@@ -13,30 +8,25 @@ from hmm import device_pages
 from hmm.interval_notifier import IntervalMirror
 from hmm.mirror import MirrorState
 from hmm.receiver import Receiver
-from hmm.testing import SimulationError, simulate
-from hmm.testing_devices import DEVICE_CALLS, SMALL_WITH_DEVICES
+from hmm.testing import SimulationError
+from hmm.testing_devices import simulate_devices
 
-FIRST, END = (int(bound) for bound in os.environ.get("HMMD_SEEDS", "0:40").split(":"))
-BATCH = 20
-
-
-def run(seed: int) -> None:
-    """One seeded run with devices."""
-    simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS)
+SEEDS, BATCH = 100, 25
 
 
-@pytest.mark.parametrize("first", range(FIRST, END, BATCH))
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
 def test_simulate_holds_every_invariant_when_pages_are_on_devices(first: int) -> None:
     """No interleaving loses a page, leaves a migration entry that counts, or waits for ever; replay agrees."""
-    for seed in range(first, min(first + BATCH, END)):
-        run(seed)
+    for seed in range(first, first + BATCH):
+        simulate_devices(seed)
 
 
 def found(seeds: range) -> str:
     """What the first failing seed says; empty when none fails."""
     for seed in seeds:
         try:
-            run(seed)
+            simulate_devices(seed)
         except SimulationError as error:
             return str(error)
     return ""
