@@ -1,9 +1,9 @@
 """Commands of today's interface: what a driver of a current kernel calls.
 
     interval notifiers   attach detach insert_notifier remove_notifier read_begin read_retry
-    looking and faulting find_vma range_fault
+    looking and faulting find_vma range_fault range_fault_unlocked
     moving               migrate_to_device migrate_to_system evict_device
-    exclusive access     make_exclusive
+    exclusive access     make_exclusive give_back_exclusive
     the device itself    read_frames write_frames
 
 A driver attaches a device to a process once and gets one numbered stream of events for it; it inserts as many
@@ -19,13 +19,20 @@ interval notifiers there as it likes.
 from __future__ import annotations
 
 import errno as errnos
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hmm import device_pages, exclusive, frame_access
 from hmm.device import Device
-from hmm.errors import InvalidRequestError, NoSuchObjectError
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    RangeBusyError,
+)
 from hmm.frames import Region
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
@@ -46,6 +53,32 @@ class VmaView:
     end: Address
     readable: bool
     writable: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RangeFaulted:
+    """What a range fault left in the words of a range.
+
+    Attributes:
+        words: uint64[npages]; behind the failing address they are what they were.
+        error: why it failed: a BadAddressError, AccessDeniedError or RangeBusyError.
+        notifier_seq: the sequence of the subscription that the words hold for.
+        event_sequence: the last event sent to the mirror before the words were read: a later one that overlaps makes
+            them stale.
+        retries: how often the fault started over because the range was invalidated.
+    """
+
+    words: Entries
+    error: HmmError | None
+    notifier_seq: int
+    event_sequence: int
+    retries: int = 0
+
+    def require(self) -> Entries:
+        """The words; raises the error if there is one."""
+        if self.error is not None:
+            raise self.error
+        return self.words
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +116,16 @@ def attach(
 
 
 def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
-    """Remove all interval notifiers of a mirror, and the mirror; running callbacks end first.
+    """Remove all interval notifiers of a mirror, and the mirror, lost or not; running callbacks end first.
 
     Pages that it put on its device stay there.
 
     Raises:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
     """
-    mirror = _mirror(machine, mirror_id)
+    mirror = machine.receiver(mirror_id)
+    if not isinstance(mirror, IntervalMirror):
+        raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
     for number in list(mirror.notifiers):
         yield from mirror.remove(number)
     while mirror.unanswered and mirror_id in machine.receivers:
@@ -145,21 +180,61 @@ def range_fault(
     default_flags: int = 0,
     pfn_flags_mask: int = 0,
     words: Entries | None = None,
-) -> Operation[Entries]:
-    """As `range_fault.range_fault`; without flags a snapshot, which never faults.
+) -> Operation[RangeFaulted]:
+    """As `range_fault.range_fault`, once; without flags a snapshot, which never faults.
 
     Args:
         words: uint64[npages], the pages' own requests; not changed.
 
-    Returns: uint64[npages].
-
-    Raises: also NoSuchObjectError: the process has exited (ESRCH).
+    Raises:
+        InvalidRequestError: an empty or unaligned range, or not as many words as pages (EINVAL).
+        NoSuchObjectError: there is no such subscription (ENOENT), or the process has exited (ESRCH).
     """
     mirror = _live(machine, mirror_id)
-    copied = np.zeros(span.npages, np.uint64) if words is None else words.copy()
+    copied = _requests(span, words)
     request = HmmRange(mirror, number, sequence, span, copied, default_flags, pfn_flags_mask, mirror.device.id)
-    yield from fault_range(request)
-    return request.words
+    error: HmmError | None = None
+    try:
+        yield from fault_range(request)
+    except (BadAddressError, AccessDeniedError, RangeBusyError) as failed:
+        error = failed
+    return RangeFaulted(request.words, error, sequence, mirror.sequence)
+
+
+def range_fault_unlocked(
+    machine: Machine,
+    mirror_id: MirrorId,
+    number: int,
+    span: AddressRange,
+    default_flags: int = 0,
+    pfn_flags_mask: int = 0,
+    words: Entries | None = None,
+) -> Operation[RangeFaulted]:
+    """Begin a read section, fault, and do both again as long as the range is invalidated meanwhile.
+
+    When its caller's patience ends (`Machine.time_out`) it ends with EBUSY.
+
+    Args, Raises: as `range_fault`.
+
+    Source: hmm_range_fault_unlocked_timeout(), as posted in 2026.
+    """
+    retries = 0
+    while True:
+        mirror = _live(machine, mirror_id)
+        sequence = mirror.notifier(number).sequence
+        try:
+            sequence = yield from mirror.read_begin(number)
+            args = (mirror_id, number, sequence, span, default_flags, pfn_flags_mask, words)
+            faulted = yield from range_fault(machine, *args)
+        except RangeBusyError as error:  # its patience ended while it waited
+            faulted = RangeFaulted(_requests(span, words), error, sequence, mirror.sequence)
+        if not isinstance(faulted.error, RangeBusyError) or machine.is_timed_out:
+            return replace(faulted, retries=retries)
+        retries += 1
+
+
+def _requests(span: AddressRange, words: Entries | None) -> Entries:
+    return np.zeros(span.npages, np.uint64) if words is None else words.copy()
 
 
 def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
@@ -204,10 +279,29 @@ def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
 def make_exclusive(
     machine: Machine, mirror_id: MirrorId, span: AddressRange, *, owned: bool = False
 ) -> Operation[Pfns]:
-    """As `exclusive.make_device_exclusive_range`; `owned`: the event names the device and the mirror."""
+    """As `exclusive.make_device_exclusive_range`; `owned`: the event names the device and the mirror.
+
+    The pages are the mirror's until the CPU, or a device's fault, touches them.
+    """
     mirror = _live(machine, mirror_id)
     owner, initiator = (mirror.device.id, mirror_id) if owned else (0, 0)
-    return (yield from exclusive.make_device_exclusive_range(mirror.space, span, owner, initiator))
+    taken = exclusive.make_device_exclusive_range(mirror.space, span, owner, initiator, holder=mirror_id)
+    pfns = yield from taken
+    mirror.counters["exclusive_pages"] += int(np.count_nonzero(pfns))
+    if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
+        yield from exclusive.give_back(mirror.space, exclusive.held_exclusively(mirror.space, mirror_id))
+    return pfns
+
+
+def give_back_exclusive(machine: Machine, mirror_id: MirrorId) -> Operation[int]:
+    """Let the CPU have all pages again that a mirror has to itself; a mirror that was lost has none any more after it.
+
+    Returns: how many there were.
+    """
+    mirror = machine.receiver(mirror_id)
+    addresses = exclusive.held_exclusively(mirror.space, mirror_id)
+    yield from exclusive.give_back(mirror.space, addresses)
+    return int(addresses.size)
 
 
 @immediate

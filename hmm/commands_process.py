@@ -12,7 +12,6 @@ after the kernel's file; what is here is what concerns processes: who uses which
 
 from __future__ import annotations
 
-import errno as errnos
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,10 +31,10 @@ from hmm import pin as pinning
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.commands_file import new_shared_memory
 from hmm.cpu_access import Accessed
-from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, WouldDeadlockError
+from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
-from hmm.machine import Machine, Process
+from hmm.machine import Machine, Pin, Process
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Deliver, Operation, immediate
 from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, Entries, ProcessId, is_page_aligned
@@ -359,14 +358,18 @@ def write_pages(
 # ---- pages that are to stay
 
 
-def pin(machine: Machine, process_id: ProcessId, span: AddressRange, *, write: bool) -> Operation[int]:
-    """Pin pages for long, as `pin.pin_user_pages`; they outlive the process.
+def pin(
+    machine: Machine, process_id: ProcessId, span: AddressRange, *, write: bool, long_term: bool = True
+) -> Operation[int]:
+    """Pin pages, as `pin.pin_user_pages`; they outlive the process.
 
     Returns: a number for `unpin`.
     """
-    pfns = yield from pinning.pin_user_pages(machine.process(process_id).space, span, write=write)
+    space = machine.process(process_id).space
+    owner = machine.caller.token
+    pfns = yield from pinning.pin_user_pages(space, span, write=write, long_term=long_term)
     number = machine.next_id("pin")
-    machine.pins[number] = pfns
+    machine.pins[number] = Pin(pfns, space.id, span, owner, long_term)
     return number
 
 
@@ -376,9 +379,9 @@ def unpin(machine: Machine, number: int) -> None:
 
     Raises:
         NoSuchObjectError: there is no such pin (ENOENT).
+        AccessDeniedError: it belongs to another owner (EPERM).
 
     Source: Linux mm/gup.c, unpin_user_pages().
     """
-    if number not in machine.pins:
-        raise NoSuchObjectError(f"unpin: there is no pin {number}", errnos.ENOENT)
-    machine.frames.unpin(machine.pins.pop(number))
+    machine.frames.unpin(machine.pin(number).pfns)
+    del machine.pins[number]

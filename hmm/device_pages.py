@@ -37,7 +37,7 @@ from hmm.rmap import Places, anonymous_places
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
 from hmm.zone_device import owners, used_frames
 
-__all__ = ["evict", "migrate_to_device", "migrate_to_system"]
+__all__ = ["evict", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
 _WRITE = np.uint64(WRITE)
 
@@ -178,12 +178,24 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
         used = used_frames(frames, region.number)
         pfns = used[(used >= first) & (used < first + PIECE_PAGES)]
         if pfns.size:
-            moved += yield from _evict(frames, known, pfns)
+            moved += yield from move_to_system(frames, known, pfns)
             yield Pause()
     return moved
 
 
-def _evict(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
+def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
+    """Move frames of devices to system memory, as far as nobody else uses them.
+
+    Args:
+        spaces: those that may map them.
+        pfns: int64[n], unique.
+
+    Returns: number of pages moved.
+
+    Raises: as `evict`.
+
+    Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio().
+    """
     if pfns.size > frames.available:
         raise OutOfFramesError(f"evict: {pfns.size} pages have to move and {frames.available} frames are free")
     order = np.argsort(frames.index[pfns], kind="stable")

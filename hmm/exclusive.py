@@ -6,6 +6,9 @@ device's fault, tells every mirror and makes the entry what it was, with the per
 **Source**: Linux mm/rmap.c (make_device_exclusive_range(), page_make_device_exclusive_one()), mm/memory.c
 (remove_device_exclusive_entry(), restore_exclusive_pte()), 6.12.
 
+Who took a page stands with its frame, which the page keeps wherever it is mapped: what a driver that is gone had to
+itself is given back.
+
 **Invariants**: only private pages that one process has to itself are held exclusively.
 
 **Absent**: huge pages; who uses the pages meanwhile.
@@ -29,6 +32,7 @@ from hmm.rmap import anonymous_places
 from hmm.units import (
     PAGE_SHIFT,
     PIECE_PAGES,
+    TASK_SIZE,
     AddressRange,
     DeviceId,
     Entries,
@@ -39,20 +43,21 @@ from hmm.units import (
 )
 from hmm.vma import VmFlag
 
-__all__ = ["make_device_exclusive_range"]
+__all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 
 
 def make_device_exclusive_range(
-    space: AddressSpace, span: AddressRange, owner: DeviceId = 0, initiator: MirrorId = 0
+    space: AddressSpace, span: AddressRange, owner: DeviceId = 0, initiator: MirrorId = 0, *, holder: MirrorId = 0
 ) -> Operation[Pfns]:
     """Fault pages in for writing and take them from the CPU.
 
     Args:
         span: page-aligned, at most PIECE_PAGES pages.
         owner, initiator: what the event carries, so that a driver knows its own.
+        holder: whose pages they are from now on, for `held_exclusively`.
 
     Returns: int64[m], the frames of the pages that were brought in, m < npages when that stopped early; 0 for those
     that stay the CPU's, because they are not private memory.
@@ -73,9 +78,38 @@ def make_device_exclusive_range(
         if not pages.size:
             return np.zeros(got.npages, np.int64)
         if (yield from _take(space, pages, pfns, owner, initiator)):
+            space.frames.zone_device_data[pfns] = holder
             result = np.zeros(got.npages, np.int64)
             result[(pages - (got.start >> PAGE_SHIFT))] = pfns
             return result
+
+
+def held_exclusively(space: AddressSpace, mirror_id: MirrorId) -> Entries:
+    """The pages that a mirror has to itself: uint64[n] addresses, ascending.  Cost: O(pages mapped)."""
+    addresses, entries = space.table.valid(0, TASK_SIZE)
+    exclusive = np.flatnonzero(cpu_pte.is_device_exclusive(entries))
+    holders = space.frames.zone_device_data[cpu_pte.cpu_pfn(entries[exclusive])]
+    held: Entries = addresses[exclusive[holders == mirror_id]]
+    return held
+
+
+def give_back(space: AddressSpace, addresses: Entries) -> Operation[None]:
+    """Let the CPU have pages again, as if it had touched them; those that it has already are left alone.
+
+    Args:
+        addresses: uint64[n], page-aligned, ascending.
+
+    Cost: O(n + VMAs), vectorised.
+    """
+    at = 0
+    while at < addresses.size:
+        vma = space.vmas.find_next(int(addresses[at]))
+        if vma is None:
+            return
+        first, at = np.searchsorted(addresses, (vma.start, vma.end)).tolist()
+        if first < at:
+            chosen = addresses[first:at]
+            yield from _revoke(space, Strangers(vma, chosen, space.table.lookup(chosen)), False)
 
 
 def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[AddressRange]:

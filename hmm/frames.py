@@ -90,7 +90,8 @@ class Frames(FrameContents):
         index: int64[n], page->index: page offset in the file, or linear index of an anonymous page.
         mapping: int64[n], page->mapping: id of the file, or of the address space that a private page was made in, 0 for
             none or where it does not matter.
-        zone_device_data: int64[n], of a device's frame in use: the mirror that put the page there, 0 for none.
+        zone_device_data: int64[n], of a device's frame in use: the mirror that put the page there, 0 for none; of a
+            page that a device has to itself: the mirror that took it.
 
     All methods take frame numbers as int64[n].
     """

@@ -14,11 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hmm.events import Event
+from hmm.exclusive import held_exclusively
+from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine, OperationRecord
 from hmm.operation import Await, Deliver, Pause
 from hmm.page_table import PageTable
-from hmm.units import Address, AddressRange, MirrorId, ProcessId, SpaceId
+from hmm.units import PAGE_SHIFT, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,42 @@ class Blocked:
     answers: tuple[tuple[MirrorId, int], ...]
     event: Event | None
     cycle: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What somebody has between two calls: pages that a mirror has to itself, or a pin.
+
+    Attributes:
+        owner: the token of who has it.
+        mirror_id, pin: which of the two; the other is 0.
+        spans: the pages; of a pin, where they were when they were pinned.
+    """
+
+    owner: str
+    mirror_id: MirrorId
+    pin: int
+    space_id: SpaceId
+    spans: tuple[AddressRange, ...]
+    npages: int
+
+
+def holdings(machine: Machine) -> list[Holding]:
+    """Everything that is held, exclusive access first.
+
+    Cost: O(pages mapped) for every mirror that ever took a page.
+    """
+    found: list[Holding] = []
+    for mirror in machine.receivers.values():
+        if isinstance(mirror, IntervalMirror) and mirror.counters["exclusive_pages"] and mirror.space.users:
+            held = held_exclusively(mirror.space, mirror.id)
+            spans = spans_of_pages((held >> np.uint64(PAGE_SHIFT)).view(np.int64))
+            if spans:
+                found.append(Holding(mirror.owner, mirror.id, 0, mirror.space.id, spans, held.size))
+    found += [
+        Holding(pin.owner, 0, number, pin.space_id, (pin.span,), pin.pfns.size) for number, pin in machine.pins.items()
+    ]
+    return found
 
 
 def pending(machine: Machine) -> list[Blocked]:

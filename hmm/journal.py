@@ -56,8 +56,8 @@ def digest(machine: Machine) -> str:
         state.update(machine.frames.gather(cpu_pte.cpu_pfn(entries)).tobytes())
     for receiver in machine.receivers.values():
         _add_receiver(state, receiver)
-    for number, pfns in machine.pins.items():
-        state.update(repr((number, pfns.tolist())).encode())
+    for number, pin in machine.pins.items():
+        state.update(repr((number, pin.space_id, pin.span, pin.pfns.tolist())).encode())
     for record in machine.operations.values():
         state.update(repr((record.id, record.name, record.request, sorted(record.answers))).encode())
     return state.hexdigest()

@@ -33,6 +33,7 @@ from hmm.errors import (
     HmmError,
     NoSuchObjectError,
     OutOfFramesError,
+    RangeBusyError,
     TimedOutError,
     WouldDeadlockError,
 )
@@ -86,6 +87,7 @@ class Caller:
 
 
 _NOBODY = Caller()
+_MAY_BE_CUT_SHORT = frozenset({WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS})
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +102,23 @@ class Process:
 
     def __str__(self) -> str:
         return f"process {self.id} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """Pages that stay where they are until they are unpinned, whatever becomes of their process.
+
+    Attributes:
+        pfns: int64[n], their frames.
+        owner: the token of whoever pinned them.
+        long_term: they were moved out of memory that has to stay movable first.
+    """
+
+    pfns: Pfns
+    space_id: SpaceId
+    span: AddressRange
+    owner: str
+    long_term: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +139,7 @@ class OperationRecord(Generic[T]):
         request: what it waits for; None before the start and when done.
         outcomes: how mirrors answered the events of this operation, all of them, in order.
         refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
+        timed_out: its caller's patience has ended, and it ends as soon as it can.
     """
 
     id: int
@@ -132,6 +152,7 @@ class OperationRecord(Generic[T]):
     answers: dict[tuple[MirrorId, int], Outcome | None] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     refusal: WouldDeadlockError | None = None
+    timed_out: bool = False
     done: bool = False
     error: BaseException | None = None
     value: T | None = None
@@ -175,7 +196,7 @@ class Machine:
         self.receivers: dict[MirrorId, Receiver] = {}
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
-        self.pins: dict[int, Pfns] = {}
+        self.pins: dict[int, Pin] = {}
         self.file_names: dict[str, int] = {}
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None
@@ -257,6 +278,18 @@ class Machine:
         late = ", ".join(f"mirror {mirror_id}" for mirror_id, _ in self.unanswered(record))
         error = TimedOutError(f"{record.name}: {late} still owes the answer to an abandoned event; nothing was changed")
         self._advance(record, None, error)
+
+    def time_out(self, operation_id: int) -> None:
+        """The patience of a range fault's caller has ended: it ends with EBUSY where it waits, or when it would retry.
+
+        What waits for drivers' answers goes on: events that are out are waited for to the end.
+        """
+        self._note("time_out", operation_id)
+        record = self.operations[operation_id]
+        record.timed_out = True
+        if isinstance(record.request, Await) and record.request.wait_for in _MAY_BE_CUT_SHORT:
+            error = RangeBusyError(f"{record.name}: the range was busy until the deadline")
+            self._advance(record, None, error)
 
     def take_outbox(self) -> list[Delivery]:
         """The events to be sent now, in order; each is handed out once."""
@@ -409,6 +442,11 @@ class Machine:
         return self._last_id[kind]
 
     @property
+    def is_timed_out(self) -> bool:
+        """Whether the patience of the caller of the operation that is being advanced has ended."""
+        return self.operations[self.current.operation_id].timed_out
+
+    @property
     def caller(self) -> Caller:
         """Who started the operation that is being advanced."""
         return self._caller
@@ -462,6 +500,14 @@ class Machine:
         if file is None:
             raise NoSuchObjectError(f"there is no file {file_id}", errnos.EBADF)
         return file
+
+    def pin(self, number: int) -> Pin:
+        """Look a pin up: ENOENT when there is none, EPERM when it belongs to somebody else."""
+        pin = self.pins.get(number)
+        if pin is None:
+            raise NoSuchObjectError(f"unpin: there is no pin {number}", errnos.ENOENT)
+        self._require_owner(pin.owner, f"pin {number}")
+        return pin
 
     def _owns(self, token: str, mirror_id: MirrorId) -> bool:
         receiver = self.receivers.get(mirror_id)

@@ -3,12 +3,15 @@
 A pinned private page must be the one that its process keeps: what is shared by fork, or still the file's or the zero
 page, is copied first, even when it is only to be read.
 
-**Source**: Linux mm/gup.c (pin_user_pages() with FOLL_LONGTERM, check_vma_flags(), gup_must_unshare()), mm/memory.c
-(wp_page_copy() for FAULT_FLAG_UNSHARE), 6.12.
+A page in the private memory of a device comes back first, as at every touch.  One in coherent memory stays there for
+a short pin, and is moved to system memory for a long one: a device's memory must be able to be emptied.
+
+**Source**: Linux mm/gup.c (pin_user_pages() with and without FOLL_LONGTERM, check_vma_flags(), gup_must_unshare(),
+migrate_longterm_unpinnable_folios()), mm/memory.c (wp_page_copy() for FAULT_FLAG_UNSHARE), 6.12.
 
 **Invariants**: a pinned anonymous page is exclusive to the process that it was pinned for.
 
-**Absent**: short-term pins, moving pages out of movable zones first, RLIMIT_MEMLOCK.
+**Absent**: movable zones of system memory, RLIMIT_MEMLOCK.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import BadAddressError, InvalidRequestError
+from hmm.device_pages import move_to_system
+from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
 from hmm.fault import bring_in, pieces, raise_stop
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
@@ -26,15 +30,17 @@ from hmm.frames import ZERO_PFN, PageFlag
 from hmm.operation import Operation
 from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
+from hmm.zone_device import owners
 
 __all__ = ["pin_user_pages"]
 
 
-def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[Pfns]:
-    """Pin the pages of a range for long.
+def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool, long_term: bool = True) -> Operation[Pfns]:
+    """Pin the pages of a range.
 
     Args:
         span: page-aligned.
+        long_term: FOLL_LONGTERM: out of devices' memory.
 
     Returns: int64[npages], their frames, to be given to `Frames.unpin`.
 
@@ -43,6 +49,7 @@ def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
         BadAddressError: a page is not mapped, or not for this access, or has nothing behind it (EFAULT); nothing stays
             pinned.
         OutOfFramesError: memory ran out (ENOMEM); nothing stays pinned.
+        RangeBusyError: a page cannot be moved out of a device's memory (EBUSY); nothing stays pinned.
 
     Cost: O(pages), vectorised.
     """
@@ -55,7 +62,7 @@ def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
             vma = _permitting(space, at, write)
             for piece in pieces(AddressRange(at, min(span.end, vma.end))):
                 assert isinstance(piece, AddressRange)
-                pinned.append((yield from _pin(space, piece, write)))
+                pinned.append((yield from _pin(space, piece, write, long_term)))
                 at = piece.end
     except BaseException:
         for pfns in pinned:
@@ -74,7 +81,7 @@ def _permitting(space: AddressSpace, address: int, write: bool) -> Vma:
     return vma
 
 
-def _pin(space: AddressSpace, piece: AddressRange, write: bool) -> Operation[Pfns]:
+def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool) -> Operation[Pfns]:
     while True:
         stop = yield from bring_in(space, piece, write=write)
         if stop is not None:
@@ -83,9 +90,20 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool) -> Operation[Pfn
         shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
         if not shared.any():
             pfns = cpu_pte.cpu_pfn(entries)
-            space.frames.pin(pfns)
-            return pfns
-        yield from _unshare(space, piece, np.flatnonzero(shared))
+            on_device = pfns[owners(space.frames, pfns) != 0] if long_term else pfns[:0]
+            if not on_device.size:
+                space.frames.pin(pfns)
+                return pfns
+            yield from _move_off_device(space, piece, on_device)
+        else:
+            yield from _unshare(space, piece, np.flatnonzero(shared))
+
+
+def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
+    """migrate_device_coherent_folio()."""
+    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    if not (yield from move_to_system(space.frames, relatives, np.unique(pfns))):
+        raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
 
 
 def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) -> npt.NDArray[np.bool_]:

@@ -62,7 +62,8 @@ class InProcessHmm:
         self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
     ) -> Entries:
         """hmm_range_fault()."""
-        return self._local.call(commands_hmm.range_fault, mirror_id, number, sequence, span, default_flags)
+        faulted = self._local.call(commands_hmm.range_fault, mirror_id, number, sequence, span, default_flags)
+        return faulted.require()
 
     def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
         """Move a part of one VMA to the device."""

@@ -10,9 +10,13 @@ import pytest
 from hmm import commands_hmm, commands_process, cpu_pte
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Reason
+from hmm.inspection import holdings
+from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+
+MOVE = MremapFlag.MAYMOVE | MremapFlag.FIXED
 
 
 def take(bench: Any, at: int, npages: int = 1) -> np.ndarray:
@@ -134,3 +138,38 @@ def test_parent_does_not_hear_when_the_childs_own_page_is_taken(bench: Any) -> N
     bench.call(commands_hmm.make_exclusive, mirror, bench.span(0))
     assert bench.heard.events == []
     assert Reason.EXCLUSIVE in heard.reasons  # it descends from the space that made the page
+
+
+def test_give_back_reverts_what_a_mirror_has_to_itself(bench: Any) -> None:
+    """Pages that it took and that nobody has touched since, wherever they are mapped now; others' stay."""
+    other, _ = bench.attach(bench.device, bench.process)
+    take(bench, 0, 4)
+    bench.call(commands_hmm.make_exclusive, other, bench.span(6))
+    bench.read(1, 1)
+    to = bench.span(20)
+    bench.call(commands_process.mremap, bench.process, bench.span(2).start, PAGE_SIZE, PAGE_SIZE, MOVE, to.start)
+    (holding, others) = holdings(bench.local.machine)
+    assert (holding.mirror_id, holding.npages) == (bench.mirror, 3)
+    assert holding.spans == (bench.span(0), bench.span(3), to)
+    assert (others.mirror_id, others.spans) == (other, (bench.span(6),))
+    assert bench.call(commands_hmm.give_back_exclusive, bench.mirror) == 3
+    assert [cpu_pte.is_device_exclusive(bench.entry(at)) for at in (0, 3, 6, 20)] == [False, False, True, False]
+    assert all(cpu_pte.is_writable(bench.entry(at)) for at in (0, 3, 20))
+    assert [holding.mirror_id for holding in holdings(bench.local.machine)] == [other]
+    bench.local.machine.check()
+
+
+def test_give_back_is_still_possible_when_the_mirror_is_lost(bench: Any) -> None:
+    """A driver that is gone cannot give back what it has: somebody does it for it."""
+    take(bench, 0, 2)
+    bench.local.machine.fence(bench.mirror, "gone")
+    assert bench.call(commands_hmm.give_back_exclusive, bench.mirror) == 2
+    bench.call(commands_hmm.detach, bench.mirror)
+    assert bench.mirror not in bench.local.machine.receivers
+
+
+def test_pins_are_among_the_holdings(bench: Any) -> None:
+    """What is pinned, where it was pinned, by whom."""
+    number = bench.call(commands_process.pin, bench.process, bench.span(0, 2), write=True)
+    (holding,) = holdings(bench.local.machine)
+    assert (holding.pin, holding.mirror_id, holding.npages, holding.spans) == (number, 0, 2, (bench.span(0, 2),))

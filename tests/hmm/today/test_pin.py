@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
-from hmm import commands_file, commands_process, cpu_pte
-from hmm.errors import BadAddressError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
+from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    RangeBusyError,
+)
+from hmm.frames import RegionKind
+from hmm.machine import Caller
 from hmm.migrate import MIGRATE
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
@@ -129,3 +138,46 @@ def test_drivers_own_mapping_can_be_pinned_and_not_migrated(bench: Any) -> None:
     assert pinned(bench, 48) == 1
     with pytest.raises(InvalidRequestError):
         bench.to_device(48, 1)
+
+
+@pytest.mark.parametrize("long_term", [False, True])
+def test_pin_moves_pages_out_of_coherent_memory_when_it_is_for_long(bench: Any, long_term: bool) -> None:
+    """migrate_device_coherent_folio(): a short pin leaves them where they are, and keeps them there."""
+    kind = RegionKind.DEVICE_COHERENT
+    card = bench.call(commands_device.register_device, "coherent", memory_pages=8, kind=kind)
+    mirror, _ = bench.attach(card, bench.process)
+    bench.write(0, b"data")
+    bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0))
+    number = bench.call(commands_process.pin, bench.process, bench.span(0), write=True, long_term=long_term)
+    first, end = bench.call(commands_hmm.device_frames, card)
+    assert (first <= cpu_pte.cpu_pfn(bench.entry(0)) < end) is not long_term
+    assert bench.read(0, 4) == b"data"
+    moved = bench.call(commands_hmm.migrate_to_system, mirror, bench.span(0))
+    assert not moved.src[0] & MIGRATE
+    bench.call(commands_process.unpin, number)
+    bench.local.machine.check()
+
+
+def test_pin_fails_when_a_short_one_holds_the_page_on_the_device(bench: Any) -> None:
+    """A page that cannot be moved out of coherent memory cannot be pinned for long: EBUSY."""
+    kind = RegionKind.DEVICE_COHERENT
+    card = bench.call(commands_device.register_device, "coherent", memory_pages=8, kind=kind)
+    mirror, _ = bench.attach(card, bench.process)
+    bench.write(0, b"data")
+    bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0))
+    bench.call(commands_process.pin, bench.process, bench.span(0), write=True, long_term=False)
+    with pytest.raises(RangeBusyError):
+        pin(bench, 0, write=True)
+    assert pinned(bench, 0) == 1
+    bench.local.machine.check()
+
+
+def test_unpin_is_refused_when_the_pin_is_somebody_elses(bench: Any) -> None:
+    """A pin has an owner like everything else that a token made."""
+    machine = bench.local.machine
+    owner = Caller(token="mine")
+    record = machine.start(owner, commands_process.pin, bench.process, bench.span(0), write=True)
+    with pytest.raises(AccessDeniedError):
+        assert machine.start(Caller(token="yours"), commands_process.unpin, record.result).result
+    machine.start(owner, commands_process.unpin, record.result)
+    assert not machine.pins

@@ -11,6 +11,7 @@ import pytest
 from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
 from hmm.interval_notifier import IntervalMirror
+from hmm.machine import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
@@ -25,7 +26,8 @@ def fault(bench: Any, at: int, npages: int, flags: int = 0, mirror: int = 0) -> 
     while True:
         sequence = bench.call(commands_hmm.read_begin, mirror, 1)
         try:
-            words: np.ndarray = bench.call(commands_hmm.range_fault, mirror, 1, sequence, bench.span(at, npages), flags)
+            faulted = bench.call(commands_hmm.range_fault, mirror, 1, sequence, bench.span(at, npages), flags)
+            words: np.ndarray = faulted.require()
         except RangeBusyError:
             continue
         return words
@@ -106,12 +108,12 @@ def test_page_requests_count_when_the_mask_says_so(bench: Any) -> None:
     """Each page is asked for by its own word; what nobody asks for may be faulted in too, but need not."""
     words = np.array([0, REQ_FAULT, 0, 0], np.uint64)
     sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
-    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0, 4), 0, BOTH, words)
+    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0, 4), 0, BOTH, words).require()
     assert flags_of(found)[1] == VALID
     bench.write(8, b"x")
     words = np.array([0, 0, BOTH], np.uint64)
     sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
-    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(8, 3), 0, BOTH, words)
+    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(8, 3), 0, BOTH, words).require()
     assert flags_of(found) == [VALID | WRITE, 0, VALID | WRITE]
 
 
@@ -120,7 +122,7 @@ def test_fault_fails_when_the_section_is_outdated(bench: Any) -> None:
     sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
     bench.call(commands_process.munmap, bench.process, bench.span(9).start, PAGE_SIZE)
     with pytest.raises(RangeBusyError):
-        bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0), REQ_FAULT)
+        bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0), REQ_FAULT).require()
 
 
 def test_fault_fails_when_the_request_is_malformed(bench: Any) -> None:
@@ -209,3 +211,78 @@ def test_registers_are_errors(bench: Any) -> None:
     assert flags_of(fault(bench, 40, 1)) == [ERROR]
     with pytest.raises(BadAddressError):
         fault(bench, 40, 1, REQ_FAULT)
+
+
+def unlocked(bench: Any, at: int, npages: int, flags: int = 0, **more: Any) -> Any:
+    """The one-call form."""
+    return bench.call(
+        commands_hmm.range_fault_unlocked, bench.mirror, bench.notifier, bench.span(at, npages), flags, **more
+    )
+
+
+def test_one_call_begins_faults_and_retries(bench: Any) -> None:
+    """A write fault replaces the zero page, which disturbs the read section: it starts over and says so."""
+    bench.read(0, 1)
+    faulted = unlocked(bench, 0, 2, BOTH)
+    assert flags_of(faulted.require()) == [VALID | WRITE] * 2
+    assert (faulted.retries, faulted.event_sequence) == (1, 1)
+    assert not bench.call(commands_hmm.read_retry, bench.mirror, bench.notifier, faulted.notifier_seq)
+    assert unlocked(bench, 0, 2, BOTH).retries == 0
+
+
+def test_one_call_returns_what_lies_below_the_failing_address(bench: Any) -> None:
+    """Outputs up to there, inputs behind it; the error names the address."""
+    words = np.full(4, REQ_FAULT, np.uint64)
+    faulted = unlocked(bench, 14, 4, 0, pfn_flags_mask=REQ_FAULT, words=words)
+    assert isinstance(faulted.error, BadAddressError)
+    assert faulted.error.address == bench.span(16).start
+    assert flags_of(faulted.words) == [VALID, VALID, REQ_FAULT, REQ_FAULT]
+    with pytest.raises(BadAddressError):
+        faulted.require()
+
+
+def busy(bench: Any) -> tuple[Any, Any]:
+    """An munmap whose callback is not answered, and a one-call fault that waits for it."""
+    machine = bench.local.machine
+    span = bench.span(0, 4)
+    unmapping = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    waiting = machine.start(Caller(), commands_hmm.range_fault_unlocked, bench.mirror, bench.notifier, span, REQ_FAULT)
+    assert machine.blockers(waiting) == [unmapping.id]
+    return unmapping, waiting
+
+
+def test_one_call_ends_with_ebusy_when_its_time_is_up(bench: Any) -> None:
+    """hmm_range_fault_unlocked_timeout(): the retry budget is spent while the range is being invalidated."""
+    unmapping, waiting = busy(bench)
+    bench.local.machine.time_out(waiting.id)
+    assert waiting.result.error.errno == errno.EBUSY
+    (delivery,) = bench.local.machine.take_outbox()
+    bench.local.machine.answer(delivery.mirror_id, delivery.sequence)
+    bench.local.machine.resume(unmapping.id)
+    assert unmapping.done
+
+
+def test_one_call_goes_on_when_the_invalidation_ends_in_time(bench: Any) -> None:
+    """What it waited for is gone, and so is the mapping: EFAULT."""
+    unmapping, waiting = busy(bench)
+    (delivery,) = bench.local.machine.take_outbox()
+    bench.local.machine.answer(delivery.mirror_id, delivery.sequence)
+    bench.local.machine.resume(unmapping.id)
+    bench.local.machine.resume(waiting.id)
+    assert waiting.result.error.errno == errno.EFAULT
+
+
+def test_one_call_ends_behind_its_own_event_when_its_time_is_up_meanwhile(bench: Any) -> None:
+    """Events that are out are waited for; then it does not retry any more."""
+    bench.read(0, 1)
+    machine = bench.local.machine
+    record = machine.start(
+        Caller(), commands_hmm.range_fault_unlocked, bench.mirror, bench.notifier, bench.span(0), BOTH
+    )
+    machine.time_out(record.id)
+    assert not record.done
+    (delivery,) = machine.take_outbox()
+    machine.answer(delivery.mirror_id, delivery.sequence)
+    machine.resume(record.id)
+    assert record.result.error.errno == errno.EBUSY
+    assert cpu_pte.is_writable(bench.entry(0))
