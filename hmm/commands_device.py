@@ -18,6 +18,7 @@ import numpy as np
 
 from hmm import device_access, pte
 from hmm.device import Device
+from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
 from hmm.device_pages import evict
 from hmm.errors import ConflictError, InvalidRequestError
@@ -107,6 +108,7 @@ def register_mirror(
     *,
     policy: DeadlinePolicy = DeadlinePolicy.FENCE,
     update_on_fault: bool = True,
+    lenient: bool = False,
 ) -> MirrorId:
     """Mirror a process's address space.  Callbacks may come before the caller has the result.
 
@@ -115,6 +117,7 @@ def register_mirror(
     Args:
         update_on_fault: deliver DEVICE_RFAULT and DEVICE_WFAULT for the mirror's own faults, as in 2015; without,
             the result of the fault alone tells the driver.
+        lenient: refused accesses of the device are reported, and do not fail.
 
     Raises:
         ConflictError: the device mirrors this address space already (EINVAL).
@@ -137,6 +140,7 @@ def register_mirror(
         machine.caller.token,
         policy,
         update_on_fault=update_on_fault,
+        lenient=lenient,
         directories=machine.limits.directories,
     )
     machine.add_receiver(mirror)
@@ -206,24 +210,21 @@ def fault(
 
 
 @immediate
-def device_read(
-    machine: Machine, mirror_id: MirrorId, segments: Sequence[device_access.Segment], *, dma: bool = False
-) -> bytes:
+def device_read(machine: Machine, mirror_id: MirrorId, segments: Sequence[Segment], manner: Manner = PLAIN) -> bytes:
     """As `device_access.device_read`."""
-    return device_access.device_read(machine.mirror(mirror_id), segments, dma=dma)
+    return device_access.device_read(machine.mirror(mirror_id), segments, manner)
 
 
 @immediate
 def device_write(
     machine: Machine,
     mirror_id: MirrorId,
-    segments: Sequence[device_access.Segment],
+    segments: Sequence[Segment],
     data: bytes,
-    *,
-    dma: bool = False,
+    manner: Manner = PLAIN,
 ) -> None:
     """As `device_access.device_write`."""
-    device_access.device_write(machine.mirror(mirror_id), segments, data, dma=dma)
+    device_access.device_write(machine.mirror(mirror_id), segments, data, manner)
 
 
 @immediate

@@ -308,7 +308,7 @@ def give_back_exclusive(machine: Machine, mirror_id: MirrorId) -> Operation[int]
 def read_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
     """As `frame_access.read_frames`."""
     mirror = _mirror(machine, mirror_id)
-    return frame_access.read_frames(mirror.space, addresses, pfns, mirror.device.id)
+    return frame_access.read_frames(mirror, addresses, pfns)
 
 
 @immediate
@@ -317,7 +317,7 @@ def write_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns
     if len(data) != addresses.size * PAGE_SIZE or addresses.size != pfns.size:
         raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
     mirror = _mirror(machine, mirror_id)
-    frame_access.write_frames(mirror.space, addresses, pfns, data, mirror.device.id)
+    frame_access.write_frames(mirror, addresses, pfns, data)
 
 
 def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:

@@ -25,6 +25,8 @@ import errno as errnos
 from enum import Enum
 from typing import ClassVar
 
+from hmm.violation import Violation
+
 EHWPOISON = 133
 """The contents of the page are lost; Python's errno module does not know it."""
 
@@ -48,6 +50,7 @@ class HmmError(Exception):
         notifier_seq: the sequence to start again from, when the caller raced with an invalidation.
         hole_end: end of the unmapped hole that holds `address`, so that a caller can skip all of it.
         reason: a constant for programs; finer than the class where one class has several.
+        violation: what a device did that it must not; None for every other error.
     """
 
     errno_default: ClassVar[int] = errnos.EINVAL
@@ -68,6 +71,7 @@ class HmmError(Exception):
         self.address = address
         self.notifier_seq = notifier_seq
         self.hole_end = hole_end
+        self.violation: Violation | None = None
         if reason is not None:
             self.reason = reason
 

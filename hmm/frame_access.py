@@ -1,13 +1,14 @@
 """A device of today touches memory: by address and frame number, as its driver's own table has them.
 
 The kernel lets a driver use any page that it once got; here every access is checked against what the CPU's table
-says of that address now, so that a driver that keeps an outdated translation is found out.
+says of that address now, and against what the driver has acknowledged already, so that a driver that keeps an outdated
+translation is found out, and told which event had taken it.
 
 **Source**: our own; it stands for the device's own page-table walk and DMA.
 
 **Invariants**: no access reaches a frame that the address no longer means.
 
-**Absent**: where drivers keep translations.
+**Absent**: where drivers keep translations; who took what (sanitizer.py).
 """
 
 from __future__ import annotations
@@ -17,33 +18,43 @@ import errno as errnos
 import numpy as np
 import numpy.typing as npt
 
-from hmm import cpu_pte
-from hmm.address_space import AddressSpace
-from hmm.errors import AccessDeniedError, BadAddressError
+from hmm import cpu_pte, pte
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError
+from hmm.events import EventState
 from hmm.frames import ZERO_PFN
-from hmm.units import PAGE_SIZE, DeviceId, Entries, Pfns
+from hmm.interval_notifier import IntervalMirror
+from hmm.units import PAGE_SIZE, Entries, Pfns
+from hmm.violation import Violation, ViolationKind
 from hmm.zone_device import owners
 
 __all__ = ["read_frames", "write_frames"]
 
 
-def read_frames(space: AddressSpace, addresses: Entries, pfns: Pfns, device_id: DeviceId) -> bytes:
+def read_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since: int | None = None) -> bytes:
     """Read whole pages.
 
     Args:
         addresses: uint64[n], page-aligned.
         pfns: int64[n], what the driver believes to be there.
+        since: the last event that the driver had heard of when the access began; None: it does not say.
+
+    Returns: n * 4096 bytes; ones if the access was refused and the mirror is lenient.
 
     Raises:
         BadAddressError: a page is no longer there (EFAULT), `error.address`; nothing was read.
 
     Cost: O(n), vectorised, and the copying.
     """
-    _require_there(space, addresses, pfns, device_id)
-    return space.frames.gather(pfns).tobytes()
+    try:
+        _require_there(mirror, addresses, pfns, since, write=False)
+    except HmmError:
+        if mirror.lenient:
+            return b"\xff" * (addresses.size * PAGE_SIZE)
+        raise
+    return mirror.space.frames.gather(pfns).tobytes()
 
 
-def write_frames(space: AddressSpace, addresses: Entries, pfns: Pfns, data: bytes, device_id: DeviceId) -> None:
+def write_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None) -> None:
     """Write whole pages, and make their entries dirty.
 
     Args:
@@ -52,23 +63,53 @@ def write_frames(space: AddressSpace, addresses: Entries, pfns: Pfns, data: byte
     Raises: as `read_frames`; and
         AccessDeniedError: a page may not be written (EACCES); nothing was written.
     """
-    entries = _require_there(space, addresses, pfns, device_id)
-    writable = cpu_pte.is_writable(entries)
-    if not writable.all():
-        address = int(addresses[~writable][0])
-        raise AccessDeniedError(f"device write: {address:#x} is read-only", errnos.EACCES, address=address)
-    space.frames.scatter(pfns, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
-    space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
+    try:
+        entries = _require_there(mirror, addresses, pfns, since, write=True)
+    except HmmError:
+        if mirror.lenient:
+            return
+        raise
+    mirror.space.frames.scatter(pfns, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
+    mirror.space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
 
 
-def _require_there(space: AddressSpace, addresses: Entries, pfns: Pfns, device_id: DeviceId) -> Entries:
+def _require_there(
+    mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since: int | None, *, write: bool
+) -> Entries:
+    space = mirror.space
     entries = space.table.lookup(addresses)
     zero = cpu_pte.is_special(entries) & (pfns == ZERO_PFN)
     there: npt.NDArray[np.bool_] = (cpu_pte.holds_frame(entries) | zero) & (cpu_pte.cpu_pfn(entries) == pfns)
     private = there & cpu_pte.is_device_private(entries)
     if private.any():
-        there[private] = owners(space.frames, pfns[private]) == device_id
+        there[private] = owners(space.frames, pfns[private]) == mirror.device.id
+    for sent in mirror.unsettled.values():
+        if sent.state is not EventState.SENT and sent.event.initiator != mirror.id:
+            for span in sent.event.spans:
+                there &= ~((addresses >= span.start) & (addresses < span.end))
     if not there.all():
         address = int(addresses[~there][0])
-        raise BadAddressError(f"device access: the translation of {address:#x} is out of date", address=address)
+        violation = _report(mirror, ~there, address, since, write=write)
+        after = f": taken by {violation.taking}" if violation.taking else ""
+        error = BadAddressError(
+            f"device access: the translation of {address:#x} is out of date in {mirror}{after}", address=address
+        )
+        error.violation = violation
+        raise error
+    writable = cpu_pte.is_writable(entries)
+    if write and not writable.all():
+        address = int(addresses[~writable][0])
+        denied = AccessDeniedError(f"device write: {address:#x} is read-only", errnos.EACCES, address=address)
+        count = int(np.count_nonzero(~writable))
+        denied.violation = mirror.report_stale(address, count, pte.WRITE, write=True, since=since)
+        raise denied
     return entries
+
+
+def _report(
+    mirror: IntervalMirror, bad: npt.NDArray[np.bool_], address: int, since: int | None, *, write: bool
+) -> Violation:
+    count = int(np.count_nonzero(bad))
+    if mirror.taken_by(address, pte.VALID) is None:
+        return mirror.report(ViolationKind.FOREIGN_FRAME, address, count, write=write, taking=None)
+    return mirror.report_stale(address, count, pte.VALID, write=write, since=since)

@@ -13,6 +13,7 @@ of device driver v2" says when a mirror maps and unmaps.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ from hmm.page_table import PageTable
 from hmm.units import PAGE_SHIFT, Entries, Pfns
 
 IOVA_LAST = (1 << 48) - 1
+REMEMBERED_PAGES = 1 << 16
+"""Pages of the latest mappings of one domain whose addresses are remembered after they are unmapped."""
 _IN_USE = np.uint64(1)
 _SHIFT = np.uint64(PAGE_SHIFT)
 
@@ -67,6 +70,8 @@ class Domain:
     iommu: Iommu
     frames: PageTable = field(default_factory=lambda: PageTable(IOVA_LAST))
     origins: PageTable = field(default_factory=lambda: PageTable(IOVA_LAST))
+    _mapped: deque[tuple[int, Entries]] = field(default_factory=deque)
+    _remembered: int = 0
 
     def map(self, pfns: Pfns, addresses: Entries) -> Entries:
         """Map frames for bidirectional DMA.
@@ -85,6 +90,10 @@ class Domain:
         end = start + (pfns.size << PAGE_SHIFT)
         self.frames.fill(start, end, (pfns.astype(np.uint64) << _SHIFT) | _IN_USE)
         self.origins.fill(start, end, addresses | _IN_USE)
+        self._mapped.append((start, addresses))
+        self._remembered += addresses.size
+        while self._remembered > REMEMBERED_PAGES and len(self._mapped) > 1:
+            self._remembered -= self._mapped.popleft()[1].size
         return np.arange(start, end, 1 << PAGE_SHIFT, dtype=np.uint64)
 
     def unmap(self, iovas: Entries) -> None:
@@ -102,6 +111,18 @@ class Domain:
     def addresses(self, iovas: Entries) -> Entries:
         """uint64[n]: the mirror address behind each iova; 0 where nothing is mapped."""
         return self.origins.lookup(iovas) & ~_IN_USE
+
+    def former_addresses(self, iovas: Entries) -> Entries:
+        """uint64[n]: the mirror address that each iova stands or stood for; 0 where it never did, or too long ago.
+
+        Cost: O(n log n + mappings remembered).
+        """
+        found = np.zeros(iovas.size, np.uint64)
+        for start, addresses in self._mapped:
+            index = (iovas.astype(np.int64) - start) >> PAGE_SHIFT
+            inside = (index >= 0) & (index < addresses.size)
+            found[inside] = addresses[index[inside]]
+        return found
 
     @property
     def tables(self) -> tuple[PageTable, PageTable]:

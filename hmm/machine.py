@@ -18,6 +18,7 @@ resumes what is ready, in an order of its own choosing.
 from __future__ import annotations
 
 import errno as errnos
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
@@ -47,6 +48,8 @@ from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
 
 T = TypeVar("T")
 P = ParamSpec("P")
+PAST_RECEIVERS = 256
+"""Receivers that are gone and whose violations can still be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,7 @@ class Machine:
         self.files: dict[int, File] = {}
         self.pins: dict[int, Pin] = {}
         self.file_names: dict[str, int] = {}
+        self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
         self.operations: dict[int, OperationRecord[Any]] = {}
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
@@ -491,8 +495,10 @@ class Machine:
 
     def remove_receiver(self, mirror_id: MirrorId) -> None:
         """Forget one that gets no events any more."""
-        self.receivers.pop(mirror_id, None)
+        receiver = self.receivers.pop(mirror_id, None)
         self.mirrors.pop(mirror_id, None)
+        if receiver is not None and receiver.reports.counts:
+            self.past_receivers.append(receiver)
 
     def file(self, file_id: int) -> File:
         """Look a file up: EBADF when there is none."""

@@ -31,6 +31,7 @@ from hmm.iommu import Domain
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver, SentEvent
 from hmm.units import TASK_SIZE, AddressRange, Entries, Pfns
+from hmm.violation import ViolationKind
 
 __all__ = ["DeadlinePolicy", "Mirror", "MirrorState", "SentEvent"]
 
@@ -42,12 +43,15 @@ class Mirror(Receiver):
     Attributes:
         update_on_fault: the mirror's own faults are delivered to it as events too.
         directories: limit of its table.
+        owed: uint64[n], ascending: pages that the device wrote without setting DIRTY, and that its driver has not
+            reported yet.
     """
 
     update_on_fault: bool = True
     directories: int = 1 << 18
     table: PageTable = field(init=False)
     domain: Domain | None = field(init=False)
+    owed: Entries = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __post_init__(self) -> None:
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.directories)
@@ -69,6 +73,7 @@ class Mirror(Receiver):
         if self.state is not MirrorState.LIVE:
             return
         self.apply(self.span, pte.MASK_NONE)
+        self.owed = self.owed[:0]
         Receiver.release(self, state, why)
 
     # ---- events: what the notifier needs of a subscriber
@@ -87,6 +92,8 @@ class Mirror(Receiver):
             return True
         for span in outcome.dirty:
             self.mark_dirty(span)
+        if self.owed.size and event.etype.is_invalidation:
+            self._require_reported(event.spans, outcome.sequence)
         for span in event.spans:
             self.apply(span, event.etype.pte_mask)
         if outcome.errno and event.etype.is_invalidation:
@@ -125,13 +132,41 @@ class Mirror(Receiver):
         which no entry has, so that it never marked anything.
         """
         self.table.update(span.start, span.end, _set_dirty)
+        self._take_owed(span)
 
     def discard(self, span: AddressRange) -> None:
         """Drop the entries of a range without telling the driver, who has stopped the device there already.
 
         Source: hmm_mirror_range_discard().
         """
+        self.history.discarded(self.sequence, span, self.space.notifier.current.operation_id)
+        if self.owed.size:
+            self._require_reported((span,), self.sequence)
         self.apply(span, pte.MASK_NONE)
+
+    def owe(self, addresses: Entries) -> None:
+        """The device wrote these pages, uint64[n], and set no DIRTY: its driver has to report them."""
+        self.owed = np.union1d(self.owed, addresses)
+
+    def _take_owed(self, span: AddressRange) -> Entries:
+        if not self.owed.size:
+            return self.owed
+        first, behind = np.searchsorted(self.owed, np.array([span.start, span.end], np.uint64))
+        taken = self.owed[first:behind]
+        if taken.size:
+            self.owed = np.delete(self.owed, slice(first, behind))
+        return taken
+
+    def _require_reported(self, spans: tuple[AddressRange, ...], sequence: int) -> None:
+        # What is given up now without a report is lost: the page will be taken for clean.
+        lost = [taken for span in spans if (taken := self._take_owed(span)).size]
+        if lost:
+            address = int(lost[0][0])
+            taking = self.taken_by(address, pte.WRITE)
+            if taking is None or taking.sequence != sequence:
+                taking = None
+            kind, pages = ViolationKind.DIRTY_NOT_REPORTED, sum(taken.size for taken in lost)
+            self.report(kind, address, pages, write=True, taking=taking)
 
     def pfns(self, entries: Entries) -> Pfns:
         """int64[n]: the frame that each entry reaches, through the IOMMU if need be; 0 for the zero page or none."""

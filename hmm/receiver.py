@@ -19,12 +19,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
+from hmm import pte
 from hmm.address_space import AddressSpace
 from hmm.checked import Checked
 from hmm.device import Device
-from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError
 from hmm.events import Event, EventState, EventType, Outcome
-from hmm.units import TASK_SIZE, AddressRange, MirrorId, ProcessId
+from hmm.sanitizer import History, Reports, kind_of_stale
+from hmm.units import TASK_SIZE, Address, AddressRange, MirrorId, ProcessId
+from hmm.violation import Taking, Violation, ViolationKind
 
 __all__ = ["DeadlinePolicy", "MirrorState", "Receiver", "SentEvent"]
 
@@ -71,6 +74,10 @@ class Receiver(ABC):
         leaving: about to be released: it still hears of changes and gives up what it has, but gets nothing new.
         unsettled: the invalidations that were sent and whose effect is not applied yet; others may still have to
             answer.
+        lenient: a refused access succeeds for the device, which reads ones and whose writes go nowhere, as behind an
+            IOMMU; False: it fails.
+        history: what its driver gave up lately.
+        reports: what its device did that it must not.
     """
 
     id: MirrorId
@@ -88,6 +95,9 @@ class Receiver(ABC):
     unanswered: dict[int, SentEvent] = field(default_factory=dict)
     unsettled: dict[int, SentEvent] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
+    lenient: bool = False
+    history: History = field(default_factory=History)
+    reports: Reports = field(default_factory=Reports)
 
     def __str__(self) -> str:
         return f"mirror {self.id} ({self.device.name})"
@@ -110,6 +120,42 @@ class Receiver(ABC):
             raise DeviceLostError(f"{operation}: {self} was fenced: {self.lost_because}")
         if self.state is MirrorState.RELEASED:
             raise NoSuchObjectError(f"{operation}: {self} was released", errnos.ENODEV)
+
+    def require_access(self, *, write: bool, address: Address) -> None:
+        """Raise unless a device may still access anything.
+
+        Raises: as `require_live`, with `error.violation`.
+        """
+        try:
+            self.require_live("device access")
+        except HmmError as error:
+            taking = self.taken_by(address, pte.VALID)
+            kind = ViolationKind.ACCESS_AFTER_FENCE
+            error.violation = self.report(kind, address, 1, write=write, taking=taking)
+            raise
+
+    def taken_by(self, address: Address, bits: int) -> Taking | None:
+        """What took some of `bits` of the entry of an address last, as `History.last`."""
+        return self.history.last(address, bits, self.unsettled)
+
+    def report(
+        self, kind: ViolationKind, address: Address, pages: int, *, write: bool, taking: Taking | None
+    ) -> Violation:
+        """Note what the device did that it must not; `address` is of the first of so many pages."""
+        operation_id = self.space.notifier.current.operation_id
+        violation = Violation(
+            kind, self.id, self.device.id, self.device.name, address, pages, write, operation_id, taking
+        )  # fmt: skip
+        self.reports.add(violation)
+        return violation
+
+    def report_stale(self, address: Address, pages: int, bits: int, *, write: bool, since: int | None) -> Violation:
+        """As `report`, of an access whose translation lacks some of `bits`; history says what took them."""
+        taking = self.taken_by(address, bits)
+        kind = kind_of_stale(taking, since)
+        if bits == pte.WRITE and kind is not ViolationKind.EARLY_ACKNOWLEDGEMENT:
+            kind = ViolationKind.READ_ONLY_WRITE  # it had the page and has it still
+        return self.report(kind, address, pages, write=write, taking=taking)
 
     def release(self, state: MirrorState, why: str = "") -> None:
         """Stop hearing: no further events."""
@@ -178,6 +224,8 @@ class Receiver(ABC):
         sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
         self.counters[sent.state.value] += 1
         self._forget(sequence)
+        if sent.state is EventState.ACKNOWLEDGED:
+            self.history.acknowledged(sequence, sent.event, sent.operation_id)
         return sent
 
     def finish(self, sequence: int, state: EventState) -> SentEvent | None:

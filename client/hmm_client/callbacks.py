@@ -86,6 +86,9 @@ def waiting() -> AbstractContextManager[Callback | None]:
 class Callbacks:
     """The callbacks of one mirror.
 
+    Attributes:
+        heard: the last event whose callback has begun.
+
     Args:
         driver: whose `update` and `release` are called.
         finish: called once for each event, with the answer, None for a plain one.
@@ -107,6 +110,7 @@ class Callbacks:
         self._concurrent = concurrent
         self._queue: deque[Event] = deque()
         self._running: dict[Callback, asyncio.Task[None]] = {}
+        self.heard = 0
 
     def deliver(self, event: Event) -> None:
         """Handle an event, now or after those before it."""
@@ -136,6 +140,7 @@ class Callbacks:
         return self._concurrent or all(callback.is_waiting for callback in self._running)
 
     def _start(self, event: Event) -> None:
+        self.heard = event.sequence
         if self._executor is not None:
             self._start_task(event, self._executor)
             return

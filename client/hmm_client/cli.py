@@ -20,6 +20,7 @@ COMMANDS = {
     "watch": "Show events and answers as they happen.",
     "pending": "Show who is waiting for whom, and why.",
     "stats": "Show counters of the daemon and of each mirror.",
+    "sanitize": "Show what devices did that they must not.",
     "health": "Ask the daemon whether it serves; for scripts and containers.",
     "replay": "Replay recorded programs while devices mirror them.",
     "record": "Record a program's memory calls, for replay.",

@@ -62,6 +62,7 @@ class Device:
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         fault_events: bool = True,
         concurrent: bool = False,
+        report_only: bool = False,
     ) -> Mirror:
         """Mirror a process's address space.  The driver may be called before this returns.
 
@@ -70,6 +71,8 @@ class Device:
             fault_events: tell the driver of every fault's entries by an event, as in 2015; False: `Mirror.fault`
                 returns them and that is all.
             concurrent: handle events at once; False: one after the other.
+            report_only: an access that the device must not make is reported (`hmmctl sanitize`) and does not fail: it
+                reads ones, its writes go nowhere.
 
         Raises:
             ConflictError: the device mirrors this address space already (EINVAL).
@@ -81,6 +84,7 @@ class Device:
             process_id=process.id,
             policy=policy_to_proto(policy),
             no_fault_events=not fault_events,
+            report_only=report_only,
         )
         made: list[Mirror] = []
 

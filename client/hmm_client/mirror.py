@@ -248,38 +248,63 @@ class Mirror:
             f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=int(starts[0])
         )
 
-    async def read(self, segments: Sequence[Segment], *, dma: bool = False) -> bytes:
+    async def read(self, segments: Sequence[Segment], *, dma: bool = False, entries: Entries | None = None) -> bytes:
         """The device gathers bytes, through the mirror's table; it never faults pages in.
 
         Args:
             segments: (address, length) in any order; together at most 1 MiB.
             dma: the addresses are the device's DMA addresses.
+            entries: uint64[npages], those that the device goes by, for all pages of all segments: the daemon compares
+                them with the mirror's.  None: it has no table of its own.
 
         Raises:
-            BadAddressError: `error.address` has no valid entry; nothing was read (EFAULT).
+            BadAddressError: `error.address` has no valid entry; nothing was read (EFAULT).  `error.violation` says
+                what had taken it.
             DeviceLostError: the mirror was fenced (ENODEV).
         """
         addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
-        request = device_pb2.DeviceReadRequest(mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma)
+        request = device_pb2.DeviceReadRequest(
+            mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma, heard_sequence=self._callbacks.heard
+        )
+        if entries is not None:
+            request.entries = entries_to_proto(entries)
         (response,) = await self._call("device_read", request)
         self._require(response)
         data: bytes = response.data
         return data
 
-    async def write(self, segments: Sequence[Segment], data: bytes, *, dma: bool = False) -> None:
+    async def write(
+        self,
+        segments: Sequence[Segment],
+        data: bytes,
+        *,
+        dma: bool = False,
+        entries: Entries | None = None,
+        untracked: bool = False,
+    ) -> None:
         """The device scatters bytes, through the mirror's table; the entries become dirty.
 
         Args:
             segments: (address, length) in any order; together as long as `data`, at most 1 MiB.
-            dma: the addresses are the device's DMA addresses.
+            dma, entries: as `read`.
+            untracked: the device sets no dirty bits: the driver reports what was written, by `dirty` or by what
+                `Driver.update` returns.
 
         Raises: as `read`; also
             AccessDeniedError: the entry of `error.address` is read-only; nothing was written (EACCES).
         """
         addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
         request = device_pb2.DeviceWriteRequest(
-            mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma, data=data
+            mirror_id=self.id,
+            addresses=addresses,
+            lengths=lengths,
+            dma=dma,
+            data=data,
+            heard_sequence=self._callbacks.heard,
+            untracked=untracked,
         )
+        if entries is not None:
+            request.entries = entries_to_proto(entries)
         (response,) = await self._call("device_write", request)
         self._require(response)
 

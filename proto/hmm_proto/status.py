@@ -37,6 +37,7 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm_proto.v1 import types_pb2
+from hmm_proto.violations import violation_from_proto, violation_to_proto
 
 DOMAIN = "hmm.v1"
 INTERNAL_REASON = "INTERNAL"
@@ -157,6 +158,8 @@ def to_call_result(error: HmmError | None, operation_id: int = 0, fenced: tuple[
     )
     if isinstance(error, SegmentationFault):
         result.signal = types_pb2.Signal.Value(f"SIGNAL_{error.signal.value}")
+    if error.violation is not None:
+        result.violation.CopyFrom(violation_to_proto(error.violation))
     return result
 
 
@@ -164,7 +167,7 @@ def from_call_result(result: types_pb2.CallResult) -> HmmError | None:
     """The error that a kernel call ended with; None on success."""
     if not result.reason:
         return None
-    return _error(
+    error = _error(
         result.reason,
         result.message,
         result.errno,
@@ -173,6 +176,9 @@ def from_call_result(result: types_pb2.CallResult) -> HmmError | None:
         result.hole_end if result.HasField("hole_end") else None,
         types_pb2.Signal.Name(result.signal).removeprefix("SIGNAL_") if result.signal else "",
     )
+    if result.HasField("violation"):
+        error.violation = violation_from_proto(result.violation)
+    return error
 
 
 def _error(

@@ -8,6 +8,7 @@ the mirror lives; what an answer has to say is never covered by a plain one.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from hmm.errors import HmmError
 from hmm.machine import Machine
 from hmm.receiver import MirrorState
+from hmm.sanitizer import EVENTS_KEPT
 from hmm.units import AddressRange, DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2
@@ -33,6 +35,7 @@ class ServedMirror:
         sent_up_to: the last event that left for it.
         outstanding: events that left and are not answered, by sequence.
         latencies_s: from sending to answering, of the last events.
+        answered_ns: when the last events were answered, nanoseconds since 1970, by sequence.
     """
 
     id: MirrorId
@@ -48,6 +51,7 @@ class ServedMirror:
     pages: int = 0
     events_by_reason: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
+    answered_ns: dict[int, int] = field(default_factory=dict)
 
     def note_sent(self, sequence: int, posting: Posting, npages: int) -> None:
         """An event has left for this mirror."""
@@ -59,8 +63,11 @@ class ServedMirror:
         if posting.event.reason is not None:
             self.events_by_reason[posting.event.reason.name] += 1
 
-    def note_latency(self, seconds: float) -> None:
-        """Count one answer."""
+    def note_answer(self, sequence: int, seconds: float) -> None:
+        """Count one answer, that came so long after its event was sent."""
+        if len(self.answered_ns) >= EVENTS_KEPT:
+            del self.answered_ns[next(iter(self.answered_ns))]
+        self.answered_ns[sequence] = time.time_ns()
         self.latencies_s.append(seconds)
         self.latency_count += 1
         self.latency_sum_s += seconds

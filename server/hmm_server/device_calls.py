@@ -12,7 +12,7 @@ import numpy as np
 
 from hmm import commands_device
 from hmm.commands_device import DeviceFaulted
-from hmm.device_access import Segment
+from hmm.device_access import Manner, Segment
 from hmm.machine import Machine
 from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries
 from hmm_proto import convert
@@ -53,6 +53,7 @@ def _register_mirror(q: device_pb2.RegisterMirrorRequest) -> Invocation:
         *(q.device_id, q.process_id),
         policy=convert.policy_from_proto(q.policy),
         update_on_fault=not q.no_fault_events,
+        lenient=q.report_only,
     )
 
 
@@ -151,6 +152,15 @@ def _segments(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest) -
     return list(zip(q.addresses, q.lengths, strict=True))
 
 
+def _manner(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest, untracked: bool = False) -> Manner:
+    return Manner(
+        dma=q.dma,
+        named=convert.entries_from_proto(q.entries) if q.entries else None,
+        since=q.heard_sequence if q.HasField("heard_sequence") else None,
+        untracked=untracked,
+    )
+
+
 CALLS: Mapping[str, Call[Any, Any]] = {
     "register_device": Call(
         _register_device,
@@ -173,11 +183,11 @@ CALLS: Mapping[str, Call[Any, Any]] = {
     ),
     "fault": Call(_fault, _fault_response),
     "device_read": Call(
-        lambda q: invoke(commands_device.device_read, q.mirror_id, _segments(q), dma=q.dma),
+        lambda q: invoke(commands_device.device_read, q.mirror_id, _segments(q), _manner(q)),
         lambda value, result: device_pb2.DeviceReadResponse(result=result, data=value or b""),
     ),
     "device_write": Call(
-        lambda q: invoke(commands_device.device_write, q.mirror_id, _segments(q), q.data, dma=q.dma),
+        lambda q: invoke(commands_device.device_write, q.mirror_id, _segments(q), q.data, _manner(q, q.untracked)),
         lambda _, result: device_pb2.DeviceWriteResponse(result=result),
     ),
     "dirty_range": Call(

@@ -23,8 +23,10 @@ from hmm_server.config import Config
 from hmm_server.device_calls import CALLS, DESCRIBED, FaultResult, fault_pages
 from hmm_server.executor import Executor, resolve
 from hmm_server.process_calls import require_at_most
+from hmm_server.reports import complete
 from hmm_server.streams import Streams
 
+ACCESSES = frozenset({"device_read", "device_write"})
 Result = Any
 """A response, or the exception that says why there is none."""
 
@@ -103,6 +105,8 @@ class DeviceSide:
         except Exception as error:  # noqa: BLE001 - handed on: whoever asked decides what becomes of it
             then(error)
         else:
+            if name in ACCESSES and response.result.HasField("violation"):
+                complete(self.streams, response.result.violation)
             if name in DESCRIBED:
                 response = DESCRIBED[name](self.executor.machine, record.result)
             elif name == "fault" and request.omit_entries:

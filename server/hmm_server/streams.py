@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,8 @@ from hmm_server.operation_log import Ended
 from hmm_server.views import operation_status
 
 PROTOCOL_VERSION = 1
+REJECTIONS_KEPT = 256
+"""Answers that were rejected and can be asked for."""
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,7 @@ class Streams:
         self.open: dict[int, Stream] = {}
         self.served: dict[MirrorId, ServedMirror] = {}
         self.rejected = 0
+        self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
         # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
         self._epochs = itertools.count(time.time_ns() >> 10)
         self._loop = asyncio.get_running_loop()
@@ -253,6 +257,7 @@ class Streams:
         stream.heard_s = time.monotonic()
         violations = Answers(self.executor.machine, stream, self._answered).take(message)
         self.rejected += len(violations)
+        self.rejections.extend((stream, violation, time.time_ns()) for violation in violations)
         for violation in violations:
             log.warning(
                 "%s: answer to event %d of mirror %d rejected: %s",
@@ -267,7 +272,7 @@ class Streams:
         if posting is None:
             return
         latency_s = time.monotonic() - posting.sent_s
-        served.note_latency(latency_s)
+        served.note_answer(sequence, latency_s)
         posting.remaining -= 1
         if not posting.remaining:
             served.stream.mailbox.release(posting)

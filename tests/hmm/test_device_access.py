@@ -11,6 +11,7 @@ import pytest
 from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm import pte
+from hmm.device_access import Manner
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.local import Local
 from hmm.machine import Caller, Limits, Machine
@@ -39,11 +40,11 @@ class Bench:
 
     def read(self, *segments: tuple[int, int], dma: bool = False) -> bytes:
         """A device read."""
-        return self.call(devices.device_read, self.id, segments, dma=dma)
+        return self.call(devices.device_read, self.id, segments, Manner(dma=dma))
 
     def write(self, data: bytes, *segments: tuple[int, int], dma: bool = False) -> None:
         """A device write."""
-        self.call(devices.device_write, self.id, segments, data, dma=dma)
+        self.call(devices.device_write, self.id, segments, data, Manner(dma=dma))
 
     def cpu(self, address: int, length: int) -> bytes:
         """What the CPU reads."""

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, OutOfFramesError, SegmentationFault, Signal
+from hmm.violation import Taking, Violation, ViolationKind
 from hmm_proto import status
 
 
@@ -29,6 +30,9 @@ def _attributes(error: HmmError) -> tuple[object, ...]:
         type(error), error.message, error.errno, error.reason, error.address, error.notifier_seq, error.hole_end,
         getattr(error, "signal", None),
     )  # fmt: skip
+
+
+TAKING = Taking(5, "MUNMAP", "munmap", 70, 0x1000, 0x4000, True, "munmap", "program", "gpu (pid 7)", 1_700_000_000)
 
 
 @pytest.mark.parametrize("error_class", CLASSES)
@@ -103,3 +107,22 @@ def test_not_made_tells_ownership_from_protection() -> None:
     assert not status.is_not_made(AccessDeniedError("no", errnos.EACCES))
     assert status.is_not_made(OutOfFramesError("no", reason="LIMIT"))
     assert not status.is_not_made(OutOfFramesError("no"))
+
+
+@pytest.mark.parametrize("taking", [None, TAKING])
+def test_call_result_keeps_the_violation_of_an_access(taking: Taking | None) -> None:
+    """What a device did that it must not reaches its driver whole."""
+    error = BadAddressError("gone", address=0x1000)
+    error.violation = Violation(ViolationKind.USE_AFTER_INVALIDATION, 1, 2, "gpu", 0x1000, 3, True, 77, taking)
+    decoded = status.from_call_result(status.to_call_result(error, 77))
+    assert decoded is not None
+    assert decoded.violation == error.violation
+
+
+def test_call_result_of_an_unknown_violation_is_still_its_error() -> None:
+    """A newer daemon may know more kinds."""
+    result = status.to_call_result(BadAddressError("gone"), 77)
+    result.violation.kind = 99  # type: ignore[assignment]
+    decoded = status.from_call_result(result)
+    assert isinstance(decoded, BadAddressError)
+    assert decoded.violation is None

@@ -148,8 +148,8 @@ class Minor:
         counters.nsys_pages += entries.size - in_device
         with self._driver.accesses(mirror).to(address, length):
             if data is None:
-                return await mirror.read([(address, length)])
-            await mirror.write([(address, length)], data)
+                return await mirror.read([(address, length)], entries=entries)
+            await mirror.write([(address, length)], data, entries=entries)
             return b""
 
 

@@ -273,10 +273,11 @@ class PrefetchDevice(TableDriver):
         self._stamp += 1
         stamp = self._stamp.to_bytes(STAMP_BYTES, "little")
         segments = self._slots(pages)
+        entries = self.table(program.mirror).pages.lookup(pages)
         with program.accesses.to(int(pages[0]), int(pages[-1] - pages[0]) + PAGE_SIZE):
             try:
-                await program.mirror.write(segments, stamp * len(segments))
-                seen = await program.mirror.read(segments)
+                await program.mirror.write(segments, stamp * len(segments), entries=entries)
+                seen = await program.mirror.read(segments, entries=entries)
             except HmmError as error:
                 self._refused(program, "write", error)
                 return
@@ -309,9 +310,10 @@ class PrefetchDevice(TableDriver):
         """Read this device's slot of each page; None if not all of them can be read any more."""
         if self._usable(program, pages, write=False).size < pages.size:
             return None
+        entries = self.table(program.mirror).pages.lookup(pages)
         with program.accesses.to(int(pages[0]), int(pages[-1] - pages[0]) + PAGE_SIZE):
             try:
-                data = await program.mirror.read(self._slots(pages))
+                data = await program.mirror.read(self._slots(pages), entries=entries)
             except HmmError as error:
                 self._refused(program, "read", error)
                 return None

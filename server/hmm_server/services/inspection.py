@@ -20,7 +20,7 @@ from hmm.page_table import PageTable
 from hmm.units import TASK_SIZE, WHOLE_SPACE
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, inspection_pb2_grpc
-from hmm_server import counters, views
+from hmm_server import counters, reports, views
 from hmm_server.callers import caller_from
 from hmm_server.config import Config
 from hmm_server.executor import Executor, Running
@@ -152,6 +152,30 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
                 for mirror in self._machine.mirrors.values()
                 if sees(mirror.owner)
             ],
+        )
+
+    async def GetViolations(
+        self, request: inspection_pb2.GetViolationsRequest, context: Context
+    ) -> inspection_pb2.GetViolationsResponse:
+        sees = _sees(context)
+        chosen = [
+            (receiver, gone)
+            for receiver, gone in reports.receivers(self._machine)
+            if sees(receiver.owner)
+            and receiver.reports.counts
+            and request.mirror_id in (0, receiver.id)
+            and request.device_id in (0, receiver.device.id)
+        ]
+        rejections = [
+            inspection_pb2.RejectedAnswer(
+                epoch=stream.epoch, driver_name=stream.name, violation=violation, time_ns=time_ns
+            )
+            for stream, violation, time_ns in self._streams.rejections
+            if sees(stream.owner) and request.mirror_id in (0, violation.mirror_id)
+        ]
+        return inspection_pb2.GetViolationsResponse(
+            mirrors=[reports.mirror_report(self._streams, receiver, gone=gone) for receiver, gone in chosen],
+            rejected_answers=rejections,
         )
 
     async def GetOperation(

@@ -30,6 +30,13 @@ function pagesOf(address, length) {
   return pages;
 }
 
+/** One little-endian uint64 for each page. */
+function entriesOf(pages, value) {
+  const bytes = Buffer.alloc(pages.length * 8);
+  pages.forEach((page, index) => bytes.writeBigUInt64LE(value(page), index * 8));
+  return bytes;
+}
+
 /** One process as the device sees it. */
 class Mirror {
   constructor(id) {
@@ -38,6 +45,7 @@ class Mirror {
     this.underWay = new Set(); // accesses that were started and have not ended
     this.recent = []; // the last events that took something: {sequence, event}
     this.forgotten = 0n; // results that include no later event than this one cannot be judged any more
+    this.heard = 0n; // the last event whose handling has begun
     this.released = false;
     this.lost = "";
   }
@@ -107,6 +115,7 @@ class Device {
   }
 
   async update(mirror, sequence, event) {
+    mirror.heard = sequence;
     this.heard.push({ type: event.type.replace("EVENT_TYPE_", ""), operation: event.operation });
     if (event.type === "EVENT_TYPE_RELEASE") {
       mirror.table.clear();
@@ -188,7 +197,9 @@ class Device {
     }
     // Between the look at the table and the start of the access nothing else runs.
     const access = { start: address, end: address + length };
-    access.ended = this.session.make(name, { mirrorId: mirror.id, ...pieces });
+    const entries = entriesOf(pages, (page) => mirror.table.get(page));
+    const manner = { entries, heardSequence: String(mirror.heard) };
+    access.ended = this.session.make(name, { mirrorId: mirror.id, ...pieces, ...manner });
     mirror.underWay.add(access);
     try {
       return await access.ended;
@@ -198,8 +209,7 @@ class Device {
   }
 
   async fault(mirror, missing, write) {
-    const pages = Buffer.alloc(missing.length * 8);
-    missing.forEach((page, index) => pages.writeBigUInt64LE(page, index * 8));
+    const pages = entriesOf(missing, (page) => page);
     const parts = await this.session.make("fault", { mirrorId: mirror.id, pages, write });
     const last = parts[parts.length - 1];
     if (mirror.isStale(missing, BigInt(last.lastEventSequence))) return;
