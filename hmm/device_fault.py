@@ -39,7 +39,7 @@ from hmm.errors import (
     SegmentationFault,
     TimedOutError,
 )
-from hmm.events import Event, EventState, EventType, Outcome
+from hmm.events import Delivery, Event, EventState, EventType
 from hmm.fault import fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
@@ -412,15 +412,15 @@ def _update(mirror: Mirror, enlisted: DeviceFault, write: bool) -> Operation[Non
         spans=enlisted.spans,
         entries=entries.astype("<u8", copy=False).tobytes(),
     )
-    outcomes: tuple[Outcome, ...] = yield Deliver(event, (mirror.id,))
-    (outcome,) = outcomes
+    deliveries: tuple[Delivery, ...] = yield Deliver(event, (mirror.id,))
+    (told,) = deliveries
     mirror.require_live("fault")
-    if outcome.state is EventState.ABANDONED:
+    if told.state is EventState.ABANDONED:
         raise TimedOutError(f"fault: the driver of {mirror} did not acknowledge in time")
-    mirror.settle(event, outcome)
-    if outcome.errno == errnos.ENOMEM:
+    mirror.settle(told)
+    if told.errno == errnos.ENOMEM:
         raise OutOfFramesError(f"fault: the driver of {mirror} answered ENOMEM")
-    if outcome.errno:
+    if told.errno:
         raise BadAddressError(f"fault: the driver of {mirror} answered EIO", errnos.EIO)
 
 

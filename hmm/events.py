@@ -45,12 +45,13 @@ class EventType(IntEnum):
     @property
     def is_invalidation(self) -> bool:
         """True when the driver must stop using something; an error answer then kills the mirror."""
-        return self in _INVALIDATIONS
+        return self in INVALIDATIONS
 
 
-_INVALIDATIONS = frozenset(
+INVALIDATIONS = frozenset(
     {EventType.FORK, EventType.ISDIRTY, EventType.MIGRATE, EventType.MUNMAP, EventType.WRITE_PROTECT}
 )
+"""The types with `is_invalidation`."""
 _PTE_MASKS = {
     EventType.NONE: MASK_ALL,
     EventType.FORK: MASK_WRITE_PROTECT,
@@ -185,17 +186,21 @@ class Event:
         return any(mine.overlaps(span) for mine in self.spans)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one mirror answered one event.
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One event for one mirror, from its sending to its final state.
 
     Attributes:
+        sequence: the event's number for that mirror.
+        operation_id: the call that waits for the answer.
         errno: what the driver's callback returned, positive; 0 is success.
         dirty: ranges that the device wrote and reports with its answer.
     """
 
     mirror_id: MirrorId
     sequence: int
-    state: EventState
+    event: Event
+    operation_id: int
+    state: EventState = EventState.SENT
     errno: int = 0
     dirty: tuple[AddressRange, ...] = ()

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from hmm.checked import Checked
 from hmm.errors import InvalidRequestError, NoSuchObjectError
-from hmm.events import Event, EventState, Outcome
+from hmm.events import Delivery, Event, EventState
 from hmm.operation import Await, Operation, WaitFor
 from hmm.receiver import MirrorState, Receiver
 from hmm.units import Address, AddressRange
@@ -150,7 +150,7 @@ class IntervalMirror(Receiver):
             notifier.concerned(event, sequence) for notifier in self.notifiers.values()
         )
 
-    def send(self, event: Event, operation_id: int) -> int:
+    def send(self, event: Event, operation_id: int) -> Delivery:
         """Number an event for this receiver; from now on read sections over its ranges have to be repeated."""
         if event.reason is not None:
             sequence = self.space.notifier.sequence
@@ -160,11 +160,11 @@ class IntervalMirror(Receiver):
                     notifier.sequence = sequence
         return Receiver.send(self, event, operation_id)
 
-    def settle(self, event: Event, outcome: Outcome) -> bool:
+    def settle(self, delivery: Delivery) -> bool:
         """An answer has no effect here: a callback that may wait cannot fail."""
-        self.unsettled.pop(outcome.sequence, None)
-        if outcome.errno and outcome.state is not EventState.REFUSED:
-            self.counters[f"refused_{event.etype.name.lower()}"] += 1
+        self.unsettled.pop(delivery.sequence, None)
+        if delivery.errno and delivery.state is not EventState.REFUSED:
+            self.counters[f"refused_{delivery.event.etype.name.lower()}"] += 1
         return True
 
     def check(self, checked: Checked) -> None:

@@ -59,7 +59,8 @@ def digest(machine: Machine) -> str:
     for number, pin in machine.pins.items():
         state.update(repr((number, pin.space_id, pin.span, pin.pfns.tolist())).encode())
     for record in machine.operations.values():
-        state.update(repr((record.id, record.name, record.request, sorted(record.answers))).encode())
+        sent = [(sent.mirror_id, sent.sequence, sent.state) for sent in record.sent]
+        state.update(repr((record.id, record.name, record.request, sent)).encode())
     return state.hexdigest()
 
 

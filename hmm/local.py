@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import ParamSpec, Protocol, TypeVar
 
-from hmm.events import Event, EventType
-from hmm.machine import Caller, Command, Delivery, Machine, OperationRecord
+from hmm.events import Delivery, Event, EventType
+from hmm.machine import Caller, Command, Machine, OperationRecord
 from hmm.units import MirrorId
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno as errnos
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
@@ -38,7 +38,7 @@ from hmm.errors import (
     TimedOutError,
     WouldDeadlockError,
 )
-from hmm.events import Event, EventState, Outcome
+from hmm.events import Delivery, EventState
 from hmm.file import File
 from hmm.frames import Frames
 from hmm.mirror import Mirror, MirrorState
@@ -124,23 +124,15 @@ class Pin:
     long_term: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One event on its way to one mirror's driver."""
-
-    mirror_id: MirrorId
-    sequence: int
-    event: Event
-    operation_id: int
-
-
 @dataclass(slots=True, eq=False)
 class OperationRecord(Generic[T]):
     """A call from its start to its result.
 
     Attributes:
         request: what it waits for; None before the start and when done.
-        outcomes: how mirrors answered the events of this operation, all of them, in order.
+        sent: the event that it waits for, on its way to each mirror.
+        remaining: of these, how many are not answered.
+        fenced: the mirrors that were lost while it waited for them.
         refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
         timed_out: its caller's patience has ended, and it ends as soon as it can.
     """
@@ -152,8 +144,8 @@ class OperationRecord(Generic[T]):
     generator: Operation[T]
     request: Request | None = None
     remaining: int = 0
-    answers: dict[tuple[MirrorId, int], Outcome | None] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
+    sent: tuple[Delivery, ...] = ()
+    fenced: list[MirrorId] = field(default_factory=list)
     refusal: WouldDeadlockError | None = None
     timed_out: bool = False
     done: bool = False
@@ -167,11 +159,6 @@ class OperationRecord(Generic[T]):
             raise self.error
         assert self.done
         return self.value  # type: ignore[return-value]
-
-    @property
-    def fenced(self) -> list[MirrorId]:
-        """The mirrors that were lost while this call waited for them."""
-        return [outcome.mirror_id for outcome in self.outcomes if outcome.state is EventState.FENCED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +224,8 @@ class Machine:
         assert self.is_ready(record), f"operation {operation_id} ({record.name}) is not ready"
         reply = None
         if isinstance(record.request, Deliver):
-            reply = tuple(outcome for outcome in record.answers.values() if outcome is not None)
-            record.outcomes.extend(reply)
-            record.answers.clear()
+            reply, record.sent = record.sent, ()
+            record.fenced += [delivery.mirror_id for delivery in reply if delivery.state is EventState.FENCED]
         self._advance(record, reply, record.refusal)
 
     def answer(self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()) -> None:
@@ -255,8 +241,18 @@ class Machine:
         self._note("answer", mirror_id, sequence, errno, dirty)
         sent = mirror.answer(sequence, errno, dirty)
         if sent is not None:
-            outcome = Outcome(mirror_id, sequence, sent.state, sent.errno, sent.dirty)
-            self._settle(sent.operation_id, outcome)
+            self._settle(sent)
+
+    def acknowledge(self, answers: Sequence[tuple[MirrorId, int]]) -> None:
+        """Drivers' callbacks returned 0: as many `answer`s, (mirror, event sequence) each, without more to say.
+
+        Raises: as `answer`; those before are taken.
+        """
+        self._note("acknowledge", answers)
+        for mirror_id, sequence in answers:
+            sent = self.receiver(mirror_id).answer(sequence, 0, ())
+            if sent is not None:
+                self._settle(sent)
 
     def fence(self, mirror_id: MirrorId, why: str) -> None:
         """Give a mirror up: its table is dropped and no operation waits for it any longer."""
@@ -335,7 +331,7 @@ class Machine:
         """The (mirror, event sequence) pairs that the operation waits for directly."""
         request = record.request
         if isinstance(request, Deliver):
-            return [key for key, outcome in record.answers.items() if outcome is None]
+            return [(sent.mirror_id, sent.sequence) for sent in record.sent if sent.state is EventState.SENT]
         if not isinstance(request, Await) or request.wait_for not in (WaitFor.CALLBACKS, WaitFor.LATE_ANSWERS):
             return []
         receiver = self.receivers.get(request.mirror_id)
@@ -416,22 +412,20 @@ class Machine:
         return False
 
     def _deliver(self, record: OperationRecord[Any], request: Deliver) -> None:
-        record.answers = {}
-        for mirror_id in request.mirrors:
-            sequence = self.receivers[mirror_id].send(request.event, record.id)
-            record.answers[mirror_id, sequence] = None
-            self._outbox.append(Delivery(mirror_id, sequence, request.event, record.id))
-        record.remaining = len(record.answers)
+        receivers, event = self.receivers, request.event
+        record.sent = tuple([receivers[mirror_id].send(event, record.id) for mirror_id in request.mirrors])
+        record.remaining = len(record.sent)
+        self._outbox += record.sent
 
     def _finish(self, mirror: Receiver, sequence: int, state: EventState) -> None:
         sent = mirror.finish(sequence, state)
         if sent is not None:
-            self._settle(sent.operation_id, Outcome(mirror.id, sequence, state))
+            self._settle(sent)
 
-    def _settle(self, operation_id: int, outcome: Outcome) -> None:
-        record = self.operations[operation_id]
-        assert record.answers[outcome.mirror_id, outcome.sequence] is None
-        record.answers[outcome.mirror_id, outcome.sequence] = outcome
+    def _settle(self, sent: Delivery) -> None:
+        record = self.operations[sent.operation_id]
+        assert isinstance(record.request, Deliver)
+        assert record.request.event is sent.event
         record.remaining -= 1
 
     def _note(self, method: str, /, *args: Any, **kwargs: Any) -> None:
@@ -555,7 +549,7 @@ class Machine:
             assert record.request is not None
             assert not record.done
             if isinstance(record.request, Deliver):
-                assert record.remaining == sum(outcome is None for outcome in record.answers.values())
+                assert record.remaining == sum(sent.state is EventState.SENT for sent in record.sent)
 
     def _check_map_counts(self, checked: Checked) -> None:
         mapcount = self.frames.mapcount[: self.frames.used_end]

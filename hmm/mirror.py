@@ -25,15 +25,15 @@ import numpy as np
 from hmm import cpu_pte, pte
 from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
-from hmm.events import Event, EventState, EventType, Outcome
+from hmm.events import INVALIDATIONS, Delivery, Event, EventState, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
-from hmm.receiver import DeadlinePolicy, MirrorState, Receiver, SentEvent
+from hmm.receiver import DeadlinePolicy, MirrorState, Receiver
 from hmm.units import TASK_SIZE, AddressRange, Entries, Pfns
 from hmm.violation import ViolationKind
 
-__all__ = ["DeadlinePolicy", "Mirror", "MirrorState", "SentEvent"]
+__all__ = ["DeadlinePolicy", "Mirror", "MirrorState"]
 
 
 @dataclass(slots=True, eq=False)
@@ -82,21 +82,23 @@ class Mirror(Receiver):
         """A 2015 mirror hears every change of its space that has a 2015 type, but not its own migrations."""
         return event.etype is not EventType.NONE and event.initiator != self.id
 
-    def settle(self, event: Event, outcome: Outcome) -> bool:
+    def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when it is an error, which is the end of the mirror.
 
         Source: hmm_mirror_update(): the mask is applied whatever the driver answered.
         """
-        self.unsettled.pop(outcome.sequence, None)
-        if self.state is not MirrorState.LIVE or outcome.state is EventState.FENCED:
+        self.unsettled.pop(delivery.sequence, None)
+        if self.state is not MirrorState.LIVE or delivery.state is EventState.FENCED:
             return True
-        for span in outcome.dirty:
-            self.mark_dirty(span)
-        if self.owed.size and event.etype.is_invalidation:
-            self._require_reported(event.spans, outcome.sequence)
-        for span in event.spans:
-            self.apply(span, event.etype.pte_mask)
-        if outcome.errno and event.etype.is_invalidation:
+        event = delivery.event
+        if self.owed.size or not self.table.is_empty:
+            for span in delivery.dirty:
+                self.mark_dirty(span)
+            if self.owed.size and event.etype in INVALIDATIONS:
+                self._require_reported(event.spans, delivery.sequence)
+            for span in event.spans:
+                self.apply(span, event.etype.pte_mask)
+        if delivery.errno and event.etype in INVALIDATIONS:
             self.leaving = True
             return False
         return True

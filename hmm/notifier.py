@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
-from hmm.events import Cause, Event, EventState, EventType, Outcome
+from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.units import WHOLE_SPACE, AddressRange, MirrorId, SpaceId
 
@@ -52,7 +52,7 @@ class Subscriber(Protocol):
 
     @property
     def id(self) -> MirrorId:
-        """Identifies the subscriber in Deliver and Outcome."""
+        """Identifies the subscriber in Deliver and Delivery."""
 
     def hears(self, event: Event) -> bool:
         """Whether this event has to be delivered to this subscriber."""
@@ -60,7 +60,7 @@ class Subscriber(Protocol):
     def awaits_late_answer(self) -> bool:
         """Whether an abandoned event is still unanswered, so that nothing new may be sent."""
 
-    def settle(self, event: Event, outcome: Outcome) -> bool:
+    def settle(self, delivery: Delivery) -> bool:
         """Apply what the answer means; False when the subscriber's own error is its end."""
 
     def kill(self) -> None:
@@ -92,10 +92,10 @@ class Invalidation:
         if not notifier.invalidations and notifier.sequence & 1:
             notifier.sequence += 1
 
-    def deliver(self) -> Operation[tuple[Outcome, ...]]:
+    def deliver(self) -> Operation[tuple[Delivery, ...]]:
         """Tell every subscriber concerned and wait for all answers.
 
-        Returns: the outcomes, one per subscriber told, in order of registration.
+        Returns: how they answered, one per subscriber told, in order of registration.
 
         Raises:
             TimedOutError: a mirror whose policy is FAIL did not answer (ETIMEDOUT); nothing was changed yet.
@@ -106,16 +106,19 @@ class Invalidation:
         if not notifier.subscribers:
             return ()
         event = self._event()
-        if not notifier.listeners(event):
+        listeners = notifier.listeners(event)
+        if not listeners:
             return ()
         if notifier.faults:
             yield from notifier.back_off(event.spans)
-        if any(listener.awaits_late_answer() for listener in notifier.listeners(event)):
+            listeners = notifier.listeners(event)
+        if any(listener.awaits_late_answer() for listener in listeners):
             yield from self._late_answers(event)
+            listeners = notifier.listeners(event)
         if notifier.revision != event.revision:
             event = self._event()  # numbered when it is sent, so that revisions ascend
         notifier.mark(event)
-        return (yield from notifier.broadcast(event, notifier.listeners(event), certain=self.certain))
+        return (yield from notifier.broadcast(event, listeners, certain=self.certain))
 
     def _late_answers(self, event: Event) -> Operation[None]:
         # A death is told in the end even to those who owe an answer; everything else is not told to anybody.
@@ -246,19 +249,19 @@ class Notifier:
 
     def broadcast(
         self, event: Event, listeners: list[Subscriber], *, certain: bool = False
-    ) -> Operation[tuple[Outcome, ...]]:
+    ) -> Operation[tuple[Delivery, ...]]:
         """Send one event to all listeners, wait for all, settle all; then end those whose own error is their end."""
         if not listeners:
             return ()
-        outcomes: tuple[Outcome, ...] = yield Deliver(event, tuple(listener.id for listener in listeners))
+        deliveries: tuple[Delivery, ...] = yield Deliver(event, tuple([listener.id for listener in listeners]))
         killed: list[MirrorId] = []
         abandoned: list[MirrorId] = []
-        for outcome in outcomes:
-            subscriber = self.subscribers.get(outcome.mirror_id)
-            if outcome.state is EventState.ABANDONED and not certain:
-                abandoned.append(outcome.mirror_id)
-            elif subscriber is not None and not subscriber.settle(event, outcome):
-                killed.append(outcome.mirror_id)
+        for delivery in deliveries:
+            subscriber = self.subscribers.get(delivery.mirror_id)
+            if delivery.state is EventState.ABANDONED and not certain:
+                abandoned.append(delivery.mirror_id)
+            elif subscriber is not None and not subscriber.settle(delivery):
+                killed.append(delivery.mirror_id)
         if killed and not certain:
             yield from self.end(tuple(killed), event.operation_id)
         if abandoned:
@@ -266,7 +269,7 @@ class Notifier:
                 f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
                 f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
             )
-        return outcomes
+        return deliveries
 
     def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
         """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.
@@ -274,14 +277,14 @@ class Notifier:
         Those who are lost or ended by somebody else meanwhile are not told `release`.  Source: hmm_mirror_kill().
         """
         event = Event(operation_id, self.space_id, self.next_revision(), EventType.MUNMAP, None, None, (WHOLE_SPACE,))
-        outcomes: tuple[Outcome, ...] = yield Deliver(event, mirror_ids)
+        deliveries: tuple[Delivery, ...] = yield Deliver(event, mirror_ids)
         killed: list[MirrorId] = []
-        for outcome in outcomes:
-            subscriber = self.subscribers.get(outcome.mirror_id)
+        for delivery in deliveries:
+            subscriber = self.subscribers.get(delivery.mirror_id)
             if subscriber is not None:
-                subscriber.settle(event, outcome)
+                subscriber.settle(delivery)
                 subscriber.kill()
-                killed.append(outcome.mirror_id)
+                killed.append(delivery.mirror_id)
         if killed:
             yield Deliver(self.release_event(operation_id), tuple(killed))
 

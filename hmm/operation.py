@@ -33,7 +33,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send `event` to all of `mirrors` at once and wait for all; the reply is a tuple of Outcome."""
+    """Send `event` to all of `mirrors` at once and wait for all; the reply is a tuple of Delivery, one per mirror."""
 
     event: Event
     mirrors: tuple[MirrorId, ...]

@@ -565,6 +565,12 @@ class PageTable:
             memory_bytes=self.memory_bytes,
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in use.  Cost: O(1)."""
+        arena = self._tree.arena
+        return not arena.count[ROOT >> DIRECTORY_SHIFT] and not arena.held
+
     def image(self) -> object:
         """All of the table's state, as a value (`checked.HasImage`).  Cost: O(directories), a copy."""
         return self._tree.arena.image()

@@ -24,12 +24,12 @@ from hmm.address_space import AddressSpace
 from hmm.checked import Checked
 from hmm.device import Device
 from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError
-from hmm.events import Event, EventState, EventType, Outcome
+from hmm.events import INVALIDATIONS, Delivery, Event, EventState, EventType
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.units import TASK_SIZE, Address, AddressRange, MirrorId, ProcessId
 from hmm.violation import Taking, Violation, ViolationKind
 
-__all__ = ["DeadlinePolicy", "MirrorState", "Receiver", "SentEvent"]
+__all__ = ["DeadlinePolicy", "MirrorState", "Receiver"]
 
 _EVENTS_OF = {etype: f"events_{etype.name.lower()}" for etype in EventType}
 """The counters of events by type."""
@@ -49,17 +49,6 @@ class MirrorState(Enum):
     LIVE = "live"
     RELEASED = "released"
     LOST = "lost"
-
-
-@dataclass(slots=True, eq=False)
-class SentEvent:
-    """An event on its way: sent to one receiver for one operation, until its final state."""
-
-    event: Event
-    operation_id: int
-    state: EventState = EventState.SENT
-    errno: int = 0
-    dirty: tuple[AddressRange, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -92,8 +81,8 @@ class Receiver(ABC):
     sequence: int = 0
     revision: int = 0
     low_water: int = 0
-    unanswered: dict[int, SentEvent] = field(default_factory=dict)
-    unsettled: dict[int, SentEvent] = field(default_factory=dict)
+    unanswered: dict[int, Delivery] = field(default_factory=dict)
+    unsettled: dict[int, Delivery] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     lenient: bool = False
     history: History = field(default_factory=History)
@@ -182,7 +171,7 @@ class Receiver(ABC):
         return bool(self.unanswered) and any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
 
     @abstractmethod
-    def settle(self, event: Event, outcome: Outcome) -> bool:
+    def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when the driver's own error is its end."""
 
     def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:  # noqa: B027 - nothing to do for most
@@ -190,19 +179,19 @@ class Receiver(ABC):
 
     # ---- numbering and answers
 
-    def send(self, event: Event, operation_id: int) -> int:
-        """Number an event for this receiver.  Returns: its sequence, dense from 1."""
-        self.sequence += 1
+    def send(self, event: Event, operation_id: int) -> Delivery:
+        """Number an event for this receiver, densely from 1."""
+        self.sequence = sequence = self.sequence + 1
         if event.space_id == self.space.id:
             assert event.revision > self.revision, f"{self} hears of revision {event.revision} after {self.revision}"
             self.revision = event.revision
-        sent = self.unanswered[self.sequence] = SentEvent(event, operation_id)
-        if event.etype.is_invalidation:
-            self.unsettled[self.sequence] = sent
+        sent = self.unanswered[sequence] = Delivery(self.id, sequence, event, operation_id)
+        if event.etype in INVALIDATIONS:
+            self.unsettled[sequence] = sent
         self.counters[_EVENTS_OF[event.etype]] += 1
-        return self.sequence
+        return sent
 
-    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> SentEvent | None:
+    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> Delivery | None:
         """Record a driver's answer.  Returns: the event that it finishes, None when it changes nothing.
 
         Raises:
@@ -221,20 +210,24 @@ class Receiver(ABC):
             self._forget(sequence)
             self.heard_late(dirty)
             return None
-        sent.state, sent.errno, sent.dirty = self._verdict(sent.event, errno), self._accepted(errno), dirty
-        self.counters[sent.state.value] += 1
+        if errno:
+            sent.state, sent.errno = self._verdict(sent.event, errno), self._accepted(errno)
+        else:
+            sent.state = EventState.ACKNOWLEDGED
+        sent.dirty = dirty
+        self.counters[sent.state._value_] += 1
         self._forget(sequence)
         if sent.state is EventState.ACKNOWLEDGED:
             self.history.acknowledged(sequence, sent.event, sent.operation_id)
         return sent
 
-    def finish(self, sequence: int, state: EventState) -> SentEvent | None:
+    def finish(self, sequence: int, state: EventState) -> Delivery | None:
         """Give an unanswered event a final state other than a driver's answer (fenced, abandoned)."""
         sent = self.unanswered.get(sequence)
         if sent is None or sent.state is not EventState.SENT:
             return None
         sent.state = state
-        self.counters[state.value] += 1
+        self.counters[state._value_] += 1
         self.unsettled.pop(sequence, None)
         if state is not EventState.ABANDONED:
             self._forget(sequence)
@@ -242,7 +235,7 @@ class Receiver(ABC):
 
     def _forget(self, sequence: int) -> None:
         del self.unanswered[sequence]
-        self.low_water = min(self.unanswered, default=self.sequence + 1) - 1
+        self.low_water = min(self.unanswered) - 1 if self.unanswered else self.sequence
 
     def _verdict(self, event: Event, errno: int) -> EventState:
         # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hmm.checked import Checked
-from hmm.events import EventState, EventType
-from hmm.machine import Caller, Delivery, Machine, OperationRecord
+from hmm.events import Delivery, EventState, EventType
+from hmm.machine import Caller, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Await, WaitFor
 from hmm.units import MirrorId

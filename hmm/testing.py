@@ -20,9 +20,9 @@ import numpy as np
 
 from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
 from hmm.commands_device import DeviceFaulted
-from hmm.events import Event, EventType
+from hmm.events import Delivery, Event, EventType
 from hmm.journal import digest, replay
-from hmm.machine import Delivery, Limits, Machine, OperationRecord
+from hmm.machine import Limits, Machine, OperationRecord
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.scheduler import Call, Choose, Scheduler

@@ -57,6 +57,9 @@ class AcknowledgementLedger:
         if mirror is None:
             mirror = self._mirrors[mirror_id] = _Mirror()
         self._touched[mirror_id] = mirror
+        if sequence == mirror.mark + 1 and answer is None and not mirror.above:
+            mirror.mark = sequence  # most are: in order, with nothing to say
+            return
         if answer is not None:
             mirror.answered.append(sequence)
             self._answers.append(answer)

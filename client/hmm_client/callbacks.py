@@ -149,7 +149,9 @@ class Callbacks:
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is its answer
             self._finish(event, _refusal(event, error))
             return
-        if result is not None and inspect.isawaitable(result):
+        if result is None and not event.wants_answer:
+            self._finish(event, None)
+        elif inspect.isawaitable(result):
             self._start_task(event, result)
         else:
             self._finish(event, _answer(event, result))

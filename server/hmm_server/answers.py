@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from hmm.errors import HmmError
 from hmm.machine import Machine
@@ -25,6 +26,7 @@ from hmm_server.mailbox import Mailbox, Posting
 LATENCIES_KEPT = 1024
 
 Spans = tuple[AddressRange, ...]
+Plain: TypeAlias = "list[tuple[ServedMirror, int]]"
 
 
 @dataclass(slots=True, eq=False)
@@ -53,15 +55,15 @@ class ServedMirror:
     rejected: int = 0
     answered_ns: dict[int, int] = field(default_factory=dict)
 
-    def note_sent(self, sequence: int, posting: Posting, npages: int) -> None:
+    def note_sent(self, sequence: int, posting: Posting, nranges: int, npages: int, reason: str) -> None:
         """An event has left for this mirror."""
         self.sent_up_to = sequence
         self.outstanding[sequence] = posting
         self.bytes_sent += posting.size_bytes
-        self.ranges += len(posting.event.spans)
+        self.ranges += nranges
         self.pages += npages
-        if posting.event.reason is not None:
-            self.events_by_reason[posting.event.reason.name] += 1
+        if reason:
+            self.events_by_reason[reason] += 1
 
     def note_answer(self, sequence: int, seconds: float) -> None:
         """Count one answer, that came so long after its event was sent."""
@@ -71,7 +73,8 @@ class ServedMirror:
         self.latencies_s.append(seconds)
         self.latency_count += 1
         self.latency_sum_s += seconds
-        self.latency_max_s = max(self.latency_max_s, seconds)
+        if seconds > self.latency_max_s:  # noqa: PLR1730 - max() would cost more than the rest
+            self.latency_max_s = seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -103,16 +106,22 @@ class Answers:
     """The answers of one message."""
 
     def __init__(
-        self, machine: Machine, stream: Stream, answered: Callable[[ServedMirror, int, int, Spans], None]
+        self,
+        machine: Machine,
+        stream: Stream,
+        answered: Callable[[ServedMirror, int, int, Spans], None],
+        acknowledged: Callable[[Plain], None],
     ) -> None:
         """Prepare to take answers.
 
         Args:
             answered: does what an answer that counts does: mirror, event sequence, errno, dirty ranges.
+            acknowledged: does it for all that say nothing but that the event was handled.
         """
         self._machine = machine
         self._stream = stream
         self._answered = answered
+        self._acknowledged = acknowledged
         self._violations: list[event_pb2.ProtocolViolation] = []
 
     def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
@@ -130,15 +139,18 @@ class Answers:
     def _take(self, message: event_pb2.Acknowledgements) -> None:
         for answer in message.answers:
             self._take_answer(answer)
+        plain: Plain = []
         for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
             if served := self._find(mirror_id, sequence):
-                self._answered(served, sequence, 0, ())
+                plain.append((served, sequence))
         for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
             if served := self._find(mirror_id, up_to):
-                for sequence in tuple(served.outstanding):  # ascending
+                for sequence in served.outstanding:  # ascending
                     if sequence > up_to:
                         break
-                    self._answered(served, sequence, 0, ())
+                    plain.append((served, sequence))
+        if plain:
+            self._acknowledged(plain)
 
     def _take_answer(self, answer: event_pb2.Answer) -> None:
         served = self._find(answer.mirror_id, answer.event_sequence)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from hmm.errors import HmmError, TimedOutError
-from hmm.events import EventState
-from hmm.machine import Caller, Command, Delivery, Machine, OperationRecord
+from hmm.events import Delivery, EventState
+from hmm.machine import Caller, Command, Machine, OperationRecord
 from hmm.operation import Await, Pause, WaitFor
 from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, MirrorId
@@ -168,6 +168,13 @@ class Executor:
         Raises: as `Machine.answer`.
         """
         self.machine.answer(mirror_id, sequence, errno, dirty)
+
+    def acknowledge(self, answers: Sequence[tuple[MirrorId, int]]) -> None:
+        """Drivers have answered events, (mirror, sequence) each, and had no more to say; `pump` has to follow.
+
+        Raises: as `Machine.answer`.
+        """
+        self.machine.acknowledge(answers)
 
     def fence(self, mirror_id: MirrorId, why: str) -> None:
         """Give a mirror up; `pump` has to follow."""

@@ -24,13 +24,13 @@ from functools import partial
 
 from hmm.commands_device import unregister_device, unregister_mirror
 from hmm.errors import InvalidRequestError, OutOfFramesError
-from hmm.events import EventState
-from hmm.machine import Caller, Delivery, OperationRecord
+from hmm.events import Delivery, Event, EventState
+from hmm.machine import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2, inspection_pb2
-from hmm_server.answers import Answers, ServedMirror, Stream
+from hmm_server.answers import Answers, Plain, ServedMirror, Stream
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.mailbox import Mailbox, Posting, Window
@@ -159,20 +159,26 @@ class Streams:
         Returns: the mirrors that no open stream serves.
         """
         unserved = []
-        postings: dict[tuple[int, int, int], tuple[Stream, Posting]] = {}
+        postings: list[tuple[Stream, Posting]] = []
+        event: Event | None = None
+        by_stream: dict[Stream, Posting] = {}
         for delivery in deliveries:
-            served = self.served.get(delivery.mirror_id)
+            mirror_id = delivery.mirror_id
+            served = self.served.get(mirror_id)
             if served is None or not served.stream.open:
-                unserved.append(delivery.mirror_id)
+                unserved.append(mirror_id)
                 continue
-            key = (served.stream.epoch, delivery.operation_id, id(delivery.event))
-            if key not in postings:
-                postings[key] = (served.stream, self._posting(delivery))
-            posting = postings[key][1]
-            posting.mirror_ids.append(delivery.mirror_id)
+            if delivery.event is not event:  # those of one event come one after the other
+                event = delivery.event
+                by_stream = {}
+            posting = by_stream.get(served.stream)
+            if posting is None:
+                posting = by_stream[served.stream] = self._posting(delivery)
+                postings.append((served.stream, posting))
+            posting.mirror_ids.append(mirror_id)
             posting.sequences.append(delivery.sequence)
-            posting.remaining += 1
-        for stream, posting in postings.values():
+        for stream, posting in postings:
+            posting.remaining = len(posting.mirror_ids)
             stream.mailbox.post(posting)
         return unserved
 
@@ -199,20 +205,24 @@ class Streams:
             left_s = posting.made_s + self.executor.acknowledgement_s - posting.sent_s
             event.deadline_ms = max(1, round(left_s * 1000))
         posting.size_bytes = event.ByteSize()
-        npages = sum(span.npages for span in posting.event.spans)
+        spans, reason = posting.event.spans, posting.event.reason
+        npages = sum([span.npages for span in spans])
+        name = "" if reason is None else reason.name
         for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True):
-            self.served[mirror_id].note_sent(sequence, posting, npages)
+            self.served[mirror_id].note_sent(sequence, posting, len(spans), npages, name)
         self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
         return event
 
     def _leave_out_settled(self, posting: Posting) -> None:
         # A mirror that was fenced or unregistered while the event waited for the window.
-        machine = self.executor.machine
+        served, receivers = self.served, self.executor.machine.receivers
         pairs = [
             (mirror_id, sequence)
             for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True)
-            if mirror_id in self.served and sequence in machine.receivers[mirror_id].unanswered
+            if mirror_id in served and sequence in receivers[mirror_id].unanswered
         ]
+        if len(pairs) == posting.remaining:
+            return
         posting.mirror_ids = [mirror_id for mirror_id, _ in pairs]
         posting.sequences = [sequence for _, sequence in pairs]
         posting.remaining = len(pairs)
@@ -255,7 +265,7 @@ class Streams:
         Returns: those that were rejected; the others count.
         """
         stream.heard_s = time.monotonic()
-        violations = Answers(self.executor.machine, stream, self._answered).take(message)
+        violations = Answers(self.executor.machine, stream, self._answered, self._acknowledged).take(message)
         self.rejected += len(violations)
         self.rejections.extend((stream, violation, time.time_ns()) for violation in violations)
         for violation in violations:
@@ -268,10 +278,19 @@ class Streams:
 
     def _answered(self, served: ServedMirror, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> None:
         self.executor.answer(served.id, sequence, errno, dirty)
+        self._note_answered(served, sequence, errno, time.monotonic())
+
+    def _acknowledged(self, plain: Plain) -> None:
+        self.executor.acknowledge([(served.id, sequence) for served, sequence in plain])
+        now_s = time.monotonic()
+        for served, sequence in plain:
+            self._note_answered(served, sequence, 0, now_s)
+
+    def _note_answered(self, served: ServedMirror, sequence: int, errno: int, now_s: float) -> None:
         posting = served.outstanding.pop(sequence, None)
         if posting is None:
             return
-        latency_s = time.monotonic() - posting.sent_s
+        latency_s = now_s - posting.sent_s
         served.note_answer(sequence, latency_s)
         posting.remaining -= 1
         if not posting.remaining:

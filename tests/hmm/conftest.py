@@ -10,7 +10,7 @@ import pytest
 from area import BASE, PRIVATE, RW
 
 from hmm.address_space import AddressSpace, SpaceLimits
-from hmm.events import Event, EventState, Outcome
+from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
 from hmm.frames import Frames
 from hmm.mman import MapFlag, mmap
@@ -27,7 +27,6 @@ class Listener:
 
     id: int
     events: list[Event] = field(default_factory=list)
-    settled: list[tuple[Event, Outcome]] = field(default_factory=list)
     state: EventState = EventState.ACKNOWLEDGED
 
     def hears(self, event: Event) -> bool:
@@ -38,9 +37,8 @@ class Listener:
         """Never."""
         return False
 
-    def settle(self, event: Event, outcome: Outcome) -> bool:
+    def settle(self, _: Delivery) -> bool:
         """An answer never kills it."""
-        self.settled.append((event, outcome))
         return True
 
 
@@ -125,12 +123,12 @@ class World:
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
-        outcomes = []
+        deliveries = []
         for mirror_id in request.mirrors:
             listener = self.listeners[mirror_id]
             listener.events.append(request.event)
-            outcomes.append(Outcome(mirror_id, len(listener.events), listener.state))
-        return tuple(outcomes)
+            deliveries.append(Delivery(mirror_id, len(listener.events), request.event, 0, listener.state))
+        return tuple(deliveries)
 
     def start(self, operation: Operation[Any]) -> Await:
         """Run an operation up to where it waits for others."""

@@ -8,7 +8,8 @@ from typing import Any
 from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm.errors import HmmError
-from hmm.machine import Caller, Delivery, Limits, Machine, OperationRecord
+from hmm.events import Delivery
+from hmm.machine import Caller, Limits, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag

@@ -14,9 +14,10 @@ from hmm import commands_device as devices
 from hmm import commands_file as files
 from hmm import commands_process as processes
 from hmm.errors import WouldDeadlockError
+from hmm.events import Delivery
 from hmm.inspection import pending
 from hmm.journal import digest
-from hmm.machine import Caller, Delivery
+from hmm.machine import Caller
 from hmm.madvise import Advice
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag

@@ -12,8 +12,8 @@ from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm import pte
 from hmm.errors import TimedOutError
-from hmm.events import EventType
-from hmm.machine import Delivery, OperationRecord
+from hmm.events import Delivery, EventType
+from hmm.machine import OperationRecord
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, WaitFor
 from hmm.units import PAGE_SIZE
