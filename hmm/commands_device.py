@@ -280,6 +280,17 @@ def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
     device.iommu.failing = nth
 
 
+@immediate
+def inject_allocation_failure(machine: Machine, nth: int) -> None:
+    """Make the nth page of system memory from now on (1 is the next one, 0 is none) impossible to allocate.
+
+    What comes behind it fails too, until a call has ended with ENOMEM.  Source: Linux lib/fault-inject.c.
+    """
+    if nth < 0:
+        raise InvalidRequestError(f"inject allocation failure: {nth} is negative")
+    machine.frames.fail_allocation(nth)
+
+
 def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
     if isinstance(target, np.ndarray):
         end = int(target.max(initial=0))

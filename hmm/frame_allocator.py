@@ -50,6 +50,7 @@ class Region:
         top: the first frame that was never used.
         nfree: frames on the free stack.
         high_water: most frames that were in use at a time.
+        failing: the nth page from now on cannot be allocated, nor any behind it; 0: no failure is injected.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Region:
     top: Pfn
     nfree: int = 0
     high_water: int = 0
+    failing: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind.value} memory" + (f" of device {self.owner}" if self.owner else "")
@@ -77,8 +79,25 @@ class Region:
 
     @property
     def free(self) -> int:
-        """Frames that can be allocated."""
+        """Frames that are not in use."""
         return self.end - self.top + self.nfree
+
+    @property
+    def available(self) -> int:
+        """Frames that can be allocated: those that are free, or fewer where a failure is injected."""
+        return min(self.free, self.failing - 1) if self.failing else self.free
+
+    def count_down(self, count: int) -> None:
+        """Let `count` pages be allocated, or fail as injected.
+
+        Raises:
+            OutOfFramesError: the failing page is one of them; nothing was changed (ENOMEM).
+
+        Source: Linux lib/fault-inject.c, fail_page_alloc; /proc/PID/fail-nth.
+        """
+        if count >= self.failing:
+            raise OutOfFramesError(f"{self}: the allocation of {count} frames failed: a failure was injected")
+        self.failing -= count
 
 
 class FrameAllocator:
@@ -172,6 +191,8 @@ class FrameAllocator:
         region = self.region(number)
         if count > region.free:
             raise OutOfFramesError(f"{region}: {count} frames wanted, {region.free} of {region.total} free")
+        if region.failing:
+            region.count_down(count)
         reused = min(count, region.nfree)
         top = region.top
         region.nfree -= reused
@@ -203,6 +224,8 @@ class FrameAllocator:
             OutOfFramesError: none is free (ENOMEM).
         """
         region = self._regions.get(number) or self.region(number)
+        if region.failing:
+            region.count_down(1)
         if region.nfree:
             region.nfree -= 1
             pfn, reused = self._stack_view[region.start + region.nfree], True

@@ -124,7 +124,11 @@ class Frames(FrameContents):
     @property
     def available(self) -> int:
         """Frames of system memory that can be allocated."""
-        return self._system.free
+        return self._system.available
+
+    def fail_allocation(self, nth: int) -> None:
+        """From the nth page of system memory on nothing can be allocated (1 is the next, 0 ends it).  For tests."""
+        self._system.failing = nth
 
     @property
     def regions(self) -> list[Region]:

@@ -372,6 +372,8 @@ class Machine:
 
     def _finished(self, record: OperationRecord[T], result: T | None, error: BaseException | None) -> None:
         record.request, record.done, record.value, record.error = None, True, result, error
+        if isinstance(error, OutOfFramesError):
+            self.frames.fail_allocation(0)  # an injected failure has been met
         del self.operations[record.id]
         self._inside.pop(record.id, None)
 

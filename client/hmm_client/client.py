@@ -30,6 +30,7 @@ from hmm_proto.v1 import (
     device_pb2_grpc,
     file_pb2,
     file_pb2_grpc,
+    harness_pb2_grpc,
     inspection_pb2_grpc,
     process_pb2,
     process_pb2_grpc,
@@ -71,7 +72,7 @@ class Client:
 
     Attributes:
         channel: for calls that have no method here, with the stubs below.
-        processes, files, devices, inspection: stubs of the services.
+        processes, files, devices, inspection, harness: stubs of the services.
         executor: where drivers' plain functions run; None: in the loop.
     """
 
@@ -82,6 +83,7 @@ class Client:
         self.files = file_pb2_grpc.FileServiceStub(channel.grpc)
         self.devices = device_pb2_grpc.DeviceServiceStub(channel.grpc)
         self.inspection = inspection_pb2_grpc.InspectionServiceStub(channel.grpc)
+        self.harness = harness_pb2_grpc.HarnessServiceStub(channel.grpc)
         self._name = name
         self._credit = credit
         self._session: Session | None = None

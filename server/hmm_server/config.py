@@ -94,6 +94,7 @@ class Config:
 
     # How it runs
     cpu: int = _setting(-1, "run on this CPU only; -1: on any", at_least=-1)
+    harness: bool = _setting(False, "serve HarnessService: holds and injected failures, for tests")
     reflection: bool = _setting(True, "serve gRPC reflection")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_format: str = _setting("text", "text or json")

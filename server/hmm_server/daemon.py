@@ -25,6 +25,8 @@ from hmm_proto.v1 import (
     device_pb2_grpc,
     file_pb2,
     file_pb2_grpc,
+    harness_pb2,
+    harness_pb2_grpc,
     inspection_pb2,
     inspection_pb2_grpc,
     process_pb2,
@@ -42,6 +44,7 @@ from hmm_server.observers import Observers
 from hmm_server.operation_log import OperationLog
 from hmm_server.services.device import DeviceService
 from hmm_server.services.file import FileService
+from hmm_server.services.harness import HarnessService
 from hmm_server.services.inspection import InspectionService
 from hmm_server.services.process import ProcessService
 from hmm_server.services.session import SessionService
@@ -59,6 +62,7 @@ SERVICES = tuple(
         (device_pb2, "DeviceService"),
         (session_pb2, "SessionService"),
         (inspection_pb2, "InspectionService"),
+        (harness_pb2, "HarnessService"),
     )
 )
 log = logging.getLogger(__name__)
@@ -125,6 +129,7 @@ class Daemon:
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
             InspectionService(self.executor, self.streams, self.observers, self.config), handlers
         )
+        harness_pb2_grpc.add_HarnessServiceServicer_to_server(HarnessService(self.executor, self.config), handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self.config.reflection:
             _add_reflection(handlers)

@@ -59,7 +59,7 @@ class DeviceSide:
         invocation = CALLS[name].invocation(request)
         ended = partial(self._ended, name, request, stream, then)
         record = self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
-        if on_session and not record.done:
+        if on_session and not self.executor.is_over(record):
             self.executor.running[record.id].epoch = on_session.epoch
         return record
 

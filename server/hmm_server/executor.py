@@ -9,7 +9,7 @@ A caller that gives up does not end its operation: it runs to its end, and `Oper
 **Invariants**: every event handed to the router is answered, fenced or abandoned at the latest when its deadline
 passes, unless the mirror's policy is BLOCK; every started operation is pending or in the log.
 
-**Absent**: streams and their windows (streams.py); gRPC; what a call means.
+**Absent**: streams and their windows (streams.py); gRPC; what a call means; which calls are held (holds.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from hmm.errors import HmmError, TimedOutError
 from hmm.events import Delivery, EventState
 from hmm.machine import Caller, Command, Machine, OperationRecord
-from hmm.operation import Await, Pause, WaitFor
+from hmm.operation import Await, Deliver, Pause, WaitFor
 from hmm.receiver import DeadlinePolicy
-from hmm.units import AddressRange, MirrorId
+from hmm.units import AddressRange, MirrorId, SpaceId
+from hmm_server.holds import Hold, Holds, Point
 from hmm_server.operation_log import Ended, OperationLog
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Running:
         event_s: when its present event was made; the deadline counts from here.
         given_up: its caller no longer waits.
         epoch: the stream that the call came on; 0 for none.
+        space_id: the address space that it concerns; 0 where nobody has to know.
     """
 
     record: OperationRecord[Any]
@@ -73,6 +75,7 @@ class Running:
     deadline: asyncio.TimerHandle | None = None
     given_up: bool = False
     epoch: int = 0
+    space_id: SpaceId = 0
 
 
 class Executor:
@@ -83,6 +86,7 @@ class Executor:
         self.operations = operations
         self.acknowledgement_s = acknowledgement_s
         self.running: dict[int, Running] = {}
+        self.holds = Holds(machine)
         self.draining = False
         self.router: Router | None = None
         self._loop = asyncio.get_running_loop()
@@ -105,15 +109,21 @@ class Executor:
         if self.draining:
             raise DrainingError
         started_s = time.monotonic()
+        space_id = self.holds.space_of_call(command, args) if self.holds else 0
         record = self.machine.start(caller, command, *args, **kwargs)
-        if record.done:
+        if record.done and not self._stays(Point.BEFORE_END, record, space_id):
             self._end(record, started_s, then)
         else:
-            self.running[record.id] = Running(record, started_s, then)
+            self.running[record.id] = Running(record, started_s, then, space_id=space_id)
             self._idle.clear()
-            self._advanced(record)
+            if not record.done:
+                self._advanced(record)
         self.pump()
         return record
+
+    def is_over(self, record: OperationRecord[Any]) -> bool:
+        """Whether a call has ended and its caller has been told."""
+        return record.done and record.id not in self.running
 
     async def call(
         self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
@@ -143,16 +153,16 @@ class Executor:
         Raises:
             TimedOutError: it has not ended in time (ETIMEDOUT).
         """
-        if record.done:
+        if self.is_over(record):
             return
         try:
             async with asyncio.timeout(seconds):
                 await ended
         except TimeoutError:
-            if not record.done:
+            if not self.is_over(record):
                 raise self.give_up(record, seconds or 0) from None
         finally:
-            if not record.done:
+            if not self.is_over(record):
                 self.running[record.id].given_up = True
 
     def give_up(self, record: OperationRecord[Any], seconds: float) -> TimedOutError:
@@ -206,19 +216,26 @@ class Executor:
 
     def _deliver(self) -> bool:
         outbox = self.machine.take_outbox()
+        if self.holds:
+            outbox = self.holds.withhold(outbox)
         if not outbox:
             return False
+        self._route(outbox)
+        return True
+
+    def _route(self, deliveries: Sequence[Delivery]) -> None:
         assert self.router is not None
-        for operation_id in {delivery.operation_id for delivery in outbox}:
+        for operation_id in {delivery.operation_id for delivery in deliveries} & self.running.keys():
             self._set_deadline(self.running[operation_id])
-        for mirror_id in self.router.route(outbox):
+        for mirror_id in self.router.route(deliveries):
             self.fence(mirror_id, "nobody serves it")
         if self._impatient:
             self._fence_waited_for()
-        return True
 
     def _resume(self) -> bool:
         ready = [record for record in self.machine.ready() if not isinstance(record.request, Pause)]
+        if self.holds:
+            ready = [record for record in ready if not self._stays(_point_of(record), record)]
         for record in ready:
             if self.machine.is_ready(record):
                 self._advance(record)
@@ -241,12 +258,16 @@ class Executor:
 
     def _advanced(self, record: OperationRecord[Any]) -> None:
         if record.done:
-            running = self.running.pop(record.id)
-            if not self.running:
-                self._idle.set()
-            self._end(record, running.started_s, running.then)
+            if not self._stays(Point.BEFORE_END, record, self.running[record.id].space_id):
+                self._leave(record)
         elif _awaits_owed_answers(record):
             self._set_deadline(self.running[record.id])
+
+    def _leave(self, record: OperationRecord[Any]) -> None:
+        running = self.running.pop(record.id)
+        if not self.running:
+            self._idle.set()
+        self._end(record, running.started_s, running.then)
 
     def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any]) -> None:
         if record.error is not None and not isinstance(record.error, HmmError):
@@ -260,6 +281,32 @@ class Executor:
         assert self.router is not None
         self.router.ended(ended)
         then(record)
+
+    # ---- holds
+
+    def come_to(self, point: Point, operation_id: int, mirror_ids: Iterable[MirrorId]) -> None:
+        """A call's event has left for mirrors, or was acknowledged by them."""
+        running = self.running.get(operation_id)
+        if running is not None:
+            for mirror_id in mirror_ids:
+                self.holds.keeps(point, running.record, mirror_id=mirror_id)
+
+    def release(self, hold: Hold, why: str) -> None:
+        """End a hold; the call that it keeps goes on as far as it can."""
+        if not self.holds.remove(hold, why):
+            return
+        if hold.reached.done():
+            record = hold.reached.result()
+            log.debug("operation %d (%s) is let go: %s", record.id, record.name, why)
+            if record.done and record.id in self.running:
+                self._leave(record)
+        withheld = [delivery for delivery in hold.withheld if delivery.operation_id in self.machine.operations]
+        if withheld:
+            self._route(withheld)
+        self.pump()
+
+    def _stays(self, point: Point, record: OperationRecord[Any], space_id: SpaceId = 0) -> bool:
+        return bool(self.holds) and self.holds.keeps(point, record, space_id)
 
     # ---- deadlines
 
@@ -310,8 +357,10 @@ class Executor:
     # ---- the end
 
     async def drain(self, seconds: float) -> None:
-        """Start nothing more; wait for what runs, and after `seconds` fence whoever it waits for."""
+        """Start nothing more, end all holds; wait for what runs, and after `seconds` fence whoever it waits for."""
         self.draining = True
+        for hold in list(self.holds.placed.values()):
+            self.release(hold, "the daemon is ending")
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -331,6 +380,10 @@ def resolve(ended: asyncio.Future[None]) -> None:
     """Wake whoever waits, if anybody still does."""
     if not ended.done():
         ended.set_result(None)
+
+
+def _point_of(record: OperationRecord[Any]) -> Point:
+    return Point.BEFORE_EDIT if isinstance(record.request, Deliver) else Point.AFTER_WAIT
 
 
 def _awaits_owed_answers(record: OperationRecord[Any]) -> bool:

@@ -138,7 +138,7 @@ class Session:
             then(error)
             return
         patience_s = self._side.patience_s(name, request)
-        if patience_s is not None and not record.done:
+        if patience_s is not None and not self._side.executor.is_over(record):
             under_way.timer = self._loop.call_later(
                 patience_s, self._give_up, stream, call.request_id, record, patience_s
             )

@@ -33,6 +33,7 @@ from hmm_proto.v1 import event_pb2, inspection_pb2
 from hmm_server.answers import Answers, Plain, ServedMirror, Stream
 from hmm_server.config import Config
 from hmm_server.executor import Executor
+from hmm_server.holds import Point
 from hmm_server.mailbox import Mailbox, Posting, Window
 from hmm_server.observers import Observers
 from hmm_server.operation_log import Ended
@@ -210,6 +211,8 @@ class Streams:
         name = "" if reason is None else reason.name
         for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True):
             self.served[mirror_id].note_sent(sequence, posting, len(spans), npages, name)
+        if self.executor.holds:
+            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, posting.mirror_ids)
         self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
         return event
 
@@ -290,6 +293,8 @@ class Streams:
         posting = served.outstanding.pop(sequence, None)
         if posting is None:
             return
+        if self.executor.holds:
+            self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
         latency_s = now_s - posting.sent_s
         served.note_answer(sequence, latency_s)
         posting.remaining -= 1

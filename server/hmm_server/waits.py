@@ -20,6 +20,7 @@ from hmm_proto.v1 import inspection_pb2, types_pb2
 from hmm_server.answers import Stream
 from hmm_server.circles import Edge, circles
 from hmm_server.executor import Executor, Running
+from hmm_server.holds import Hold
 from hmm_server.streams import Streams
 
 Sees = Callable[[str], bool]
@@ -44,11 +45,35 @@ class Waits:
             one for one in inspection.pending(self._machine)
             if sees(self._executor.running[one.operation_id].record.caller.token)
         ]  # fmt: skip
+        operations = [self._operation(one, now_s) for one in blocked]
+        operations += [
+            self._ended(running, now_s) for running in self._executor.running.values()
+            if running.record.done and sees(running.record.caller.token)
+        ]  # fmt: skip
         return inspection_pb2.GetPendingResponse(
-            operations=[self._operation(one, now_s) for one in blocked],
+            operations=operations,
             cycles=[wait_cycle(circle) for circle in circles(self._edges(blocked))],
             streams=[stream_status(stream, now_s) for stream in self._streams.open.values() if sees(stream.owner)],
+            holds=[hold_status(hold, now_s) for hold in self._executor.holds.placed.values() if sees(hold.owner)],
         )
+
+    def _ended(self, running: Running, now_s: float) -> inspection_pb2.PendingOperation:
+        """A call that has its result, and is held before its caller is told."""
+        record = running.record
+        return inspection_pb2.PendingOperation(
+            operation_id=record.id,
+            name=record.name,
+            caller=record.caller.name,
+            space_id=running.space_id,
+            waits_for="the end of a hold",
+            age_ms=_milliseconds(now_s - running.started_s),
+            abandoned_by_caller=running.given_up,
+            held=self._held(record.id, now_s),
+        )
+
+    def _held(self, operation_id: int, now_s: float) -> inspection_pb2.HoldStatus | None:
+        hold = self._executor.holds.of(operation_id)
+        return hold_status(hold, now_s) if hold else None
 
     def _operation(self, one: Blocked, now_s: float) -> inspection_pb2.PendingOperation:
         running = self._executor.running[one.operation_id]
@@ -65,6 +90,7 @@ class Waits:
             events=[self._event(mirror_id, sequence, running, now_s) for mirror_id, sequence in one.answers],
             age_ms=_milliseconds(now_s - running.started_s),
             abandoned_by_caller=running.given_up,
+            held=self._held(one.operation_id, now_s),
         )
 
     def _event(self, mirror_id: MirrorId, sequence: int, running: Running, now_s: float) -> inspection_pb2.PendingEvent:
@@ -131,6 +157,18 @@ def stream_status(stream: Stream, now_s: float) -> inspection_pb2.StreamStatus:
         queued_events=len(mailbox.events),
         queued_bytes=mailbox.reply_bytes,
         silent_ms=_milliseconds(now_s - stream.heard_s),
+    )
+
+
+def hold_status(hold: Hold, now_s: float) -> inspection_pb2.HoldStatus:
+    """One hold, as a message."""
+    return inspection_pb2.HoldStatus(
+        hold_id=hold.id,
+        point=hold.where.point.value,
+        owner=hold.name,
+        lease_ms=_milliseconds(hold.until_s - now_s),
+        operation_id=hold.operation_id,
+        awaits=str(hold.where),
     )
 
 

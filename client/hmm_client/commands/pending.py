@@ -53,6 +53,9 @@ def _print(answer: inspection_pb2.GetPendingResponse) -> None:
         calls = " -> ".join(f"{names.get(number, 'call')} {number}" for number in cycle.operation_ids)
         inside = ", ".join(f"mirror {number}" for number in cycle.mirror_ids)
         click.echo(f"\nThese wait for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
+    unreached = [hold for hold in answer.holds if not hold.operation_id]
+    for hold in unreached:
+        click.echo(f"\n{_hold(hold)} waits for {hold.awaits}")
     waiting = [stream for stream in answer.streams if stream.unanswered_events or stream.queued_events]
     if waiting:
         click.echo()
@@ -72,7 +75,13 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
         lines.append(f"  at {' '.join(spans[:SHOWN_RANGES])}{more}")
     lines += [f"  after {names.get(number, 'call')} {number}" for number in operation.blocked_by]
     lines += [f"  {_event(event)}" for event in operation.events]
+    lines += [f"  held by {_hold(operation.held)}"] if operation.HasField("held") else []
     return lines
+
+
+def _hold(hold: inspection_pb2.HoldStatus) -> str:
+    owner = f" of {hold.owner}" if hold.owner else ""
+    return f"hold {hold.hold_id}{owner} {hold.point}, {_s(hold.lease_ms)} left"
 
 
 def _event(event: inspection_pb2.PendingEvent) -> str:

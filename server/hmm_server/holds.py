@@ -1,0 +1,184 @@
+"""Holds: calls that are kept at a point of their life, so that a test can do something else meanwhile.
+
+A hold is a breakpoint with an owner and a lease.  The next call that comes to its point stays there until the hold is
+released.  The core knows nothing of it: a call's points follow from the requests that it makes, and the executor asks
+here before it delivers, resumes or ends one.
+
+    BEFORE_EVENT  the call asks for an event to be delivered     AFTER_WAIT   what it waited for has come about
+    EVENT_SENT    the event leaves                               BEFORE_END   the call has a result
+    ACKNOWLEDGED  one mirror's answer comes
+    BEFORE_EDIT   the last answer is there
+
+**Source**: our own; what a kernel developer does with a delay between invalidate_range_start() and the zap.
+
+**Invariants**: a hold keeps at most one call, a call is kept by at most one hold; a hold that was released is gone.
+
+**Absent**: the clock of the lease and the stream that owns a hold (services/harness.py).  BEFORE_END is behind the
+bracket, not inside it: the core edits and ends an invalidation in one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hmm.events import Delivery
+from hmm.machine import Command, Machine, OperationRecord
+from hmm.operation import Await, Deliver
+from hmm.units import MirrorId, ProcessId, SpaceId
+
+
+class Point(Enum):
+    """Where a call can be held."""
+
+    BEFORE_EVENT = "before the event"
+    EVENT_SENT = "event sent"
+    ACKNOWLEDGED = "acknowledged"
+    BEFORE_EDIT = "before the edit"
+    AFTER_WAIT = "after waiting"
+    BEFORE_END = "before the end"
+
+
+@dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """Which call, and where.  What is empty or 0 may be anything.
+
+    Attributes:
+        space_id: the address space of `process_id` when the hold was placed.
+        mirror_id: EVENT_SENT and ACKNOWLEDGED: whose event or answer counts.
+    """
+
+    point: Point
+    operation: str = ""
+    process_id: ProcessId = 0
+    space_id: SpaceId = 0
+    mirror_id: MirrorId = 0
+    caller: str = ""
+
+    def __str__(self) -> str:
+        words = [self.operation or "any call"]
+        words += [f"of process {self.process_id}"] if self.process_id else []
+        words += [f"by {self.caller}"] if self.caller else []
+        return " ".join(words)
+
+    def matches(self, record: OperationRecord[Any], space_id: SpaceId, mirror_id: MirrorId) -> bool:
+        """Whether it is this call, in this address space, with this mirror."""
+        return (
+            self.operation in ("", record.name)
+            and self.caller in ("", record.caller.name)
+            and self.space_id in (0, space_id)
+            and self.mirror_id in (0, mirror_id)
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One hold.
+
+    Attributes:
+        owner, name: the token and the name of whoever placed it.
+        until_s: when its lease ends, on the monotonic clock.
+        skip: how many calls still pass.
+        reached: resolved with the call that it keeps.
+        ended: resolved with the reason when it is released.
+        withheld: BEFORE_EVENT: what waits to be delivered, in order; a mirror hears its events in theirs.
+    """
+
+    id: int
+    owner: str
+    name: str
+    where: Breakpoint
+    until_s: float
+    skip: int
+    reached: asyncio.Future[OperationRecord[Any]]
+    ended: asyncio.Future[str]
+    withheld: list[Delivery] = field(default_factory=list)
+
+    @property
+    def operation_id(self) -> int:
+        """The call that it keeps; 0 for none yet."""
+        return self.reached.result().id if self.reached.done() else 0
+
+
+class Holds:
+    """All holds of one daemon, in order of their placing."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.placed: dict[int, Hold] = {}
+        self._machine = machine
+        self._last_id = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.placed)
+
+    def place(self, owner: str, name: str, where: Breakpoint, until_s: float, skip: int) -> Hold:
+        """Put a hold in place."""
+        self._last_id += 1
+        loop = asyncio.get_running_loop()
+        hold = Hold(self._last_id, owner, name, where, until_s, skip, loop.create_future(), loop.create_future())
+        self.placed[hold.id] = hold
+        return hold
+
+    def remove(self, hold: Hold, why: str) -> bool:
+        """Take a hold away.  Returns: whether it was there."""
+        if self.placed.pop(hold.id, None) is None:
+            return False
+        hold.ended.set_result(why)
+        return True
+
+    def of(self, operation_id: int) -> Hold | None:
+        """What keeps a call; None when nothing does."""
+        return next((hold for hold in self.placed.values() if hold.operation_id == operation_id), None)
+
+    def keeps(self, point: Point, record: OperationRecord[Any], space_id: SpaceId = 0, mirror_id: MirrorId = 0) -> bool:
+        """A call has come to a point.  Returns: whether it stays, now or since an earlier point."""
+        if self.of(record.id) is not None:
+            return True
+        for hold in self.placed.values():
+            if hold.where.point is not point or hold.reached.done():
+                continue
+            if not hold.where.matches(record, space_id or space_of_request(record), mirror_id):
+                continue
+            if hold.skip:
+                hold.skip -= 1
+                continue
+            hold.reached.set_result(record)
+            return True
+        return False
+
+    def withhold(self, outbox: Sequence[Delivery]) -> list[Delivery]:
+        """Keep the events of calls that are held before them, and those behind them on the way to the same mirror.
+
+        Returns: the others.
+        """
+        behind = {delivery.mirror_id: hold for hold in self.placed.values() for delivery in hold.withheld}
+        going: list[Delivery] = []
+        for delivery in outbox:
+            hold = behind.get(delivery.mirror_id)
+            if hold is None and self.keeps(Point.BEFORE_EVENT, self._machine.operations[delivery.operation_id]):
+                hold = self.of(delivery.operation_id)
+            if hold is None:
+                going.append(delivery)
+            else:
+                behind[delivery.mirror_id] = hold
+                hold.withheld.append(delivery)
+        return going
+
+    def space_of_call(self, command: Command[Any, Any], arguments: tuple[Any, ...]) -> SpaceId:
+        """The address space that a call is about to concern, by the process or mirror that it names; 0 for none."""
+        given = dict(zip(list(inspect.signature(command).parameters)[1:], arguments, strict=False))
+        receiver = self._machine.receivers.get(given.get("mirror_id", 0))
+        process = self._machine.processes.get(given.get("process_id", 0))
+        return receiver.space.id if receiver else process.space.id if process else 0
+
+
+def space_of_request(record: OperationRecord[Any]) -> SpaceId:
+    """The address space that a call's request concerns; 0 for none."""
+    request = record.request
+    if isinstance(request, Deliver):
+        return request.event.space_id
+    return request.space_id if isinstance(request, Await) else 0

@@ -1,0 +1,121 @@
+"""HarnessService: holds and injected failures, for tests; refused unless the daemon was started for them.
+
+**Absent**: what a hold does to calls (holds.py, executor.py), how a failure comes about (`hmm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno as errnos
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from hmm.commands_device import inject_allocation_failure, inject_dma_failure
+from hmm.errors import AccessDeniedError, NoSuchObjectError
+from hmm_proto import convert
+from hmm_proto.v1 import harness_pb2, harness_pb2_grpc
+from hmm_server import holds
+from hmm_server.callers import caller_from
+from hmm_server.config import Config
+from hmm_server.executor import Executor
+from hmm_server.holds import Breakpoint, Point
+
+Context = grpc.aio.ServicerContext[Any, Any]
+POINTS = {
+    harness_pb2.HOLD_POINT_BEFORE_EVENT: Point.BEFORE_EVENT,
+    harness_pb2.HOLD_POINT_EVENT_SENT: Point.EVENT_SENT,
+    harness_pb2.HOLD_POINT_ACKNOWLEDGED: Point.ACKNOWLEDGED,
+    harness_pb2.HOLD_POINT_BEFORE_EDIT: Point.BEFORE_EDIT,
+    harness_pb2.HOLD_POINT_AFTER_WAIT: Point.AFTER_WAIT,
+    harness_pb2.HOLD_POINT_BEFORE_END: Point.BEFORE_END,
+}
+
+
+class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
+    """Stops calls and breaks things, on demand."""
+
+    def __init__(self, executor: Executor, config: Config) -> None:
+        self._executor = executor
+        self._config = config
+
+    async def Hold(self, request: harness_pb2.HoldRequest, context: Context) -> AsyncIterator[harness_pb2.HoldResponse]:
+        self._require_allowed()
+        hold = self._place(request, context)
+        left_s = hold.until_s - time.monotonic()
+        lease = asyncio.get_running_loop().call_later(left_s, self._executor.release, hold, "its lease has ended")
+        try:
+            yield harness_pb2.HoldResponse(hold_id=hold.id)
+            await asyncio.wait((hold.reached, hold.ended), return_when=asyncio.FIRST_COMPLETED)
+            if hold.reached.done():
+                yield _held(hold)
+            await asyncio.wait((hold.ended,))  # a stream that breaks must not cancel it
+        finally:
+            lease.cancel()
+            self._executor.release(hold, "its owner is gone")
+        response = _held(hold)
+        response.ended = hold.ended.result()
+        yield response
+
+    def _place(self, request: harness_pb2.HoldRequest, context: Context) -> holds.Hold:
+        if request.point not in POINTS:
+            raise convert.malformed("hold: a point is needed")
+        caller = caller_from(context.invocation_metadata())
+        process = self._executor.machine.processes.get(request.process_id)
+        if request.process_id and process is None:
+            raise NoSuchObjectError(f"hold: there is no process {request.process_id}", errnos.ESRCH)
+        where = Breakpoint(
+            POINTS[request.point],
+            request.operation,
+            request.process_id,
+            process.space.id if process else 0,
+            request.mirror_id,
+            request.caller,
+        )
+        lease_s = request.lease_ms / 1000 if request.lease_ms else self._config.lease_s
+        return self._executor.holds.place(caller.token, caller.name, where, time.monotonic() + lease_s, request.skip)
+
+    async def ReleaseHold(
+        self, request: harness_pb2.ReleaseHoldRequest, context: Context
+    ) -> harness_pb2.ReleaseHoldResponse:
+        self._require_allowed()
+        hold = self._executor.holds.placed.get(request.hold_id)
+        if hold is None:
+            raise NoSuchObjectError(f"hold {request.hold_id} is not in place (any more)", errnos.ENOENT, reason="HOLD")
+        if hold.owner not in ("", caller_from(context.invocation_metadata()).token):
+            raise AccessDeniedError(f"hold {hold.id} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
+        self._executor.release(hold, "released")
+        return harness_pb2.ReleaseHoldResponse()
+
+    async def InjectFailure(
+        self, request: harness_pb2.InjectFailureRequest, context: Context
+    ) -> harness_pb2.InjectFailureResponse:
+        self._require_allowed()
+        caller = caller_from(context.invocation_metadata())
+        match request.kind:
+            case harness_pb2.FAILURE_KIND_PAGE_ALLOCATION:
+                record = await self._executor.call(caller, inject_allocation_failure, request.nth)
+            case harness_pb2.FAILURE_KIND_DMA_MAPPING:
+                record = await self._executor.call(caller, inject_dma_failure, request.device_id, request.nth)
+            case _:
+                raise convert.malformed("inject failure: a kind is needed")
+        assert record.result is None
+        return harness_pb2.InjectFailureResponse()
+
+    def _require_allowed(self) -> None:
+        if not self._config.harness:
+            raise AccessDeniedError(
+                "holds and injected failures are for tests: start hmmd with --harness",
+                errnos.EPERM,
+                reason="HARNESS_OFF",
+            )
+
+
+def _held(hold: holds.Hold) -> harness_pb2.HoldResponse:
+    response = harness_pb2.HoldResponse(hold_id=hold.id)
+    if hold.reached.done():
+        record = hold.reached.result()
+        response.operation_id, response.operation = record.id, record.name
+    return response
