@@ -28,7 +28,7 @@ from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
 from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, Pfn, Pfns, SpaceId
-from hmm.vma import VmFlag
+from hmm.vma import Vma, VmFlag
 from hmm.vma_map import VmaMap
 
 MMAP_BASE = TASK_SIZE - (1 << 27)
@@ -63,6 +63,7 @@ class AddressSpace:
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
+        detached: VMAs that are being unmapped: no address is found in them, but their entries are still there.
     """
 
     id: SpaceId
@@ -78,6 +79,7 @@ class AddressSpace:
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
+    detached: tuple[Vma, ...] = ()
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
     notifier: Notifier = field(init=False)
@@ -94,6 +96,17 @@ class AddressSpace:
         self.relatives = parent.relatives
         self.relatives[self.id] = self
         self.lineage = (*parent.lineage, self.id)
+
+    @property
+    def vmas_with_entries(self) -> list[Vma]:
+        """All VMAs that pages may be mapped in, ascending, those included that are being unmapped.
+
+        Source: Linux mm/vma.c, vms_gather_munmap_vmas(): out of the tree, still known to the reverse map.
+        """
+        vmas = [*self.vmas, *self.detached]
+        if self.detached:
+            vmas.sort(key=lambda vma: vma.start)
+        return vmas
 
     def claim(self, pfns: Pfn | Pfns) -> None:
         """Note that private pages are this space's own: its parents can never come to map them.
@@ -170,6 +183,17 @@ class AddressSpace:
             self.vmas.replace(span, vmas)
             self.brk_end = brk_end
             raise
+
+    @contextmanager
+    def detaching(self, span: AddressRange) -> Iterator[None]:
+        """Take the VMAs of `span` out: nobody finds them by address; until the block ends the reverse map does."""
+        assert not self.detached, "VMAs are changed by one call at a time"
+        self.detached = tuple(self.vmas.mapped_pieces(span))
+        self.vmas.erase(span)
+        try:
+            yield
+        finally:
+            self.detached = ()
 
     def check(self, checked: Checked) -> None:
         """Assert the invariants of this address space: tables, and that entries lie in VMAs.

@@ -133,10 +133,10 @@ class File:
 
     def mappings(self, space: AddressSpace) -> list[Vma]:
         """The VMAs of `space` that map the file, ascending.  Cost: O(VMAs)."""
-        return [vma for vma in space.vmas if vma.mapping.backing is self]
+        return [vma for vma in space.vmas_with_entries if vma.mapping.backing is self]
 
     def _is_mapped_in(self, space: AddressSpace) -> bool:
-        return any(vma.mapping.backing is self for vma in space.vmas)
+        return any(vma.mapping.backing is self for vma in space.vmas_with_entries)
 
     def release_unused(self) -> bool:
         """Let go of all pages when no handle is open and no VMA maps the file.

@@ -55,7 +55,7 @@ def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Bac
     Cost: O(VMAs), and O(n) for each that matches.
     """
     for space in spaces:
-        for vma in list(space.vmas):
+        for vma in space.vmas_with_entries:
             if vma.anon_vma and vma.backing is backing:
                 yield from _in_vma(space, vma, indices)
 
@@ -70,7 +70,7 @@ def file_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing)
     Cost: as `anonymous_places`.
     """
     for space in spaces:
-        for vma in list(space.vmas):
+        for vma in space.vmas_with_entries:
             if vma.backing is backing:
                 yield from _in_vma(space, vma, indices)
 

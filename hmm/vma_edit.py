@@ -91,11 +91,10 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     assert whole is not None
     if whole.start < span.start and span.end < whole.end and len(space.vmas) >= space.limits.vmas:
         raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
-    with space.restoring(span):
-        space.vmas.erase(span)
-        with space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
-            yield from invalidation.deliver()
-            yield from zap(space, span)
+    invalidation = space.notifier.invalidation((span,), Cause.MUNMAP)
+    with space.restoring(span), space.detaching(span), invalidation:
+        yield from invalidation.deliver()
+        yield from zap(space, span)
     release_files(pieces)
 
 

@@ -1,0 +1,55 @@
+"""Migrations that others get into: what they do to the entries that stand in for pages on their way."""
+
+from __future__ import annotations
+
+from area import at, pages
+from machine_world import World, error_of
+
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte
+from hmm.errors import TimedOutError
+from hmm.machine import Limits
+from hmm.mirror import DeadlinePolicy
+from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+
+def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None:
+    """A VMA that munmap has taken out is known to the reverse map until its entries are gone.
+
+    A mirror that does not answer can bring it back, and there may be no migration entry then.
+    Source: Linux mm/vma.c: the VMAs leave the tree first, unlink_anon_vmas() comes with free_pgtables().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, parent)
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, parent, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, parent, at(0), b"page")
+    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
+    child = world.do(commands_process.fork, parent)
+    other = world.do(commands_device.register_device, "other")
+    for process in (parent, child):
+        world.do(commands_device.register_mirror, other, process, policy=DeadlinePolicy.FAIL)
+
+    touching = world.start(commands_process.touch, parent, pages(0, 1), write=False)
+    for _ in range(2):  # of the parent: that the page comes back, and that a page of several spaces goes
+        (delivery,) = world.sent()
+        machine.answer(delivery.mirror_id, delivery.sequence)
+        world.resume(touching)
+    assert cpu_pte.is_migration(machine.processes[parent].space.table.get(at(0)))
+    unmapping = world.start(commands_process.munmap, parent, at(0), PAGE_SIZE)
+    told = world.sent()
+    (owed,) = [delivery for delivery in told if delivery.operation_id == unmapping.id]
+    while answered := [delivery for delivery in told if delivery.operation_id == touching.id]:
+        for delivery in answered:
+            machine.answer(delivery.mirror_id, delivery.sequence)
+        world.resume(touching)
+        told = world.sent()
+    machine.abandon(owed.mirror_id, owed.sequence)
+    world.resume(unmapping)
+    assert isinstance(error_of(unmapping), TimedOutError)
+    world.settle()
+    machine.check()
+    assert world.do(commands_process.read_memory, parent, at(0), 4).data == b"page"
