@@ -44,6 +44,9 @@ from hmm.receiver import DeadlinePolicy, MirrorState
 from hmm.units import PAGE_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
 from hmm.zone_device import forget_holder
 
+EXCLUSIVE_PAGES = "exclusive_pages"
+"""The counter of pages that a mirror has taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class VmaView:
@@ -127,7 +130,8 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     if not isinstance(mirror, IntervalMirror):
         raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
     for number in list(mirror.notifiers):
-        yield from mirror.remove(number)
+        if number in mirror.notifiers:
+            yield from mirror.remove(number)
     while mirror.unanswered and mirror_id in machine.receivers:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, ticket=mirror.sequence, mirror_id=mirror_id)
     mirror.release(MirrorState.RELEASED)
@@ -287,7 +291,7 @@ def make_exclusive(
     owner, initiator = (mirror.device.id, mirror_id) if owned else (0, 0)
     taken = exclusive.make_device_exclusive_range(mirror.space, span, owner, initiator, holder=mirror_id)
     pfns = yield from taken
-    mirror.counters["exclusive_pages"] += int(np.count_nonzero(pfns))
+    mirror.counters[EXCLUSIVE_PAGES] += int(np.count_nonzero(pfns))
     if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
         yield from exclusive.give_back(mirror.space, exclusive.held_exclusively(mirror.space, mirror_id))
     return pfns

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hmm.commands_hmm import EXCLUSIVE_PAGES
 from hmm.events import Event
 from hmm.exclusive import held_exclusively
 from hmm.interval_notifier import IntervalMirror
@@ -99,7 +100,7 @@ def holdings(machine: Machine) -> list[Holding]:
     """
     found: list[Holding] = []
     for mirror in machine.receivers.values():
-        if isinstance(mirror, IntervalMirror) and mirror.counters["exclusive_pages"] and mirror.space.users:
+        if isinstance(mirror, IntervalMirror) and mirror.counters[EXCLUSIVE_PAGES] and mirror.space.users:
             held = held_exclusively(mirror.space, mirror.id)
             spans = spans_of_pages((held >> np.uint64(PAGE_SHIFT)).view(np.int64))
             if spans:

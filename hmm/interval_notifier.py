@@ -28,7 +28,7 @@ import errno as errnos
 from dataclasses import dataclass, field
 
 from hmm.checked import Checked
-from hmm.errors import InvalidRequestError, NoSuchObjectError
+from hmm.errors import InvalidRequestError, NoSuchObjectError, WouldDeadlockError
 from hmm.events import Delivery, Event, EventState
 from hmm.operation import Await, Operation, WaitFor
 from hmm.receiver import MirrorState, Receiver
@@ -48,6 +48,7 @@ class IntervalNotifier:
         filtered: what this mirror itself asked for does not disturb read sections.
         sequence: of the last invalidation it was told of.
         deferred: the sequence until whose end it hears nothing, as it was inserted while that lasted; 0 for none.
+        leaving: the sequence behind which it hears nothing, as it was removed while that lasted; 0 for none.
     """
 
     id: int
@@ -55,10 +56,11 @@ class IntervalNotifier:
     filtered: bool
     sequence: int
     deferred: int = 0
+    leaving: int = 0
 
     def concerned(self, event: Event, sequence: int) -> bool:
         """Whether the driver has to hear of `event` for this range; `sequence` is that of the address space."""
-        return self.deferred != sequence and event.overlaps(self.span)
+        return self.deferred != sequence and self.leaving in (0, sequence) and event.overlaps(self.span)
 
 
 @dataclass(slots=True, eq=False)
@@ -104,15 +106,20 @@ class IntervalMirror(Receiver):
         """Unsubscribe; when it returns no callback for this range is running and none will come.
 
         Raises:
-            WouldDeadlockError: called from inside a callback (EDEADLK).
+            WouldDeadlockError: called from inside a callback (EDEADLK); it is still subscribed.
 
-        Source: mmu_interval_notifier_remove().
+        Source: mmu_interval_notifier_remove(); what comes before the end of running invalidations is still heard.
         """
         notifier = self.notifier(number)
-        del self.notifiers[number]
         sequence = self.space.notifier.sequence
         if sequence & 1 and notifier.deferred != sequence:
-            yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+            notifier.leaving = sequence
+            try:
+                yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+            except WouldDeadlockError:
+                notifier.leaving = 0
+                raise
+        self.notifiers.pop(number, None)
 
     def notifier(self, number: int) -> IntervalNotifier:
         """The subscription of that number.

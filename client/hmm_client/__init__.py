@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from hmm_client.driver import Driver, TableDriver
     from hmm_client.event import Event
     from hmm_client.file import File
+    from hmm_client.interval_driver import IntervalDriver
+    from hmm_client.interval_mirror import IntervalMirror, IntervalNotifier
     from hmm_client.mirror import Faulted, Mirror
     from hmm_client.process import Process
 
@@ -61,6 +63,9 @@ _HOME = {
     "Faulted": "hmm_client.mirror",
     "File": "hmm_client.file",
     "FileKind": "hmm.file",
+    "IntervalDriver": "hmm_client.interval_driver",
+    "IntervalMirror": "hmm_client.interval_mirror",
+    "IntervalNotifier": "hmm_client.interval_mirror",
     "MapFlag": "hmm.unmapped_area",
     "MclFlag": "hmm.mlock",
     "Mirror": "hmm_client.mirror",
@@ -88,6 +93,9 @@ __all__ = [
     "Faulted",
     "File",
     "FileKind",
+    "IntervalDriver",
+    "IntervalMirror",
+    "IntervalNotifier",
     "MapFlag",
     "MclFlag",
     "Mirror",

@@ -130,17 +130,20 @@ class Client:
         """A handle of a process that exists already."""
         return Process(self, process_id)
 
-    async def open_file(self, name: str, *, create: bool = False, kind: FileKind = FileKind.FILE) -> File:
+    async def open_file(
+        self, name: str, *, create: bool = False, kind: FileKind = FileKind.FILE, vm_flags: int = 0
+    ) -> File:
         """open(2).
 
         Args:
             create: make it, with size 0, if there is none.
             kind: of a file that is made.
+            vm_flags: of a device file: what its driver adds to every mapping, `VmFlag.MIXEDMAP` for pages of its own.
 
         Raises:
             NoSuchObjectError: there is none, and `create` is False (ENOENT).
         """
-        return await File.open(self, name, create=create, kind=kind)
+        return await File.open(self, name, create=create, kind=kind, vm_flags=vm_flags)
 
     async def unlink_file(self, name: str) -> None:
         """unlink(2): the name goes at once, the file when it is open and mapped nowhere.

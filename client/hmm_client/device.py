@@ -13,11 +13,14 @@ from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
 from hmm.units import DeviceId, Pfn
 from hmm_client.driver import Driver
+from hmm_client.interval_driver import IntervalDriver
+from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
 from hmm_client.session import Session
 from hmm_proto.convert import memory_kind_to_proto, policy_to_proto
-from hmm_proto.v1 import device_pb2
+from hmm_proto.status import from_call_result
+from hmm_proto.v1 import device_pb2, hmm_pb2
 
 if TYPE_CHECKING:
     from hmm_client.client import Client
@@ -96,6 +99,51 @@ class Device:
 
         await session.call("register_mirror", request, bind)
         return made[0]
+
+    async def attach(
+        self,
+        process: Process,
+        driver: IntervalDriver,
+        *,
+        policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+        concurrent: bool = False,
+    ) -> IntervalMirror:
+        """Attach to a process with today's interface; the driver hears of what it subscribes to.
+
+        Args:
+            policy: what happens when the driver does not answer in time.
+            concurrent: handle events at once; False: one after the other.
+
+        Raises:
+            NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
+        """
+        session = await self.client.session()
+        request = hmm_pb2.AttachRequest(device_id=self.id, process_id=process.id, policy=policy_to_proto(policy))
+        made: list[IntervalMirror] = []
+
+        def bind(response: hmm_pb2.AttachResponse) -> None:
+            mirror = IntervalMirror(self, process, driver, session, response, concurrent=concurrent)
+            session.bind(mirror.id, mirror)
+            made.append(mirror)
+
+        await session.call("attach", request, bind)
+        return made[0]
+
+    async def evict(self) -> int:
+        """Move everything in the device's memory to system memory, whoever has mapped it.
+
+        Returns: pages moved; those that somebody else uses stay.
+
+        Raises:
+            NoSuchObjectError: the device has no memory (ENODEV).
+            OutOfFramesError: system memory ran out; what was moved stays moved (ENOMEM).
+        """
+        response = await self._call("evict_device", hmm_pb2.EvictDeviceRequest(device_id=self.id))
+        error = from_call_result(response.result)
+        if error is not None:
+            raise error
+        page_count: int = response.page_count
+        return page_count
 
     async def unregister(self) -> None:
         """Remove the device.

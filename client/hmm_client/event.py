@@ -11,7 +11,7 @@ under the number that it has for one mirror.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from hmm.events import EventType, Reason
 from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
 from hmm_proto.convert import entries_from_proto, event_type_from_proto, ranges_from_proto, reason_from_proto
 from hmm_proto.v1 import event_pb2
-
-if TYPE_CHECKING:
-    from hmm_client.mirror import Mirror
 
 _FAULTS = frozenset({EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT})
 
@@ -76,13 +73,13 @@ class Event:
     """One change as one mirror hears it, to be finished before `Driver.update` returns.
 
     Attributes:
-        mirror: who hears it.
+        mirror: who hears it: a `Mirror`, or an `IntervalMirror`.
         sequence: its number for that mirror, dense from 1.
     """
 
     __slots__ = ("_change", "mirror", "sequence")
 
-    def __init__(self, mirror: Mirror, sequence: int, change: Change) -> None:
+    def __init__(self, mirror: Any, sequence: int, change: Change) -> None:
         self.mirror = mirror
         self.sequence = sequence
         self._change = change

@@ -37,9 +37,9 @@ class File:
         return f"<file {self.id} {self.name!r}>"
 
     @classmethod
-    async def open(cls, client: Client, name: str, *, create: bool, kind: FileKind) -> File:
+    async def open(cls, client: Client, name: str, *, create: bool, kind: FileKind, vm_flags: int) -> File:
         """As `Client.open_file`."""
-        request = file_pb2.OpenFileRequest(name=name, create=create, kind=file_kind_to_proto(kind))
+        request = file_pb2.OpenFileRequest(name=name, create=create, kind=file_kind_to_proto(kind), vm_flags=vm_flags)
         response: file_pb2.OpenFileResponse = await client.channel.request(client.files.OpenFile, request)
         return cls(client, response.file_id, name)
 

@@ -10,26 +10,23 @@ today: `hmm_range_fault()` with `mmu_interval_read_retry()`; proto/hmm_proto/v1/
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hmm import pte
-from hmm.errors import DeviceLostError, HmmError, RangeBusyError
-from hmm.events import EventType
+from hmm.errors import HmmError, RangeBusyError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns
-from hmm_client.callbacks import Callbacks
 from hmm_client.driver import Driver
-from hmm_client.event import Change, Event, pages_of
+from hmm_client.event import pages_of
+from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
 from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
 from hmm_proto.status import from_call_result
-from hmm_proto.v1 import device_pb2, event_pb2, range_pb2
+from hmm_proto.v1 import device_pb2, range_pb2
 
 if TYPE_CHECKING:
     from hmm_client.device import Device
@@ -39,13 +36,6 @@ Target: TypeAlias = AddressRange | Sequence[AddressRange] | Entries
 """One range, many (ascending, disjoint), or scattered pages: uint64[n] addresses, ascending."""
 Segment: TypeAlias = tuple[int, int]
 """(address, length in bytes)"""
-
-_LOG = logging.getLogger(__name__)
-
-REMEMBERED_EVENTS = 256
-"""How far back a mirror can tell whether the result of a fault is stale; older results count as stale."""
-STALE_RETRIES = 100
-"""How often a fault whose result was stale is repeated before it ends with EBUSY."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,14 +88,12 @@ class Faulted:
         return pte.pte_test_write(self.entries)
 
 
-class Mirror:
-    """A registered mirror.  Made by `Device.mirror`.
+class Mirror(Receiver):
+    """A registered mirror of the 2015 interface, whose table the daemon keeps.  Made by `Device.mirror`.
 
     Attributes:
-        device, process, driver: who mirrors whom, and who hears of changes.
-        space_id: the address space, as events name it.
+        driver: who hears of changes.
         address_end: first byte behind what can be mirrored.
-        lost: why the mirror was fenced; empty while it lives.
         released: True after `Driver.release`.
         faults: how many faults were made, repeats included.
     """
@@ -120,74 +108,17 @@ class Mirror:
         *,
         concurrent: bool = False,
     ) -> None:
-        self.id = response.mirror_id
-        self.device = device
-        self.process = process
+        super().__init__(device, process, driver, session, response.mirror_id, response.space_id, concurrent=concurrent)
         self.driver = driver
-        self.space_id = response.space_id
         self.address_end = response.address_end
-        self.lost = ""
-        self.released = False
         self.faults = 0
-        self._session = session
-        self._callbacks = Callbacks(driver, self._finish, executor=device.client.executor, concurrent=concurrent)
-        self._recent: deque[tuple[int, Change]] = deque()
-        self._forgotten = 0
-
-    def __repr__(self) -> str:
-        return f"<mirror {self.id} of process {self.process.id} on {self.device.name}>"
-
-    # ---- events
-
-    def deliver(self, sequence: int, change: Change) -> None:
-        """Hand an event over to the driver; called by the session."""
-        if change.invalidates:
-            self._recent.append((sequence, change))
-            if len(self._recent) > REMEMBERED_EVENTS:
-                self._forgotten = self._recent.popleft()[0]
-        self._callbacks.deliver(Event(self, sequence, change))
-
-    def _finish(self, event: Event, answer: event_pb2.Answer | None) -> None:
-        if event.type is EventType.RELEASE:
-            self.released = True
-        if not self._session.lost:
-            self._session.answer(self.id, event.sequence, answer)
-
-    def rejected(self, sequence: int, rule: str) -> None:  # noqa: ARG002 - every answer after a loss is rejected
-        """An answer did not count; called by the session.  It is how a driver that was too slow hears of its loss."""
-        if rule.startswith(DeviceLostError.reason):
-            self._lose(rule)
-
-    async def cancel(self) -> None:
-        """End updates that are under way, without an answer; called by the session when it is closed."""
-        await self._callbacks.cancel()
-
-    def session_lost(self, why: str) -> None:
-        """The stream has ended; called by the session."""
-        self._callbacks.drop()
-        self._lose(why)
-
-    def _lose(self, why: str) -> None:
-        if not self.lost and not self.released:
-            self.lost = why
-            try:
-                self.driver.lost(self, why)
-            except Exception:  # noqa: BLE001 - its other mirrors must be told as well
-                _LOG.exception("%r: the driver failed to take note of its loss", self)
 
     def is_stale(self, faulted: Faulted) -> bool:
         """True when an event that came later takes back what a fault returned (`mmu_interval_read_retry()`).
 
         `fault` has looked already; this is for results that were kept for a while, or came to another thread.
         """
-        if faulted.event_sequence < self._forgotten:
-            return True
-        for sequence, change in reversed(self._recent):
-            if sequence <= faulted.event_sequence:
-                return False
-            if change.overlaps(faulted.starts, faulted.ends):
-                return True
-        return False
+        return self.has_heard_since(faulted.event_sequence, faulted.starts, faulted.ends)
 
     # ---- calls
 
@@ -239,9 +170,9 @@ class Mirror:
             request.ranges.CopyFrom(range_pb2.AddressRanges(starts=starts.tolist(), ends=ends.tolist()))
         for _ in range(STALE_RETRIES):
             self.faults += 1
-            faulted = _faulted(starts, ends, await self._call("fault", request))
+            faulted = _faulted(starts, ends, await self.call("fault", request))
             if faulted.error is not None and not (partial and faulted.errnos.any()):
-                self._fail(faulted.error)
+                self.fail(faulted.error)
             if not self.is_stale(faulted):
                 return faulted
         raise RangeBusyError(
@@ -268,8 +199,8 @@ class Mirror:
         )
         if entries is not None:
             request.entries = entries_to_proto(entries)
-        (response,) = await self._call("device_read", request)
-        self._require(response)
+        (response,) = await self.call("device_read", request)
+        self.require(response)
         data: bytes = response.data
         return data
 
@@ -305,26 +236,26 @@ class Mirror:
         )
         if entries is not None:
             request.entries = entries_to_proto(entries)
-        (response,) = await self._call("device_write", request)
-        self._require(response)
+        (response,) = await self.call("device_write", request)
+        self.require(response)
 
     async def dirty(self, span: AddressRange) -> None:
         """Report that the device has written in a range in a way of its own (`hmm_mirror_range_dirty()`)."""
-        await self._call("dirty_range", device_pb2.DirtyRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
+        await self.call("dirty_range", device_pb2.DirtyRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
 
     async def discard(self, span: AddressRange) -> None:
         """Drop a range that the device has stopped using (`hmm_mirror_range_discard()`); no event is sent."""
-        await self._call("discard_range", device_pb2.DiscardRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
+        await self.call("discard_range", device_pb2.DiscardRangeRequest(mirror_id=self.id, range=range_to_proto(span)))
 
     async def set_driver_bits(self, span: AddressRange, bits: int) -> None:
         """Set the driver's own bits, 0 to 15, of all valid entries of a range."""
         request = device_pb2.SetDriverBitsRequest(mirror_id=self.id, range=range_to_proto(span), bits=bits)
-        await self._call("set_driver_bits", request)
+        await self.call("set_driver_bits", request)
 
     async def read_table(self, span: AddressRange) -> Entries:
         """uint64[npages]: the entries of a range as they are now, 0 where there is none."""
         entries = np.zeros(span.npages, np.uint64)
-        for part in await self._call(
+        for part in await self.call(
             "read_table", device_pb2.ReadTableRequest(mirror_id=self.id, range=range_to_proto(span))
         ):
             found = entries_from_proto(part.entries)
@@ -338,27 +269,9 @@ class Mirror:
         Raises:
             WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
         """
-        (response,) = await self._call("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=self.id))
-        self._require(response)
+        (response,) = await self.call("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=self.id))
+        self.require(response)
         self._session.unbind(self.id)
-
-    async def _call(self, name: str, request: Any) -> list[Any]:
-        if self.lost:
-            raise DeviceLostError(f"{name}: {self!r} was fenced: {self.lost}")
-        try:
-            return await self._session.call(name, request)
-        except HmmError as error:
-            self._fail(error)
-
-    def _require(self, response: Any) -> None:
-        error = from_call_result(response.result)
-        if error is not None:
-            self._fail(error)
-
-    def _fail(self, error: HmmError) -> NoReturn:
-        if isinstance(error, DeviceLostError):
-            self._lose(error.message)
-        raise error
 
 
 def _ranges(target: Target) -> tuple[Entries, Entries]:

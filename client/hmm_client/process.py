@@ -16,6 +16,7 @@ import numpy.typing as npt
 from hmm.units import PAGE_SHIFT, AddressRange, Entries, ProcessId
 from hmm_client import calls
 from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
+from hmm_client.pin import Pin
 from hmm_client.results import Accessed, Completed, Mapped, Maps, MapsLine, ProgramBreak
 from hmm_proto.v1 import inspection_pb2, process_pb2
 
@@ -200,6 +201,21 @@ class Process:
     async def access_pages(self, address: int, page_count: int, values: bytes | None = None) -> Accessed:
         """A CPU reads one byte in each of many consecutive pages, or writes `values`; a signal is a result here."""
         return await self._make(calls.access_pages(self.id, address, page_count, values))
+
+    # ---- pages that stay
+
+    async def pin(self, span: AddressRange, *, write: bool = False, long_term: bool = True) -> Pin:
+        """pin_user_pages(): bring pages in and keep them where they are; the pin ends with the client's session.
+
+        Args:
+            write: FOLL_WRITE.
+            long_term: FOLL_LONGTERM: pages are moved out of devices' memory first.
+
+        Raises:
+            BadAddressError: a page is not mapped, or not for this access; nothing is pinned (EFAULT).
+            OutOfFramesError: memory ran out; nothing is pinned (ENOMEM).
+        """
+        return await Pin.make(self, span, write=write, long_term=long_term)
 
     # ---- birth and death
 

@@ -25,16 +25,20 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import grpc
 
+from hmm.commands_hmm import RangeFaulted
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
-from hmm.units import ProcessId
+from hmm.units import Address, AddressRange, DeviceId, Pfn, ProcessId
 from hmm_client import client as aio_client
 from hmm_client import device as aio_device
 from hmm_client import driver as aio_driver
 from hmm_client import event as aio_event
 from hmm_client import file as aio_file
+from hmm_client import interval_driver as aio_interval_driver
+from hmm_client import interval_mirror as aio_interval
 from hmm_client import mirror as aio_mirror
+from hmm_client import pin as aio_pin
 from hmm_client import process as aio_process
 from hmm_client.calls import Call
 from hmm_client.driver import Written
@@ -109,6 +113,10 @@ class Process(_Handle[aio_process.Process]):
     exec = blocking(aio_process.Process.exec)
     exit = blocking(aio_process.Process.exit)
 
+    def pin(self, span: AddressRange, *, write: bool = False, long_term: bool = True) -> Pin:
+        """pin_user_pages()."""
+        return Pin(self.loop.run(self.aio.pin(span, write=write, long_term=long_term)), self.loop)
+
     def fork(self) -> Process:
         """fork(2)."""
         return Process(self.loop.run(self.aio.fork()), self.loop)
@@ -138,6 +146,12 @@ class File(_Handle[aio_file.File]):
     close = blocking(aio_file.File.close)
 
 
+class Pin(_Handle[aio_pin.Pin]):
+    """As `hmm_client.pin.Pin`."""
+
+    unpin = blocking(aio_pin.Pin.unpin)
+
+
 class Mirror(_Handle[aio_mirror.Mirror]):
     """As `hmm_client.Mirror`."""
 
@@ -165,10 +179,53 @@ class Mirror(_Handle[aio_mirror.Mirror]):
     unregister = blocking(aio_mirror.Mirror.unregister)
 
 
+class IntervalNotifier(_Handle[aio_interval.IntervalNotifier]):
+    """As `hmm_client.IntervalNotifier`."""
+
+    @property
+    def id(self) -> int:
+        """Names it among those of its mirror."""
+        return self.aio.id
+
+    def is_stale(self, span: AddressRange, faulted: RangeFaulted) -> bool:
+        """True when a later event takes back what a fault returned; to be asked under the driver's own lock."""
+        return self.aio.is_stale(span, faulted)
+
+    remove = blocking(aio_interval.IntervalNotifier.remove)
+    read_begin = blocking(aio_interval.IntervalNotifier.read_begin)
+    read_retry = blocking(aio_interval.IntervalNotifier.read_retry)
+    range_fault = blocking(aio_interval.IntervalNotifier.range_fault)
+    fault = blocking(aio_interval.IntervalNotifier.fault)
+
+
+class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
+    """As `hmm_client.IntervalMirror`."""
+
+    @property
+    def id(self) -> int:
+        """Names the mirror."""
+        return self.aio.id
+
+    @property
+    def lost(self) -> str:
+        """Why the mirror was fenced; empty while it lives."""
+        return self.aio.lost
+
+    def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+        """Subscribe to a range."""
+        return IntervalNotifier(self.loop.run(self.aio.insert(start, length, filtered=filtered)), self.loop)
+
+    find_vma = blocking(aio_interval.IntervalMirror.find_vma)
+    migrate_to_device = blocking(aio_interval.IntervalMirror.migrate_to_device)
+    migrate_to_system = blocking(aio_interval.IntervalMirror.migrate_to_system)
+    make_exclusive = blocking(aio_interval.IntervalMirror.make_exclusive)
+    read_frames = blocking(aio_interval.IntervalMirror.read_frames)
+    write_frames = blocking(aio_interval.IntervalMirror.write_frames)
+    detach = blocking(aio_interval.IntervalMirror.detach)
+
+
 class Event(aio_event.Event):
     """As `hmm_client.Event`."""
-
-    mirror: Mirror  # type: ignore[assignment]
 
 
 class Driver:
@@ -182,6 +239,38 @@ class Driver:
 
     def lost(self, mirror: Mirror, why: str) -> None:
         """The mirror was fenced, or the connection broke."""
+
+
+class IntervalDriver:
+    """As `hmm_client.IntervalDriver`, with plain functions, which run on worker threads and may make calls."""
+
+    def invalidate(self, event: Event) -> None:
+        """Make the device stop using what `event` names, before returning."""
+
+    def migrate_to_ram(self, event: Event) -> None:
+        """Stop using pages of the device's memory that this mirror put there."""
+        self.invalidate(event)
+
+    def lost(self, mirror: IntervalMirror, why: str) -> None:
+        """The mirror was fenced, or the connection broke."""
+
+
+class _IntervalAdapter(aio_interval_driver.IntervalDriver):
+    """Hands an interval driver the handles of this module."""
+
+    def __init__(self, driver: IntervalDriver, loop: LoopThread, executor: ThreadPoolExecutor) -> None:
+        self._driver = driver
+        self._loop = loop
+        self._executor = executor
+
+    def invalidate(self, event: aio_event.Event) -> None:
+        self._driver.invalidate(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+
+    def migrate_to_ram(self, event: aio_event.Event) -> None:
+        self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+
+    def lost(self, mirror: aio_interval.IntervalMirror, why: str) -> None:
+        self._executor.submit(self._driver.lost, IntervalMirror(mirror, self._loop), why)
 
 
 class _Adapter(aio_driver.Driver):
@@ -222,6 +311,32 @@ class Device(_Handle[aio_device.Device]):
         mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
         return Mirror(mirror, self.loop)
 
+    def attach(
+        self,
+        process: Process,
+        driver: IntervalDriver,
+        *,
+        policy: DeadlinePolicy = DeadlinePolicy.FENCE,
+        concurrent: bool = False,
+    ) -> IntervalMirror:
+        """Attach to a process with today's interface."""
+        executor = self.aio.client.executor
+        assert isinstance(executor, ThreadPoolExecutor)
+        adapter = _IntervalAdapter(driver, self.loop, executor)
+        mirror = self.loop.run(self.aio.attach(process.aio, adapter, policy=policy, concurrent=concurrent))
+        return IntervalMirror(mirror, self.loop)
+
+    @property
+    def id(self) -> DeviceId:
+        """Names the device."""
+        return self.aio.id
+
+    @property
+    def frames(self) -> tuple[Pfn, Pfn]:
+        """The frames of its own memory, from the first to behind the last."""
+        return self.aio.frames
+
+    evict = blocking(aio_device.Device.evict)
     unregister = blocking(aio_device.Device.unregister)
     inject_dma_failure = blocking(aio_device.Device.inject_dma_failure)
 
@@ -256,9 +371,9 @@ class Client(_Handle[aio_client.Client]):
         """A handle of a process that exists already."""
         return Process(self.aio.process(process_id), self.loop)
 
-    def open_file(self, name: str, *, create: bool = False, kind: FileKind = FileKind.FILE) -> File:
+    def open_file(self, name: str, *, create: bool = False, kind: FileKind = FileKind.FILE, vm_flags: int = 0) -> File:
         """open(2)."""
-        return File(self.loop.run(self.aio.open_file(name, create=create, kind=kind)), self.loop)
+        return File(self.loop.run(self.aio.open_file(name, create=create, kind=kind, vm_flags=vm_flags)), self.loop)
 
     def unlink_file(self, name: str) -> None:
         """unlink(2)."""

@@ -85,6 +85,7 @@ class Stream:
         epoch: names it; answers that name another are rejected.
         owner: the token of whoever opened it.
         devices: registered on it: they go when its lease ends.
+        pins: that it holds: they go with it.
         heard_s: when something was last heard of the driver, on the monotonic clock.
     """
 
@@ -96,6 +97,7 @@ class Stream:
     heard_s: float
     mirrors: dict[MirrorId, ServedMirror] = field(default_factory=dict)
     devices: list[DeviceId] = field(default_factory=list)
+    pins: list[int] = field(default_factory=list)
     open: bool = True
 
     def __str__(self) -> str:

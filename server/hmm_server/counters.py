@@ -9,7 +9,7 @@ import resource
 from pathlib import Path
 
 from hmm.events import EventType
-from hmm.mirror import Mirror
+from hmm.receiver import Receiver
 from hmm_proto.v1 import inspection_pb2
 from hmm_server import VERSION
 from hmm_server.answers import ServedMirror
@@ -29,7 +29,7 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
         processes=len(machine.processes),
         spaces=len(machine.spaces),
         devices=len(machine.devices),
-        mirrors=len(machine.mirrors),
+        mirrors=len(machine.receivers),
         files=len(machine.files),
         frames_used=system.used,
         frames_total=system.total,
@@ -42,7 +42,7 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
     )
 
 
-def mirror_statistics(mirror: Mirror, served: ServedMirror | None) -> inspection_pb2.MirrorStatistics:
+def mirror_statistics(mirror: Receiver, served: ServedMirror | None) -> inspection_pb2.MirrorStatistics:
     """Counters of one mirror."""
     counters = mirror.counters
     return inspection_pb2.MirrorStatistics(

@@ -27,6 +27,8 @@ from hmm_proto.v1 import (
     file_pb2_grpc,
     harness_pb2,
     harness_pb2_grpc,
+    hmm_pb2,
+    hmm_pb2_grpc,
     inspection_pb2,
     inspection_pb2_grpc,
     process_pb2,
@@ -45,6 +47,7 @@ from hmm_server.operation_log import OperationLog
 from hmm_server.services.device import DeviceService
 from hmm_server.services.file import FileService
 from hmm_server.services.harness import HarnessService
+from hmm_server.services.hmm import HmmService
 from hmm_server.services.inspection import InspectionService
 from hmm_server.services.process import ProcessService
 from hmm_server.services.session import SessionService
@@ -60,6 +63,7 @@ SERVICES = tuple(
         (process_pb2, "ProcessService"),
         (file_pb2, "FileService"),
         (device_pb2, "DeviceService"),
+        (hmm_pb2, "HmmService"),
         (session_pb2, "SessionService"),
         (inspection_pb2, "InspectionService"),
         (harness_pb2, "HarnessService"),
@@ -125,6 +129,7 @@ class Daemon:
         process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessService(self.executor, self.config), handlers)
         file_pb2_grpc.add_FileServiceServicer_to_server(FileService(self.executor, self.config), handlers)
         device_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(side, self.streams), handlers)
+        hmm_pb2_grpc.add_HmmServiceServicer_to_server(HmmService(side), handlers)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(side, self.streams, self.config), handlers)
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
             InspectionService(self.executor, self.streams, self.observers, self.config), handlers

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from hmm import commands_device
 from hmm.commands_device import DeviceFaulted
@@ -21,9 +19,9 @@ from hmm_proto.v1 import device_pb2, types_pb2
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import Call, Invocation, invoke
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
+from hmm_server.replies import ArrayReply
 
 Result = types_pb2.CallResult
-_NO_ENTRIES = np.empty(0, np.uint64)
 
 
 def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
@@ -96,40 +94,9 @@ def fault_pages(q: device_pb2.FaultRequest) -> int:
     return (len(q.pages) >> 3) + ((sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT)
 
 
-DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
-    "register_device": register_device_response,
-    "register_mirror": register_mirror_response,
-}
-"""Responses that say more of a new object than its number."""
-
-
-class FaultResult(NamedTuple):
-    """The response to a fault, but for its entries, uint64[npages]: these are copied once, into what leaves."""
-
-    response: device_pb2.FaultResponse
-    entries: Entries
-
-    def whole(self) -> device_pb2.FaultResponse:
-        """The response with its entries."""
-        self.response.entries = convert.entries_to_proto(self.entries)
-        return self.response
-
-    def parts(self, part_bytes: int) -> Iterator[tuple[device_pb2.FaultResponse, bytes, bool]]:
-        """Cut the entries of a long reply; everything else is in the last part.
-
-        Yields: a response, its entries, whether more follow.
-        """
-        step = max(1, part_bytes >> 3)
-        last = max(0, self.entries.size - 1) // step * step
-        for start in range(0, last, step):
-            entries = self.entries[start : start + step]
-            yield device_pb2.FaultResponse(), convert.entries_to_proto(entries), True
-        yield self.response, convert.entries_to_proto(self.entries[last:]), False
-
-
-def _fault_response(faulted: DeviceFaulted | None, result: Result) -> FaultResult:
+def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
     if faulted is None:
-        return FaultResult(device_pb2.FaultResponse(result=result), _NO_ENTRIES)
+        return ArrayReply(device_pb2.FaultResponse(result=result), {})
     errors = [part.error for part in faulted.parts]
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
@@ -142,7 +109,7 @@ def _fault_response(faulted: DeviceFaulted | None, result: Result) -> FaultResul
         last_event_sequence=faulted.event_sequence,
         retries=sum([part.retries for part in faulted.parts]),
     )
-    return FaultResult(response, faulted.entries)
+    return ArrayReply(response, {"entries": faulted.entries})
 
 
 def _segments(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest) -> list[Segment]:

@@ -9,26 +9,40 @@ it is gone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
-from hmm import commands_device
-from hmm.machine import Caller, OperationRecord
+from hmm import commands_device, commands_hmm
+from hmm.errors import TimedOutError
+from hmm.machine import Caller, Machine, OperationRecord
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2
 from hmm_server.answers import Stream
 from hmm_server.config import Config
-from hmm_server.device_calls import CALLS, DESCRIBED, FaultResult, fault_pages
+from hmm_server.device_calls import CALLS as DEVICE_CALLS
+from hmm_server.device_calls import fault_pages, register_device_response, register_mirror_response
 from hmm_server.executor import Executor, resolve
+from hmm_server.hmm_calls import CALLS as HMM_CALLS
+from hmm_server.hmm_calls import attach_response, range_fault_pages
 from hmm_server.process_calls import require_at_most
+from hmm_server.replies import ArrayReply
 from hmm_server.reports import complete
 from hmm_server.streams import Streams
 
 ACCESSES = frozenset({"device_read", "device_write"})
 Result = Any
 """A response, or the exception that says why there is none."""
+CALLS = {**DEVICE_CALLS, **HMM_CALLS}
+_ATTACHING = frozenset({"register_mirror", "attach"})
+_SERVED_BY_A_STREAM = _ATTACHING | {"pin_pages"}
+_DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
+    "register_device": register_device_response,
+    "register_mirror": register_mirror_response,
+    "attach": attach_response,
+}
+"""Responses that say more of a new object than its number."""
 
 
 class DeviceSide:
@@ -54,7 +68,9 @@ class DeviceSide:
         on_session = stream
         if name == "fault":
             require_at_most("fault: pages", fault_pages(request), self.config.fault_pages)
-        elif name == "register_mirror" and stream is None:
+        elif name == "range_fault":
+            require_at_most("range fault: pages", range_fault_pages(request), self.config.fault_pages)
+        elif name in _SERVED_BY_A_STREAM and stream is None:
             stream = self.streams.find(request.epoch, caller.token)
         invocation = CALLS[name].invocation(request)
         ended = partial(self._ended, name, request, stream, then)
@@ -78,15 +94,35 @@ class DeviceSide:
             resolve(ended)
 
         record = self.start(caller, name, request, None, then)
-        await self.executor.wait(record, ended, self.patience_s(name, request))
+        patience_s = self.patience_s(name, request)
+        if await self.executor.has_ended(record, ended, patience_s):
+            return self._response(results)
+        error = self.give_up(record, patience_s or 0)
+        if error is not None:
+            raise error
+        return self._response(results)
+
+    @staticmethod
+    def _response(results: list[Result]) -> Any:
         (result,) = results
         if isinstance(result, BaseException):
             raise result
-        return result.whole() if isinstance(result, FaultResult) else result
+        return result.whole() if isinstance(result, ArrayReply) else result
+
+    def give_up(self, record: OperationRecord[Any], patience_s: float) -> TimedOutError | None:
+        """The caller's patience has ended.
+
+        Returns: its error; None when the call could be ended, and `then` has its response.
+        """
+        if record.name == commands_hmm.range_fault_unlocked.__name__ and not record.done:
+            self.executor.time_out(record)
+        return None if self.executor.is_over(record) else self.executor.give_up(record, patience_s)
 
     def patience_s(self, name: str, request: Any) -> float | None:
         """How long the caller waits, in seconds: faults have a deadline, other calls end by those of their events."""
-        if name != "fault":
+        if name not in ("fault", "range_fault"):
+            return None
+        if name == "range_fault" and request.notifier_seq:
             return None
         return request.deadline_ms / 1000 if request.deadline_ms else self.config.fault_s
 
@@ -107,18 +143,23 @@ class DeviceSide:
         else:
             if name in ACCESSES and response.result.HasField("violation"):
                 complete(self.streams, response.result.violation)
-            if name in DESCRIBED:
-                response = DESCRIBED[name](self.executor.machine, record.result)
+            if name in _DESCRIBED:
+                response = _DESCRIBED[name](self.executor.machine, record.result)
             elif name == "fault" and request.omit_entries:
-                response = response._replace(entries=response.entries[:0])
+                response = response.without_arrays()
             then(response)
 
     def _note(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> None:
-        if name == "register_mirror":
+        if name in _ATTACHING:
             assert stream is not None
             self.streams.attach(stream, record.result)
-        elif name == "unregister_mirror":
+        elif name in ("unregister_mirror", "detach"):
             self.streams.detach(request.mirror_id)
+        elif name == "pin_pages":
+            assert stream is not None
+            self.streams.hold(stream, record.result)
+        elif name == "unpin_pages":
+            self.streams.let_go(request.pin_id)
         elif name == "register_device" and stream is not None:
             stream.devices.append(record.result)
         elif name == "unregister_device":

@@ -153,17 +153,29 @@ class Executor:
         Raises:
             TimedOutError: it has not ended in time (ETIMEDOUT).
         """
+        if not await self.has_ended(record, ended, seconds):
+            raise self.give_up(record, seconds or 0)
+
+    async def has_ended(self, record: OperationRecord[Any], ended: asyncio.Future[None], seconds: float | None) -> bool:
+        """Wait no longer than that for the end of an operation.  Returns: whether it came."""
         if self.is_over(record):
-            return
+            return True
         try:
             async with asyncio.timeout(seconds):
                 await ended
         except TimeoutError:
-            if not self.is_over(record):
-                raise self.give_up(record, seconds or 0) from None
+            return self.is_over(record)
         finally:
             if not self.is_over(record):
                 self.running[record.id].given_up = True
+        return True
+
+    def time_out(self, record: OperationRecord[Any]) -> None:
+        """End a range fault as soon as that is possible: at once, if it waits for nobody's answer."""
+        self.machine.time_out(record.id)
+        if record.done:
+            self._advanced(record)
+            self.pump()
 
     def give_up(self, record: OperationRecord[Any], seconds: float) -> TimedOutError:
         """Note that the caller's patience ended before the operation did.  Returns: the caller's error."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
@@ -60,28 +60,28 @@ class Reply:
 
     Attributes:
         name: which field of SessionReply `response` is.
-        entries: what belongs in the field `entries` of `response`.  Kept apart, for every message that is put into
-            another one is copied.
+        arrays: what belongs in these fields of `response`.  Kept apart, for every message that is put into another
+            one is copied.
     """
 
     request_id: int
     name: str
     response: Message
     more: bool = False
-    entries: bytes = b""
+    arrays: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         """About what it takes in a message."""
-        return self.response.ByteSize() + len(self.entries) + 32
+        return self.response.ByteSize() + sum(map(len, self.arrays.values())) + 32
 
     def put_into(self, message: session_pb2.SessionResponse) -> None:
         """Write it down."""
         reply = message.replies.add(request_id=self.request_id, more=self.more)
         response = getattr(reply, self.name)
         response.CopyFrom(self.response)
-        if self.entries:
-            response.entries = self.entries
+        for name, array in self.arrays.items():
+            setattr(response, name, array)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,14 +27,16 @@ from hmm_server.answers import Stream
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
-from hmm_server.device_calls import FaultResult
 from hmm_server.device_side import DeviceSide, Result
 from hmm_server.mailbox import Reply
+from hmm_server.replies import ArrayReply
 from hmm_server.streams import PROTOCOL_VERSION, Streams
 
 FAREWELL_S = 5.0
 """Time for the last replies to be written after Bye."""
-LARGE_REPLIES = frozenset({"fault", "device_read", "read_table"})
+LARGE_REPLIES = frozenset(
+    {"fault", "device_read", "read_table", "range_fault", "migrate_to_device", "migrate_to_system", "read_frames"}
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -144,7 +146,9 @@ class Session:
             )
 
     def _give_up(self, stream: Stream, request_id: int, record: OperationRecord[Any], patience_s: float) -> None:
-        self._reply(stream, request_id, self._side.executor.give_up(record, patience_s))
+        error = self._side.give_up(record, patience_s)
+        if error is not None:
+            self._reply(stream, request_id, error)
 
     def _refusal(self, stream: Stream, request_id: int, name: str) -> HmmError | None:
         if not name:
@@ -171,9 +175,9 @@ class Session:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
             stream.mailbox.reply(Reply(request_id, "not_made", not_made(result)))
-        elif isinstance(result, FaultResult):
-            for response, entries, more in result.parts(self._config.part_bytes):
-                stream.mailbox.reply(Reply(request_id, "fault", response, more, entries))
+        elif isinstance(result, ArrayReply):
+            for response, arrays, more in result.parts(self._config.part_bytes):
+                stream.mailbox.reply(Reply(request_id, under_way.name, response, more, arrays))
         else:
             stream.mailbox.reply(Reply(request_id, under_way.name, result))
 
@@ -182,7 +186,7 @@ class Session:
             async for start, entries in self._side.table_parts(caller, request):
                 await stream.mailbox.room()
                 part = device_pb2.ReadTableResponse(start=start)
-                stream.mailbox.reply(Reply(request_id, "read_table", part, True, entries))
+                stream.mailbox.reply(Reply(request_id, "read_table", part, True, {"entries": entries}))
         except HmmError as error:
             self._reply(stream, request_id, error)
         else:

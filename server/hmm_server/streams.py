@@ -1,8 +1,9 @@
 """The open streams of events: which mirrors each one serves, what it was sent, what it has answered.
 
 Every mirror is served by exactly one stream, named by its epoch.  When a stream ends, for whatever reason, its
-mirrors are fenced at once: nobody is left who could stop their devices.  What its driver held stays known for a lease
-and is then removed.
+mirrors are fenced at once: nobody is left who could stop their devices.  What the driver had to itself goes back at
+once as well: pages that are exclusive to a mirror, pins.  Its mirrors and devices stay known for a lease and are then
+removed.
 
 **Invariants**: an event is sent to a mirror once and in the order of its sequence; an answer counts only when it is
 the first to an event that was sent, on the stream that it was sent on; a stream's window is free again when it has
@@ -18,11 +19,14 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from hmm.commands_device import unregister_device, unregister_mirror
+from hmm.commands_hmm import EXCLUSIVE_PAGES, detach, give_back_exclusive
+from hmm.commands_process import unpin
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Delivery, Event, EventState
 from hmm.machine import Caller, OperationRecord
@@ -98,6 +102,9 @@ class Streams:
         log.info("%s has ended: %s; it had %d mirrors", stream, why, len(stream.mirrors))
         for mirror_id in stream.mirrors:
             self.executor.fence(mirror_id, f"{stream} has ended: {why}")
+        for pin_id in list(stream.pins):
+            self._start(stream.owner, stream.name, unpin, pin_id)
+        stream.pins.clear()
         self.executor.pump()
         if stream.mirrors or stream.devices:
             self._loop.call_later(self.config.lease_s, self._expire, stream)
@@ -140,12 +147,37 @@ class Streams:
             if device_id in stream.devices:
                 stream.devices.remove(device_id)
 
+    def hold(self, stream: Stream, pin_id: int) -> None:
+        """A pin lasts as long as this stream."""
+        if stream.open:
+            stream.pins.append(pin_id)
+        else:
+            self._start(stream.owner, stream.name, unpin, pin_id)
+
+    def let_go(self, pin_id: int) -> None:
+        """A pin no longer exists."""
+        for stream in self.open.values():
+            if pin_id in stream.pins:
+                stream.pins.remove(pin_id)
+
+    def holder(self, mirror_id: MirrorId, pin_id: int) -> Stream | None:
+        """Whose the exclusive pages of a mirror are, or a pin; None when the stream has ended."""
+        if mirror_id:
+            served = self.served.get(mirror_id)
+            return served.stream if served else None
+        return next((stream for stream in self.open.values() if pin_id in stream.pins), None)
+
+    def _start(self, owner: str, name: str, command: Callable[..., Any], number: int) -> None:
+        if not self.executor.draining:
+            self.executor.start(lambda _: None, Caller(owner, name), command, number)
+
     def _expire(self, stream: Stream) -> None:
         owner = Caller(stream.owner, stream.name)
         if self.executor.draining:
             return
         for mirror_id in list(stream.mirrors):
-            self.executor.start(partial(self._gone, mirror_id), owner, unregister_mirror, mirror_id)
+            remove = unregister_mirror if mirror_id in self.executor.machine.mirrors else detach
+            self.executor.start(partial(self._gone, mirror_id), owner, remove, mirror_id)
         for device_id in stream.devices:
             self.executor.start(lambda _: None, owner, unregister_device, device_id)
 
@@ -251,7 +283,10 @@ class Streams:
                     served.stream.mailbox.release(posting)
 
     def lost(self, mirror_id: MirrorId, why: str) -> None:
-        """A mirror was fenced."""
+        """A mirror was fenced: what it has to itself goes back."""
+        mirror = self.executor.machine.receivers[mirror_id]
+        if mirror.counters[EXCLUSIVE_PAGES]:
+            self._start(mirror.owner, mirror.device.name, give_back_exclusive, mirror_id)
         self.observers.publish(
             lambda: inspection_pb2.Observation(mirror_lost=inspection_pb2.MirrorLost(mirror_id=mirror_id, why=why))
         )

@@ -13,9 +13,11 @@ import numpy as np
 from hmm import cpu_pte, inspection, pte
 from hmm.address_space import AddressSpace
 from hmm.device import Device
+from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine, Process
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
+from hmm.receiver import Receiver
 from hmm.units import Address, AddressRange
 from hmm.vma import Vma
 from hmm_proto import convert
@@ -63,7 +65,7 @@ def process_status(machine: Machine, process: Process, operations: int) -> inspe
         vma_count=len(space.vmas),
         mapped_bytes=sum(vma.end - vma.start for vma in space.vmas),
         resident_pages=space.table.count,
-        mirror_ids=[mirror.id for mirror in machine.mirrors.values() if mirror.space is space],
+        mirror_ids=[mirror.id for mirror in machine.receivers.values() if mirror.space is space],
         operation_count=operations,
         broken=space.notifier.broken,
     )
@@ -76,23 +78,25 @@ def device_status(device: Device, mirrors: Sequence[inspection_pb2.MirrorStatus]
     )
 
 
-def mirror_status(mirror: Mirror, served: ServedMirror | None) -> inspection_pb2.MirrorStatus:
-    """One mirror, and the stream that serves it.  Cost: O(directories)."""
+def mirror_status(mirror: Receiver, served: ServedMirror | None) -> inspection_pb2.MirrorStatus:
+    """One mirror of either interface, and the stream that serves it.  Cost: O(directories)."""
     stream = served.stream if served else None
+    table = mirror.table if isinstance(mirror, Mirror) else None
     return inspection_pb2.MirrorStatus(
         mirror_id=mirror.id,
         device_id=mirror.device.id,
         space_id=mirror.space.id,
         state=mirror.state.value,
         policy=convert.policy_to_proto(mirror.policy),
-        entry_count=mirror.table.count,
-        directory_count=mirror.table.directories,
+        entry_count=table.count if table else 0,
+        directory_count=table.directories if table else 0,
         last_event_sequence=mirror.sequence,
         answered_up_to=mirror.low_water,
         epoch=stream.epoch if stream and stream.open else 0,
         driver_name=stream.name if stream else "",
         driver_pid=stream.pid if stream else 0,
         lost_because=mirror.lost_because,
+        notifier_count=len(mirror.notifiers) if isinstance(mirror, IntervalMirror) else 0,
     )
 
 

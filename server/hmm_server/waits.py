@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hmm import inspection
 from hmm.events import EventState
-from hmm.inspection import Blocked
+from hmm.inspection import Blocked, Holding
 from hmm.receiver import DeadlinePolicy
 from hmm.units import MirrorId
 from hmm_proto import convert
@@ -55,6 +55,19 @@ class Waits:
             cycles=[wait_cycle(circle) for circle in circles(self._edges(blocked))],
             streams=[stream_status(stream, now_s) for stream in self._streams.open.values() if sees(stream.owner)],
             holds=[hold_status(hold, now_s) for hold in self._executor.holds.placed.values() if sees(hold.owner)],
+            holdings=[self._holding(one) for one in inspection.holdings(self._machine) if sees(one.owner)],
+        )
+
+    def _holding(self, one: Holding) -> inspection_pb2.Holding:
+        stream = self._streams.holder(one.mirror_id, one.pin)
+        return inspection_pb2.Holding(
+            mirror_id=one.mirror_id,
+            pin_id=one.pin,
+            space_id=one.space_id,
+            ranges=convert.ranges_to_proto(one.spans),
+            page_count=one.npages,
+            driver_name=stream.name if stream else "",
+            driver_pid=stream.pid if stream else 0,
         )
 
     def _ended(self, running: Running, now_s: float) -> inspection_pb2.PendingOperation:

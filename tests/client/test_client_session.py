@@ -17,7 +17,7 @@ from hmm.events import EventType
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import DaemonError, Driver, Event, Mirror, UnavailableError
 from hmm_client.driver import TableDriver
-from hmm_client.mirror import REMEMBERED_EVENTS, STALE_RETRIES
+from hmm_client.receiver import REMEMBERED_EVENTS, STALE_RETRIES
 from hmm_proto.v1 import device_pb2, event_pb2, range_pb2, session_pb2, types_pb2
 
 if TYPE_CHECKING:

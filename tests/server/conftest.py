@@ -19,6 +19,7 @@ from hmm_proto.v1 import (
     device_pb2_grpc,
     event_pb2,
     file_pb2_grpc,
+    hmm_pb2_grpc,
     inspection_pb2,
     inspection_pb2_grpc,
     process_pb2,
@@ -151,6 +152,7 @@ class Served:
     process: Any = field(init=False)
     file: Any = field(init=False)
     device: Any = field(init=False)
+    hmm: Any = field(init=False)
     session: Any = field(init=False)
     inspection: Any = field(init=False)
 
@@ -158,6 +160,7 @@ class Served:
         self.process = process_pb2_grpc.ProcessServiceStub(self.channel)
         self.file = file_pb2_grpc.FileServiceStub(self.channel)
         self.device = device_pb2_grpc.DeviceServiceStub(self.channel)
+        self.hmm = hmm_pb2_grpc.HmmServiceStub(self.channel)
         self.session = session_pb2_grpc.SessionServiceStub(self.channel)
         self.inspection = inspection_pb2_grpc.InspectionServiceStub(self.channel)
 

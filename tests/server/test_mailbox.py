@@ -64,7 +64,7 @@ async def test_take_returns_everything_that_waits_as_one_message() -> None:
 async def test_entries_of_a_reply_are_in_its_response() -> None:
     """They wait apart, and leave where the protocol has them."""
     mailbox = _mailbox()
-    mailbox.reply(Reply(1, "fault", device_pb2.FaultResponse(retries=2), True, b"12345678"))
+    mailbox.reply(Reply(1, "fault", device_pb2.FaultResponse(retries=2), True, {"entries": b"12345678"}))
     (reply,) = (await _take(mailbox)).replies
     assert (reply.more, reply.fault.retries, reply.fault.entries) == (True, 2, b"12345678")
 

@@ -9,12 +9,13 @@ import click
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.messages import as_value, word
 from hmm_client.commands.output import JSON, format_option, print_json, print_table, size
-from hmm_proto.v1 import inspection_pb2, types_pb2
+from hmm_proto.v1 import inspection_pb2, range_pb2, types_pb2
 
 if TYPE_CHECKING:
     from hmm_client.client import Client
 
 SHOWN_RANGES = 3
+_HOLDING_HEADS = ("driver", ">pid", "holds", ">pages", ">space", "at")
 
 
 @click.command("pending")
@@ -25,7 +26,8 @@ def command(check: bool, form: str, where: Where) -> None:
     """Show who is waiting for whom, and why.
 
     Of each call that has not ended: how long it has been under way, what it waits for, which driver has not answered
-    which event, how long that driver still has, and what happens then.
+    which event, how long that driver still has, and what happens then.  Then what drivers hold between two calls: pages
+    that a device has to itself, and pins.
     """
     answer = ask(where, _ask)
     if form == JSON:
@@ -56,6 +58,9 @@ def _print(answer: inspection_pb2.GetPendingResponse) -> None:
     unreached = [hold for hold in answer.holds if not hold.operation_id]
     for hold in unreached:
         click.echo(f"\n{_hold(hold)} waits for {hold.awaits}")
+    if answer.holdings:
+        click.echo()
+        print_table(_HOLDING_HEADS, [_holding(holding) for holding in answer.holdings])
     waiting = [stream for stream in answer.streams if stream.unanswered_events or stream.queued_events]
     if waiting:
         click.echo()
@@ -69,10 +74,8 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
     gone = ", whose caller has given up," if operation.abandoned_by_caller else ""
     lines = [f"{operation.name} {operation.operation_id}{whose}{caller}{gone} under way for {_s(operation.age_ms)}"]
     lines.append(f"  waits for {operation.waits_for}")
-    spans = [f"{a:x}-{b:x}" for a, b in zip(operation.ranges.starts, operation.ranges.ends, strict=True)]
-    if spans:
-        more = f" and {len(spans) - SHOWN_RANGES} more" if len(spans) > SHOWN_RANGES else ""
-        lines.append(f"  at {' '.join(spans[:SHOWN_RANGES])}{more}")
+    if operation.ranges.starts:
+        lines.append(f"  at {_ranges(operation.ranges)}")
     lines += [f"  after {names.get(number, 'call')} {number}" for number in operation.blocked_by]
     lines += [f"  {_event(event)}" for event in operation.events]
     lines += [f"  held by {_hold(operation.held)}"] if operation.HasField("held") else []
@@ -82,6 +85,23 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
 def _hold(hold: inspection_pb2.HoldStatus) -> str:
     owner = f" of {hold.owner}" if hold.owner else ""
     return f"hold {hold.hold_id}{owner} {hold.point}, {_s(hold.lease_ms)} left"
+
+
+def _ranges(ranges: range_pb2.AddressRanges) -> str:
+    spans = [f"{start:x}-{end:x}" for start, end in zip(ranges.starts, ranges.ends, strict=True)]
+    more = f" and {len(spans) - SHOWN_RANGES} more" if len(spans) > SHOWN_RANGES else ""
+    return " ".join(spans[:SHOWN_RANGES]) + more
+
+
+def _holding(holding: inspection_pb2.Holding) -> tuple[object, ...]:
+    return (
+        holding.driver_name or "-",
+        str(holding.driver_pid or "-"),
+        f"exclusive access, mirror {holding.mirror_id}" if holding.mirror_id else f"pin {holding.pin_id}",
+        holding.page_count,
+        str(holding.space_id),
+        _ranges(holding.ranges),
+    )
 
 
 def _event(event: inspection_pb2.PendingEvent) -> str:

@@ -81,7 +81,7 @@ def _device(device: inspection_pb2.DeviceStatus, users: dict[int, list[int]]) ->
             str(mirror.mirror_id),
             " ".join(map(str, users.get(mirror.space_id, []))) or "-",
             f"{mirror.state}: {mirror.lost_because}" if mirror.lost_because else mirror.state,
-            mirror.entry_count,
+            f"{mirror.notifier_count} notifiers" if mirror.notifier_count else mirror.entry_count,
             f"{mirror.answered_up_to:,} of {mirror.last_event_sequence:,}",
             f"{mirror.driver_name} (pid {mirror.driver_pid})" if mirror.driver_pid else mirror.driver_name or "-",
         )

@@ -76,7 +76,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
                     device,
                     [
                         views.mirror_status(mirror, served.get(mirror.id))
-                        for mirror in machine.mirrors.values()
+                        for mirror in machine.receivers.values()
                         if mirror.device is device
                     ],
                 )
@@ -149,7 +149,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             daemon=counters.daemon_statistics(self._streams, time.monotonic() - self._started_s),
             mirrors=[
                 counters.mirror_statistics(mirror, served.get(mirror.id))
-                for mirror in self._machine.mirrors.values()
+                for mirror in self._machine.receivers.values()
                 if sees(mirror.owner)
             ],
         )

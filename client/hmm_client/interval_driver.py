@@ -1,0 +1,58 @@
+"""The part of a driver of today's interface that its author writes: what to do when a subscribed range changes.
+
+**Source**: Linux include/linux/mmu_notifier.h, `struct mmu_interval_notifier_ops`; include/linux/memremap.h,
+`struct dev_pagemap_ops` (migrate_to_ram).
+
+**Absent**: subscriptions and calls (`interval_mirror.py`); the device itself; see `hmm_client.drivers.dmirror`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+from hmm.events import EventType
+from hmm_client.driver import Driver
+
+if TYPE_CHECKING:
+    from hmm_client.event import Event
+    from hmm_client.interval_mirror import IntervalMirror
+
+
+class IntervalDriver:
+    """Base of drivers.  As it stands: a device that keeps no translations and has nothing to stop."""
+
+    def invalidate(self, event: Event) -> Awaitable[None] | None:
+        """Make the device stop using what `event` names before returning; `event.reason` says why.
+
+        The ranges are those of the change, not clipped to subscriptions.  A driver may leave its table alone when it
+        asked for the change itself: `event.initiator == event.mirror.id`.
+
+        Raises:
+            BlockingIOError: the event is not `blockable` and the driver cannot finish at once (EAGAIN): its caller
+                tries again.  Anything else that is raised is logged and counts as done.
+        """
+
+    def migrate_to_ram(self, event: Event) -> Awaitable[None] | None:
+        """Stop using pages of the device's memory that this mirror put there: they go back to the CPU, which asked."""
+        return self.invalidate(event)
+
+    def lost(self, mirror: IntervalMirror, why: str) -> None:
+        """The mirror was fenced, or the connection broke: nothing that it read is valid, and no event will come."""
+
+
+class Adapter(Driver):
+    """An interval driver as callbacks want it."""
+
+    def __init__(self, driver: IntervalDriver) -> None:
+        self._driver = driver
+
+    def update(self, event: Event) -> Awaitable[None] | None:
+        """As `IntervalDriver.invalidate`, or `migrate_to_ram`."""
+        if event.type is EventType.COPY_FROM_DEVICE:
+            return self._driver.migrate_to_ram(event)
+        return self._driver.invalidate(event)
+
+    def lost(self, mirror: IntervalMirror, why: str) -> None:  # type: ignore[override]
+        """As `IntervalDriver.lost`."""
+        self._driver.lost(mirror, why)

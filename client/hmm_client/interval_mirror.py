@@ -1,0 +1,338 @@
+"""A mirror of today's interface: subscriptions to a process's memory, of a driver that keeps its own table.
+
+    notifier = await mirror.insert(start, length)
+    sequence = await notifier.read_begin()
+    faulted = await notifier.range_fault(span, sequence, REQ_FAULT)
+    ... under the driver's own lock: if await notifier.read_retry(sequence): start over
+
+or in one call, whose result is thrown away and asked for again by the library while events overtake it:
+
+    faulted = await notifier.fault(span, REQ_FAULT | REQ_WRITE)
+
+Requests and words are those of `hmm.range_fault` (REQ_FAULT, VALID, WRITE, ...), words of migrations those of
+`hmm.migrate`.
+
+**Source**: Linux include/linux/mmu_notifier.h, hmm.h, migrate.h, rmap.h; proto/hmm_proto/v1/hmm.proto.
+
+**Invariants**: `fault` never returns words that an event handled meanwhile has taken back.
+
+**Absent**: the driver (`interval_driver.py`), its table (`hmm_client.drivers.dmirror` has one).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
+from hmm.errors import InvalidRequestError, RangeBusyError
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns
+from hmm_client.interval_driver import Adapter, IntervalDriver
+from hmm_client.receiver import STALE_RETRIES, Receiver
+from hmm_client.session import Session
+from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
+from hmm_proto.status import from_call_result
+from hmm_proto.v1 import hmm_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.device import Device
+    from hmm_client.process import Process
+
+ACCESS_PAGES = 256
+"""Accesses to more pages than this travel in parts."""
+MIGRATE_BYTES = 1 << 17 << PAGE_SHIFT
+"""Migrations of more than this are several."""
+
+
+class IntervalMirror(Receiver):
+    """An attached device.  Made by `Device.attach`.
+
+    Attributes:
+        driver: who hears of changes.
+        address_end: first byte behind what can be mapped.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        process: Process,
+        driver: IntervalDriver,
+        session: Session,
+        response: hmm_pb2.AttachResponse,
+        *,
+        concurrent: bool = False,
+    ) -> None:
+        adapter = Adapter(driver)
+        super().__init__(
+            device, process, adapter, session, response.mirror_id, response.space_id, concurrent=concurrent
+        )
+        self.driver = driver
+        self.address_end = response.address_end
+
+    async def make(self, name: str, request: Any) -> Any:
+        """Make one call of `hmm.v1.HmmService`.  Returns: its response; raises what its result says."""
+        (response,) = await self.call(name, request)
+        self.require(response)
+        return response
+
+    # ---- subscriptions
+
+    async def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+        """Subscribe to [start, start + length); subscriptions may overlap.
+
+        Args:
+            filtered: migrations that this mirror asks for itself do not disturb read sections.
+
+        Raises:
+            InvalidRequestError: no length, or an end beyond all addresses (EOVERFLOW); the process has exited
+                (EINVAL).
+        """
+        request = hmm_pb2.InsertNotifierRequest(mirror_id=self.id, start=start, length=length, filtered=filtered)
+        response = await self.make("insert_notifier", request)
+        return IntervalNotifier(self, response.notifier_id, AddressRange(start, start + length))
+
+    async def detach(self) -> None:
+        """End all subscriptions, after callbacks under way; pages that it put on its device stay there.
+
+        Raises:
+            WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+        """
+        await self.make("detach", hmm_pb2.DetachRequest(mirror_id=self.id))
+        self.released = True
+        self._session.unbind(self.id)
+
+    # ---- looking
+
+    async def find_vma(self, address: Address) -> VmaView | None:
+        """The mapping at an address (`vma_lookup()`).
+
+        Raises:
+            NoSuchObjectError: the process has exited (ESRCH).
+        """
+        response = await self.make("find_vma", hmm_pb2.FindVmaRequest(mirror_id=self.id, address=address))
+        if not response.found:
+            return None
+        return VmaView(response.start, response.end, response.readable, response.writable)
+
+    # ---- moving pages, and taking them
+
+    async def migrate_to_device(self, span: AddressRange) -> Migrated:
+        """Move what can be moved of a part of one mapping to the device, as far as it has room.
+
+        More than 512 MiB is moved in parts.
+
+        Returns: words, uint64[npages] each: MIGRATE stands in `src` of the pages that were moved, `dst` has their new
+        frames.
+
+        Raises:
+            InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in (EINVAL).
+            NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
+        """
+        return await self._migrate("migrate_to_device", hmm_pb2.MigrateToDeviceRequest, span)
+
+    async def migrate_to_system(self, span: AddressRange) -> Migrated:
+        """Move what the device has of a part of one mapping back to system memory; as `migrate_to_device`."""
+        return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span)
+
+    async def _migrate(self, name: str, message: Any, span: AddressRange) -> Migrated:
+        spans = [
+            AddressRange(at, min(at + MIGRATE_BYTES, span.end)) for at in range(span.start, span.end, MIGRATE_BYTES)
+        ]
+        parts: list[Any] = []
+        for part in spans or [span]:
+            replies = await self.call(name, message(mirror_id=self.id, range=range_to_proto(part)))
+            self.require(replies[-1])
+            parts += replies
+        src, dst = (b"".join(getattr(part, array) for part in parts) for array in ("src", "dst"))
+        return Migrated(entries_from_proto(src), entries_from_proto(dst))
+
+    async def make_exclusive(self, span: AddressRange, *, owned: bool = False) -> Pfns:
+        """Take pages from the CPU until it touches them; it is as if nobody had them mapped.
+
+        Args:
+            span: at most 32,768 pages.
+            owned: the event names this device and mirror.
+
+        Returns: int64[n], frames up to the first page that could not be had, 0 for one that is not private memory.
+
+        Raises:
+            BadAddressError: not even the first page can be had (EFAULT).
+            AccessDeniedError: it may not be written (EFAULT).
+        """
+        request = hmm_pb2.MakeExclusiveRequest(mirror_id=self.id, range=range_to_proto(span), owned=owned)
+        return entries_from_proto((await self.make("make_exclusive", request)).pfns).view(np.int64)
+
+    # ---- what the device does
+
+    async def read_frames(self, addresses: Entries, pfns: Pfns) -> bytes:
+        """The device reads whole pages, by the driver's table; in parts of 256 pages, each of them atomic.
+
+        Args:
+            addresses: uint64[n], page-aligned.
+            pfns: int64[n], what the driver believes to be there.
+
+        Raises:
+            BadAddressError: `error.address` is no longer there (EFAULT).
+        """
+        parts = []
+        for pages, frames in _parts(addresses, pfns):
+            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames)
+            parts.append((await self.make("read_frames", request)).data)
+        return b"".join(parts)
+
+    async def write_frames(self, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+        """The device writes whole pages, by the driver's table; in parts of 256 pages, each of them atomic.
+
+        Args:
+            data: n * 4096 bytes.
+
+        Raises: as `read_frames`; also
+            AccessDeniedError: `error.address` may not be written (EACCES).
+        """
+        if len(data) != addresses.size * PAGE_SIZE:
+            raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
+        at = 0
+        for pages, frames in _parts(addresses, pfns):
+            end = at + len(pages) // 8 * PAGE_SIZE
+            request = hmm_pb2.WriteFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end])
+            await self.make("write_frames", request)
+            at = end
+
+
+class IntervalNotifier:
+    """One subscription: `struct mmu_interval_notifier`.  Made by `IntervalMirror.insert`."""
+
+    def __init__(self, mirror: IntervalMirror, notifier_id: int, span: AddressRange) -> None:
+        self.mirror = mirror
+        self.id = notifier_id
+        self.span = span
+
+    def __repr__(self) -> str:
+        return f"<notifier {self.id} of {self.mirror!r} for {self.span}>"
+
+    async def remove(self) -> None:
+        """Unsubscribe; no callback for this range is running afterwards, and none will come.
+
+        Raises:
+            WouldDeadlockError: called from inside a callback (EDEADLK).
+        """
+        request = hmm_pb2.RemoveNotifierRequest(mirror_id=self.mirror.id, notifier_id=self.id)
+        await self.mirror.make("remove_notifier", request)
+
+    async def read_begin(self) -> int:
+        """Begin a read section; waits while the range is being invalidated.
+
+        Returns: what `read_retry` has to be asked with.  It may be outdated already.
+        """
+        request = hmm_pb2.ReadBeginRequest(mirror_id=self.mirror.id, notifier_id=self.id)
+        notifier_seq: int = (await self.mirror.make("read_begin", request)).notifier_seq
+        return notifier_seq
+
+    async def read_retry(self, notifier_seq: int) -> bool:
+        """Whether an invalidation came meanwhile, so that everything read has to be thrown away."""
+        request = hmm_pb2.ReadRetryRequest(mirror_id=self.mirror.id, notifier_id=self.id, notifier_seq=notifier_seq)
+        retry: bool = (await self.mirror.make("read_retry", request)).retry
+        return retry
+
+    async def range_fault(
+        self,
+        span: AddressRange,
+        notifier_seq: int,
+        default_flags: int = 0,
+        pfn_flags_mask: int = 0,
+        words: Entries | None = None,
+        *,
+        partial: bool = False,
+    ) -> RangeFaulted:
+        """hmm_range_fault(), once; without requests a snapshot, which never faults.
+
+        Args:
+            span: at most 262,144 pages.
+            notifier_seq: from `read_begin`.
+            default_flags: requests for all pages.
+            pfn_flags_mask: which bits of `words` count as requests.
+            words: uint64[npages], the pages' own requests; None: all 0.
+            partial: an error stays in the result, with the words below the failing address; False: it is raised.
+
+        Raises:
+            RangeBusyError: an invalidation came since: begin again (EBUSY).
+            BadAddressError: a page that is wanted cannot be had (EFAULT), `error.address`.
+            AccessDeniedError: a page is wanted for writing and its mapping does not permit it (EPERM).
+        """
+        request = self._request(span, default_flags, pfn_flags_mask, words)
+        request.notifier_seq = notifier_seq
+        return self._result(await self._fault(request), partial)
+
+    async def fault(
+        self,
+        span: AddressRange,
+        default_flags: int = 0,
+        pfn_flags_mask: int = 0,
+        words: Entries | None = None,
+        *,
+        partial: bool = False,
+        deadline_s: float | None = None,
+    ) -> RangeFaulted:
+        """Begin, fault and retry as one call.  What an event has taken back meanwhile is asked for again.
+
+        Args: as `range_fault`; and
+            deadline_s: seconds until it gives up; None: the daemon's default.
+
+        Raises: as `range_fault`, where EBUSY means that the range was invalidated until the deadline; also
+            TimedOutError: another driver did not answer until the deadline (ETIMEDOUT).
+            WouldDeadlockError: made inside a callback that it would have to wait for (EDEADLK).
+        """
+        request = self._request(span, default_flags, pfn_flags_mask, words)
+        request.deadline_ms = 0 if deadline_s is None else max(1, round(deadline_s * 1000))
+        for _ in range(STALE_RETRIES):
+            faulted = self._result(await self._fault(request), partial)
+            if not self.is_stale(span, faulted):
+                return faulted
+        raise RangeBusyError(f"range fault: {span} was invalidated {STALE_RETRIES} times meanwhile")
+
+    def is_stale(self, span: AddressRange, faulted: RangeFaulted) -> bool:
+        """True when an event that came later takes back what a fault of `span` returned; no call is made.
+
+        `fault` has looked already; this is for results that were kept for a while, or came to another thread.
+        """
+        start, end = np.array([span.start], np.uint64), np.array([span.end], np.uint64)
+        return self.mirror.has_heard_since(faulted.event_sequence, start, end)
+
+    def _request(
+        self, span: AddressRange, default_flags: int, pfn_flags_mask: int, words: Entries | None
+    ) -> hmm_pb2.RangeFaultRequest:
+        return hmm_pb2.RangeFaultRequest(
+            mirror_id=self.mirror.id,
+            notifier_id=self.id,
+            range=range_to_proto(span),
+            default_flags=default_flags,
+            pfn_flags_mask=pfn_flags_mask,
+            words=b"" if words is None else entries_to_proto(words),
+        )
+
+    async def _fault(self, request: hmm_pb2.RangeFaultRequest) -> RangeFaulted:
+        parts = await self.mirror.call("range_fault", request)
+        last = parts[-1]
+        return RangeFaulted(
+            words=entries_from_proto(b"".join(part.words for part in parts)),
+            error=from_call_result(last.result),
+            notifier_seq=last.notifier_seq,
+            event_sequence=last.last_event_sequence,
+            retries=last.retries,
+        )
+
+    def _result(self, faulted: RangeFaulted, partial: bool) -> RangeFaulted:
+        if faulted.error is not None and not (partial and faulted.words.size):
+            self.mirror.fail(faulted.error)
+        return faulted
+
+
+def _parts(addresses: Entries, pfns: Pfns) -> list[tuple[bytes, bytes]]:
+    return [
+        (
+            entries_to_proto(addresses[at : at + ACCESS_PAGES]),
+            entries_to_proto(pfns[at : at + ACCESS_PAGES].view(np.uint64)),
+        )
+        for at in range(0, addresses.size, ACCESS_PAGES)
+    ]

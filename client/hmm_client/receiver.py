@@ -1,0 +1,148 @@
+"""What hears of the changes of one process's memory for one device: the base of the mirrors of both interfaces.
+
+**Source**: proto/hmm_proto/v1/event.proto.
+
+**Invariants**: every event is answered once; after a loss no call is made.
+
+**Absent**: the calls that each interface has (`mirror.py`, `interval_mirror.py`), the stream (`session.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hmm.errors import DeviceLostError, HmmError
+from hmm.events import EventType
+from hmm.units import Entries, MirrorId, SpaceId
+from hmm_client.callbacks import Callbacks
+from hmm_client.driver import Driver
+from hmm_client.event import Change, Event
+from hmm_client.session import Session
+from hmm_proto.status import from_call_result
+from hmm_proto.v1 import event_pb2
+
+if TYPE_CHECKING:
+    from hmm_client.device import Device
+    from hmm_client.process import Process
+
+_LOG = logging.getLogger(__name__)
+
+REMEMBERED_EVENTS = 256
+"""How far back a mirror can tell whether the result of a fault is stale; older results count as stale."""
+STALE_RETRIES = 100
+"""How often a fault whose result was stale is repeated before it ends with EBUSY."""
+
+
+class Receiver:
+    """One device's tie to one process's address space.
+
+    Attributes:
+        id: names it in the daemon.
+        device, process: who mirrors whom.
+        space_id: the address space, as events name it.
+        lost: why it was fenced; empty while it lives.
+        released: True once its address space has ended, or it was unregistered.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        process: Process,
+        driver: Driver,
+        session: Session,
+        mirror_id: MirrorId,
+        space_id: SpaceId,
+        *,
+        concurrent: bool = False,
+    ) -> None:
+        self.id = mirror_id
+        self.device = device
+        self.process = process
+        self.space_id = space_id
+        self.lost = ""
+        self.released = False
+        self._driver = driver
+        self._session = session
+        self._callbacks = Callbacks(driver, self._finish, executor=device.client.executor, concurrent=concurrent)
+        self._recent: deque[tuple[int, Change]] = deque()
+        self._forgotten = 0
+
+    def __repr__(self) -> str:
+        return f"<mirror {self.id} of process {self.process.id} on {self.device.name}>"
+
+    # ---- events
+
+    def deliver(self, sequence: int, change: Change) -> None:
+        """Hand an event over to the driver; called by the session."""
+        if change.invalidates:
+            self._recent.append((sequence, change))
+            if len(self._recent) > REMEMBERED_EVENTS:
+                self._forgotten = self._recent.popleft()[0]
+        self._callbacks.deliver(Event(self, sequence, change))
+
+    def _finish(self, event: Event, answer: event_pb2.Answer | None) -> None:
+        if event.type is EventType.RELEASE:
+            self.released = True
+        if not self._session.lost:
+            self._session.answer(self.id, event.sequence, answer)
+
+    def rejected(self, sequence: int, rule: str) -> None:  # noqa: ARG002 - every answer after a loss is rejected
+        """An answer did not count; called by the session.  It is how a driver that was too slow hears of its loss."""
+        if rule.startswith(DeviceLostError.reason):
+            self._lose(rule)
+
+    async def cancel(self) -> None:
+        """End updates that are under way, without an answer; called by the session when it is closed."""
+        await self._callbacks.cancel()
+
+    def session_lost(self, why: str) -> None:
+        """The stream has ended; called by the session."""
+        self._callbacks.drop()
+        self._lose(why)
+
+    def _lose(self, why: str) -> None:
+        if not self.lost and not self.released:
+            self.lost = why
+            try:
+                self._driver.lost(self, why)  # type: ignore[arg-type]
+            except Exception:  # noqa: BLE001 - its other mirrors must be told as well
+                _LOG.exception("%r: the driver failed to take note of its loss", self)
+
+    def has_heard_since(self, event_sequence: int, starts: Entries, ends: Entries) -> bool:
+        """True when an event with a higher number has come that overlaps uint64[n] ascending, disjoint ranges.
+
+        Also when it came so long ago that it is not remembered.
+        """
+        if event_sequence < self._forgotten:
+            return True
+        for sequence, change in reversed(self._recent):
+            if sequence <= event_sequence:
+                return False
+            if change.overlaps(starts, ends):
+                return True
+        return False
+
+    # ---- calls
+
+    async def call(self, name: str, request: Any) -> list[Any]:
+        """Make one call on the session: the parts of its reply.  Raises: as `Session.call`."""
+        if self.lost:
+            raise DeviceLostError(f"{name}: {self!r} was fenced: {self.lost}")
+        try:
+            return await self._session.call(name, request)
+        except HmmError as error:
+            self.fail(error)
+
+    def require(self, response: Any) -> None:
+        """Raise what a response's result says, if that is an error."""
+        error = from_call_result(response.result)
+        if error is not None:
+            self.fail(error)
+
+    def fail(self, error: HmmError) -> NoReturn:
+        """Raise an error, and take note if it says that the mirror is lost."""
+        if isinstance(error, DeviceLostError):
+            self._lose(error.message)
+        raise error

@@ -1,0 +1,197 @@
+"""The calls of today's interface, by the names that they have on a session.
+
+**Absent**: how they are made (calls.py), what they do (`hmm.commands_hmm`), streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hmm import commands_hmm, commands_process
+from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
+from hmm.machine import Machine
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm_proto import convert
+from hmm_proto.status import to_call_result
+from hmm_proto.v1 import hmm_pb2, types_pb2
+from hmm_server.calls import Call, Invocation, invoke
+from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
+from hmm_server.replies import ArrayReply
+
+Result = types_pb2.CallResult
+MIGRATE_PAGES_MAX = 1 << 17
+FRAMES_MAX = DATA_BYTES_MAX >> PAGE_SHIFT
+
+
+def attach_response(machine: Machine, mirror_id: int) -> hmm_pb2.AttachResponse:
+    """What a driver wants to know of its new mirror."""
+    mirror = machine.receivers[mirror_id]
+    return hmm_pb2.AttachResponse(
+        mirror_id=mirror_id,
+        space_id=mirror.space.id,
+        policy=convert.policy_to_proto(mirror.policy),
+        address_end=TASK_SIZE,
+    )
+
+
+def _attach(q: hmm_pb2.AttachRequest) -> Invocation:
+    return invoke(commands_hmm.attach, q.device_id, q.process_id, policy=convert.policy_from_proto(q.policy))
+
+
+def _insert_notifier(q: hmm_pb2.InsertNotifierRequest) -> Invocation:
+    return invoke(commands_hmm.insert_notifier, q.mirror_id, q.start, q.length, filtered=q.filtered)
+
+
+def _find_vma_response(vma: VmaView | None, result: Result) -> hmm_pb2.FindVmaResponse:
+    if vma is None:
+        return hmm_pb2.FindVmaResponse(result=result)
+    return hmm_pb2.FindVmaResponse(
+        result=result, found=True, start=vma.start, end=vma.end, readable=vma.readable, writable=vma.writable
+    )
+
+
+# ---- range faults
+
+
+def range_fault_pages(q: hmm_pb2.RangeFaultRequest) -> int:
+    """How many pages a range fault asks for."""
+    return max(0, q.range.end - q.range.start) >> PAGE_SHIFT
+
+
+def _range_fault(q: hmm_pb2.RangeFaultRequest) -> Invocation:
+    span = convert.range_from_proto(q.range)
+    words = convert.entries_from_proto(q.words) if q.words else None
+    flags = (q.default_flags, q.pfn_flags_mask, words)
+    if q.notifier_seq:
+        return invoke(commands_hmm.range_fault, q.mirror_id, q.notifier_id, q.notifier_seq, span, *flags)
+    return invoke(commands_hmm.range_fault_unlocked, q.mirror_id, q.notifier_id, span, *flags)
+
+
+def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> ArrayReply:
+    if faulted is None:
+        return ArrayReply(hmm_pb2.RangeFaultResponse(result=result), {})
+    if faulted.error is not None:
+        result = to_call_result(faulted.error, result.operation_id, tuple(result.fenced_mirrors))
+    response = hmm_pb2.RangeFaultResponse(
+        result=result,
+        notifier_seq=faulted.notifier_seq,
+        last_event_sequence=faulted.event_sequence,
+        retries=faulted.retries,
+    )
+    return ArrayReply(response, {"words": faulted.words})
+
+
+# ---- migration and exclusive access
+
+
+def _to_device(q: hmm_pb2.MigrateToDeviceRequest) -> Invocation:
+    return invoke(commands_hmm.migrate_to_device, q.mirror_id, _migrated_range(q))
+
+
+def _to_system(q: hmm_pb2.MigrateToSystemRequest) -> Invocation:
+    return invoke(commands_hmm.migrate_to_system, q.mirror_id, _migrated_range(q))
+
+
+def _migrated_range(q: hmm_pb2.MigrateToDeviceRequest | hmm_pb2.MigrateToSystemRequest) -> AddressRange:
+    span = convert.range_from_proto(q.range)
+    require_at_most("migrate: pages", span.npages, MIGRATE_PAGES_MAX)
+    return span
+
+
+def _migrated(response: Any, migrated: Migrated | None) -> ArrayReply:
+    return ArrayReply(response, {} if migrated is None else {"src": migrated.src, "dst": migrated.dst})
+
+
+def _make_exclusive(q: hmm_pb2.MakeExclusiveRequest) -> Invocation:
+    return invoke(commands_hmm.make_exclusive, q.mirror_id, convert.range_from_proto(q.range), owned=q.owned)
+
+
+def _make_exclusive_response(pfns: Any, result: Result) -> hmm_pb2.MakeExclusiveResponse:
+    packed = b"" if pfns is None else convert.entries_to_proto(pfns.view(np.uint64))
+    return hmm_pb2.MakeExclusiveResponse(result=result, pfns=packed)
+
+
+# ---- what the device does
+
+
+def _frames(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> tuple[Entries, Any]:
+    pages, pfns = convert.entries_from_proto(q.pages), convert.entries_from_proto(q.pfns)
+    require_at_most("device access: pages", pages.size, FRAMES_MAX)
+    if pages.size != pfns.size:
+        raise convert.malformed(f"device access: {pages.size} pages and {pfns.size} frames")
+    if pages.size and (not is_page_aligned(int(np.bitwise_or.reduce(pages))) or int(pages.max()) >= TASK_SIZE):
+        raise convert.malformed("device access: addresses that are no pages of the address space")
+    return pages, pfns.view(np.int64)
+
+
+def _write_frames(q: hmm_pb2.WriteFramesRequest) -> Invocation:
+    pages, pfns = _frames(q)
+    if len(q.data) != pages.size * PAGE_SIZE:
+        raise convert.malformed(f"write frames: {len(q.data)} bytes for {pages.size} pages")
+    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data)
+
+
+def _pin_pages(q: hmm_pb2.PinPagesRequest) -> Invocation:
+    span = convert.range_from_proto(q.range)
+    return invoke(commands_process.pin, q.process_id, span, write=q.write, long_term=q.long_term)
+
+
+CALLS: Mapping[str, Call[Any, Any]] = {
+    "attach": Call(
+        _attach,
+        lambda value, _: hmm_pb2.AttachResponse(mirror_id=value),
+        is_kernel_call=False,
+    ),
+    "detach": Call(
+        lambda q: invoke(commands_hmm.detach, q.mirror_id),
+        lambda _, result: hmm_pb2.DetachResponse(result=result),
+    ),
+    "insert_notifier": Call(
+        _insert_notifier,
+        lambda value, result: hmm_pb2.InsertNotifierResponse(result=result, notifier_id=value or 0),
+    ),
+    "remove_notifier": Call(
+        lambda q: invoke(commands_hmm.remove_notifier, q.mirror_id, q.notifier_id),
+        lambda _, result: hmm_pb2.RemoveNotifierResponse(result=result),
+    ),
+    "read_begin": Call(
+        lambda q: invoke(commands_hmm.read_begin, q.mirror_id, q.notifier_id),
+        lambda value, result: hmm_pb2.ReadBeginResponse(result=result, notifier_seq=value or 0),
+    ),
+    "read_retry": Call(
+        lambda q: invoke(commands_hmm.read_retry, q.mirror_id, q.notifier_id, q.notifier_seq),
+        lambda value, result: hmm_pb2.ReadRetryResponse(result=result, retry=bool(value)),
+    ),
+    "find_vma": Call(
+        lambda q: invoke(commands_hmm.find_vma, q.mirror_id, q.address),
+        _find_vma_response,
+    ),
+    "range_fault": Call(_range_fault, _range_fault_response),
+    "migrate_to_device": Call(
+        _to_device, lambda value, result: _migrated(hmm_pb2.MigrateToDeviceResponse(result=result), value)
+    ),
+    "migrate_to_system": Call(
+        _to_system, lambda value, result: _migrated(hmm_pb2.MigrateToSystemResponse(result=result), value)
+    ),
+    "evict_device": Call(
+        lambda q: invoke(commands_hmm.evict_device, q.device_id),
+        lambda value, result: hmm_pb2.EvictDeviceResponse(result=result, page_count=value or 0),
+    ),
+    "make_exclusive": Call(_make_exclusive, _make_exclusive_response),
+    "read_frames": Call(
+        lambda q: invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q)),
+        lambda value, result: hmm_pb2.ReadFramesResponse(result=result, data=value or b""),
+    ),
+    "write_frames": Call(_write_frames, lambda _, result: hmm_pb2.WriteFramesResponse(result=result)),
+    "pin_pages": Call(
+        _pin_pages,
+        lambda value, result: hmm_pb2.PinPagesResponse(result=result, pin_id=value or 0),
+    ),
+    "unpin_pages": Call(
+        lambda q: invoke(commands_process.unpin, q.pin_id),
+        lambda _, result: hmm_pb2.UnpinPagesResponse(result=result),
+    ),
+}

@@ -1,0 +1,48 @@
+"""HmmService: today's interface for clients that make one call at a time.
+
+**Absent**: what the calls do (`hmm.commands_hmm`), how requests become commands (hmm_calls.py); events and answers,
+which come by DeviceService's stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from hmm_proto.v1 import hmm_pb2_grpc
+from hmm_server.callers import caller_from
+from hmm_server.device_side import DeviceSide
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _rpc(name: str) -> Any:
+    async def rpc(self: HmmService, request: Any, context: Context) -> Any:
+        return await self.side.make(caller_from(context.invocation_metadata()), name, request)
+
+    return rpc
+
+
+class HmmService(hmm_pb2_grpc.HmmServiceServicer):
+    """Interval notifiers, range faults, migration, exclusive access, pins."""
+
+    def __init__(self, side: DeviceSide) -> None:
+        self.side = side
+
+    Attach = _rpc("attach")
+    Detach = _rpc("detach")
+    InsertNotifier = _rpc("insert_notifier")
+    RemoveNotifier = _rpc("remove_notifier")
+    ReadBegin = _rpc("read_begin")
+    ReadRetry = _rpc("read_retry")
+    FindVma = _rpc("find_vma")
+    RangeFault = _rpc("range_fault")
+    MigrateToDevice = _rpc("migrate_to_device")
+    MigrateToSystem = _rpc("migrate_to_system")
+    EvictDevice = _rpc("evict_device")
+    MakeExclusive = _rpc("make_exclusive")
+    ReadFrames = _rpc("read_frames")
+    WriteFrames = _rpc("write_frames")
+    PinPages = _rpc("pin_pages")
+    UnpinPages = _rpc("unpin_pages")
