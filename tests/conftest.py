@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hmm_client
+from hmm_client.embedded import as_flags
 
 TIMEOUT_S = 30.0
 """Far more than anything takes; a busy machine is no failure."""
@@ -36,9 +37,8 @@ class Daemon:
     @classmethod
     async def start(cls, socket: Path, **settings: object) -> Daemon:
         """Start one, and wait until it serves."""
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *flags),
+            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *as_flags(settings)),
             env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -92,5 +92,22 @@ async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
 async def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon with the default settings, for all tests that do not mind what else is in it."""
     daemon = await Daemon.start(tmp_path_factory.mktemp("hmmd") / "hmmd.sock")
+    yield daemon
+    assert await daemon.stop() == 0
+
+
+@pytest.fixture(scope="session")
+async def harness_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon that holds calls and injects failures, whose deadlines are far away."""
+    settings = {"harness": True, "acknowledgement_s": 600.0, "fault_s": 600.0, "drain_s": 0.1}
+    daemon = await Daemon.start(tmp_path_factory.mktemp("harness") / "hmmd.sock", **settings)
+    yield daemon
+    assert await daemon.stop() == 0
+
+
+@pytest.fixture(scope="session")
+async def hasty_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon whose drivers have to answer soon."""
+    daemon = await Daemon.start(tmp_path_factory.mktemp("hasty") / "hmmd.sock", acknowledgement_s=0.2)
     yield daemon
     assert await daemon.stop() == 0

@@ -17,6 +17,7 @@ from hmm_client.interval_driver import IntervalDriver
 from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
+from hmm_client.receiver import Between
 from hmm_client.session import Session
 from hmm_proto.convert import memory_kind_to_proto, policy_to_proto
 from hmm_proto.status import from_call_result
@@ -66,6 +67,7 @@ class Device:
         fault_events: bool = True,
         concurrent: bool = False,
         report_only: bool = False,
+        misbehaviour: Between | None = None,
     ) -> Mirror:
         """Mirror a process's address space.  The driver may be called before this returns.
 
@@ -76,6 +78,8 @@ class Device:
             concurrent: handle events at once; False: one after the other.
             report_only: an access that the device must not make is reported (`hmmctl sanitize`) and does not fail: it
                 reads ones, its writes go nowhere.
+            misbehaviour: makes the driver's events late and its answers wrong, for tests
+                (`hmm_client.harness.Misbehaviour`).
 
         Raises:
             ConflictError: the device mirrors this address space already (EINVAL).
@@ -94,6 +98,7 @@ class Device:
         def bind(response: device_pb2.RegisterMirrorResponse) -> None:
             # In the reader: the mirror's first events may follow in the same message.
             mirror = Mirror(self, process, driver, session, response, concurrent=concurrent)
+            mirror.between = misbehaviour
             session.bind(mirror.id, mirror)
             made.append(mirror)
 
@@ -107,12 +112,14 @@ class Device:
         *,
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         concurrent: bool = False,
+        misbehaviour: Between | None = None,
     ) -> IntervalMirror:
         """Attach to a process with today's interface; the driver hears of what it subscribes to.
 
         Args:
             policy: what happens when the driver does not answer in time.
             concurrent: handle events at once; False: one after the other.
+            misbehaviour: as of `mirror`.
 
         Raises:
             NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
@@ -123,6 +130,7 @@ class Device:
 
         def bind(response: hmm_pb2.AttachResponse) -> None:
             mirror = IntervalMirror(self, process, driver, session, response, concurrent=concurrent)
+            mirror.between = misbehaviour
             session.bind(mirror.id, mirror)
             made.append(mirror)
 

@@ -100,7 +100,7 @@ class IntervalMirror(Receiver):
         """
         await self.make("detach", hmm_pb2.DetachRequest(mirror_id=self.id))
         self.released = True
-        self._session.unbind(self.id)
+        self.unbind()
 
     # ---- looking
 

@@ -271,7 +271,7 @@ class Mirror(Receiver):
         """
         (response,) = await self.call("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=self.id))
         self.require(response)
-        self._session.unbind(self.id)
+        self.unbind()
 
 
 def _ranges(target: Target) -> tuple[Entries, Entries]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 from hmm.errors import DeviceLostError, HmmError
 from hmm.events import EventType
@@ -34,6 +35,22 @@ REMEMBERED_EVENTS = 256
 STALE_RETRIES = 100
 """How often a fault whose result was stale is repeated before it ends with EBUSY."""
 
+Answer: TypeAlias = Callable[[Event, event_pb2.Answer | None], None]
+"""Sends the answer to an event; None is a plain one."""
+
+
+class Between(Protocol):
+    """Whoever stands between a mirror and its driver (`hmm_client.harness.Misbehaviour`)."""
+
+    def deliver(self, event: Event, deliver: Callable[[Event], None], answer: Answer) -> None:
+        """An event came; `deliver` hands it to the driver, `answer` answers it without the driver."""
+
+    def finish(self, event: Event, result: event_pb2.Answer | None, answer: Answer) -> None:
+        """The driver has finished an event; `answer` sends its answer."""
+
+    def forget(self, mirror_id: MirrorId) -> None:
+        """The mirror has ended."""
+
 
 class Receiver:
     """One device's tie to one process's address space.
@@ -41,7 +58,9 @@ class Receiver:
     Attributes:
         id: names it in the daemon.
         device, process: who mirrors whom.
+        session: the stream that serves it.
         space_id: the address space, as events name it.
+        between: who stands between it and its driver; None: nobody.
         lost: why it was fenced; empty while it lives.
         released: True once its address space has ended, or it was unregistered.
     """
@@ -61,10 +80,11 @@ class Receiver:
         self.device = device
         self.process = process
         self.space_id = space_id
+        self.between: Between | None = None
         self.lost = ""
         self.released = False
         self._driver = driver
-        self._session = session
+        self.session = session
         self._callbacks = Callbacks(driver, self._finish, executor=device.client.executor, concurrent=concurrent)
         self._recent: deque[tuple[int, Change]] = deque()
         self._forgotten = 0
@@ -80,13 +100,23 @@ class Receiver:
             self._recent.append((sequence, change))
             if len(self._recent) > REMEMBERED_EVENTS:
                 self._forgotten = self._recent.popleft()[0]
-        self._callbacks.deliver(Event(self, sequence, change))
+        event = Event(self, sequence, change)
+        if self.between is None:
+            self._callbacks.deliver(event)
+        else:
+            self.between.deliver(event, self._callbacks.deliver, self._answer)
 
     def _finish(self, event: Event, answer: event_pb2.Answer | None) -> None:
         if event.type is EventType.RELEASE:
             self.released = True
-        if not self._session.lost:
-            self._session.answer(self.id, event.sequence, answer)
+        if self.between is None:
+            self._answer(event, answer)
+        else:
+            self.between.finish(event, answer, self._answer)
+
+    def _answer(self, event: Event, answer: event_pb2.Answer | None) -> None:
+        if not self.session.lost:
+            self.session.answer(self.id, event.sequence, answer)
 
     def rejected(self, sequence: int, rule: str) -> None:  # noqa: ARG002 - every answer after a loss is rejected
         """An answer did not count; called by the session.  It is how a driver that was too slow hears of its loss."""
@@ -95,12 +125,23 @@ class Receiver:
 
     async def cancel(self) -> None:
         """End updates that are under way, without an answer; called by the session when it is closed."""
+        self._forget()
         await self._callbacks.cancel()
 
     def session_lost(self, why: str) -> None:
         """The stream has ended; called by the session."""
+        self._forget()
         self._callbacks.drop()
         self._lose(why)
+
+    def unbind(self) -> None:
+        """It is gone, in good order."""
+        self.session.unbind(self.id)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.between is not None:
+            self.between.forget(self.id)
 
     def _lose(self, why: str) -> None:
         if not self.lost and not self.released:
@@ -131,7 +172,7 @@ class Receiver:
         if self.lost:
             raise DeviceLostError(f"{name}: {self!r} was fenced: {self.lost}")
         try:
-            return await self._session.call(name, request)
+            return await self.session.call(name, request)
         except HmmError as error:
             self.fail(error)
 

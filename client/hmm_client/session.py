@@ -111,6 +111,8 @@ class Session:
         self._last_request = 0
         self._sleeping: asyncio.Future[None] | None = None
         self._bye: session_pb2.SessionRequest | None = None
+        self._reads = asyncio.Event()
+        self._reads.set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -196,6 +198,21 @@ class Session:
         self.ledger.done(mirror_id, sequence, answer)
         self._wake()
 
+    # ---- what a driver must not do: for tests of whoever has to live with it
+
+    def stop_reading(self) -> None:
+        """Read nothing more of the stream, until `go_on_reading`."""
+        self._reads.clear()
+
+    def go_on_reading(self) -> None:
+        """Read again."""
+        self._reads.set()
+
+    def drop(self) -> None:
+        """Break the stream, without a farewell."""
+        self._reads.set()
+        self._call.cancel()
+
     # ---- the end
 
     async def wait_lost(self) -> str:
@@ -205,6 +222,7 @@ class Session:
 
     async def close(self, reason: str = "") -> None:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
+        self._reads.set()
         hearers = list(self._hearers.values())
         self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
         self._wake()
@@ -235,6 +253,8 @@ class Session:
         try:
             while isinstance(message := await self._call.read(), session_pb2.SessionResponse):
                 self._dispatch(message)
+                if not self._reads.is_set():
+                    await self._reads.wait()
                 if message.HasField("bye"):
                     why = message.bye.reason or "the daemon said goodbye"
         except grpc.aio.AioRpcError as error:

@@ -43,6 +43,7 @@ from hmm_client import process as aio_process
 from hmm_client.calls import Call
 from hmm_client.driver import Written
 from hmm_client.loop_thread import LoopThread
+from hmm_client.receiver import Between
 from hmm_client.results import Outcome
 
 P = ParamSpec("P")
@@ -302,12 +303,14 @@ class Device(_Handle[aio_device.Device]):
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         fault_events: bool = True,
         concurrent: bool = False,
+        misbehaviour: Between | None = None,
     ) -> Mirror:
         """Mirror a process's address space."""
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
         adapter = _Adapter(driver, self.loop, executor)
         options = {"policy": policy, "fault_events": fault_events, "concurrent": concurrent}
+        options |= {"misbehaviour": misbehaviour}
         mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
         return Mirror(mirror, self.loop)
 

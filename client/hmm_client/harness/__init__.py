@@ -1,0 +1,50 @@
+"""A test harness: drivers that misbehave on purpose, and calls that are held so that a race happens every time.
+
+`Misbehaviour` stands between a mirror and its driver.  `Harness` asks a daemon that was started with `harness` to hold
+calls, or to make an allocation fail.  `hmm_client.harness.plugin` has them as fixtures of pytest.
+
+**Absent**: what a driver must do; proto/README.md has the protocol as a sequence.
+"""
+
+from hmm_client.harness.holds import Harness, Hold, HoldEndedError, HoldPoint
+from hmm_client.harness.misbehaviour import (
+    Act,
+    Kind,
+    Misbehaviour,
+    answer,
+    delay,
+    drop_stream,
+    hang,
+    hold,
+    kill_process,
+    late,
+    nth,
+    out_of_order,
+    refuse,
+    stop_process,
+    stop_reading,
+    twice,
+)
+
+__all__ = [
+    "Act",
+    "Harness",
+    "Hold",
+    "HoldEndedError",
+    "HoldPoint",
+    "Kind",
+    "Misbehaviour",
+    "answer",
+    "delay",
+    "drop_stream",
+    "hang",
+    "hold",
+    "kill_process",
+    "late",
+    "nth",
+    "out_of_order",
+    "refuse",
+    "stop_process",
+    "stop_reading",
+    "twice",
+]

@@ -1,0 +1,120 @@
+"""Races written down: a call is held at a point, others run, it goes on; and it comes out the same every time."""
+
+from __future__ import annotations
+
+import asyncio
+import errno as errnos
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hmm.errors import AccessDeniedError, NoSuchObjectError, OutOfFramesError, RangeBusyError
+from hmm.units import PAGE_SIZE
+from hmm_client import Advice, Mirror, Process, TableDriver
+from hmm_client.harness import Harness, HoldEndedError, HoldPoint
+from hmm_client.results import Mapped
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+NPAGES = 16
+
+
+class Scene:
+    """A process with memory, and a mirror of it that has all of it."""
+
+    def __init__(self, harness: Harness, process: Process, heap: Mapped, mirror: Mirror) -> None:
+        self.harness = harness
+        self.process = process
+        self.heap = heap
+        self.mirror = mirror
+
+    async def munmap(self) -> object:
+        """Unmap everything."""
+        return await self.process.munmap(self.heap.address, NPAGES * PAGE_SIZE)
+
+    async def discard(self) -> object:
+        """Discard everything; it stays mapped."""
+        return await self.process.madvise(self.heap.address, NPAGES * PAGE_SIZE, Advice.DONTNEED)
+
+
+@pytest.fixture
+async def scene(harness_daemon: Daemon) -> AsyncIterator[Scene]:
+    """A scene whose deadlines are far away."""
+    client = harness_daemon.connect("tests")
+    process = await client.create_process("program")
+    heap = await process.mmap(NPAGES * PAGE_SIZE)
+    await process.write(heap.address, b"before")
+    device = await client.register_device("gpu")
+    mirror = await device.mirror(process, TableDriver())
+    await mirror.fault(heap.span, write=True)
+    yield Scene(Harness(client), process, heap, mirror)
+    await client.close()
+
+
+async def test_cpu_reads_the_old_bytes_when_the_call_is_held_before_the_edit(scene: Scene) -> None:
+    """Every driver has answered, and nothing has gone."""
+    async with scene.harness.hold(HoldPoint.BEFORE_EDIT, "madvise", process=scene.process) as hold:
+        discarding = asyncio.ensure_future(scene.discard())
+        assert await hold.reached() == hold.operation_id
+        assert await scene.process.read(scene.heap.address, 6) == b"before"
+    await discarding
+    assert await scene.process.read(scene.heap.address, 6) == bytes(6)
+
+
+async def test_fault_is_told_that_the_range_is_busy_when_an_invalidation_is_held(scene: Scene) -> None:
+    """The conflict protocol of 2015: a fault that does not wait gets EBUSY, one that waits comes after it."""
+    async with scene.harness.hold(HoldPoint.EVENT_SENT, "madvise", mirror=scene.mirror) as hold:
+        discarding = asyncio.ensure_future(scene.discard())
+        await hold.reached()
+        with pytest.raises(RangeBusyError):
+            await scene.mirror.fault(scene.heap.span, wait=False)
+        faulting = asyncio.ensure_future(scene.mirror.fault(scene.heap.span))
+        await hold.release()
+    await asyncio.gather(discarding, faulting)
+    assert await scene.mirror.read([(scene.heap.address, 6)]) == bytes(6)
+
+
+async def test_release_says_so_when_the_lease_was_over(scene: Scene) -> None:
+    """A race that did not happen as it is written down must not pass for one that did."""
+    hold = scene.harness.hold(HoldPoint.BEFORE_END, "munmap", lease_s=0.01)
+    await hold.__aenter__()
+    await scene.munmap()
+    with pytest.raises(HoldEndedError, match="its lease has ended"):
+        await hold.release()
+
+
+async def test_reached_says_so_when_nobody_came(scene: Scene) -> None:
+    """A call that never comes to the point is found out by the lease."""
+    with pytest.raises(HoldEndedError, match=r"nothing came to <hold \d+ of fork before the edit>"):
+        async with scene.harness.hold(HoldPoint.BEFORE_EDIT, "fork", lease_s=0.01) as hold:
+            await hold.reached()
+
+
+async def test_hold_is_refused_when_it_makes_no_sense(scene: Scene, shared_daemon: Daemon) -> None:
+    """No such process; a daemon that was not started for tests."""
+    with pytest.raises(NoSuchObjectError):
+        async with scene.harness.hold(HoldPoint.BEFORE_END, process=scene.process.client.process(1 << 40)):
+            pass
+    with pytest.raises(AccessDeniedError, match="start hmmd with --harness"):
+        async with Harness(shared_daemon.connect()).hold(HoldPoint.BEFORE_END):
+            pass
+
+
+async def test_injected_failures_are_met_once(scene: Scene) -> None:
+    """ENOMEM for the third page, and for a DMA mapping; the same again succeeds."""
+    fresh = await scene.process.mmap(NPAGES * PAGE_SIZE)
+    await scene.harness.fail_allocation(3)
+    with pytest.raises(OutOfFramesError) as caught:
+        await scene.process.touch(fresh.address, NPAGES * PAGE_SIZE, write=True)
+    assert caught.value.address == fresh.address + 2 * PAGE_SIZE
+    await scene.process.touch(fresh.address, NPAGES * PAGE_SIZE, write=True)
+
+    card = await scene.process.client.register_device("card", dma=True)
+    mirror = await card.mirror(scene.process, TableDriver())
+    await scene.harness.fail_dma_mapping(card, 1)
+    with pytest.raises(OutOfFramesError) as caught:
+        await mirror.fault(fresh.span)
+    assert caught.value.errno == errnos.ENOMEM
+    await mirror.fault(fresh.span)
