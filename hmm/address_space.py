@@ -205,6 +205,7 @@ class AddressSpace:
             self.table.check()
         if checked.is_new(self.vmas, vmas):
             self.vmas.check()
+        self.notifier.check()
         leaving = tuple(span for running in self.notifier.invalidations for span in running.spans)
         if checked.is_new(self, table, vmas, leaving):
             self._check_entries(leaving)

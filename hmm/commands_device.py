@@ -27,6 +27,7 @@ from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.operation import Await, Operation, WaitFor, immediate
+from hmm.spans import inside
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
 
 
@@ -318,8 +319,7 @@ def _leave_out_unsettled(mirror: Mirror, target: Sequence[AddressRange] | Entrie
     else:
         addresses = np.concatenate([np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64) for span in target])
     for sent in mirror.unsettled.values():
-        for span in sent.event.spans:
-            entries[(addresses >= span.start) & (addresses < span.end)] = 0
+        entries[inside(addresses, sent.event.spans)] = 0
 
 
 def _mirror_of_range(machine: Machine, mirror_id: MirrorId, span: AddressRange, operation: str) -> Mirror:

@@ -25,6 +25,7 @@ from hmm import pte
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
 from hmm.mirror import Mirror, MirrorState
+from hmm.spans import inside
 from hmm.uio import copy_to_frames
 from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, Pfns
 from hmm.violation import Violation, ViolationKind
@@ -163,10 +164,9 @@ def _translate(mirror: Mirror, pages: Entries, manner: Manner, *, write: bool) -
     for sequence, sent in mirror.unsettled.items():
         if sent.state is EventState.SENT or (sent.event.etype.pte_mask != pte.MASK_NONE and not write):
             continue
-        for span in sent.event.spans:
-            stale = (addresses >= span.start) & (addresses < span.end)
-            bits = pte.VALID if sent.event.etype.pte_mask == pte.MASK_NONE else pte.WRITE
-            check.require(~stale, bits, f"was given up when event {sequence} was acknowledged")
+        stale = inside(addresses, sent.event.spans)
+        bits = pte.VALID if sent.event.etype.pte_mask == pte.MASK_NONE else pte.WRITE
+        check.require(~stale, bits, f"was given up when event {sequence} was acknowledged")
     return mirror.pfns(entries)
 
 

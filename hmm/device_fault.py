@@ -312,7 +312,7 @@ def _fill(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> 
             return _Attempt(retry=True)
         _install(mirror, target, write)
     if mirror.update_on_fault:
-        yield from _update(mirror, enlisted, write)
+        yield from _update(mirror, enlisted, pages, write)
     return _Attempt()
 
 
@@ -398,10 +398,11 @@ def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entrie
         entries[fresh] = pte.pte_from_dma_addr(iovas) | (entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY))
 
 
-def _update(mirror: Mirror, enlisted: DeviceFault, write: bool) -> Operation[None]:
+def _update(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> Operation[None]:
     """Let the driver program its device from the mirror; its error is the caller's and kills nothing."""
     notifier = mirror.space.notifier
-    entries = np.concatenate([mirror.table.read(span.start, span.end) for span in enlisted.spans])
+    table, target = mirror.table, pages.target
+    entries = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
     event = Event(
         operation_id=enlisted.operation_id,
         space_id=mirror.space.id,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 from hmm.pte import MASK_ALL, MASK_NONE, MASK_WRITE_PROTECT
+from hmm.spans import overlap
 from hmm.units import AddressRange, MirrorId, SpaceId
 
 
@@ -183,7 +184,7 @@ class Event:
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""
-        return any(mine.overlaps(span) for mine in self.spans)
+        return overlap((span,), self.spans)
 
 
 @dataclass(slots=True, eq=False)

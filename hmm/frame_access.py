@@ -23,6 +23,7 @@ from hmm.errors import AccessDeniedError, BadAddressError, HmmError
 from hmm.events import EventState
 from hmm.frames import ZERO_PFN
 from hmm.interval_notifier import IntervalMirror
+from hmm.spans import inside
 from hmm.units import PAGE_SIZE, Entries, Pfns
 from hmm.violation import Violation, ViolationKind
 from hmm.zone_device import owners
@@ -85,8 +86,7 @@ def _require_there(
         there[private] = owners(space.frames, pfns[private]) == mirror.device.id
     for sent in mirror.unsettled.values():
         if sent.state is not EventState.SENT and sent.event.initiator != mirror.id:
-            for span in sent.event.spans:
-                there &= ~((addresses >= span.start) & (addresses < span.end))
+            there &= ~inside(addresses, sent.event.spans)
     if not there.all():
         address = int(addresses[~there][0])
         violation = _report(mirror, ~there, address, since, write=write)

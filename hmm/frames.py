@@ -330,17 +330,6 @@ class Frames(FrameContents):
         assert not np.count_nonzero(self.mapcount[where] < 0), "unmapped, and not mapped"
         return self._put(pfns, where)
 
-    def map_one(self, pfn: Pfn) -> None:
-        """`map` for one frame."""
-        if pfn != ZERO_PFN:
-            self.get_one(pfn)
-            self._mapcount[pfn] += 1
-
-    def map_new_one(self, pfn: Pfn) -> None:
-        """`map_new` for one frame."""
-        assert not self._mapcount[pfn], f"new frame {pfn:#x} is mapped already"
-        self._mapcount[pfn] = 1
-
     def unmap_one(self, pfn: Pfn) -> bool:
         """`unmap` for one frame.
 

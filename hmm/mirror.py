@@ -25,15 +25,19 @@ import numpy as np
 from hmm import cpu_pte, pte
 from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
-from hmm.events import INVALIDATIONS, Delivery, Event, EventState, EventType
+from hmm.events import INVALIDATIONS, Delivery, Event, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver
+from hmm.spans import Spans, inside
 from hmm.units import TASK_SIZE, AddressRange, Entries, Pfns
 from hmm.violation import ViolationKind
 
 __all__ = ["DeadlinePolicy", "Mirror", "MirrorState"]
+
+_FEW = 16
+"""Up to so many ranges of an event are applied one by one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,17 +91,15 @@ class Mirror(Receiver):
 
         Source: hmm_mirror_update(): the mask is applied whatever the driver answered.
         """
+        assert self.state is MirrorState.LIVE, f"{self} hears nothing any more"
         self.unsettled.pop(delivery.sequence, None)
-        if self.state is not MirrorState.LIVE or delivery.state is EventState.FENCED:
-            return True
         event = delivery.event
         if self.owed.size or not self.table.is_empty:
             for span in delivery.dirty:
                 self.mark_dirty(span)
             if self.owed.size and event.etype in INVALIDATIONS:
                 self._require_reported(event.spans, delivery.sequence)
-            for span in event.spans:
-                self.apply(span, event.etype.pte_mask)
+            self._apply_all(event.spans, event.etype.pte_mask)
         if delivery.errno and event.etype in INVALIDATIONS:
             self.leaving = True
             return False
@@ -126,6 +128,23 @@ class Mirror(Receiver):
             else:
                 self._propagate_dirty(self.table.read(part.start, part.end))
                 self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
+
+    def _apply_all(self, spans: Spans, mask: int) -> None:
+        # Of many ranges those are looked for that hold entries, and not the other way round.
+        if len(spans) <= _FEW:
+            for span in spans:
+                self.apply(span, mask)
+        elif mask != pte.MASK_ALL:
+            for found, held in self.table.chunks(spans[0].start, spans[-1].end):
+                ours = inside(found, spans)
+                addresses, entries = found[ours], held[ours]
+                self._propagate_dirty(entries)
+                if mask == pte.MASK_NONE:
+                    self.table.clear_many(addresses)
+                    if self.domain:
+                        self._unmap(self.domain, entries)
+                else:
+                    self.table.store(addresses, entries & np.uint64(mask & ~pte.DIRTY))
 
     def mark_dirty(self, span: AddressRange) -> None:
         """Set DIRTY on the entries of a range that are valid and writable.
@@ -161,13 +180,14 @@ class Mirror(Receiver):
 
     def _require_reported(self, spans: tuple[AddressRange, ...], sequence: int) -> None:
         # What is given up now without a report is lost: the page will be taken for clean.
-        lost = [taken for span in spans if (taken := self._take_owed(span)).size]
-        if lost:
-            address = int(lost[0][0])
+        given_up = inside(self.owed, spans)
+        if given_up.any():
+            address = int(self.owed[given_up][0])
             taking = self.taken_by(address, pte.WRITE)
             if taking is None or taking.sequence != sequence:
                 taking = None
-            kind, pages = ViolationKind.DIRTY_NOT_REPORTED, sum(taken.size for taken in lost)
+            kind, pages = ViolationKind.DIRTY_NOT_REPORTED, int(given_up.sum())
+            self.owed = self.owed[~given_up]
             self.report(kind, address, pages, write=True, taking=taking)
 
     def pfns(self, entries: Entries) -> Pfns:

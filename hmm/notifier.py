@@ -22,21 +22,14 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
 from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
+from hmm.spans import Spans, are_ascending, overlap
 from hmm.units import WHOLE_SPACE, AddressRange, MirrorId, SpaceId
-
-Spans = tuple[AddressRange, ...]
-
-
-def overlap(left: Iterable[AddressRange], right: Spans) -> bool:
-    """True when a range of `left` shares a byte with one of `right`."""
-    return any(mine.overlaps(other) for mine in left for other in right)
 
 
 class HasSpans(Protocol):
@@ -185,7 +178,7 @@ class Turn:
 
     def hold(self, *spans: AddressRange) -> None:
         """Keep faults out of these ranges until the call ends."""
-        self.spans = spans
+        self.spans = tuple(sorted(spans))
 
 
 @dataclass(slots=True, eq=False)
@@ -373,3 +366,10 @@ class Notifier:
                 return [running.operation_id for running in self.invalidations]
             case _:
                 return []
+
+    def check(self) -> None:
+        """Assert that what is compared with others is in the form that this takes."""
+        for running in self.invalidations:
+            assert are_ascending(running.spans), running
+        for turn in self.turns:
+            assert are_ascending(turn.spans), turn

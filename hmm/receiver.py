@@ -251,4 +251,5 @@ class Receiver(ABC):
 
     def check(self, _: Checked) -> None:
         """Assert the invariants of the numbering."""
+        assert self.state is MirrorState.LIVE or not self.unsettled, f"{self} is gone and has something to settle"
         assert self.low_water == min(self.unanswered, default=self.sequence + 1) - 1

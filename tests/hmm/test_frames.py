@@ -112,9 +112,8 @@ def test_get_refuses_a_frame_that_is_free(frames: Frames) -> None:
         for array in (taken, pfns(3, 1, 2), pfns(9)):
             with pytest.raises(AssertionError, match="free frame"):
                 call(array)
-    for call_one in (frames.get_one, frames.map_one):
-        with pytest.raises(AssertionError, match="free frame"):
-            call_one(2)
+    with pytest.raises(AssertionError, match="free frame"):
+        frames.get_one(2)
     frames.check()
 
 
@@ -177,14 +176,13 @@ def test_allocate_mapped_one_is_allocate_mapped_for_one(frames: Frames) -> None:
     frames.check()
 
 
-def test_map_one_and_unmap_one_count_like_map_and_unmap(frames: Frames) -> None:
-    """The scalar paths."""
-    pfn = frames.allocate_one()
-    frames.map_new_one(pfn)
-    frames.map_one(pfn)
+def test_unmap_one_counts_like_unmap(frames: Frames) -> None:
+    """The scalar path."""
+    pfn = frames.allocate_mapped_one(PageFlag.ANON)
+    frames.map(pfns(pfn))
     assert (frames.refcount[pfn], frames.mapcount[pfn]) == (2, 2)
     with pytest.raises(AssertionError, match="mapped already"):
-        frames.map_new_one(pfn)
+        frames.map_new(pfns(pfn))
     assert frames.unmap_one(pfn) is False
     assert frames.unmap_one(pfn) is True
     frames.check()
@@ -205,8 +203,7 @@ def test_put_refuses_to_free_a_mapped_frame(frames: Frames) -> None:
     frames.map_new(taken)
     with pytest.raises(AssertionError, match="while mapped"):
         frames.put(taken)
-    pfn = frames.allocate_one()
-    frames.map_new_one(pfn)
+    pfn = frames.allocate_mapped_one(PageFlag.ANON)
     with pytest.raises(AssertionError, match="while mapped"):
         frames.put_one(pfn)
 
@@ -238,7 +235,6 @@ def test_counting_the_zero_page_has_no_effect(frames: Frames) -> None:
     assert frames.put(mixed).tolist() == []
     assert frames.put(pfns(ZERO_PFN)).tolist() == []
     frames.get_one(ZERO_PFN)
-    frames.map_one(ZERO_PFN)
     assert frames.unmap_one(ZERO_PFN) is False
     assert frames.put_one(ZERO_PFN) is False
     frames.check()

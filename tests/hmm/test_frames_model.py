@@ -116,12 +116,12 @@ class FramesMachine(RuleBasedStateMachine):
 
     @rule(picks=PICKS, zero=st.booleans(), entry=st.booleans(), one=st.booleans())
     def take_references(self, picks: list[int], zero: bool, entry: bool, one: bool) -> None:
-        """get or map, scalar or by array, of frames in use; repetitions count."""
+        """get, scalar or by array, or map of frames in use; repetitions count."""
         pfns = self.pick(picks, sorted(self.references))
         named = [*pfns, ZERO_PFN] if zero else pfns
-        if one:
+        if one and not entry:
             for pfn in named:
-                (self.frames.map_one if entry else self.frames.get_one)(pfn)
+                self.frames.get_one(pfn)
         else:
             (self.frames.map if entry else self.frames.get)(array(named))
         self.references.update(pfns)
