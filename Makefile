@@ -71,7 +71,7 @@ test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
 
 # --- What a developer runs
 
-.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker lint-shell type check bench simulate lock clean
+.PHONY: proto format lint lint-python lint-layers lint-proto lint-docker lint-shell type check bench simulate verify lock clean
 proto: install-dev ## Generate the stubs of proto/hmm_proto/**/*.proto
 	$(BIN)/python proto/hatch_build.py
 
@@ -120,6 +120,10 @@ SEEDS ?= 0:10000
 TOWNS ?=
 simulate: install-dev ## Run ten thousand seeded interleavings on all CPUs; SEEDS=FIRST:END and TOWNS select
 	$(BIN)/python tests/simulation $(SEEDS) $(TOWNS)
+
+TRACES ?= tests/client/data/kernel-traces
+verify: install-dev ## Compare the kernel's traces with a daemon, over the wire; TRACES selects
+	$(BIN)/hmmctl verify $(TRACES)
 
 clean: ## Remove what the tools above left, the environment included
 	rm -rf $(VENV) .build build dist .coverage coverage.json .hypothesis .*_cache

@@ -15,9 +15,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from hmm import events
 from hmm.events import EventType, Reason
 from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
-from hmm_proto.convert import entries_from_proto, event_type_from_proto, ranges_from_proto, reason_from_proto
+from hmm_proto.convert import (
+    entries_from_proto,
+    event_from_proto,
+    event_type_from_proto,
+    ranges_from_proto,
+    reason_from_proto,
+)
 from hmm_proto.v1 import event_pb2
 
 _FAULTS = frozenset({EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT})
@@ -92,6 +99,11 @@ class Event:
     def __repr__(self) -> str:
         where = ", ".join(map(str, self.spans[:3])) + (" ..." if len(self.spans) > 3 else "")
         return f"<event {self.sequence} of {self.mirror}: {self.type.name} {where} by {self.operation}>"
+
+    @property
+    def value(self) -> events.Event:
+        """The event as the core has it."""
+        return event_from_proto(self._change.message)
 
     @property
     def type(self) -> EventType:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,14 @@ class Adapter(Driver):
 
     def __init__(self, driver: IntervalDriver) -> None:
         self._driver = driver
+        if inspect.iscoroutinefunction(driver.invalidate):
+            self.update = self._update  # type: ignore[method-assign]
+
+    async def _update(self, event: Event) -> None:
+        # A coroutine function, so that it runs in the loop and not on a thread.
+        done = Adapter.update(self, event)
+        if done is not None:
+            await done
 
     def update(self, event: Event) -> Awaitable[None] | None:
         """As `IntervalDriver.invalidate`, or `migrate_to_ram`."""

@@ -150,6 +150,11 @@ class File(_Handle[aio_file.File]):
 class Pin(_Handle[aio_pin.Pin]):
     """As `hmm_client.pin.Pin`."""
 
+    @property
+    def id(self) -> int:
+        """Names the pin."""
+        return self.aio.id
+
     unpin = blocking(aio_pin.Pin.unpin)
 
 

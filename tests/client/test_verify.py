@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from hmm_client import sync
 from hmm_client.cli import main
+from hmm_client.embedded import embedded_daemon
 from hmm_client.recordings.errors import TraceError
 from hmm_client.recordings.ktrace import expand, read_trace
-from hmm_client.verification import Aspect, InProcess, Level, TraceReport, verify
+from hmm_client.verification import Aspect, InProcess, Level, Subject, TraceReport, verify
+from hmm_client.verification.over_wire import OverWire
 
 TRACES = Path(__file__).parent / "data" / "kernel-traces"
 WINDOW = 8
@@ -122,10 +125,26 @@ def write(path: Path, operations: list[Line]) -> Path:
     return path
 
 
-def verified(path: Path) -> TraceReport:
-    """A trace, verified in process."""
-    with InProcess() as subject:
+def verified(path: Path, make: Callable[[], Subject] = InProcess) -> TraceReport:
+    """A trace, verified; in process unless told otherwise."""
+    with make() as subject:
         return verify(read_trace(path), subject)
+
+
+@pytest.fixture(scope="module")
+def over_wire() -> Iterator[Callable[[], Subject]]:
+    """Makes subjects that are processes and devices of a daemon."""
+    with embedded_daemon() as target, sync.connect(target, name="verify") as client:
+        yield lambda: OverWire(client)
+
+
+@pytest.fixture(params=["in process", "over the wire"])
+def make(request: pytest.FixtureRequest) -> Callable[[], Subject]:
+    """Makes subjects of both kinds."""
+    if request.param == "in process":
+        return InProcess
+    made: Callable[[], Subject] = request.getfixturevalue("over_wire")
+    return made
 
 
 @pytest.mark.parametrize("path", expand(TRACES), ids=lambda path: path.name.removesuffix(".jsonl.gz"))
@@ -138,9 +157,28 @@ def test_verify_finds_nothing_when_the_kernel_made_the_trace(path: Path) -> None
     assert report.counts[Level.SEMANTIC].compared > report.operations
 
 
-def test_verify_finds_nothing_when_every_operation_is_true(tmp_path: Path) -> None:
-    """All operations but those of devices are performed and compared, with entries and signals."""
-    report = verified(write(tmp_path / "true.jsonl", true_lines()))
+WIRE_TRACES = ("rmixed-00", "rmultidev-00", "s15-fork-device-pages", "s29-exclusive-refused", "s51-vma-merge")
+
+
+@pytest.mark.parametrize("name", WIRE_TRACES)
+def test_verify_counts_the_same_when_a_daemon_is_verified(name: str, over_wire: Callable[[], Subject]) -> None:
+    """One driver, two transports: the same operations, comparisons and results."""
+    path = TRACES / "base" / f"{name}.jsonl.gz"
+    report, in_process = verified(path, over_wire), verified(path)
+    assert not report.differences
+    assert (report.operations, report.counts) == (in_process.operations, in_process.counts)
+
+
+def test_daemon_is_as_before_when_a_trace_has_ended(tmp_path: Path, over_wire: Callable[[], Subject]) -> None:
+    """Devices, mirrors, pins, processes and files of one trace do not get in the way of the next."""
+    path = write(tmp_path / "true.jsonl", true_lines())
+    for _ in range(12):  # devices of more than one trace would not fit beside each other for long
+        assert not verified(path, over_wire).differences
+
+
+def test_verify_finds_nothing_when_every_operation_is_true(tmp_path: Path, make: Callable[[], Subject]) -> None:
+    """All operations are performed and compared, with entries and signals."""
+    report = verified(write(tmp_path / "true.jsonl", true_lines()), make)
     assert not report.differences
     assert report.operations == len(true_lines())
 
@@ -177,12 +215,17 @@ ALTERATIONS: list[tuple[Aspect, int, int | None, Callable[[Line], object]]] = [
     ("aspect", "number", "process", "alter"), ALTERATIONS, ids=[f"{row[0].value}-{row[1]}" for row in ALTERATIONS]
 )
 def test_verify_finds_one_difference_when_one_value_is_false(
-    tmp_path: Path, aspect: Aspect, number: int, process: int | None, alter: Callable[[Line], object]
+    tmp_path: Path,
+    make: Callable[[], Subject],
+    aspect: Aspect,
+    number: int,
+    process: int | None,
+    alter: Callable[[Line], object],
 ) -> None:
     """Each field is really compared: a single false value is reported, at its place, and nothing else is."""
     operations = copy.deepcopy(true_lines())  # values stand in several lines
     alter(operations[number])
-    report = verified(write(tmp_path / "false.jsonl", operations))
+    report = verified(write(tmp_path / "false.jsonl", operations), make)
     found = [(difference.aspect, difference.operation.index, difference.process) for difference in report.differences]
     assert found == [(aspect, number, process)]
     level = report.differences[0].level

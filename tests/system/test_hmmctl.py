@@ -255,13 +255,16 @@ async def test_replay_ends_with_one_when_something_differs(tmp_path: Path) -> No
 async def test_verify_finds_nothing_when_traces_go_through_a_daemon(
     start_daemon: Callable[..., Awaitable[Daemon]], mode: str
 ) -> None:
-    """The daemon does what Linux did, over the wire as in process."""
+    """The daemon does what Linux did: the whole traces, with exactly the comparisons that are made in process."""
     target = ["-t", (await start_daemon()).target] if mode == "given" else []
     done = await hmmctl("verify", "--format", "json", DATA / "kernel-traces" / "fa", *target)
     assert done.code == 0
     assert done.value["traces"] == 2
     assert done.value["semantic"]["compared"] > 50
     assert done.value["semantic"]["differences"] == 0
+    assert (
+        done.value == (await hmmctl("verify", "--format", "json", "--in-process", DATA / "kernel-traces" / "fa")).value
+    )
 
 
 SCENARIO = """

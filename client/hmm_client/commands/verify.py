@@ -45,8 +45,7 @@ def command(paths: tuple[str, ...], in_process: bool, show: int, form: str, wher
     on three levels: semantic; mirror, which depends on the entries that the kernel's test driver still holds; detail,
     the kernel's bookkeeping.
 
-    Operations of devices are performed with --in-process; a daemon, and a trace with huge pages, are followed up to
-    the first of them, and the rest is left out.
+    A trace with huge pages is followed up to the first operation of a device, and the rest is left out.
 
     Without --target a daemon is started for the purpose.
 

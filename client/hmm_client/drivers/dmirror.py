@@ -22,11 +22,12 @@ error codes and neighbouring pages, with the two corrections that keep it from f
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from threading import RLock
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ from hmm.errors import (
     RangeBusyError,
 )
 from hmm.events import Event, EventType, Reason
+from hmm.frames import RegionKind
 from hmm.migrate import MIGRATE, VALID
 from hmm.migrate import PFN_SHIFT as MIGRATE_PFN_SHIFT
 from hmm.migrate import WRITE as MIGRATE_WRITE
@@ -62,14 +64,18 @@ from hmm.units import (
     is_page_aligned,
 )
 
-__all__ = ["CLEAN", "LINUX_6_12_CORRECTED", "Card", "Handle", "Hmm", "Profile", "Reply", "Snapshot", "Tag"]
+__all__ = ["CLEAN", "LINUX_6_12_CORRECTED", "Card", "Handle", "Hmm", "Observer", "Profile", "Reply", "Snapshot", "Tag"]
+
+
+Observer: TypeAlias = tuple[MirrorId, int]
+"""A mirror and its subscription."""
 
 
 class Hmm(Protocol):
     """What the driver needs of today's interface; the commands of `hmm.commands_hmm`."""
 
-    def register_device(self, name: str, memory_pages: int) -> DeviceId:
-        """A device with private memory."""
+    def register_device(self, name: str, memory_pages: int, kind: RegionKind) -> DeviceId:
+        """A device with memory of its own."""
 
     def device_frames(self, device_id: DeviceId) -> tuple[Pfn, Pfn]:
         """The frames of its memory, from the first to behind the last."""
@@ -96,6 +102,12 @@ class Hmm(Protocol):
         self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
     ) -> Entries:
         """hmm_range_fault()."""
+
+    def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
+        """A mirror with one subscription to everything, which nobody listens to; for `snapshots`."""
+
+    def snapshots(self, observers: Sequence[Observer], span: AddressRange) -> list[Entries]:
+        """What each of them sees of a range, in one round trip."""
 
     def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
         """Move a part of one VMA to the device."""
@@ -158,6 +170,13 @@ class Snapshot(IntEnum):
     ZERO = 0x10
     DEV_PRIVATE_LOCAL = 0x20
     DEV_COHERENT_LOCAL = 0x40
+    DEV_COHERENT_REMOTE = 0x50
+
+
+_LOCAL = {
+    RegionKind.DEVICE_PRIVATE: Snapshot.DEV_PRIVATE_LOCAL,
+    RegionKind.DEVICE_COHERENT: Snapshot.DEV_COHERENT_LOCAL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +200,22 @@ _PFN_SHIFT = np.uint64(12)
 
 
 class Card:
-    """One device, /dev/hmm_dmirror<n>."""
+    """One device, /dev/hmm_dmirror<n>: 0 and 1 have private memory, 2 and 3 coherent."""
 
-    def __init__(self, hmm: Hmm, name: str = "dmirror", *, pages: int = 1 << 16, profile: Profile = CLEAN) -> None:
+    def __init__(
+        self,
+        hmm: Hmm,
+        name: str = "dmirror",
+        *,
+        pages: int = 1 << 16,
+        kind: RegionKind = RegionKind.DEVICE_PRIVATE,
+        profile: Profile = CLEAN,
+    ) -> None:
         self.hmm = hmm
         self.profile = profile
         self.pages = pages
-        self.id = hmm.register_device(name, pages)
+        self.kind = kind
+        self.id = hmm.register_device(name, pages, kind)
         self.frames = hmm.device_frames(self.id)
 
     def open(self, process_id: ProcessId) -> Handle:
@@ -198,6 +226,19 @@ class Card:
         """Move everything that is in the device's memory to system memory: dmirror_device_remove_chunks()."""
         self.hmm.evict_device(self.id)
 
+    def shown(self, words: Entries) -> bytes:
+        """dmirror_mkentry(): a byte for each word."""
+        valid = (words & np.uint64(words_of.VALID)) != 0
+        shown = np.where(words & np.uint64(words_of.WRITE), Snapshot.WRITE, Snapshot.READ).astype(np.uint8)
+        pfns = words_of.word_pfns(words)
+        first, end = self.frames
+        shown[valid & (pfns == 0)] |= np.uint8(Snapshot.ZERO)
+        own = valid & (pfns >= first) & (pfns < end)
+        shown[own] |= np.uint8(_LOCAL[self.kind])
+        shown[~valid] = Snapshot.NONE
+        shown[(words & np.uint64(words_of.ERROR)) != 0] = Snapshot.ERROR
+        return shown.tobytes()
+
 
 class Handle:
     """One open file of the device: a mirror of the process that opened it, for as long as it is open."""
@@ -207,6 +248,7 @@ class Handle:
         self._hmm = card.hmm
         self._profile = card.profile
         self._table = PageTable(TASK_SIZE - 1)
+        self._lock = RLock()  # dmirror->mutex; in one process an event comes in the midst of a call of the same thread
         self.id = card.hmm.attach(card.id, process_id, self.update)
         self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=True)
 
@@ -220,6 +262,10 @@ class Handle:
 
     def update(self, event: Event) -> None:
         """Handle an event: dmirror_interval_invalidate(), and the table's part of dmirror_devmem_fault()."""
+        with self._lock:
+            self._update(event)
+
+    def _update(self, event: Event) -> None:
         if event.etype is EventType.COPY_FROM_DEVICE:
             for span in event.spans:
                 self._table.clear(span.start, span.end)
@@ -297,7 +343,7 @@ class Handle:
         parts = []
         for batch in self._batches(span):
             with _alive("snapshot"):
-                parts.append(self._shown(self._range_fault(batch, 0)[0]))
+                parts.append(self.card.shown(self._range_fault(batch, 0)[0]))
         return Reply(npages, 0, b"".join(parts))
 
     def exclusive(self, address: Address, npages: int) -> Reply:
@@ -336,20 +382,22 @@ class Handle:
 
     def _read_mapped(self, span: AddressRange, parts: list[bytes]) -> Address:
         """dmirror_do_read(): up to the first page without an entry.  Returns: its address."""
-        entries = self._table.read(span.start, span.end)
-        count = _leading(entries != 0)
-        if count:
-            parts.append(self._hmm.read_frames(self.id, _addresses(span, count), _pfns(entries[:count])))
+        with self._lock:
+            entries = self._table.read(span.start, span.end)
+            count = _leading(entries != 0)
+            if count:
+                parts.append(self._hmm.read_frames(self.id, _addresses(span, count), _pfns(entries[:count])))
         return span.start + (count << PAGE_SHIFT)
 
     def _write_mapped(self, span: AddressRange, data: bytes) -> Address:
         """dmirror_do_write(): up to the first page without an entry for writing.  Returns: its address."""
-        entries = self._table.read(span.start, span.end)
-        count = _leading((entries & _TAG) == Tag.WRITE)
-        if count:
-            self._hmm.write_frames(
-                self.id, _addresses(span, count), _pfns(entries[:count]), data[: count << PAGE_SHIFT]
-            )
+        with self._lock:
+            entries = self._table.read(span.start, span.end)
+            count = _leading((entries & _TAG) == Tag.WRITE)
+            if count:
+                self._hmm.write_frames(
+                    self.id, _addresses(span, count), _pfns(entries[:count]), data[: count << PAGE_SHIFT]
+                )
         return span.start + (count << PAGE_SHIFT)
 
     def _read_back(self, span: AddressRange) -> Reply:
@@ -376,12 +424,21 @@ class Handle:
         flags = words_of.REQ_FAULT | (words_of.REQ_WRITE if write else 0)
         for batch in self._batches(span):
             try:
-                words, sequence = self._range_fault(batch, flags)
-                while self._hmm.read_retry(self.id, self._notifier, sequence):
-                    words, sequence = self._range_fault(batch, flags)
+                while not self._fault_batch(batch, flags, write=write):
+                    pass
             except NoSuchObjectError as error:
                 raise BadAddressError(error.message, address=batch.start) from error
-            self._map(batch, words, write=write)
+
+    def _fault_batch(self, batch: AddressRange, flags: int, *, write: bool) -> bool:
+        """Returns: False when the range changed before its pages could be entered."""
+        words, sequence = self._range_fault(batch, flags)
+        with self._lock:
+            if self._hmm.read_retry(self.id, self._notifier, sequence):
+                return False
+            count = self._map(batch, words, write=write)
+        if count < batch.npages:
+            self._own_page_is_read_only(AddressRange(batch.start + (count << PAGE_SHIFT), batch.end))
+        return True
 
     def _range_fault(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
         while True:
@@ -391,16 +448,15 @@ class Handle:
             except RangeBusyError:
                 continue
 
-    def _map(self, span: AddressRange, words: Entries, *, write: bool) -> None:
-        """dmirror_do_fault(): enter what was faulted."""
+    def _map(self, span: AddressRange, words: Entries, *, write: bool) -> int:
+        """dmirror_do_fault(): enter what was faulted.  Returns: how many pages, up to the first that is read-only."""
         writable = (words & np.uint64(words_of.WRITE)) != 0
         count = _leading(writable) if write else writable.size
         tags = np.where(writable, np.uint64(Tag.WRITE), np.uint64(Tag.NONE))[:count]
         if count:
             part = AddressRange(span.start, span.start + (count << PAGE_SHIFT))
             self._store(part, words_of.word_pfns(words[:count]), tags)
-        if count < span.npages:
-            self._own_page_is_read_only(AddressRange(span.start + (count << PAGE_SHIFT), span.end))
+        return count
 
     def _own_page_is_read_only(self, span: AddressRange) -> None:
         if not self._profile.faults_own_pages_back:
@@ -447,18 +503,6 @@ class Handle:
         if self._profile.exclusive_errno:
             return RangeBusyError(message, self._profile.exclusive_errno, address=address)
         return error or InvalidRequestError(message, errnos.EOPNOTSUPP, address=address)
-
-    def _shown(self, words: Entries) -> bytes:
-        """dmirror_mkentry(): a byte for each word."""
-        valid = (words & np.uint64(words_of.VALID)) != 0
-        shown = np.where(words & np.uint64(words_of.WRITE), Snapshot.WRITE, Snapshot.READ).astype(np.uint8)
-        pfns = words_of.word_pfns(words)
-        first, end = self.card.frames
-        shown[valid & (pfns == 0)] |= np.uint8(Snapshot.ZERO)
-        shown[valid & (pfns >= first) & (pfns < end)] |= np.uint8(Snapshot.DEV_PRIVATE_LOCAL)
-        shown[~valid] = Snapshot.NONE
-        shown[(words & np.uint64(words_of.ERROR)) != 0] = Snapshot.ERROR
-        return shown.tobytes()
 
 
 def _checked(operation: str, address: Address, npages: int) -> AddressRange:

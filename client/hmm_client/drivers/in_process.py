@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hmm import commands_device, commands_hmm
 from hmm.commands_hmm import Migrated, VmaView
 from hmm.events import Event
+from hmm.frames import RegionKind
 from hmm.local import Local
-from hmm.units import Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
+from hmm.units import TASK_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
+from hmm_client.drivers.dmirror import Observer
 
 __all__ = ["InProcessHmm"]
 
@@ -24,9 +26,9 @@ class InProcessHmm:
     def __init__(self, local: Local) -> None:
         self._local = local
 
-    def register_device(self, name: str, memory_pages: int) -> DeviceId:
-        """A device with private memory."""
-        return self._local.call(commands_device.register_device, name, memory_pages=memory_pages)
+    def register_device(self, name: str, memory_pages: int, kind: RegionKind = RegionKind.DEVICE_PRIVATE) -> DeviceId:
+        """A device with memory."""
+        return self._local.call(commands_device.register_device, name, memory_pages=memory_pages, kind=kind)
 
     def device_frames(self, device_id: DeviceId) -> tuple[Pfn, Pfn]:
         """The frames of its memory."""
@@ -64,6 +66,15 @@ class InProcessHmm:
         """hmm_range_fault()."""
         faulted = self._local.call(commands_hmm.range_fault, mirror_id, number, sequence, span, default_flags)
         return faulted.require()
+
+    def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
+        """A mirror with one subscription to everything, which nobody listens to."""
+        mirror_id = self._local.call(commands_hmm.attach, device_id, process_id)
+        return mirror_id, self._local.call(commands_hmm.insert_notifier, mirror_id, 0, TASK_SIZE)
+
+    def snapshots(self, observers: Sequence[Observer], span: AddressRange) -> list[Entries]:
+        """What each of them sees of a range."""
+        return [self._local.call(commands_hmm.range_fault_unlocked, *one, span).require() for one in observers]
 
     def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
         """Move a part of one VMA to the device."""

@@ -1,7 +1,7 @@
 """Comparing a trace with what a subject does, operation by operation.
 
-Every field of the result and every state is one comparison of one *aspect*, at one of three levels.  A subject that
-has no devices, and a trace with huge pages, are followed up to the first operation that acts through a device.
+Every field of the result and every state is one comparison of one *aspect*, at one of three levels.  Traces
+with huge pages are followed up to the first operation that acts through a device.
 
 **Invariants**: after a trace's first difference in a result the trace goes on, so that each operation is counted;
     what a trace does not say is not compared.
@@ -151,9 +151,10 @@ def _compared(run: TraceRun, operation: Operation) -> Iterator[_Compared]:
         yield aspect, _LEVELS.get(aspect, level), None, expected, getattr(found, aspect.value)
     alive = sorted(state.process for state in operation.states)
     yield Aspect.PROCESSES, Level.SEMANTIC, None, alive, sorted(run.processes)
-    for state in operation.states:
-        if state.process in run.processes:
-            yield from _states(run, state)
+    states = [state for state in operation.states if state.process in run.processes]
+    processes = [state.process for state in states]
+    for state, shown, pagemap in zip(states, run.snapshots(processes), run.pagemaps(processes), strict=True):
+        yield from _states(run, state, shown, pagemap)
 
 
 def _level(operation: Operation, found: Result) -> Level:
@@ -162,7 +163,7 @@ def _level(operation: Operation, found: Result) -> Level:
     return Level.MIRROR if missing or operation.name == "chk_excl" else Level.SEMANTIC
 
 
-def _states(run: TraceRun, state: State) -> Iterator[_Compared]:
+def _states(run: TraceRun, state: State, shown: list[bytes], pagemap: bytes) -> Iterator[_Compared]:
     process = state.process
     if state.maps is not None:
         maps = run.maps(process)
@@ -170,10 +171,9 @@ def _states(run: TraceRun, state: State) -> Iterator[_Compared]:
         yield Aspect.MAPS, Level.SEMANTIC, process, expected, found
         if expected == found:
             yield Aspect.RAW_MAPS, Level.DETAIL, process, state.maps, maps
-    shown = run.snapshots(process)
     if not shown:
         return
     yield Aspect.SNAPSHOT, Level.SEMANTIC, process, state.s0, shown[0]
     if state.s1 != state.s0 or shown[1] != shown[0]:
         yield Aspect.OTHER_SNAPSHOT, Level.SEMANTIC, process, state.s1, shown[1]
-    yield Aspect.PAGEMAP, Level.DETAIL, process, state.pm, run.pagemap(process)
+    yield Aspect.PAGEMAP, Level.DETAIL, process, state.pm, pagemap

@@ -1,6 +1,6 @@
 """Performing what a kernel trace does through devices: the two cards of the test driver, their handles, and pins.
 
-Every process has one more handle on each card, which does nothing but take the snapshots that the trace's states show.
+Every process is observed through each card besides, for the snapshots that the trace's states show.
 The driver runs in the profile of the kernel that the traces are from.
 
 **Source**: Linux lib/test_hmm.c and mm/gup_test.c, 6.12; the format of `hmm_client.recordings.ktrace`.
@@ -12,11 +12,11 @@ The driver runs in the profile of the kernel that the traces are from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from hmm.errors import InvalidRequestError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
-from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED, Card, Handle, Reply
+from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED, Card, Handle, Observer, Reply
 from hmm_client.recordings.ktrace import Operation, Result, fingerprint
 from hmm_client.verification.subject import Devices
 
@@ -35,7 +35,7 @@ class DeviceRun:
         self._base = base
         self._cards = [Card(devices.hmm, f"dmirror{n}", profile=LINUX_6_12_CORRECTED) for n in range(CARDS)]
         self._handles: dict[int, Handle] = {}
-        self._observers: dict[int, list[Handle]] = {}
+        self._observers: dict[int, list[Observer]] = {}
         self._pinned = 0
         self.files: dict[int, int] = {}
         self.performers: Mapping[str, Callable[[Operation, ProcessId], Result]] = {
@@ -55,11 +55,14 @@ class DeviceRun:
 
     def born(self, process: int, process_id: ProcessId) -> None:
         """A process of the trace is there from now on."""
-        self._observers[process] = [card.open(process_id) for card in self._cards]
+        self._observers[process] = [self._devices.hmm.observe(card.id, process_id) for card in self._cards]
 
-    def snapshots(self, process: int, window: AddressRange) -> list[bytes]:
-        """What each card's snapshot of a process shows: one byte per page."""
-        return [handle.snapshot(window.start, window.npages).data for handle in self._observers[process]]
+    def snapshots(self, processes: Sequence[int], window: AddressRange) -> list[list[bytes]]:
+        """What each card's snapshot of each process shows: one byte per page."""
+        observers = [observer for process in processes for observer in self._observers[process]]
+        words = self._devices.hmm.snapshots(observers, window)
+        shown = [self._cards[number % CARDS].shown(part) for number, part in enumerate(words)]
+        return [shown[first : first + CARDS] for first in range(0, len(shown), CARDS)]
 
     def file_of(self, handle: int) -> int:
         """The file that mappings of a handle show, made when it is first mapped."""

@@ -11,7 +11,7 @@ what comes before the first operation of a device is performed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from hmm.errors import HmmError, errno_name
 from hmm.madvise import Advice
@@ -111,13 +111,13 @@ class TraceRun:
         """Whether this operation can be performed here: without devices, those before the first that needs one."""
         return self._devices is not None or not acts_through_device(operation)
 
-    def pagemap(self, process: int) -> bytes | None:
-        """A process's page map; None if the subject cannot tell."""
-        return self._subject.pagemap(self.processes[process], self.window)
+    def pagemaps(self, processes: Sequence[int]) -> list[bytes]:
+        """The page map of each process."""
+        return self._subject.pagemaps([self.processes[process] for process in processes], self.window)
 
-    def snapshots(self, process: int) -> list[bytes]:
-        """What the two devices see of a process, one byte per page; nothing without devices."""
-        return self._devices.snapshots(process, self.window) if self._devices else []
+    def snapshots(self, processes: Sequence[int]) -> list[list[bytes]]:
+        """What the two devices see of each process, one byte per page; nothing without devices."""
+        return self._devices.snapshots(processes, self.window) if self._devices else [[] for _ in processes]
 
     def _line(self, region: Region) -> MapsLine:
         source = self._sources.get(region.file_id, SHARED_MEMORY) if region.file_id else ANONYMOUS

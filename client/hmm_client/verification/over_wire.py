@@ -2,7 +2,7 @@
 
 **Source**: proto/hmm_proto/v1.
 
-**Absent**: page tables and devices; a trace's states and its operations through devices are compared in process only.
+**Absent**: the model in this process (`subject`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import itertools
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
+from hmm.file import FileKind
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
+from hmm.vma import VmFlag
 from hmm_client import calls, sync
 from hmm_client.calls import Call
-from hmm_client.results import Accessed
+from hmm_client.drivers.over_wire import OverWireHmm
 from hmm_client.verification.subject import Access, Region, digits
 
 T = TypeVar("T")
@@ -31,11 +33,12 @@ class OverWire:
         self._prefix = f"/verify/{os.getpid()}-{next(_RUNS)}"
         self._files: dict[int, sync.File] = {}
         self._processes: set[ProcessId] = set()
+        self._devices = OverWireDevices(client, self._prefix)
 
     @property
-    def devices(self) -> None:
-        """As `Subject`: today's interface is not among the daemon's services."""
-        return
+    def devices(self) -> OverWireDevices:
+        """As `Subject`."""
+        return self._devices
 
     def __enter__(self) -> Self:
         return self
@@ -45,6 +48,7 @@ class OverWire:
     ) -> None:
         if kind is not None:
             return
+        self._devices.close()
         for process_id in sorted(self._processes):
             self._make(calls.exit_process(process_id))
         for file in self._files.values():
@@ -53,6 +57,14 @@ class OverWire:
 
     def _make(self, call: Call[T]) -> T:
         return self._client.make(call)
+
+    def _execute(self, batch: Sequence[Call[T]]) -> list[T]:
+        values: list[T] = []
+        for outcome in self._client.execute(batch):
+            if outcome.error is not None:
+                raise outcome.error
+            values.append(cast("T", outcome.value))
+        return values
 
     def create_process(self, fault_around_pages: int) -> ProcessId:
         """As `Subject`."""
@@ -106,14 +118,9 @@ class OverWire:
 
     def dump(self, process_id: ProcessId, address: Address, npages: int) -> Sequence[Access]:
         """As `Subject`."""
-        pages = [calls.read_memory(process_id, address + (k << PAGE_SHIFT), PAGE_SIZE) for k in range(npages)]
-        accesses: list[Access] = []
-        for outcome in self._client.execute(pages):
-            if outcome.error is not None:
-                raise outcome.error
-            assert isinstance(outcome.value, Accessed)
-            accesses.append(outcome.value)
-        return accesses
+        return self._execute(
+            [calls.read_memory(process_id, address + (k << PAGE_SHIFT), PAGE_SIZE) for k in range(npages)]
+        )
 
     def open_file(self, name: str) -> int:
         """As `Subject`."""
@@ -142,6 +149,42 @@ class OverWire:
         lines = self._client.process(process_id).maps().lines
         return [Region(line.start, line.end, line.permissions, line.offset, line.file_id) for line in lines]
 
-    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes:
+    def pagemaps(self, process_ids: Sequence[ProcessId], span: AddressRange) -> list[bytes]:
         """As `Subject`."""
-        return digits(self._client.process(process_id).pagemap(span))
+        found = self._execute([calls.pagemap(process_id, span.start, span.end) for process_id in process_ids])
+        return [digits(pagemap.entries) for pagemap in found]
+
+
+class OverWireDevices:
+    """Devices of a daemon.  What was made is gone when it is closed."""
+
+    def __init__(self, client: sync.Client, prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._files: list[sync.File] = []
+        self._pins: dict[int, sync.Pin] = {}
+        self.hmm = OverWireHmm(client)
+
+    def driver_file(self, name: str) -> int:
+        """As `Devices`."""
+        file = self._client.open_file(f"{self._prefix}/{name}", kind=FileKind.DEVICE, vm_flags=VmFlag.MIXEDMAP)
+        self._files.append(file)
+        return file.id
+
+    def pin(self, process_id: ProcessId, address: Address, length: int, *, write: bool) -> int:
+        """As `Devices`."""
+        pin = self._client.process(process_id).pin(AddressRange(address, address + length), write=write)
+        self._pins[pin.id] = pin
+        return pin.id
+
+    def unpin(self, number: int) -> None:
+        """As `Devices`."""
+        self._pins.pop(number).unpin()
+
+    def close(self) -> None:
+        """Unpin, detach, unregister and close everything."""
+        for number in list(self._pins):
+            self.unpin(number)
+        self.hmm.close()
+        for file in self._files:
+            file.close()

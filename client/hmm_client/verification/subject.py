@@ -149,8 +149,8 @@ class Subject(Protocol):
     def maps(self, process_id: ProcessId) -> list[Region]:
         """/proc/PID/maps."""
 
-    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes | None:
-        """/proc/PID/pagemap, one digit per page as traces have them; None if this subject cannot tell."""
+    def pagemaps(self, process_ids: Sequence[ProcessId], span: AddressRange) -> list[bytes]:
+        """/proc/PID/pagemap of each process, one digit per page as traces have them."""
 
 
 class InProcess:
@@ -254,9 +254,9 @@ class InProcess:
             for vma in self._space(process_id).vmas
         ]
 
-    def pagemap(self, process_id: ProcessId, span: AddressRange) -> bytes:
+    def pagemaps(self, process_ids: Sequence[ProcessId], span: AddressRange) -> list[bytes]:
         """As `Subject`."""
-        return digits(self._local.call(commands_process.pagemap, process_id, span))
+        return [digits(self._local.call(commands_process.pagemap, process_id, span)) for process_id in process_ids]
 
     def _space(self, process_id: ProcessId) -> AddressSpace:
         return self._local.machine.process(process_id).space
