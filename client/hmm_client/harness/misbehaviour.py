@@ -161,6 +161,7 @@ class _Mirror:
     busy: bool = False
     acts: dict[int, Act] = field(default_factory=dict)
     unordered: tuple[Event, event_pb2.Answer | None] | None = None
+    task: asyncio.Task[None] | None = None
 
 
 class Misbehaviour:
@@ -182,7 +183,6 @@ class Misbehaviour:
         self._released = asyncio.Event()
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         if acts:
             self.behave(*acts)
 
@@ -258,6 +258,8 @@ class Misbehaviour:
         mirror = self._mirrors.pop(mirror_id, None)
         if mirror is not None:
             mirror.queue.clear()
+            if mirror.task is not None and mirror.task is not asyncio.current_task():
+                mirror.task.cancel()
         self.held = [event for event in self.held if event.mirror.id != mirror_id]
 
     # ---- acting
@@ -273,9 +275,7 @@ class Misbehaviour:
                 mirror.busy = True
                 if act.kind is Kind.HOLD:
                     self.held.append(event)
-                task = asyncio.ensure_future(self._deliver_later(mirror, event, act, deliver))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                mirror.task = asyncio.ensure_future(self._deliver_later(mirror, event, act, deliver))
             case Kind.REFUSE:
                 answer(
                     event, event_pb2.Answer(mirror_id=event.mirror.id, event_sequence=event.sequence, errno=act.errno)
@@ -307,10 +307,8 @@ class Misbehaviour:
                     await self._released.wait()
             case _:
                 await asyncio.get_running_loop().create_future()
-        if self._mirrors.get(event.mirror.id) is not mirror:
-            return
+        mirror.task, mirror.busy = None, False
         deliver(event)
-        mirror.busy = False
         while mirror.queue and not mirror.busy:
             self._take(mirror, *mirror.queue.popleft())
 
