@@ -196,7 +196,9 @@ def range_fault(
     """
     mirror = _live(machine, mirror_id)
     copied = _requests(span, words)
-    request = HmmRange(mirror, number, sequence, span, copied, default_flags, pfn_flags_mask, mirror.device.id)
+    request = HmmRange(
+        mirror, number, sequence, span, copied, default_flags, pfn_flags_mask, mirror.device.id, words is None
+    )
     error: HmmError | None = None
     try:
         yield from fault_range(request)

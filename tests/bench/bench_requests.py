@@ -22,7 +22,7 @@ from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
 import numpy as np
-from measurement import Row, alone, compared, print_rows
+from measurement import Row, alone, compared, keep_memory, print_rows
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
@@ -37,7 +37,6 @@ FRAMES = 1 << 19
 FLAGS = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED | MapFlag.NORESERVE
 FAULT, MIRROR, SNAPSHOT, MUNMAP = "fault in", "mirror what is there", "snapshot", "munmap"
 BOTH = "fault in and mirror in one call"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 TARGETS_NS = {(FAULT, 1): 8_000.0, (FAULT, 512): 20_000.0}
 TARGETS_NS_PER_PAGE = {FAULT: 5.0, SNAPSHOT: 2.5, MUNMAP: 10.0}
 
@@ -114,18 +113,11 @@ class Figures:
 
 def measure(quick: bool) -> Iterator[Row]:
     """Fault-in, mirroring, snapshot and munmap of 1, 512 and 262,144 pages."""
-    _keep_memory()
+    keep_memory()
     model, yardstick = Model(), Yardstick()
     gc.collect()
     for npages, repeats in ((1, 100), (512, 10), (1 << 14 if quick else 1 << 18, 1)):
         yield from _measure_size(model, yardstick, npages, repeats, 5 if quick else 9)
-
-
-def _keep_memory() -> None:
-    # As the daemon does: what large results occupied is not given back to the kernel between two requests.
-    libc = ctypes.CDLL(None)
-    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        libc.mallopt(parameter, 1 << 30)
 
 
 def _measure_size(model: Model, yardstick: Yardstick, npages: int, repeats: int, rounds: int) -> Iterator[Row]:

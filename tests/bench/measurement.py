@@ -7,11 +7,14 @@ figures stand beside it.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,13 @@ def compared(
 def alone(name: str, unit: str, figures: Sequence[float], target: float | None = None) -> Row:
     """A row without a yardstick: the quietest round."""
     return Row(name, min(figures), unit, None, None, target, (min(figures), max(figures)), "value")
+
+
+def keep_memory() -> None:
+    """As the daemon does: what large results occupied is not given back to the kernel between two requests."""
+    libc = ctypes.CDLL(None)
+    for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        libc.mallopt(parameter, 1 << 30)
 
 
 def print_rows(rows: Iterable[Row]) -> bool:

@@ -47,6 +47,24 @@ def test_snapshot_never_faults(bench: Any) -> None:
     assert flags_of(fault(bench, 15, 3)) == [0, ERROR, ERROR]
 
 
+@pytest.mark.parametrize("flags", [0, REQ_FAULT, BOTH])
+@pytest.mark.parametrize("ours", [(Prot.READ,), (Prot.READ | Prot.WRITE,), (Prot.READ, Prot.READ | Prot.WRITE)])
+def test_words_are_the_same_when_pages_are_asked_for_one_by_one(bench: Any, ours: tuple[Prot, ...], flags: int) -> None:
+    """The short way for plain memory and the long one see the same."""
+    bench.write(0, b"x" * 16 * PAGE_SIZE)
+    for at in range(16):
+        start = bench.span(at).start
+        bench.call(commands_process.mprotect, bench.process, start, PAGE_SIZE, ours[at % len(ours)])
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    words = np.full(16, flags | 1, np.uint64)  # not blank, but for a bit that means nothing
+    arguments = (bench.mirror, 1, sequence, bench.span(0, 16))
+    short = bench.call(commands_hmm.range_fault, *arguments, flags)
+    long = bench.call(commands_hmm.range_fault, *arguments, 0, BOTH, words)
+    assert type(short.error) is type(long.error)
+    if short.error is None:
+        assert short.words.tolist() == long.words.tolist()
+
+
 def test_read_request_brings_the_zero_page(bench: Any) -> None:
     """Untouched anonymous memory is VALID and not WRITE behind a read fault."""
     words = fault(bench, 0, 4, REQ_FAULT)

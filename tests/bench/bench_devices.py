@@ -1,0 +1,194 @@
+"""Today's interface in process: pages that move to a device and back, range faults and snapshots, exclusive access.
+
+What is moved is compared with memcpy of as many pages, scattered over both memories as the model's are; the yardstick
+of a snapshot is the kernel's own, /proc/self/pagemap of as many pages of this process.
+
+All of it is CPU time, in turns: where others work too, each is interrupted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import thread_time_ns
+from typing import Any
+
+import numpy as np
+from measurement import Row, alone, compared, keep_memory, print_rows
+
+from hmm import commands_device as devices
+from hmm import commands_hmm as today
+from hmm import commands_process as processes
+from hmm.frame_contents import FrameContents
+from hmm.local import Local
+from hmm.machine import Limits, Machine
+from hmm.range_fault import REQ_FAULT, REQ_WRITE
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Pfns
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+START = 0x7F00_0000_0000
+BLOCK = 512
+"""Pages of 2 MiB."""
+FLAGS = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED | MapFlag.NORESERVE
+
+
+class Memcpy:
+    """Copies pages between two arrays, compiled on the spot."""
+
+    def __init__(self, npages: int) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            library = Path(directory, "requests.so")
+            source = Path(__file__).with_name("requests.c")
+            subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+            self._library = ctypes.CDLL(str(library))
+        self._library.copy_pages.restype = ctypes.c_double
+        chance = np.random.default_rng(1)
+        self._memories = [np.ones((npages, PAGE_SIZE), np.uint8) for _ in range(2)]
+        self._order = [chance.permutation(npages) for _ in range(2)]
+
+    def nanoseconds(self, first: int, npages: int) -> float:
+        """To copy pages [first, first + npages) of both orders."""
+        pointers = [ctypes.c_void_p(memory.ctypes.data) for memory in self._memories]
+        places = [ctypes.c_void_p(order[first : first + npages].ctypes.data) for order in self._order]
+        took: float = self._library.copy_pages(*pointers, *places, ctypes.c_int64(npages))
+        return took
+
+
+class Model:
+    """One process, a device with memory, and its mirror, which hears of everything and answers at once."""
+
+    def __init__(self, npages: int, memory_pages: int) -> None:
+        self.local = Local(Machine(Limits(frames=2 * npages + 1024, device_frames=memory_pages)))
+        self.frames = self.local.machine.frames
+        self._shuffle()
+        self.process = self.local.call(processes.create_process)
+        device = self.local.call(devices.register_device, "card", memory_pages=memory_pages)
+        self.mirror = self.local.call(today.attach, device, self.process)
+        self.whole = AddressRange(START, START + (npages << PAGE_SHIFT))
+        self.notifier = self.local.call(today.insert_notifier, self.mirror, START, self.whole.size_bytes)
+        self.local.call(processes.mmap, self.process, START, self.whole.size_bytes, Prot.READ | Prot.WRITE, FLAGS)
+        for span in self.blocks():
+            self.local.call(processes.write_memory, self.process, span.start, bytes(range(256)) * 16 * BLOCK)
+
+    def _shuffle(self) -> None:
+        # As in a machine that has run for a while: what is allocated together does not lie together.
+        taken = self.frames.allocate(self.frames.available)
+        for pfn in np.random.default_rng(2).permutation(taken).tolist():
+            self.frames.put_one(pfn)
+
+    def blocks(self) -> list[AddressRange]:
+        """The mapping, 2 MiB by 2 MiB."""
+        step = BLOCK << PAGE_SHIFT
+        return [AddressRange(start, start + step) for start in range(self.whole.start, self.whole.end, step)]
+
+    def timed(self, command: Callable[..., Any], *arguments: Any) -> float:
+        """Nanoseconds of a call."""
+        began = thread_time_ns()
+        self.local.call(command, *arguments)
+        return thread_time_ns() - began
+
+    def there_and_back(self) -> tuple[float, float]:
+        """Nanoseconds of migrating 2 MiB to the device, and back."""
+        there, back = [], []
+        for span in self.blocks():
+            there.append(self.timed(today.migrate_to_device, self.mirror, span))
+            back.append(self.timed(today.migrate_to_system, self.mirror, span))
+        return median(there), median(back)
+
+    def range_fault(self, span: AddressRange, flags: int) -> float:
+        """Nanoseconds of a range fault, its read section included."""
+        began = thread_time_ns()
+        sequence = self.local.call(today.read_begin, self.mirror, self.notifier)
+        faulted = self.local.call(today.range_fault, self.mirror, self.notifier, sequence, span, flags)
+        took = thread_time_ns() - began
+        assert faulted.error is None
+        return took
+
+
+def _no_copy(_: FrameContents, __: Pfns, ___: Pfns) -> None:
+    """The bytes stay where they are."""
+
+
+def _migration(rounds: int) -> Iterator[Row]:
+    npages = 64 * BLOCK
+    memcpy, model = Memcpy(npages), Model(npages, npages)
+    there, back, copied, bookkeeping = [], [], [], []
+    copy = FrameContents.copy
+    for _ in range(rounds):
+        to_device, to_system = model.there_and_back()
+        there.append(to_device)
+        back.append(to_system)
+        copied.append(median(memcpy.nanoseconds(at, BLOCK) for at in range(0, npages, BLOCK)))
+        FrameContents.copy = _no_copy  # type: ignore[method-assign]
+        bookkeeping.append(model.there_and_back()[0] / 1000)
+        FrameContents.copy = copy  # type: ignore[method-assign]
+    model.local.machine.check()
+    yield compared("migrate 2 MiB to the device / memcpy", "ns", there, copied, 1.3)
+    yield compared("migrate 2 MiB back / memcpy", "ns", back, copied, 1.3)
+    yield alone("migrate 2 MiB to the device, without the bytes", "us", bookkeeping, 30.0)
+
+
+def _pagemap(npages: int) -> Callable[[], float]:
+    memory = mmap.mmap(-1, npages * PAGE_SIZE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    view = np.frombuffer(memory, np.uint8)
+    view[::PAGE_SIZE] = 1
+    start = view.ctypes.data >> PAGE_SHIFT
+
+    def read() -> float:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
+        began = thread_time_ns()
+        os.pread(descriptor, npages * 8, start * 8)
+        took = thread_time_ns() - began
+        os.close(descriptor)
+        return took
+
+    return read
+
+
+def _ranges(npages: int, rounds: int) -> Iterator[Row]:
+    kernel = _pagemap(npages)
+    local = Local(Machine(Limits(frames=npages + 1024, device_frames=16)))
+    model = Model.__new__(Model)
+    model.local = local
+    model.process = local.call(processes.create_process)
+    device = local.call(devices.register_device, "card", memory_pages=16)
+    model.mirror = local.call(today.attach, device, model.process)
+    model.whole = AddressRange(START, START + (npages << PAGE_SHIFT))
+    model.notifier = local.call(today.insert_notifier, model.mirror, START, model.whole.size_bytes)
+    local.call(processes.mmap, model.process, START, model.whole.size_bytes, Prot.READ | Prot.WRITE, FLAGS)
+    local.call(processes.touch, model.process, model.whole, write=True)
+    figures: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, flags in (("snapshot", 0), ("range fault, all there", REQ_FAULT | REQ_WRITE)):
+            figures.setdefault(name, []).append(model.range_fault(model.whole, flags) / npages)
+        figures.setdefault("pagemap", []).append(kernel() / npages)
+    pagemap = figures.pop("pagemap")
+    for name, ours in figures.items():
+        yield compared(f"{name} of {npages:,} pages / pagemap", "ns/page", ours, pagemap, 0.25)
+        yield alone(f"{name} of {npages:,} pages, per page", "ns/page", ours, 2.5 if name == "snapshot" else None)
+    few = AddressRange(START, START + (BLOCK << PAGE_SHIFT))
+    short = [median(model.range_fault(few, REQ_FAULT) for _ in range(50)) / 1000 for _ in range(rounds)]
+    yield alone("range fault of 2 MiB, all there", "us", short)
+    taken = [model.timed(today.make_exclusive, model.mirror, few) / 1000 for _ in range(rounds)]
+    yield alone("exclusive access to 2 MiB", "us", taken)
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """All rows; `quick` takes fewer rounds and smaller sizes."""
+    keep_memory()
+    rounds = 3 if quick else 9
+    yield from _migration(rounds)
+    yield from _ranges(1 << (16 if quick else 18), rounds)
+
+
+if __name__ == "__main__":
+    print_rows(measure("--quick" in sys.argv))
