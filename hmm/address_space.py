@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.checked import Checked
-from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.errors import OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
@@ -173,13 +173,14 @@ class AddressSpace:
     def restoring(self, span: AddressRange) -> Iterator[None]:
         """Put the VMAs of `span` back when the change could not be told; nothing else was changed then.
 
-        A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for.
+        A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or
+        there was no room for pages that had to come back from a device first.
         """
         vmas = self.vmas.mapped_pieces(span)
         brk_end = self.brk_end
         try:
             yield
-        except (TimedOutError, WouldDeadlockError):
+        except (OutOfFramesError, TimedOutError, WouldDeadlockError):
             self.vmas.replace(span, vmas)
             self.brk_end = brk_end
             raise

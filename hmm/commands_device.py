@@ -21,11 +21,15 @@ from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
 from hmm.device_pages import evict
-from hmm.errors import ConflictError, InvalidRequestError
+from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError, TimedOutError
+from hmm.events import EventType
 from hmm.frames import RegionKind
 from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
+from hmm.mirror_memory import MirrorMemory
+from hmm.mirror_migrate import Moved, migrate_range
+from hmm.notifier import Home
 from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.spans import inside
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
@@ -50,6 +54,21 @@ class DeviceFaulted:
     event_sequence: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMigrated:
+    """The result of a migration of pages to or from a device's memory.
+
+    Attributes:
+        moved: what was done.
+        entries, notifier_seq, event_sequence: as in DeviceFaulted, for the pages of `moved.span`.
+    """
+
+    moved: Moved
+    entries: Entries
+    notifier_seq: int
+    event_sequence: int
+
+
 @immediate
 def register_device(
     machine: Machine,
@@ -58,26 +77,31 @@ def register_device(
     dma: bool = False,
     memory_pages: int = 0,
     kind: RegionKind = RegionKind.DEVICE_PRIVATE,
+    driver_copies: bool = False,
 ) -> DeviceId:
     """Register a device; with `dma` its mirrors' entries hold DMA addresses of an emulated IOMMU.
 
     Args:
         memory_pages: size of its own memory.
         kind: whether the CPU can reach that memory.
+        driver_copies: the driver has the bytes of that memory, and carries pages there and back (COPY_TO_DEVICE,
+            COPY_FROM_DEVICE); else the daemon has them.  Only memory that the CPU cannot reach.
 
     Raises:
-        InvalidRequestError: an empty name, a negative size, or memory of the system's kind (EINVAL).
+        InvalidRequestError: an empty name, a negative size, memory of the system's kind, or copies by the driver
+            without private memory (EINVAL).
         OutOfFramesError: too many devices, or no frame numbers left for so much memory (ENOMEM).
 
     Source: hmm_device_register(); Linux mm/memremap.c, memremap_pages().
     """
-    if not name or memory_pages < 0 or kind is RegionKind.SYSTEM:
+    fitting = memory_pages > 0 and kind is RegionKind.DEVICE_PRIVATE
+    if not name or memory_pages < 0 or kind is RegionKind.SYSTEM or (driver_copies and not fitting):
         raise InvalidRequestError(f"register device: name {name!r}, {memory_pages} pages of {kind.value} memory")
     machine.require_room("devices", len(machine.devices), machine.limits.devices)
     iommu = Iommu(machine.limits.dma_pages) if dma else None
     number = machine.next_id("device")
-    region = machine.frames.add_region(memory_pages, number, kind).number if memory_pages else 0
-    machine.devices[number] = Device(number, name, machine.caller.token, iommu, region)
+    memory = machine.frames.add_region(memory_pages, number, kind, remote=driver_copies) if memory_pages else None
+    machine.devices[number] = Device(number, name, machine.caller.token, iommu, memory.number if memory else 0)
     return number
 
 
@@ -113,7 +137,8 @@ def register_mirror(
 ) -> MirrorId:
     """Mirror a process's address space.  Callbacks may come before the caller has the result.
 
-    An invalidation that is running already is not delivered; the mirror takes part from its end.
+    An invalidation that is running already is not delivered; the mirror takes part from its end.  When the device has
+    memory that the CPU cannot reach, pages can be moved there through the mirror.
 
     Args:
         update_on_fault: deliver DEVICE_RFAULT and DEVICE_WFAULT for the mirror's own faults, as in 2015; without,
@@ -132,6 +157,10 @@ def register_mirror(
     for other in machine.mirrors.values():
         if other.device is device and other.space is space and other.state is MirrorState.LIVE:
             raise ConflictError(f"register mirror: {device} mirrors {process} already ({other})", errnos.EINVAL)
+    if device.region and any(
+        other.device is device and not isinstance(other, Mirror) for other in machine.receivers.values()
+    ):
+        raise ConflictError(f"register mirror: {device} has memory, and a driver of today's interface", errnos.EBUSY)
     machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = Mirror(
         machine.next_id("mirror"),
@@ -144,6 +173,8 @@ def register_mirror(
         lenient=lenient,
         directories=machine.limits.directories,
     )
+    if device.region and machine.frames.region(device.region).kind is RegionKind.DEVICE_PRIVATE:
+        mirror.home = MirrorMemory(mirror, machine.frames.region(device.region))
     machine.add_receiver(mirror)
     return mirror.id
 
@@ -151,9 +182,12 @@ def register_mirror(
 def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     """Stop mirroring: running callbacks end, everything is taken back, `release` is called, the mirror is gone.
 
+    What it has in its device's memory is brought back first, so that nothing is lost.
+
     Raises:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
         TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT).
+        OutOfFramesError: there is no room for what is in its device's memory (ENOMEM); it stays registered.
 
     Source: hmm_mirror_unregister(), hmm_mirror_kill().
     """
@@ -162,10 +196,21 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         yield _callbacks(mirror)
     if mirror.state is MirrorState.LIVE and not mirror.leaving:
         mirror.leaving = True
-        yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
+        if mirror.home is not None:
+            yield from _write_back(mirror, mirror.home)
+        if mirror.state is MirrorState.LIVE:
+            yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
     while mirror_id in machine.mirrors and (mirror.leaving or mirror.unanswered):
         yield _callbacks(mirror)
     machine.remove_receiver(mirror_id)
+
+
+def _write_back(mirror: Mirror, home: Home) -> Operation[None]:
+    try:
+        yield from home.vacate((mirror.span,))
+    except HmmError:
+        mirror.leaving = False
+        raise
 
 
 def _callbacks(mirror: Mirror) -> Await:
@@ -208,6 +253,88 @@ def fault(
     if mirror.unsettled:
         _leave_out_unsettled(mirror, target, entries)
     return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
+
+
+def mirror_fault(
+    machine: Machine, mirror_id: MirrorId, span: AddressRange, etype: EventType
+) -> Operation[Faulted | Moved]:
+    """One fault as posted: DEVICE_RFAULT and DEVICE_WFAULT fill the mirror, COPY_TO_DEVICE moves pages to its device.
+
+    Raises:
+        InvalidRequestError: another type, COPY_FROM_DEVICE too (EINVAL); `migrate_back` is for that.
+        As `device_fault.fault_range` and `migrate`.
+
+    Source: hmm_mirror_fault().
+    """
+    mirror = machine.mirror(mirror_id)
+    mirror.require_filling("fault")
+    _require_inside((span,))
+    if etype is EventType.COPY_TO_DEVICE:
+        return (yield from migrate_range(_memory(mirror), span))
+    if etype not in (EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT):
+        raise InvalidRequestError(f"fault: {etype.name} is no fault of a device")
+    return (yield from fault_range(mirror, span, write=etype is EventType.DEVICE_WFAULT))
+
+
+def migrate(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[DeviceMigrated]:
+    """Move what can be moved of a range to the device's memory, as `mirror_migrate.migrate_range`.
+
+    It is `mirror_fault` with COPY_TO_DEVICE, and returns the entries too.
+
+    Raises: also NoSuchObjectError: the device has no memory that pages could move to (ENODEV).
+    """
+    mirror = machine.mirror(mirror_id)
+    mirror.require_filling("migrate")
+    _require_inside((span,))
+    moved = yield from migrate_range(_memory(mirror), span)
+    return _migrated(mirror, moved)
+
+
+def migrate_back(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[DeviceMigrated]:
+    """Bring back to system memory what the mirror has of a range in its device's memory.
+
+    Posted as a use of hmm_mirror_fault() with COPY_FROM_DEVICE, which that function answers with EINVAL.
+
+    Returns: what was moved; an error that stopped it is in the result, with what was moved before.
+
+    Raises: as `migrate`.
+    """
+    mirror = _mirror_of_range(machine, mirror_id, span, "migrate")
+    memory = _memory(mirror)
+    before, error = mirror.on_device(span).size, None
+    try:
+        yield from memory.vacate((span,))
+    except (OutOfFramesError, TimedOutError) as failure:
+        error = failure
+    mirror.require_live("migrate")
+    left = mirror.on_device(span)
+    end = int(left[0]) if left.size else span.end
+    return _migrated(mirror, Moved(span, end, max(0, before - left.size), error))
+
+
+def _migrated(mirror: Mirror, moved: Moved) -> DeviceMigrated:
+    entries = _entries_of(mirror, (moved.span,))
+    if mirror.unsettled:
+        _leave_out_unsettled(mirror, (moved.span,), entries)
+    return DeviceMigrated(moved, entries, mirror.space.notifier.sequence, mirror.sequence)
+
+
+@immediate
+def read_copy(machine: Machine, mirror_id: MirrorId, number: int, first: int, npages: int) -> bytes:
+    """As `MirrorMemory.read_copy`: what the driver asks for while it handles COPY_TO_DEVICE."""
+    return _memory(machine.mirror(mirror_id)).read_copy(number, first, npages)
+
+
+@immediate
+def write_copy(machine: Machine, mirror_id: MirrorId, number: int, first: int, data: bytes) -> None:
+    """As `MirrorMemory.write_copy`: what the driver brings while it handles COPY_FROM_DEVICE."""
+    _memory(machine.mirror(mirror_id)).write_copy(number, first, data)
+
+
+def _memory(mirror: Mirror) -> MirrorMemory:
+    if not isinstance(mirror.home, MirrorMemory):
+        raise NoSuchObjectError(f"{mirror.device} has no memory that pages could move to", errnos.ENODEV)
+    return mirror.home
 
 
 @immediate

@@ -28,6 +28,7 @@ from hmm.device import Device
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
+    ConflictError,
     HmmError,
     InvalidRequestError,
     NoSuchObjectError,
@@ -109,9 +110,13 @@ def attach(
 
     Raises:
         OutOfFramesError: too many mirrors (ENOMEM).
+        ConflictError: the device has memory that mirrors of 2015 use, or whose driver copies (EBUSY).
     """
     device = machine.device(device_id)
     process = machine.process(process_id)
+    mirrored = any(mirror.device is device for mirror in machine.mirrors.values())
+    if device.region and (mirrored or machine.frames.region(device.region).remote):
+        raise ConflictError(f"attach: the memory of {device} is for mirrors of 2015", errnos.EBUSY)
     machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = IntervalMirror(machine.next_id("mirror"), device, process.space, process_id, machine.caller.token, policy)
     machine.add_receiver(mirror)

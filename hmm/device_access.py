@@ -161,6 +161,11 @@ def _translate(mirror: Mirror, pages: Entries, manner: Manner, *, write: bool) -
         writable &= (manner.named & np.uint64(pte.WRITE)) != 0
     if write:
         check.require(writable, pte.WRITE, "has a read-only entry")
+    if mirror.home is not None and mirror.home.region.remote:
+        here = ~pte.pte_test_valid_dev(entries)
+        if not here.all():
+            address = int(pages[~here][0])
+            raise BadAddressError(f"device access: {address:#x} is in {mirror.device}'s own memory", address=address)
     for sequence, sent in mirror.unsettled.items():
         if sent.state is EventState.SENT or (sent.event.etype.pte_mask != pte.MASK_NONE and not write):
             continue

@@ -9,7 +9,10 @@ hmm_mirror_fault_pmd(); DMA: "HMM: DMA map memory on behalf of device driver v2"
 
 **Invariants**: an entry is written only while its fault is enlisted, so no overlapping invalidation is past its start.
 
-**Absent**: CPU faults (fault.py); queueing of requests.
+**Absent**: CPU faults (fault.py); moving pages to the device (mirror_migrate.py); queueing of requests.
+
+A page in the device's own memory stays there: its entry is valid already, and a write fault that the VMA permits sets
+WRITE ("HMM: allow to get pte entry from device memory", patch 19).
 
 Differs: the posted code looped for ever (v8) or returned EBUSY (v9) when it raced with an invalidation; here the
 caller says which.  The posted code did not upgrade WRITE in an entry that was mapped for DMA already; this does.
@@ -25,6 +28,7 @@ from itertools import chain
 from typing import overload
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte, pte
 from hmm.address_space import AddressSpace
@@ -45,6 +49,7 @@ from hmm.iommu import Domain
 from hmm.mirror import Mirror
 from hmm.notifier import DeviceFault
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
+from hmm.spans import Spans
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -203,11 +208,11 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
     mirror.counters["faults"] += 1
     while True:
         if notifier.turns or mirror.unanswered:
-            yield from _wait_to_start(mirror, pages.spans, wait)
+            yield from wait_to_start(mirror, pages.spans, wait=wait)
         mirror.require_filling("fault")
         notifier.require_usable()
         try:
-            vma = _mirrorable_vma(mirror.space, asked.start, asked.end, write)
+            vma = mirrorable_vma(mirror.space, asked.start, asked.end, write=write)
         except HmmError as error:
             return Faulted(asked, error.address or asked.start, error, retries)
         if pages.whole.end > vma.end:
@@ -224,7 +229,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
         finally:
             notifier.end_fault(enlisted)
         if attempt.missing is not None:
-            failed = yield from _bring_in(mirror, attempt.missing, write)
+            failed = yield from bring_in(mirror, attempt.missing, write=write)
             if failed is not None:
                 if (failed.address or 0) <= asked.start:
                     return Faulted(asked, asked.start, failed, retries)
@@ -241,7 +246,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             mirror.counters["retries"] += 1
 
 
-def _wait_to_start(mirror: Mirror, spans: tuple[AddressRange, ...], wait: bool) -> Operation[None]:
+def wait_to_start(mirror: Mirror, spans: tuple[AddressRange, ...], *, wait: bool) -> Operation[None]:
     """Wait until no call is changing these mappings and the driver may be sent an event."""
     notifier = mirror.space.notifier
     while True:
@@ -264,7 +269,7 @@ def _require_patience(mirror: Mirror, wait: bool, why: str) -> None:
         raise RangeBusyError(f"fault: {why}", notifier_seq=mirror.space.notifier.sequence)
 
 
-def _bring_in(mirror: Mirror, missing: AddressRange | Entries, write: bool) -> Operation[HmmError | None]:
+def bring_in(mirror: Mirror, missing: AddressRange | Entries, *, write: bool) -> Operation[HmmError | None]:
     """Fault in what the CPU's table lacks.  Returns: why that ended early, at `error.address`."""
     try:
         yield from fault_in(mirror.space, missing, write=write)
@@ -278,8 +283,13 @@ def _bring_in(mirror: Mirror, missing: AddressRange | Entries, write: bool) -> O
     return None
 
 
-def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> Vma:
-    # hmm_mirror_fault(): the VMA tests, in its order.
+def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) -> Vma:
+    """The VMA that a fault at `start` is for: hmm_mirror_fault(), with its tests in their order.
+
+    Raises:
+        BadAddressError: nothing is mapped there, or a device's or hugetlb memory (EFAULT).
+        AccessDeniedError: it does not permit the access (EACCES).
+    """
     vma = space.vmas.find_next(start)
     if vma is None or vma.start >= end:
         raise BadAddressError(f"fault: nothing is mapped in {AddressRange(start, end)}", address=start)
@@ -301,7 +311,7 @@ def _mirrorable_vma(space: AddressSpace, start: int, end: int, write: bool) -> V
 def _fill(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> Operation[_Attempt]:
     # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
     targets = tuple(pages.pieces())
-    missing = _missing(mirror.space, targets, pages, write)
+    missing = _missing(mirror, targets, pages, write)
     if missing is not None:
         return _Attempt(missing)
     for index, target in enumerate(targets):
@@ -310,37 +320,61 @@ def _fill(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> 
             mirror.require_filling("fault")
         if enlisted.backoff:
             return _Attempt(retry=True)
-        _install(mirror, target, write)
+        install(mirror, target, write=write)
     if mirror.update_on_fault:
-        yield from _update(mirror, enlisted, pages, write)
+        target = pages.target
+        table = mirror.table
+        entries = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
+        yield from update(mirror, enlisted.spans, entries, write=write)
     return _Attempt()
 
 
 def _missing(
-    space: AddressSpace, targets: Iterable[AddressRange | Entries], pages: _Pages, write: bool
+    mirror: Mirror, targets: Iterable[AddressRange | Entries], pages: _Pages, write: bool
 ) -> AddressRange | Entries | None:
     """What has to be faulted in first; None when all is there.
 
-    Of a range it is all from the first such page on, so that one CPU fault brings all of it in.
+    Of a range it is all from the first such page on, so that one CPU fault brings all of it in, unless that would
+    also bring pages back from the device.
     """
+    space, at_home = mirror.space, mirror.home is not None and mirror.home.region.used > 0
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
     for target in targets:
         if isinstance(target, AddressRange):
             if space.table.common(target.start, target.end) & wanted != wanted:
-                lacking = (space.table.read(target.start, target.end) & np.uint64(wanted)) != wanted
+                entries = space.table.read(target.start, target.end)
+                lacking = (entries & np.uint64(wanted)) != wanted
+                if at_home and (own := _on_own_device(mirror, target, entries)).any():
+                    if (lacking & ~own).any():
+                        scattered: Entries = _addresses(target)[lacking & ~own]
+                        return scattered
+                    continue
                 first = target.start + int(lacking.argmax()) * PAGE_SIZE
                 return AddressRange(first, next(span.end for span in pages.spans if first in span))
         else:
-            lacking = (space.table.lookup(target) & np.uint64(wanted)) != wanted
+            entries = space.table.lookup(target)
+            lacking = (entries & np.uint64(wanted)) != wanted
+            if at_home:
+                lacking &= ~_on_own_device(mirror, target, entries)
             if lacking.any():
-                scattered: Entries = target[lacking]
-                return scattered
+                found: Entries = target[lacking]
+                return found
     return None
 
 
-def _install(mirror: Mirror, target: AddressRange | Entries, write: bool) -> None:
+def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entries) -> npt.NDArray[np.bool_]:
+    # Which of the CPU's entries are of pages that the mirror has in its device's memory.
+    own: npt.NDArray[np.bool_] = cpu_pte.is_device_private(entries)
+    if own.any():
+        own &= pte.pte_test_valid_dev(mirror.table.lookup(_addresses(target)))
+    return own
+
+
+def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
     table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
+    if mirror.home is not None and mirror.home.region.used:
+        target = _permit_on_device(mirror, target, write)
     old: Entries | None = None
     if not isinstance(target, AddressRange):
         entries, old = _mirrored(cpu.lookup(target), write), table.lookup(target)
@@ -362,6 +396,19 @@ def _install(mirror: Mirror, target: AddressRange | Entries, write: bool) -> Non
         table.fill(target.start, target.end, entries)
     else:
         table.store(target, entries)
+
+
+def _permit_on_device(mirror: Mirror, target: AddressRange | Entries, write: bool) -> AddressRange | Entries:
+    """Let the device write what it has, if it is to: the VMA permits it.  Returns: the pages in system memory."""
+    addresses = _addresses(target)
+    entries = mirror.table.lookup(addresses)
+    own = pte.pte_test_valid_dev(entries)
+    if not own.any():
+        return target
+    if write:
+        mirror.table.store(addresses[own], pte.pte_set_write(entries[own]))
+    rest: Entries = addresses[~own]
+    return rest
 
 
 @overload
@@ -398,19 +445,26 @@ def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entrie
         entries[fresh] = pte.pte_from_dma_addr(iovas) | (entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY))
 
 
-def _update(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> Operation[None]:
-    """Let the driver program its device from the mirror; its error is the caller's and kills nothing."""
+def update(mirror: Mirror, spans: Spans, entries: Entries, *, write: bool) -> Operation[None]:
+    """Let the driver program its device from the mirror; its error is the caller's and kills nothing.
+
+    Args:
+        entries: uint64[n], the mirror's, of all pages of `spans`.
+
+    Raises:
+        TimedOutError: it did not answer, and its policy is FAIL (ETIMEDOUT).
+        OutOfFramesError, BadAddressError: it answered ENOMEM, or EIO.
+        DeviceLostError, NoSuchObjectError: the mirror ended meanwhile (ENODEV).
+    """
     notifier = mirror.space.notifier
-    table, target = mirror.table, pages.target
-    entries = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
     event = Event(
-        operation_id=enlisted.operation_id,
+        operation_id=notifier.current.operation_id,
         space_id=mirror.space.id,
         revision=notifier.next_revision(),
         etype=EventType.DEVICE_WFAULT if write else EventType.DEVICE_RFAULT,
         reason=None,
         cause=None,
-        spans=enlisted.spans,
+        spans=spans,
         entries=entries.astype("<u8", copy=False).tobytes(),
     )
     deliveries: tuple[Delivery, ...] = yield Deliver(event, (mirror.id,))
@@ -425,4 +479,14 @@ def _update(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -
         raise BadAddressError(f"fault: the driver of {mirror} answered EIO", errnos.EIO)
 
 
-__all__ = ["Faulted", "fault_pages", "fault_range", "fault_whole_range"]
+__all__ = [
+    "Faulted",
+    "bring_in",
+    "fault_pages",
+    "fault_range",
+    "fault_whole_range",
+    "install",
+    "mirrorable_vma",
+    "update",
+    "wait_to_start",
+]

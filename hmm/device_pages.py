@@ -8,6 +8,8 @@
 The frames of devices have bytes like all others, so a copy is made here and not by the driver.  Before a page leaves
 because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
 
+What a mirror of 2015 has put on its device comes back by way of that mirror (mirror_memory.py).
+
 **Source**: Linux mm/migrate_device.c, mm/memory.c (do_swap_page()), lib/test_hmm.c (dmirror_devmem_fault()), 6.12.
 
 **Invariants**: a device's frame in use is mapped as a device's page or held by a migration; nothing is lost when a
@@ -34,10 +36,10 @@ from hmm.migrate import MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, m
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places
-from hmm.units import PAGE_SHIFT, PIECE_PAGES, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
-from hmm.zone_device import owners, used_frames
+from hmm.units import PAGE_SHIFT, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
+from hmm.zone_device import are_remote, owners, used_frames
 
-__all__ = ["evict", "migrate_to_device", "migrate_to_system", "move_to_system"]
+__all__ = ["evict", "lose", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
 _WRITE = np.uint64(WRITE)
 
@@ -116,6 +118,9 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
     """
     frames = space.frames
     pfns = cpu_pte.cpu_pfn(touched.entries)
+    if are_remote(frames, pfns).any() or any(one.home for one in space.notifier.subscribers.values()):
+        touched = yield from _through_homes(space, touched)
+        pfns = cpu_pte.cpu_pfn(touched.entries)
     devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
     for device_id, mirror_id in np.unique(np.stack((devices, holders), axis=1), axis=0).tolist():
         addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
@@ -126,6 +131,37 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
             space, touched.vma, chosen, Select.DEVICE_PRIVATE, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id
         )
         yield from run(migration, _tell_and_copy)
+
+
+def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strangers]:
+    """Let mirrors bring back what they have, and poison what nobody has.  Returns: the rest."""
+    frames, subscribers = space.frames, space.notifier.subscribers
+    pfns = cpu_pte.cpu_pfn(touched.entries)
+    holders, remote = frames.zone_device_data[pfns], are_remote(frames, pfns)
+    rest = np.ones(pfns.size, np.bool_)
+    for holder in np.unique(holders).tolist():
+        subscriber = subscribers.get(holder)
+        mine = holders == holder
+        if subscriber is not None and subscriber.home is not None:
+            rest &= ~mine
+            yield from subscriber.home.bring_back(touched.addresses[mine])
+        elif (mine & remote).any():
+            # Its driver is gone, and whoever discards the page has not come to it yet.
+            rest &= ~(mine & remote)
+            lose(space, touched.addresses[mine & remote])
+    return Strangers(touched.vma, touched.addresses[rest], touched.entries[rest])
+
+
+def lose(space: AddressSpace, addresses: Entries) -> None:
+    """The contents of pages in a device's memory are lost: whoever touches them gets SIGBUS.
+
+    Args:
+        addresses: uint64[n], unique; those that are not in a device's memory are left alone.
+    """
+    entries = space.table.lookup(addresses)
+    gone = cpu_pte.is_device_private(entries)
+    space.table.store(addresses[gone], cpu_pte.POISON)
+    space.drop(entries[gone])
 
 
 def _tell_and_copy(migration: Migration) -> Operation[None]:
@@ -174,6 +210,10 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
     """
     known = list(spaces)
     moved = 0
+    for space in known:
+        for subscriber in list(space.notifier.subscribers.values()):
+            if subscriber.home is not None and subscriber.home.region is region:
+                moved += yield from subscriber.home.vacate((WHOLE_SPACE,))
     for first in range(region.first, region.top, PIECE_PAGES):
         used = used_frames(frames, region.number)
         pfns = used[(used >= first) & (used < first + PIECE_PAGES)]

@@ -119,6 +119,13 @@ class Cause(Enum):
         """The row of the table for this cause."""
         return CAUSES[self]
 
+    @property
+    def discards(self) -> bool:
+        """True when the contents of the range are to go: a page in a device's memory need not come back first."""
+        return self in _DISCARDING
+
+
+_DISCARDING = frozenset({Cause.MUNMAP, Cause.MADV_DONTNEED, Cause.TRUNCATE, Cause.EXIT})
 
 CAUSES: dict[Cause, Told] = {
     Cause.MUNMAP: Told(EventType.MUNMAP, Reason.UNMAP),
@@ -167,7 +174,11 @@ class Event:
         owner: the device whose own migration or exclusive access this is; 0 for nobody.
         initiator: the mirror that asked for it, or that put the page where it has to come back from; 0 for none.
         blockable: False only for the OOM reaper and process_mrelease, which accept a refusal.
-        entries: DEVICE_RFAULT and DEVICE_WFAULT: the mirror's entries of `spans`, little-endian uint64.
+        entries: of all pages of `spans`, little-endian uint64.  DEVICE_RFAULT and DEVICE_WFAULT: the mirror's;
+            COPY_TO_DEVICE and COPY_FROM_DEVICE: where in the device's memory.
+        copy: COPY_TO_DEVICE and COPY_FROM_DEVICE that the driver carries out: names the pages on their way, see
+            `mirror_memory.Copy`; the answer has a result for each.  0: nothing is asked but to stop using them.
+        keeps: COPY_FROM_DEVICE for fork: the device goes on using what was copied.
     """
 
     operation_id: int
@@ -181,6 +192,22 @@ class Event:
     blockable: bool = True
     entries: bytes = b""
     initiator: MirrorId = 0
+    copy: int = 0
+    keeps: bool = False
+
+    @property
+    def npages(self) -> int:
+        """Of all its ranges."""
+        return sum(span.npages for span in self.spans)
+
+    @property
+    def pte_mask(self) -> int:
+        """What is kept of every entry of the ranges once all have answered.
+
+        Differs: pages that came back are faulted in again at their new place; the posted code left entries of it.
+        """
+        gone = self.etype is EventType.COPY_FROM_DEVICE and not self.keeps
+        return MASK_NONE if gone else self.etype.pte_mask
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""
@@ -196,6 +223,7 @@ class Delivery:
         operation_id: the call that waits for the answer.
         errno: what the driver's callback returned, positive; 0 is success.
         dirty: ranges that the device wrote and reports with its answer.
+        results: of a copy: one byte per page, 0 or an errno.
     """
 
     mirror_id: MirrorId
@@ -205,3 +233,4 @@ class Delivery:
     state: EventState = EventState.SENT
     errno: int = 0
     dirty: tuple[AddressRange, ...] = ()
+    results: bytes = b""

@@ -2,7 +2,7 @@
 
 fork gives the child the parent's VMAs, and of their pages only those that could not be faulted in again: private
 pages, which both then share read-only until one of them writes.  Mirrors of the parent hear of exactly these VMAs
-before their pages become read-only.
+before their pages become read-only.  Of pages that a mirror has in its device's memory the child gets copies.
 
 exec is an exit from one address space after entering another, empty one: whoever knows of processes makes the new
 space and calls `exit_mmap` for the old one when its last user has left.
@@ -17,6 +17,8 @@ the parent's VMAs with the parent's cuts.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,7 +31,7 @@ from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, Pfns
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
 
@@ -37,6 +39,7 @@ __all__ = ["exit_mmap", "fork"]
 
 _UNFAULTABLE = VmFlag.PFNMAP | VmFlag.MIXEDMAP
 _PRIVATE = VmFlag.SHARED | VmFlag.MAYWRITE
+_COPIED = cpu_pte.PRESENT | cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY
 
 
 def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
@@ -103,6 +106,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
             vma.backing.mapped_by(child)
         mapping = _childs_mapping(child, vma)
         child.vmas.replace(vma.span, (Vma(vma.start, vma.end, mapping),), merge=False)
+    yield from _copy_from_devices(parent, child, copied)
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
     for vma in copied:
@@ -112,6 +116,36 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
             if npages >= PIECE_PAGES:
                 npages = 0
                 yield Pause()
+
+
+def _copy_from_devices(parent: AddressSpace, child: AddressSpace, copied: list[Vma]) -> Operation[None]:
+    spans = tuple(vma.span for vma in copied if _is_cow(vma))
+    for subscriber in list(parent.notifier.subscribers.values()):
+        if subscriber.home is not None and subscriber.home.has_pages(spans):
+            yield from subscriber.home.copy_out(spans, partial(_give, child))
+
+
+def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
+    """Map pages that were copied for the child alone; a copy that failed is poison."""
+    frames, came = child.frames, copies != 0
+    first, last = (child.vmas.find(int(addresses[end])) for end in (0, -1))
+    assert first is not None
+    assert last is not None
+    frames.set_flags(copies[came], ANON_PAGE)
+    flags = np.full(addresses.size, _COPIED, np.uint64)
+    for vma in child.vmas.overlapping(AddressRange(first.start, last.end)):
+        if vma.writable:
+            low, high = addresses.searchsorted((np.uint64(vma.start), np.uint64(vma.end)))
+            flags[low:high] |= np.uint64(cpu_pte.WRITE)
+    entries = cpu_pte.cpu_entry(copies, flags)
+    entries[~came] = cpu_pte.POISON
+    try:
+        child.table.store(addresses, entries)
+    except OutOfFramesError:
+        frames.put(copies[came])
+        raise
+    frames.map_new(copies[came])
+    child.claim(copies[came])
 
 
 def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
@@ -124,8 +158,13 @@ def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
 
 
 def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
-    """Give the child the entries of some pages of one VMA: copy_pte_range()."""
+    """Give the child the entries of some pages of one VMA, except those that it has already: copy_pte_range()."""
     if _is_cow(vma):
+        if any(subscriber.home for subscriber in parent.notifier.subscribers.values()):
+            missing = child.table.lookup(addresses) == 0
+            addresses, entries = addresses[missing], entries[missing]
+            if not addresses.size:
+                return
         pinned = _pinned(parent, entries)
         if pinned.any():
             _copy_pinned(parent, child, vma, addresses[pinned], entries[pinned])
@@ -163,7 +202,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     parent.table.store(addresses, kept)
     copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
     frames.copy(copies, cpu_pte.cpu_pfn(entries))
-    flags = cpu_pte.PRESENT | cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY | (cpu_pte.WRITE if vma.writable else 0)
+    flags = _COPIED | (cpu_pte.WRITE if vma.writable else 0)
     try:
         child.table.store(addresses, cpu_pte.cpu_entry(copies, flags))
     except OutOfFramesError:

@@ -51,6 +51,7 @@ class Region:
         nfree: frames on the free stack.
         high_water: most frames that were in use at a time.
         failing: the nth page from now on cannot be allocated, nor any behind it; 0: no failure is injected.
+        remote: what the frames hold is with the device's driver; the bytes here mean nothing.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Region:
     nfree: int = 0
     high_water: int = 0
     failing: int = 0
+    remote: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind.value} memory" + (f" of device {self.owner}" if self.owner else "")
@@ -141,7 +143,7 @@ class FrameAllocator:
             raise NoSuchObjectError(f"memory region {number} does not exist", errnos.ENODEV)
         return region
 
-    def add_region(self, frames: int, owner: int, kind: RegionKind) -> Region:
+    def add_region(self, frames: int, owner: int, kind: RegionKind, *, remote: bool = False) -> Region:
         """Reserve consecutive frame numbers, at the lowest place where they fit.
 
         Raises:
@@ -157,7 +159,7 @@ class FrameAllocator:
             start = region.end
         if start + frames > self._nframes:
             raise OutOfFramesError(f"{kind.value} memory: no {frames} consecutive frame numbers are left")
-        region = Region(self._next_number, start, start + frames, owner, kind, start, start)
+        region = Region(self._next_number, start, start + frames, owner, kind, start, start, remote=remote)
         self._next_number += 1
         self._regions[region.number] = region
         return region

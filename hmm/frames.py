@@ -152,7 +152,9 @@ class Frames(FrameContents):
         """The region that holds a frame."""
         return self._allocator.region_of(pfn)
 
-    def add_region(self, frames: int, owner: int, kind: RegionKind = RegionKind.DEVICE_PRIVATE) -> Region:
+    def add_region(
+        self, frames: int, owner: int, kind: RegionKind = RegionKind.DEVICE_PRIVATE, *, remote: bool = False
+    ) -> Region:
         """Give a device memory of its own: consecutive frame numbers, all free.
 
         Raises:
@@ -160,7 +162,7 @@ class Frames(FrameContents):
 
         Source: Linux mm/memremap.c, memremap_pages().
         """
-        return self._allocator.add_region(frames, owner, kind)
+        return self._allocator.add_region(frames, owner, kind, remote=remote)
 
     def remove_region(self, number: int) -> None:
         """Take a device's memory away; its frames must be free.

@@ -24,8 +24,11 @@ _CALLER = Caller(name="local")
 class Driver(Protocol):
     """A device driver in the same process."""
 
-    def update(self, mirror_id: MirrorId, event: Event) -> int:
-        """Handle one event before it takes effect.  Returns: 0, or a positive errno."""
+    def update(self, mirror_id: MirrorId, event: Event) -> int | bytes:
+        """Handle one event before it takes effect.
+
+        Returns: 0, or a positive errno; the results of a copy, one byte per page.
+        """
 
     def release(self, mirror_id: MirrorId) -> None:
         """The address space is going away: stop everything that uses it."""
@@ -66,18 +69,19 @@ class Local:
 
     def _serve(self, delivery: Delivery) -> None:
         driver = self.drivers.get(delivery.mirror_id)
-        errno = 0
+        answer: int | bytes = 0
         if driver is not None:
             self._callbacks.append((delivery.mirror_id, delivery.sequence))
             try:
                 if delivery.event.etype is EventType.RELEASE:
                     driver.release(delivery.mirror_id)
                 else:
-                    errno = driver.update(delivery.mirror_id, delivery.event)
+                    answer = driver.update(delivery.mirror_id, delivery.event)
             finally:
                 self._callbacks.pop()
         if delivery.mirror_id in self.machine.receivers:
-            self.machine.answer(delivery.mirror_id, delivery.sequence, errno)
+            errno, results = (0, answer) if isinstance(answer, bytes) else (answer, b"")
+            self.machine.answer(delivery.mirror_id, delivery.sequence, errno, results=results)
 
 
 __all__ = ["Driver", "Local"]

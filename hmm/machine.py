@@ -228,18 +228,26 @@ class Machine:
             record.fenced += [delivery.mirror_id for delivery in reply if delivery.state is EventState.FENCED]
         self._advance(record, reply, record.refusal)
 
-    def answer(self, mirror_id: MirrorId, sequence: int, errno: int = 0, dirty: tuple[AddressRange, ...] = ()) -> None:
+    def answer(
+        self,
+        mirror_id: MirrorId,
+        sequence: int,
+        errno: int = 0,
+        dirty: tuple[AddressRange, ...] = (),
+        results: bytes = b"",
+    ) -> None:
         """A driver's callback for one event returned `errno`.
 
         Repeats and late answers change nothing and are counted.
 
         Raises:
-            InvalidRequestError: the event was never sent to this mirror (EINVAL).
+            InvalidRequestError: the event was never sent to this mirror, or it is a copy and `results` are not as many
+                as its pages (EINVAL); it is still to be answered.
             NoSuchObjectError: there is no such mirror (ENODEV).
         """
         mirror = self.receiver(mirror_id)
-        self._note("answer", mirror_id, sequence, errno, dirty)
-        sent = mirror.answer(sequence, errno, dirty)
+        self._note("answer", mirror_id, sequence, errno, dirty, results)
+        sent = mirror.answer(sequence, errno, dirty, results)
         if sent is not None:
             self._settle(sent)
 

@@ -152,7 +152,9 @@ def _names(entries: Entries, pfns: Pfns) -> np.ndarray[tuple[int, ...], np.dtype
 def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
     # migration_entry_wait(): the range is busy until the migration has ended; not where fork or mremap took an entry.
     spans = spans_of_pages((pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
-    if space.notifier.invalidations_overlap(spans):
+    if space.notifier.copies_overlap(spans):
+        yield Await(WaitFor.COPIES, space.id, spans)
+    elif space.notifier.invalidations_overlap(spans):
         yield Await(WaitFor.INVALIDATIONS, space.id, spans)
     else:
         yield Pause()

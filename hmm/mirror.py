@@ -7,12 +7,15 @@ is propagated, DMA mappings whose VALID bit goes are unmapped, directories witho
 v4" (hmm_mirror_update_pt), "HMM: add dirty flag helper v3", "HMM: DMA map memory on behalf of device driver v2".
 
 **Invariants**: an entry names the frame that the CPU's entry at this address names, and permits writing only if that
-one does; a mirror that is not LIVE has an empty table.
+one does, or its page is in the device's memory and its VMA permits it; a mirror that is not LIVE has an empty table.
+The entry of a page in the device's memory goes only with the page.
 
-**Absent**: numbering and answers (receiver.py), filling the table (device_fault.py), transport.
+**Absent**: numbering and answers (receiver.py), filling the table (device_fault.py), pages in the device's memory
+(mirror_memory.py), transport.
 
 Differs: an error on an event of a range kills the mirror as in the posted code, but its table is emptied with
-dirty propagated; the posted code dropped the recorded dirty bits of device entries.
+dirty propagated; the posted code dropped the recorded dirty bits of device entries.  Discarding a range leaves the
+entries of pages in the device's memory, which in the posted code were lost with them.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from hmm.iommu import Domain
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver
 from hmm.spans import Spans, inside
-from hmm.units import TASK_SIZE, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, Pfn, Pfns
 from hmm.violation import ViolationKind
+
+_NOTHING = np.empty(0, np.uint64)
 
 __all__ = ["DeadlinePolicy", "Mirror", "MirrorState"]
 
@@ -56,10 +61,12 @@ class Mirror(Receiver):
     table: PageTable = field(init=False)
     domain: Domain | None = field(init=False)
     owed: Entries = field(default_factory=lambda: np.empty(0, np.uint64))
+    _first_pfn: Pfn = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.directories)
         self.domain = Domain(self.device.iommu) if self.device.iommu else None
+        self._first_pfn = self.space.frames.region(self.device.region).start if self.device.region else 0
 
     # ---- the life cycle
 
@@ -76,6 +83,8 @@ class Mirror(Receiver):
         """Stop mirroring: no further events, no entries.  Recorded dirty is propagated first."""
         if self.state is not MirrorState.LIVE:
             return
+        if self.home is not None:
+            self.home.leave()
         self.apply(self.span, pte.MASK_NONE)
         self.owed = self.owed[:0]
         Receiver.release(self, state, why)
@@ -99,50 +108,63 @@ class Mirror(Receiver):
                 self.mark_dirty(span)
             if self.owed.size and event.etype in INVALIDATIONS:
                 self._require_reported(event.spans, delivery.sequence)
-            self._apply_all(event.spans, event.etype.pte_mask)
+            self._apply_all(event.spans, event.etype.pte_mask, on_device=_reaches_device(event))
         if delivery.errno and event.etype in INVALIDATIONS:
             self.leaving = True
             return False
         return True
 
-    def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:
+    def heard_late(self, event: Event, dirty: tuple[AddressRange, ...]) -> None:  # noqa: ARG002 - the same for all
         """The entries are still there, so that what the device wrote through them is recorded."""
         for span in dirty:
             self.mark_dirty(span)
 
     # ---- entries
 
-    def apply(self, span: AddressRange, mask: int) -> None:
+    def apply(self, span: AddressRange, mask: int, *, on_device: bool = True) -> None:
         """Apply an event's mask: `entry &= mask`, after propagating dirty and before unmapping what it clears.
+
+        Args:
+            on_device: False leaves the entries of pages in the device's memory as they are.
 
         Cost: O(entries + directories), vectorised, in pieces.  Source: hmm_mirror_update_pt(), hmm_pte_update().
         """
         if mask == pte.MASK_ALL:
             return
+        kept = _NOTHING if on_device or self.home is None else self.on_device(span)
+        entries_kept = self.table.lookup(kept) if kept.size else kept
         for part in self.table.populated(span.start, span.end):
             if mask == pte.MASK_NONE:
                 entries = self.table.zap(part.start, part.end)
                 self._propagate_dirty(entries)
-                if self.domain:
-                    self._unmap(self.domain, entries)
+                self.unmap(entries)
             else:
                 self._propagate_dirty(self.table.read(part.start, part.end))
                 self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
+        if kept.size:
+            self.table.store(kept, entries_kept)
 
-    def _apply_all(self, spans: Spans, mask: int) -> None:
+    def on_device(self, span: AddressRange) -> Entries:
+        """uint64[n]: the addresses of a range whose pages are in the device's memory, ascending."""
+        addresses, entries = self.table.valid(span.start, span.end)
+        found: Entries = addresses[pte.pte_test_valid_dev(entries)]
+        return found
+
+    def _apply_all(self, spans: Spans, mask: int, *, on_device: bool) -> None:
         # Of many ranges those are looked for that hold entries, and not the other way round.
         if len(spans) <= _FEW:
             for span in spans:
-                self.apply(span, mask)
+                self.apply(span, mask, on_device=on_device)
         elif mask != pte.MASK_ALL:
             for found, held in self.table.chunks(spans[0].start, spans[-1].end):
                 ours = inside(found, spans)
+                if not on_device:
+                    ours &= ~pte.pte_test_valid_dev(held)
                 addresses, entries = found[ours], held[ours]
                 self._propagate_dirty(entries)
                 if mask == pte.MASK_NONE:
                     self.table.clear_many(addresses)
-                    if self.domain:
-                        self._unmap(self.domain, entries)
+                    self.unmap(entries)
                 else:
                     self.table.store(addresses, entries & np.uint64(mask & ~pte.DIRTY))
 
@@ -163,7 +185,11 @@ class Mirror(Receiver):
         self.history.discarded(self.sequence, span, self.space.notifier.current.operation_id)
         if self.owed.size:
             self._require_reported((span,), self.sequence)
-        self.apply(span, pte.MASK_NONE)
+        self.apply(span, pte.MASK_NONE, on_device=False)
+
+    def entries_on_device(self, pfns: Pfns) -> Entries:
+        """uint64[n]: entries of frames of the device's memory."""
+        return pte.pte_from_dev_addr(((pfns - self._first_pfn) << PAGE_SHIFT).view(np.uint64))
 
     def owe(self, addresses: Entries) -> None:
         """The device wrote these pages, uint64[n], and set no DIRTY: its driver has to report them."""
@@ -193,6 +219,9 @@ class Mirror(Receiver):
     def pfns(self, entries: Entries) -> Pfns:
         """int64[n]: the frame that each entry reaches, through the IOMMU if need be; 0 for the zero page or none."""
         pfns = pte.pte_pfn(entries)
+        if self.home is not None:
+            own = pte.pte_test_valid_dev(entries)
+            pfns[own] = (pte.pte_dev_addr(entries[own]) >> np.uint64(PAGE_SHIFT)).view(np.int64) + self._first_pfn
         if self.domain:
             dma = pte.pte_test_valid_dma(entries)
             if dma.any():
@@ -204,11 +233,12 @@ class Mirror(Receiver):
             pfns = self.pfns(entries[pte.pte_test_dirty(entries)])
             self.space.frames.set_flags(pfns[pfns != ZERO_PFN], PageFlag.DIRTY)
 
-    @staticmethod
-    def _unmap(domain: Domain, entries: Entries) -> None:
-        mapped = entries[pte.pte_test_valid_dma(entries)]
-        if mapped.size:
-            domain.unmap(pte.pte_dma_addr(mapped))
+    def unmap(self, entries: Entries) -> None:
+        """Unmap for DMA what entries that leave the table name."""
+        if self.domain:
+            mapped = entries[pte.pte_test_valid_dma(entries)]
+            if mapped.size:
+                self.domain.unmap(pte.pte_dma_addr(mapped))
 
     def check(self, checked: Checked) -> None:
         """Assert the invariants of this mirror against the CPU's table."""
@@ -225,16 +255,39 @@ class Mirror(Receiver):
         addresses, entries = self.table.valid(0, TASK_SIZE)
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
+        valid = (entries & np.uint64(pte.VALID)) != 0
+        assert valid.all() or self.space.notifier.copies, (
+            f"{self} has entries without a value, and nothing is on its way"
+        )
+        addresses, entries = addresses[valid], entries[valid]
         cpu = self.space.table.lookup(addresses)
-        assert cpu_pte.is_present(cpu).all(), f"{self} reaches pages that the CPU table no longer has"
+        own = pte.pte_test_valid_dev(entries)
+        moving = cpu_pte.is_migration(cpu) & (bool(self.space.notifier.copies) or own)
+        there = moving | np.where(own, cpu_pte.is_device_private(cpu), cpu_pte.is_present(cpu))
+        assert there.all(), f"{self} reaches pages that the CPU table no longer has"
         assert np.array_equal(cpu_pte.cpu_pfn(cpu), self.pfns(entries)), f"{self} reaches other frames than the CPU"
         writes = pte.pte_test_write(entries)
-        assert cpu_pte.is_writable(cpu[writes]).all(), f"{self} may write where the CPU may not"
+        assert cpu_pte.is_writable(cpu[writes & ~own]).all(), f"{self} may write where the CPU may not"
+        self._check_writable(addresses[writes & own])
         dirty = pte.pte_test_dirty(entries)
         assert writes[dirty].all(), f"{self} has dirty entries that do not permit writing"
         if self.domain:
             mapped = pte.pte_test_valid_dma(entries)
             assert int(mapped.sum()) == self.domain.frames.count, f"{self} leaks DMA mappings"
+
+    def _check_writable(self, addresses: Entries) -> None:
+        changing = [span for running in self.space.notifier.invalidations for span in running.spans]
+        for address in addresses.tolist():
+            vma = self.space.vmas.find(address)
+            permitted = (vma is not None and vma.writable) or any(address in span for span in changing)
+            assert permitted, f"{self} may write {address:#x} in its device's memory and the mapping does not permit it"
+
+
+def _reaches_device(event: Event) -> bool:
+    # Fork leaves the device what it has; what does not discard pages has brought them back already.
+    if event.etype.pte_mask == pte.MASK_NONE:
+        return event.cause is not None and event.cause.discards
+    return event.etype is not EventType.FORK
 
 
 def _set_dirty(entries: Entries) -> None:

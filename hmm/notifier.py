@@ -5,11 +5,14 @@ One Notifier per address space.  It keeps four lists, all of them short and orde
     subscribers     mirrors (2015), later also interval subscriptions (today)
     invalidations   running changes: in the list from before the callbacks until after the edit
     faults          device faults that are filling a mirror (2015 only)
+    copies          pages on their way between system memory and a device (2015 only)
     turns           calls that change VMAs, served one at a time, as under mmap_lock held for writing
 
 The conflict protocol of 2015: a device fault starts only when no overlapping invalidation runs; an invalidation
 asks overlapping device faults to back off and waits until they are gone, and only then calls the drivers.  So for
 any overlap the driver's update for the fault is complete before its update for the invalidation, or never happens.
+A copy is waited for as a device fault is.  What changes pages without discarding them takes back first what is in the
+memory of a device that has to hear of it: its driver frees that memory when it hears.
 
 **Source**: linux-mm, "mmu_notifier: keep track of active invalidation ranges v3" and "HMM: add device page fault
 support v3" (hmm_fault_start, hmm_event_backoff); today: mm/mmu_notifier.c, mn_itree_inv_start_range().
@@ -22,14 +25,17 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
 from hmm.events import Cause, Delivery, Event, EventState, EventType
+from hmm.frames import Region
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
+from hmm.pte import MASK_NONE
 from hmm.spans import Spans, are_ascending, overlap
-from hmm.units import WHOLE_SPACE, AddressRange, MirrorId, SpaceId
+from hmm.units import WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, SpaceId
 
 
 class HasSpans(Protocol):
@@ -40,12 +46,46 @@ class HasSpans(Protocol):
         """Ascending and disjoint."""
 
 
+class Home(Protocol):
+    """Where a mirror's pages are that its device has in its memory (mirror_memory.py)."""
+
+    @property
+    def region(self) -> Region:
+        """The memory."""
+
+    def leave(self) -> None:
+        """The mirror ends: what its driver alone has is lost, what the daemon has stays where it is."""
+
+    def has_pages(self, spans: Spans) -> bool:
+        """Whether a page of these ranges is there."""
+
+    def vacate(self, spans: Spans) -> Operation[int]:
+        """Bring back all that is there of these ranges.  Returns: number of pages."""
+
+    def bring_back(self, addresses: Entries) -> Operation[None]:
+        """Bring pages back, as far as they are there: uint64[n] addresses, ascending."""
+
+    def copy_out(self, spans: Spans, take: Callable[[Entries, Pfns], None]) -> Operation[None]:
+        """Copy the pages of these ranges for somebody else, who takes addresses and frames (0: lost) part by part."""
+
+
 class Subscriber(Protocol):
     """What the notifier needs of a mirror or an interval subscription."""
 
     @property
     def id(self) -> MirrorId:
         """Identifies the subscriber in Deliver and Delivery."""
+
+    @property
+    def home(self) -> Home | None:
+        """Its part of its device's memory; None when there is none that goes with its table."""
+
+    @property
+    def may_abandon(self) -> bool:
+        """Whether a change that it does not answer in time is not made."""
+
+    def settling(self, spans: Spans) -> bool:
+        """Whether it has been told of a change of these ranges that has not been made yet."""
 
     def hears(self, event: Event) -> bool:
         """Whether this event has to be delivered to this subscriber."""
@@ -96,6 +136,8 @@ class Invalidation:
         Cost: nothing but a test per subscriber when nobody is concerned.
         """
         notifier = self.notifier
+        if notifier.copies:
+            yield from notifier.wait_for_copies(self.spans)
         if not notifier.subscribers:
             return ()
         event = self._event()
@@ -107,6 +149,10 @@ class Invalidation:
             listeners = notifier.listeners(event)
         if any(listener.awaits_late_answer() for listener in listeners):
             yield from self._late_answers(event)
+            listeners = notifier.listeners(event)
+        takes = event.etype.pte_mask == MASK_NONE
+        if takes and any(listener.home is not None for listener in listeners):
+            yield from self._vacate(event)
             listeners = notifier.listeners(event)
         if notifier.revision != event.revision:
             event = self._event()  # numbered when it is sent, so that revisions ascend
@@ -122,6 +168,21 @@ class Invalidation:
         except TimedOutError:
             if not self.certain:
                 raise
+
+    def _vacate(self, event: Event) -> Operation[None]:
+        # Nothing can get into a device's memory meanwhile, as the range is busy; but copies back may have begun.
+        notifier = self.notifier
+        while True:
+            listeners = notifier.listeners(event)
+            fallible = not self.certain and any(listener.may_abandon for listener in listeners)
+            homes = [one.home for one in listeners if one.home is not None]
+            filled = [home for home in homes if home.has_pages(event.spans)]
+            if notifier.copies_overlap(event.spans, self.operation_id):
+                yield from notifier.wait_for_copies(event.spans)
+            elif filled and (fallible or not self.cause.discards):
+                yield from filled[0].vacate(event.spans)
+            else:
+                return
 
     def _event(self) -> Event:
         told = self.cause.told
@@ -152,6 +213,27 @@ class DeviceFault:
     def spans(self) -> Spans:
         """The ranges that it fills."""
         return self.target.spans
+
+
+@dataclass(slots=True, eq=False)
+class Copying:
+    """Pages on their way to or from a device: in the list while its `with` block runs.
+
+    Attributes:
+        backoff: somebody wants to change the range; what has not begun to copy gives way.
+    """
+
+    notifier: Notifier
+    operation_id: int
+    spans: Spans
+    backoff: bool = False
+
+    def __enter__(self) -> Self:
+        self.notifier.copies.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.notifier.copies.remove(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -190,6 +272,7 @@ class Notifier:
     subscribers: dict[MirrorId, Subscriber] = field(default_factory=dict)
     invalidations: list[Invalidation] = field(default_factory=list)
     faults: list[DeviceFault] = field(default_factory=list)
+    copies: list[Copying] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     revision: int = 0
     sequence: int = 2
@@ -303,6 +386,20 @@ class Notifier:
         """Delist a device fault."""
         self.faults.remove(fault)
 
+    # ---- copies
+
+    def copying(self, spans: Spans) -> Copying:
+        """Keep changes away from pages while they are copied: whoever delivers an event for them waits."""
+        return Copying(self, self.current.operation_id, spans)
+
+    def wait_for_copies(self, spans: Spans) -> Operation[None]:
+        """Wait until no page of `spans` is being copied by another operation."""
+        mine = self.current.operation_id
+        while self.copies_overlap(spans, mine):
+            for copying in self.copies:
+                copying.backoff |= overlap(copying.spans, spans)
+            yield Await(WaitFor.COPIES, self.space_id, spans, ticket=mine)
+
     # ---- turns
 
     def turn(self) -> Turn:
@@ -322,6 +419,14 @@ class Notifier:
         """True while a device fault fills a part of `spans`."""
         return bool(self.faults) and any(overlap(fault.spans, spans) for fault in self.faults)
 
+    def copies_overlap(self, spans: Spans, operation_id: int = 0) -> bool:
+        """True while a part of `spans` is being copied by another operation than `operation_id`."""
+        return bool(self._copies(spans, operation_id))
+
+    def _copies(self, spans: Spans, operation_id: int) -> list[int]:
+        others = [copying for copying in self.copies if copying.operation_id != operation_id]
+        return [copying.operation_id for copying in others if overlap(copying.spans, spans)]
+
     def invalidations_overlap(self, spans: Spans) -> bool:
         """True while a part of `spans` is being invalidated."""
         return bool(self.invalidations) and any(overlap(running.spans, spans) for running in self.invalidations)
@@ -334,7 +439,7 @@ class Notifier:
         """True when the call with this ticket is first in the queue."""
         return self.turns[0].ticket == ticket
 
-    def is_ready(self, request: Await) -> bool:
+    def is_ready(self, request: Await) -> bool:  # noqa: PLR0911 - one for each condition
         """Whether an operation that waits for `request` may go on."""
         match request.wait_for:
             case WaitFor.FAULTS:
@@ -347,16 +452,25 @@ class Notifier:
                 return self.is_turn(request.ticket)
             case WaitFor.SEQUENCE:
                 return self.sequence != request.ticket
+            case WaitFor.COPIES:
+                return not self.copies_overlap(request.spans, request.ticket)
             case _:
-                owing = self.subscribers.get(request.mirror_id)
-                return owing is None or not owing.awaits_late_answer()
+                return self._has_done(self.subscribers.get(request.mirror_id), request)
 
-    def blockers(self, request: Await) -> list[int]:
+    @staticmethod
+    def _has_done(subscriber: Subscriber | None, request: Await) -> bool:
+        if subscriber is None:
+            return True
+        if request.wait_for is WaitFor.SETTLED:
+            return not subscriber.settling(request.spans)
+        return not subscriber.awaits_late_answer()
+
+    def blockers(self, request: Await) -> list[int]:  # noqa: PLR0911 - one for each condition
         """The operations that `request` waits for, in order of arrival."""
         match request.wait_for:
             case WaitFor.FAULTS:
                 return [f.operation_id for f in self.faults if overlap(f.spans, request.spans)]
-            case WaitFor.INVALIDATIONS:
+            case WaitFor.INVALIDATIONS | WaitFor.SETTLED:
                 return [i.operation_id for i in self.invalidations if overlap(i.spans, request.spans)]
             case WaitFor.EDITS:
                 return [self.turns[0].operation_id] if self.edits_overlap(request.spans) else []
@@ -364,6 +478,8 @@ class Notifier:
                 return [turn.operation_id for turn in self.turns if turn.ticket < request.ticket]
             case WaitFor.SEQUENCE:
                 return [running.operation_id for running in self.invalidations]
+            case WaitFor.COPIES:
+                return self._copies(request.spans, request.ticket)
             case _:
                 return []
 

@@ -49,6 +49,8 @@ class WaitFor(Enum):
     CALLBACKS = "callbacks of the mirror"  # up to the event whose sequence is the ticket
     LATE_ANSWERS = "answers to abandoned events"
     SEQUENCE = "the end of all running invalidations"
+    COPIES = "copies to or from a device in the range"
+    SETTLED = "the end of changes that the mirror has been told of"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ from hmm.checked import Checked
 from hmm.device import Device
 from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError
 from hmm.events import INVALIDATIONS, Delivery, Event, EventState, EventType
+from hmm.notifier import Home
 from hmm.sanitizer import History, Reports, kind_of_stale
+from hmm.spans import Spans, overlap
 from hmm.units import TASK_SIZE, Address, AddressRange, MirrorId, ProcessId
 from hmm.violation import Taking, Violation, ViolationKind
 
@@ -67,6 +69,7 @@ class Receiver(ABC):
             IOMMU; False: it fails.
         history: what its driver gave up lately.
         reports: what its device did that it must not.
+        home: its part of its device's memory.
     """
 
     id: MirrorId
@@ -87,6 +90,7 @@ class Receiver(ABC):
     lenient: bool = False
     history: History = field(default_factory=History)
     reports: Reports = field(default_factory=Reports)
+    home: Home | None = None
 
     def __str__(self) -> str:
         return f"mirror {self.id} ({self.device.name})"
@@ -170,11 +174,20 @@ class Receiver(ABC):
         """True while an abandoned event is unanswered: nothing new is sent before that."""
         return bool(self.unanswered) and any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
 
+    @property
+    def may_abandon(self) -> bool:
+        """Whether a change that it does not answer in time is not made (policy FAIL)."""
+        return self.policy is DeadlinePolicy.FAIL
+
+    def settling(self, spans: Spans) -> bool:
+        """Whether it has been told of a change of these ranges that has not been made yet."""
+        return any(overlap(sent.event.spans, spans) for sent in self.unsettled.values())
+
     @abstractmethod
     def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when the driver's own error is its end."""
 
-    def heard_late(self, dirty: tuple[AddressRange, ...]) -> None:  # noqa: B027 - nothing to do for most
+    def heard_late(self, event: Event, dirty: tuple[AddressRange, ...]) -> None:  # noqa: B027 - nothing for most
         """An abandoned event was answered after all; the change that it told of was not made."""
 
     # ---- numbering and answers
@@ -191,11 +204,13 @@ class Receiver(ABC):
         self.counters[_EVENTS_OF[event.etype]] += 1
         return sent
 
-    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> Delivery | None:
+    def answer(
+        self, sequence: int, errno: int, dirty: tuple[AddressRange, ...], results: bytes = b""
+    ) -> Delivery | None:
         """Record a driver's answer.  Returns: the event that it finishes, None when it changes nothing.
 
         Raises:
-            InvalidRequestError: the event was never sent to this receiver (EINVAL).
+            InvalidRequestError: the event was never sent to this receiver, or it wants a result for each page (EINVAL).
         """
         if not 0 < sequence <= self.sequence:
             raise InvalidRequestError(
@@ -208,13 +223,18 @@ class Receiver(ABC):
         if sent.state is EventState.ABANDONED:
             self.counters["late_answers"] += 1
             self._forget(sequence)
-            self.heard_late(dirty)
+            self.heard_late(sent.event, dirty)
             return None
+        wanted = sent.event.npages if sent.event.copy and not errno else 0
+        if len(results) != wanted and not errno:
+            raise InvalidRequestError(
+                f"acknowledge: event {sequence} of {self} wants {wanted} results and got {len(results)}"
+            )
         if errno:
             sent.state, sent.errno = self._verdict(sent.event, errno), self._accepted(errno)
         else:
             sent.state = EventState.ACKNOWLEDGED
-        sent.dirty = dirty
+        sent.dirty, sent.results = dirty, results
         self.counters[sent.state._value_] += 1
         self._forget(sequence)
         if sent.state is EventState.ACKNOWLEDGED:

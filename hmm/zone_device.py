@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hmm.frames import Frames, RegionKind
 from hmm.units import MirrorId, Pfns
 
-__all__ = ["are_private", "forget_holder", "owners", "used_frames"]
+__all__ = ["are_private", "are_remote", "forget_holder", "owners", "used_frames"]
 
 
 def owners(frames: Frames, pfns: Pfns) -> Pfns:
@@ -34,6 +34,15 @@ def are_private(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     found = np.zeros(pfns.size, np.bool_)
     for region in frames.regions[1:]:
         if region.kind is RegionKind.DEVICE_PRIVATE:
+            found |= (pfns >= region.start) & (pfns < region.end)
+    return found
+
+
+def are_remote(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """Which frames have their contents with a driver: bool[n].  Cost: as `owners`."""
+    found = np.zeros(pfns.size, np.bool_)
+    for region in frames.regions[1:]:
+        if region.remote:
             found |= (pfns >= region.start) & (pfns < region.end)
     return found
 

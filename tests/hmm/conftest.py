@@ -14,7 +14,9 @@ from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
 from hmm.frames import Frames
 from hmm.mman import MapFlag, mmap
+from hmm.notifier import Home
 from hmm.operation import Await, Current, Deliver, Operation, Pause
+from hmm.spans import Spans
 from hmm.units import PAGE_SIZE, Address
 from hmm.vma import Prot, VmFlag
 
@@ -28,6 +30,12 @@ class Listener:
     id: int
     events: list[Event] = field(default_factory=list)
     state: EventState = EventState.ACKNOWLEDGED
+    home: Home | None = None
+    may_abandon: bool = False
+
+    def settling(self, _: Spans) -> bool:
+        """Never."""
+        return False
 
     def hears(self, event: Event) -> bool:
         """Every event."""

@@ -173,7 +173,7 @@ def test_own_migration_does_not_disturb_a_filtered_section(bench: Any) -> None:
 
 def test_commands_fail_when_the_mirror_is_one_of_2015(bench: Any) -> None:
     """A mirror with a table in the daemon has no interval notifiers, and the other way round: ENODEV."""
-    old = bench.call(commands_device.register_mirror, bench.device, bench.process)
+    old = bench.call(commands_device.register_mirror, bench.call(commands_device.register_device, "old"), bench.process)
     with pytest.raises(NoSuchObjectError):
         bench.call(commands_hmm.read_begin, old, 1)
     with pytest.raises(NoSuchObjectError):

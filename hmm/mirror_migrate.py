@@ -1,0 +1,349 @@
+"""Pages of a mirror move to the memory of its device, by a fault of the driver's (2015).
+
+    lock       the CPU's entries of the range become migration entries; empty ones and the zero page too, which move as
+               fresh pages of zeroes.  A page with references beside its mappings stays where it is, silently
+    tell       MIGRATE to every other mirror; one that answers with an error is killed
+    copy       frames of the device as far as there are some; COPY_TO_DEVICE: the driver stops using the pages, and
+               carries their bytes unless the daemon does
+    unlock     a page that moved has an entry with VALID_DEV in the mirror, all others are what they were
+    update     the mirror's entries of the range, to its driver, as at the end of every fault
+
+A change of the range that comes meanwhile waits; before the copy has begun it makes the fault give way and start over.
+Pages that are not in system memory are brought in first: from swap, and from the memory of another device, whose
+driver is asked for them (COPY_FROM_DEVICE) before this one gets them.
+
+**Source**: linux-mm, "HMM: add mirror fault support for system to device memory migration v3", hmm_mirror_fault(),
+hmm_mirror_handle_fault_migrate(); "HMM: mm add helper to update page table when migrating memory to device v2",
+mm_hmm_migrate(), mm_hmm_migrate_cleanup().
+
+**Invariants**: when the operation ends, however it ends, no migration entry of it is left; a page that did not move has
+the entry that it had, and an error of the driver's copy moves none.
+
+**Absent**: the way back and the carrying (mirror_memory.py); which pages to evict from a full device (MAKE_ROOM).
+
+Differs: a private page that several processes share since a fork moves as a copy, which is what the next write would
+have made of it; the others keep the page.  The posted code swapped the tests for the zero page and for no page, and
+installed entries with VALID_DEV although the driver had answered with an error.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte, pte
+from hmm.address_space import AddressSpace
+from hmm.device_fault import bring_in, install, mirrorable_vma, update, wait_to_start
+from hmm.errors import (
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    OutOfFramesError,
+    TimedOutError,
+)
+from hmm.events import Cause, EventState, EventType
+from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
+from hmm.frames import ZERO_PFN, PageFlag
+from hmm.migration_entries import stand_in
+from hmm.mirror import Mirror, MirrorState
+from hmm.mirror_memory import COPY_PAGES, MirrorMemory
+from hmm.operation import Await, Operation, WaitFor
+from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned
+from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
+
+__all__ = ["MAKE_ROOM", "MIGRATE_PAGES_MAX", "Moved", "migrate_range"]
+
+MIGRATE_PAGES_MAX = COPY_PAGES
+"""Pages of one fault: as many as a page has room for entries, as posted."""
+
+MAKE_ROOM: list[Callable[[MirrorMemory, int], Operation[None]]] = []
+"""Asked for so many free frames of a device's memory, before a migration that would not fit; may do nothing."""
+
+Mask = npt.NDArray[np.bool_]
+_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_AWAY = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What a migration to a device did.
+
+    Attributes:
+        span: as asked for.
+        end: how far it went: to the end of the VMA that holds the start.
+        npages: pages that moved; others were there already, or stay in system memory.
+        error: why it stopped, or OutOfFramesError (ENOMEM) when the device had no room for all; None on success.
+    """
+
+    span: AddressRange
+    end: int
+    npages: int = 0
+    error: HmmError | None = None
+
+
+def migrate_range(memory: MirrorMemory, span: AddressRange) -> Operation[Moved]:
+    """Move what can be moved of a range to the device's memory, in ascending order, as far as there is room.
+
+    Args:
+        span: page-aligned, at most MIGRATE_PAGES_MAX pages; what lies behind the end of its first VMA is not looked at.
+
+    Returns: what was moved; errors of the range itself and of the driver's copy are in the result.
+
+    Raises:
+        InvalidRequestError: empty, unaligned or too long; or not private anonymous memory (EINVAL).
+        BadAddressError: nothing is mapped there (EFAULT).
+        AccessDeniedError: the mapping is not readable (EACCES).
+        DeviceLostError, NoSuchObjectError: the mirror no longer mirrors (ENODEV).
+        TimedOutError: another mirror with policy FAIL did not answer; nothing was moved (ETIMEDOUT).
+
+    Cost: O(pages), vectorised, and the copying; an event to others that mirror the range, one for the driver's copy,
+    one for the update.
+    """
+    if not span or not is_page_aligned(span.start | span.end) or span.npages > MIGRATE_PAGES_MAX:
+        raise InvalidRequestError(
+            f"migrate: {span} is empty, not page-aligned, or more than {MIGRATE_PAGES_MAX} pages", address=span.start
+        )
+    mirror, notifier = memory.mirror, memory.mirror.space.notifier
+    mirror.counters["migrations"] += 1
+    asked = False
+    while True:
+        yield from wait_to_start(mirror, (span,), wait=True)
+        mirror.require_filling("migrate")
+        notifier.require_usable()
+        vma = _movable_vma(mirror.space, span)
+        part = AddressRange(span.start, min(span.end, vma.end))
+        if notifier.copies_overlap((part,)):
+            yield from notifier.wait_for_copies((part,))
+        elif notifier.invalidations_overlap((part,)):
+            yield Await(WaitFor.INVALIDATIONS, notifier.space_id, (part,))
+        elif (away := _away(mirror, part)).size:
+            failed = yield from bring_in(mirror, away, write=False)
+            if failed is not None:
+                return Moved(span, failed.address or part.start, error=failed)
+        elif not asked and _wanted(mirror, part) > memory.region.free:
+            asked = True
+            for make_room in MAKE_ROOM:
+                yield from make_room(memory, _wanted(mirror, part))
+            continue
+        else:
+            attempt = yield from _attempt(memory, vma, part)
+            if attempt is not None:
+                moved, error = attempt
+                mirror.counters["migrated_pages"] += moved
+                return Moved(span, part.end, moved, error)
+        mirror.counters["retries"] += 1
+
+
+def _movable_vma(space: AddressSpace, span: AddressRange) -> Vma:
+    vma = space.vmas.find(span.start)
+    if vma is not None and (vma.backing is not None or vma.has(SPECIAL_FLAGS | VmFlag.HUGETLB)):
+        raise InvalidRequestError(f"migrate: {vma} is not private anonymous memory", address=span.start)
+    return mirrorable_vma(space, span.start, span.end, write=False)
+
+
+def _away(mirror: Mirror, span: AddressRange) -> Entries:
+    """uint64[n]: the pages that are neither in system memory nor in the device's own."""
+    addresses, entries = mirror.space.table.valid(span.start, span.end)
+    away = (entries & np.uint64(_AWAY)) != 0
+    if away.any():
+        away &= ~pte.pte_test_valid_dev(mirror.table.lookup(addresses))
+    found: Entries = addresses[away]
+    return found
+
+
+def _wanted(mirror: Mirror, span: AddressRange) -> int:
+    entries = mirror.space.table.read(span.start, span.end)
+    return int(np.count_nonzero((entries == 0) | cpu_pte.is_present(entries)))
+
+
+@dataclass(slots=True)
+class _Locked:
+    """Pages whose entries in the CPU's table are migration entries.
+
+    Attributes:
+        addresses: uint64[n], ascending.
+        entries: uint64[n], what stood there: an entry of a frame, of the zero page, or nothing.
+        targets: int64[n], frames of the device; 0 for pages that stay.
+    """
+
+    addresses: Entries
+    entries: Entries
+    targets: Pfns
+
+    @property
+    def framed(self) -> Mask:
+        """bool[n]: those that are in a frame of system memory."""
+        framed: Mask = self.pfns != ZERO_PFN
+        return framed
+
+    @property
+    def pfns(self) -> Pfns:
+        """int64[n]: their frames, 0 for the zero page or none."""
+        return cpu_pte.cpu_pfn(self.entries)
+
+
+def _attempt(memory: MirrorMemory, vma: Vma, span: AddressRange) -> Operation[tuple[int, HmmError | None] | None]:
+    """Move what can be moved.  Returns: how many pages, and why not all; None to start over."""
+    mirror, notifier = memory.mirror, memory.mirror.space.notifier
+    with notifier.copying((span,)) as copying:
+        owner, initiator = mirror.device.id, mirror.id
+        with notifier.invalidation((span,), Cause.MIGRATE_TO_DEVICE, owner=owner, initiator=initiator) as bracket:
+            locked = _lock(mirror, vma, span)
+            try:
+                yield from bracket.deliver()
+                mirror.require_filling("migrate")
+                if copying.backoff:
+                    return None
+                error = yield from _copy(memory, locked)
+            finally:
+                moved = _unlock(memory, vma, locked)
+        if mirror.state is MirrorState.LIVE:
+            _mirror_the_rest(mirror, locked)
+            if mirror.update_on_fault and not mirror.leaving:
+                entries = mirror.table.read(span.start, span.end)
+                yield from update(mirror, (span,), entries, write=False)
+    return moved, error
+
+
+def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
+    space, frames = mirror.space, mirror.space.frames
+    entries = space.table.read(span.start, span.end)
+    empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
+    framed = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
+    chosen = np.flatnonzero(empty | framed)
+    addresses = (np.uint64(span.start) + (chosen << PAGE_SHIFT).view(np.uint64)).astype(np.uint64)
+    locked = _Locked(addresses, entries[chosen], np.zeros(chosen.size, np.int64))
+    prepare_anon_vma(space, vma)
+    _keep_places(mirror, addresses)
+    space.table.store(addresses[~locked.framed], cpu_pte.MIGRATION)
+    frames.get(locked.pfns[locked.framed])
+    stand_in(space, addresses[locked.framed], locked.entries[locked.framed])
+    return locked
+
+
+def _keep_places(mirror: Mirror, addresses: Entries) -> None:
+    # So that the mirror's directories cannot run out when the pages are on the device already.
+    entries = mirror.table.lookup(addresses)
+    mirror.table.store(addresses[entries == 0], pte.SELECT)
+
+
+def _movable(mirror: Mirror, locked: _Locked) -> npt.NDArray[np.intp]:
+    # Who has a page beside those that map it would go on using the old one.
+    frames, framed = mirror.space.frames, locked.framed
+    pfns = locked.pfns
+    referenced = framed & (frames.refcount[pfns] != frames.mapcount[pfns] + 1)
+    return np.flatnonzero(~referenced)
+
+
+def _copy(memory: MirrorMemory, locked: _Locked) -> Operation[HmmError | None]:
+    """Give as many pages as there is room for a frame of the device with their contents, in ascending order."""
+    mirror, frames = memory.mirror, memory.mirror.space.frames
+    movable = _movable(mirror, locked)
+    fitting = movable[: memory.region.free]
+    full = None
+    if fitting.size < movable.size:
+        full = OutOfFramesError(
+            f"migrate: no room in the memory of {mirror.device} for {movable.size - fitting.size} pages",
+            address=int(locked.addresses[movable[fitting.size]]),
+            reason="DEVICE_MEMORY",
+        )
+    if not fitting.size:
+        return full
+    homes = frames.allocate(fitting.size, memory.region.number)
+    try:
+        carried, error = yield from _carry(memory, locked, fitting, homes)
+    except BaseException:
+        frames.put(homes)
+        raise
+    frames.put(homes[~carried])
+    locked.targets[fitting] = np.where(carried, homes, 0)
+    return error or full
+
+
+def _carry(
+    memory: MirrorMemory, locked: _Locked, fitting: npt.NDArray[np.intp], homes: Pfns
+) -> Operation[tuple[Mask, HmmError | None]]:
+    """Fill frames of the device.  Returns: bool[n], the pages that are there, and the driver's error."""
+    mirror, addresses, pfns = memory.mirror, locked.addresses[fitting], locked.pfns[fitting]
+    carried: Mask = np.ones(fitting.size, np.bool_)
+    error: HmmError | None = None
+    if memory.region.remote or (mirror.table.lookup(addresses) & np.uint64(pte.VALID)).any():
+        outcome, carried = yield from memory.carry(EventType.COPY_TO_DEVICE, addresses, homes, pfns)
+        mirror.require_live("migrate")
+        if outcome.state is EventState.ABANDONED:
+            error = TimedOutError(f"migrate: the driver of {mirror} did not answer for {fitting.size} pages in time")
+        elif outcome.errno == errnos.ENOMEM:
+            error = OutOfFramesError(f"migrate: the driver of {mirror} answered ENOMEM", reason="DEVICE_MEMORY")
+        elif outcome.errno:
+            error = BadAddressError(f"migrate: the driver of {mirror} answered EIO", errnos.EIO)
+        elif not memory.region.remote:
+            carried[:] = True
+    if not memory.region.remote and error is None:
+        mirror.space.frames.copy(homes, pfns)
+    return carried, error
+
+
+def _unlock(memory: MirrorMemory, vma: Vma, locked: _Locked) -> int:
+    """Entries of pages that moved name the device's frame, the others what they named before.  Returns: how many."""
+    mirror, space, frames = memory.mirror, memory.mirror.space, memory.mirror.space.frames
+    live = mirror.state is MirrorState.LIVE
+    if not live and memory.region.remote:
+        frames.put(locked.targets[locked.targets != 0])
+        locked.targets[:] = 0
+    addresses, saved, pfns, framed = locked.addresses, locked.entries, locked.pfns, locked.framed
+    now = space.table.lookup(addresses)
+    ours = cpu_pte.is_migration(now) & (cpu_pte.cpu_pfn(now) == pfns)
+    moved = locked.targets != 0
+    fresh = cpu_pte.WRITE if vma.writable else 0
+    flags = np.where(framed, now & _CARRIED, np.uint64(fresh | cpu_pte.DIRTY)) | np.uint64(cpu_pte.DEVICE)
+    new = np.where(moved, cpu_pte.cpu_entry(locked.targets, flags), saved)
+    space.table.store(addresses[ours], new[ours])
+    _take_over(memory, vma, locked, moved & ours)
+    back = pfns[framed & ~moved & ours]
+    frames.map(back)
+    frames.put(pfns[framed])
+    frames.put(locked.targets[moved & ~ours])
+    if live:
+        _set_entries(mirror, locked, moved & ours, new)
+    return int(np.count_nonzero(moved & ours))
+
+
+def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> None:
+    """The frames of the device become what those of the system were."""
+    mirror, space, frames = memory.mirror, memory.mirror.space, memory.mirror.space.frames
+    homes, pfns = locked.targets[moved], locked.pfns[moved]
+    frames.flags[homes] = np.uint32(ANON_PAGE) | (frames.flags[pfns] & np.uint32(PageFlag.DIRTY))
+    frames.index[homes] = (locked.addresses[moved] >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
+    frames.zone_device_data[homes] = mirror.id if mirror.state is MirrorState.LIVE else 0
+    space.claim(homes)
+    frames.map_new(homes)
+
+
+def _set_entries(mirror: Mirror, locked: _Locked, moved: Mask, cpu: Entries) -> None:
+    """The mirror's entries of pages that moved; the others permit what they permitted before."""
+    addresses, frames = locked.addresses, mirror.space.frames
+    entries = mirror.table.lookup(addresses)
+    written = moved & pte.pte_test_dirty(entries)
+    frames.set_flags(locked.targets[written], PageFlag.DIRTY)
+    mirror.unmap(entries[moved])
+    valid = (entries & np.uint64(pte.VALID)) != 0
+    writable = cpu_pte.is_writable(cpu)
+    entries[~valid] = 0
+    entries[valid & writable] |= np.uint64(pte.WRITE)
+    entries[moved] = mirror.entries_on_device(locked.targets[moved])
+    entries[moved & writable] |= np.uint64(pte.WRITE)
+    mirror.table.store(addresses, entries)
+
+
+def _mirror_the_rest(mirror: Mirror, locked: _Locked) -> None:
+    """The device may use the pages that stay as well; without room for their entries it faults them later."""
+    kept = locked.addresses[locked.framed & (locked.targets == 0)]
+    present = kept[cpu_pte.is_present(mirror.space.table.lookup(kept))]
+    if present.size and not mirror.leaving:
+        with suppress(OutOfFramesError):
+            install(mirror, present, write=False)
