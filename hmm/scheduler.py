@@ -65,7 +65,8 @@ class Scheduler:
         workload: the next call to be started, or None when there is nothing more to start.
         finished: called with each operation that ended.
         checking: called after every step, beside the machine's own check.
-        answering: called before a driver's answer to a delivery is given; the driver's model reacts here.
+        answering: called before a driver's answer to a delivery is given; the driver's model reacts here, and returns
+            the results of a copy.
         parallel: how many operations may be under way at once.
     """
 
@@ -73,7 +74,7 @@ class Scheduler:
     choose: Choose
     workload: Iterator[Call]
     finished: Callable[[OperationRecord[Any]], None] = lambda _: None
-    answering: Callable[[Delivery], None] = lambda _: None
+    answering: Callable[[Delivery], bytes] = lambda _: b""
     checking: Callable[[], None] = lambda: None
     parallel: int = 4
     odds: Odds = field(default_factory=Odds)
@@ -177,9 +178,8 @@ class Scheduler:
             self._lose(delivery, mirror.policy)
             return
         refusing = delivery.event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
-        if not refusing:
-            self.answering(delivery)
-        self.machine.answer(mirror_id, delivery.sequence, 5 if refusing else 0)
+        results = b"" if refusing else self.answering(delivery)
+        self.machine.answer(mirror_id, delivery.sequence, 5 if refusing else 0, results=results)
         if self._happens(self.odds.repeat) and mirror_id in self.machine.receivers:
             self.machine.answer(mirror_id, delivery.sequence)
 

@@ -19,13 +19,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
-from hmm.commands_device import DeviceFaulted
+from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.events import Delivery, Event, EventType
 from hmm.journal import digest, replay
 from hmm.machine import Limits, Machine, OperationRecord
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.scheduler import Call, Choose, Scheduler
+from hmm.testing_memory import CarriedMemory, Contents
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -49,8 +50,12 @@ class DeviceModel:
     machine: Machine
     translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
+    memory: CarriedMemory = field(init=False)
 
-    def answering(self, delivery: Delivery) -> None:
+    def __post_init__(self) -> None:
+        self.memory = CarriedMemory(self.machine)
+
+    def answering(self, delivery: Delivery) -> bytes:
         """The driver handled an event and is about to answer: the device has done what the event asks."""
         held = self.translations.setdefault(delivery.mirror_id, {})
         event = delivery.event
@@ -64,6 +69,7 @@ class DeviceModel:
                         held.pop(address, None)
         else:
             _give_up(held, event)
+        return self.memory.carry(delivery.mirror_id, event) if event.copy else b""
 
     def finished(self, record: OperationRecord[Any]) -> None:
         """A fault of a mirror that gets no update for its own faults tells the device by its result."""
@@ -72,8 +78,9 @@ class DeviceModel:
             mirror_id, span = record.arguments[0], record.arguments[1]
             sequence = self.machine.mirrors[mirror_id].sequence
             self.discarded.setdefault(mirror_id, []).append((sequence, span))
-        if isinstance(result, DeviceFaulted):
+        if isinstance(result, DeviceFaulted | DeviceMigrated):
             mirror_id, target = record.arguments[0], record.arguments[1]
+            target = (target,) if isinstance(target, AddressRange) else target
             mirror = self.machine.mirrors.get(mirror_id)
             if mirror is not None and not mirror.update_on_fault and not mirror.unanswered:
                 spans = tuple(target) if not isinstance(target, np.ndarray) else _single_pages(target)
@@ -88,8 +95,9 @@ class DeviceModel:
                 continue
             for address, (pfn, writable) in held.items():
                 entry = mirror.space.table.get(address)
-                same = cpu_pte.is_present(entry) and cpu_pte.cpu_pfn(entry) == pfn
-                if not same or (writable and not cpu_pte.is_writable(entry)):
+                on_device = cpu_pte.is_device_private(entry) or cpu_pte.is_migration(entry)
+                same = (cpu_pte.is_present(entry) or on_device) and cpu_pte.cpu_pfn(entry) == pfn
+                if not same or (writable and not on_device and not cpu_pte.is_writable(entry)):
                     raise LostTranslationError(
                         f"{mirror} uses frame {pfn} at {address:#x}{' for writing' if writable else ''}, "
                         f"the CPU's entry is {entry:#x}"
@@ -107,9 +115,9 @@ class DeviceModel:
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
     for address in [address for address in held if event.overlaps(AddressRange(address, address + PAGE_SIZE))]:
-        if event.etype.pte_mask == pte.MASK_NONE:
+        if event.pte_mask == pte.MASK_NONE or event.etype is EventType.COPY_TO_DEVICE:
             del held[address]
-        elif event.etype.pte_mask == pte.MASK_WRITE_PROTECT:
+        elif event.pte_mask == pte.MASK_WRITE_PROTECT:
             held[address] = (held[address][0], False)
 
 
@@ -207,10 +215,15 @@ class SimulationError(AssertionError):
     """A seed whose run broke an invariant; the message says how to run it again."""
 
 
-def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Makers = ()) -> Scheduler:
+def simulate(
+    seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Makers = (), contents: bool = False
+) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
     Every invariant is checked after every step, and at the end that replaying the inputs gives the same state.
+
+    Args:
+        contents: also that pages hold what was written to them, wherever they are.
 
     Raises:
         SimulationError: something did not hold; names the seed.
@@ -226,6 +239,8 @@ def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Maker
         answering=devices.answering,
         checking=devices.check,
     )
+    if contents:
+        _watch(scheduler, Contents(machine, devices.memory))
     try:
         scheduler.run()
         assert machine.inputs is not None
@@ -233,6 +248,27 @@ def simulate(seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Maker
     except Exception as error:
         raise SimulationError(f"seed {seed} after {scheduler.steps} steps: {error!r}") from error
     return scheduler
+
+
+def _watch(scheduler: Scheduler, contents: Contents) -> None:
+    devices_finished, devices_check = scheduler.finished, scheduler.checking
+
+    def fails(event: Event, _: int) -> bool:
+        failing = scheduler.choose(20) == 0
+        if failing:
+            contents.losing.add(event.space_id)
+        return failing
+
+    def finished(record: OperationRecord[Any]) -> None:
+        devices_finished(record)
+        contents.finished(record)
+
+    def checking() -> None:
+        devices_check()
+        contents.check(scheduler.running)
+
+    contents.memory.fails = fails
+    scheduler.finished, scheduler.checking = finished, checking
 
 
 def _create(town: Town) -> Call | None:

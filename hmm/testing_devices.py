@@ -12,14 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hmm import commands_device, commands_hmm, commands_process
+from hmm.address_space import AddressSpace
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Limits
+from hmm.mirror import DeadlinePolicy
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import Makers, Town, simulate
-from hmm.units import DeviceId, MirrorId
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, DeviceId, MirrorId
 
-__all__ = ["DEVICE_CALLS", "SMALL_WITH_DEVICES", "TOWNS", "simulate_devices"]
+__all__ = [
+    "DEVICE_CALLS",
+    "MIRROR_CALLS",
+    "SMALL_WITH_DEVICES",
+    "TOWNS",
+    "simulate_devices",
+    "simulate_mirror_memory",
+]
 
 SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directories=1 << 10)
 """As `testing.SMALL`, with frame numbers for a few small devices."""
@@ -138,5 +147,86 @@ def simulate_devices(seed: int) -> Scheduler:
     return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS)
 
 
-TOWNS: Mapping[str, Callable[[int], Scheduler]] = {"mirrors": simulate, "devices": simulate_devices}
+def _cards(town: Town) -> list[DeviceId]:
+    return [device.id for device in town.machine.devices.values() if device.region]
+
+
+def _register_card(town: Town) -> Call | None:
+    if len(_cards(town)) >= town.devices:
+        return None
+    options = {"memory_pages": _DEVICE_PAGES // 2, "driver_copies": town.choose(3) > 0, "dma": town.choose(3) == 0}
+    return Call(commands_device.register_device, ("card",), options)
+
+
+def _mirror_card(town: Town) -> Call | None:
+    device, process = town.pick(_cards(town)), town.process()
+    if device is None or process is None:
+        return None
+    policy = (DeadlinePolicy.FENCE, DeadlinePolicy.BLOCK, DeadlinePolicy.FAIL)[town.choose(3)]
+    options = {"policy": policy, "update_on_fault": town.choose(2) == 0}
+    return Call(commands_device.register_mirror, (device, process), options)
+
+
+def _homes(town: Town) -> list[MirrorId]:
+    return [mirror.id for mirror in town.machine.mirrors.values() if mirror.home is not None]
+
+
+def _private(town: Town, space: AddressSpace) -> AddressRange | None:
+    """Some pages of private memory: most of what is somewhere else cannot move."""
+    vmas = [vma for vma in space.vmas if vma.backing is None and vma.readable]
+    if not vmas:
+        return None
+    vma = vmas[town.choose(len(vmas))]
+    touched = space.table.valid(vma.start, vma.end)[0].tolist()
+    page = touched[town.choose(len(touched))] if touched and town.choose(4) else vma.start
+    first = (page - vma.start) >> PAGE_SHIFT
+    npages = min(1 + town.choose(4), vma.npages - first)
+    return AddressRange(vma.start + first * PAGE_SIZE, vma.start + (first + npages) * PAGE_SIZE)
+
+
+def _migrate(town: Town) -> Call | None:
+    mirror = town.pick(_homes(town))
+    span = None if mirror is None else _private(town, town.machine.mirrors[mirror].space)
+    return None if span is None else Call(commands_device.migrate, (mirror, span))
+
+
+def _migrate_back(town: Town) -> Call | None:
+    mirror, span = town.pick(_homes(town)), town.span()
+    return None if mirror is None else Call(commands_device.migrate_back, (mirror, span))
+
+
+def _write_page(town: Town) -> Call | None:
+    process = town.process()
+    span = None if process is None else _private(town, town.machine.processes[process].space)
+    if span is None:
+        return None
+    data = bytes([1 + town.choose(255)]) * span.size_bytes
+    return Call(commands_process.write_memory, (process, span.start, data))
+
+
+def _unregister_home(town: Town) -> Call | None:
+    mirror = town.pick(_homes(town))
+    return None if mirror is None or town.choose(2) else Call(commands_device.unregister_mirror, (mirror,))
+
+
+MIRROR_CALLS: Makers = (
+    (_register_card, 4), (_mirror_card, 6), (_migrate, 24), (_migrate_back, 2), (_write_page, 12), (_evict, 1),
+    (_unregister_home, 1), (_unregister, 1), (_pin, 1), (_unpin, 1),
+)  # fmt: skip
+"""What makes calls of mirrors of 2015 whose devices have memory."""
+
+
+def simulate_mirror_memory(seed: int) -> Scheduler:
+    """A run with pages of mirrors in the memory of devices, whose drivers carry them, refuse and lose copies.
+
+    Raises: as `simulate`.
+    """
+    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, contents=True)
+
+
+TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
+    "mirrors": simulate,
+    "devices": simulate_devices,
+    "memory": simulate_mirror_memory,
+}
 """What a seed can be run in: by name, all workloads there are."""
