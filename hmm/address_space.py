@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +28,35 @@ from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, Pfn, Pfns, SpaceId
+from hmm.units import (
+    PAGE_SIZE,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SHIFT,
+    PMD_SIZE,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    Entries,
+    Pfn,
+    Pfns,
+    SpaceId,
+)
 from hmm.vma import Vma, VmFlag
 from hmm.vma_map import VmaMap
 
 MMAP_BASE = TASK_SIZE - (1 << 27)
 """Top of the area that mmap fills downwards: below the largest gap kept for the stack's growth (mmap_base())."""
 _ANON = int(PageFlag.ANON)
+_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
+
+
+class Thp(IntEnum):
+    """Where a first touch may bring in a huge page: /sys/kernel/mm/transparent_hugepage/enabled, per address space."""
+
+    NEVER = 0
+    MADVISE = 1
+    ALWAYS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +83,10 @@ class AddressSpace:
     Attributes:
         fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512;
             1 for the one touched alone, 16 in a kernel that was not told otherwise (fault_around_bytes).
+        thp: where a first touch may bring in a huge page.
+        huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
+        tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
+            a huge page comes only where there is none.  Kept where `thp` is not NEVER.
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
@@ -76,6 +103,9 @@ class AddressSpace:
     default_flags: VmFlag = VmFlag.NONE  # mlockall(MCL_FUTURE)
     users: int = 1
     fault_around_pages: int = 1
+    thp: Thp = Thp.NEVER
+    huge: bool = False
+    tables: set[int] = field(default_factory=set)
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
@@ -136,6 +166,10 @@ class AddressSpace:
 
         Cost: O(directories + entries), vectorised.  Source: mm/memory.c, zap_pte_range().
         """
+        if self.huge:
+            self.split_edges(start, end)
+        if self.thp:
+            self.keep_tables(start, end)
         if end - start == PAGE_SIZE:
             entry = self.table.set(start, 0)
             self._drop_one(entry)
@@ -143,6 +177,46 @@ class AddressSpace:
         entries = self.table.zap(start, end)
         self.drop(entries)
         return entries.size
+
+    def split_edges(self, start: Address, end: Address) -> None:
+        """Map what lies across an edge of [start, end) by page entries, so that the range can be changed by itself."""
+        if start & ~PMD_MASK:
+            self.split_huge_pmd(start)
+        if end & ~PMD_MASK:
+            self.split_huge_pmd(end)
+
+    def split_huge_pmd(self, address: Address) -> None:
+        """Map the block of an address by page entries if it is mapped by a huge one.
+
+        Whoever calls it has told the mirrors.  Source: Linux mm/huge_memory.c, __split_huge_pmd_locked().
+        """
+        if self.table.get(address) & cpu_pte.HUGE:
+            start = address & PMD_MASK
+            self.table.update(start, start + PMD_SIZE, _clear_huge)
+
+    def keep_tables(self, start: Address, end: Address) -> None:
+        """Note that the page tables of [start, end) stay when their entries go, as they do until they are unmapped.
+
+        Cost: O(blocks that hold entries).
+        """
+        for run in self.table.walk(start, end):
+            if not int(run.entries[0]) & cpu_pte.HUGE:
+                self.tables.add(run.start >> PMD_SHIFT)
+
+    def free_tables(self, span: AddressRange) -> None:
+        """Free the page tables of blocks that no VMA is left in, of a range that was unmapped: free_pgtables()."""
+        if not self.tables:
+            return
+        below, above = self.vmas.find_prev(span.start), self.vmas.find_next(span.start)
+        first, end = span.start >> PMD_SHIFT, (span.end - 1 >> PMD_SHIFT) + 1
+        if below is not None and below.end > first << PMD_SHIFT:
+            first += 1
+        if above is not None and above.start < end << PMD_SHIFT:
+            end -= 1
+        if end - first < len(self.tables):
+            self.tables.difference_update(range(first, end))
+        else:
+            self.tables -= {number for number in self.tables if first <= number < end}
 
     def drop(self, entries: Entries) -> None:
         """Let go of the frames that CPU entries named; `entries` are no longer in any table.
@@ -213,6 +287,34 @@ class AddressSpace:
 
     def _check_entries(self, leaving: tuple[AddressRange, ...]) -> None:
         addresses, _ = self.table.valid(0, TASK_SIZE)
-        for address in addresses.tolist():
-            if self.vmas.find(address) is None:
-                assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"
+        bounds = np.array([(vma.start, vma.end) for vma in self.vmas] or [(0, 0)], np.uint64)
+        below = np.searchsorted(bounds[:, 0], addresses, "right") - 1
+        inside = (below >= 0) & (addresses < bounds[below, 1])
+        for address in addresses[~inside].tolist():
+            assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"
+        for run in self.table.walk(0, TASK_SIZE):
+            if np.bitwise_or.reduce(run.entries) & np.uint64(cpu_pte.HUGE):
+                self._check_huge(AddressRange(run.start, run.end), run.entries, leaving)
+
+    def _check_huge(self, span: AddressRange, entries: Entries, leaving: tuple[AddressRange, ...]) -> None:
+        """A huge mapping is whole and aligned, of one VMA, with the same flags and the frames of one folio in order."""
+        assert self.huge, f"{span} is mapped by a huge page"
+        assert span.npages == PMD_PAGES, f"{span} is a part of a huge page"
+        assert not span.start & ~PMD_MASK, f"{span} is a huge page and not aligned"
+        flags, pfns = cpu_pte.cpu_flags(entries), cpu_pte.cpu_pfn(entries)
+        assert (flags == flags[0]).all(), f"{span} is a huge page with different flags"
+        assert flags[0] & np.uint64(cpu_pte.PRESENT), f"{span} is a huge page and not present"
+        if flags[0] & np.uint64(cpu_pte.SPECIAL):
+            assert not pfns.any(), f"{span} is neither a huge page nor the huge zero page"
+        else:
+            assert (pfns == pfns[0] + np.arange(PMD_PAGES)).all(), f"{span} is a huge page in pieces"
+            assert self.frames.all_have(pfns, PageFlag.COMPOUND), f"{span} is a huge page of small ones"
+            exclusive = self.frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+            assert (exclusive == exclusive[0]).all(), f"{span} is a huge page that is partly exclusive"
+        vma = self.vmas.find(span.start)
+        inside = vma is not None and span.end <= vma.end
+        assert inside or any(span.overlaps(other) for other in leaving), f"{span} is a huge page across VMAs"
+
+
+def _clear_huge(entries: Entries) -> None:
+    entries &= _NOT_HUGE

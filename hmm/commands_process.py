@@ -28,7 +28,7 @@ from hmm import mremap as remapping
 from hmm import msync as syncing
 from hmm import pagemap as page_map
 from hmm import pin as pinning
-from hmm.address_space import MMAP_BASE, AddressSpace
+from hmm.address_space import MMAP_BASE, AddressSpace, Thp
 from hmm.commands_file import new_shared_memory
 from hmm.cpu_access import Accessed
 from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
@@ -68,6 +68,7 @@ def create_process(
     mmap_base: Address = 0,
     brk_start: Address = 0,
     fault_around_pages: int = 1,
+    thp: int = Thp.NEVER,
 ) -> ProcessId:
     """A process with an empty address space, as right after execve() before anything is mapped.
 
@@ -75,6 +76,7 @@ def create_process(
         mmap_base: mappings are placed downwards from here; 0 for the kernel's default without randomisation.
         brk_start: the initial program break; 0 for no heap.
         fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
+        thp: where first touches may bring in huge pages, a Thp.
 
     Raises:
         InvalidRequestError: an address that is unaligned or beyond the address space, or another number of pages
@@ -86,6 +88,7 @@ def create_process(
         raise InvalidRequestError(f"create process: {fault_around_pages} pages around a fault are no power of two")
     space = _empty_space(machine, mmap_base, brk_start)
     space.fault_around_pages = fault_around_pages
+    space.thp = Thp(thp)
     process = Process(machine.next_id("process"), name, machine.caller.token, space)
     machine.processes[process.id] = process
     return process.id

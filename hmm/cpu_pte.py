@@ -51,6 +51,8 @@ __all__ = [
     "is_device_exclusive",
     "is_device_private",
     "is_dirty",
+    "is_huge",
+    "is_huge_zero",
     "is_migration",
     "is_none",
     "is_poison",
@@ -179,6 +181,27 @@ def is_dirty(entries: Entries) -> Mask: ...
 def is_dirty(entries: int | Entries) -> bool | Mask:
     """Whether entries record a write (`pte_dirty()`)."""
     return _any_of(entries, DIRTY)
+
+
+@overload
+def is_huge(entries: int) -> bool: ...
+@overload
+def is_huge(entries: Entries) -> Mask: ...
+def is_huge(entries: int | Entries) -> bool | Mask:
+    """Whether entries are part of a huge one (`pmd_trans_huge()`, or of hugetlb)."""
+    return _any_of(entries, HUGE)
+
+
+@overload
+def is_huge_zero(entries: int) -> bool: ...
+@overload
+def is_huge_zero(entries: Entries) -> Mask: ...
+def is_huge_zero(entries: int | Entries) -> bool | Mask:
+    """Whether entries are part of the huge zero page (`is_huge_zero_pmd()`)."""
+    if isinstance(entries, int):
+        return entries & (HUGE | SPECIAL) == HUGE | SPECIAL
+    found: Mask = (entries & np.uint64(HUGE | SPECIAL)) == HUGE | SPECIAL
+    return found
 
 
 @overload

@@ -106,7 +106,8 @@ class Cause(Enum):
     WRITE_BACK = "write back"  # page_mkclean()
     RECLAIM = "reclaim"
     MIGRATE_SHARED = "migrate shared page"  # try_to_migrate(): every other mapping of a page that migrates
-    HUGE_PAGE_SPLIT = "huge page split"
+    HUGE_PAGE_SPLIT = "huge page split"  # __split_huge_pmd(), split_folio()
+    VMA_CUT = "VMA cut"  # vma_adjust_trans_huge(): a VMA is cut inside a block of 2 MiB, huge page or not
     COLLAPSE = "collapse"
     MIGRATE_TO_DEVICE = "migrate to device"
     MIGRATE_TO_SYSTEM = "migrate to system"
@@ -143,6 +144,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.RECLAIM: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MIGRATE_SHARED: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.HUGE_PAGE_SPLIT: Told(EventType.MUNMAP, Reason.CLEAR),
+    Cause.VMA_CUT: Told(EventType.NONE, Reason.CLEAR),
     Cause.COLLAPSE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MIGRATE_TO_DEVICE: Told(EventType.MIGRATE, Reason.MIGRATE),
     Cause.MIGRATE_TO_SYSTEM: Told(EventType.MIGRATE, Reason.MIGRATE),

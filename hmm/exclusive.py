@@ -11,7 +11,7 @@ itself is given back.
 
 **Invariants**: only private pages that one process has to itself are held exclusively.
 
-**Absent**: huge pages; who uses the pages meanwhile.
+**Absent**: who uses the pages meanwhile.
 
 Differs: one event for all pages of a call, where the kernel sends one per page.
 """
@@ -19,6 +19,7 @@ Differs: one event for all pages of a call, where the kernel sends one per page.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -26,17 +27,22 @@ from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequ
 from hmm.events import Cause
 from hmm.fault import RESOLVERS, bring_in
 from hmm.fault_pages import Strangers
-from hmm.frames import PageFlag
+from hmm.frames import Frames, PageFlag
+from hmm.huge_split import folio_places, huge_blocks, split_pmds
+from hmm.large_folio import are_compound, heads_of, members
 from hmm.operation import Operation
-from hmm.rmap import anonymous_places
+from hmm.rmap import Places, anonymous_places
 from hmm.units import (
     PAGE_SHIFT,
     PIECE_PAGES,
+    PMD_PAGES,
+    PMD_SIZE,
     TASK_SIZE,
     AddressRange,
     DeviceId,
     Entries,
     MirrorId,
+    Pfn,
     Pfns,
     is_page_aligned,
     spans_of_pages,
@@ -74,14 +80,22 @@ def make_device_exclusive_range(
         raise InvalidRequestError(f"exclusive access: {span} is not a range of up to {PIECE_PAGES} pages")
     while True:
         got = yield from _get_user_pages(space, span)
+        yield from split_pmds(space, huge_blocks(space, got))
         pages, pfns = _suitable(space, got)
         if not pages.size:
             return np.zeros(got.npages, np.int64)
-        if (yield from _take(space, pages, pfns, owner, initiator)):
-            space.frames.zone_device_data[pfns] = holder
+        taken = yield from _take(space, pages, pfns, owner, initiator)
+        if taken is not None:
+            _note_holder(space.frames, pfns, holder)
             result = np.zeros(got.npages, np.int64)
-            result[(pages - (got.start >> PAGE_SHIFT))] = pfns
+            result[(pages - (got.start >> PAGE_SHIFT))[taken]] = pfns[taken]
             return result
+
+
+def _note_holder(frames: Frames, pfns: Pfns, holder: MirrorId) -> None:
+    frames.zone_device_data[pfns] = holder
+    for head in heads_of(frames, pfns):
+        frames.zone_device_data[members(frames, head)] = holder
 
 
 def held_exclusively(space: AddressSpace, mirror_id: MirrorId) -> Entries:
@@ -143,17 +157,29 @@ def _writable_end(space: AddressSpace, span: AddressRange) -> int:
 
 
 def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
-    """Page numbers and frames of the private pages of a range: int64[n] each."""
+    """Page numbers and frames of the private pages of a range, the first one of a folio only: int64[n] each."""
     entries = space.table.read(span.start, span.end)
     pfns = cpu_pte.cpu_pfn(entries)
     private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
+    if space.huge:
+        private[private] = ~_are_tails(space.frames, pfns[private])
     chosen = np.flatnonzero(private)
     return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]
 
 
-def _take(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiator: MirrorId) -> Operation[bool]:
-    """Tell everybody who could map the pages, then take them.  Returns: False when they changed meanwhile."""
+def _are_tails(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    tails: npt.NDArray[np.bool_] = are_compound(frames, pfns) & (pfns % PMD_PAGES != 0)
+    return tails
+
+
+def _take(
+    space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiator: MirrorId
+) -> Operation[npt.NDArray[np.bool_] | None]:
+    """Tell everybody who could map the pages, then take them.
+
+    Returns: bool[n], which of them no page table maps any more; None when they changed meanwhile.
+    """
     addresses = (pages << PAGE_SHIFT).view(np.uint64)
     spans = spans_of_pages(pages)
     space.frames.get(pfns)
@@ -161,14 +187,57 @@ def _take(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiat
         with space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
             yield from bracket.deliver()
             yield from _tell_relatives(space, pages, pfns, owner)
+            heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
+            for at in heads:
+                yield from _tell_of_folio(space, int(pages[at]), owner, initiator)
             entries = space.table.lookup(addresses)
             ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
-            if not ours.all():
-                return False
-            space.table.store(addresses, (entries & ~_PRESENT) | _EXCLUSIVE)
-            return True
+            if not ours.all() or cpu_pte.is_huge(entries).any():
+                return None
+            taken = ~are_compound(space.frames, pfns)
+            space.table.store(addresses[taken], (entries[taken] & ~_PRESENT) | _EXCLUSIVE)
+            for at in heads:
+                taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]))
+            return taken
     finally:
         space.frames.put(pfns)
+
+
+def _folio_places(space: AddressSpace, page: int) -> list[Places]:
+    vma = space.vmas.find(page << PAGE_SHIFT)
+    if vma is None:  # unmapped meanwhile
+        return []
+    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    return list(folio_places(relatives, vma, page + vma.mapping.delta))
+
+
+def _tell_of_folio(space: AddressSpace, page: int, owner: DeviceId, initiator: MirrorId) -> Operation[None]:
+    """As page_make_device_exclusive_one() does of a large folio: from its first page in each VMA on, 2 MiB."""
+    for place in _folio_places(space, page):
+        start = int(place.addresses[0])
+        span = AddressRange(start, min(place.vma.end, start + PMD_SIZE))
+        notifier = place.space.notifier
+        with notifier.invalidation((span,), Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
+            yield from bracket.deliver()
+
+
+def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
+    """Take all that is mapped of a large folio, in each VMA up to the first page that was taken before.
+
+    Returns: whether nothing of it is mapped any more.
+    """
+    frames, run = space.frames, np.arange(head, head + PMD_PAGES)
+    taken = 0
+    for place in _folio_places(space, page):
+        entries = place.space.table.lookup(place.addresses)
+        ours = cpu_pte.holds_frame(entries) & (cpu_pte.cpu_pfn(entries) == run[place.pages])
+        before = ours & cpu_pte.is_device_exclusive(entries)
+        now = ours & ~before
+        if before.any():
+            now[int(before.argmax()) :] = False
+        place.space.table.store(place.addresses[now], (entries[now] & ~_PRESENT) | _EXCLUSIVE)
+        taken += int(np.count_nonzero(before | now))
+    return taken == int(frames.mapcount[members(frames, head)].sum())
 
 
 def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId) -> Operation[None]:

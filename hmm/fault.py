@@ -13,7 +13,7 @@ First touches and upgrades in place are not told to anybody.
 
 **Invariants**: while anybody listens, a page is replaced only while an invalidation that was delivered covers it.
 
-**Absent**: the bytes (cpu_access.py), the entry of devices' faults (device_fault.py), huge pages,
+**Absent**: the bytes (cpu_access.py), the entry of devices' faults (device_fault.py), huge pages (huge_fault.py),
 userfaultfd.
 
 Differs: x86 with protection keys refuses to read a mapping that may be executed only; here, as without them,
@@ -31,6 +31,8 @@ from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, WRITTEN, ZERO_PAGE, Attempt, Stop, Strangers, prepare_anon_vma
+from hmm.huge_fault import fault_huge
+from hmm.huge_split import block_of, split_pmds
 from hmm.operation import Operation, Pause
 from hmm.stack import expand_stack, stack_above
 from hmm.units import (
@@ -38,6 +40,7 @@ from hmm.units import (
     PAGE_SIZE,
     PIECE_BYTES,
     PIECE_PAGES,
+    PMD_MASK,
     Address,
     AddressRange,
     Entries,
@@ -126,12 +129,15 @@ def bring_in(
     notifier = space.notifier
     while True:
         if notifier.turns:
-            yield from notifier.wait_for_edits(_spans(target))
+            yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
         if _fault_one(space, target, write):
             return None
         attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
+        if attempt.splits:
+            yield from split_pmds(space, map(block_of, attempt.splits))
+            continue
         if attempt.copies:
             attempt = yield from _tell(attempt, target)
         if attempt.copies:
@@ -152,7 +158,7 @@ def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt
     with space.notifier.invalidation(_spans(told), Cause.COPY_ON_WRITE) as invalidation:
         yield from invalidation.deliver()
         space.notifier.require_usable()
-        if space.notifier.edits_overlap(_spans(target), space.current.operation_id):
+        if space.notifier.edits_overlap(_concerned(space, target), space.current.operation_id):
             return attempt
         return _attempt(space, target, attempt.write, told)
 
@@ -161,6 +167,14 @@ def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
     if isinstance(target, AddressRange):
         return (target,)
     return spans_of_pages((target >> np.uint64(PAGE_SHIFT)).view(np.int64))
+
+
+def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[AddressRange, ...]:
+    # What comes may be a huge page, for all of its block.
+    spans = _spans(target)
+    if not space.thp:
+        return spans
+    return tuple(AddressRange(span.start & PMD_MASK, -(-span.end & PMD_MASK)) for span in spans)
 
 
 def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[None]:
@@ -197,6 +211,10 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
             return
         inside = at == span.start and span.end <= vma.end
         part = span if inside else AddressRange(at, min(vma.end, span.end))
+        if space.thp or space.huge:
+            fault_huge(attempt, vma, part)
+            if attempt.splits:
+                return
         if vma.backing is None and next(space.table.populated(part.start, part.end), None) is None:
             attempt.fill_empty(vma, part)
         else:
@@ -213,6 +231,10 @@ def _attempt_pages(attempt: Attempt, addresses: Entries) -> None:
             return
         upto = int(addresses.searchsorted(np.uint64(vma.end)))
         part = addresses[position:upto]
+        if attempt.space.thp or attempt.space.huge:
+            fault_huge(attempt, vma, part)
+            if attempt.splits:
+                return
         attempt.fault(vma, part, attempt.space.table.lookup(part))
         position = upto
 
@@ -240,6 +262,8 @@ def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool)
     if entry or vma.mapping.backing is not None:
         wanted = _WRITE_BITS if write else _READ_BITS
         return entry & wanted == wanted
+    if space.thp:
+        return False
     try:
         _set_anonymous(space, vma, address, write)
     except OutOfFramesError:

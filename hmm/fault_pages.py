@@ -83,6 +83,7 @@ class Attempt:
         stop: the first page that cannot be handled.
         copies: pages that can be copied only after mirrors have been told; ascending arrays.
         strangers: entries that somebody else has to resolve first.
+        splits: where huge pages start that have to be mapped by page entries first.
     """
 
     space: AddressSpace
@@ -91,6 +92,7 @@ class Attempt:
     stop: Stop | None = None
     copies: list[Entries] = field(default_factory=list)
     strangers: list[Strangers] = field(default_factory=list)
+    splits: list[Address] = field(default_factory=list)
 
     @property
     def available(self) -> int:
@@ -265,11 +267,12 @@ class _Part:
         return _Kinds(empty, ~(empty | present), upgrade, copy, waiting, present & ~protected)
 
     def _reusable(self, protected: _Mask) -> _Mask:
-        # PageAnonExclusive() || wp_can_reuse_anon_folio()
+        # PageAnonExclusive() || wp_can_reuse_anon_folio(), which gives pages of large folios back rather.
         frames = self.space.frames
         framed = protected & ~cpu_pte.is_special(self.entries)
         pfns = np.where(framed, cpu_pte.cpu_pfn(self.entries), ZERO_PFN)
-        alone = frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE) | (frames.refcount[pfns] == 1)
+        alone = (frames.refcount[pfns] == 1) & ~frames.test_flags(pfns, PageFlag.COMPOUND)
+        alone |= frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
         reusable: _Mask = alone & frames.test_flags(pfns, PageFlag.ANON)
         return reusable
 

@@ -29,9 +29,11 @@ from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE
 from hmm.file import File
 from hmm.frames import PageFlag
+from hmm.huge_split import huge_blocks, split_pmds
+from hmm.large_folio import are_pinned
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, PMD_SHIFT, WHOLE_SPACE, AddressRange, Entries, Pfns
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
 
@@ -66,6 +68,7 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
             if spans:
                 with parent.notifier.invalidation(spans, Cause.FORK) as invalidation:
                     yield from invalidation.deliver()
+                    yield from _split_pinned(parent, copied)
                     yield from _copy(parent, child, vmas, copied)
             else:
                 yield from _copy(parent, child, vmas, copied)
@@ -100,6 +103,7 @@ def _is_cow(vma: Vma) -> bool:
 def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: list[Vma]) -> Operation[None]:
     child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
     child.fault_around_pages = parent.fault_around_pages
+    child.thp, child.huge = parent.thp, parent.huge
     child.join(parent)
     for vma in vmas:
         if isinstance(vma.backing, File):
@@ -110,6 +114,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
     for vma in copied:
+        _allocate_tables(parent, child, vma)
         for addresses, entries in parent.table.chunks(vma.start, vma.end, PIECE_PAGES):
             _share(parent, child, vma, addresses, entries)
             npages += addresses.size
@@ -148,6 +153,15 @@ def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
     child.claim(copies[came])
 
 
+def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> None:
+    """Where the parent has a page table the child gets one, even if it stays empty: copy_pmd_range()."""
+    if not parent.thp:
+        return
+    parent.keep_tables(vma.start, vma.end)
+    first, end = vma.start >> PMD_SHIFT, (vma.end - 1 >> PMD_SHIFT) + 1
+    child.tables |= {number for number in parent.tables if first <= number < end}
+
+
 def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
     mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
     if not vma.anon_vma:
@@ -184,12 +198,24 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
     parent.frames.clear_flags(np.concatenate((pfns, migrating)), PageFlag.ANON_EXCLUSIVE)
 
 
+def _split_pinned(parent: AddressSpace, copied: list[Vma]) -> Operation[None]:
+    """Huge pages that must stay the parent's alone are copied by small pages: copy_huge_pmd()."""
+    if not parent.huge:
+        return
+    blocks = [block for vma in copied for block in huge_blocks(parent, vma.span)]
+    yield from split_pmds(parent, [block for block in blocks if _has_pinned(parent, block)])
+
+
+def _has_pinned(parent: AddressSpace, block: AddressRange) -> bool:
+    return bool(_pinned(parent, parent.table.read(block.start, block.end)).any())
+
+
 def _pinned(parent: AddressSpace, entries: Entries) -> npt.NDArray[np.bool_]:
     """Pages that must stay the parent's alone, because devices use them: folio_needs_cow_for_dma()."""
     frames = parent.frames
     pinned: npt.NDArray[np.bool_] = cpu_pte.holds_frame(entries)
     pfns = cpu_pte.cpu_pfn(entries[pinned])
-    pinned[pinned] = (frames.pincount[pfns] > 0) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    pinned[pinned] = are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
     return pinned
 
 

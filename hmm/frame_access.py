@@ -22,9 +22,10 @@ from hmm import cpu_pte, pte
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError
 from hmm.events import EventState
 from hmm.frames import ZERO_PFN
+from hmm.huge_fault import mark_huge
 from hmm.interval_notifier import IntervalMirror
 from hmm.spans import inside
-from hmm.units import PAGE_SIZE, Entries, Pfns
+from hmm.units import PAGE_SIZE, PMD_MASK, Entries, Pfns
 from hmm.violation import Violation, ViolationKind
 from hmm.zone_device import owners
 
@@ -70,8 +71,13 @@ def write_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: b
         if mirror.lenient:
             return
         raise
-    mirror.space.frames.scatter(pfns, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
-    mirror.space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
+    space = mirror.space
+    space.frames.scatter(pfns, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
+    space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
+    if space.huge:
+        partly = addresses[cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
+        for start in np.unique(partly & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
+            mark_huge(space, start, cpu_pte.DIRTY)
 
 
 def _require_there(

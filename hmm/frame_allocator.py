@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
 from hmm.frame_contents import ZERO_PFN, anonymous_memory, is_ascending
-from hmm.units import Pfn, Pfns
+from hmm.units import PMD_PAGES, Pfn, Pfns
 
 SYSTEM_REGION = 0
 """The number of the region that is system memory."""
@@ -120,6 +120,7 @@ class FrameAllocator:
         self.system = Region(SYSTEM_REGION, 0, system_frames, 0, RegionKind.SYSTEM, first, first)
         self._regions = {SYSTEM_REGION: self.system}
         self._next_number = SYSTEM_REGION + 1
+        self._freed_since_search = True
         self._removed_top: Pfn = 0  # of regions that are gone
 
     @property
@@ -239,6 +240,61 @@ class FrameAllocator:
         region.high_water = max(region.high_water, region.used)
         return pfn, reused
 
+    def take_run(self) -> tuple[Pfn, bool] | None:
+        """Allocate a naturally aligned run of PMD_PAGES frames of system memory.
+
+        Returns: the first frame, and whether the run was used before; None when no such run is free.
+
+        Cost: that of looking at PMD_PAGES frames when they are on top of the stack or were never used; else O(frames
+        ever used), at most once between two times that frames are freed.
+
+        Source: Linux mm/page_alloc.c, alloc_pages() of order HPAGE_PMD_ORDER.
+        """
+        region = self.system
+        first = self._run_on_top(region)
+        if first is None:
+            first = -(-region.top // PMD_PAGES) * PMD_PAGES
+            if first + PMD_PAGES <= region.end:
+                if first > region.top:
+                    self._push(region, np.arange(region.top, first))
+                region.top = first + PMD_PAGES
+                region.high_water = max(region.high_water, region.used)
+                return first, False
+            first = self._scattered_run(region)
+        if first is None:
+            return None
+        region.high_water = max(region.high_water, region.used)
+        return first, True
+
+    def _run_on_top(self, region: Region) -> Pfn | None:
+        """Pop a run that was freed as one, if it is what stands on top."""
+        if region.nfree < PMD_PAGES:
+            return None
+        bottom = region.start + region.nfree - PMD_PAGES
+        run = self._stack[bottom : bottom + PMD_PAGES]
+        first = int(run[-1])
+        if first % PMD_PAGES or int(run[0]) != first + PMD_PAGES - 1 or not is_ascending(run[::-1]):
+            return None
+        region.nfree -= PMD_PAGES
+        return first
+
+    def _scattered_run(self, region: Region) -> Pfn | None:
+        """Take a run whose frames were freed one by one out of the stack."""
+        if region.nfree < PMD_PAGES or not self._freed_since_search:
+            return None
+        self._freed_since_search = False
+        stack = self._stack[region.start : region.start + region.nfree]
+        blocks, counts = np.unique(stack // PMD_PAGES, return_counts=True)
+        whole = blocks[counts == PMD_PAGES]
+        if not whole.size:
+            return None
+        self._freed_since_search = True  # there may be another one
+        first = int(whole[0]) * PMD_PAGES
+        rest = stack[(stack < first) | (stack >= first + PMD_PAGES)]
+        region.nfree = rest.size
+        self._stack[region.start : region.start + rest.size] = rest
+        return first
+
     def give_back(self, pfns: Pfns) -> None:
         """Free frames of any regions.
 
@@ -256,6 +312,7 @@ class FrameAllocator:
                 self._push(region, pfns[low:high])
 
     def _push(self, region: Region, pfns: Pfns) -> None:
+        self._freed_since_search = True
         bottom = region.start + region.nfree
         # Downwards, so that they are popped upwards.
         self._stack[bottom : bottom + pfns.size] = pfns[::-1]
@@ -264,6 +321,7 @@ class FrameAllocator:
     def give_back_one(self, pfn: Pfn) -> None:
         """Free one frame."""
         region = self.system if pfn < self.system.end else self.region_of(pfn)
+        self._freed_since_search = True
         self._stack_view[region.start + region.nfree] = pfn
         region.nfree += 1
 

@@ -216,6 +216,19 @@ class FrameContents:
         self._settle(pfns)
         self._rows[pfns, offset] = values
 
+    def are_zero(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
+        """Which frames hold nothing but zeroes: bool[n].
+
+        Cost: that of reading them.
+        """
+        found = self._stale[pfns]
+        held = np.flatnonzero(~found)
+        words = self._rows.view(np.uint64)
+        for at in range(0, held.size, _COPY_PAGES):
+            part = held[at : at + _COPY_PAGES]
+            found[part] = ~words[pfns[part]].any(axis=1)
+        return found
+
     def _settle(self, pfns: Pfns) -> None:
         """Zero those of `pfns` that are stale."""
         marks = self._stale[pfns]

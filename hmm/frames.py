@@ -14,8 +14,8 @@ reference.  No frame is mapped or pinned more often than it is referenced.  `ANO
 
 **Absent**: page tables, files, reclaim.
 
-Differs: the count of pins is exact, where the kernel adds 1024 to a small folio's reference count; every
-frame is a page of its own, there are no folios of several.
+Differs: the count of pins is exact, where the kernel adds 1024 to a small folio's reference count; every frame has its
+own counts and flags, also in a large folio, and is free when nobody refers to it, though others of its folio live on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice, is_ascending
-from hmm.units import Pfn, Pfns
+from hmm.units import PMD_PAGES, Pfn, Pfns
 
 __all__ = [
     "SYSTEM_REGION",
@@ -47,7 +47,8 @@ _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types di
 class PageFlag(IntFlag):
     """State of a frame; the kernel's PG_ names, whose bits depend on its configuration.
 
-    `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.
+    `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.  `COMPOUND` is PageCompound(): the frame is
+    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.
     """
 
     NONE = 0
@@ -60,6 +61,7 @@ class PageFlag(IntFlag):
     ANON_EXCLUSIVE = 1 << 6
     SWAPBACKED = 1 << 7
     HWPOISON = 1 << 8
+    COMPOUND = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,27 @@ class Frames(FrameContents):
         self.mapcount[where] = 1
         self.flags[where] = flags
         return pfns
+
+    def allocate_huge(self, flags: PageFlag) -> Pfns | None:
+        """Take a naturally aligned run of PMD_PAGES frames of system memory for one entry of a page directory.
+
+        Each frame has the one reference and the map count that `allocate_mapped` would give it.
+
+        Returns: int64[PMD_PAGES]; None when no such run is free.
+
+        Cost: 10 us; O(frames ever used) when all frames have been used before.
+        """
+        taken = self._allocator.take_run()
+        if taken is None:
+            return None
+        first, reused = taken
+        where = slice(first, first + PMD_PAGES)
+        self.refcount[where] = 1
+        self.mapcount[where] = 1
+        self.flags[where] = flags | PageFlag.COMPOUND
+        if reused:
+            self._stale[where] = True
+        return np.arange(first, first + PMD_PAGES)
 
     def _take(self, count: int, region: int) -> tuple[Pfns, Pfns | slice]:
         """Frames with a reference each, and the index that selects them."""

@@ -65,7 +65,7 @@ def digest(machine: Machine) -> str:
 
 
 def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
-    state.update(repr((space.id, space.users, space.brk_end, space.notifier.sequence)).encode())
+    state.update(repr((space.id, space.users, space.brk_end, space.notifier.sequence, sorted(space.tables))).encode())
     for vma in space.vmas:
         state.update(repr((vma.start, vma.end, vma.perms, vma.name, vma.offset_bytes, vma.anon_vma)).encode())
     addresses, entries = space.table.valid(0, TASK_SIZE)

@@ -14,7 +14,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: reclaim, huge pages and page merging, which the hints speak of; memory failure injection, which needs
+**Absent**: reclaim and page merging, which the hints speak of; collapsing; memory failure injection, which needs
 privileges (EPERM); the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.
@@ -45,9 +45,12 @@ from hmm.errors import (
 from hmm.events import Cause
 from hmm.fault import fault_in
 from hmm.file import FILE_SIZE_MAX, File, FileKind
+from hmm.frames import ZERO_PFN
+from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
+from hmm.large_folio import heads_of, likely_mapped_shared
 from hmm.operation import Operation, Pause
 from hmm.truncate import punch
-from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.units import PAGE_SHIFT, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags, zap
 
@@ -176,7 +179,7 @@ def _apply(space: AddressSpace, span: AddressRange, advice: Advice) -> Operation
         case Advice.WILLNEED | Advice.COLD | Advice.PAGEOUT | Advice.COLLAPSE:
             pass
         case _:
-            _change_flags(space, pieces, advice)
+            yield from _change_flags(space, pieces, advice)
     if error is not None:
         raise error
 
@@ -198,7 +201,7 @@ def _no_mapping(address: Address) -> BadAddressError:
     return BadAddressError(f"madvise: nothing is mapped at {address:#x}", errnos.ENOMEM, address=address)
 
 
-def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> None:
+def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Operation[None]:
     added, removed = _FLAGS[advice]
     for piece in pieces:
         if advice is Advice.MERGEABLE and piece.has(_UNMERGEABLE):
@@ -206,6 +209,7 @@ def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Non
         flags = (piece.flags & ~removed) | added
         if flags == piece.flags:
             continue
+        yield from cut(space, (piece,))
         try:
             modify_flags(space, piece, flags)
         except OutOfFramesError as error:
@@ -220,24 +224,59 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
         yield from invalidation.deliver()
         for piece in pieces:
             if cause is Cause.MADV_FREE:
-                yield from _make_clean(space, piece.span)
+                yield from _make_clean(space, piece)
             else:
+                blocks = huge_blocks(space, piece.span)
+                yield from split_pmds(space, [one for one in blocks if one.start < piece.start or one.end > piece.end])
                 yield from zap(space, piece.span)
 
 
-def _make_clean(space: AddressSpace, span: AddressRange) -> Operation[None]:
+def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     """madvise_free_pte_range(): present pages only, those on a device are left alone; lost ones are forgotten."""
+    if space.huge:
+        yield from _make_blocks_clean(space, vma)
+        return
 
     def clean(entries: Entries) -> None:
         entries[cpu_pte.is_present(entries)] &= _CLEAN
         entries[cpu_pte.is_poison(entries)] = 0
 
     paused = True
-    for piece in space.table.populated(span.start, span.end):
+    for piece in space.table.populated(vma.start, vma.end):
         if not paused:
             yield Pause()
         paused = False
         space.table.update(piece.start, piece.end, clean)
+
+
+def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
+    """The same where there are large folios: block by block.
+
+    Those of which only a part is to be made clean are split, unless others map them as well; then, or when they cannot
+    be split, they stay as they are.
+    """
+    frames = space.frames
+    for piece in space.table.populated(vma.start, vma.end, PMD_PAGES):
+        entries = space.table.read(piece.start, piece.end)
+        pfns = _framed(entries)
+        for head in heads_of(frames, pfns):
+            mapped = np.flatnonzero((pfns >= head) & (pfns < head + PMD_PAGES))
+            if mapped.size < PMD_PAGES and not likely_mapped_shared(frames, head):
+                yield from split_folio(space, vma, piece.start + (int(mapped[0]) << PAGE_SHIFT))
+        entries = space.table.read(piece.start, piece.end)
+        pfns = _framed(entries)
+        chosen = cpu_pte.is_present(entries) & ~cpu_pte.is_huge_zero(entries)
+        for head in heads_of(frames, pfns):
+            mapped = np.flatnonzero((pfns >= head) & (pfns < head + PMD_PAGES))
+            chosen[mapped] = mapped.size == PMD_PAGES == int(frames.mapcount[pfns[mapped]].sum())
+        entries[chosen] &= _CLEAN
+        entries[cpu_pte.is_poison(entries)] = 0
+        space.table.fill(piece.start, piece.end, entries)
+
+
+def _framed(entries: Entries) -> Pfns:
+    """The frames of present entries; the zero page for others."""
+    return np.where(cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
 
 
 def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:

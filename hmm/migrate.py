@@ -16,7 +16,7 @@ itself move like any other.  A hole is moved too, as if a page of zeroes were th
 **Invariants**: when the operation ends, however it ends, no migration entry of it is left, and every page taken out
 is back in the tables it was taken from or has been replaced there.
 
-**Absent**: which destinations are chosen (device_pages.py), huge pages, the swap cache.
+**Absent**: which destinations are chosen (device_pages.py), huge pages as such: they are split first; the swap cache.
 
 Differs: a page that several processes map makes one event per address space, not one per mapping.
 """
@@ -38,6 +38,8 @@ from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.file import File
 from hmm.frames import PageFlag
+from hmm.huge_split import huge_blocks, split_folio, split_pmds
+from hmm.large_folio import are_compound
 from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
 from hmm.notifier import Invalidation
 from hmm.operation import Operation
@@ -45,6 +47,7 @@ from hmm.rmap import Places, anonymous_places, file_places
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
+    PMD_MASK,
     AddressRange,
     DeviceId,
     Entries,
@@ -185,6 +188,7 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
     """All steps of a migration whose pages are chosen; nothing is moved if their VMA is gone when mirrors were told."""
     with ExitStack() as brackets:
         yield from brackets.enter_context(_invalidation(migration, migration.spans)).deliver()
+        yield from _split(migration)
         if not _still_there(migration):
             return
         taken = _collect(migration)
@@ -218,6 +222,24 @@ def _still_there(migration: Migration) -> bool:
 # ---- setup
 
 
+def _split(migration: Migration) -> Operation[None]:
+    """Huge pages are split, whether they are selected or not; those that cannot be stay: migrate_vma_collect_pmd()."""
+    space = migration.space
+    for block in _huge_blocks(migration) if space.huge else ():
+        if not _still_there(migration):
+            return
+        entry = space.table.get(block.start)
+        if cpu_pte.is_huge_zero(entry):
+            yield from split_pmds(space, (block,))
+        elif cpu_pte.is_huge(entry):
+            yield from split_folio(space, migration.vma, block.start)
+
+
+def _huge_blocks(migration: Migration) -> list[AddressRange]:
+    starts = np.unique(migration.addresses & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
+    return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
+
+
 def _collect(migration: Migration) -> _Positions:
     """Say what is there, and put migration entries in the place of what is to be moved: migrate_vma_collect_pmd().
 
@@ -227,6 +249,7 @@ def _collect(migration: Migration) -> _Positions:
     entries = entries_of(space, migration.addresses)
     zero = cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0)
     anonymous = vma.backing is None
+    zero &= ~cpu_pte.is_huge(entries)
     holes = (entries == 0) if anonymous else np.zeros(entries.size, np.bool_)
     if select & Select.SYSTEM:
         holes |= zero
@@ -234,10 +257,11 @@ def _collect(migration: Migration) -> _Positions:
     framed = np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
     pfns = cpu_pte.cpu_pfn(entries[framed])
     of_device = owners(frames, pfns)
+    compound = are_compound(frames, pfns)
     private = are_private(frames, pfns)
     wanted = np.zeros(framed.size, np.bool_)
     if select & Select.SYSTEM:
-        wanted |= of_device == 0
+        wanted |= (of_device == 0) & ~compound
     if select & Select.DEVICE_PRIVATE:
         wanted |= private & (of_device == migration.owner)
     if select & Select.DEVICE_COHERENT:
@@ -310,7 +334,7 @@ def _insert(migration: Migration, holes: _Positions, pfns: Pfns) -> _Mask:
     space, frames = migration.space, migration.space.frames
     addresses = migration.addresses[holes]
     entries = space.table.lookup(addresses)
-    free: _Mask = (entries == 0) | cpu_pte.is_special(entries)
+    free: _Mask = (entries == 0) | (cpu_pte.is_special(entries) & ~cpu_pte.is_huge(entries))
     private = are_private(frames, pfns)
     flags: Entries = np.where(private, np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT | cpu_pte.DIRTY))
     if migration.vma.writable:

@@ -17,6 +17,7 @@ from enum import IntFlag
 
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError, RangeBusyError
+from hmm.huge_split import cut
 from hmm.operation import Operation
 from hmm.populate import populate
 from hmm.units import WHOLE_SPACE, Address, AddressRange, page_down, page_up
@@ -79,7 +80,7 @@ def _mlock(space: AddressSpace, start: Address, length: int, flags: VmFlag) -> O
         return 0
     with space.notifier.turn() as turn:
         yield from turn.wait()
-        _apply_lock_flags(space, span, flags)
+        yield from _apply_lock_flags(space, span, flags)
     try:
         yield from populate(space, span, ignore_errors=False)
     except OutOfFramesError as error:
@@ -99,7 +100,7 @@ def munlock(space: AddressSpace, start: Address, length: int) -> Operation[int]:
         return 0
     with space.notifier.turn() as turn:
         yield from turn.wait()
-        _apply_lock_flags(space, span, VmFlag.NONE)
+        yield from _apply_lock_flags(space, span, VmFlag.NONE)
     return 0
 
 
@@ -122,7 +123,7 @@ def mlockall(space: AddressSpace, flags: int) -> Operation[int]:
         if flags & MclFlag.FUTURE:
             space.default_flags |= lock
         if flags & MclFlag.CURRENT:
-            _lock_all(space, lock)
+            yield from _lock_all(space, lock)
     if flags & MclFlag.CURRENT:
         yield from populate(space, WHOLE_SPACE)
     return 0
@@ -138,7 +139,7 @@ def munlockall(space: AddressSpace) -> Operation[int]:
     with space.notifier.turn() as turn:
         yield from turn.wait()
         space.default_flags &= ~LOCKED_FLAGS
-        _lock_all(space, VmFlag.NONE)
+        yield from _lock_all(space, VmFlag.NONE)
     return 0
 
 
@@ -150,25 +151,26 @@ def _lockable(start: Address, length: int) -> AddressRange:
     return span
 
 
-def _apply_lock_flags(space: AddressSpace, span: AddressRange, flags: VmFlag) -> None:
+def _apply_lock_flags(space: AddressSpace, span: AddressRange, flags: VmFlag) -> Operation[None]:
     """Up to the first hole, in order of address: apply_vma_lock_flags()."""
     at = span.start
     for piece in space.vmas.mapped_pieces(span):
         if piece.start != at:
             break
-        _fixup(space, piece, flags)
+        yield from _fixup(space, piece, flags)
         at = piece.end
     if at < span.end:
         raise BadAddressError(f"mlock: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
 
 
-def _lock_all(space: AddressSpace, flags: VmFlag) -> None:
+def _lock_all(space: AddressSpace, flags: VmFlag) -> Operation[None]:
     for vma in list(space.vmas):
-        _fixup(space, vma, flags)
+        yield from _fixup(space, vma, flags)
 
 
-def _fixup(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
+def _fixup(space: AddressSpace, piece: Vma, flags: VmFlag) -> Operation[None]:
     """mlock_fixup()."""
     new = (piece.flags & ~LOCKED_FLAGS) | flags
     if new != piece.flags and not piece.mapping.special:
+        yield from cut(space, (piece,))
         modify_flags(space, piece, new)

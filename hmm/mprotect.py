@@ -29,6 +29,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import Cause
 from hmm.frames import ZERO_PFN, Frames, PageFlag
+from hmm.huge_split import cut
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
 from hmm.units import Address, AddressRange, Entries, is_page_aligned, page_up
@@ -90,8 +91,11 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
         yield from turn.wait()
         span = _grown(space, AddressRange(start, end), grow)
         turn.hold(span)
+        plan, refused = _planned(space, span, Prot(prot))
+        yield from cut(space, (piece for piece, _ in plan))
         with space.restoring(span):
-            changed, error = _change_vmas(space, span, Prot(prot))
+            changed, error = _change_vmas(space, plan)
+            error = error or refused
             yield from _change_protection(space, changed, _cause(prot))
     for piece in changed:
         # A private locked mapping that becomes writable: the copies are made now.
@@ -120,12 +124,12 @@ def _grown(space: AddressSpace, span: AddressRange, grow: int) -> AddressRange:
     return AddressRange(vma.start, span.end)
 
 
-def _change_vmas(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[list[Vma], HmmError | None]:
-    """Change the VMAs of `span` up to the first that may not.
+def _planned(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[list[tuple[Vma, VmFlag]], HmmError | None]:
+    """What is to be changed in `span`, up to the first VMA that may not.
 
-    Returns: the parts that really changed, as they were; and what the call fails with.
+    Returns: the parts and their new flags; and what the call fails with behind them.
     """
-    changed: list[Vma] = []
+    plan: list[tuple[Vma, VmFlag]] = []
     at = span.start
     for piece in space.vmas.mapped_pieces(span):
         if piece.start != at:
@@ -134,18 +138,26 @@ def _change_vmas(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[l
         may = VmFlag(piece.flags >> 4) & ACCESS_FLAGS
         if prot & ~may:
             denied = f"mprotect: {piece} may not become {prot!r}"
-            return changed, AccessDeniedError(denied, errnos.EACCES, address=piece.start)
+            return plan, AccessDeniedError(denied, errnos.EACCES, address=piece.start)
         flags = _new_flags(piece, prot)
-        if flags == piece.flags:
-            continue
+        if flags != piece.flags:
+            plan.append((piece, flags))
+    if at < span.end:
+        return plan, BadAddressError(f"mprotect: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
+    return plan, None
+
+
+def _change_vmas(space: AddressSpace, plan: list[tuple[Vma, VmFlag]]) -> tuple[list[Vma], HmmError | None]:
+    """Give parts of VMAs their new flags, until there would be too many VMAs.
+
+    Returns: the parts that changed, as they were; and what the call fails with.
+    """
+    for number, (piece, flags) in enumerate(plan):
         try:
             modify_flags(space, piece, flags)
         except HmmError as error:
-            return changed, error
-        changed.append(piece)
-    if at < span.end:
-        return changed, BadAddressError(f"mprotect: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
-    return changed, None
+            return [changed for changed, _ in plan[:number]], error
+    return [changed for changed, _ in plan], None
 
 
 def _new_flags(piece: Vma, prot: Prot) -> VmFlag:

@@ -23,14 +23,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntFlag
 
+from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
+from hmm.huge_split import block_of, cut, huge_blocks, split_pmds
 from hmm.notifier import Turn
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
-from hmm.units import PAGE_SHIFT, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
+from hmm.units import (
+    PAGE_SHIFT,
+    PMD_MASK,
+    PMD_SHIFT,
+    PMD_SIZE,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    is_page_aligned,
+    page_up,
+)
 from hmm.unmapped_area import MapFlag, get_unmapped_area
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import may_expand, release_files, unmap
@@ -236,25 +248,67 @@ def _tell_and_move(space: AddressSpace, old: AddressRange, new: AddressRange, *,
     notifier = space.notifier
     with notifier.invalidation((old,), Cause.MREMAP_MOVE) as move:
         yield from move.deliver()
+        yield from split_pmds(
+            space, [block for block in huge_blocks(space, old) if not _moves_whole(space, block, old, new)]
+        )
         if dontunmap:
             yield from _move_or_return(space, old, new)
             return
+        yield from cut(space, space.vmas.mapped_pieces(old))
         with notifier.invalidation((old,), Cause.MUNMAP) as removal:
             yield from removal.deliver()
             yield from _move_or_return(space, old, new)
             gone = space.vmas.mapped_pieces(old)
             space.vmas.erase(old)
+            space.free_tables(old)
     release_files(gone)
+
+
+def _moves_whole(space: AddressSpace, block: AddressRange, old: AddressRange, new: AddressRange) -> bool:
+    """Whether a huge page can be moved as one: move_huge_pmd(), where both places hold all of it."""
+    shift = new.start - old.start
+    inside = old.start <= block.start and block.end <= old.end
+    return inside and not shift & ~PMD_MASK and (block.start + shift) >> PMD_SHIFT not in space.tables
 
 
 def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -> Operation[None]:
     """Move the entries; when directories run out half-way, back to where they were, and the new VMA goes."""
+    if space.thp:
+        _move_tables(space, old, new)
     try:
         yield from _move_entries(space, old, new.start)
     except OutOfFramesError:
         yield from _move_entries(space, AddressRange(new.start, new.start + old.size_bytes), old.start)
         yield from unmap(space, new)
         raise
+
+
+def _move_tables(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:
+    """Which blocks have page tables afterwards: move_page_tables() moves one as a whole where it can."""
+    space.keep_tables(old.start, old.end)
+    shift = new.start - old.start
+    at = _realigned(space, old, shift)
+    while at < old.end:
+        block, target = block_of(at), block_of(at + shift)
+        stop = min(block.end, target.end - shift, old.end)
+        number, other = block.start >> PMD_SHIFT, target.start >> PMD_SHIFT
+        if number in space.tables and not space.table.get(block.start) & cpu_pte.HUGE:
+            if stop - at == PMD_SIZE and other not in space.tables:
+                space.tables.discard(number)
+            space.tables.add(other)
+        at = stop
+
+
+def _realigned(space: AddressSpace, old: AddressRange, shift: int) -> Address:
+    """Where the move begins: at the start of the block when nothing else lies there: try_realign_addr()."""
+    start, offset = old.start & PMD_MASK, old.start & ~PMD_MASK
+    if not offset or shift & ~PMD_MASK or old.size_bytes < PMD_SIZE - offset:
+        return old.start
+    for first in (old.start, old.start + shift):
+        vma, below = space.vmas.find(first), space.vmas.find_prev(first)
+        if vma is None or vma.start != first or (below is not None and below.end > first - offset):
+            return old.start
+    return start
 
 
 def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:

@@ -57,6 +57,7 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     away = cpu_pte.is_device_private(entries) | cpu_pte.is_device_exclusive(entries) | cpu_pte.is_migration(entries)
     words[away] |= np.uint64(SWAP)
     words[held[~space.frames.test_flags(pfns, PageFlag.ANON)]] |= np.uint64(FILE)
+    words[cpu_pte.is_huge_zero(entries)] |= np.uint64(FILE)  # a page, and not anonymous: pagemap_pmd_range()
     words[held[here & (space.frames.mapcount[pfns] == 1)]] |= np.uint64(MMAP_EXCLUSIVE)
     words[(entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0] |= np.uint64(SOFT_DIRTY)
     return words

@@ -27,8 +27,10 @@ from hmm.events import Cause
 from hmm.fault import bring_in, pieces, raise_stop
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
+from hmm.huge_fault import reuse_huge
+from hmm.huge_split import block_of, split_pmds
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned, spans_of_pages
+from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
@@ -95,7 +97,7 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
                 space.frames.pin(pfns)
                 return pfns
             yield from _move_off_device(space, piece, on_device)
-        else:
+        elif not (yield from _keep_huge(space, piece, entries, shared)):
             yield from _unshare(space, piece, np.flatnonzero(shared))
 
 
@@ -118,6 +120,20 @@ def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) 
     return shared
 
 
+def _keep_huge(
+    space: AddressSpace, piece: AddressRange, entries: Entries, shared: npt.NDArray[np.bool_]
+) -> Operation[bool]:
+    """do_huge_pmd_wp_page() for FAULT_FLAG_UNSHARE: a huge page nobody else has becomes exclusive, others are split.
+
+    Returns: whether there were any, so that the pages have to be looked at again.
+    """
+    pages = np.flatnonzero(shared & cpu_pte.is_huge(entries)) + (piece.start >> PAGE_SHIFT)
+    starts = np.unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
+    alien = [start for start in starts if not reuse_huge(space, space.table.get(start))]
+    yield from split_pmds(space, map(block_of, alien))
+    return bool(starts)
+
+
 def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.intp]) -> Operation[None]:
     """do_wp_page() for FAULT_FLAG_UNSHARE: a page nobody else has becomes exclusive, others are copied."""
     frames = space.frames
@@ -126,6 +142,7 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
     entries = space.table.lookup(addresses)
     pfns = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
     alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)
+    alone &= ~frames.test_flags(pfns, PageFlag.COMPOUND)
     frames.set_flags(pfns[alone], PageFlag.ANON_EXCLUSIVE)
     space.claim(pfns[alone])
     pages, addresses = pages[~alone], addresses[~alone]

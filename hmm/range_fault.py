@@ -14,7 +14,7 @@ the request, of the VMA or of the directory: pages of the own device that lie th
 
 **Invariants**: when an error is raised, words below the failing address are outputs and all others still inputs.
 
-**Absent**: huge pages, DMA mapping of the result.
+**Absent**: DMA mapping of the result.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ _PFN_MASK = np.uint64((1 << ORDER_SHIFT) - 1)
 _TO_WRITE = np.uint64(WRITE.bit_length() - cpu_pte.WRITE.bit_length())
 _UNLIKE = cpu_pte.SPECIAL | cpu_pte.HUGE | cpu_pte.NON_PRESENT
 """An entry with one of these needs a closer look."""
+_PMD_ORDER = np.uint64(PMD_SHIFT - PAGE_SHIFT << ORDER_SHIFT)
 _BLOCK_PAGES = 1 << (PMD_SHIFT - PAGE_SHIFT)
 
 _Mask = npt.NDArray[np.bool_]
@@ -246,6 +247,8 @@ def _look(request: HmmRange, span: AddressRange) -> _Look:
     shown = present | own
     words[shown] = pfns[shown].view(np.uint64) | np.uint64(VALID)
     words[shown & writable] |= np.uint64(WRITE)
+    if space.huge:
+        words[cpu_pte.is_huge(entries)] |= _PMD_ORDER
     need_write = write & ~writable & ~own
     need = np.where(present, need_write, fault & ~own)
     hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
+from hmm.address_space import Thp
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.events import Delivery, Event, EventType
 from hmm.journal import digest, replay
@@ -27,7 +28,7 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.scheduler import Call, Choose, Scheduler
 from hmm.testing_memory import CarriedMemory, Contents
-from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, MirrorId
+from hmm.units import PAGE_SIZE, PMD_PAGES, TASK_SIZE, AddressRange, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -143,7 +144,11 @@ SMALL = Limits(frames=400, device_frames=0, processes=8, directories=1 << 10)
 """Limits of a simulated machine: little enough that checking everything is cheap, and that memory runs out."""
 
 
-Makers: TypeAlias = "tuple[tuple[Callable[[Town], Call | None], int], ...]"
+_NEAR = 6
+"""How far from the edge of a block calls go, in pages."""
+
+Maker: TypeAlias = "Callable[[Town], Call | None]"
+Makers: TypeAlias = "tuple[tuple[Maker, int], ...]"
 """What makes random calls, and how often each does."""
 
 
@@ -154,7 +159,9 @@ class Town:
     Attributes:
         processes, devices: as many are kept alive at the most.
         pages: of the window, at `start` of every process.
+        thp: where first touches bring in huge pages; then calls are about whole blocks, or pages near the edges of one.
         more: what else makes calls.
+        first: what makes calls before all others.
     """
 
     machine: Machine
@@ -164,6 +171,8 @@ class Town:
     pages: int = 24
     start: int = 0x1000_0000
     more: Makers = ()
+    first: tuple[Maker, ...] = ()
+    thp: Thp = Thp.NEVER
 
     def calls(self, ncalls: int) -> Iterator[Call]:
         """`ncalls` calls, each made at the moment it is started, so that it fits the state of that moment."""
@@ -178,9 +187,9 @@ class Town:
 
     def _first_calls(self) -> Iterator[Call]:
         # Somebody to talk to: without it most of a short run would be calls that find nothing.
-        yield Call(commands_process.create_process, ("simulated",))
+        yield Call(commands_process.create_process, ("simulated",), {"thp": self.thp})
         (process,) = self.machine.processes
-        shared_pages = self.pages // 3
+        shared_pages = _NEAR if self.thp else self.pages // 3
         for npages, kind in ((self.pages, MapFlag.PRIVATE), (shared_pages, MapFlag.SHARED)):
             flags = kind | MapFlag.FIXED | MapFlag.ANONYMOUS
             place = (process, self.start, npages * PAGE_SIZE)
@@ -189,11 +198,20 @@ class Town:
             yield Call(commands_device.register_device, ("simulated",), {"dma": dma})
         for device in list(self.machine.devices):
             yield _mirror(self, device, process)
+        yield from filter(None, (maker(self) for maker in self.first))
 
     def span(self, most: int = 5) -> AddressRange:
-        """One to `most` pages of the window."""
-        first = self.choose(self.pages)
-        npages = min(1 + self.choose(most), self.pages - first)
+        """One to `most` pages of the window, or whole blocks of it."""
+        if not self.thp:
+            first = self.choose(self.pages)
+            npages = min(1 + self.choose(most), self.pages - first)
+        elif self.choose(2):
+            edge = self.choose(self.pages // PMD_PAGES + 1) * PMD_PAGES
+            first = min(max(edge - _NEAR + self.choose(2 * _NEAR), 0), self.pages - 1)
+            npages = min(1 + self.choose(most), self.pages - first)
+        else:
+            first = self.choose(self.pages // PMD_PAGES) * PMD_PAGES
+            npages = min((1 + self.choose(2)) * PMD_PAGES, self.pages - first)
         start = self.start + first * PAGE_SIZE
         return AddressRange(start, start + npages * PAGE_SIZE)
 
@@ -216,7 +234,14 @@ class SimulationError(AssertionError):
 
 
 def simulate(
-    seed: int, *, ncalls: int = 60, limits: Limits = SMALL, more: Makers = (), contents: bool = False
+    seed: int,
+    *,
+    ncalls: int = 60,
+    limits: Limits = SMALL,
+    more: Makers = (),
+    first: tuple[Maker, ...] = (),
+    thp: Thp = Thp.NEVER,
+    contents: bool = False,
 ) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
@@ -234,7 +259,7 @@ def simulate(
     scheduler = Scheduler(
         machine,
         choose,
-        Town(machine, choose, more=more).calls(ncalls),
+        Town(machine, choose, pages=2 * PMD_PAGES if thp else 24, more=more, first=first, thp=thp).calls(ncalls),
         finished=devices.finished,
         answering=devices.answering,
         checking=devices.check,
@@ -274,10 +299,11 @@ def _watch(scheduler: Scheduler, contents: Contents) -> None:
 def _create(town: Town) -> Call | None:
     if len(town.machine.processes) >= town.processes:
         return None
-    return Call(commands_process.create_process, ("simulated",))
+    return Call(commands_process.create_process, ("simulated",), {"thp": town.thp})
 
 
-def _fork(town: Town) -> Call | None:
+def fork_process(town: Town) -> Call | None:
+    """A child of some process, or a thread of it."""
     process = town.process()
     if process is None or len(town.machine.processes) >= town.processes:
         return None
@@ -327,7 +353,8 @@ def _mremap(town: Town) -> Call | None:
 
 def _madvise(town: Town) -> Call | None:
     process, span = town.process(), town.span()
-    advice = (Advice.DONTNEED, Advice.DONTNEED, Advice.FREE, Advice.REMOVE, Advice.DONTFORK, Advice.WIPEONFORK)
+    advice = [Advice.DONTNEED, Advice.DONTNEED, Advice.FREE, Advice.REMOVE, Advice.DONTFORK, Advice.WIPEONFORK]
+    advice += [Advice.HUGEPAGE, Advice.NOHUGEPAGE] if town.thp else []
     chosen = advice[town.choose(len(advice))]
     return None if process is None else Call(commands_process.madvise, (process, span.start, span.size_bytes, chosen))
 
@@ -429,7 +456,7 @@ def _discard(town: Town) -> Call | None:
 
 
 _WEIGHTS: Makers = (
-    (_create, 2), (_fork, 3), (_exit, 1), (_exec, 1), (_mmap, 5), (_munmap, 2), (_mprotect, 3), (_mremap, 2),
+    (_create, 2), (fork_process, 3), (_exit, 1), (_exec, 1), (_mmap, 5), (_munmap, 2), (_mprotect, 3), (_mremap, 2),
     (_madvise, 3), (_write, 6), (_read, 3), (_open, 1), (_truncate, 1), (_punch, 1), (_msync, 1), (_mlock, 1),
     (_register_device, 1), (_register_mirror, 4), (_unregister_mirror, 1), (_fault, 12), (_device_write, 4),
     (_dirty, 1), (_discard, 1),

@@ -12,26 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hmm import commands_device, commands_hmm, commands_process
-from hmm.address_space import AddressSpace
+from hmm.address_space import AddressSpace, Thp
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Limits
 from hmm.mirror import DeadlinePolicy
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
-from hmm.testing import Makers, Town, simulate
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, DeviceId, MirrorId
+from hmm.testing import Makers, Town, fork_process, simulate
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 
 __all__ = [
     "DEVICE_CALLS",
+    "HUGE_CALLS",
+    "LARGE_WITH_DEVICES",
     "MIRROR_CALLS",
     "SMALL_WITH_DEVICES",
     "TOWNS",
     "simulate_devices",
+    "simulate_huge_pages",
     "simulate_mirror_memory",
 ]
 
 SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directories=1 << 10)
 """As `testing.SMALL`, with frame numbers for a few small devices."""
+LARGE_WITH_DEVICES = Limits(frames=2800, device_frames=64, processes=8, directories=1 << 10)
+"""As much as a few huge pages need, too little for those of all processes."""
 _DEVICE_PAGES = 12
 _REQUESTS = (0, REQ_FAULT, REQ_FAULT | REQ_WRITE)
 
@@ -142,6 +149,33 @@ DEVICE_CALLS: Makers = (
 """What makes calls of devices, and how often."""
 
 
+def _block(town: Town) -> AddressRange:
+    start = town.start + town.choose(town.pages // PMD_PAGES) * PMD_SIZE
+    return AddressRange(start, start + PMD_SIZE)
+
+
+def _map_block(town: Town) -> Call | None:
+    process, span = town.process(), _block(town)
+    if process is None:
+        return None
+    flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
+    return Call(commands_process.mmap, (process, span.start, span.size_bytes, Prot.READ | Prot.WRITE, flags))
+
+
+def _touch_block(town: Town) -> Call | None:
+    process, span = town.process(), _block(town)
+    page = span.start + town.choose(PMD_PAGES) * PAGE_SIZE
+    if process is None:
+        return None
+    if town.choose(4):
+        return Call(commands_process.write_memory, (process, page, bytes([1 + town.choose(255)])))
+    return Call(commands_process.read_memory, (process, page, 1))
+
+
+HUGE_CALLS: Makers = ((_map_block, 8), (_touch_block, 16))
+"""What makes room for huge pages and brings them in, and how often."""
+
+
 def simulate_devices(seed: int) -> Scheduler:
     """As `testing.simulate`, with devices that have memory."""
     return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS)
@@ -224,9 +258,17 @@ def simulate_mirror_memory(seed: int) -> Scheduler:
     return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, contents=True)
 
 
+def simulate_huge_pages(seed: int) -> Scheduler:
+    """As `simulate_devices`, with huge pages at first touch, on every third seed where MADV_HUGEPAGE was given."""
+    thp = Thp.ALWAYS if seed % 3 else Thp.MADVISE
+    first = (_register, _attach, _touch_block, _touch_block, fork_process)
+    return simulate(seed, ncalls=80, limits=LARGE_WITH_DEVICES, more=DEVICE_CALLS + HUGE_CALLS, first=first, thp=thp)
+
+
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     "mirrors": simulate,
     "devices": simulate_devices,
     "memory": simulate_mirror_memory,
+    "huge": simulate_huge_pages,
 }
 """What a seed can be run in: by name, all workloads there are."""

@@ -19,6 +19,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
+from hmm.huge_split import cut
 from hmm.operation import Operation, Pause
 from hmm.units import TASK_SIZE, AddressRange
 from hmm.vma import Vma, VmFlag
@@ -39,7 +40,7 @@ def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
     """Give a part of one VMA other flags, merging it with its neighbours or cutting it out.
 
     Args:
-        piece: as the map has it now, clipped to the part that changes.
+        piece: as the map has it now, clipped to the part that changes; `cut` was done for it.
 
     Raises:
         OutOfFramesError: the cuts would make too many VMAs (ENOMEM).
@@ -91,10 +92,12 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     assert whole is not None
     if whole.start < span.start and span.end < whole.end and len(space.vmas) >= space.limits.vmas:
         raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
+    yield from cut(space, (pieces[0], pieces[-1]))
     invalidation = space.notifier.invalidation((span,), Cause.MUNMAP)
     with space.restoring(span), space.detaching(span), invalidation:
         yield from invalidation.deliver()
         yield from zap(space, span)
+        space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
     release_files(pieces)
 
 

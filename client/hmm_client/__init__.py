@@ -30,6 +30,7 @@ if "grpc" not in sys.modules:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 if TYPE_CHECKING:
+    from hmm.address_space import Thp
     from hmm.file import FileKind
     from hmm.frames import RegionKind
     from hmm.madvise import Advice
@@ -76,6 +77,7 @@ _HOME = {
     "Prot": "hmm.vma",
     "RegionKind": "hmm.frames",
     "TableDriver": "hmm_client.driver",
+    "Thp": "hmm.address_space",
     "UnavailableError": "hmm_client.channel",
     "connect": "hmm_client.client",
     "tls_credentials": "hmm_client.channel",
@@ -106,6 +108,7 @@ __all__ = [
     "Prot",
     "RegionKind",
     "TableDriver",
+    "Thp",
     "UnavailableError",
     "connect",
     "tls_credentials",

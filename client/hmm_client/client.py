@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
+from hmm.address_space import Thp
 from hmm.errors import HmmError
 from hmm.file import FileKind
 from hmm.frames import RegionKind
@@ -26,6 +27,7 @@ from hmm_client.file import File
 from hmm_client.process import Process
 from hmm_client.results import Outcome
 from hmm_client.session import Session
+from hmm_proto import convert
 from hmm_proto.v1 import (
     device_pb2_grpc,
     file_pb2,
@@ -110,7 +112,13 @@ class Client:
     # ---- objects
 
     async def create_process(
-        self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0, fault_around_pages: int = 1
+        self,
+        name: str = "",
+        *,
+        mmap_base: int = 0,
+        brk_start: int = 0,
+        fault_around_pages: int = 1,
+        thp: Thp = Thp.NEVER,
     ) -> Process:
         """A process with an empty address space.
 
@@ -119,9 +127,14 @@ class Client:
             mmap_base: mappings are placed downwards from here; 0: the kernel's default.
             brk_start: initial program break; 0: no heap.
             fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
+            thp: where the first touch of private memory may bring in a huge page.
         """
         request = process_pb2.CreateProcessRequest(
-            name=name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages
+            name=name,
+            mmap_base=mmap_base,
+            brk_start=brk_start,
+            fault_around_pages=fault_around_pages,
+            huge_pages=convert.thp_to_proto(thp),
         )
         response: process_pb2.CreateProcessResponse = await self.channel.request(self.processes.CreateProcess, request)
         return Process(self, response.process_id)

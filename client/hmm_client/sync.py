@@ -25,6 +25,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import grpc
 
+from hmm.address_space import Thp
 from hmm.commands_hmm import RangeFaulted
 from hmm.file import FileKind
 from hmm.frames import RegionKind
@@ -367,11 +368,17 @@ class Client(_Handle[aio_client.Client]):
         self.aio.executor.shutdown()
 
     def create_process(
-        self, name: str = "", *, mmap_base: int = 0, brk_start: int = 0, fault_around_pages: int = 1
+        self,
+        name: str = "",
+        *,
+        mmap_base: int = 0,
+        brk_start: int = 0,
+        fault_around_pages: int = 1,
+        thp: Thp = Thp.NEVER,
     ) -> Process:
         """A process with an empty address space."""
         made = self.aio.create_process(
-            name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages
+            name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages, thp=thp
         )
         return Process(self.loop.run(made), self.loop)
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from hmm.address_space import Thp
 from hmm.errors import InvalidRequestError, Signal
 from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
@@ -157,6 +158,8 @@ _MEMORY_KINDS = {
     RegionKind.DEVICE_COHERENT: types_pb2.MEMORY_KIND_COHERENT,
 }
 
+_HUGE_PAGES = {thp: types_pb2.HugePages.Value(f"HUGE_PAGES_{thp.name}") for thp in Thp}
+
 _EVENT_TYPE_MEMBERS = _inverse(_EVENT_TYPES)
 _REASON_MEMBERS = _inverse(_REASONS)
 _EVENT_STATE_MEMBERS = _inverse(_EVENT_STATES)
@@ -164,6 +167,8 @@ _POLICY_MEMBERS = {**_inverse(_POLICIES), 0: DeadlinePolicy.FENCE}
 _SIGNAL_MEMBERS = _inverse(_SIGNALS)
 _FILE_KIND_MEMBERS = {**_inverse(_FILE_KINDS), 0: FileKind.FILE}
 _MEMORY_KIND_MEMBERS = {**_inverse(_MEMORY_KINDS), 0: RegionKind.DEVICE_PRIVATE}
+
+_HUGE_PAGES_MEMBERS = {**_inverse(_HUGE_PAGES), 0: Thp.NEVER}
 
 
 def event_type_to_proto(etype: EventType) -> types_pb2.EventType.ValueType:
@@ -204,6 +209,16 @@ def policy_to_proto(policy: DeadlinePolicy) -> types_pb2.DeadlinePolicy.ValueTyp
 def policy_from_proto(number: int) -> DeadlinePolicy:
     """What happens at a deadline; 0 is FENCE.  Raises: InvalidRequestError for an unknown number (EINVAL)."""
     return _member(_POLICY_MEMBERS, number, "deadline policy")
+
+
+def thp_to_proto(thp: Thp) -> types_pb2.HugePages.ValueType:
+    """Where a first touch may bring in a huge page."""
+    return _HUGE_PAGES[thp]
+
+
+def thp_from_proto(number: int) -> Thp:
+    """Where a first touch may bring in a huge page; 0 is NEVER.  Raises: InvalidRequestError: unknown (EINVAL)."""
+    return _member(_HUGE_PAGES_MEMBERS, number, "huge pages")
 
 
 def signal_to_proto(signal: Signal | None, address: int | None) -> types_pb2.SignalReport:

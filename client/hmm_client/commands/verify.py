@@ -45,8 +45,6 @@ def command(paths: tuple[str, ...], in_process: bool, show: int, form: str, wher
     on three levels: semantic; mirror, which depends on the entries that the kernel's test driver still holds; detail,
     the kernel's bookkeeping.
 
-    A trace with huge pages is followed up to the first operation of a device, and the rest is left out.
-
     Without --target a daemon is started for the purpose.
 
     Exit codes: 0 no semantic difference; 1 semantic differences; 2 unusable input; 3 no daemon can be reached.
@@ -100,7 +98,6 @@ def _as_json(reports: list[TraceReport]) -> dict[str, Any]:
     totals: dict[str, Any] = {
         "traces": len(reports),
         "operations": sum(report.operations for report in reports),
-        "left_out": sum(report.left_out for report in reports),
     }
     for level in Level:
         counts = _sum(reports, level)
@@ -114,7 +111,7 @@ def _print(reports: list[TraceReport], show: int) -> None:
         groups.setdefault((report.trace.header.set, report.trace.header.kind), []).append(report)
     rows = [(*group, *_row(groups[group])) for group in sorted(groups)]
     of_levels = (head for level in Level for head in (f">{level.value}", ">differences"))
-    heads = ("set", "class", ">traces", ">operations", ">left out", *of_levels)
+    heads = ("set", "class", ">traces", ">operations", *of_levels)
     print_table(heads, [*rows, ("all", "", *_row(reports))])
     found = [difference for report in reports for difference in report.differences]
     differences = sorted(found, key=lambda difference: list(Level).index(difference.level))
@@ -127,8 +124,8 @@ def _print(reports: list[TraceReport], show: int) -> None:
 
 def _row(reports: list[TraceReport]) -> tuple[int, ...]:
     sums = [_sum(reports, level) for level in Level]
-    operations, left_out = sum(report.operations for report in reports), sum(report.left_out for report in reports)
-    return (len(reports), operations, left_out, *(n for counts in sums for n in (counts.compared, counts.differences)))
+    operations = sum(report.operations for report in reports)
+    return (len(reports), operations, *(n for counts in sums for n in (counts.compared, counts.differences)))
 
 
 def _print_difference(difference: Difference) -> None:

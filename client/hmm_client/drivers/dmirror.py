@@ -52,6 +52,7 @@ from hmm.page_table import PageTable
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
+    PMD_SHIFT,
     TASK_SIZE,
     Address,
     AddressRange,
@@ -232,7 +233,9 @@ class Card:
         shown = np.where(words & np.uint64(words_of.WRITE), Snapshot.WRITE, Snapshot.READ).astype(np.uint8)
         pfns = words_of.word_pfns(words)
         first, end = self.frames
-        shown[valid & (pfns == 0)] |= np.uint8(Snapshot.ZERO)
+        huge = (words >> np.uint64(words_of.ORDER_SHIFT)) & np.uint64(31) == PMD_SHIFT - PAGE_SHIFT
+        shown[valid & (pfns == 0) & ~huge] |= np.uint8(Snapshot.ZERO)  # the huge zero page is another page
+        shown[valid & huge] |= np.uint8(Snapshot.PMD)
         own = valid & (pfns >= first) & (pfns < end)
         shown[own] |= np.uint8(_LOCAL[self.kind])
         shown[~valid] = Snapshot.NONE

@@ -1,7 +1,6 @@
 """Comparing a trace with what a subject does, operation by operation.
 
-Every field of the result and every state is one comparison of one *aspect*, at one of three levels.  Traces
-with huge pages are followed up to the first operation that acts through a device.
+Every field of the result and every state is one comparison of one *aspect*, at one of three levels.
 
 **Invariants**: after a trace's first difference in a result the trace goes on, so that each operation is counted;
     what a trace does not say is not compared.
@@ -111,11 +110,6 @@ class TraceReport:
     counts: dict[Level, Counts] = field(default_factory=lambda: {level: Counts() for level in Level})
     differences: list[Difference] = field(default_factory=list)
 
-    @property
-    def left_out(self) -> int:
-        """Operations that were not performed."""
-        return len(self.trace.operations) - self.operations
-
 
 def verify(trace: Trace, subject: Subject) -> TraceReport:
     """Perform a trace on a subject that nothing was done to yet, and compare after every operation.
@@ -126,8 +120,6 @@ def verify(trace: Trace, subject: Subject) -> TraceReport:
     run = TraceRun(trace, subject)
     before: deque[Operation] = deque(maxlen=CONTEXT_OPERATIONS)
     for operation in trace.operations:
-        if not run.performs(operation):
-            break
         report.operations += 1
         for aspect, level, process, expected, found in _compared(run, operation):
             counts = report.counts[level]
@@ -171,8 +163,6 @@ def _states(run: TraceRun, state: State, shown: list[bytes], pagemap: bytes) -> 
         yield Aspect.MAPS, Level.SEMANTIC, process, expected, found
         if expected == found:
             yield Aspect.RAW_MAPS, Level.DETAIL, process, state.maps, maps
-    if not shown:
-        return
     yield Aspect.SNAPSHOT, Level.SEMANTIC, process, state.s0, shown[0]
     if state.s1 != state.s0 or shown[1] != shown[0]:
         yield Aspect.OTHER_SNAPSHOT, Level.SEMANTIC, process, state.s1, shown[1]

@@ -5,14 +5,14 @@
 **Invariants**: what is performed is what the trace asked for; what comes back is in the trace's own terms, so that
 the two can be compared field by field.
 
-**Absent**: comparing (`comparison`); what devices do (`device_operations`); huge pages: of traces that have them only
-what comes before the first operation of a device is performed.
+**Absent**: comparing (`comparison`); what devices do (`device_operations`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from hmm.address_space import Thp
 from hmm.errors import HmmError, errno_name
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
@@ -20,7 +20,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.recordings.errors import TraceError
-from hmm_client.recordings.ktrace import HANDLE_OPERATIONS, MapsLine, Operation, Result, Trace, fingerprint
+from hmm_client.recordings.ktrace import MapsLine, Operation, Result, Trace, fingerprint
 from hmm_client.verification.device_operations import DeviceRun
 from hmm_client.verification.subject import Access, Region, Subject
 
@@ -34,12 +34,6 @@ _MODES = {
 FILES = ("f0", "f1", "f2")
 SHARED_MEMORY = "shm"
 ANONYMOUS = "anon"
-PINS = frozenset({"pin", "unpin"})
-
-
-def acts_through_device(operation: Operation) -> bool:
-    """True for operations of devices, for mappings of their files, and for pins."""
-    return operation.is_device_operation or operation.name in PINS
 
 
 class TraceRun:
@@ -54,13 +48,13 @@ class TraceRun:
         header = self._header = trace.header
         self._path = trace.path
         self._subject = subject
-        self.processes: dict[int, ProcessId] = {0: subject.create_process(header.fault_around_pages)}
+        self.processes: dict[int, ProcessId] = {
+            0: subject.create_process(header.fault_around_pages, Thp[header.thp.upper()])
+        }
         self.files = [subject.open_file(name) for name in FILES]
         self._sources = dict(zip(self.files, FILES, strict=True))
-        devices = subject.devices if header.thp == "never" else None
-        self._devices = DeviceRun(devices, header.base) if devices else None
-        if self._devices:
-            self._devices.born(0, self.processes[0])
+        self._devices = DeviceRun(subject.devices, header.base)
+        self._devices.born(0, self.processes[0])
         self._performers: Mapping[str, Callable[[Operation], Result]] = {
             "fork": self._fork,
             "exit": self._exit,
@@ -87,9 +81,6 @@ class TraceRun:
         try:
             if operation.name in self._performers:
                 return self._performers[operation.name](operation)
-            if self._devices is None:
-                assert operation.name in HANDLE_OPERATIONS, operation
-                return operation.result  # opening and closing change no process
             return self._devices.performers[operation.name](operation, self.processes[operation.process])
         except HmmError as error:
             return Result(-1, errno_name(error.errno))
@@ -107,17 +98,13 @@ class TraceRun:
         """A process's maps as the trace writes them."""
         return tuple(self._line(region) for region in self._subject.maps(self.processes[process]))
 
-    def performs(self, operation: Operation) -> bool:
-        """Whether this operation can be performed here: without devices, those before the first that needs one."""
-        return self._devices is not None or not acts_through_device(operation)
-
     def pagemaps(self, processes: Sequence[int]) -> list[bytes]:
         """The page map of each process."""
         return self._subject.pagemaps([self.processes[process] for process in processes], self.window)
 
     def snapshots(self, processes: Sequence[int]) -> list[list[bytes]]:
-        """What the two devices see of each process, one byte per page; nothing without devices."""
-        return self._devices.snapshots(processes, self.window) if self._devices else [[] for _ in processes]
+        """What the two devices see of each process, one byte per page."""
+        return self._devices.snapshots(processes, self.window)
 
     def _line(self, region: Region) -> MapsLine:
         source = self._sources.get(region.file_id, SHARED_MEMORY) if region.file_id else ANONYMOUS
@@ -138,8 +125,7 @@ class TraceRun:
 
     def _fork(self, operation: Operation) -> Result:
         child = self.processes[operation.args.q] = self._subject.fork(self.processes[operation.process])
-        if self._devices:
-            self._devices.born(operation.args.q, child)
+        self._devices.born(operation.args.q, child)
         return Result(0)
 
     def _exit(self, operation: Operation) -> Result:
@@ -159,7 +145,6 @@ class TraceRun:
         elif args.src in FILES:
             file_id = self.files[FILES.index(args.src)]
         else:
-            assert self._devices, operation
             file_id = self._devices.file_of(int(args.src.removeprefix("d")))
         at = self._subject.mmap(process_id, address, length, _prot(args.prot), flags, file_id, args.off << PAGE_SHIFT)
         return Result(self._page(at))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
+from hmm.address_space import Thp
 from hmm.file import FileKind
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
 from hmm.vma import VmFlag
@@ -66,9 +67,9 @@ class OverWire:
             values.append(cast("T", outcome.value))
         return values
 
-    def create_process(self, fault_around_pages: int) -> ProcessId:
+    def create_process(self, fault_around_pages: int, thp: Thp) -> ProcessId:
         """As `Subject`."""
-        process_id = self._client.create_process("trace", fault_around_pages=fault_around_pages).id
+        process_id = self._client.create_process("trace", fault_around_pages=fault_around_pages, thp=thp).id
         self._processes.add(process_id)
         return process_id
 

@@ -17,7 +17,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from hmm import commands_file, commands_process, pagemap
-from hmm.address_space import AddressSpace
+from hmm.address_space import AddressSpace, Thp
 from hmm.errors import Signal
 from hmm.local import Local
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
@@ -85,8 +85,8 @@ class Subject(Protocol):
     """Something to verify.  Arguments are those of the kernel's calls, in bytes."""
 
     @property
-    def devices(self) -> Devices | None:
-        """How devices act on it; None if they cannot."""
+    def devices(self) -> Devices:
+        """How devices act on it."""
 
     def __enter__(self) -> Self: ...
 
@@ -94,8 +94,8 @@ class Subject(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
-    def create_process(self, fault_around_pages: int) -> ProcessId:
-        """A process with an empty address space; a read fault of a file maps at most so many pages."""
+    def create_process(self, fault_around_pages: int, thp: Thp) -> ProcessId:
+        """A process with an empty address space: so many pages of a file a read fault maps; where pages may be huge."""
 
     def fork(self, process_id: ProcessId) -> ProcessId:
         """fork(2)."""
@@ -173,9 +173,11 @@ class InProcess:
         if kind is None:
             self._local.machine.check()
 
-    def create_process(self, fault_around_pages: int) -> ProcessId:
+    def create_process(self, fault_around_pages: int, thp: Thp) -> ProcessId:
         """As `Subject`."""
-        return self._local.call(commands_process.create_process, "trace", fault_around_pages=fault_around_pages)
+        return self._local.call(
+            commands_process.create_process, "trace", fault_around_pages=fault_around_pages, thp=thp
+        )
 
     def fork(self, process_id: ProcessId) -> ProcessId:
         """As `Subject`."""

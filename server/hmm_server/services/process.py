@@ -59,6 +59,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
             mmap_base=request.mmap_base,
             brk_start=request.brk_start,
             fault_around_pages=request.fault_around_pages or 1,
+            thp=convert.thp_from_proto(request.huge_pages),
         )
         return process_pb2.CreateProcessResponse(process_id=record.result)
 

@@ -8,6 +8,7 @@ import pytest
 from area import BASE, RW
 
 from hmm import commands_device, commands_hmm, commands_process
+from hmm.address_space import Thp
 from hmm.commands_hmm import Migrated
 from hmm.events import Event, Reason
 from hmm.local import Local
@@ -50,14 +51,16 @@ class Bench:
         notifier: number of the mirror's subscription to everything.
     """
 
-    def __init__(self, *, frames: int = 400, memory_pages: int = 32) -> None:
-        self.local = Local(Machine(Limits(frames=frames, device_frames=256)))
+    def __init__(
+        self, *, frames: int = 400, memory_pages: int = 32, thp: Thp = Thp.NEVER, mapped_pages: int = 16
+    ) -> None:
+        self.local = Local(Machine(Limits(frames=frames, device_frames=memory_pages + 224)))
         self.call = self.local.call
-        self.process = self.call(commands_process.create_process, "bench")
+        self.process = self.call(commands_process.create_process, "bench", thp=thp)
         self.device = self.call(commands_device.register_device, "card", memory_pages=memory_pages)
         self.mirror, self.heard = self.attach(self.device, self.process)
         self.notifier = 1
-        self.map(16)
+        self.map(mapped_pages)
 
     def attach(self, device: int, process: ProcessId) -> tuple[int, Heard]:
         """One more mirror that subscribes to everything."""

@@ -1,0 +1,140 @@
+"""Faults on huge pages: what comes to stand in the CPU's page table for a whole block of 2 MiB.
+
+    no page table   read    the huge zero page                                         do_huge_pmd_anonymous_page()
+                    write   a new huge page
+    read-only       write   becomes writable if nobody else has the page;              do_huge_pmd_wp_page()
+                            else the block is split, and its pages are copied one by one
+
+Where a huge page cannot be had (the VMA does not cover the block, or no run of frames is free) small pages come.
+
+An entry of a huge page is one entry per page with `cpu_pte.HUGE`, so that everything else works on pages.
+
+**Source**: Linux mm/memory.c (__handle_mm_fault()), mm/huge_memory.c (do_huge_pmd_anonymous_page(),
+do_huge_pmd_wp_page(), __thp_vma_allowable_orders()), 6.12.
+
+**Invariants**: a huge page comes only where the block has no page table.
+
+**Absent**: huge pages of files; sizes between a page and a block; khugepaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace, Thp
+from hmm.errors import OutOfFramesError
+from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, prepare_anon_vma
+from hmm.frames import PageFlag
+from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["allows_huge", "fault_huge", "mark_huge", "reuse_huge"]
+
+_HUGE_ZERO_PAGE = ZERO_PAGE | cpu_pte.HUGE
+
+
+def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> None:
+    """Handle what of `target` is to be handled by blocks; blocks that must be split first are in `attempt.splits`.
+
+    Args:
+        vma: whole; it permits the access.
+        target: a part of it, a range or uint64[n] ascending page addresses.
+
+    Cost: O(blocks), some 20 us for each that gets a huge page.
+    """
+    space = attempt.space
+    allowed = allows_huge(space, vma)
+    if not allowed and not space.huge:
+        return
+    for start in _blocks(target):
+        entry = space.table.get(start)
+        if entry & cpu_pte.HUGE:
+            _touch(attempt, start, entry)
+        elif allowed and vma.start <= start and start + PMD_SIZE <= vma.end and not _has_table(space, start):
+            _install(space, vma, start, attempt.write)
+
+
+def allows_huge(space: AddressSpace, vma: Vma) -> bool:
+    """Whether a first touch in this VMA may bring in huge pages: thp_vma_allowable_order()."""
+    if not space.thp or vma.backing is not None or vma.has(VmFlag.NOHUGEPAGE):
+        return False
+    return space.thp is Thp.ALWAYS or vma.has(VmFlag.HUGEPAGE)
+
+
+def _blocks(target: AddressRange | Entries) -> list[Address]:
+    if isinstance(target, AddressRange):
+        return list(range(target.start & PMD_MASK, target.end, PMD_SIZE))
+    starts: list[Address] = np.unique(target & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
+    return starts
+
+
+def _has_table(space: AddressSpace, start: Address) -> bool:
+    """Whether the block has a page table: its entry in the directory above is not pmd_none()."""
+    if start >> PMD_SHIFT in space.tables:
+        return True
+    return next(space.table.populated(start, start + PMD_SIZE), None) is not None
+
+
+def _install(space: AddressSpace, vma: Vma, start: Address, write: bool) -> None:
+    """do_huge_pmd_anonymous_page(); nothing when there is no memory for it, as small pages may do."""
+    prepare_anon_vma(space, vma)
+    try:
+        if not write:
+            space.table.fill(start, start + PMD_SIZE, _HUGE_ZERO_PAGE)
+            space.huge = True
+            return
+        pfns = space.frames.allocate_huge(ANON_PAGE)
+        if pfns is None:
+            return
+        try:
+            space.table.fill(start, start + PMD_SIZE, cpu_pte.cpu_entry(pfns, WRITTEN | cpu_pte.HUGE))
+        except OutOfFramesError:
+            space.frames.unmap(pfns)
+            raise
+    except OutOfFramesError:
+        return  # no directory: the small page finds that out
+    space.claim(pfns)
+    space.huge = True
+
+
+def _touch(attempt: Attempt, start: Address, entry: int) -> None:
+    """A block that a huge page is mapped at."""
+    space = attempt.space
+    if attempt.write and not entry & cpu_pte.WRITE:
+        if not reuse_huge(space, entry):
+            attempt.splits.append(start)
+            return
+        bits = WRITTEN
+    else:
+        bits = WRITTEN & ~cpu_pte.WRITE if attempt.write else READ_ONLY
+    if entry & bits != bits:
+        mark_huge(space, start, bits)
+
+
+def reuse_huge(space: AddressSpace, entry: int) -> bool:
+    """Make a huge page that is mapped by `entry` its process's own if it is, or if nobody else refers to it.
+
+    Returns: whether it is; then it may become writable.
+    """
+    if entry & cpu_pte.SPECIAL:
+        return False
+    frames, head = space.frames, cpu_pte.cpu_pfn(entry)
+    if frames.flags_of(head) & PageFlag.ANON_EXCLUSIVE:
+        return True
+    if (frames.refcount[head : head + PMD_PAGES] != 1).any():
+        return False
+    pfns = np.arange(head, head + PMD_PAGES)
+    frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    space.claim(pfns)
+    return True
+
+
+def mark_huge(space: AddressSpace, address: Address, bits: int) -> None:
+    """Set flags in the entry of the huge page that an address lies in."""
+    start = address & PMD_MASK
+
+    def mark(entries: Entries) -> None:
+        entries |= np.uint64(bits)
+
+    space.table.update(start, start + PMD_SIZE, mark)

@@ -1,0 +1,186 @@
+"""Huge pages in pieces: the mapping of one (a block), or the page itself (a folio), in every page table.
+
+    split_pmds     a block is mapped by page entries from now on; the page stays one      __split_huge_pmd()
+    cut            the same where VMAs are about to be cut inside a block                 vma_adjust_trans_huge()
+    split_folio    the page becomes small ones, wherever it is mapped                     split_folio()
+
+Mirrors hear of all of it: they may map the block as one.  Of a cut they hear today even where nothing huge is mapped.
+
+**Source**: Linux mm/huge_memory.c, mm/migrate.c (try_to_map_unused_to_zeropage()), 6.12.
+
+**Invariants**: those of large_folio.py; an entry keeps its frame and permission, but for the pages of a split folio
+that hold nothing but zeroes: they become the zero page.
+
+**Absent**: splitting in the background, when memory runs out; folios of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.events import Cause
+from hmm.frames import ZERO_PFN, PageFlag
+from hmm.large_folio import can_split, members
+from hmm.operation import Operation
+from hmm.rmap import Places, anonymous_places
+from hmm.units import (
+    PAGE_SHIFT,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SIZE,
+    Address,
+    AddressRange,
+    Entries,
+    Pfn,
+    Pfns,
+    spans_of_pages,
+)
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "split_folio", "split_pmds"]
+
+_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
+_PUD_SIZE = 1 << 30
+_ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
+
+
+def block_of(address: Address) -> AddressRange:
+    """The aligned 2 MiB that hold an address."""
+    return AddressRange(address & PMD_MASK, (address & PMD_MASK) + PMD_SIZE)
+
+
+def huge_blocks(space: AddressSpace, span: AddressRange) -> list[AddressRange]:
+    """The blocks that share a byte with `span` and are mapped by a huge page, ascending.  Cost: O(blocks)."""
+    if not space.huge:
+        return []
+    starts = range(span.start & PMD_MASK, span.end, PMD_SIZE)
+    return [block_of(start) for start in starts if space.table.get(start) & cpu_pte.HUGE]
+
+
+def split_pmds(space: AddressSpace, blocks: Iterable[AddressRange]) -> Operation[None]:
+    """Map blocks by page entries after the mirrors were told; those that are not huge (any more) are left out."""
+    spans = tuple(block for block in blocks if space.table.get(block.start) & cpu_pte.HUGE)
+    if not spans:
+        return
+    with space.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT) as bracket:
+        yield from bracket.deliver()
+        for block in spans:
+            space.split_huge_pmd(block.start)
+
+
+def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[None]:
+    """Prepare for cutting `pieces` out of the VMAs that they are parts of.
+
+    Args:
+        pieces: ascending.
+
+    Cost: O(pieces); nothing where nobody listens and nothing is huge.
+    """
+    if not space.huge and not space.notifier.subscribers:
+        return
+    blocks = sorted(set(_blocks_cut(space, pieces)))
+    if not blocks:
+        return
+    yield from split_pmds(space, blocks)
+    populated = tuple(block for block in blocks if _has_directory(space, block))
+    if populated:
+        with space.notifier.invalidation(populated, Cause.VMA_CUT) as bracket:
+            yield from bracket.deliver()
+    for block in blocks:  # one that was empty may have got a huge page meanwhile
+        space.split_huge_pmd(block.start)
+
+
+def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressRange]:
+    # As split_huge_pmd_if_needed(): inside a block that lies in one VMA.
+    for piece in pieces:
+        whole = space.vmas.find(piece.start)
+        assert whole is not None
+        for edge in (piece.start, piece.end):
+            block = block_of(edge)
+            if block.start != edge and whole.start <= block.start and block.end <= whole.end:
+                yield block
+
+
+def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
+    # mm_find_pmd() finds the entry of a block, empty or not, where its 1 GiB has a directory.
+    start = block.start & -_PUD_SIZE
+    return next(space.table.populated(start, start + _PUD_SIZE), None) is not None
+
+
+# ---- folios
+
+
+def folio_places(spaces: Iterable[AddressSpace], vma: Vma, index: int) -> Iterator[Places]:
+    """Where the folio whose first page has the page offset `index` could be mapped.
+
+    Args:
+        spaces: relatives of the space that it was met in.
+        vma: where it was met.
+    """
+    return anonymous_places(spaces, np.arange(index, index + PMD_PAGES), vma.backing)
+
+
+def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bool]:
+    """Make small pages of the large folio that is mapped at `address`, in all address spaces.
+
+    Returns: False, and nothing was changed, when somebody holds a reference.
+
+    Raises: TimedOutError: a mirror with policy FAIL did not answer; nothing was changed.
+
+    Cost: that of reading 2 MiB; O(VMAs).  Source: Linux mm/huge_memory.c, split_huge_page_to_list_to_order().
+    """
+    frames = space.frames
+    pfn = cpu_pte.cpu_pfn(space.table.get(address))
+    head = pfn // PMD_PAGES * PMD_PAGES
+    if not can_split(frames, head):
+        return False
+    index = vma.page_offset(address) - (pfn - head)
+    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    with ExitStack() as brackets:
+        for relative, spans in _concerned(relatives, vma, index, head):
+            yield from brackets.enter_context(relative.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT)).deliver()
+        if not can_split(frames, head):
+            return False
+        pfns = members(frames, head)
+        zero = frames.are_zero(pfns)
+        gone = [(place.space, _remap(place, pfns, zero)) for place in folio_places(relatives, vma, index)]
+        frames.clear_flags(pfns, PageFlag.COMPOUND)
+        for one, entries in gone:
+            one.drop(entries)
+    return True
+
+
+def _concerned(
+    relatives: list[AddressSpace], vma: Vma, index: int, head: Pfn
+) -> list[tuple[AddressSpace, tuple[AddressRange, ...]]]:
+    """Whom try_to_migrate() tells of what: every VMA where the folio could be, and the block that its start lies in."""
+    told: dict[int, tuple[AddressSpace, list[Pfns]]] = {}
+    for place in folio_places(relatives, vma, index):
+        pfns = np.arange(head, head + PMD_PAGES)[place.pages]
+        if not place.space.may_map(pfns).any():
+            continue
+        pages = (place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
+        block = np.arange(PMD_PAGES) + (int(pages[0]) & -PMD_PAGES)
+        told.setdefault(place.space.id, (place.space, []))[1].extend((pages, block))
+    return [(one, spans_of_pages(np.unique(np.concatenate(parts)))) for one, parts in told.values()]
+
+
+def _remap(place: Places, pfns: Pfns, zero: npt.NDArray[np.bool_]) -> Entries:
+    """remap_page() for one VMA.  Returns: entries that became the zero page, whose frames are to be let go of."""
+    table = place.space.table
+    entries = table.lookup(place.addresses)
+    ours = cpu_pte.holds_frame(entries) & np.isin(cpu_pte.cpu_pfn(entries), pfns)
+    addresses, entries = place.addresses[ours], entries[ours]
+    small = entries & _NOT_HUGE
+    empty = zero[np.searchsorted(pfns, cpu_pte.cpu_pfn(entries))]
+    if place.vma.has(VmFlag.LOCKED):
+        empty[:] = False
+    small[empty] = _ZERO_PAGE
+    table.store(addresses, small)
+    return entries[empty]

@@ -1,0 +1,66 @@
+"""Large folios: PMD_PAGES frames that were allocated as one, and are dealt with as one until they are split.
+
+A frame knows that it belongs to one (`PageFlag.COMPOUND`); which one follows from its number, as the run is naturally
+aligned.  Frames that nobody maps any more leave their folio at once, so it may have fewer members than it began with.
+
+**Source**: Linux include/linux/mm.h (folio_likely_mapped_shared(), folio_maybe_dma_pinned()), mm/huge_memory.c
+(can_split_folio()), 6.12.
+
+**Invariants**: the members of a folio are private pages, or pages of one hugetlb file.
+
+**Absent**: who maps a folio, and how it is split (huge_split.py); folios of other sizes.
+
+Differs: a mapping by a huge entry counts as one of each frame, where the kernel counts it once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.frames import Frames, PageFlag
+from hmm.units import PMD_PAGES, Pfn, Pfns
+
+__all__ = ["are_compound", "are_pinned", "can_split", "heads_of", "likely_mapped_shared", "members"]
+
+
+def are_compound(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """Which frames are part of a large folio: bool[n]."""
+    return frames.test_flags(pfns, PageFlag.COMPOUND)
+
+
+def heads_of(frames: Frames, pfns: Pfns) -> list[Pfn]:
+    """The first frame numbers of the large folios that some of the frames belong to, ascending."""
+    compound = pfns[are_compound(frames, pfns)]
+    heads: list[Pfn] = np.unique(compound // PMD_PAGES * PMD_PAGES).tolist()
+    return heads
+
+
+def members(frames: Frames, head: Pfn) -> Pfns:
+    """The frames that are still part of a folio: int64[n], ascending."""
+    run = np.arange(head, head + PMD_PAGES)
+    return run[are_compound(frames, run)]
+
+
+def are_pinned(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """Which frames are pinned, themselves or with the folio that they are part of: folio_maybe_dma_pinned()."""
+    pinned: npt.NDArray[np.bool_] = frames.pincount[pfns] > 0
+    for head in heads_of(frames, pfns):
+        if frames.pincount[head : head + PMD_PAGES].any():
+            pinned |= (pfns >= head) & (pfns < head + PMD_PAGES)
+    return pinned
+
+
+def can_split(frames: Frames, head: Pfn) -> bool:
+    """Whether nobody refers to a folio but page-table entries: can_split_folio()."""
+    pfns = members(frames, head)
+    return bool(pfns.size) and bool((frames.refcount[pfns] == frames.mapcount[pfns]).all())
+
+
+def likely_mapped_shared(frames: Frames, head: Pfn) -> bool:
+    """folio_likely_mapped_shared(): a guess from the first page unless the counts say it."""
+    mapcount = frames.mapcount[members(frames, head)]
+    total = int(mapcount.sum())
+    if total <= 1:
+        return False
+    return total > PMD_PAGES or int(frames.mapcount[head]) > 1

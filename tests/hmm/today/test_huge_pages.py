@@ -1,0 +1,474 @@
+"""Huge pages: brought in, split, copied, moved; and what mirrors hear of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
+from hmm.address_space import AddressSpace, Thp
+from hmm.events import Cause, Event, EventType, Reason
+from hmm.frames import PageFlag
+from hmm.madvise import Advice
+from hmm.mirror import DeadlinePolicy
+from hmm.mremap import MremapFlag
+from hmm.pagemap import FILE, pagemap
+from hmm.units import PAGE_SIZE, PMD_PAGES, AddressRange, ProcessId
+from hmm.vma import Prot
+
+BLOCK = PMD_PAGES
+BLOCK_BYTES = BLOCK * PAGE_SIZE
+MOVE = MremapFlag.MAYMOVE | MremapFlag.FIXED
+RW = Prot.READ | Prot.WRITE
+KINDS = (
+    (cpu_pte.EXCLUSIVE, "x"),
+    (cpu_pte.DEVICE, "d"),
+    (cpu_pte.HUGE | cpu_pte.SPECIAL, "Z"),
+    (cpu_pte.HUGE | cpu_pte.WRITE, "W"),
+    (cpu_pte.HUGE, "R"),
+    (cpu_pte.SPECIAL, "z"),
+    (cpu_pte.WRITE, "w"),
+    (cpu_pte.PRESENT, "r"),
+)
+"""What `shown` shows: huge pages with capitals, zero pages, writable, read-only."""
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Any]) -> Any:
+    """A process that gets huge pages, with two blocks mapped, and a device with memory."""
+    return make_bench(frames=8 * BLOCK, memory_pages=2 * BLOCK, thp=Thp.ALWAYS, mapped_pages=2 * BLOCK)
+
+
+def space(bench: Any, process: ProcessId = 0) -> AddressSpace:
+    """The address space of a process."""
+    found: AddressSpace = bench.local.machine.process(process or bench.process).space
+    return found
+
+
+def shown(bench: Any, npages: int = 2 * BLOCK, process: ProcessId = 0) -> str:
+    """The entries of the window in runs, such as "W512 .512"; the machine's invariants hold."""
+    bench.local.machine.check()
+    entries = space(bench, process).table.read(*edges(bench.span(0, npages)))
+    letters = [next((letter for bits, letter in KINDS if entry & bits == bits), ".") for entry in entries.tolist()]
+    return " ".join(f"{letter}{sum(1 for _ in run)}" for letter, run in groupby(letters))
+
+
+def edges(span: AddressRange) -> tuple[int, int]:
+    """Start and end."""
+    return span.start, span.end
+
+
+def advise(bench: Any, at: int, npages: int, advice: Advice) -> None:
+    """madvise()."""
+    span = bench.span(at, npages)
+    bench.call(commands_process.madvise, bench.process, span.start, span.size_bytes, advice)
+
+
+def protect(bench: Any, at: int, npages: int, prot: Prot) -> None:
+    """mprotect()."""
+    span = bench.span(at, npages)
+    bench.call(commands_process.mprotect, bench.process, span.start, span.size_bytes, prot)
+
+
+def unmap(bench: Any, at: int, npages: int) -> None:
+    """munmap()."""
+    span = bench.span(at, npages)
+    bench.call(commands_process.munmap, bench.process, span.start, span.size_bytes)
+
+
+def move(bench: Any, at: int, npages: int, to: int, flags: int = MOVE) -> None:
+    """mremap()."""
+    old, new = bench.span(at, npages), bench.span(to, npages)
+    bench.call(commands_process.mremap, bench.process, old.start, old.size_bytes, new.size_bytes, flags, new.start)
+
+
+def heard(bench: Any) -> list[tuple[Cause | None, list[tuple[int, int]]]]:
+    """Cause and ranges, in pages of the window, of the events since the last call."""
+    events: list[Event] = bench.heard.events[:]
+    bench.heard.events.clear()
+    base = bench.span(0).start
+    return [
+        (event.cause, [((span.start - base) // PAGE_SIZE, (span.end - base) // PAGE_SIZE) for span in event.spans])
+        for event in events
+    ]
+
+
+# ---- brought in
+
+
+def test_write_brings_a_huge_page_when_the_block_is_empty(bench: Any) -> None:
+    """do_huge_pmd_anonymous_page(): 512 consecutive, aligned frames; the range fault says order 9."""
+    bench.write(5, b"x")
+    assert shown(bench) == "W512 .512"
+    assert bench.read(5, 1) == b"x"
+    pfns = cpu_pte.cpu_pfn(space(bench).table.read(*edges(bench.span(0, BLOCK))))
+    assert pfns[0] % BLOCK == 0
+    assert (np.diff(pfns) == 1).all()
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
+    words = bench.call(commands_hmm.range_fault, bench.mirror, bench.notifier, sequence, bench.span(510, 4), 0).words
+    orders = (words >> np.uint64(range_fault.ORDER_SHIFT)) & np.uint64(31)
+    assert orders.tolist() == [9, 9, 0, 0]
+    assert range_fault.word_pfns(words[:2]).tolist() == pfns[510:].tolist()
+    assert bench.heard.events == []
+
+
+def test_read_brings_the_huge_zero_page_when_the_block_is_empty(bench: Any) -> None:
+    """It is no file, but is not anonymous either: pagemap_pmd_range() shows it as one."""
+    assert bench.read(5, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
+    assert shown(bench) == "Z512 .512"
+    assert (pagemap(space(bench), bench.span(0)) & np.uint64(FILE)).all()
+    assert space(bench).vmas.find(bench.span(0).start).anon_vma  # vmf_anon_prepare() comes first
+
+
+def test_write_splits_the_huge_zero_page_and_copies_one_page(bench: Any) -> None:
+    """do_huge_pmd_wp_page() falls back to small pages; mirrors hear of the block, then of the page."""
+    bench.read(0, 1)
+    bench.write(3, b"x")
+    assert shown(bench) == "z3 w1 z508 .512"
+    assert heard(bench) == [(Cause.HUGE_PAGE_SPLIT, [(0, 512)]), (Cause.COPY_ON_WRITE, [(3, 4)])]
+
+
+def test_small_pages_come_when_the_vma_does_not_cover_the_block(make_bench: Callable[..., Any]) -> None:
+    """thp_vma_suitable_order()."""
+    bench = make_bench(frames=8 * BLOCK, thp=Thp.ALWAYS, mapped_pages=2 * BLOCK - 1)
+    bench.write(BLOCK - 1, b"xy" * PAGE_SIZE)
+    assert shown(bench) == "W512 w1 .511"
+
+
+def test_small_pages_come_when_the_block_has_a_page_table(bench: Any) -> None:
+    """pmd_none() is false once a small page was there, until all of the block is unmapped: free_pgtables()."""
+    bench.write(0, b"x")
+    advise(bench, 0, 1, Advice.DONTNEED)
+    advise(bench, 0, BLOCK, Advice.DONTNEED)
+    bench.write(1, b"x")
+    assert shown(bench) == ".1 w1 .1022"
+    unmap(bench, 0, 8)
+    bench.map(8)
+    bench.write(1, b"x")
+    assert shown(bench) == ".1 w1 .1022"
+    unmap(bench, 0, BLOCK)
+    bench.map(BLOCK)
+    bench.write(1, b"x")
+    assert shown(bench) == "W512 .512"
+
+
+def test_huge_page_comes_again_when_all_of_it_was_discarded(bench: Any) -> None:
+    """zap_huge_pmd() leaves an empty entry of the directory, not a page table."""
+    bench.write(0, b"x")
+    advise(bench, 0, BLOCK, Advice.DONTNEED)
+    assert shown(bench) == ".1024"
+    bench.write(0, b"y")
+    assert shown(bench) == "W512 .512"
+
+
+def test_small_pages_come_when_no_run_of_frames_is_free(make_bench: Callable[..., Any]) -> None:
+    """Without 512 aligned frames the fault falls back, and does not fail."""
+    bench = make_bench(frames=2 * BLOCK, thp=Thp.ALWAYS, mapped_pages=2 * BLOCK)
+    bench.write(0, b"x")
+    bench.write(BLOCK, b"x")
+    assert shown(bench) == "W512 w1 .511"
+
+
+def test_allocate_takes_runs_that_were_freed_one_by_one(make_bench: Callable[..., Any]) -> None:
+    """Frames come together again whatever the order in which they were freed."""
+    bench = make_bench(frames=3 * BLOCK, thp=Thp.ALWAYS, mapped_pages=2 * BLOCK)
+    bench.write(0, b"x")
+    bench.write(BLOCK, b"x")
+    for at in (*range(0, BLOCK, 2), *range(BLOCK - 1, 0, -2)):
+        advise(bench, at, 1, Advice.DONTNEED)
+    advise(bench, BLOCK, BLOCK, Advice.DONTNEED)
+    advise(bench, 0, BLOCK, Advice.DONTNEED)
+    unmap(bench, 0, BLOCK)
+    bench.map(BLOCK)
+    bench.write(BLOCK, b"x")
+    bench.write(0, b"x")
+    assert shown(bench) == "W1024"
+
+
+@pytest.mark.parametrize(
+    ("thp", "advice", "expected"),
+    [
+        (Thp.NEVER, Advice.HUGEPAGE, "w1 .1023"),
+        (Thp.MADVISE, None, "w1 .1023"),
+        (Thp.MADVISE, Advice.HUGEPAGE, "W512 .512"),
+        (Thp.ALWAYS, Advice.NOHUGEPAGE, "w1 .1023"),
+    ],
+)
+def test_setting_and_advice_decide_whether_huge_pages_come(
+    make_bench: Callable[..., Any], thp: Thp, advice: Advice | None, expected: str
+) -> None:
+    """__thp_vma_allowable_orders()."""
+    bench = make_bench(frames=8 * BLOCK, thp=thp, mapped_pages=2 * BLOCK)
+    if advice is not None:
+        advise(bench, 0, 2 * BLOCK, advice)
+    bench.write(0, b"x")
+    assert shown(bench) == expected
+
+
+# ---- split
+
+
+def test_mprotect_splits_when_it_changes_a_part(bench: Any) -> None:
+    """The VMA is cut inside the block: mirrors hear of all of it first; permissions of the rest stay."""
+    bench.write(0, b"x")
+    protect(bench, 100, 8, Prot.READ)
+    assert shown(bench) == "w100 r8 w404 .512"
+    assert [cause for cause, _ in heard(bench)] == [Cause.HUGE_PAGE_SPLIT, Cause.VMA_CUT, Cause.MPROTECT_READ]
+    protect(bench, 100, 8, RW)
+    assert shown(bench) == "w512 .512"
+
+
+def test_mprotect_leaves_a_huge_page_whole_when_it_changes_all_of_it(bench: Any) -> None:
+    """change_huge_pmd(): read-only and back without a fault, as the page is this process's own."""
+    bench.write(0, b"x")
+    protect(bench, 0, BLOCK, Prot.READ)
+    assert shown(bench) == "R512 .512"
+    protect(bench, 0, BLOCK, RW)
+    assert shown(bench) == "W512 .512"
+
+
+def test_cut_is_told_today_when_nothing_huge_is_there(make_bench: Callable[..., Any]) -> None:
+    """vma_adjust_trans_huge() does not look whether the block is huge; the mirrors of 2015 hear nothing."""
+    bench = make_bench(frames=8 * BLOCK, mapped_pages=2 * BLOCK)
+    bench.write(3, b"x")
+    unmap(bench, 600, 4)
+    assert heard(bench) == [(Cause.VMA_CUT, [(512, 1024)]), (Cause.MUNMAP, [(600, 604)])]
+    unmap(bench, 0, 512)
+    assert heard(bench) == [(Cause.MUNMAP, [(0, 512)])]
+    assert Cause.VMA_CUT.told.etype is EventType.NONE
+
+
+def test_mirror_of_2015_hears_of_a_split_as_munmap(bench: Any) -> None:
+    """HSPLIT is MUNMAP: the device must not use the block as one any more."""
+    old = bench.call(commands_device.register_device, "old")
+    mirror = bench.call(commands_device.register_mirror, old, bench.process, policy=DeadlinePolicy.FENCE)
+    driver = type(bench.heard)()
+    bench.local.attach(mirror, driver)
+    bench.call(commands_device.fault, mirror, (bench.span(0, 8),), write=True, wait=True)
+    assert shown(bench) == "W512 .512"
+    protect(bench, 3, 1, Prot.READ)
+    assert [event.etype for event in driver.events if event.etype.is_invalidation] == [
+        EventType.MUNMAP, EventType.WRITE_PROTECT,
+    ]  # fmt: skip
+
+
+def test_discard_splits_when_it_is_of_a_part(bench: Any) -> None:
+    """zap_pmd_range(): told first of the advice, then of the block."""
+    bench.write(0, b"x")
+    advise(bench, 8, 4, Advice.DONTNEED)
+    assert shown(bench) == "w8 .4 w500 .512"
+    assert heard(bench) == [(Cause.MADV_DONTNEED, [(8, 12)]), (Cause.HUGE_PAGE_SPLIT, [(0, 512)])]
+
+
+def test_free_splits_the_folio_when_it_is_of_a_part(bench: Any) -> None:
+    """madvise_free_huge_pmd(): small pages from then on, and what is all zero becomes the zero page."""
+    bench.write(0, b"x" * 3 * PAGE_SIZE)
+    advise(bench, 1, 1, Advice.FREE)
+    assert shown(bench) == "w3 z509 .512"
+    assert not cpu_pte.is_dirty(bench.entry(1))
+    assert cpu_pte.is_dirty(bench.entry(0))
+    assert not bench.local.machine.frames.flags_of(cpu_pte.cpu_pfn(bench.entry(0))) & PageFlag.COMPOUND
+
+
+def test_free_leaves_a_huge_page_alone_when_others_map_it(bench: Any) -> None:
+    """folio_likely_mapped_shared()."""
+    bench.write(0, b"x")
+    bench.call(commands_process.fork, bench.process)
+    advise(bench, 1, 1, Advice.FREE)
+    assert shown(bench) == "R512 .512"
+    assert cpu_pte.is_dirty(bench.entry(1))
+
+
+def test_free_makes_a_huge_page_clean_when_it_is_of_all(bench: Any) -> None:
+    """It stays huge; a device that writes makes all of it dirty again."""
+    bench.write(0, b"x")
+    advise(bench, 0, BLOCK, Advice.FREE)
+    assert shown(bench) == "W512 .512"
+    assert not cpu_pte.is_dirty(bench.entry(9))
+    pfn = cpu_pte.cpu_pfn(bench.entry(9))
+    addresses = np.array([bench.span(9).start], np.uint64)
+    bench.call(commands_hmm.write_frames, bench.mirror, addresses, np.array([pfn]), b"y" * PAGE_SIZE)
+    assert cpu_pte.is_dirty(bench.entry(500))
+    assert shown(bench) == "W512 .512"
+
+
+# ---- fork
+
+
+def test_child_shares_a_huge_page_and_copies_one_of_its_pages(bench: Any) -> None:
+    """copy_huge_pmd(); a write splits the writer's mapping alone, and the last one gets the page back whole."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    assert shown(bench) == shown(bench, process=child) == "R512 .512"
+    bench.write(7, b"c", child)
+    assert shown(bench, process=child) == "r7 w1 r504 .512"
+    assert shown(bench) == "R512 .512"
+    bench.call(commands_process.exit_process, child)
+    bench.write(8, b"p")
+    assert shown(bench) == "W512 .512"
+    assert bench.read(0, 1) == b"x"
+
+
+def test_pages_of_a_split_mapping_are_copied_though_nobody_else_maps_them(bench: Any) -> None:
+    """wp_can_reuse_anon_folio() gives pages of large folios back rather."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(7, b"p")
+    bench.call(commands_process.exit_process, child)
+    before = bench.entry(0)
+    bench.write(0, b"y")
+    assert cpu_pte.cpu_pfn(bench.entry(0)) != cpu_pte.cpu_pfn(before)
+    assert shown(bench) == "w1 r6 w1 r504 .512"
+
+
+def test_fork_copies_all_pages_of_a_folio_when_one_is_pinned(bench: Any) -> None:
+    """folio_try_dup_anon_rmap_pmd() fails: the block is split, and pins are of folios."""
+    bench.write(0, b"x")
+    bench.call(commands_process.pin, bench.process, bench.span(3), write=True)
+    child = bench.call(commands_process.fork, bench.process)
+    assert shown(bench) == shown(bench, process=child) == "w512 .512"
+    assert bench.read(0, 1, child) == b"x"
+
+
+def test_child_gets_empty_page_tables_where_its_parent_has_some(bench: Any) -> None:
+    """copy_pmd_range() allocates before it looks for entries."""
+    bench.write(0, b"x")
+    advise(bench, 0, 1, Advice.DONTNEED)
+    advise(bench, 0, BLOCK, Advice.DONTNEED)
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(3, b"c", child)
+    assert shown(bench, process=child) == ".3 w1 .1020"
+
+
+def test_pin_for_reading_unshares_a_page_of_a_shared_huge_one(bench: Any) -> None:
+    """gup_must_unshare(): split, and one copy that may not be written; alone, the page is simply the process's own."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.call(commands_process.pin, bench.process, bench.span(3), write=False)
+    assert shown(bench) == "r512 .512"
+    bench.call(commands_process.pin, child, bench.span(3), write=False)
+    assert shown(bench, process=child) == "r512 .512"
+    bench.write(BLOCK, b"x")
+    grandchild = bench.call(commands_process.fork, bench.process)
+    bench.call(commands_process.exit_process, grandchild)
+    bench.call(commands_process.pin, bench.process, bench.span(BLOCK), write=False)
+    assert shown(bench) == "r512 R512"
+
+
+# ---- moved
+
+
+def test_mremap_moves_a_huge_page_as_it_is_when_both_places_are_blocks(bench: Any) -> None:
+    """move_huge_pmd()."""
+    bench.write(0, b"x")
+    move(bench, 0, BLOCK, 2 * BLOCK)
+    assert shown(bench, 3 * BLOCK) == ".1024 W512"
+    assert Cause.HUGE_PAGE_SPLIT not in [cause for cause, _ in heard(bench)]
+
+
+@pytest.mark.parametrize(
+    ("at", "npages", "to", "expected"),
+    [(0, 8, 2 * BLOCK, ".8 w504 .512 w8 .504"), (0, BLOCK, 2 * BLOCK + 1, ".1025 w511")],
+)
+def test_mremap_splits_when_the_page_cannot_move_whole(
+    bench: Any, at: int, npages: int, to: int, expected: str
+) -> None:
+    """move_page_tables()."""
+    bench.write(0, b"x")
+    move(bench, at, npages, to)
+    assert shown(bench, 3 * BLOCK) == expected
+    assert (Cause.HUGE_PAGE_SPLIT, [(0, 512)]) in heard(bench)
+    assert bench.read(to, 1) == b"x"
+
+
+def test_mremap_takes_the_page_table_along_when_it_moves_a_block(bench: Any) -> None:
+    """move_normal_pmd(): the old place may get a huge page then; by pages, both places have tables."""
+    bench.write(0, b"x")
+    advise(bench, 1, 1, Advice.DONTNEED)
+    move(bench, 0, BLOCK, 2 * BLOCK, MOVE | MremapFlag.DONTUNMAP)
+    bench.write(0, b"y")
+    assert shown(bench, 3 * BLOCK) == "W512 .512 w1 .1 w510"
+    move(bench, 0, 8, 3 * BLOCK, MOVE | MremapFlag.DONTUNMAP)
+    bench.write(0, b"y")
+    assert shown(bench, BLOCK) == "w1 .7 w504"
+
+
+# ---- migrated, taken
+
+
+def test_migration_splits_and_maps_the_zero_page_where_nothing_was_written(bench: Any) -> None:
+    """split_folio(), then try_to_map_unused_to_zeropage(); only the pages asked for move."""
+    bench.write(0, b"x" * 4 * PAGE_SIZE)
+    bench.to_device(2, 4)
+    assert shown(bench) == "w2 d4 z506 .512"
+    assert heard(bench)[:2] == [(Cause.MIGRATE_TO_DEVICE, [(2, 6)]), (Cause.HUGE_PAGE_SPLIT, [(0, 512)])]
+
+
+def test_migration_splits_in_every_process_and_whatever_it_selects(bench: Any) -> None:
+    """remap_page() of a folio that two processes map, though nothing of it is on the device."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.to_system(100, 1)
+    assert shown(bench) == shown(bench, process=child) == "r1 z511 .512"
+
+
+def test_migration_splits_the_huge_zero_page(bench: Any) -> None:
+    """Its pages are holes then."""
+    bench.read(0, 1)
+    bench.to_device(0, 2)
+    assert shown(bench) == "d2 z510 .512"
+
+
+def test_migration_leaves_a_huge_page_when_it_is_pinned(bench: Any) -> None:
+    """can_split_folio() is false: nothing is told but the migration."""
+    bench.write(0, b"x")
+    bench.call(commands_process.pin, bench.process, bench.span(300), write=True)
+    bench.to_device(0, 4)
+    assert shown(bench) == "W512 .512"
+    assert heard(bench) == [(Cause.MIGRATE_TO_DEVICE, [(0, 4)])]
+
+
+def test_migration_leaves_pages_of_a_folio_that_is_mapped_in_pieces(bench: Any) -> None:
+    """migrate_vma_collect_pmd() passes over PageTransCompound()."""
+    bench.write(0, b"x")
+    protect(bench, 100, 1, Prot.READ)
+    migrated = bench.to_device(0, 4)
+    assert not migrated.src.any()
+    assert shown(bench) == "w100 r1 w411 .512"
+
+
+def test_exclusive_access_refuses_pages_inside_a_huge_one(bench: Any) -> None:
+    """FOLL_SPLIT_PMD, then PageTail()."""
+    bench.write(0, b"x")
+    assert not bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(10, 4)).any()
+    assert shown(bench) == "w512 .512"
+    assert heard(bench) == [(Cause.HUGE_PAGE_SPLIT, [(0, 512)])]
+
+
+def test_exclusive_access_takes_all_of_a_folio_with_its_first_page(bench: Any) -> None:
+    """page_make_device_exclusive_one() walks over the whole folio; each page comes back by itself."""
+    bench.write(0, b"x")
+    taken = bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0, 2))
+    assert (taken != 0).tolist() == [True, False]
+    assert shown(bench) == "x512 .512"
+    assert bench.read(0, 1) == b"x"
+    assert shown(bench) == "w1 x511 .512"
+    bench.write(3, b"y")
+    bench.heard.events.clear()
+    taken = bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+    assert not taken.any()  # it stops at the first page that is taken already, and page 3 stays mapped
+    assert shown(bench) == "x3 w1 x508 .512"
+    assert (Cause.EXCLUSIVE, [(0, 512)]) in heard(bench)
+    assert Reason.EXCLUSIVE is Cause.EXCLUSIVE.told.reason
+
+
+def test_exclusive_pages_of_a_folio_are_given_back_together(bench: Any) -> None:
+    """They all name their holder."""
+    bench.write(0, b"x")
+    bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+    assert bench.call(commands_hmm.give_back_exclusive, bench.mirror) == BLOCK
+    assert shown(bench) == "w512 .512"

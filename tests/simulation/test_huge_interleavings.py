@@ -1,0 +1,51 @@
+"""Seeded interleavings with huge pages: brought in, cut, split, copied, moved, migrated, taken and pinned."""
+
+from __future__ import annotations
+
+import pytest
+
+from hmm import huge_fault
+from hmm.address_space import AddressSpace
+from hmm.testing import SimulationError
+from hmm.testing_devices import simulate_huge_pages
+from hmm.units import Address
+
+SEEDS, BATCH = 40, 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_simulate_holds_every_invariant_when_pages_are_huge(first: int) -> None:
+    """No interleaving leaves a part of a huge page, or one across VMAs; replay agrees."""
+    for seed in range(first, first + BATCH):
+        simulate_huge_pages(seed)
+
+
+def found(seeds: range) -> str:
+    """What the first failing seed says; empty when none fails."""
+    for seed in seeds:
+        try:
+            simulate_huge_pages(seed)
+        except SimulationError as error:
+            return str(error)
+    return ""
+
+
+def test_simulate_finds_a_huge_page_that_is_zapped_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: nothing is split before a part of it goes."""
+
+    def split_huge_pmd(_: AddressSpace, __: Address) -> None:
+        """Nothing is split."""
+
+    monkeypatch.setattr(AddressSpace, "split_huge_pmd", split_huge_pmd)
+    assert "huge page" in found(range(50))
+
+
+def test_simulate_finds_a_huge_page_in_the_place_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: nobody looks whether the block has a page table; what it held is lost."""
+
+    def has_table(_: AddressSpace, __: Address) -> bool:
+        return False
+
+    monkeypatch.setattr(huge_fault, "_has_table", has_table)
+    assert found(range(50))
