@@ -41,31 +41,29 @@ class EventType(IntEnum):
     @property
     def pte_mask(self) -> int:
         """What is kept of every entry of the range once the driver has answered."""
-        return _PTE_MASKS[self]
+        return PTE_MASKS[self]
 
     @property
     def is_invalidation(self) -> bool:
         """True when the driver must stop using something; an error answer then kills the mirror."""
-        return self in INVALIDATIONS
+        return IS_INVALIDATION[self]
 
 
-INVALIDATIONS = frozenset(
-    {EventType.FORK, EventType.ISDIRTY, EventType.MIGRATE, EventType.MUNMAP, EventType.WRITE_PROTECT}
+# Indexed by type: an enum member in a set or a dict is hashed in Python.
+IS_INVALIDATION = tuple(
+    etype in (EventType.FORK, EventType.ISDIRTY, EventType.MIGRATE, EventType.MUNMAP, EventType.WRITE_PROTECT)
+    for etype in EventType
 )
-"""The types with `is_invalidation`."""
-_PTE_MASKS = {
-    EventType.NONE: MASK_ALL,
+"""`is_invalidation` of each type."""
+_KEEPING = {
     EventType.FORK: MASK_WRITE_PROTECT,
-    EventType.ISDIRTY: MASK_ALL,
     EventType.MIGRATE: MASK_NONE,
     EventType.MUNMAP: MASK_NONE,
-    EventType.DEVICE_RFAULT: MASK_ALL,
-    EventType.DEVICE_WFAULT: MASK_ALL,
     EventType.WRITE_PROTECT: MASK_WRITE_PROTECT,
-    EventType.COPY_FROM_DEVICE: MASK_ALL,
-    EventType.COPY_TO_DEVICE: MASK_ALL,
     EventType.RELEASE: MASK_NONE,
 }
+PTE_MASKS = tuple(_KEEPING.get(etype, MASK_ALL) for etype in EventType)
+"""`pte_mask` of each type."""
 
 
 class Reason(IntEnum):

@@ -257,8 +257,10 @@ class Machine:
         Raises: as `answer`; those before are taken.
         """
         self._note("acknowledge", answers)
+        receivers = self.receivers
         for mirror_id, sequence in answers:
-            sent = self.receiver(mirror_id).answer(sequence, 0, ())
+            receiver = receivers.get(mirror_id) or self.receiver(mirror_id)
+            sent = receiver.answer(sequence, 0, ())
             if sent is not None:
                 self._settle(sent)
 

@@ -28,7 +28,7 @@ import numpy as np
 from hmm import cpu_pte, pte
 from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
-from hmm.events import INVALIDATIONS, Delivery, Event, EventType
+from hmm.events import IS_INVALIDATION, Delivery, Event, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
@@ -106,10 +106,10 @@ class Mirror(Receiver):
         if self.owed.size or not self.table.is_empty:
             for span in delivery.dirty:
                 self.mark_dirty(span)
-            if self.owed.size and event.etype in INVALIDATIONS:
+            if self.owed.size and IS_INVALIDATION[event.etype]:
                 self._require_reported(event.spans, delivery.sequence)
             self._apply_all(event.spans, event.etype.pte_mask, on_device=_reaches_device(event))
-        if delivery.errno and event.etype in INVALIDATIONS:
+        if delivery.errno and IS_INVALIDATION[event.etype]:
             self.leaving = True
             return False
         return True

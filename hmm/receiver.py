@@ -24,7 +24,7 @@ from hmm.address_space import AddressSpace
 from hmm.checked import Checked
 from hmm.device import Device
 from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError
-from hmm.events import INVALIDATIONS, Delivery, Event, EventState, EventType
+from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
 from hmm.notifier import Home
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.spans import Spans, overlap
@@ -33,8 +33,8 @@ from hmm.violation import Taking, Violation, ViolationKind
 
 __all__ = ["DeadlinePolicy", "MirrorState", "Receiver"]
 
-_EVENTS_OF = {etype: f"events_{etype.name.lower()}" for etype in EventType}
-"""The counters of events by type."""
+_EVENTS_OF = tuple(f"events_{etype.name.lower()}" for etype in EventType)
+"""The counter of events of each type."""
 
 
 class DeadlinePolicy(Enum):
@@ -199,7 +199,7 @@ class Receiver(ABC):
             assert event.revision > self.revision, f"{self} hears of revision {event.revision} after {self.revision}"
             self.revision = event.revision
         sent = self.unanswered[sequence] = Delivery(self.id, sequence, event, operation_id)
-        if event.etype in INVALIDATIONS:
+        if IS_INVALIDATION[event.etype]:
             self.unsettled[sequence] = sent
         self.counters[_EVENTS_OF[event.etype]] += 1
         return sent
@@ -238,7 +238,7 @@ class Receiver(ABC):
         self.counters[sent.state._value_] += 1
         self._forget(sequence)
         if sent.state is EventState.ACKNOWLEDGED:
-            self.history.acknowledged(sequence, sent.event, sent.operation_id)
+            self.history.acknowledged(sent)
         return sent
 
     def finish(self, sequence: int, state: EventState) -> Delivery | None:
@@ -255,7 +255,7 @@ class Receiver(ABC):
 
     def _forget(self, sequence: int) -> None:
         del self.unanswered[sequence]
-        self.low_water = min(self.unanswered) - 1 if self.unanswered else self.sequence
+        self.low_water = next(iter(self.unanswered)) - 1 if self.unanswered else self.sequence  # they ascend
 
     def _verdict(self, event: Event, errno: int) -> EventState:
         # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.

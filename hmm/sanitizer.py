@@ -20,7 +20,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from hmm import pte
-from hmm.events import Event, EventType
+from hmm.events import Delivery, Event, EventType
 from hmm.units import Address, AddressRange
 from hmm.violation import Taking, Violation, ViolationKind
 
@@ -34,25 +34,8 @@ VIOLATIONS_KEPT = 64
 """Violations of one mirror that are kept in full, the first ones: the others mostly follow from them."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    sequence: int
-    etype: EventType
-    mask: int
-    cause: str
-    operation_id: int
-    spans: tuple[AddressRange, ...]
-
-    def holding(self, address: Address) -> AddressRange | None:
-        """The range that holds an address.  Cost: O(log ranges)."""
-        if self.etype is EventType.RELEASE:
-            return AddressRange(0, 1 << 63)
-        index = bisect_right(self.spans, address, key=_start) - 1
-        return self.spans[index] if index >= 0 and address < self.spans[index].end else None
-
-
-def _start(span: AddressRange) -> Address:
-    return span.start
+_TAKES = tuple(etype is EventType.NONE or etype.pte_mask != pte.MASK_ALL for etype in EventType)
+"""Which types of events take something; NONE has a reason of today, and there it takes everything."""
 
 
 class History:
@@ -61,25 +44,24 @@ class History:
     __slots__ = ("_nranges", "_taken")
 
     def __init__(self) -> None:
-        self._taken: deque[_Taken] = deque()
+        self._taken: deque[Delivery] = deque()
         self._nranges = 0
 
-    def acknowledged(self, sequence: int, event: Event, operation_id: int) -> None:
+    def acknowledged(self, delivery: Delivery) -> None:
         """The driver has answered an event and uses what it took no more."""
-        mask = event.etype.pte_mask if event.etype is not EventType.NONE else pte.MASK_NONE
-        if mask != pte.MASK_ALL:
-            cause = event.cause.value if event.cause else event.etype.name.lower()
-            self._add(_Taken(sequence, event.etype, mask, cause, operation_id, event.spans))
+        if _TAKES[delivery.event.etype]:
+            self._add(delivery)
 
     def discarded(self, sequence: int, span: AddressRange, operation_id: int) -> None:
         """The driver has dropped a range by itself; `sequence` is that of the last event it was sent."""
-        self._add(_Taken(sequence, EventType.NONE, pte.MASK_NONE, "", operation_id, (span,)))
+        event = Event(operation_id, 0, 0, EventType.NONE, None, None, (span,))
+        self._add(Delivery(0, sequence, event, operation_id))
 
-    def _add(self, taken: _Taken) -> None:
+    def _add(self, taken: Delivery) -> None:
         self._taken.append(taken)
-        self._nranges += len(taken.spans)
+        self._nranges += len(taken.event.spans)
         while len(self._taken) > EVENTS_KEPT or (self._nranges > RANGES_KEPT and len(self._taken) > 1):
-            self._nranges -= len(self._taken.popleft().spans)
+            self._nranges -= len(self._taken.popleft().event.spans)
 
     def last(self, address: Address, bits: int, unsettled: Container[int]) -> Taking | None:
         """What took some of `bits` of the entry of an address last; None: nothing that is remembered.
@@ -91,13 +73,32 @@ class History:
         Cost: O(EVENTS_KEPT * log ranges).
         """
         for taken in reversed(self._taken):
-            if taken.mask & bits != bits and (span := taken.holding(address)) is not None:
-                name = taken.etype.name if taken.cause else "DISCARD"
+            event = taken.event
+            mask = pte.MASK_NONE if event.etype is EventType.NONE else event.etype.pte_mask
+            if mask & bits != bits and (span := _holding(event, address)) is not None:
+                name, cause = _in_words(event)
                 settled = taken.sequence not in unsettled
-                return Taking(
-                    taken.sequence, name, taken.cause, taken.operation_id, span.start, span.end, settled
-                )  # fmt: skip
+                return Taking(taken.sequence, name, cause, taken.operation_id, span.start, span.end, settled)
         return None
+
+
+def _holding(event: Event, address: Address) -> AddressRange | None:
+    """The range of an event that holds an address.  Cost: O(log ranges)."""
+    if event.etype is EventType.RELEASE:
+        return AddressRange(0, 1 << 63)
+    index = bisect_right(event.spans, address, key=_start) - 1
+    return event.spans[index] if index >= 0 and address < event.spans[index].end else None
+
+
+def _start(span: AddressRange) -> Address:
+    return span.start
+
+
+def _in_words(event: Event) -> tuple[str, str]:
+    """What took something, and why; a driver's own discard has no cause."""
+    if event.cause is not None:
+        return event.etype.name, event.cause.value
+    return ("DISCARD", "") if event.etype is EventType.NONE else (event.etype.name, event.etype.name.lower())
 
 
 def kind_of_stale(taking: Taking | None, since: int | None) -> ViolationKind:

@@ -47,6 +47,7 @@ class Change:
         self.message = message
         self.type = event_type_from_proto(message.type)
         self.is_fault = self.type in _FAULTS
+        self.wants_answer = message.wants_answer
         self.invalidates = not self.is_fault and bool(message.ranges.starts)
 
     @cached_property
@@ -163,7 +164,7 @@ class Event:
     @property
     def wants_answer(self) -> bool:
         """True when the daemon waits for an answer of its own to this event."""
-        return self._change.message.wants_answer
+        return self._change.wants_answer
 
     @property
     def owner(self) -> int:

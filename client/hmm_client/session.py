@@ -317,8 +317,9 @@ class Session:
 
     def _deliver(self, message: event_pb2.Event) -> None:
         change = Change(message)
+        hearers = self._hearers
         for mirror_id, sequence in zip(message.mirror_ids, message.event_sequences, strict=True):
-            hearer = self._hearers.get(mirror_id)
+            hearer = hearers.get(mirror_id)
             if hearer is not None:
                 hearer.deliver(sequence, change)
             elif self._registers():

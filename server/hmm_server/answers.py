@@ -8,7 +8,6 @@ the mirror lives; what an answer has to say is never covered by a plain one.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,11 +64,11 @@ class ServedMirror:
         if reason:
             self.events_by_reason[reason] += 1
 
-    def note_answer(self, sequence: int, seconds: float) -> None:
-        """Count one answer, that came so long after its event was sent."""
+    def note_answer(self, sequence: int, seconds: float, now_ns: int) -> None:
+        """Count one answer, that came so long after its event was sent; `now_ns` since 1970."""
         if len(self.answered_ns) >= EVENTS_KEPT:
             del self.answered_ns[next(iter(self.answered_ns))]
-        self.answered_ns[sequence] = time.time_ns()
+        self.answered_ns[sequence] = now_ns
         self.latencies_s.append(seconds)
         self.latency_count += 1
         self.latency_sum_s += seconds
@@ -146,11 +145,13 @@ class Answers:
             if served := self._find(mirror_id, sequence):
                 plain.append((served, sequence))
         for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
-            if served := self._find(mirror_id, up_to):
-                for sequence in served.outstanding:  # ascending
-                    if sequence > up_to:
-                        break
-                    plain.append((served, sequence))
+            served = self._find(mirror_id, up_to)
+            if served is None or not served.outstanding:
+                continue
+            for sequence in served.outstanding:  # ascending
+                if sequence > up_to:
+                    break
+                plain.append((served, sequence))
         if plain:
             self._acknowledged(plain)
 

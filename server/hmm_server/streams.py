@@ -316,27 +316,29 @@ class Streams:
 
     def _answered(self, served: ServedMirror, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> None:
         self.executor.answer(served.id, sequence, errno, dirty)
-        self._note_answered(served, sequence, errno, time.monotonic())
+        self._note_answered([(served, sequence)], errno)
 
     def _acknowledged(self, plain: Plain) -> None:
         self.executor.acknowledge([(served.id, sequence) for served, sequence in plain])
-        now_s = time.monotonic()
-        for served, sequence in plain:
-            self._note_answered(served, sequence, 0, now_s)
+        self._note_answered(plain, 0)
 
-    def _note_answered(self, served: ServedMirror, sequence: int, errno: int, now_s: float) -> None:
-        posting = served.outstanding.pop(sequence, None)
-        if posting is None:
-            return
-        if self.executor.holds:
-            self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
-        latency_s = now_s - posting.sent_s
-        served.note_answer(sequence, latency_s)
-        posting.remaining -= 1
-        if not posting.remaining:
-            served.stream.mailbox.release(posting)
-        if self.observers.watchers:
-            self.observers.publish(partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s))
+    def _note_answered(self, answers: Plain, errno: int) -> None:
+        now_s, now_ns = time.monotonic(), time.time_ns()
+        for served, sequence in answers:
+            posting = served.outstanding.pop(sequence, None)
+            if posting is None:
+                continue
+            if self.executor.holds:
+                self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
+            latency_s = now_s - posting.sent_s
+            served.note_answer(sequence, latency_s, now_ns)
+            posting.remaining -= 1
+            if not posting.remaining:
+                served.stream.mailbox.release(posting)
+            if self.observers.watchers:
+                self.observers.publish(
+                    partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s)
+                )
 
 
 def _settled(
