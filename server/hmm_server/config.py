@@ -52,6 +52,9 @@ class Config:
     tls_key: str = _setting("", "PEM file with the key of the certificate")
     tls_client_ca: str = _setting("", "PEM file with the authority that must have signed clients' certificates")
     tcp_plaintext: bool = _setting(False, "serve TCP without TLS")
+    health_tcp: str = _setting(
+        "", "serve health checks, and nothing else, in plain text at HOST:PORT: for probes that speak no TLS"
+    )
     token_file: str = _setting("", "file with the accepted tokens, one a line; default: any token, or none")
 
     # How much it holds

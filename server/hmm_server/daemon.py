@@ -39,7 +39,7 @@ from hmm_proto.v1 import (
 from hmm_server.callers import Tokens
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide
-from hmm_server.endpoint import claimed, listen
+from hmm_server.endpoint import claimed, listen, listen_for_health
 from hmm_server.executor import Executor
 from hmm_server.interceptors import Guard
 from hmm_server.observers import Observers
@@ -95,6 +95,7 @@ class Daemon:
 
     Attributes:
         targets: what clients connect to, once it serves.
+        health_target: where health checks are answered in plain text, if they are.
     """
 
     def __init__(self, config: Config) -> None:
@@ -105,6 +106,7 @@ class Daemon:
         self.streams = Streams(self.executor, self.observers, config)
         self.guard = Guard(Tokens(config.token_file))
         self.targets: list[str] = []
+        self.health_target = ""
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self.guard],
@@ -151,14 +153,30 @@ class Daemon:
         """
         with claimed(path or self.config.socket_path) as socket:
             self.targets = listen(self._server, self.config, socket)
-            await self._server.start()
             for service in ("", *SERVICES):
                 await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-            log.info("serving %s", " and ".join(self.targets))
-            try:
-                yield self
-            finally:
-                await self.drain()
+            async with self._serving_health():
+                await self._server.start()
+                log.info("serving %s", " and ".join(self.targets))
+                try:
+                    yield self
+                finally:
+                    await self.drain()
+
+    @asynccontextmanager
+    async def _serving_health(self) -> AsyncIterator[None]:
+        """A second server beside the first, for probes; it answers until the first has stopped."""
+        if not self.config.health_tcp:
+            yield
+            return
+        server = grpc.aio.server(options=self._options())
+        handlers: Any = GenericHandlers(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
+        self.health_target = listen_for_health(server, self.config)
+        await server.start()
+        log.info("health checks at %s", self.health_target)
+        yield
+        await server.stop(LAST_S)
 
     async def drain(self) -> None:
         """End in good order."""

@@ -95,14 +95,26 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> str:
 
 
 def _listen_tcp(server: grpc.aio.Server, config: Config) -> str:
-    host = config.tcp.rpartition(":")[0]
+    return _bind(server, config.tcp, _credentials(config) if config.tls_certificate else None)
+
+
+def listen_for_health(server: grpc.aio.Server, config: Config) -> str:
+    """Bind the port of a server that has the health service alone.
+
+    Returns: its HOST:PORT.
+
+    Raises:
+        EndpointError: the port is taken.
+    """
+    return _bind(server, config.health_tcp, None)
+
+
+def _bind(server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None) -> str:
+    host = place.rpartition(":")[0]
     try:
-        if config.tls_certificate:
-            port = server.add_secure_port(config.tcp, _credentials(config))
-        else:
-            port = server.add_insecure_port(config.tcp)
+        port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
     except RuntimeError as error:
-        raise EndpointError(f"{config.tcp}: {error}") from error
+        raise EndpointError(f"{place}: {error}") from error
     return f"{host}:{port}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
 import hmm_client
 from hmm.units import PAGE_SIZE
 from hmm_client.drivers import dummy, rdma
-from hmm_client.drivers.control import Control, decode, encode
+from hmm_client.drivers.control import Control, decode, encode, tls_context
+from hmm_client.drivers.remote import RemoteDriver, RemoteError
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -63,6 +66,51 @@ async def test_control_socket_serves_operations_as_lines(tmp_path: Path, client:
         (nonsense,) = await ask(path, "not JSON")
         assert nonsense["error"]["errno"] == "EINVAL"
     assert not path.exists()
+
+
+TLS = Path(__file__).parents[1] / "server" / "tls"
+
+
+async def test_control_over_tcp_serves_who_shows_a_certificate(unused_tcp_port: int) -> None:
+    """Both ends show certificates of one authority; who shows none is cut off."""
+
+    async def double(number: int) -> int:
+        return 2 * number
+
+    place = f"localhost:{unused_tcp_port}"
+    authority = TLS / "authority.pem"
+    server = tls_context(authority, TLS / "server.pem", TLS / "server.key", server=True)
+    client = tls_context(authority, TLS / "client.pem", TLS / "client.key")
+    async with Control({"double": double}).serving(place, server):
+        async with RemoteDriver.connected(place, client) as remote:
+            assert await remote.call("double", number=21) == 42
+            with pytest.raises(RemoteError) as caught:
+                await remote.call("nothing")
+            assert caught.value.errno == "EINVAL"
+        with pytest.raises(OSError, match=r"certificate|went away|reset|gone"):
+            async with RemoteDriver.connected(place, ssl.create_default_context(cafile=authority)) as stranger:
+                await stranger.call("double", number=21)
+
+
+async def test_call_ends_when_its_driver_goes_away(tmp_path: Path) -> None:
+    """Calls under way and later ones raise ConnectionError."""
+    path = tmp_path / "control.sock"
+
+    async def close_after_a_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.close()
+
+    async with await asyncio.start_unix_server(close_after_a_line, path), RemoteDriver.connected(path) as remote:
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                await remote.call("anything")
+
+
+def test_control_over_tcp_is_refused_without_certificates() -> None:
+    """What a device does is nobody else's business: there is no control over TCP in plain text."""
+    done = CliRunner().invoke(dummy.main, ["--control", "localhost:7001"])
+    assert done.exit_code == 2
+    assert "--tls-certificate" in done.output
 
 
 def test_commands_say_what_they_are() -> None:

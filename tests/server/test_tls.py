@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hmm_proto.v1 import process_pb2, process_pb2_grpc
 from hmm_server.config import Config
@@ -19,17 +21,24 @@ CLIENT_KEY, CLIENT_CERTIFICATE = (FILES / "client.key").read_bytes(), (FILES / "
 
 
 @pytest.fixture
-async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Where a daemon serves TLS that demands client certificates."""
+async def daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon that serves TLS, demands client certificates, and answers probes without."""
     config = Config(
         tcp="127.0.0.1:0",
+        health_tcp="127.0.0.1:0",
         tls_certificate=str(FILES / "server.pem"),
         tls_key=str(FILES / "server.key"),
         tls_client_ca=str(FILES / "authority.pem"),
         frames=1 << 14,
     )
     async with Daemon(config).serving(tmp_path_factory.mktemp("t") / "s") as daemon:
-        yield daemon.targets[1]
+        yield daemon
+
+
+@pytest.fixture
+def target(daemon: Daemon) -> str:
+    """Where it serves TLS."""
+    return daemon.targets[1]
 
 
 async def _create_process(channel: grpc.aio.Channel) -> int:
@@ -54,3 +63,23 @@ async def test_client_is_cut_off_when_it_shows_no_certificate(target: str, way: 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await _create_process(channel)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_probe_without_tls_is_answered_and_nothing_else_is(daemon: Daemon) -> None:
+    """A port of its own has the health service alone, since the probes of Kubernetes speak no TLS."""
+    async with grpc.aio.insecure_channel(daemon.health_target) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service="hmm.v1.ProcessService"))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _create_process(grpc.aio.insecure_channel(daemon.health_target))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_probe_hears_that_the_daemon_drains(daemon: Daemon) -> None:
+    """Nobody new is sent to a daemon that ends."""
+    async with grpc.aio.insecure_channel(daemon.health_target) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        await daemon.drain()
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

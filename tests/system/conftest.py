@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hmm_client.drivers.control import LINE_BYTES
+from hmm_client.drivers.remote import RemoteDriver
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -25,53 +24,17 @@ TIMEOUT_S = 30.0
 MISBEHAVING = Path(__file__).with_name("misbehaving_driver.py")
 
 
-class ControlError(Exception):
-    """An operation of a driver process failed.
-
-    Attributes:
-        errno: by name.
-        address: the failing address, if there is one.
-    """
-
-    def __init__(self, error: dict[str, Any]) -> None:
-        super().__init__(f"{error['errno']}: {error['message']}")
-        self.errno: str = error["errno"]
-        self.address: int | None = error["address"]
-
-
 @dataclass
 class DriverProcess:
-    """A driver that runs as a process of its own, and its control socket."""
+    """A driver that runs as a process of its own, and the connection to its control socket."""
 
     process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    waiting: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
-    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    remote: RemoteDriver
+    connection: AsyncExitStack
 
     async def call(self, op: str, **arguments: object) -> Any:
-        """Make one operation and wait for its result.
-
-        Raises:
-            ControlError: it failed.
-        """
-        number = next(self.numbers)
-        future = self.waiting[number] = asyncio.get_running_loop().create_future()
-        self.writer.write(json.dumps({"id": number, "op": op} | arguments).encode() + b"\n")
-        return await asyncio.wait_for(future, TIMEOUT_S)
-
-    async def read_replies(self) -> None:
-        """Hand replies to whoever waits for them, until the process ends."""
-        while line := await self.reader.readline():
-            reply = json.loads(line)
-            future = self.waiting.pop(reply["id"])
-            if future.done():
-                continue
-            if "error" in reply:
-                future.set_exception(ControlError(reply["error"]))
-            else:
-                future.set_result(reply["result"])
+        """Make one operation and wait for its result; raises as RemoteDriver."""
+        return await asyncio.wait_for(self.remote.call(op, **arguments), TIMEOUT_S)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process."""
@@ -83,9 +46,7 @@ class DriverProcess:
 
     async def stop(self) -> None:
         """End the process, however it is."""
-        for task in self.tasks:
-            task.cancel()
-        self.writer.close()
+        await self.connection.aclose()
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
@@ -106,9 +67,9 @@ async def start_driver(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
         assert process.stdout is not None
         line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
         assert line == b"ready\n", f"the driver did not start: {line!r}"
-        reader, writer = await asyncio.open_unix_connection(control, limit=LINE_BYTES)
-        driver = DriverProcess(process, reader, writer)
-        driver.tasks.append(asyncio.create_task(driver.read_replies()))
+        connection = AsyncExitStack()
+        remote = await connection.enter_async_context(RemoteDriver.connected(control))
+        driver = DriverProcess(process, remote, connection)
         drivers.append(driver)
         return driver
 

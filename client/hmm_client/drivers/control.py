@@ -1,4 +1,4 @@
-"""How another process tells a driver process what its device shall do: JSON lines on a UNIX socket.
+"""How another process tells a driver process what its device shall do: JSON lines on a socket.
 
 A driver in the kernel has ioctls; these have lines.  A request names an operation and its arguments, the reply comes
 when it is done, in any order; bytes travel as base64.
@@ -8,7 +8,9 @@ when it is done, in any order; bytes travel as base64.
     > {"id": 2, "op": "read", "device": 0, "minor": 0, "address": 0, "size": 4}
     < {"id": 2, "error": {"errno": "EFAULT", "message": "nothing is mapped at 0x0", "address": 0}}
 
-**Absent**: what a device can do (each driver's own table of operations); access control, which is the socket's mode.
+A UNIX socket is for its owner alone; over TCP only those are served who show a certificate of the same authority.
+
+**Absent**: what a device can do (each driver's own table of operations); the other end (`remote.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import base64
 import json
 import logging
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -27,8 +30,9 @@ from typing import Any
 import click
 
 from hmm.errors import HmmError, errno_name
-from hmm_client.channel import DaemonError, default_target
-from hmm_client.client import Client, connect
+from hmm_client.channel import DaemonError, as_target, default_target
+from hmm_client.client import Client
+from hmm_client.commands.connection import Where, where_options
 
 Operation = Callable[..., Awaitable[Any]]
 Device = Callable[[Client], Awaitable[Mapping[str, Operation]]]
@@ -47,6 +51,25 @@ def decode(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
+def host_and_port(place: str | Path) -> tuple[str, int] | None:
+    """The parts of HOST:PORT; None for a path."""
+    host, _, port = str(place).rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
+
+
+def tls_context(ca: str | Path, certificate: str | Path, key: str | Path, *, server: bool = False) -> ssl.SSLContext:
+    """TLS for a control socket over TCP, where both ends show certificates of one authority.
+
+    Args:
+        ca, certificate, key: PEM files: the authority, one's own certificate and its key.
+        server: for the driver's end.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH, cafile=ca)
+    context.load_cert_chain(certificate, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
 class Control:
     """Serves the operations of one driver.
 
@@ -59,11 +82,17 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def serving(self, path: Path) -> AsyncIterator[None]:
-        """Serve on a UNIX socket, which only its owner can open, until the block ends."""
-        _unlink(path)
-        server = await asyncio.start_unix_server(self._serve, path, limit=LINE_BYTES, start_serving=False)
-        _make_private(path)
+    async def serving(self, place: str | Path, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+        """Serve until the block ends.
+
+        Args:
+            place: the path of a UNIX socket, which only its owner can open; or HOST:PORT.
+            tls: for HOST:PORT.
+
+        Raises:
+            OSError: one cannot listen there.
+        """
+        server = await self._listen(place, tls)
         try:
             await server.start_serving()
             yield
@@ -72,7 +101,16 @@ class Control:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            _unlink(path)
+            if host_and_port(place) is None:
+                _unlink(Path(place))
+
+    async def _listen(self, place: str | Path, tls: ssl.SSLContext | None) -> asyncio.Server:
+        if tcp := host_and_port(place):
+            return await asyncio.start_server(self._serve, *tcp, ssl=tls, limit=LINE_BYTES, start_serving=False)
+        _unlink(Path(place))
+        server = await asyncio.start_unix_server(self._serve, place, limit=LINE_BYTES, start_serving=False)
+        _make_private(Path(place))
+        return server
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
@@ -117,30 +155,46 @@ def driver_command(name: str, make: Device) -> click.Command:
     """
 
     @click.command(help=_help(make), context_settings={"max_content_width": 120})
-    @click.option("--target", help="Where hmmd listens: unix:PATH, PATH or HOST:PORT.", default=default_target)
-    @click.option("--token", help="Whose objects the devices are.", envvar="HMM_TOKEN", default="")
-    @click.option("--control", help="UNIX socket to serve; default: beside hmmd's.", type=click.Path(path_type=Path))
-    def command(target: str, token: str, control: Path | None) -> None:
+    @where_options
+    @click.option(
+        "--control",
+        metavar="PLACE",
+        help="Where to be told what to do: a UNIX socket's path, or HOST:PORT, which takes --tls-ca, --tls-certificate "
+        f"and --tls-key.  [default: {name}.sock beside hmmd's socket]",
+    )
+    def command(where: Where, control: str | None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-        path = control or Path(target.removeprefix("unix:")).with_name(f"{name}.sock")
-        sys.exit(asyncio.run(_run(name, make, target, token, path)))
+        target = as_target(where.target) if where.target else default_target()
+        place = control or str(Path(target.removeprefix("unix:")).with_name(f"{name}.sock"))
+        sys.exit(asyncio.run(_run(name, make, where, place, _control_tls(where, place))))
 
     return command
 
 
-async def _run(name: str, make: Device, target: str, token: str, path: Path) -> int:
+def _control_tls(where: Where, place: str) -> ssl.SSLContext | None:
+    if host_and_port(place) is None:
+        return None
+    if not (where.ca and where.certificate and where.key):
+        raise click.UsageError(f"--control {place} takes --tls-ca, --tls-certificate and --tls-key")
+    return tls_context(where.ca, where.certificate, where.key, server=True)
+
+
+async def _run(name: str, make: Device, where: Where, place: str, tls: ssl.SSLContext | None) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        async with connect(target, token, name=name) as client:
-            operations = await make(client)
-            async with Control(operations).serving(path):
+        async with where.connect(name=name) as client:
+            async with asyncio.timeout(where.timeout_s):
+                operations = await make(client)
+            async with Control(operations).serving(place, tls):
                 click.echo("ready")
                 return await _wait(client, stop)
-    except (DaemonError, HmmError) as error:
+    except TimeoutError:
+        _LOG.error("%s: hmmd did not answer within %g s", name, where.timeout_s)
+    except (DaemonError, HmmError, OSError) as error:
         _LOG.error("%s: %s", name, error)
-        return 1
+    return 1
 
 
 async def _wait(client: Client, stop: asyncio.Event) -> int:
