@@ -4,14 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SCRIPTS := docker/build docker/engine docker/materials
 PROTOS := $(shell find proto/hmm_proto -name '*.proto')
 PYTEST ?= -m pytest
 PYTEST_ARGS ?=
 REPLAY_ARGS ?=
 BENCH_ARGS ?=
-IMAGE ?= hmmd
-BASE ?= python:3.11-slim-bookworm
-COMPOSE ?= docker compose
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -97,7 +95,7 @@ lint-docker: install-dev
 	$(BIN)/hadolint docker/Dockerfile
 
 lint-shell: install-dev
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run $(SCRIPTS)
 
 type: install-dev ## Check types, strictly
 	$(BIN)/mypy
@@ -132,10 +130,13 @@ clean: ## Remove what the tools above left, the environment included
 
 # --- Containers
 
-.PHONY: image image-test
-image: ## Build the container image
-	docker build -f docker/Dockerfile --build-arg BASE=$(BASE) -t $(IMAGE) .
+IMAGE ?= hmmd
+ENGINE := PYTHON=$(BIN)/python docker/engine
+ENGINE_PACKAGES := docker.io docker-compose mmdebstrap iproute2 iptables openssl
 
-image-test: image ## Start the daemon and two drivers from the image, wait until all are healthy, stop
-	$(COMPOSE) -p hmmd -f docker/compose.yaml up --no-build --detach --wait
-	$(COMPOSE) -p hmmd -f docker/compose.yaml down --volumes
+.PHONY: engine image image-test
+engine: install-dev
+	$(call need,docker/engine --check,$(ENGINE_PACKAGES))
+
+image: engine ## Build the container image, with Docker, Podman or, for root on Debian, neither
+	$(ENGINE) docker/build $(IMAGE)
