@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SCRIPTS := docker/build docker/engine docker/materials
+SCRIPTS := docker/build docker/certificates docker/engine docker/materials
 PROTOS := $(shell find proto/hmm_proto -name '*.proto')
 PYTEST ?= -m pytest
 PYTEST_ARGS ?=
@@ -140,3 +140,6 @@ engine: install-dev
 
 image: engine ## Build the container image, with Docker, Podman or, for root on Debian, neither
 	$(ENGINE) docker/build $(IMAGE)
+
+image-test: image ## Run the image and both compose files, and test what runs
+	HMMD_IMAGE=$(IMAGE) $(ENGINE) $(BIN)/python $(PYTEST) tests/docker/running $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import ssl
 import subprocess
@@ -140,3 +141,17 @@ def test_driver_process_fails_when_there_is_no_daemon(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "nobody.sock" in done.stderr
+
+
+@pytest.mark.slow
+def test_patient_driver_waits_for_its_daemon(tmp_path: Path) -> None:
+    """Started before the daemon, it becomes ready with it, and ends with 1 after it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HMMD_")}
+    command = [sys.executable, "-m", "hmm_client.drivers.dummy", f"--target={tmp_path}/hmmd.sock", "--patience=60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as driver:
+        daemon = [sys.executable, "-m", "hmm_server", f"--socket={tmp_path}/hmmd.sock"]
+        with subprocess.Popen(daemon, stdout=subprocess.DEVNULL, env=environment) as served:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == b"ready\n"
+            served.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=30) == 1

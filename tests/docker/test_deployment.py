@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import tomllib
@@ -14,45 +14,64 @@ import pytest
 import yaml
 
 from hmm_client.cli import main
+from hmm_server.config import SETTINGS, load
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+FILES = ("compose.yaml", "compose.tcp.yaml")
+STACKS: dict[str, dict[str, dict[str, Any]]] = {
+    file: yaml.safe_load((ROOT / "docker" / file).read_text())["services"] for file in FILES
+}
+SERVICES = [(file, name) for file, services in STACKS.items() for name in services]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_service_is_confined(name: str) -> None:
-    """A container can write to its socket's volume and a small /tmp, and has no right beyond that."""
-    service = SERVICES[name]
+@pytest.mark.parametrize(("file", "name"), SERVICES)
+def test_service_is_confined(file: str, name: str) -> None:
+    """A container can write to its sockets and a small /tmp, and has no right beyond that."""
+    service = STACKS[file][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["network_mode"] == "none"
-    assert service["volumes"] == ["socket:/run/hmmd"]
+    assert all(volume.endswith(":ro") for volume in service["volumes"] if volume != "sockets:/run/hmmd")
+    if file == "compose.yaml":
+        assert service["network_mode"] == "none"
+    else:
+        assert "sockets:/run/hmmd" not in service["volumes"]
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_service_has_limits(name: str) -> None:
+@pytest.mark.parametrize(("file", "name"), SERVICES)
+def test_service_has_limits(file: str, name: str) -> None:
     """No container takes the host's memory, processors or process table."""
-    assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period"} <= SERVICES[name].keys()
+    assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period"} <= STACKS[file][name].keys()
 
 
-def test_drivers_wait_until_the_daemon_is_healthy() -> None:
-    """One daemon and two drivers; a driver starts when its socket answers."""
-    drivers = {name for name in SERVICES if name != "hmmd"}
-    assert len(drivers) == 2
-    for name in drivers:
-        assert SERVICES[name]["depends_on"] == {"hmmd": {"condition": "service_healthy"}}
+@pytest.mark.parametrize("file", FILES)
+def test_services_wait_for_whom_they_need(file: str) -> None:
+    """One daemon, two drivers, a harness; each starts when those before it are healthy."""
+    services = STACKS[file]
+    assert services.keys() == {"hmmd", "dummy", "rdma", "harness"}
+    healthy = {"condition": "service_healthy"}
+    assert services["dummy"]["depends_on"] == services["rdma"]["depends_on"] == {"hmmd": healthy}
+    assert services["harness"]["depends_on"] == dict.fromkeys(("hmmd", "dummy", "rdma"), healthy)
 
 
-@pytest.mark.parametrize("name", [name for name in SERVICES if name != "hmmd"])
-def test_driver_runs_a_module_that_is_installed(name: str) -> None:
-    """The entry points of the drivers are modules of the client library."""
-    interpreter, flag, module = SERVICES[name]["entrypoint"]
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", ["dummy", "rdma"])
+def test_driver_is_started_with_options_that_it_has(file: str, name: str) -> None:
+    """The entry points of the drivers are modules of the client library, and understand what they are told."""
+    interpreter, flag, module, *options = STACKS[file][name]["entrypoint"]
     assert (interpreter, flag) == ("python", "-m")
-    assert importlib.util.find_spec(module) is not None
+    command: click.Command = importlib.import_module(module).main
+    command.make_context(name, list(options))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_daemon_is_given_settings_that_it_has(file: str) -> None:
+    """A misspelt variable would be ignored."""
+    environment = STACKS[file]["hmmd"]["environment"]
+    assert set(environment) <= {f"HMMD_{setting.name.upper()}" for setting in SETTINGS}
+    load({}, environment)
 
 
 @pytest.mark.parametrize("instruction", ["ENTRYPOINT", "HEALTHCHECK"])

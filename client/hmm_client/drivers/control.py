@@ -22,15 +22,16 @@ import logging
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hmm.errors import HmmError, errno_name
-from hmm_client.channel import DaemonError, as_target, default_target
+from hmm_client.channel import DaemonError, UnavailableError, as_target, default_target
 from hmm_client.client import Client
 from hmm_client.commands.connection import Where, where_options
 
@@ -38,6 +39,8 @@ Operation = Callable[..., Awaitable[Any]]
 Device = Callable[[Client], Awaitable[Mapping[str, Operation]]]
 
 LINE_BYTES = 16 << 20
+RETRY_S = 0.2
+"""Between two looks for a daemon."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -127,6 +130,8 @@ class Control:
             reply = {"result": await self._operations[request.pop("op")](**request)}
         except HmmError as error:
             reply = {"error": {"errno": errno_name(error.errno), "message": error.message, "address": error.address}}
+        except DaemonError as error:
+            reply = {"error": {"errno": "EIO", "message": str(error), "address": None}}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reply = {"error": {"errno": "EINVAL", "message": repr(error), "address": None}}
         writer.write(json.dumps({"id": request_id} | reply).encode() + b"\n")
@@ -162,11 +167,19 @@ def driver_command(name: str, make: Device) -> click.Command:
         help="Where to be told what to do: a UNIX socket's path, or HOST:PORT, which takes --tls-ca, --tls-certificate "
         f"and --tls-key.  [default: {name}.sock beside hmmd's socket]",
     )
-    def command(where: Where, control: str | None) -> None:
+    @click.option(
+        "--patience",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to wait, at the start, for an hmmd that does not listen yet.",
+    )
+    def command(where: Where, control: str | None, patience: float) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         target = as_target(where.target) if where.target else default_target()
         place = control or str(Path(target.removeprefix("unix:")).with_name(f"{name}.sock"))
-        sys.exit(asyncio.run(_run(name, make, where, place, _control_tls(where, place))))
+        sys.exit(asyncio.run(_Process(name, make, where, patience).run(place, _control_tls(where, place))))
 
     return command
 
@@ -179,31 +192,53 @@ def _control_tls(where: Where, place: str) -> ssl.SSLContext | None:
     return tls_context(where.ca, where.certificate, where.key, server=True)
 
 
-async def _run(name: str, make: Device, where: Where, place: str, tls: ssl.SSLContext | None) -> int:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        async with where.connect(name=name) as client:
-            async with asyncio.timeout(where.timeout_s):
-                operations = await make(client)
+class _Process:
+    """The life of a driver process: wait for the daemon, register, serve until SIGTERM or the session's end."""
+
+    def __init__(self, name: str, make: Device, where: Where, patience_s: float) -> None:
+        self._name = name
+        self._make = make
+        self._where = where
+        self._patience_s = patience_s
+        self._stop = asyncio.Event()
+
+    async def run(self, place: str, tls: ssl.SSLContext | None) -> int:
+        """Returns: an exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        began = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                return await self._serve(place, tls)
+            except UnavailableError as error:
+                if time.monotonic() - began >= self._patience_s:
+                    _LOG.error("%s: %s", self._name, error)
+                    return 1
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), RETRY_S)
+            except TimeoutError:
+                _LOG.error("%s: hmmd did not answer within %g s", self._name, self._where.timeout_s)
+                return 1
+            except (DaemonError, HmmError, OSError) as error:
+                _LOG.error("%s: %s", self._name, error)
+                return 1
+        return 0
+
+    async def _serve(self, place: str, tls: ssl.SSLContext | None) -> int:
+        async with self._where.connect(name=self._name) as client:
+            async with asyncio.timeout(self._where.timeout_s):
+                operations = await self._make(client)
             async with Control(operations).serving(place, tls):
                 click.echo("ready")
-                return await _wait(client, stop)
-    except TimeoutError:
-        _LOG.error("%s: hmmd did not answer within %g s", name, where.timeout_s)
-    except (DaemonError, HmmError, OSError) as error:
-        _LOG.error("%s: %s", name, error)
-    return 1
+                session = await client.session()
+                await self._first(session.wait_lost(), self._stop.wait())
+                if session.lost:
+                    _LOG.error("the session has ended: %s", session.lost)
+                    return 1
+                return 0
 
-
-async def _wait(client: Client, stop: asyncio.Event) -> int:
-    session = await client.session()
-    stopped, ended = asyncio.create_task(stop.wait()), asyncio.create_task(session.wait_lost())
-    await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    ended.cancel()
-    if session.lost:
-        _LOG.error("the session has ended: %s", session.lost)
-        return 1
-    return 0
+    async def _first(self, *waits: Coroutine[Any, Any, object]) -> None:
+        tasks = [asyncio.create_task(wait) for wait in waits]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()

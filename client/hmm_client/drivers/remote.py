@@ -55,12 +55,15 @@ class RemoteDriver:
             place: the driver's --control: a path, or HOST:PORT, which takes `control.tls_context`.
 
         Raises:
-            OSError: nobody listens there; ssl.SSLError, which is one, if they do not accept each other.
+            ConnectionError: nobody listens there, or they do not accept each other's certificates.
         """
-        if tcp := host_and_port(place):
-            reader, writer = await asyncio.open_connection(*tcp, ssl=tls, limit=LINE_BYTES)
-        else:
-            reader, writer = await asyncio.open_unix_connection(place, limit=LINE_BYTES)
+        try:
+            if tcp := host_and_port(place):
+                reader, writer = await asyncio.open_connection(*tcp, ssl=tls, limit=LINE_BYTES)
+            else:
+                reader, writer = await asyncio.open_unix_connection(place, limit=LINE_BYTES)
+        except OSError as error:
+            raise ConnectionError(f"{place}: {error.strerror or error}") from error
         driver = cls(reader, writer)
         replies = asyncio.create_task(driver._read_replies())
         try:
