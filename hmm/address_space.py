@@ -28,6 +28,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
+from hmm.semantics import LINUX_6_12, Semantics
 from hmm.units import (
     PAGE_SIZE,
     PMD_MASK,
@@ -87,6 +88,7 @@ class AddressSpace:
         huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
         tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
             a huge page comes only where there is none.  Kept where `thp` is not NEVER.
+        semantics: the kernel whose rules hold, where kernels differ.
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
@@ -106,6 +108,7 @@ class AddressSpace:
     thp: Thp = Thp.NEVER
     huge: bool = False
     tables: set[int] = field(default_factory=set)
+    semantics: Semantics = LINUX_6_12
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()

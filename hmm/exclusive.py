@@ -18,6 +18,8 @@ Differs: one event for all pages of a call, where the kernel sends one per page.
 
 from __future__ import annotations
 
+import errno as errnos
+
 import numpy as np
 import numpy.typing as npt
 
@@ -66,10 +68,11 @@ def make_device_exclusive_range(
         holder: whose pages they are from now on, for `held_exclusively`.
 
     Returns: int64[m], the frames of the pages that were brought in, m < npages when that stopped early; 0 for those
-    that stay the CPU's, because they are not private memory.
+    that stay the CPU's, because they are not private memory.  Under linux-7 it stops before the first of these.
 
     Raises:
-        InvalidRequestError: an empty, unaligned or too long range (EINVAL).
+        InvalidRequestError: an empty, unaligned or too long range (EINVAL); under linux-7 the first page is not private
+            memory (EOPNOTSUPP).
         BadAddressError: nothing is mapped at the first page, or it is behind the end of its file (EFAULT).
         AccessDeniedError: the first page may not be written (EFAULT).
         OutOfFramesError: memory ran out at the first page (ENOMEM).
@@ -82,6 +85,8 @@ def make_device_exclusive_range(
         got = yield from _get_user_pages(space, span)
         yield from split_pmds(space, huge_blocks(space, got))
         pages, pfns = _suitable(space, got)
+        if not space.semantics.exclusive_skips:
+            got, pages, pfns = _up_to_refusal(got, pages, pfns)
         if not pages.size:
             return np.zeros(got.npages, np.int64)
         taken = yield from _take(space, pages, pfns, owner, initiator)
@@ -171,6 +176,16 @@ def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
 def _are_tails(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     tails: npt.NDArray[np.bool_] = are_compound(frames, pfns) & (pfns % PMD_PAGES != 0)
     return tails
+
+
+def _up_to_refusal(got: AddressRange, pages: Pfns, pfns: Pfns) -> tuple[AddressRange, Pfns, Pfns]:
+    """What make_device_exclusive(), called page by page, gets before the first page that is refused."""
+    expected = np.arange(pages.size) + (got.start >> PAGE_SHIFT)
+    count = int(np.flatnonzero(pages != expected)[0]) if (pages != expected).any() else pages.size
+    if not count:
+        message = f"exclusive access: {got.start:#x} is not private memory"
+        raise InvalidRequestError(message, errnos.EOPNOTSUPP, address=got.start)
+    return AddressRange(got.start, got.start + (count << PAGE_SHIFT)), pages[:count], pfns[:count]
 
 
 def _take(

@@ -24,12 +24,13 @@ from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Input, Limits, Machine
 from hmm.mirror import Mirror
 from hmm.receiver import Receiver
+from hmm.semantics import LINUX_6_12, Semantics
 from hmm.units import TASK_SIZE
 
 
-def replay(inputs: Sequence[Input], limits: Limits) -> Machine:
+def replay(inputs: Sequence[Input], limits: Limits, semantics: Semantics = LINUX_6_12) -> Machine:
     """A machine that got the same inputs.  Errors that an input caused then are caused again, and are no news."""
-    machine = Machine(limits)
+    machine = Machine(limits, semantics=semantics)
     for entry in inputs:
         try:
             getattr(machine, entry.method)(*entry.arguments, **dict(entry.keywords))

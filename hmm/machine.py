@@ -44,6 +44,7 @@ from hmm.frames import Frames
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.receiver import Receiver
+from hmm.semantics import LINUX_6_12, Semantics
 from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
 
 T = TypeVar("T")
@@ -176,8 +177,11 @@ Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
 class Machine:
     """Address spaces, devices, mirrors, files and the operations that change them."""
 
-    def __init__(self, limits: Limits | None = None, *, recording: bool = False) -> None:
+    def __init__(
+        self, limits: Limits | None = None, *, semantics: Semantics = LINUX_6_12, recording: bool = False
+    ) -> None:
         self.limits = limits or Limits()
+        self.semantics = semantics
         self.current = Current()
         self.frames = Frames(self.limits.frames, self.limits.device_frames)
         self.spaces: dict[SpaceId, AddressSpace] = {}
@@ -532,7 +536,7 @@ class Machine:
     def new_space(self) -> AddressSpace:
         """An empty address space with one user."""
         limits = SpaceLimits(vmas=self.limits.vmas, directories=self.limits.directories)
-        space = AddressSpace(self.next_id("space"), self.frames, self.current, limits)
+        space = AddressSpace(self.next_id("space"), self.frames, self.current, limits, semantics=self.semantics)
         self.spaces[space.id] = space
         return space
 

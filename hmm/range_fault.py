@@ -147,7 +147,8 @@ def range_fault(request: HmmRange) -> Operation[None]:
         RangeBusyError: an invalidation came since read_begin: begin again (EBUSY).
         AccessDeniedError: a page is wanted for writing and its VMA does not permit it (EPERM), `error.address`.
         BadAddressError: a page that is wanted cannot be had: no mapping, no permission to read, behind the end of its
-            file, registers, lost, or no memory (EFAULT), `error.address`.  Pages below it have been faulted in.
+            file, registers, lost, or no memory (EFAULT; without memory ENOMEM under linux-7), `error.address`.  Pages
+            below it have been faulted in.
 
     Cost: O(pages + VMAs), vectorised.
     """
@@ -269,9 +270,12 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
     stop = yield from bring_in(request.space, target, write=write)
-    if stop is not None:
-        why = stop.signal.value if stop.signal else "memory ran out"
-        raise BadAddressError(f"range fault: {stop.address:#x}: {why}", address=stop.address)
+    if stop is None:
+        return
+    if stop.signal is None:
+        number = request.space.semantics.fault_oom_errno
+        raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", number, address=stop.address)
+    raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)
 
 
 def _to_be_faulted(

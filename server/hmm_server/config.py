@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hmm.machine import Limits
+from hmm.semantics import PROFILES
 
 ENVIRONMENT_PREFIX = "HMMD_"
 Value = str | int | float | bool
@@ -96,6 +97,7 @@ class Config:
     ping_timeout_ms: int = _limit(3000, "time for the answer of a ping, milliseconds")
 
     # How it runs
+    semantics: str = _setting("linux-6.12", "where kernels differ, the one to be like: linux-6.12 or linux-7")
     cpu: int = _setting(-1, "run on this CPU only; -1: on any", at_least=-1)
     harness: bool = _setting(False, "serve HarnessService: holds and injected failures, for tests")
     reflection: bool = _setting(True, "serve gRPC reflection")
@@ -108,7 +110,8 @@ class Config:
             value = getattr(self, setting.name)
             if at_least is not None and value < at_least:
                 raise ConfigError(f"{setting.name} is {value}; it must be at least {at_least:g}")
-        for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+        choices_of = (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS), ("semantics", tuple(PROFILES)))
+        for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if self.part_bytes > self.message_bytes // 2:

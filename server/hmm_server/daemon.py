@@ -20,6 +20,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from hmm.machine import Machine
+from hmm.semantics import PROFILES
 from hmm_proto.v1 import (
     device_pb2,
     device_pb2_grpc,
@@ -100,7 +101,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.machine = Machine(config.limits)
+        self.machine = Machine(config.limits, semantics=PROFILES[config.semantics])
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
         self.observers = Observers(config.watch_entries)
         self.streams = Streams(self.executor, self.observers, config)

@@ -13,6 +13,7 @@ from hmm.commands_hmm import Migrated
 from hmm.events import Event, Reason
 from hmm.local import Local
 from hmm.machine import Limits, Machine
+from hmm.semantics import LINUX_6_12, Semantics
 from hmm.units import PAGE_SIZE, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -52,9 +53,16 @@ class Bench:
     """
 
     def __init__(
-        self, *, frames: int = 400, memory_pages: int = 32, thp: Thp = Thp.NEVER, mapped_pages: int = 16
+        self,
+        *,
+        frames: int = 400,
+        memory_pages: int = 32,
+        thp: Thp = Thp.NEVER,
+        mapped_pages: int = 16,
+        semantics: Semantics = LINUX_6_12,
     ) -> None:
-        self.local = Local(Machine(Limits(frames=frames, device_frames=memory_pages + 224)))
+        limits = Limits(frames=frames, device_frames=memory_pages + 224)
+        self.local = Local(Machine(limits, semantics=semantics))
         self.call = self.local.call
         self.process = self.call(commands_process.create_process, "bench", thp=thp)
         self.device = self.call(commands_device.register_device, "card", memory_pages=memory_pages)

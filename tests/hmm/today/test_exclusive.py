@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Reason
 from hmm.inspection import holdings
 from hmm.mremap import MremapFlag
+from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -173,3 +175,17 @@ def test_pins_are_among_the_holdings(bench: Any) -> None:
     number = bench.call(commands_process.pin, bench.process, bench.span(0, 2), write=True)
     (holding,) = holdings(bench.local.machine)
     assert (holding.pin, holding.mirror_id, holding.npages, holding.spans) == (number, 0, 2, (bench.span(0, 2),))
+
+
+def test_take_stops_at_the_first_refusal_when_the_kernel_is_new(make_bench: Any) -> None:
+    """make_device_exclusive() takes one page at a time: behind a page of a file nothing is taken; alone: EOPNOTSUPP."""
+    bench = make_bench(semantics=LINUX_7)
+    bench.map(1, Prot.READ | Prot.WRITE, at=2, flags=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
+    assert take(bench, 0, 4).size == 2
+    assert [cpu_pte.is_device_exclusive(bench.entry(at)) for at in range(4)] == [True, True, False, False]
+    with pytest.raises(InvalidRequestError) as refused:
+        take(bench, 2, 2)
+    assert refused.value.errno == errno.EOPNOTSUPP
+    old = make_bench()
+    old.map(1, Prot.READ | Prot.WRITE, at=2, flags=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
+    assert (take(old, 0, 4) == 0).tolist() == [False, False, True, False]

@@ -13,6 +13,7 @@ from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequ
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
+from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
@@ -304,3 +305,12 @@ def test_one_call_ends_behind_its_own_event_when_its_time_is_up_meanwhile(bench:
     machine.resume(record.id)
     assert record.result.error.errno == errno.EBUSY
     assert cpu_pte.is_writable(bench.entry(0))
+
+
+@pytest.mark.parametrize(("semantics", "number"), [(LINUX_6_12, errno.EFAULT), (LINUX_7, errno.ENOMEM)])
+def test_fault_without_memory_has_the_errno_of_its_kernel(make_bench: Any, semantics: Any, number: int) -> None:
+    """handle_mm_fault() ran out of memory: EFAULT until 6.12, ENOMEM later."""
+    bench = make_bench(frames=8, semantics=semantics)
+    with pytest.raises(BadAddressError) as error:
+        fault(bench, 0, 12, BOTH)
+    assert error.value.errno == number
