@@ -111,6 +111,7 @@ class Cause(Enum):
     MIGRATE_TO_SYSTEM = "migrate to system"
     EXCLUSIVE = "exclusive access"
     EXIT = "exit"
+    EXIT_MMAP = "exit mmap"  # unmap_vmas() behind RELEASE: those who are still subscribed
     MUNLOCK = "munlock"
 
     @property
@@ -148,6 +149,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.MIGRATE_TO_SYSTEM: Told(EventType.MIGRATE, Reason.MIGRATE),
     Cause.EXCLUSIVE: Told(EventType.MIGRATE, Reason.EXCLUSIVE),
     Cause.EXIT: Told(EventType.MUNMAP, Reason.RELEASE),
+    Cause.EXIT_MMAP: Told(EventType.MUNMAP, Reason.UNMAP),
     Cause.MUNLOCK: Told(EventType.NONE, None),
 }
 

@@ -65,7 +65,19 @@ from hmm.units import (
     is_page_aligned,
 )
 
-__all__ = ["CLEAN", "LINUX_6_12_CORRECTED", "Card", "Handle", "Hmm", "Observer", "Profile", "Reply", "Snapshot", "Tag"]
+__all__ = [
+    "CLEAN",
+    "LINUX_6_12_CORRECTED",
+    "Card",
+    "Handle",
+    "Hmm",
+    "Observer",
+    "Profile",
+    "Reply",
+    "Snapshot",
+    "Tag",
+    "load",
+]
 
 
 Observer: TypeAlias = tuple[MirrorId, int]
@@ -201,7 +213,12 @@ _PFN_SHIFT = np.uint64(12)
 
 
 class Card:
-    """One device, /dev/hmm_dmirror<n>: 0 and 1 have private memory, 2 and 3 coherent."""
+    """One device, /dev/hmm_dmirror<n>.
+
+    Attributes:
+        frames: of its memory, from the first to behind the last.
+        others: the other devices of the driver, whose memory it knows: page->pgmap.
+    """
 
     def __init__(
         self,
@@ -218,6 +235,7 @@ class Card:
         self.kind = kind
         self.id = hmm.register_device(name, pages, kind)
         self.frames = hmm.device_frames(self.id)
+        self.others: Sequence[Card] = ()
 
     def open(self, process_id: ProcessId) -> Handle:
         """Open the device file: mirror a process."""
@@ -238,9 +256,24 @@ class Card:
         shown[valid & huge] |= np.uint8(Snapshot.PMD)
         own = valid & (pfns >= first) & (pfns < end)
         shown[own] |= np.uint8(_LOCAL[self.kind])
+        for other in self.others:
+            if other.kind is RegionKind.DEVICE_COHERENT:
+                first, end = other.frames
+                shown[valid & (pfns >= first) & (pfns < end)] |= np.uint8(Snapshot.DEV_COHERENT_REMOTE)
         shown[~valid] = Snapshot.NONE
         shown[(words & np.uint64(words_of.ERROR)) != 0] = Snapshot.ERROR
         return shown.tobytes()
+
+
+def load(hmm: Hmm, *, pages: int = 1 << 16, profile: Profile = CLEAN) -> list[Card]:
+    """Load the driver: four devices, 0 and 1 with private memory, 2 and 3 with coherent; hmm_dmirror_init()."""
+    kinds = (RegionKind.DEVICE_PRIVATE,) * 2 + (RegionKind.DEVICE_COHERENT,) * 2
+    cards = [
+        Card(hmm, f"dmirror{number}", pages=pages, kind=kind, profile=profile) for number, kind in enumerate(kinds)
+    ]
+    for card in cards:
+        card.others = [other for other in cards if other is not card]
+    return cards
 
 
 class Handle:

@@ -151,12 +151,11 @@ def test_remove_fails_when_called_inside_a_callback(bench: Any) -> None:
     assert len(errors) == 1
 
 
-def test_exit_releases_and_keeps_the_subscription(bench: Any) -> None:
-    """The last user's exit is one RELEASE of all addresses; the driver still has to detach."""
+def test_exit_releases_unmaps_and_keeps_the_subscription(bench: Any) -> None:
+    """The last user's exit is RELEASE of all addresses, then unmap_vmas() of them; the driver still has to detach."""
     bench.call(commands_process.exit_process, bench.process)
-    (event,) = bench.heard.events
-    assert event.reason is Reason.RELEASE
-    assert event.spans[0].end == TASK_SIZE
+    assert bench.heard.reasons == [Reason.RELEASE, Reason.UNMAP]
+    assert all(event.spans[0].end == TASK_SIZE for event in bench.heard.events)
     bench.call(commands_hmm.detach, bench.mirror)
     assert not bench.local.machine.receivers
 

@@ -1,0 +1,46 @@
+"""The fixtures of the kernel's own selftest: everything goes through a daemon over its socket.
+
+**Source**: Linux tools/testing/selftests/mm/hmm-tests.c, FIXTURE(hmm), FIXTURE(hmm2), 6.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from selftest_rig import Rig
+
+from hmm_client import sync
+from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED
+from hmm_client.drivers.over_wire import OverWireHmm
+from hmm_client.embedded import embedded_daemon
+
+
+@pytest.fixture(scope="session")
+def selftest_client() -> Iterator[sync.Client]:
+    """A client of a daemon that all cases share, one after the other."""
+    with embedded_daemon() as target, sync.connect(target, name="selftest") as client:
+        yield client
+
+
+def _rig(client: sync.Client, variant: str, count: int, profile: Any) -> Iterator[Rig]:
+    hmm = OverWireHmm(client)
+    rig = Rig(client, hmm, variant, count, profile)
+    yield rig
+    for mirror in rig.mirrors:
+        mirror.close()
+    hmm.close()
+    rig.process.exit()
+
+
+@pytest.fixture(params=["private", "coherent"])
+def hmm(request: pytest.FixtureRequest, selftest_client: sync.Client) -> Iterator[Rig]:
+    """One mirror: of device 0, or 2."""
+    yield from _rig(selftest_client, request.param, 1, LINUX_6_12_CORRECTED)
+
+
+@pytest.fixture(params=["private", "coherent"])
+def hmm2(request: pytest.FixtureRequest, selftest_client: sync.Client) -> Iterator[Rig]:
+    """Two mirrors of one process: of devices 0 and 1, or 2 and 3."""
+    yield from _rig(selftest_client, request.param, 2, LINUX_6_12_CORRECTED)
