@@ -143,7 +143,7 @@ def _permitted(mirror: Mirror, pages: Entries, manner: Manner, *, write: bool) -
 
 def _translate(mirror: Mirror, pages: Entries, manner: Manner, *, write: bool) -> Pfns:
     """int64[n]: the frame of each page, each checked against the mirror's table."""
-    mirror.require_access(write=write, address=int(pages[0]) if pages.size else 0)
+    mirror.require_access(int(pages[0]) if pages.size else 0, write=write, since=manner.since)
     addresses = _origins(mirror, pages, manner, write=write) if manner.dma else pages
     if addresses.size and int(addresses.max()) >= TASK_SIZE:
         raise InvalidRequestError(f"device access: {int(addresses.max()):#x} is beyond the address space")

@@ -23,7 +23,7 @@ from hmm import pte
 from hmm.address_space import AddressSpace
 from hmm.checked import Checked
 from hmm.device import Device
-from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
 from hmm.notifier import Home
 from hmm.sanitizer import History, Reports, kind_of_stale
@@ -114,17 +114,19 @@ class Receiver(ABC):
         if self.state is MirrorState.RELEASED:
             raise NoSuchObjectError(f"{operation}: {self} was released", errnos.ENODEV)
 
-    def require_access(self, *, write: bool, address: Address) -> None:
+    def require_access(self, address: Address, *, write: bool, since: int | None) -> None:
         """Raise unless a device may still access anything.
 
         Raises: as `require_live`, with `error.violation`.
         """
         try:
             self.require_live("device access")
-        except HmmError as error:
-            taking = self.taken_by(address, pte.VALID)
+        except DeviceLostError as error:
             kind = ViolationKind.ACCESS_AFTER_FENCE
-            error.violation = self.report(kind, address, 1, write=write, taking=taking)
+            error.violation = self.report(kind, address, 1, write=write, taking=self.taken_by(address, pte.VALID))
+            raise
+        except NoSuchObjectError as error:
+            error.violation = self.report_stale(address, 1, pte.VALID, write=write, since=since)
             raise
 
     def taken_by(self, address: Address, bits: int) -> Taking | None:

@@ -40,7 +40,7 @@ _RULES = {
     ViolationKind.READ_ONLY_WRITE: "a device writes only where its entry permits writing",
     ViolationKind.FOREIGN_FRAME: "a device reaches only frames and DMA addresses that were given to this mirror",
     ViolationKind.NO_TRANSLATION: "a device accesses only what was faulted in before",
-    ViolationKind.ACCESS_AFTER_FENCE: "a mirror that was fenced or released has nothing any more",
+    ViolationKind.ACCESS_AFTER_FENCE: "a mirror that was fenced has nothing any more",
     ViolationKind.DIRTY_NOT_REPORTED: "what a device wrote is reported at the latest with the answer that gives it up",
 }
 

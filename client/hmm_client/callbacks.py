@@ -140,7 +140,6 @@ class Callbacks:
         return self._concurrent or all(callback.is_waiting for callback in self._running)
 
     def _start(self, event: Event) -> None:
-        self.heard = event.sequence
         if self._executor is not None:
             self._start_task(event, self._executor)
             return
@@ -154,6 +153,7 @@ class Callbacks:
         elif inspect.isawaitable(result):
             self._start_task(event, result)
         else:
+            self.heard = event.sequence
             self._finish(event, _answer(event, result))
 
     def _call(self, event: Event) -> Any:
@@ -173,6 +173,7 @@ class Callbacks:
 
     async def _run(self, callback: Callback, work: Awaitable[Any]) -> None:
         event = callback.event
+        self.heard = max(self.heard, event.sequence)  # what is awaited now begins in this very step
         try:
             result = await work
             answer = _answer(event, await result if inspect.isawaitable(result) else result)

@@ -26,6 +26,7 @@ COMMANDS = {
     "record": "Record a program's memory calls, for replay.",
     "run": "Run a scenario: processes, devices and what they must see.",
     "verify": "Compare the model with what Linux did, operation by operation.",
+    "certify": "Put a driver to the test: everything that can happen to it happens.",
     "completion": "Print what a shell needs to complete hmmctl's commands.",
 }
 HELP = """Look into a running hmmd, replay programs on it, and verify it.

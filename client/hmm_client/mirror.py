@@ -179,7 +179,14 @@ class Mirror(Receiver):
             f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=int(starts[0])
         )
 
-    async def read(self, segments: Sequence[Segment], *, dma: bool = False, entries: Entries | None = None) -> bytes:
+    async def read(
+        self,
+        segments: Sequence[Segment],
+        *,
+        dma: bool = False,
+        entries: Entries | None = None,
+        heard: int | None = None,
+    ) -> bytes:
         """The device gathers bytes, through the mirror's table; it never faults pages in.
 
         Args:
@@ -187,6 +194,7 @@ class Mirror(Receiver):
             dma: the addresses are the device's DMA addresses.
             entries: uint64[npages], those that the device goes by, for all pages of all segments: the daemon compares
                 them with the mirror's.  None: it has no table of its own.
+            heard: what `self.heard` was when the device looked at its table; None: it does so now.
 
         Raises:
             BadAddressError: `error.address` has no valid entry; nothing was read (EFAULT).  `error.violation` says
@@ -195,7 +203,11 @@ class Mirror(Receiver):
         """
         addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
         request = device_pb2.DeviceReadRequest(
-            mirror_id=self.id, addresses=addresses, lengths=lengths, dma=dma, heard_sequence=self._callbacks.heard
+            mirror_id=self.id,
+            addresses=addresses,
+            lengths=lengths,
+            dma=dma,
+            heard_sequence=self.heard if heard is None else heard,
         )
         if entries is not None:
             request.entries = entries_to_proto(entries)
@@ -211,13 +223,14 @@ class Mirror(Receiver):
         *,
         dma: bool = False,
         entries: Entries | None = None,
+        heard: int | None = None,
         untracked: bool = False,
     ) -> None:
         """The device scatters bytes, through the mirror's table; the entries become dirty.
 
         Args:
             segments: (address, length) in any order; together as long as `data`, at most 1 MiB.
-            dma, entries: as `read`.
+            dma, entries, heard: as `read`.
             untracked: the device sets no dirty bits: the driver reports what was written, by `dirty` or by what
                 `Driver.update` returns.
 
@@ -231,7 +244,7 @@ class Mirror(Receiver):
             lengths=lengths,
             dma=dma,
             data=data,
-            heard_sequence=self._callbacks.heard,
+            heard_sequence=self.heard if heard is None else heard,
             untracked=untracked,
         )
         if entries is not None:

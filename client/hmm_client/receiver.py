@@ -94,6 +94,11 @@ class Receiver:
 
     # ---- events
 
+    @property
+    def heard(self) -> int:
+        """The last event that the driver was told of."""
+        return self._callbacks.heard
+
     def deliver(self, sequence: int, change: Change) -> None:
         """Hand an event over to the driver; called by the session."""
         if change.invalidates:

@@ -223,7 +223,7 @@ def test_access_after_the_end_of_the_process_is_attributed_to_it(bench: Bench) -
     bench.call(processes.exit_process, bench.pid)
     with pytest.raises(NoSuchObjectError):
         bench.read()
-    assert bench.last.kind is ViolationKind.ACCESS_AFTER_FENCE
+    assert bench.last.kind is ViolationKind.USE_AFTER_INVALIDATION
     assert bench.last.taking is not None
     assert bench.last.taking.event == "RELEASE"
 

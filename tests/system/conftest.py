@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 30.0
 """Far more than anything takes; a busy machine is no failure."""
+JAVASCRIPT = Path(__file__).with_name("javascript")
+INSTALL_S = 300
 MISBEHAVING = Path(__file__).with_name("misbehaving_driver.py")
 
 
@@ -94,3 +98,12 @@ def start_misbehaving(
         return await start_driver(daemon, str(MISBEHAVING))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def packages() -> None:
+    """What the driver imports, installed from its lock file."""
+    lock, installed = JAVASCRIPT / "package-lock.json", JAVASCRIPT / "node_modules" / ".package-lock.json"
+    assert shutil.which("node"), "the driver in JavaScript needs node and npm: apt-get install -y nodejs npm"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        subprocess.run(["npm", "ci", "--silent"], cwd=JAVASCRIPT, check=True, timeout=INSTALL_S)

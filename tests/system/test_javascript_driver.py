@@ -7,9 +7,7 @@ import base64
 import itertools
 import json
 import os
-import shutil
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,6 @@ HERE = Path(__file__).with_name("javascript")
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
 SOON_S = 0.3
-INSTALL_S = 300
 
 
 class JavaScriptDriver:
@@ -101,15 +98,6 @@ class JavaScriptDriver:
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
-
-
-@pytest.fixture(scope="session")
-def packages() -> None:
-    """What the driver imports, installed from its lock file."""
-    lock, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
-    assert shutil.which("node"), "the driver in JavaScript needs node and npm: apt-get install -y nodejs npm"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run(["npm", "ci", "--silent"], cwd=HERE, check=True, timeout=INSTALL_S)
 
 
 @pytest.fixture

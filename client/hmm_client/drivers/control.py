@@ -1,7 +1,7 @@
 """How another process tells a driver process what its device shall do: JSON lines on a socket.
 
-A driver in the kernel has ioctls; these have lines.  A request names an operation and its arguments, the reply comes
-when it is done, in any order; bytes travel as base64.
+A driver in the kernel has ioctls; these have lines, on a socket or, for `hmmctl certify`, on standard input.  A request
+names an operation and its arguments, the reply comes when it is done, in any order; bytes travel as base64.
 
     > {"id": 1, "op": "read", "device": 0, "minor": 0, "address": 140737488281600, "size": 4}
     < {"id": 1, "result": {"data": "AAAAAA==", "nsys_pages": 1, "nfaulted_sys_pages": 1, ...}}
@@ -39,6 +39,8 @@ Operation = Callable[..., Awaitable[Any]]
 Device = Callable[[Client], Awaitable[Mapping[str, Operation]]]
 
 LINE_BYTES = 16 << 20
+STANDARD_INPUT = "-"
+"""Where orders come from instead of a socket."""
 RETRY_S = 0.2
 """Between two looks for a daemon."""
 _LOG = logging.getLogger(__name__)
@@ -115,14 +117,24 @@ class Control:
         _make_private(Path(place))
         return server
 
+    async def serve_standard_input(self) -> None:
+        """Serve the lines of standard input on standard output, until the former ends."""
+        reader = asyncio.StreamReader(limit=LINE_BYTES)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        await self._take(reader, _say)
+        await asyncio.gather(*self._tasks)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            task = asyncio.create_task(self._handle(line, writer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        await self._take(reader, writer.write)
         writer.close()
 
-    async def _handle(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _take(self, reader: asyncio.StreamReader, say: Callable[[bytes], None]) -> None:
+        while line := await reader.readline():
+            task = asyncio.create_task(self._handle(line, say))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, line: bytes, say: Callable[[bytes], None]) -> None:
         request_id = None
         try:
             request = json.loads(line)
@@ -132,15 +144,19 @@ class Control:
             reply = {"error": {"errno": errno_name(error.errno), "message": error.message, "address": error.address}}
         except DaemonError as error:
             reply = {"error": {"errno": "EIO", "message": str(error), "address": None}}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             reply = {"error": {"errno": "EINVAL", "message": repr(error), "address": None}}
-        writer.write(json.dumps({"id": request_id} | reply).encode() + b"\n")
-        await writer.drain()
+        say(json.dumps({"id": request_id} | reply).encode() + b"\n")
 
 
 def _help(make: Device) -> str:
     # The head of the module's docstring; what it was learned from is for readers of the code.
     return (sys.modules[make.__module__].__doc__ or "").partition("\n\n**Source**")[0]
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
 
 
 def _unlink(path: Path) -> None:
@@ -151,12 +167,13 @@ def _make_private(path: Path) -> None:
     path.chmod(0o600)
 
 
-def driver_command(name: str, make: Device) -> click.Command:
+def driver_command(name: str, make: Device, certified: Device | None = None) -> click.Command:
     """The command line of a driver process: connect, register, serve until SIGTERM.
 
     Args:
         name: of the driver, for people and for its control socket.
         make: registers the devices; returns their operations.
+        certified: the same with the operations of `hmm_client.certify`; None: it cannot be certified.
     """
 
     @click.command(help=_help(make), context_settings={"max_content_width": 120})
@@ -175,8 +192,13 @@ def driver_command(name: str, make: Device) -> click.Command:
         metavar="SECONDS",
         help="How long to wait, at the start, for an hmmd that does not listen yet.",
     )
-    def command(where: Where, control: str | None, patience: float) -> None:
+    @click.option("--certified", "on_stdin", is_flag=True, help="Take orders of `hmmctl certify` on standard input.")
+    def command(where: Where, control: str | None, patience: float, on_stdin: bool) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        if on_stdin:
+            if certified is None:
+                raise click.UsageError(f"{name} cannot be certified")
+            sys.exit(asyncio.run(_Process(name, certified, where, patience).run(STANDARD_INPUT, None)))
         target = as_target(where.target) if where.target else default_target()
         place = control or str(Path(target.removeprefix("unix:")).with_name(f"{name}.sock"))
         sys.exit(asyncio.run(_Process(name, make, where, patience).run(place, _control_tls(where, place))))
@@ -228,14 +250,21 @@ class _Process:
         async with self._where.connect(name=self._name) as client:
             async with asyncio.timeout(self._where.timeout_s):
                 operations = await self._make(client)
-            async with Control(operations).serving(place, tls):
+            control = Control(operations)
+            if place == STANDARD_INPUT:
+                _say(b'{"ready": {}}\n')
+                return await self._until(client, control.serve_standard_input())
+            async with control.serving(place, tls):
                 click.echo("ready")
-                session = await client.session()
-                await self._first(session.wait_lost(), self._stop.wait())
-                if session.lost:
-                    _LOG.error("the session has ended: %s", session.lost)
-                    return 1
-                return 0
+                return await self._until(client)
+
+    async def _until(self, client: Client, *ends: Coroutine[Any, Any, object]) -> int:
+        session = await client.session()
+        await self._first(session.wait_lost(), self._stop.wait(), *ends)
+        if session.lost:
+            _LOG.error("the session has ended: %s", session.lost)
+            return 1
+        return 0
 
     async def _first(self, *waits: Coroutine[Any, Any, object]) -> None:
         tasks = [asyncio.create_task(wait) for wait in waits]

@@ -198,7 +198,42 @@ async def operations(client: Client) -> Mapping[str, Operation]:
     return {"expose_mm": devices.expose_mm, "read": devices.read, "write": devices.write, "close": devices.close}
 
 
-main = driver_command("dummy", operations)
+class CertifiedDummy:
+    """The devices as `hmm_client.certify` drives them: a minor for each process."""
+
+    def __init__(self, client: Client, device: Device) -> None:
+        self._client = client
+        self._device = device
+        self._driver = DummyDriver()
+        self._minors: dict[int, Minor] = {}
+
+    async def mirror(self, process: int) -> None:
+        """Open a minor and expose the process."""
+        minor = Minor(self._device, self._driver)
+        await minor.expose_mm(self._client.process(process))
+        self._minors[process] = minor
+
+    async def unmirror(self, process: int) -> None:
+        """Close it."""
+        await self._minors.pop(process).close()
+
+    async def read(self, process: int, address: int, length: int) -> dict[str, str]:
+        """HMM_DUMMY_READ."""
+        data, _ = await self._minors[process].read(address, length)
+        return {"data": encode(data)}
+
+    async def write(self, process: int, address: int, data: str) -> None:
+        """HMM_DUMMY_WRITE."""
+        await self._minors[process].write(address, decode(data))
+
+
+async def certified(client: Client) -> Mapping[str, Operation]:
+    """Register one device; what `hmm_client.certify` asks of it."""
+    served = CertifiedDummy(client, await client.register_device("hmm_dummy_device0"))
+    return {"mirror": served.mirror, "unmirror": served.unmirror, "read": served.read, "write": served.write}
+
+
+main = driver_command("dummy", operations, certified)
 
 if __name__ == "__main__":
     main()

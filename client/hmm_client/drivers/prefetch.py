@@ -35,7 +35,7 @@ from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.driver import TableDriver
 from hmm_client.drivers.accesses import Accesses
-from hmm_client.drivers.control import Operation, driver_command
+from hmm_client.drivers.control import Operation, decode, driver_command, encode
 from hmm_client.event import Event
 from hmm_client.mirror import Faulted, Mirror, Segment
 from hmm_client.process import Process
@@ -194,6 +194,35 @@ class PrefetchDevice(TableDriver):
         """Stop faulting.  Mirrors of processes that live stay registered, and events are answered."""
         self._engine.cancel()
         await asyncio.wait({self._engine})
+        await self._unregister_released()
+
+    async def access(self, process_id: ProcessId, address: int, length: int, data: bytes | None = None) -> bytes:
+        """Read, or write `data`, at once: for whoever does not want to wait for the device to come by.
+
+        Raises:
+            NoSuchObjectError: the process is not followed, or has ended (ESRCH).
+            BadAddressError, AccessDeniedError: the memory there does not permit it (EFAULT, EACCES).
+        """
+        program = self._programs.get(process_id)
+        if program is None or program.mirror.released:
+            raise NoSuchObjectError(f"process {process_id} is not followed")
+        table = self.table(program.mirror)
+        while (missing := table.missing(address, length, write=data is not None)).size:
+            await program.mirror.fault(missing, write=data is not None)
+        span = AddressRange(address, address + length).page_aligned()
+        entries = table.pages.read(span.start, span.end)
+        with program.accesses.to(address, length):
+            if data is None:
+                return await program.mirror.read([(address, length)], entries=entries)
+            await program.mirror.write([(address, length)], data, entries=entries)
+            return b""
+
+    async def detach(self, process_id: ProcessId) -> None:
+        """Follow a process no more."""
+        await self.idle()
+        program = self._programs.pop(process_id, None)
+        if program is not None and not program.mirror.lost and program.mirror not in self._released:
+            await program.mirror.unregister()
         await self._unregister_released()
 
     # ---- the engine: one thing at a time, so that nothing but its own program changes what it sees
@@ -394,7 +423,41 @@ async def operations(client: Client) -> Mapping[str, Operation]:
     }
 
 
-main = driver_command("prefetch", operations)
+class CertifiedPrefetch:
+    """The device as `hmm_client.certify` drives it: it follows every access, and reads there as it likes."""
+
+    def __init__(self, client: Client, device: PrefetchDevice) -> None:
+        self._client = client
+        self._device = device
+
+    async def mirror(self, process: int) -> None:
+        """Follow the process of this id."""
+        await self._device.attach(self._client.process(process))
+
+    async def unmirror(self, process: int) -> None:
+        """Follow it no more."""
+        await self._device.detach(process)
+
+    async def read(self, process: int, address: int, length: int) -> dict[str, str]:
+        """Read now."""
+        self._device.follow(process, AddressRange(address, address + length).page_aligned())
+        return {"data": encode(await self._device.access(process, address, length))}
+
+    async def write(self, process: int, address: int, data: str) -> None:
+        """Write now."""
+        content = decode(data)
+        self._device.follow(process, AddressRange(address, address + len(content)).page_aligned())
+        await self._device.access(process, address, len(content), content)
+
+
+async def certified(client: Client) -> Mapping[str, Operation]:
+    """Register a device that stamps nothing; what `hmm_client.certify` asks of it."""
+    device = await PrefetchDevice.register(client, "prefetch0", Behaviour(write_ratio=0))
+    served = CertifiedPrefetch(client, device)
+    return {"mirror": served.mirror, "unmirror": served.unmirror, "read": served.read, "write": served.write}
+
+
+main = driver_command("prefetch", operations, certified)
 
 if __name__ == "__main__":
     main()

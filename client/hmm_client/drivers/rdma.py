@@ -162,7 +162,7 @@ class RdmaCard(Driver):
         """
         if length <= 0:
             raise InvalidRequestError("reg_mr: the region is empty")
-        mirror = await self._mirror(process)
+        mirror = await self.mirror(process)
         region = MemoryRegion(next(self._keys), mirror, address, length, writable=writable)
         self._regions[region.key] = region  # from now on events reach it
         try:
@@ -224,16 +224,30 @@ class RdmaCard(Driver):
         region.program(pages, faulted.entries)
         self.statistics.pages_faulted += pages.size
 
-    # ---- bookkeeping
+    # ---- mirrors
 
-    async def _mirror(self, process: Process) -> Mirror:
-        while self._released:
-            await self._released.pop().unregister()
+    async def mirror(self, process: Process) -> Mirror:
+        """The mirror of a process, made when it is first asked for."""
+        await self._unregister_released()
         mirror = self._mirrors.get(process.id)
         if mirror is None:
             mirror = await self._device.mirror(process, self, fault_events=False)
             self._mirrors[process.id] = mirror
         return mirror
+
+    async def unmirror(self, process: Process) -> None:
+        """Forget all regions of a process, and stop mirroring it."""
+        mirror = self._mirrors.get(process.id)
+        if mirror is not None:
+            self._forget(mirror)
+            await mirror.unregister()
+        await self._unregister_released()
+
+    async def _unregister_released(self) -> None:
+        while self._released:
+            await self._released.pop().unregister()
+
+    # ---- bookkeeping
 
     def _region(self, key: int) -> MemoryRegion:
         if key not in self._regions:
@@ -297,7 +311,53 @@ async def operations(client: Client) -> Mapping[str, Operation]:
     }
 
 
-main = driver_command("rdma", operations)
+class CertifiedCard:
+    """A card as `hmm_client.certify` drives it: every place that is accessed is registered once, and stays so."""
+
+    def __init__(self, client: Client, card: RdmaCard) -> None:
+        self._client = client
+        self._card = card
+        self._keys: dict[tuple[int, AddressRange, bool], int] = {}
+
+    async def mirror(self, process: int) -> None:
+        """Mirror a process."""
+        await self._card.mirror(self._client.process(process))
+
+    async def unmirror(self, process: int) -> None:
+        """Deregister everything of a process, and its mirror."""
+        for place in [place for place in self._keys if place[0] == process]:
+            del self._keys[place]
+        await self._card.unmirror(self._client.process(process))
+
+    async def read(self, process: int, address: int, length: int) -> dict[str, str]:
+        """RDMA READ."""
+        key = await self._key(process, AddressRange(address, address + length), writable=False)
+        return {"data": encode(await self._card.post_read(key, address, length))}
+
+    async def write(self, process: int, address: int, data: str) -> None:
+        """RDMA WRITE."""
+        content = decode(data)
+        key = await self._key(process, AddressRange(address, address + len(content)), writable=True)
+        await self._card.post_write(key, address, content)
+
+    async def _key(self, process: int, span: AddressRange, *, writable: bool) -> int:
+        place = (process, span.page_aligned(), writable)
+        if place not in self._keys:
+            pages = place[1]
+            region = await self._card.reg_mr(
+                self._client.process(process), pages.start, pages.size_bytes, writable=writable
+            )
+            self._keys[place] = region.key
+        return self._keys[place]
+
+
+async def certified(client: Client) -> Mapping[str, Operation]:
+    """Register a card; what `hmm_client.certify` asks of it."""
+    served = CertifiedCard(client, await RdmaCard.register(client))
+    return {"mirror": served.mirror, "unmirror": served.unmirror, "read": served.read, "write": served.write}
+
+
+main = driver_command("rdma", operations, certified)
 
 if __name__ == "__main__":
     main()

@@ -90,14 +90,16 @@ class Device {
     this.heard = [];
     this.rejected = [];
     this.unclaimed = []; // events of mirrors whose registration has not been answered yet
-    this.session = new Session(target, name, {
+    this.target = target;
+  }
+
+  /** Open a session and register the device: in the beginning, and when the session before has broken. */
+  async open() {
+    this.session = new Session(this.target, this.name, {
       onEvent: (event) => this.onEvent(event),
       onViolation: (violation) => this.onViolation(violation),
       onEnd: (why) => this.onEnd(why),
     });
-  }
-
-  async open() {
     await this.session.welcome;
     const [{ deviceId }] = await this.session.make("registerDevice", { name: this.name });
     this.id = deviceId;
@@ -138,6 +140,7 @@ class Device {
 
   onEnd(why) {
     for (const mirror of this.mirrors.values()) this.lose(mirror, why);
+    this.mirrors.clear();
   }
 
   lose(mirror, why) {
@@ -148,6 +151,7 @@ class Device {
   // ---- what its user says
 
   async mirror({ process: processId }) {
+    if (this.session.ended) await this.open();
     const request = { deviceId: this.id, processId, noFaultEvents: true };
     const [{ mirrorId }] = await this.session.make("registerMirror", request);
     const mirror = new Mirror(mirrorId);

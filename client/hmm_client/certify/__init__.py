@@ -1,0 +1,37 @@
+"""Certifying a driver: somebody's driver, in any language, against a daemon that makes everything happen to it.
+
+What is asked of the driver is small.  It is a command, started with
+
+    HMMD_SOCKET   where the daemon listens: a path
+
+It registers a device of its own, prints `{"ready": {}}` on standard output, and then does what the lines of its
+standard input say, one JSON object a line, until that ends; then it leaves.  Answers have the `id` of their request,
+in any order; bytes travel as base64.  Requests come while others are under way.
+
+    > {"id": 1, "op": "mirror", "process": 1}
+    < {"id": 1, "result": {}}
+    > {"id": 2, "op": "read", "process": 1, "address": 140737488281600, "length": 4}
+    < {"id": 2, "result": {"data": "AAAAAA=="}}
+    > {"id": 3, "op": "write", "process": 1, "address": 140737488281600, "data": "AAAAAA=="}
+    < {"id": 3, "error": {"errno": "EACCES", "message": "the mapping is not writable"}}
+    > {"id": 4, "op": "unmirror", "process": 1}
+    < {"id": 4, "result": {}}
+
+    mirror    mirror the process from now on
+    read      let the device read memory of the process: fault in what is missing, then access it
+    write     the same, for writing
+    unmirror  the process is gone, or the device has no more business with it: unregister the mirror
+
+An access that the process's mappings do not permit is an error, any errno.  A driver that keeps translations keeps
+them from one access to the next; that is what is put to the test.  What else it prints on standard output is ignored.
+
+`adversities` is what happens to it, `storm` the same at random and from a seed, `findings` what counts as wrong.
+In Python `hmm_client.drivers.control` serves these lines.
+
+**Absent**: measuring how fast a driver is.
+"""
+
+from hmm_client.certify.certificate import Certificate, Trial, certify
+from hmm_client.certify.findings import RULES, Finding
+
+__all__ = ["RULES", "Certificate", "Finding", "Trial", "certify"]

@@ -1,0 +1,210 @@
+"""The certificate: every adversity and so many storms, one trial after the other, and what each rule was broken by.
+
+One daemon and one driver serve all trials, each with processes of its own; a driver that died or hangs is started anew.
+
+**Invariants**: a trial's findings are of that trial; for every rule broken in a storm the shortest storm is looked for.
+
+**Absent**: how it is printed (`hmm_client.commands.certify`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hmm_client.certify.adversities import ADVERSITIES, Adversity
+from hmm_client.certify.driver_process import DriverGoneError, DriverProcess, DriverSilentError
+from hmm_client.certify.findings import Auditor, Finding
+from hmm_client.certify.stage import Stage
+from hmm_client.certify.storm import Step, Storm, draw, shortest
+from hmm_client.client import Client, connect
+from hmm_client.embedded import EmbeddedDaemon
+
+DEADLINE_S = 2.0
+"""How long a driver has for the answer to an event."""
+_ENDING = frozenset({"died", "silent", "unanswered", "lost-session"})
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One adversity or one storm, and what came of it.
+
+    Attributes:
+        seed: of a storm; None for an adversity.
+        shortest: of a storm that went wrong, the fewest steps found that show it.
+    """
+
+    name: str
+    title: str
+    seconds: float
+    findings: tuple[Finding, ...]
+    seed: int | None = None
+    shortest: tuple[Step, ...] = ()
+
+
+@dataclass(slots=True)
+class Certificate:
+    """What a driver got right and wrong."""
+
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        return not any(trial.findings for trial in self.trials)
+
+    @property
+    def broken(self) -> dict[str, Trial]:
+        """The rules that were broken, each with the trial that shows it best: an adversity, or the shortest storm."""
+        best: dict[str, Trial] = {}
+        for trial in self.trials:
+            for finding in trial.findings:
+                known = best.get(finding.rule)
+                if known is None or (known.seed is not None and len(trial.shortest) < len(known.shortest)):
+                    best[finding.rule] = trial
+        return best
+
+
+class Certifier:
+    """Runs trials.  Made by `certifying`."""
+
+    def __init__(self, command: Sequence[str], folder: Path, deadline_s: float) -> None:
+        self._command = command
+        self._folder = folder
+        self._deadline_s = deadline_s
+        self._driver: DriverProcess | None = None
+        self._daemon: EmbeddedDaemon
+        self._client: Client
+        self._auditor: Auditor
+
+    async def start_daemon(self) -> Client:
+        """A daemon of our own, and a client of it: the first one, or another after `kill_daemon`."""
+        self._daemon = await asyncio.to_thread(
+            EmbeddedDaemon, self._folder, acknowledgement_s=self._deadline_s, log_level="error", harness=True
+        )
+        self._client = connect(self._daemon.target, name="certify")
+        self._auditor = Auditor(self._client)
+        return self._client
+
+    async def end_daemon(self) -> None:
+        """End it in good order."""
+        await asyncio.to_thread(self._daemon.stop)
+
+    async def _replace_daemon(self) -> Client:
+        self._daemon.process.kill()
+        await self.end_daemon()
+        return await self.start_daemon()
+
+    async def start_driver(self) -> DriverProcess:
+        """The driver, started if it is not there.
+
+        Raises:
+            DriverGoneError, DriverSilentError: it does not start.
+        """
+        if self._driver is None:
+            self._driver = await DriverProcess.start(self._command, str(self._daemon.socket))
+        return self._driver
+
+    async def end(self) -> bool:
+        """Let the driver leave.  Returns: whether it did so in good order."""
+        left = self._driver is None or await self._driver.leave()
+        self._driver = None
+        await self._client.close()
+        return left
+
+    async def adversity(self, adversity: Adversity) -> Trial:
+        """Run one adversity."""
+        began = time.monotonic()
+        findings = await self._trial(adversity.run)
+        return Trial(adversity.name, adversity.title, time.monotonic() - began, findings)
+
+    async def storm(self, seed: int) -> Trial:
+        """Run one storm, and if something is wrong look for the shortest that shows it."""
+        began = time.monotonic()
+        steps = draw(seed)
+        findings = await self._storm(steps)
+        fewest: list[Step] = []
+        if findings:
+            fewest = await shortest(steps, self._storm, findings[0].rule)
+        title = "steps at random, and accesses all the while"
+        return Trial(f"storm-{seed}", title, time.monotonic() - began, findings, seed, tuple(fewest))
+
+    async def _storm(self, steps: Sequence[Step]) -> tuple[Finding, ...]:
+        async def run(stage: Stage) -> None:
+            await (await Storm.gather(stage)).rage(steps)
+
+        return await self._trial(run)
+
+    async def _trial(self, run: Callable[[Stage], Awaitable[None]]) -> tuple[Finding, ...]:
+        stage = Stage(await self.start_driver(), self._client, self._auditor, self._replace_daemon)
+        try:
+            await run(stage)
+        except (DriverGoneError, DriverSilentError) as error:
+            stage.failed(error)
+        findings = await stage.finish()
+        self._client, self._auditor = stage.client, stage.auditor
+        if stage.driver.ended or _ENDING.intersection(finding.rule for finding in findings):
+            await stage.driver.kill()
+            self._driver = None
+        return findings
+
+
+@asynccontextmanager
+async def certifying(command: Sequence[str], deadline_s: float = DEADLINE_S) -> AsyncIterator[Certifier]:
+    """A daemon, and the driver that it is made for, until the block ends.
+
+    Raises:
+        DriverGoneError, DriverSilentError: the driver does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="hmmd-certify-") as folder:
+        certifier = Certifier(command, Path(folder), deadline_s)
+        await certifier.start_daemon()
+        try:
+            await certifier.start_driver()
+            yield certifier
+        finally:
+            await certifier.end_daemon()
+
+
+async def certify(
+    command: Sequence[str],
+    *,
+    adversities: Iterable[str] = tuple(ADVERSITIES),
+    seeds: Iterable[int] = (),
+    deadline_s: float = DEADLINE_S,
+    told: Callable[[Trial], None] = lambda _: None,
+) -> Certificate:
+    """Put a driver to the test.
+
+    Args:
+        command: starts it; see `hmm_client.certify` for what is asked of it.
+        adversities: names of those to run, in order.
+        seeds: of storms.
+        deadline_s: for the answer to an event.
+        told: called after each trial.
+
+    Raises:
+        DriverGoneError, DriverSilentError: the driver does not start.
+    """
+    certificate = Certificate()
+
+    def note(trial: Trial) -> None:
+        certificate.trials.append(trial)
+        told(trial)
+
+    async with certifying(command, deadline_s) as certifier:
+        for name in adversities:
+            note(await certifier.adversity(ADVERSITIES[name]))
+        for seed in seeds:
+            note(await certifier.storm(seed))
+        began = time.monotonic()
+        left = await certifier.end()
+        detail = "when its standard input ended, it did not leave with exit code 0 within 10 s"
+        wrong = () if left else (Finding("did-not-leave", detail),)
+        note(Trial("leave", "the driver leaves when its standard input ends", time.monotonic() - began, wrong))
+    return certificate

@@ -1,0 +1,177 @@
+"""The driver that is certified, as a process: what it is asked, one JSON line each, and how it ends.
+
+**Absent**: what it is asked when (`adversities`), what its answers mean (`findings`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+START_S = 30.0
+"""How long it may take to say that it is ready."""
+ANSWER_S = 20.0
+"""How long it may take to answer one line; longer than any deadline of the daemon's."""
+LEAVE_S = 10.0
+"""How long it may take to leave when its standard input has ended."""
+LINE_BYTES = 16 << 20
+
+
+class DriverGoneError(Exception):
+    """The process has ended, or never began."""
+
+
+class DriverSilentError(Exception):
+    """It does not answer."""
+
+
+class RefusalError(Exception):
+    """It answered with an error: the access is not possible."""
+
+
+class DriverProcess:
+    """A running driver.  Made by `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, command: Sequence[str], socket: str) -> DriverProcess:
+        """Start it, and wait until it says that it is ready.
+
+        Raises:
+            DriverGoneError: there is no such command, or it ended.
+            DriverSilentError: it is not ready in time.
+        """
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HMM")}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                env=environment | {"HMMD_SOCKET": socket},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES,
+            )
+        except OSError as error:
+            raise DriverGoneError(f"{command[0]}: {error.strerror}") from error
+        driver = cls(process)
+        try:
+            async with asyncio.timeout(START_S):
+                await driver._ready
+        except TimeoutError:
+            await driver.kill()
+            raise DriverSilentError(f'it did not print a line with "ready" within {START_S:g} s') from None
+        return driver
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.returncode is not None
+
+    # ---- what it can be asked
+
+    async def mirror(self, process_id: int) -> None:
+        """Mirror a process."""
+        await self._ask("mirror", process=process_id)
+
+    async def unmirror(self, process_id: int) -> None:
+        """Mirror it no more."""
+        await self._ask("unmirror", process=process_id)
+
+    async def read(self, process_id: int, address: int, length: int) -> bytes:
+        """Let the device read.  Raises: RefusalError."""
+        result = await self._ask("read", process=process_id, address=address, length=length)
+        return base64.b64decode(result.get("data", ""))
+
+    async def write(self, process_id: int, address: int, data: bytes) -> None:
+        """Let the device write.  Raises: RefusalError."""
+        await self._ask("write", process=process_id, address=address, data=base64.b64encode(data).decode())
+
+    async def _ask(self, op: str, **arguments: object) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        if self._reader.done():
+            raise DriverGoneError(self._how_it_ended())
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._process.stdin.write(json.dumps({"id": number, "op": op} | arguments).encode() + b"\n")
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                reply = await answer
+        except TimeoutError:
+            raise DriverSilentError(f"it has not answered {op!r} within {ANSWER_S:g} s") from None
+        if "error" in reply:
+            error = reply["error"]
+            raise RefusalError(f"{error.get('errno')}: {error.get('message')}" if isinstance(error, dict) else error)
+        result = reply.get("result")
+        return result if isinstance(result, dict) else {}
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            try:
+                reply = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(reply, dict):
+                continue
+            if "ready" in reply and not self._ready.done():
+                self._ready.set_result(None)
+            answer = self._waiting.pop(reply.get("id", 0), None)
+            if answer is not None and not answer.done():
+                answer.set_result(reply)
+        await self._process.wait()
+        gone = DriverGoneError(self._how_it_ended())
+        futures: list[asyncio.Future[Any]] = [self._ready, *self._waiting.values()]
+        for future in futures:
+            if not future.done():
+                future.set_exception(gone)
+                future.exception()  # whoever waits gets it; nobody else has to
+        self._waiting.clear()
+
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"it was killed by {signal.Signals(-code).name}"
+        return f"it ended with exit code {code}"
+
+    # ---- how it ends
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        if not self.ended:
+            self._process.send_signal(number)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for its end.  Returns: whether it has ended."""
+        await asyncio.wait({self._reader}, timeout=seconds)
+        return self._reader.done()
+
+    async def leave(self) -> bool:
+        """End its standard input and wait.  Returns: whether it left by itself, with exit code 0."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if not await self.wait(LEAVE_S):
+            await self.kill()
+            return False
+        return self._process.returncode == 0
+
+    async def kill(self) -> None:
+        """End it, however it is."""
+        if not self.ended:
+            self._process.kill()
+        await self._reader

@@ -1,0 +1,153 @@
+"""`hmmctl certify`: put somebody's driver to the test."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import click
+
+from hmm_client.certify.adversities import ADVERSITIES
+from hmm_client.certify.certificate import DEADLINE_S, Certificate, Trial, certify
+from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
+from hmm_client.certify.findings import RULES
+from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
+from hmm_client.commands.output import JSON, format_option, print_json
+
+SEEDS = "0:20"
+
+
+def _seeds(ctx: click.Context, parameter: click.Parameter, value: str) -> range:  # noqa: ARG001 - click's interface
+    first, _, end = value.partition(":")
+    if not first.isdecimal() or not (end.isdecimal() or (not end and ":" not in value)):
+        raise click.BadParameter("write FIRST:END, or one seed")
+    return range(int(first), int(end) if end else int(first) + 1)
+
+
+def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: ARG001 - as above
+    if value:
+        for adversity in ADVERSITIES.values():
+            click.echo(f"{adversity.name:24}  {adversity.title}")
+        ctx.exit()
+
+
+@click.command("certify", context_settings={"ignore_unknown_options": True})
+@click.argument("driver", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+@click.option("--seeds", default=SEEDS, callback=_seeds, metavar="FIRST:END", help=f"Storms.  [default: {SEEDS}]")
+@click.option(
+    "--only", "only", multiple=True, type=click.Choice(list(ADVERSITIES)), metavar="NAME", help="This adversity only."
+)
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="Name all adversities.")
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0.05),
+    default=DEADLINE_S,
+    metavar="SECONDS",
+    help=f"How long the driver has to answer an event.  [default: {DEADLINE_S:g}]",
+)
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JUnit XML, too.")
+@format_option
+def command(
+    driver: tuple[str, ...], seeds: range, only: tuple[str, ...], deadline: float, junit: Path | None, form: str
+) -> None:
+    """Put a driver to the test: everything that can happen to one happens to it.
+
+    COMMAND starts the driver, in whatever language; it finds the daemon at $HMMD_SOCKET and takes its orders as JSON
+    lines on standard input: mirror a process, read, write, unmirror.  `pydoc hmm_client.certify` says what is asked of
+    it.  A daemon is started for the purpose.
+
+    With --only the named adversities run, and storms only if --seeds is given.
+
+    Exit codes: 0 the driver passed; 1 it did not; 2 it did not start.
+    """
+    context = click.get_current_context()
+    if only and context.get_parameter_source("seeds") is click.core.ParameterSource.DEFAULT:
+        seeds = range(0)
+    told = _print_json_trial if form == JSON else _print_trial
+    nowhere = Where(None, "", False, None, None, None, 0.0)
+    with failures(nowhere):
+        try:
+            certificate = run(
+                certify(driver, adversities=only or ADVERSITIES, seeds=seeds, deadline_s=deadline, told=told)
+            )
+        except (DriverGoneError, DriverSilentError) as error:
+            fail(UNUSABLE, f"{' '.join(driver)}: {error}")
+    if junit is not None:
+        junit.write_bytes(as_junit(certificate, " ".join(driver)))
+    _print_summary(certificate, driver, form)
+    raise SystemExit(OK if certificate.passed else UNEXPECTED)
+
+
+def _print_trial(trial: Trial) -> None:
+    if trial.seed is not None and not trial.findings:
+        return
+    mark = "FAIL" if trial.findings else "ok  "
+    click.echo(f"{mark} {trial.name:24} {trial.seconds:6.2f} s  {trial.title}")
+    for finding in trial.findings:
+        click.echo(f"       {finding}")
+    if trial.shortest:
+        click.echo(f"       shortest: {len(trial.shortest)} steps: {'; '.join(map(str, trial.shortest))}")
+    sys.stdout.flush()
+
+
+def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str) -> None:
+    storms = [trial for trial in certificate.trials if trial.seed is not None]
+    failed = sum(bool(trial.findings) for trial in certificate.trials)
+    if form == JSON:
+        rules = {rule: trial.name for rule, trial in certificate.broken.items()}
+        print_json({"driver": driver, "trials": len(certificate.trials), "failed": failed, "broken": rules})
+        return
+    if storms:
+        bad = sum(bool(trial.findings) for trial in storms)
+        click.echo(f"{'FAIL' if bad else 'ok  '} storms {storms[0].seed}:{(storms[-1].seed or 0) + 1}, {bad} failed")
+    if certificate.passed:
+        click.echo(f"\npassed: {len(certificate.trials)} trials")
+        return
+    click.echo(f"\nnot passed: {failed} of {len(certificate.trials)} trials failed")
+    for rule, trial in certificate.broken.items():
+        which = f"--only {trial.name}" if trial.seed is None else f"--seeds {trial.seed}"
+        click.echo(f"  {rule}: {RULES[rule]}")
+        if trial.name != "leave":
+            click.echo(f"    hmmctl certify {which} -- {' '.join(driver)}")
+
+
+def _print_json_trial(trial: Trial) -> None:
+    print_json(_as_value(trial))
+
+
+def _as_value(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.name,
+        "ok": not trial.findings,
+        "ms": round(trial.seconds * 1000),
+        "seed": trial.seed,
+        "findings": [{"rule": one.rule, "means": RULES[one.rule], "detail": one.detail} for one in trial.findings],
+        "shortest": [str(step) for step in trial.shortest],
+    }
+
+
+def as_junit(certificate: Certificate, driver: str) -> bytes:
+    """The certificate as JUnit XML: one suite, a case for each trial."""
+    failed = sum(bool(trial.findings) for trial in certificate.trials)
+    seconds = sum(trial.seconds for trial in certificate.trials)
+    suite = ET.Element(
+        "testsuite",
+        name="hmmctl certify",
+        tests=str(len(certificate.trials)),
+        failures=str(failed),
+        errors="0",
+        skipped="0",
+        time=f"{seconds:.3f}",
+    )
+    for trial in certificate.trials:
+        case = ET.SubElement(suite, "testcase", classname=driver, name=trial.name, time=f"{trial.seconds:.3f}")
+        if trial.findings:
+            steps = [f"shortest: {step}" for step in trial.shortest]
+            failure = ET.SubElement(case, "failure", type=trial.findings[0].rule, message=str(trial.findings[0]))
+            failure.text = "\n".join([*map(str, trial.findings), *steps])
+    root = ET.Element("testsuites")
+    root.append(suite)
+    text: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return text

@@ -1,0 +1,177 @@
+"""Certifying drivers: right ones pass, each wrong one fails for what is wrong with it and for nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from hmm_client.certify import RULES, Certificate, certify
+from hmm_client.certify.adversities import ADVERSITIES
+from hmm_client.certify.storm import Step, draw, shortest
+
+pytestmark = pytest.mark.slow
+
+WRONG = Path(__file__).with_name("wrong_driver.py")
+DEADLINE_S = 0.5
+"""Enough for drivers that answer at once, and short for the one that never does."""
+TIMEOUT_S = 120.0
+
+
+def ours(name: str) -> list[str]:
+    """The command of a driver that is shipped."""
+    return [sys.executable, "-m", f"hmm_client.drivers.{name}", "--certified"]
+
+
+def wrong(kind: str) -> list[str]:
+    """The command of a driver that is wrong in one way."""
+    return [sys.executable, str(WRONG), kind, "--certified"]
+
+
+def broken(certificate: Certificate) -> set[str]:
+    """The rules that were broken."""
+    return set(certificate.broken)
+
+
+@pytest.mark.parametrize("name", ["dummy", "rdma", "prefetch"])
+async def test_our_driver_passes_the_whole_suite(name: str) -> None:
+    """Every adversity and some storms, without a report."""
+    certificate = await certify(ours(name), seeds=range(3))
+    assert certificate.passed, certificate.broken
+    assert len(certificate.trials) == len(ADVERSITIES) + 3 + 1
+
+
+async def test_driver_in_javascript_passes(packages: None) -> None:
+    """What is asked of a driver can be met in another language."""
+    driver = Path(__file__).with_name("javascript") / "driver.js"
+    certificate = await certify(["node", str(driver)], seeds=range(2))
+    assert certificate.passed, certificate.broken
+
+
+@pytest.mark.parametrize("kind", ["right", "dirty-reported"])
+async def test_right_driver_passes_when_its_device_is_slow(kind: str) -> None:
+    """The one that all wrong ones are made of, and one that reports what its device wrote."""
+    names = ("mprotect", "fork", "invalidate-under-use", "exit-under-use")
+    certificate = await certify(wrong(kind), adversities=names, seeds=range(1))
+    assert certificate.passed, certificate.broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "adversities"),
+    [
+        ("early-acknowledgement", ("plain", "munmap", "invalidate-under-use")),
+        ("use-after-invalidation", ("plain", "munmap", "mremap", "discard")),
+        ("write-after-write-protect", ("plain", "munmap", "mprotect", "fork")),
+        ("write-after-fork", ("plain", "munmap", "mprotect", "fork")),
+        ("dirty-not-reported", ("plain", "munmap", "fork")),
+        ("unanswered", ("plain", "munmap", "discard")),
+        ("refused", ("plain", "munmap", "discard")),
+        ("never-sent", ("plain", "munmap")),
+        ("old-epoch", ("plain", "munmap")),
+        ("leaked-mirror", ("plain", "two-processes")),
+        ("foreign-frame", ("plain",)),
+        ("no-translation", ("plain",)),
+        ("wrong-data", ("plain", "munmap", "discard")),
+        ("died", ("plain", "munmap", "fork")),
+    ],
+)
+async def test_wrong_driver_fails_for_what_is_wrong_with_it(kind: str, adversities: Sequence[str]) -> None:
+    """One rule is broken, by its name, and no other one is blamed."""
+    certificate = await certify(wrong(kind), adversities=adversities, deadline_s=DEADLINE_S)
+    assert broken(certificate) == {kind}, certificate.trials
+
+
+async def test_driver_that_keeps_stale_fault_results_is_found_out() -> None:
+    """A fault's result that an event took back before it arrived is thrown away by right drivers."""
+    certificate = await certify(wrong("stale-fault"), adversities=("plain", "invalidate-during-fault"))
+    assert broken(certificate) == {"use-after-invalidation"}, certificate.trials
+
+
+async def test_storm_finds_a_wrong_driver_and_the_shortest_way_to_show_it() -> None:
+    """A seed alone finds it, and most of its steps are left out in the end."""
+    certificate = await certify(wrong("write-after-fork"), adversities=(), seeds=range(3), deadline_s=DEADLINE_S)
+    assert broken(certificate) == {"write-after-fork"}
+    best = certificate.broken["write-after-fork"]
+    assert best.seed is not None
+    assert 1 <= len(best.shortest) <= 8
+    assert any(step.what in ("fork", "churn") for step in best.shortest)
+
+
+def test_storm_has_the_same_steps_when_its_seed_is_the_same() -> None:
+    """A seed is a report."""
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+
+
+async def test_shortest_storm_is_the_pair_of_steps_that_matters() -> None:
+    """Whatever else there is, is left out."""
+    steps = draw(3)
+    needed = {steps[5], steps[29]}
+
+    async def run(tried: Sequence[Step]) -> tuple[object, ...]:
+        from hmm_client.certify import Finding  # noqa: PLC0415
+
+        return (Finding("wrong-data", "both"),) if needed <= set(tried) else ()
+
+    assert set(await shortest(steps, run, "wrong-data", trials=200)) == needed  # type: ignore[arg-type]
+
+
+async def run_hmmctl(*arguments: str) -> tuple[int, str, str]:
+    """`hmmctl certify` as a process."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", "certify", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+    assert process.returncode is not None
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+async def test_command_ends_with_0_and_says_so_when_the_driver_passes() -> None:
+    """For people: a line for each trial, and the verdict."""
+    code, out, _ = await run_hmmctl("--only", "plain", "--", *ours("dummy"))
+    assert code == 0
+    assert out.splitlines()[0].startswith("ok   plain")
+    assert out.splitlines()[-1] == "passed: 2 trials"
+
+
+async def test_command_reports_in_json_and_junit_when_the_driver_fails(tmp_path: Path) -> None:
+    """For gates: exit code 1, one JSON value a line, a JUnit file with the rule as the failure's type."""
+    report = tmp_path / "report.xml"
+    code, out, _ = await run_hmmctl(
+        *("--only", "plain", "--format", "json", "--junit", str(report), "--", *wrong("foreign-frame"))
+    )
+    assert code == 1
+    trial, leave, summary = map(json.loads, out.splitlines())
+    assert (trial["trial"], trial["ok"], trial["findings"][0]["rule"]) == ("plain", False, "foreign-frame")
+    assert trial["findings"][0]["means"] == RULES["foreign-frame"]
+    assert leave["ok"]
+    assert summary["broken"] == {"foreign-frame": "plain"}
+    (suite,) = ET.parse(report).getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    failure = suite.find("testcase/failure")
+    assert failure is not None
+    assert failure.get("type") == "foreign-frame"
+
+
+async def test_command_ends_with_2_when_the_driver_does_not_start(tmp_path: Path) -> None:
+    """A command that is not there, and one that ends at once."""
+    code, _, errors = await run_hmmctl("--", str(tmp_path / "nobody"))
+    assert code == 2
+    assert "No such file" in errors
+    code, _, errors = await run_hmmctl("--", "false")
+    assert code == 2
+    assert "it ended with exit code 1" in errors
+
+
+async def test_command_lists_the_adversities() -> None:
+    """What a driver has to go through."""
+    code, out, _ = await run_hmmctl("--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(ADVERSITIES)
