@@ -114,6 +114,13 @@ lock: install-dev ## Resolve the three lock files anew
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
 
+CERTIFY_SEEDS ?= 0:1000
+CERTIFIED := dummy rdma prefetch
+.PHONY: certify
+certify: install-dev ## Certify each of our drivers with a thousand storms; CERTIFY_SEEDS=FIRST:END selects
+	@for driver in $(CERTIFIED); do echo "== $$driver"; $(BIN)/hmmctl certify --seeds $(CERTIFY_SEEDS) -- \
+		$(BIN)/python -m hmm_client.drivers.$$driver --certified || exit 1; done
+
 SEEDS ?= 0:10000
 TOWNS ?=
 simulate: install-dev ## Run ten thousand seeded interleavings on all CPUs; SEEDS=FIRST:END and TOWNS select

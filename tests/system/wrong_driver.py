@@ -247,7 +247,7 @@ class StaleFault(RightDriver):
     async def fault(self, mirror: Mirror, pages: Entries, *, write: bool) -> Entries:
         """The reply as it came, without looking at what was heard meanwhile."""
         request = device_pb2.FaultRequest(mirror_id=mirror.id, pages=entries_to_proto(pages), write=write)
-        (reply,) = await mirror._session.call("fault", request)
+        (reply,) = await mirror.session.call("fault", request)
         if reply.result.errno:
             raise NoSuchObjectError(reply.result.message)
         return entries_from_proto(reply.entries)

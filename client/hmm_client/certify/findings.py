@@ -78,6 +78,8 @@ def causes_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         first.setdefault(finding.rule, finding)
     if REJECTIONS.intersection(first):
         first.pop("unanswered", None)  # it was answered, in a way that does not count
+    if {"unanswered", "died"}.intersection(first):
+        first.pop("access-after-fence", None)  # the driver has not been told yet
     causes = tuple(finding for rule, finding in first.items() if rule not in CONSEQUENCES)
     return causes or tuple(first.values())
 
