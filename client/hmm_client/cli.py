@@ -26,7 +26,7 @@ COMMANDS = {
     "record": "Record a program's memory calls, for replay.",
     "run": "Run a scenario: processes, devices and what they must see.",
     "verify": "Compare the model with what Linux did, operation by operation.",
-    "certify": "Put a driver to the test: everything that can happen to it happens.",
+    "certify": "Put a driver, in any language, to the test.",
     "completion": "Print what a shell needs to complete hmmctl's commands.",
 }
 HELP = """Look into a running hmmd, replay programs on it, and verify it.
