@@ -377,7 +377,7 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
         target = _permit_on_device(mirror, target, write)
     old: Entries | None = None
     if not isinstance(target, AddressRange):
-        entries, old = _mirrored(cpu.lookup(target), write), table.lookup(target)
+        entries, old = _mirrored(cpu.lookup(target), write), None if table.is_empty else table.lookup(target)
     elif target.size_bytes == PAGE_SIZE and not domain:
         table.set(target.start, _mirrored(cpu.get(target.start), write) | table.get(target.start) & _KEPT)
         return

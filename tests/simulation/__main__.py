@@ -47,17 +47,20 @@ def main() -> None:
     seeds: range = options.seeds
     towns = options.towns or list(TOWNS)
     batches = [seeds[at : at + BATCH] for at in range(0, len(seeds), BATCH)]
+    total = len(seeds) * len(towns)
     began, failed, done = time.monotonic(), 0, 0
     with ProcessPoolExecutor(options.processes) as pool:
         under_way = {pool.submit(run, town, batch): len(batch) for batch, town in product(batches, towns)}
         for future in as_completed(under_way):
-            done += under_way.pop(future)
+            before, done = done, done + under_way.pop(future)
             failures = future.result()
             failed += len(failures)
             for failure in failures:
                 print(f"\r{failure}", flush=True)
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(seeds) * len(towns)} runs", end="", file=sys.stderr, flush=True)
+                print(f"\r{done} of {total} runs", end="", file=sys.stderr, flush=True)
+            elif done * 10 // total > before * 10 // total:
+                print(f"{done} of {total} runs", file=sys.stderr, flush=True)
     took_s = time.monotonic() - began
     print(f"\r{done} runs of {', '.join(towns)} in {took_s:.0f} s: {failed or 'none'} failed")
     sys.exit(1 if failed else 0)
