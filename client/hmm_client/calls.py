@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from hmm.units import PAGE_SHIFT
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.results import Accessed, Born, Completed, Mapped, PageMap, ProgramBreak, Residency
@@ -40,11 +41,13 @@ class Call(Generic[T]):
         name: as in hmm.v1.Call; the method of ProcessService is the same in CamelCase.
         request: the message.
         read: makes the result of the response; raises the call's error.
+        reply_bytes: how much data the response may carry.
     """
 
     name: str
     request: Message
     read: Callable[[Any], T]
+    reply_bytes: int = 0
 
     @property
     def method(self) -> str:
@@ -165,7 +168,8 @@ def mincore(process_id: int, address: int, length: int) -> Call[Residency]:
 def pagemap(process_id: int, start: int, end: int) -> Call[PageMap]:
     """A part of /proc/PID/pagemap; both ends page-aligned, at most 131,072 pages."""
     request = process_pb2.PagemapRequest(process_id=process_id, range=range_pb2.AddressRange(start=start, end=end))
-    return Call("pagemap", request, lambda r: PageMap(*_completed(r), entries_from_proto(r.entries)))
+    length = (end - start) >> PAGE_SHIFT << 3
+    return Call("pagemap", request, lambda r: PageMap(*_completed(r), entries_from_proto(r.entries)), length)
 
 
 def place(
@@ -210,7 +214,7 @@ def exit_process(process_id: int) -> Call[Completed]:
 def read_memory(process_id: int, address: int, length: int) -> Call[Accessed]:
     """A CPU reads at most 1 MiB."""
     request = process_pb2.ReadMemoryRequest(process_id=process_id, address=address, length=length)
-    return Call("read_memory", request, lambda r: _accessed(r, len(r.data), r.data))
+    return Call("read_memory", request, lambda r: _accessed(r, len(r.data), r.data), length)
 
 
 def write_memory(process_id: int, address: int, data: bytes) -> Call[Accessed]:
@@ -230,4 +234,4 @@ def access_pages(process_id: int, address: int, page_count: int, values: bytes |
     request = process_pb2.AccessPagesRequest(
         process_id=process_id, address=address, page_count=page_count, values=values
     )
-    return Call("access_pages", request, lambda r: _accessed(r, r.pages_accessed, r.values))
+    return Call("access_pages", request, lambda r: _accessed(r, r.pages_accessed, r.values), page_count)

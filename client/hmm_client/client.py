@@ -41,7 +41,7 @@ from hmm_proto.v1 import (
 T = TypeVar("T")
 BATCH_CALLS = 4096
 BATCH_BYTES = 4 << 20
-"""What one batch of calls may hold; longer lists are sent as several."""
+"""What one batch of calls, and its reply, may hold; longer lists are sent as several."""
 
 
 def connect(
@@ -224,7 +224,7 @@ def _batches(calls: Sequence[Call[Any]]) -> Iterator[list[Call[Any]]]:
     batch: list[Call[Any]] = []
     size = 0
     for call in calls:
-        length = call.request.ByteSize()
+        length = max(call.request.ByteSize(), call.reply_bytes)
         if batch and (len(batch) == BATCH_CALLS or size + length > BATCH_BYTES):
             yield batch
             batch, size = [], 0

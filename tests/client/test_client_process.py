@@ -270,3 +270,13 @@ async def test_process_is_refused_when_fault_around_is_no_power_of_two(client: h
     """fault_around_bytes is rounded down to a power of two by the kernel; here it has to be one."""
     with pytest.raises(InvalidRequestError):
         await client.create_process("around", fault_around_pages=3)
+
+
+async def test_batch_is_sent_in_parts_when_its_reply_would_be_too_long(
+    client: hmm_client.Client, process: Process
+) -> None:
+    """Reading much in one list of calls takes several round trips, not an error."""
+    mapped = await process.mmap(6 << 20)
+    reads = [calls.read_memory(process.id, mapped.address + (part << 20), 1 << 20) for part in range(6)]
+    outcomes = await client.execute(reads)
+    assert [outcome.error for outcome in outcomes] == [None] * 6

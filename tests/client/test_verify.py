@@ -156,13 +156,19 @@ def test_verify_finds_nothing_when_the_kernel_made_the_trace(path: Path) -> None
     assert report.counts[Level.SEMANTIC].compared > report.operations
 
 
-WIRE_TRACES = ("rmixed-00", "rmultidev-00", "s15-fork-device-pages", "s29-exclusive-refused", "s51-vma-merge")
+WIRE_TRACES = (
+    "base/rmixed-00",
+    "base/rmultidev-00",
+    "base/s29-exclusive-refused",
+    "thp/trbasic-00",
+    "thp/t05-thp-migrate",
+)
 
 
 @pytest.mark.parametrize("name", WIRE_TRACES)
 def test_verify_counts_the_same_when_a_daemon_is_verified(name: str, over_wire: Callable[[], Subject]) -> None:
     """One driver, two transports: the same operations, comparisons and results."""
-    path = TRACES / "base" / f"{name}.jsonl.gz"
+    path = TRACES / f"{name}.jsonl.gz"
     report, in_process = verified(path, over_wire), verified(path)
     assert not report.differences
     assert (report.operations, report.counts) == (in_process.operations, in_process.counts)

@@ -153,7 +153,11 @@ def _contrast(expected: object, found: object) -> tuple[str, str]:
         pairs = zip(expected, found, strict=False)
         at = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
         return _from(expected, at), _from(found, at)
-    return str(expected), str(found)
+    return _alone(expected), _alone(found)
+
+
+def _alone(value: object) -> str:
+    return _from(value, 0) if isinstance(value, tuple | bytes) else str(value)
 
 
 def _from(values: tuple[object, ...] | bytes, at: int) -> str:
