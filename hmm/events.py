@@ -204,12 +204,14 @@ class Event:
 
     @property
     def pte_mask(self) -> int:
-        """What is kept of every entry of the ranges once all have answered.
+        """What a device keeps of its entries of the ranges when it has answered.
+
+        Pages on their way to the device are told of again when they are there, with the fault's update.
 
         Differs: pages that came back are faulted in again at their new place; the posted code left entries of it.
         """
-        gone = self.etype is EventType.COPY_FROM_DEVICE and not self.keeps
-        return MASK_NONE if gone else self.etype.pte_mask
+        moving = self.etype in (EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE) and not self.keeps
+        return MASK_NONE if moving else self.etype.pte_mask
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""

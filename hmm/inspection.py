@@ -178,6 +178,8 @@ def _in_words(request: object) -> str:
     match request:
         case Deliver(event=event):
             what = event.cause.value if event.cause else event.etype.name.lower()
+            if event.copy:
+                what = f"{event.etype.name.lower().replace('_', ' ')} by its driver ({what})"
             where = ", ".join(map(str, event.spans[:3])) + (" ..." if len(event.spans) > 3 else "")
             return f"acknowledgement of {what} {where}".rstrip()
         case Await(wait_for=wait_for, spans=spans):

@@ -116,7 +116,7 @@ class DeviceModel:
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
     for address in [address for address in held if event.overlaps(AddressRange(address, address + PAGE_SIZE))]:
-        if event.pte_mask == pte.MASK_NONE or event.etype is EventType.COPY_TO_DEVICE:
+        if event.pte_mask == pte.MASK_NONE:
             del held[address]
         elif event.pte_mask == pte.MASK_WRITE_PROTECT:
             held[address] = (held[address][0], False)

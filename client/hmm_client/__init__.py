@@ -44,12 +44,13 @@ if TYPE_CHECKING:
     from hmm_client.channel import DaemonError, UnavailableError, tls_credentials
     from hmm_client.client import Client, connect
     from hmm_client.device import Device
+    from hmm_client.device_memory import MemoryDriver
     from hmm_client.driver import Driver, TableDriver
     from hmm_client.event import Event
     from hmm_client.file import File
     from hmm_client.interval_driver import IntervalDriver
     from hmm_client.interval_mirror import IntervalMirror, IntervalNotifier
-    from hmm_client.mirror import Faulted, Mirror
+    from hmm_client.mirror import Faulted, Migrated, Mirror
     from hmm_client.process import Process
 
 _HOME = {
@@ -62,6 +63,8 @@ _HOME = {
     "Driver": "hmm_client.driver",
     "Event": "hmm_client.event",
     "Faulted": "hmm_client.mirror",
+    "MemoryDriver": "hmm_client.device_memory",
+    "Migrated": "hmm_client.mirror",
     "File": "hmm_client.file",
     "FileKind": "hmm.file",
     "IntervalDriver": "hmm_client.interval_driver",
@@ -100,6 +103,8 @@ __all__ = [
     "IntervalNotifier",
     "MapFlag",
     "MclFlag",
+    "MemoryDriver",
+    "Migrated",
     "Mirror",
     "MlockFlag",
     "MremapFlag",

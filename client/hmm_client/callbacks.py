@@ -35,7 +35,7 @@ from hmm_proto.convert import entries_to_proto, ranges_to_proto
 from hmm_proto.v1 import event_pb2
 
 if TYPE_CHECKING:
-    from hmm_client.driver import Driver, Written
+    from hmm_client.driver import Driver
     from hmm_client.event import Event
 
 _LOG = logging.getLogger(__name__)
@@ -159,7 +159,16 @@ class Callbacks:
     def _call(self, event: Event) -> Any:
         if event.type is EventType.RELEASE:
             return self._driver.release(event.mirror)
+        if event.copy:
+            return self._carry(event)
         return self._driver.update(event)
+
+    def _carry(self, event: Event) -> Any:
+        # The device stops using the pages first, except those of a fork, which it keeps.
+        to_device = event.type is EventType.COPY_TO_DEVICE
+        copy = self._driver.copy_to_device if to_device else self._driver.copy_from_device
+        stopped = None if event.keeps else self._driver.update(event)
+        return _then(stopped, copy, event) if inspect.isawaitable(stopped) else copy(event)
 
     def _start_task(self, event: Event, work: Executor | Awaitable[Any]) -> None:
         callback = Callback(event, self)
@@ -186,12 +195,20 @@ class Callbacks:
         self.proceed()
 
 
-def _answer(event: Event, written: Written) -> event_pb2.Answer | None:
+async def _then(stopped: Awaitable[Any], copy: Callable[[Event], Any], event: Event) -> Any:
+    await stopped
+    results = copy(event)
+    return await results if inspect.isawaitable(results) else results
+
+
+def _answer(event: Event, written: Any) -> event_pb2.Answer | None:
     """What a callback returned, as an answer; None when there is nothing to say but that it is done."""
     if written is None and not event.wants_answer:
         return None
     answer = event_pb2.Answer(mirror_id=event.mirror.id, event_sequence=event.sequence)
-    if isinstance(written, np.ndarray):
+    if event.copy:
+        answer.results = bytes(event.npages) if written is None else bytes(written)
+    elif isinstance(written, np.ndarray):
         answer.dirty_pages = entries_to_proto(written)
     elif written is not None:
         answer.dirty.CopyFrom(ranges_to_proto(written))

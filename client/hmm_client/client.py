@@ -167,7 +167,13 @@ class Client:
         await self.channel.request(self.files.UnlinkFile, file_pb2.UnlinkFileRequest(name=name))
 
     async def register_device(
-        self, name: str, *, dma: bool = False, memory_pages: int = 0, kind: RegionKind = RegionKind.DEVICE_PRIVATE
+        self,
+        name: str,
+        *,
+        dma: bool = False,
+        memory_pages: int = 0,
+        kind: RegionKind = RegionKind.DEVICE_PRIVATE,
+        driver_copies: bool = False,
     ) -> Device:
         """Register a device; its mirrors are served by this client's session.
 
@@ -176,11 +182,15 @@ class Client:
             dma: its page tables hold DMA addresses of an emulated IOMMU instead of frame numbers.
             memory_pages: size of memory of its own.
             kind: whether the CPU can reach that memory.
+            driver_copies: the driver has the bytes of that memory and carries pages there and back
+                (`Driver.copy_to_device`, `Driver.copy_from_device`); what is there is lost with the driver.
 
         Raises:
             OutOfFramesError: too many devices, or no frame numbers left for so much memory (ENOMEM).
         """
-        return await Device.register(self, name, dma=dma, memory_pages=memory_pages, kind=kind)
+        return await Device.register(
+            self, name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies
+        )
 
     async def session(self) -> Session:
         """The session of this client's drivers; a new one if there is none or the last one was lost."""

@@ -49,11 +49,17 @@ class Device:
         return f"<device {self.id} {self.name!r}>"
 
     @classmethod
-    async def register(cls, client: Client, name: str, *, dma: bool, memory_pages: int, kind: RegionKind) -> Device:
+    async def register(
+        cls, client: Client, name: str, *, dma: bool, memory_pages: int, kind: RegionKind, driver_copies: bool
+    ) -> Device:
         """As `Client.register_device`."""
         session = await client.session()
         request = device_pb2.RegisterDeviceRequest(
-            name=name, dma=dma, memory_pages=memory_pages, memory_kind=memory_kind_to_proto(kind)
+            name=name,
+            dma=dma,
+            memory_pages=memory_pages,
+            memory_kind=memory_kind_to_proto(kind),
+            driver_copies=driver_copies,
         )
         (response,) = await session.call("register_device", request)
         return cls(client, response.device_id, name, dma=dma, frames=(response.first_pfn, response.end_pfn))

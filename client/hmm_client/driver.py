@@ -4,13 +4,15 @@ A driver serves any number of mirrors.  `update` is called before a change takes
 of the event until it returns, and not afterwards.  It may be a plain function, which runs in the event loop and must
 not block (the synchronous client runs it on a thread of its own), or `async def`, which may make calls.
 
-**Source**: 2015: `struct hmm_mirror_ops` (release, update); today: `struct mmu_interval_notifier_ops`.
+**Source**: 2015: `struct hmm_mirror_ops` (release, update, copy_from_device, copy_to_device);
+today: `struct mmu_interval_notifier_ops`.
 
 **Absent**: the device itself; see `hmm_client.drivers`.
 """
 
 from __future__ import annotations
 
+import errno as errnos
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 Written: TypeAlias = Sequence[AddressRange] | Entries | None
 """What a device wrote and the daemon does not know of: page-aligned ranges, or uint64[n] page addresses, ascending."""
+Copied: TypeAlias = bytes | Sequence[int] | None
+"""The results of a copy: a byte for each page, 0 or an errno; None: all 0."""
 
 
 class Driver:
@@ -37,6 +41,32 @@ class Driver:
             OSError: its errno is the answer, ENOMEM or EIO.  On an invalidation that kills the mirror; on a fault it
                 goes to whoever faults.  Any other exception is logged and answered with EIO.
         """
+
+    def copy_to_device(self, event: Event) -> Copied | Awaitable[Copied]:
+        """Take pages into the device's memory, for a device that was registered with `driver_copies`.
+
+        Called after `update`, in which the device has stopped using them: `event.read_pages()` has their bytes, and
+        `event.device_addresses` says where they go.  When they are there, an update tells of their entries.
+
+        Returns: a byte for each page, 0 or an errno for those that stay in system memory; None when all were copied.
+
+        Raises:
+            OSError: nothing was copied; ENOMEM or EIO goes to whoever asked for the migration.
+        """
+        raise OSError(errnos.ENOMEM, f"{type(self).__name__} has no memory for {event}")
+
+    def copy_from_device(self, event: Event) -> Copied | Awaitable[Copied]:
+        """Give pages back with `event.write_pages()`; those that fail are lost.
+
+        Called after `update`, in which the device has stopped using them, unless the event `keeps` them: then they are
+        copied for the child of a fork, and the device is not to be disturbed.
+
+        Returns: as `copy_to_device`.
+
+        Raises:
+            OSError: all of them are lost, and the mirror is killed.
+        """
+        raise OSError(errnos.EIO, f"{type(self).__name__} has no memory for {event}")
 
     def release(self, mirror: Mirror) -> Awaitable[None] | None:
         """Stop everything that uses the address space: it ends, or the mirror was unregistered or killed."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from hmm import events
+from hmm import events, pte
 from hmm.events import EventType, Reason
 from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
 from hmm_proto.convert import (
@@ -153,8 +153,53 @@ class Event:
 
     @property
     def entries(self) -> Entries:
-        """uint64[npages], read-only: after a fault, the entry of every page of `spans`; otherwise empty."""
+        """uint64[npages], read-only: after a fault, the entry of every page of `spans`; of a copy, its place there."""
         return self._change.entries
+
+    @property
+    def copy(self) -> int:
+        """Names the pages that the driver is to carry, for COPY_TO_DEVICE and COPY_FROM_DEVICE; 0 for none."""
+        return self._change.message.copy
+
+    @property
+    def keeps(self) -> bool:
+        """True for COPY_FROM_DEVICE because of a fork: the device goes on using the pages."""
+        return self._change.message.keeps
+
+    @property
+    def npages(self) -> int:
+        """The number of pages of `spans`."""
+        return sum(span.npages for span in self.spans)
+
+    @property
+    def device_addresses(self) -> Entries:
+        """uint64[npages]: where in the device's memory the pages of a copy go, or are; in bytes."""
+        return pte.pte_dev_addr(self._change.entries)
+
+    def read_pages(self, first: int = 0, npages: int | None = None) -> Any:
+        """The bytes of pages on their way to the device, once it has stopped writing them.
+
+        Args:
+            first, npages: which of the pages of `spans`; None: all from `first` on.
+
+        Returns: 4096 bytes each; to be awaited, except in `hmm_client.sync`.
+
+        Raises:
+            NoSuchObjectError: the daemon no longer waits for this copy (ENOENT).
+        """
+        return self.mirror.read_copy(self.copy, first, self.npages - first if npages is None else npages)
+
+    def write_pages(self, data: bytes, first: int = 0) -> Any:
+        """Bring back pages from the device; they are no longer its own when this returns.
+
+        Args:
+            data: whole pages, for those of `spans` from `first` on.
+
+        Returns: None; to be awaited, except in `hmm_client.sync`.
+
+        Raises: as `read_pages`; then the device still has the pages.
+        """
+        return self.mirror.write_copy(self.copy, data, first)
 
     @property
     def blockable(self) -> bool:

@@ -38,6 +38,29 @@ Segment: TypeAlias = tuple[int, int]
 """(address, length in bytes)"""
 
 
+MIGRATE_PAGES_MAX = 512
+"""Pages that one call moves."""
+COPY_CALL_PAGES = 256
+"""Pages that one call carries, 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Migrated:
+    """What a migration moved.
+
+    Attributes:
+        span: how far it went.
+        npages: pages that moved; others were there already, or stay because somebody else uses them.
+        entries: uint64[n], the mirror's entries of all pages of `span`, 0 for none.
+        error: what stopped it, if it is a partial result.
+    """
+
+    span: AddressRange
+    npages: int
+    entries: Entries
+    error: HmmError | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Faulted:
     """What a device fault brought in.
@@ -178,6 +201,66 @@ class Mirror(Receiver):
         raise RangeBusyError(
             f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=int(starts[0])
         )
+
+    async def migrate(self, span: AddressRange, *, partial: bool = False) -> Migrated:
+        """Move what can be moved of a range to the device's memory: `hmm_mirror_fault()` with COPY_TO_DEVICE.
+
+        Pages that others use stay where they are.  Goes on across mappings, in calls of 512 pages.
+
+        Args:
+            span: page-aligned, of private anonymous memory.
+            partial: what stopped it stays in the result; False: it is raised.
+
+        Raises:
+            InvalidRequestError: a part is not private anonymous memory (EINVAL).
+            BadAddressError: a part is not mapped (EFAULT).
+            OutOfFramesError: the device is full, or its driver has no memory; what moved has moved (ENOMEM).
+            NoSuchObjectError: the device has no memory that the CPU cannot reach (ENODEV).
+            DeviceLostError: the mirror was fenced (ENODEV).
+        """
+        return await self._migrate(span, partial, to_system=False)
+
+    async def migrate_back(self, span: AddressRange, *, partial: bool = False) -> Migrated:
+        """Bring back to system memory what the device has of a range.
+
+        Raises: as `migrate`; OutOfFramesError: system memory is full (ENOMEM).
+        """
+        return await self._migrate(span, partial, to_system=True)
+
+    async def _migrate(self, span: AddressRange, partial: bool, *, to_system: bool) -> Migrated:
+        at, moved, parts, error = span.start, 0, [np.empty(0, np.uint64)], None
+        while at < span.end and error is None:
+            piece = AddressRange(at, min(span.end, at + MIGRATE_PAGES_MAX * PAGE_SIZE))
+            request = device_pb2.MigrateRequest(mirror_id=self.id, range=range_to_proto(piece), to_system=to_system)
+            replies = await self.call("migrate", request)
+            last = replies[-1]
+            error = from_call_result(last.result)
+            if error is not None and not partial:
+                self.fail(error)
+            moved += last.moved_pages
+            entries = entries_from_proto(b"".join(reply.entries for reply in replies))
+            at = last.end or piece.start
+            parts.append(entries[: (at - piece.start) >> PAGE_SHIFT])
+        return Migrated(AddressRange(span.start, max(span.start, at)), moved, np.concatenate(parts), error)
+
+    async def read_copy(self, copy: int, first: int, npages: int) -> bytes:
+        """As `Event.read_pages`."""
+        parts = []
+        for at in range(first, first + npages, COPY_CALL_PAGES):
+            count = min(COPY_CALL_PAGES, first + npages - at)
+            request = device_pb2.ReadCopyRequest(mirror_id=self.id, copy=copy, first_page=at, page_count=count)
+            (response,) = await self.call("read_copy", request)
+            parts.append(response.data)
+        return b"".join(parts)
+
+    async def write_copy(self, copy: int, data: bytes, first: int = 0) -> None:
+        """As `Event.write_pages`."""
+        view = memoryview(data)
+        for at in range(0, len(data), COPY_CALL_PAGES * PAGE_SIZE):
+            part = bytes(view[at : at + COPY_CALL_PAGES * PAGE_SIZE])
+            page = first + (at >> PAGE_SHIFT)
+            request = device_pb2.WriteCopyRequest(mirror_id=self.id, copy=copy, first_page=page, data=part)
+            await self.call("write_copy", request)
 
     async def read(
         self,

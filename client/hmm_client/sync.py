@@ -42,7 +42,7 @@ from hmm_client import mirror as aio_mirror
 from hmm_client import pin as aio_pin
 from hmm_client import process as aio_process
 from hmm_client.calls import Call
-from hmm_client.driver import Written
+from hmm_client.driver import Copied, Written
 from hmm_client.loop_thread import LoopThread
 from hmm_client.receiver import Between
 from hmm_client.results import Outcome
@@ -177,6 +177,10 @@ class Mirror(_Handle[aio_mirror.Mirror]):
         return self.aio.is_stale(faulted)
 
     fault = blocking(aio_mirror.Mirror.fault)
+    migrate = blocking(aio_mirror.Mirror.migrate)
+    migrate_back = blocking(aio_mirror.Mirror.migrate_back)
+    read_copy = blocking(aio_mirror.Mirror.read_copy)
+    write_copy = blocking(aio_mirror.Mirror.write_copy)
     read = blocking(aio_mirror.Mirror.read)
     write = blocking(aio_mirror.Mirror.write)
     dirty = blocking(aio_mirror.Mirror.dirty)
@@ -241,6 +245,14 @@ class Driver:
     def update(self, event: Event) -> Written:
         """Make the device stop using what `event` names, or program it after a fault, before returning."""
 
+    def copy_to_device(self, event: Event) -> Copied:
+        """Take pages into the device's memory."""
+        return aio_driver.Driver.copy_to_device(self, event)  # type: ignore[arg-type, return-value]
+
+    def copy_from_device(self, event: Event) -> Copied:
+        """Give pages back."""
+        return aio_driver.Driver.copy_from_device(self, event)  # type: ignore[arg-type, return-value]
+
     def release(self, mirror: Mirror) -> None:
         """Stop everything that uses the address space."""
 
@@ -290,6 +302,12 @@ class _Adapter(aio_driver.Driver):
 
     def update(self, event: aio_event.Event) -> Written:
         return self._driver.update(Event.at(event, Mirror(event.mirror, self._loop)))
+
+    def copy_to_device(self, event: aio_event.Event) -> Copied:
+        return self._driver.copy_to_device(Event.at(event, Mirror(event.mirror, self._loop)))
+
+    def copy_from_device(self, event: aio_event.Event) -> Copied:
+        return self._driver.copy_from_device(Event.at(event, Mirror(event.mirror, self._loop)))
 
     def release(self, mirror: aio_mirror.Mirror) -> None:
         self._driver.release(Mirror(mirror, self._loop))
@@ -395,10 +413,18 @@ class Client(_Handle[aio_client.Client]):
         self.loop.run(self.aio.unlink_file(name))
 
     def register_device(
-        self, name: str, *, dma: bool = False, memory_pages: int = 0, kind: RegionKind = RegionKind.DEVICE_PRIVATE
+        self,
+        name: str,
+        *,
+        dma: bool = False,
+        memory_pages: int = 0,
+        kind: RegionKind = RegionKind.DEVICE_PRIVATE,
+        driver_copies: bool = False,
     ) -> Device:
         """Register a device; its mirrors are served by this client's session."""
-        made = self.aio.register_device(name, dma=dma, memory_pages=memory_pages, kind=kind)
+        made = self.aio.register_device(
+            name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies
+        )
         return Device(self.loop.run(made), self.loop)
 
     def make(self, call: Call[T]) -> T:

@@ -265,7 +265,7 @@ def event_to_proto(event: Event) -> event_pb2.Event:
         space_id=event.space_id,
         revision=event.revision,
         type=event_type_to_proto(event.etype),
-        pte_mask=event.etype.pte_mask & _MASK,
+        pte_mask=event.pte_mask & _MASK,
         reason=reason_to_proto(event.reason),
         owner=event.owner,
         non_blockable=not event.blockable,
@@ -273,6 +273,9 @@ def event_to_proto(event: Event) -> event_pb2.Event:
         entries=event.entries,
         cause=event.cause.value if event.cause else "",
         initiator=event.initiator,
+        copy=event.copy,
+        keeps=event.keeps,
+        wants_answer=event.copy != 0,
     )
 
 
@@ -298,4 +301,6 @@ def event_from_proto(message: event_pb2.Event) -> Event:
         blockable=not message.non_blockable,
         entries=message.entries,
         initiator=message.initiator,
+        copy=message.copy,
+        keeps=message.keeps,
     )

@@ -110,13 +110,13 @@ class Answers:
         self,
         machine: Machine,
         stream: Stream,
-        answered: Callable[[ServedMirror, int, int, Spans], None],
+        answered: Callable[[ServedMirror, int, int, Spans, bytes], None],
         acknowledged: Callable[[Plain], None],
     ) -> None:
         """Prepare to take answers.
 
         Args:
-            answered: does what an answer that counts does: mirror, event sequence, errno, dirty ranges.
+            answered: does what an answer that counts does: mirror, event sequence, errno, dirty ranges, results.
             acknowledged: does it for all that say nothing but that the event was handled.
         """
         self._machine = machine
@@ -142,16 +142,17 @@ class Answers:
             self._take_answer(answer)
         plain: Plain = []
         for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
-            if served := self._find(mirror_id, sequence):
+            if (served := self._find(mirror_id, sequence)) and self._is_enough(served, sequence, 0):
                 plain.append((served, sequence))
         for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
             served = self._find(mirror_id, up_to)
             if served is None or not served.outstanding:
                 continue
-            for sequence in served.outstanding:  # ascending
+            for sequence, posting in served.outstanding.items():  # ascending
                 if sequence > up_to:
                     break
-                plain.append((served, sequence))
+                if not posting.event.copy:
+                    plain.append((served, sequence))
         if plain:
             self._acknowledged(plain)
 
@@ -163,8 +164,19 @@ class Answers:
             dirty = convert.page_ranges_from_proto(answer.dirty) + convert.page_spans_from_proto(answer.dirty_pages)
         except HmmError as error:
             self._reject(answer.mirror_id, answer.event_sequence, error.message)
-        else:
-            self._answered(served, answer.event_sequence, answer.errno, dirty)
+            return
+        if answer.errno or self._is_enough(served, answer.event_sequence, len(answer.results)):
+            self._answered(served, answer.event_sequence, answer.errno, dirty, answer.results)
+
+    def _is_enough(self, served: ServedMirror, sequence: int, results: int) -> bool:
+        # An event that asks for results is answered by as many, and by nothing less.
+        posting = served.outstanding.get(sequence)
+        wanted = posting.event.npages if posting is not None and posting.event.copy else 0
+        if results == wanted or posting is None:
+            return True
+        served.rejected += 1
+        self._reject(served.id, sequence, f"event {sequence} wants {wanted} results, and {results} came")
+        return False
 
     def _find(self, mirror_id: MirrorId, sequence: int) -> ServedMirror | None:
         served = self._stream.mirrors.get(mirror_id)

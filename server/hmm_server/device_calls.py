@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hmm import commands_device
-from hmm.commands_device import DeviceFaulted
+from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.device_access import Manner, Segment
 from hmm.machine import Machine
 from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries
@@ -33,6 +33,7 @@ def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
         dma=q.dma,
         memory_pages=q.memory_pages,
         kind=convert.memory_kind_from_proto(q.memory_kind),
+        driver_copies=q.driver_copies,
     )
 
 
@@ -112,6 +113,37 @@ def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply
     return ArrayReply(response, {"entries": faulted.entries})
 
 
+def _migrate(q: device_pb2.MigrateRequest) -> Invocation:
+    command = commands_device.migrate_back if q.to_system else commands_device.migrate
+    return invoke(command, q.mirror_id, convert.range_from_proto(q.range))
+
+
+def _migrate_response(migrated: DeviceMigrated | None, result: Result) -> ArrayReply:
+    if migrated is None:
+        return ArrayReply(device_pb2.MigrateResponse(result=result), {})
+    moved = migrated.moved
+    if moved.error is not None:
+        result = to_call_result(moved.error, result.operation_id, tuple(result.fenced_mirrors))
+    response = device_pb2.MigrateResponse(
+        result=result,
+        end=moved.end,
+        moved_pages=moved.npages,
+        notifier_seq=migrated.notifier_seq,
+        last_event_sequence=migrated.event_sequence,
+    )
+    return ArrayReply(response, {"entries": migrated.entries})
+
+
+def _read_copy(q: device_pb2.ReadCopyRequest) -> Invocation:
+    require_at_most("read copy: bytes", q.page_count << PAGE_SHIFT, DATA_BYTES_MAX)
+    return invoke(commands_device.read_copy, q.mirror_id, q.copy, q.first_page, q.page_count)
+
+
+def _write_copy(q: device_pb2.WriteCopyRequest) -> Invocation:
+    require_at_most("write copy: bytes", len(q.data), DATA_BYTES_MAX)
+    return invoke(commands_device.write_copy, q.mirror_id, q.copy, q.first_page, q.data)
+
+
 def _segments(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest) -> list[Segment]:
     if len(q.addresses) != len(q.lengths):
         raise convert.malformed(f"device access: {len(q.addresses)} addresses and {len(q.lengths)} lengths")
@@ -149,6 +181,11 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         lambda _, result: device_pb2.UnregisterMirrorResponse(result=result),
     ),
     "fault": Call(_fault, _fault_response),
+    "migrate": Call(_migrate, _migrate_response),
+    "read_copy": Call(
+        _read_copy, lambda value, _: device_pb2.ReadCopyResponse(data=value or b""), is_kernel_call=False
+    ),
+    "write_copy": Call(_write_copy, lambda _, __: device_pb2.WriteCopyResponse(), is_kernel_call=False),
     "device_read": Call(
         lambda q: invoke(commands_device.device_read, q.mirror_id, _segments(q), _manner(q)),
         lambda value, result: device_pb2.DeviceReadResponse(result=result, data=value or b""),

@@ -145,7 +145,7 @@ class DeviceSide:
                 complete(self.streams, response.result.violation)
             if name in _DESCRIBED:
                 response = _DESCRIBED[name](self.executor.machine, record.result)
-            elif name == "fault" and request.omit_entries:
+            elif name in ("fault", "migrate") and request.omit_entries:
                 response = response.without_arrays()
             then(response)
 

@@ -184,12 +184,14 @@ class Executor:
 
     # ---- inputs from drivers
 
-    def answer(self, mirror_id: MirrorId, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> None:
+    def answer(
+        self, mirror_id: MirrorId, sequence: int, errno: int, dirty: tuple[AddressRange, ...], results: bytes = b""
+    ) -> None:
         """A driver has answered one event; `pump` has to follow.
 
         Raises: as `Machine.answer`.
         """
-        self.machine.answer(mirror_id, sequence, errno, dirty)
+        self.machine.answer(mirror_id, sequence, errno, dirty, results)
 
     def acknowledge(self, answers: Sequence[tuple[MirrorId, int]]) -> None:
         """Drivers have answered events, (mirror, sequence) each, and had no more to say; `pump` has to follow.

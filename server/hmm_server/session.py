@@ -35,7 +35,10 @@ from hmm_server.streams import PROTOCOL_VERSION, Streams
 FAREWELL_S = 5.0
 """Time for the last replies to be written after Bye."""
 LARGE_REPLIES = frozenset(
-    {"fault", "device_read", "read_table", "range_fault", "migrate_to_device", "migrate_to_system", "read_frames"}
+    {
+        *("fault", "device_read", "read_table", "migrate", "read_copy"),
+        *("range_fault", "migrate_to_device", "migrate_to_system", "read_frames"),
+    }
 )
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -31,10 +31,10 @@ from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Delivery, Event, EventState
 from hmm.machine import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
-from hmm.units import AddressRange, DeviceId, MirrorId
+from hmm.units import DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2, inspection_pb2
-from hmm_server.answers import Answers, Plain, ServedMirror, Stream
+from hmm_server.answers import Answers, Plain, ServedMirror, Spans, Stream
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.holds import Point
@@ -314,8 +314,8 @@ class Streams:
         self.executor.pump()
         return violations
 
-    def _answered(self, served: ServedMirror, sequence: int, errno: int, dirty: tuple[AddressRange, ...]) -> None:
-        self.executor.answer(served.id, sequence, errno, dirty)
+    def _answered(self, served: ServedMirror, sequence: int, errno: int, dirty: Spans, results: bytes) -> None:
+        self.executor.answer(served.id, sequence, errno, dirty, results)
         self._note_answered([(served, sequence)], errno)
 
     def _acknowledged(self, plain: Plain) -> None:

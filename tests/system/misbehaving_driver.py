@@ -4,6 +4,7 @@ It is made with the client library and answers every event in the way that `beha
 
     mirror     mirror a process                        behave     choose how events are answered
     fault      fault a range                           go_on      let hanging updates return
+    migrate    move a range to its memory              unregister give a mirror up in good order
     read       read memory                             say        answer an event by hand, once more or too soon
     state      what was heard and what came of it
 """
@@ -18,7 +19,10 @@ from hmm.errors import HmmError, errno_name
 from hmm.mirror import DeadlinePolicy
 from hmm.units import AddressRange
 from hmm_client import Client, Device, Driver, Event, Mirror
+from hmm_client.device_memory import DeviceMemory
 from hmm_client.drivers.control import Operation, driver_command, encode
+
+MEMORY_PAGES = 64
 
 
 class MisbehavingDriver(Driver):
@@ -28,6 +32,7 @@ class MisbehavingDriver(Driver):
         self._client = client
         self._device = device
         self._mirrors: dict[int, Mirror] = {}
+        self._memory = DeviceMemory(MEMORY_PAGES)
         self._behaviour = "answer"
         self._span: AddressRange | None = None
         self._gate = asyncio.Event()
@@ -47,6 +52,17 @@ class MisbehavingDriver(Driver):
             return
         await getattr(self, f"_{self._behaviour}")(event)
 
+    async def copy_to_device(self, event: Event) -> None:
+        """Take pages, unless `update` did not return."""
+        await self._memory.take(event)
+
+    async def copy_from_device(self, event: Event) -> bytes | None:
+        """Give pages back, or say that they are broken."""
+        if self._behaviour == "break_pages":
+            return bytes([errnos.EIO]) * event.npages
+        await self._memory.give(event)
+        return None
+
     def release(self, mirror: Mirror) -> None:
         """Remember."""
         self._released.append(mirror.id)
@@ -57,6 +73,8 @@ class MisbehavingDriver(Driver):
 
     async def _answer(self, event: Event) -> None:
         pass
+
+    _break_pages = _answer
 
     async def _hang(self, event: Event) -> None:
         await self._gate.wait()
@@ -132,6 +150,14 @@ class MisbehavingDriver(Driver):
         faulted = await self._mirrors[mirror].fault(AddressRange(start, end), write=write)
         return int((faulted.entries != 0).sum())
 
+    async def migrate(self, mirror: int, start: int, end: int) -> int:
+        """Move a range to the device; how many pages moved."""
+        return (await self._mirrors[mirror].migrate(AddressRange(start, end))).npages
+
+    async def unregister(self, mirror: int) -> None:
+        """Give a mirror up."""
+        await self._mirrors[mirror].unregister()
+
     async def read(self, mirror: int, address: int, length: int) -> str:
         """Read memory."""
         return encode(await self._mirrors[mirror].read([(address, length)]))
@@ -143,8 +169,9 @@ class MisbehavingDriver(Driver):
 
 async def operations(client: Client) -> Mapping[str, Operation]:
     """Register a device; what may be asked of it, by name."""
-    driver = MisbehavingDriver(client, await client.register_device("misbehaving"))
-    names = ("mirror", "behave", "go_on", "say", "fault", "read", "state")
+    device = await client.register_device("misbehaving", memory_pages=MEMORY_PAGES, driver_copies=True)
+    driver = MisbehavingDriver(client, device)
+    names = ("mirror", "behave", "go_on", "say", "fault", "migrate", "unregister", "read", "state")
     return {name: getattr(driver, name) for name in names}
 
 

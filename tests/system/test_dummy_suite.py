@@ -1,7 +1,7 @@
 """The test suite of the 2015 dummy driver, through a daemon and with the driver as a process of its own.
 
-Twelve sanity cases and three of stress, under their names of then; the three of device memory (rmem001 to rmem003)
-need device memory.  The program of each case is here, its device is the driver's.
+Twelve sanity cases, three of device memory and three of stress, under their names of then.  The program of each case is
+here, its device is the driver's.
 
 Source: the list of cases in the dummy driver's test suite (github.com/glisse/hmm-dummy-test-suite).
 """
@@ -57,6 +57,11 @@ class Dummy:
     async def write(self, address: int, data: bytes) -> dict[str, Any]:
         """WRITE: the counters."""
         counters: dict[str, Any] = await self._call("write", **self._where, address=address, data=encode(data))
+        return counters
+
+    async def migrate(self, address: int, size: int) -> dict[str, Any]:
+        """MIGRATE_TO: the counters."""
+        counters: dict[str, Any] = await self._call("migrate", **self._where, address=address, size=size)
         return counters
 
     async def close(self) -> None:
@@ -200,6 +205,38 @@ async def test_expose_mm_is_refused_when_the_minor_is_busy(
         await Dummy(dummy, 0, 0).expose(other)
     await minor.close()
     await Dummy(dummy, 0, 0).expose(other)
+
+
+async def test_rmem001_pages_move_to_the_device(process: Process, minor: Dummy) -> None:
+    """256 pages migrate, and as many are counted in device memory."""
+    mapped = await process.mmap(256 * PAGE_SIZE)
+    await process.write(mapped.address, pattern(256))
+    counters = await minor.migrate(mapped.address, 256 * PAGE_SIZE)
+    assert (counters["ndev_pages"], counters["nsys_pages"]) == (256, 0)
+    assert await process.read(mapped.address, 256 * PAGE_SIZE) == pattern(256)
+
+
+async def test_rmem002_device_reads_its_own_memory_after_a_migration(process: Process, minor: Dummy) -> None:
+    """The pages are read where they are, and the CPU then sees the same."""
+    mapped = await process.mmap(256 * PAGE_SIZE)
+    await process.write(mapped.address, pattern(256))
+    await minor.migrate(mapped.address, 256 * PAGE_SIZE)
+    data, counters = await minor.read(mapped.address, 256 * PAGE_SIZE)
+    assert data == pattern(256)
+    assert counters == {"nsys_pages": 0, "nfaulted_sys_pages": 0, "ndev_pages": 256, "nfaulted_dev_pages": 0}
+    assert await process.read(mapped.address, 256 * PAGE_SIZE) == pattern(256)
+
+
+async def test_rmem003_cpu_sees_what_the_device_wrote_to_its_own_memory(process: Process, minor: Dummy) -> None:
+    """What was written after the migration comes back with the pages."""
+    mapped = await process.mmap(256 * PAGE_SIZE)
+    await process.write(mapped.address, pattern(256))
+    await minor.migrate(mapped.address, 256 * PAGE_SIZE)
+    counters = await minor.write(mapped.address, pattern(256, seed=1))
+    assert (counters["ndev_pages"], counters["nsys_pages"]) == (256, 0)
+    assert await process.read(mapped.address, 256 * PAGE_SIZE) == pattern(256, seed=1)
+    _, after = await minor.read(mapped.address, 256 * PAGE_SIZE)
+    assert (after["ndev_pages"], after["nsys_pages"]) == (0, 256)
 
 
 async def test_stress001_device_faults_again_when_pages_were_reclaimed(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hmm.errors import TimedOutError
+from hmm.errors import SegmentationFault, Signal, TimedOutError
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, Process
 from hmm_client.results import Completed, Mapped
@@ -303,3 +303,105 @@ async def test_calls_end_when_the_daemon_drains_while_a_driver_hangs(set_up: Set
     scene.daemon.process.send_signal(signal.SIGTERM)
     assert (await unmapping).fenced_mirrors == (scene.mirror,)
     assert await scene.daemon.process.wait() == 0
+
+
+# ---- with pages on board
+
+
+async def on_board(set_up: SetUp, **settings: object) -> Scene:
+    """A scene whose first half is in the driver's memory."""
+    scene = await set_up(**settings)
+    start = scene.mapped.address
+    assert await scene.driver.call("migrate", mirror=scene.mirror, start=start, end=start + SIZE // 2) == 8
+    return scene
+
+
+async def is_lost(scene: Scene, page: int = 0) -> bool:
+    """Whether a CPU that touches a page gets SIGBUS: its contents are lost, and nobody says they were zeroes."""
+    with pytest.raises(SegmentationFault) as caught:
+        await scene.process.read(scene.mapped.address + page * PAGE_SIZE, 1)
+    return caught.value.signal is Signal.BUS_POISON
+
+
+async def test_pages_are_lost_with_a_driver_that_is_killed(set_up: SetUp) -> None:
+    """What was in its memory alone is poison at once; the rest of the process goes on."""
+    scene = await on_board(set_up, acknowledgement_s=FOREVER_S)
+    scene.driver.signal(signal.SIGKILL)
+    assert await scene.driver.ended() == -signal.SIGKILL
+    assert await is_lost(scene)
+    assert await scene.process.read(scene.mapped.address + SIZE // 2, 1) == b"\0"
+    await scene.discard()
+    assert await scene.process.read(scene.mapped.address, 6) == bytes(6)
+
+
+async def test_cpu_that_waits_for_a_page_gets_sigbus_when_the_driver_is_killed(set_up: SetUp) -> None:
+    """In the middle of a copy: pending names who has the page, and its death ends the waiting."""
+    scene = await on_board(set_up, acknowledgement_s=FOREVER_S)
+    await scene.driver.call("behave", how="hang")
+    reading = asyncio.ensure_future(scene.process.read(scene.mapped.address, 6))
+    operation = await scene.waiting("read_memory")
+    scene.named_meanwhile(operation)
+    assert "copy from device by its driver" in operation.waits_for
+    scene.driver.signal(signal.SIGKILL)
+    with pytest.raises(SegmentationFault, match="BUS_POISON"):
+        await reading
+
+
+async def test_pages_are_lost_when_a_driver_hangs_in_a_copy(set_up: SetUp) -> None:
+    """FENCE: the deadline ends it, and all that the driver had is lost with it."""
+    scene = await on_board(set_up, acknowledgement_s=SOON_S)
+    await scene.driver.call("behave", how="hang")
+    reading = asyncio.ensure_future(scene.process.read(scene.mapped.address, 6))
+    scene.named_meanwhile(await scene.waiting("read_memory"))
+    with pytest.raises(SegmentationFault, match="BUS_POISON"):
+        await reading
+    assert await is_lost(scene, page=7)
+    with pytest.raises(Exception, match="ENODEV"):
+        await scene.driver.call("read", mirror=scene.mirror, address=scene.mapped.address + SIZE // 2, length=1)
+
+
+async def test_pages_stay_when_a_hanging_drivers_policy_is_fail(set_up: SetUp) -> None:
+    """FAIL: the read ends with ETIMEDOUT and the page is where it was; once the driver answers it can be read."""
+    scene = await on_board(set_up, policy="fail", acknowledgement_s=SOON_S)
+    await scene.driver.call("behave", how="hang")
+    with pytest.raises(TimedOutError):
+        await scene.process.read(scene.mapped.address, 6)
+    await scene.driver.call("go_on")
+    assert await scene.process.read(scene.mapped.address, 6) == b"before"
+
+
+async def test_page_is_lost_and_nothing_else_when_its_copy_fails(set_up: SetUp) -> None:
+    """A result that is not 0: this page is poison, the mirror lives and gives the others back."""
+    scene = await on_board(set_up)
+    await scene.driver.call("behave", how="break_pages")
+    assert await is_lost(scene)
+    await scene.driver.call("behave", how="answer")
+    assert await scene.process.read(scene.mapped.address + PAGE_SIZE, 1) == b"\0"
+    start = scene.mapped.address + SIZE // 2
+    assert await scene.driver.call("fault", mirror=scene.mirror, start=start, end=start + PAGE_SIZE) == 1
+
+
+async def test_mirror_is_killed_when_it_answers_a_copy_with_an_error(set_up: SetUp) -> None:
+    """An error instead of results: everything the driver has is lost, and `release` ends its mirror."""
+    scene = await on_board(set_up)
+    await scene.driver.call("behave", how="refuse")
+    assert await is_lost(scene)
+    assert await is_lost(scene, page=7)
+    assert (await scene.driver.call("state"))["released"] == [scene.mirror]
+
+
+async def test_driver_that_leaves_in_good_order_loses_nothing(set_up: SetUp) -> None:
+    """Unregistering writes back first."""
+    scene = await on_board(set_up)
+    await scene.driver.call("unregister", mirror=scene.mirror)
+    assert await scene.process.read(scene.mapped.address, 6) == b"before"
+
+
+async def test_migration_moves_nothing_when_the_driver_hangs_in_its_copy(set_up: SetUp) -> None:
+    """On the way there nothing is lost: the pages never left."""
+    scene = await set_up(acknowledgement_s=SOON_S)
+    await scene.driver.call("behave", how="hang")
+    start = scene.mapped.address
+    with pytest.raises(Exception, match="ENODEV"):
+        await scene.driver.call("migrate", mirror=scene.mirror, start=start, end=start + PAGE_SIZE)
+    assert await scene.process.read(start, 6) == b"before"

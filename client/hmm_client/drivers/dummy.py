@@ -1,14 +1,16 @@
 """The dummy driver of the 2015 series: devices that read and write the memory of processes.
 
 Four devices with four minors each; a minor mirrors one process after EXPOSE_MM.  READ and WRITE go through the device's
-own page table, faulting in what is missing, and count the pages they touched.  Serves its ioctls as JSON lines:
-expose_mm, read, write, close.
+own page table, faulting in what is missing, and count the pages they touched; MIGRATE moves pages to the 32 MiB of
+memory that each device has, where READ and WRITE find them.  Serves its ioctls as JSON lines: expose_mm, read, write,
+migrate, close.
 
-**Source**: "HMM/dummy: dummy driver for testing and showcasing the HMM API"; its test suite says what must hold.
+**Source**: "HMM/dummy: dummy driver for testing and showcasing the HMM API"; its test suite says what must hold;
+"HMM/dummy: add fake device memory to dummy HMM device driver".
 
 **Invariants**: an event is answered when no access through what it took is under way.
 
-**Absent**: memory of the device: ndev_pages counts entries that name it, and nobody makes any yet.
+**Absent**: moving pages back: whoever touches them does it.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import pte
 from hmm.errors import ConflictError, InvalidRequestError
-from hmm.units import PAGE_SIZE, Address, page_down
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, page_down
 from hmm_client.client import Client
 from hmm_client.device import Device
-from hmm_client.driver import TableDriver
+from hmm_client.device_memory import MemoryDriver
 from hmm_client.drivers.accesses import Accesses
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
 from hmm_client.event import Event
@@ -34,6 +37,8 @@ from hmm_client.process import Process
 
 DEVICES = 4
 MINORS = 4
+MEMORY_PAGES = 32 << 20 >> PAGE_SHIFT
+"""HMM_DUMMY_RMEM_SIZE: of each device."""
 TRANSFER_BYTES = 1 << 20
 """One transfer of the device; larger requests are cut at multiples of this address."""
 
@@ -53,11 +58,11 @@ class Counters:
     nfaulted_dev_pages: int = 0
 
 
-class DummyDriver(TableDriver):
-    """What the daemon calls."""
+class DummyDriver(MemoryDriver):
+    """What the daemon calls, for one device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(MEMORY_PAGES)
         self._accesses: dict[int, Accesses] = {}
 
     def accesses(self, mirror: Mirror) -> Accesses:
@@ -123,6 +128,22 @@ class Minor:
             await self._transfer(at, length, data[at - address : at - address + length], counters)
         return counters
 
+    async def migrate(self, address: Address, size: int) -> Counters:
+        """HMM_DUMMY_MIGRATE_TO: move a range of private memory to the device.
+
+        Returns: of its pages, how many are in device memory now, and how many of these had to be moved there.
+
+        Raises:
+            BadAddressError: a part is not mapped (EFAULT).
+            InvalidRequestError: a part is not private anonymous memory (EINVAL).
+            OutOfFramesError: the device is full; what moved has moved (ENOMEM).
+        """
+        mirror = self._exposed()
+        span = AddressRange(page_down(address), page_down(address + size - 1) + PAGE_SIZE)
+        moved = await mirror.migrate(span)
+        in_device = int(np.count_nonzero(pte.pte_test_valid_dev(moved.entries)))
+        return Counters(span.npages - in_device, 0, in_device, moved.npages)
+
     async def close(self) -> None:
         """Close the file: the mirror is unregistered, and the minor is free again."""
         if self._mirror is not None and not self._mirror.lost:
@@ -130,9 +151,7 @@ class Minor:
         self._mirror, self._busy = None, False
 
     async def _transfer(self, address: Address, length: int, data: bytes | None, counters: Counters) -> bytes:
-        mirror = self._mirror
-        if mirror is None:
-            raise InvalidRequestError("this minor mirrors no process")
+        mirror = self._exposed()
         write = data is not None
         while True:
             table = self._driver.table(mirror)
@@ -141,16 +160,56 @@ class Minor:
                 break
             # Ends in `update` with the entries; an invalidation may take them back before we look again.
             await mirror.fault(missing, write=write, omit_entries=True)
-            counters.nfaulted_sys_pages += missing.size
+            faulted_there = int(np.count_nonzero(pte.pte_test_valid_dev(table.pages.lookup(missing))))
+            counters.nfaulted_dev_pages += faulted_there
+            counters.nfaulted_sys_pages += missing.size - faulted_there
         entries = table.pages.read(page_down(address), page_down(address + length - 1) + PAGE_SIZE)
-        in_device = int(np.count_nonzero(pte.pte_test_valid_dev(entries)))
-        counters.ndev_pages += in_device
-        counters.nsys_pages += entries.size - in_device
+        in_device = pte.pte_test_valid_dev(entries)
+        counters.ndev_pages += int(np.count_nonzero(in_device))
+        counters.nsys_pages += int(np.count_nonzero(~in_device))
         with self._driver.accesses(mirror).to(address, length):
-            if data is None:
-                return await mirror.read([(address, length)], entries=entries)
-            await mirror.write([(address, length)], data, entries=entries)
-            return b""
+            if not in_device.any():
+                return await _in_system(mirror, address, length, data, entries)
+            parts = [
+                await self._access(mirror, piece, entries, address, data) for piece in _runs(address, length, in_device)
+            ]
+            return b"".join(parts)
+
+    async def _access(
+        self, mirror: Mirror, piece: tuple[Address, int], entries: Entries, start: Address, data: bytes | None
+    ) -> bytes:
+        """Read or write a piece that is all in system memory, or all in the device's."""
+        at, length = piece
+        part = None if data is None else data[at - start : at - start + length]
+        first = (page_down(at) - page_down(start)) >> PAGE_SHIFT
+        own = entries[first : first + AddressRange(at, at + length).npages]
+        if not pte.pte_test_valid_dev(int(own[0])):
+            return await _in_system(mirror, at, length, part, own)
+        memory, offset = self._driver.memory, at - page_down(at)
+        if part is None:
+            return memory.read(own).reshape(-1)[offset : offset + length].tobytes()
+        memory.write(own, offset, part)
+        return b""
+
+    def _exposed(self) -> Mirror:
+        if self._mirror is None:
+            raise InvalidRequestError("this minor mirrors no process")
+        return self._mirror
+
+
+async def _in_system(mirror: Mirror, address: Address, length: int, data: bytes | None, entries: Entries) -> bytes:
+    if data is None:
+        return await mirror.read([(address, length)], entries=entries)
+    await mirror.write([(address, length)], data, entries=entries)
+    return b""
+
+
+def _runs(address: Address, length: int, in_device: npt.NDArray[np.bool_]) -> list[tuple[Address, int]]:
+    """Cut a transfer where memory changes from the system's to the device's or back."""
+    changes = np.flatnonzero(in_device[1:] != in_device[:-1]) + 1
+    inner = (page_down(address) + (changes << PAGE_SHIFT)).tolist()
+    bounds = [address, *inner, address + length]
+    return [(start, stop - start) for start, stop in pairwise(bounds)]
 
 
 def _pieces(address: Address, size: int) -> list[tuple[Address, int]]:
@@ -169,9 +228,12 @@ class DummyDevices:
     @classmethod
     async def register(cls, client: Client) -> DummyDevices:
         """Register the four devices."""
-        driver = DummyDriver()
-        devices = [await client.register_device(f"hmm_dummy_device{number}") for number in range(DEVICES)]
-        return cls(client, [[Minor(device, driver) for _ in range(MINORS)] for device in devices])
+        minors = []
+        for number in range(DEVICES):
+            name, driver = f"hmm_dummy_device{number}", DummyDriver()
+            device = await client.register_device(name, memory_pages=MEMORY_PAGES, driver_copies=True)
+            minors.append([Minor(device, driver) for _ in range(MINORS)])
+        return cls(client, minors)
 
     async def expose_mm(self, device: int, minor: int, process: int) -> dict[str, int]:
         """Mirror the process of this id."""
@@ -187,6 +249,10 @@ class DummyDevices:
         """Write bytes."""
         return asdict(await self._minors[device][minor].write(address, decode(data)))
 
+    async def migrate(self, device: int, minor: int, address: int, size: int) -> dict[str, int]:
+        """Move pages to the device."""
+        return asdict(await self._minors[device][minor].migrate(address, size))
+
     async def close(self, device: int, minor: int) -> None:
         """Stop mirroring."""
         await self._minors[device][minor].close()
@@ -195,7 +261,7 @@ class DummyDevices:
 async def operations(client: Client) -> Mapping[str, Operation]:
     """Register the devices; their ioctls by name."""
     devices = await DummyDevices.register(client)
-    return {"expose_mm": devices.expose_mm, "read": devices.read, "write": devices.write, "close": devices.close}
+    return {name: getattr(devices, name) for name in ("expose_mm", "read", "write", "migrate", "close")}
 
 
 class CertifiedDummy:
