@@ -29,6 +29,7 @@ from hmm.notifier import Notifier
 from hmm.operation import Current
 from hmm.page_table import PageTable
 from hmm.semantics import LINUX_6_12, Semantics
+from hmm.swap import free_entries, slots_of
 from hmm.units import (
     PAGE_SIZE,
     PMD_MASK,
@@ -222,7 +223,7 @@ class AddressSpace:
             self.tables -= {number for number in self.tables if first <= number < end}
 
     def drop(self, entries: Entries) -> None:
-        """Let go of the frames that CPU entries named; `entries` are no longer in any table.
+        """Let go of the frames and swap slots that CPU entries named; `entries` are no longer in any table.
 
         A dirty entry of a page that is not anonymous makes its frame dirty, as zap_present_folio_ptes() does.
 
@@ -232,6 +233,8 @@ class AddressSpace:
             return
         every, some = int(np.bitwise_and.reduce(entries)), int(np.bitwise_or.reduce(entries))
         if some & cpu_pte.SPECIAL or not cpu_pte.holds_frame(every):
+            if some & cpu_pte.SWAP:
+                free_entries(self.frames, slots_of(entries))
             entries = entries[cpu_pte.holds_frame(entries)]
         pfns = cpu_pte.cpu_pfn(entries)
         if some & cpu_pte.DIRTY and not self.frames.all_have(pfns, PageFlag.ANON):
@@ -245,6 +248,8 @@ class AddressSpace:
             if cpu_pte.is_dirty(entry) and not self.frames.flags_of(pfn) & _ANON:
                 self.frames.set_flags_one(pfn, PageFlag.DIRTY)
             self.frames.unmap_one(pfn)
+        elif cpu_pte.is_swap(entry):
+            free_entries(self.frames, np.array([cpu_pte.cpu_pfn(entry)]))
 
     @contextmanager
     def restoring(self, span: AddressRange) -> Iterator[None]:

@@ -126,7 +126,7 @@ def status(machine: Machine, file_id: int) -> FileStatus:
     """What is known of one file.  Cost: O(directories of its page cache)."""
     file = machine.file(file_id)
     name = file.name if _is_named(machine, file) or file.kind is FileKind.DEVICE else ""
-    return FileStatus(file.id, name, file.kind, file.size_bytes, file.pages.count, file.opens)
+    return FileStatus(file.id, name, file.kind, file.size_bytes, file.resident_pages, file.opens)
 
 
 def new_shared_memory(machine: Machine, size_bytes: int) -> File:

@@ -288,7 +288,8 @@ def mremap(
 
 def madvise(machine: Machine, process_id: ProcessId, start: Address, length: int, advice: int) -> Operation[int]:
     """madvise(2), as `madvise.madvise`."""
-    return (yield from advising.madvise(machine.process(process_id).space, start, length, advice))
+    space = machine.process(process_id).space
+    return (yield from advising.madvise(space, start, length, advice, machine.reclaim))
 
 
 def msync(machine: Machine, process_id: ProcessId, start: Address, length: int, flags: int) -> Operation[int]:

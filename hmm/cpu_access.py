@@ -26,7 +26,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, Signal
-from hmm.fault import bring_in, pieces, raise_stop
+from hmm.fault import bring_in, continues, pieces, raise_stop
 from hmm.frames import ZERO_PFN
 from hmm.operation import Operation, Pause
 from hmm.uio import copy_from_frames, copy_to_frames
@@ -167,12 +167,18 @@ def _access(
         assert isinstance(piece, AddressRange)
         if done > span.start:
             yield Pause()
-        stop = yield from bring_in(space, piece, write=write, grow_stack=True)
-        part = piece.intersect(span) if stop is None else AddressRange(piece.start, stop.address).intersect(span)
-        if part:
-            transfer(part)
-            done = part.end
-        if stop is not None:
+        rest = piece
+        while True:
+            stop = yield from bring_in(space, rest, write=write, grow_stack=True)
+            part = AddressRange(rest.start, rest.end if stop is None else stop.address).intersect(span)
+            if part:
+                transfer(part)
+                done = part.end
+            if stop is None:
+                break
+            if continues(space, rest, stop):
+                rest = AddressRange(stop.address, rest.end)
+                continue
             if stop.signal is None:
                 raise_stop(stop, write=write)
             return done - span.start, stop.signal, max(stop.address, span.start)

@@ -12,7 +12,7 @@ device-exclusive, migration and swap entries, hardware poison).
 
 **Invariants** (kept by the address space, which writes the entries): exactly one of `PRESENT`, `DEVICE`,
 `EXCLUSIVE`, `SWAP`, `MIGRATION`, `POISON` is set in an entry that is in use; `SPECIAL` and `HUGE` occur only
-with `PRESENT`.
+with `PRESENT`, and in swap entries the bit of `ACCESSED` is `SWP_EXCLUSIVE`.
 
 **Absent**: who may reach a page (that is the VMA's protection), and what a frame number means.
 
@@ -43,6 +43,7 @@ __all__ = [
     "SOFT_DIRTY",
     "SPECIAL",
     "SWAP",
+    "SWP_EXCLUSIVE",
     "WRITE",
     "cpu_entry",
     "cpu_flags",
@@ -75,6 +76,9 @@ DEVICE = 1 << 7
 EXCLUSIVE = 1 << 8
 """A device holds the page for atomic access; the frame number still names the system frame."""
 SWAP = 1 << 9
+"""The page is in swap; the frame number names the slot."""
+SWP_EXCLUSIVE = ACCESSED
+"""Of a swap entry: the page is this process's alone (`pte_swp_exclusive()`)."""
 MIGRATION = 1 << 10
 """A migration owns the page; whoever touches it waits."""
 POISON = 1 << 11

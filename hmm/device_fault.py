@@ -124,6 +124,23 @@ class _Pages:
             return _Pages(AddressRange(self.target.start, min(self.target.end, end)))
         return _Pages(self.target[: self.target.searchsorted(np.uint64(end))])
 
+    def first(self, count: int) -> _Pages:
+        """As many of the first pages."""
+        if isinstance(self.target, AddressRange):
+            return self.up_to(self.target.start + (count << PAGE_SHIFT))
+        return _Pages(self.target[:count])
+
+    def after(self, end: Address) -> _Pages:
+        """The part from `end` on, which is not empty."""
+        if isinstance(self.target, AddressRange):
+            return _Pages(AddressRange(end, self.target.end))
+        return _Pages(self.target[self.target.searchsorted(np.uint64(end)) :])
+
+    def before(self, missing: AddressRange | Entries) -> _Pages:
+        """The part below the first page that is missing, or that page when it is the first of all."""
+        first = missing.start if isinstance(missing, AddressRange) else int(missing[0])
+        return self.up_to(max(first, self.whole.start + PAGE_SIZE))
+
     def pieces(self) -> Iterable[AddressRange | Entries]:
         """At most PIECE_PAGES each; pages that are few ranges come as these."""
         if isinstance(self.target, AddressRange):
@@ -158,7 +175,8 @@ def fault_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool =
     """
     if not span or not is_page_aligned(span.start | span.end):
         raise InvalidRequestError(f"fault: {span} is empty or not page-aligned")
-    return (yield from _fault(mirror, _Pages(span), write, wait))
+    fault = _fault_in_parts if mirror.space.frames.make_room else _fault
+    return (yield from fault(mirror, _Pages(span), write, wait))
 
 
 def fault_whole_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True) -> Operation[Faulted]:
@@ -194,17 +212,38 @@ def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool =
         upto = addresses.size
         if vma is not None:
             upto = int(addresses.searchsorted(np.uint64(vma.end if vma.start <= first else vma.start)))
-        done = yield from _fault(mirror, _Pages(addresses[position:upto]), write, wait)
+        fault = _fault_in_parts if mirror.space.frames.make_room else _fault
+        done = yield from fault(mirror, _Pages(addresses[position:upto]), write, wait)
         results.append(done)
         # A VMA that lost its end while the fault waited leaves pages to be done by the rules of where they are now.
         position = upto if done.error else int(addresses.searchsorted(np.uint64(done.end)))
     return results
 
 
+def _fault_in_parts(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[Faulted]:
+    """`_fault` where memory is reclaimed: what is asked for need not be in memory at one time.
+
+    A part that was filled may be taken back, by an event, while the next one is filled.
+    """
+    asked, retries = pages.whole, 0
+    while True:
+        done = yield from _fault(mirror, pages.first(mirror.space.frames.batch_pages), write, wait)
+        retries += done.retries
+        if done.error or done.end >= pages.whole.end or _is_vma_end(mirror.space, done.end):
+            return Faulted(asked, done.end, done.error, retries)
+        pages = pages.after(done.end)
+        yield Pause()
+
+
+def _is_vma_end(space: AddressSpace, address: Address) -> bool:
+    vma = space.vmas.find(address - PAGE_SIZE)
+    return vma is None or vma.end == address
+
+
 def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[Faulted]:
     asked = pages.whole
     notifier = mirror.space.notifier
-    failure, retries = None, 0
+    failure, retries, missed = None, 0, False
     mirror.counters["faults"] += 1
     while True:
         if notifier.turns or mirror.unanswered:
@@ -229,7 +268,9 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
         finally:
             notifier.end_fault(enlisted)
         if attempt.missing is not None:
-            failed = yield from bring_in(mirror, attempt.missing, write=write)
+            pages, missing = _narrowed(mirror, pages, attempt.missing, missed)
+            missed = True
+            failed = yield from bring_in(mirror, missing, write=write)
             if failed is not None:
                 if (failed.address or 0) <= asked.start:
                     return Faulted(asked, asked.start, failed, retries)
@@ -244,6 +285,19 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
             retries += 1
             mirror.counters["retries"] += 1
+
+
+def _narrowed(
+    mirror: Mirror, pages: _Pages, missing: AddressRange | Entries, missed: bool
+) -> tuple[_Pages, AddressRange | Entries]:
+    """What to fill, and what of it to bring in first; fewer pages when some were reclaimed before the last came in.
+
+    Those before the first that is missing are there.  So it succeeds in the end, if need be page by page.
+    """
+    if not missed or mirror.space.frames.make_room is None:
+        return pages, missing
+    fewer = pages.before(missing)
+    return fewer, fewer.target
 
 
 def wait_to_start(mirror: Mirror, spans: tuple[AddressRange, ...], *, wait: bool) -> Operation[None]:

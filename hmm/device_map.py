@@ -46,6 +46,9 @@ def map_device(space: AddressSpace, span: AddressRange, mapping: Mapping) -> Ope
             if mapping.has(VmFlag.PFNMAP):
                 _map_registers(space, piece, mapping.backing.first_register + mapping.delta, flags)
             else:
+                frames = space.frames
+                if frames.available < piece.npages and frames.make_room:
+                    yield from frames.make_room(piece.npages)
                 _map_pages(space, piece, flags)
     except OutOfFramesError:
         yield from zap(space, span)

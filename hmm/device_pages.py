@@ -36,6 +36,7 @@ from hmm.migrate import MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, m
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places
+from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
 from hmm.zone_device import are_remote, owners, used_frames
 
@@ -89,11 +90,12 @@ def _select(region: Region) -> Select:
 
 
 def _to_system(migration: Migration) -> Operation[None]:
-    pages = migration.pages[: migration.space.frames.available]
+    frames, wanted = migration.space.frames, migration.pages.size
+    if frames.available < wanted:
+        yield from some_room(frames, wanted)
+    pages = migration.pages[: frames.available]
     if pages.size:
         _copied(migration, pages, SYSTEM_REGION)
-    return
-    yield Pause()  # makes this function a generator
 
 
 def _copied(migration: Migration, pages: np.ndarray[tuple[int, ...], np.dtype[np.intp]], region: int) -> Pfns:
@@ -124,7 +126,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
     devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
     for device_id, mirror_id in np.unique(np.stack((devices, holders), axis=1), axis=0).tolist():
         addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
-        if not frames.available:
+        if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
         chosen = addresses[: frames.available]
         migration = Migration(
@@ -209,14 +211,15 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
     Cost: O(VMAs + pages), vectorised, and the copying.  Source: Linux mm/migrate_device.c, migrate_device_range().
     """
     known = list(spaces)
+    step = min(PIECE_PAGES, frames.batch_pages) if frames.make_room else PIECE_PAGES
     moved = 0
     for space in known:
         for subscriber in list(space.notifier.subscribers.values()):
             if subscriber.home is not None and subscriber.home.region is region:
                 moved += yield from subscriber.home.vacate((WHOLE_SPACE,))
-    for first in range(region.first, region.top, PIECE_PAGES):
+    for first in range(region.first, region.top, step):
         used = used_frames(frames, region.number)
-        pfns = used[(used >= first) & (used < first + PIECE_PAGES)]
+        pfns = used[(used >= first) & (used < first + step)]
         if pfns.size:
             moved += yield from move_to_system(frames, known, pfns)
             yield Pause()
@@ -224,7 +227,7 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
 
 
 def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
-    """Move frames of devices to system memory, as far as nobody else uses them.
+    """Move frames of devices to system memory, as far as nobody else uses them; where memory is reclaimed, a batch.
 
     Args:
         spaces: those that may map them.
@@ -236,8 +239,8 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
 
     Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio().
     """
-    if pfns.size > frames.available:
-        raise OutOfFramesError(f"evict: {pfns.size} pages have to move and {frames.available} frames are free")
+    if frames.make_room:
+        pfns = pfns[: frames.batch_pages]
     order = np.argsort(frames.index[pfns], kind="stable")
     pfns = pfns[order]
     indices = frames.index[pfns]
@@ -250,13 +253,24 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
 
     frames.get(pfns)
     held, targets = HeldPages(frames, pfns, places), pfns
+    room = pfns[:0]
     with ExitStack() as brackets:
         try:
+            room = yield from _allocate(frames, pfns.size)
             yield from unmap_everywhere(held, brackets, only_where_mapped=True)
             free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
-            targets = pfns.copy()
-            targets[free] = frames.allocate(int(np.count_nonzero(free)))
+            targets = np.where(free, room, pfns)
             frames.copy(targets[free], pfns[free])
         finally:
             replace(held, targets)
+            frames.put(room[targets[: room.size] != room])
     return int(np.count_nonzero(targets != pfns))
+
+
+def _allocate(frames: Frames, count: int) -> Operation[Pfns]:
+    # Before anybody is told: while mirrors are waited for, others may take what is free.
+    if count > frames.available and frames.make_room:
+        yield from frames.make_room(count)
+    if count > frames.available:
+        raise OutOfFramesError(f"evict: {count} pages have to move and {frames.available} frames are free")
+    return frames.allocate(count)

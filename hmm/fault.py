@@ -35,6 +35,7 @@ from hmm.huge_fault import fault_huge
 from hmm.huge_split import block_of, split_pmds
 from hmm.operation import Operation, Pause
 from hmm.stack import expand_stack, stack_above
+from hmm.swap import some_room
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -48,7 +49,7 @@ from hmm.units import (
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
-__all__ = ["RESOLVERS", "Resolver", "bring_in", "fault_in", "pieces", "raise_stop"]
+__all__ = ["RESOLVERS", "Resolver", "bring_in", "continues", "fault_in", "pieces", "raise_stop", "rest_of"]
 
 Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
 RESOLVERS: dict[int, Resolver] = {}
@@ -84,9 +85,11 @@ def fault_in(space: AddressSpace, target: AddressRange | Entries, *, write: bool
     for number, piece in enumerate(pieces(target)):
         if number:
             yield Pause()
-        stop = yield from bring_in(space, piece, write=write)
-        if stop is not None:
-            raise_stop(stop, write=write)
+        rest = piece
+        while (stop := (yield from bring_in(space, rest, write=write))) is not None:
+            if not continues(space, rest, stop):
+                raise_stop(stop, write=write)
+            rest = rest_of(rest, stop)
 
 
 def raise_stop(stop: Stop, *, write: bool) -> None:
@@ -95,6 +98,19 @@ def raise_stop(stop: Stop, *, write: bool) -> None:
     if stop.signal is None:
         raise OutOfFramesError(f"{access} of {stop.address:#x}: memory ran out", address=stop.address)
     raise SegmentationFault(f"{access} of {stop.address:#x}: {stop.signal.value}", stop.signal, stop.address)
+
+
+def continues(space: AddressSpace, target: AddressRange | Entries, stop: Stop) -> bool:
+    """Whether `bring_in` stopped only to have what it brought in used before memory is reclaimed for the rest."""
+    return stop.signal is None and space.frames.make_room is not None and stop.address > _first(target)
+
+
+def rest_of(target: AddressRange | Entries, stop: Stop) -> AddressRange | Entries:
+    """What is left of `target` from the page on where `bring_in` stopped."""
+    if isinstance(target, AddressRange):
+        return AddressRange(stop.address, target.end)
+    rest: Entries = target[target.searchsorted(np.uint64(stop.address)) :]
+    return rest
 
 
 def pieces(target: AddressRange | Entries) -> Iterable[AddressRange | Entries]:
@@ -122,7 +138,9 @@ def bring_in(
         target: at most PIECE_PAGES pages, as for `fault_in`.
         grow_stack: whether a stack may grow down to a page of `target`, as for the CPU.
 
-    Returns: the first page that cannot be had, None when all are there.
+    Returns: the first page that cannot be had, None when all are there.  Without a signal memory ran out; if memory can
+    be reclaimed, it ran out only when that is the first page of `target`, and else there is to be another call for the
+    rest (`continues`).
 
     Raises: TimedOutError, NoSuchObjectError as `fault_in`.
     """
@@ -143,9 +161,14 @@ def bring_in(
         if attempt.copies:
             continue
         if attempt.strangers:
+            crowded = _crowded(space, attempt.strangers[0], target)
+            if crowded is not None:
+                return crowded
             yield from _resolve(space, attempt.strangers, write)
             continue
         stop = attempt.stop
+        if stop is not None and stop.signal is None and (yield from _make_room(space, target, stop)):
+            continue
         if stop is None or stop.signal is not Signal.SEGV_MAPERR or not grow_stack:
             return stop
         if not (yield from _grow(space, stop.address)):
@@ -184,6 +207,31 @@ def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Op
             of_kind = kinds == kind
             chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
             yield from RESOLVERS[kind](space, chosen, write)
+
+
+def _first(target: AddressRange | Entries) -> Address:
+    return target.start if isinstance(target, AddressRange) else int(target[0])
+
+
+def _npages(target: AddressRange | Entries) -> int:
+    return target.npages if isinstance(target, AddressRange) else target.size
+
+
+def _crowded(space: AddressSpace, strangers: Strangers, target: AddressRange | Entries) -> Stop | None:
+    # Memory is full, and a page that needs some is not the first one: let the caller use what is there, lest the page
+    # be brought in at the cost of those before it.
+    frames, address = space.frames, int(strangers.addresses[0])
+    elsewhere = int(strangers.entries[0]) & (cpu_pte.SWAP | cpu_pte.DEVICE)
+    if frames.make_room and elsewhere and not frames.available and address > _first(target):
+        return Stop(address, None)
+    return None
+
+
+def _make_room(space: AddressSpace, target: AddressRange | Entries, stop: Stop) -> Operation[bool]:
+    # As above; for the first page memory is reclaimed.  A page may need two frames: a file's, and a copy.
+    if stop.address > _first(target):
+        return False
+    return (yield from some_room(space.frames, 2 * _npages(target)))
 
 
 def _grow(space: AddressSpace, address: Address) -> Operation[bool]:

@@ -45,8 +45,9 @@ def map_around(space: AddressSpace, vma: Vma, file: File, addresses: Entries, fl
     if not candidates.size:
         return
     cached = file.pages.lookup(((candidates + shift) << PAGE_SHIFT).view(np.uint64))
+    present = cpu_pte.is_present(cached)
     around = (candidates << PAGE_SHIFT).view(np.uint64)
-    chosen = (cached != 0) & (space.table.lookup(around) == 0)
+    chosen = present & (space.table.lookup(around) == 0)
     pfns = cpu_pte.cpu_pfn(cached[chosen])
     space.table.store(around[chosen], cpu_pte.cpu_entry(pfns, flags))
     space.frames.map(pfns)
@@ -59,7 +60,7 @@ def _window_pages(space: AddressSpace, vma: Vma, file: File, pages: _Pages) -> _
     size, first = space.fault_around_pages, vma.start >> PAGE_SHIFT
     if first & (size - 1) and int(pages[0]) < (first | (size - 1)) + 1:
         head = np.arange(first, _window_end(vma, first, size), dtype=np.int64)
-        served = file.pages.lookup(((head + vma.mapping.delta) << PAGE_SHIFT).view(np.uint64)) != 0
+        served = file.cached(((head + vma.mapping.delta) << PAGE_SHIFT).view(np.uint64))
         pages = pages[(pages > (first | (size - 1))) & ~np.isin(pages, head[served])]
     else:
         head = np.empty(0, np.int64)

@@ -243,7 +243,7 @@ class _Part:
             costs = (kinds.copy | kinds.waiting).astype(np.int64)
             costs[kinds.empty] = self.private_write
             if self.file is not None and kinds.empty.any():
-                costs[kinds.empty] += self.file.pages.lookup(self._offsets(self.addresses[kinds.empty])) == 0
+                costs[kinds.empty] += ~self.file.cached(self._offsets(self.addresses[kinds.empty]))
             at = int(np.cumsum(costs).searchsorted(available, side="right"))
             if at < self.addresses.size:
                 self._cut(at, None)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -33,6 +34,7 @@ from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.frames import Frames, PageFlag
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
+from hmm.swap import area_of, free_entries, slots_of, some_room
 from hmm.uio import copy_from_frames, copy_to_frames
 from hmm.units import (
     PAGE_SHIFT,
@@ -102,6 +104,13 @@ class File:
         """Pages up to the end of the file; the last one may be partial."""
         return page_up(self.size_bytes) >> PAGE_SHIFT
 
+    @property
+    def resident_pages(self) -> int:
+        """Pages in memory.  Cost: O(directories of the page cache), and O(pages) when there is swap."""
+        if self.frames.swap is None:
+            return self.pages.count
+        return int(np.count_nonzero(cpu_pte.is_present(self.pages.valid(0, FILE_SIZE_MAX)[1])))
+
     # ---- who holds it
 
     def open(self) -> None:
@@ -156,7 +165,7 @@ class File:
     # ---- the page cache
 
     def grab(self, offsets: Entries) -> Pfns:
-        """The frames of pages of the file, allocated where there is a hole.
+        """The frames of pages of the file, allocated where there is a hole or the page is in swap.
 
         Args:
             offsets: uint64[n], bytes, page-aligned, ascending and unique, below FILE_SIZE_MAX.
@@ -169,21 +178,34 @@ class File:
         Cost: O(n), vectorised.  Source: Linux mm/shmem.c, shmem_get_folio_gfp() with SGP_CACHE.
         """
         entries = self.pages.lookup(offsets)
-        holes = entries == 0
-        nholes = int(np.count_nonzero(holes))
-        if not nholes:
+        absent = ~cpu_pte.is_present(entries)
+        nabsent = int(np.count_nonzero(absent))
+        if not nabsent:
             return cpu_pte.cpu_pfn(entries)
-        missing = offsets if nholes == offsets.size else offsets[holes]
-        pfns = self.frames.allocate(nholes)
+        missing = offsets if nabsent == offsets.size else offsets[absent]
+        pfns = self.frames.allocate(nabsent)
         fresh = cpu_pte.cpu_entry(pfns, cpu_pte.PRESENT)
         try:
-            self.pages.store(missing, fresh)
+            before = self.pages.store(missing, fresh)
         except OutOfFramesError:
             self.frames.put(pfns)
             raise
         self.frames.belong(pfns, self.id, (missing >> np.uint64(PAGE_SHIFT)).view(np.int64), PageFlag.SWAPBACKED)
-        entries[holes] = fresh
+        self._swap_in(pfns, before)
+        entries[absent] = fresh
         return cpu_pte.cpu_pfn(entries)
+
+    def _swap_in(self, pfns: Pfns, before: Entries) -> None:
+        # shmem_swapin_folio(): `before` is what stood in the place of `pfns`, holes and swap entries.
+        swapped = cpu_pte.is_swap(before)
+        if swapped.any():
+            slots = slots_of(before)
+            self.frames.scatter(pfns[swapped], area_of(self.frames).gather(slots))
+            free_entries(self.frames, slots)
+
+    def cached(self, offsets: Entries) -> npt.NDArray[np.bool_]:
+        """bool[n]: which pages are in memory; `offsets` as for `grab`."""
+        return cpu_pte.is_present(self.pages.lookup(offsets))
 
     def drop_pages(self, start: int, end: int) -> int:
         """Take the pages of [start, end), page-aligned bytes, out of the cache.
@@ -193,13 +215,16 @@ class File:
         Source: Linux mm/truncate.c, truncate_inode_pages_range().
         """
         entries = self.pages.zap(start, end)
-        self.frames.put(cpu_pte.cpu_pfn(entries))
+        self.frames.put(cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)]))
+        free_entries(self.frames, slots_of(entries))
         return entries.size
 
     def zero(self, start: int, end: int) -> None:
         """Fill [start, end), bytes inside one page, with zeroes; a hole is zero already."""
         entry = self.pages.get(start) if start < end else 0
-        if entry:
+        if cpu_pte.is_swap(entry):
+            area_of(self.frames).write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
+        elif entry:
             self.frames.write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
 
     def check(self) -> None:
@@ -208,7 +233,8 @@ class File:
         offsets, entries = self.pages.valid(0, FILE_SIZE_MAX)
         assert not offsets.size or int(offsets[-1]) < self.size_bytes, f"{self} has pages behind its end"
         assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
-        assert (self.frames.refcount[cpu_pte.cpu_pfn(entries)] > 0).all(), f"{self} has a free frame"
+        held = cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)])
+        assert (self.frames.refcount[held] > 0).all(), f"{self} has a free frame"
 
 
 def read(file: File, start: int, length: int) -> Operation[bytes]:
@@ -216,6 +242,8 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
 
     Raises:
         InvalidRequestError: a negative offset or length, or a device file, which cannot be read (EINVAL).
+
+        OutOfFramesError: not one page could be brought in from swap (ENOMEM).
 
     Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_file_read_iter().
     """
@@ -225,12 +253,36 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
     while at < min(end, file.size_bytes):
         stop = min(end, file.size_bytes, (at // PIECE_BYTES + 1) * PIECE_BYTES)
         entries = file.pages.read(page_down(at), page_up(stop))
+        swapped = cpu_pte.is_swap(entries)
+        if swapped[0]:
+            if not (yield from _swap_in(file, page_down(at), swapped)):
+                if parts:
+                    break
+                raise OutOfFramesError(f"read: {file} at {at:#x}: memory ran out", address=at)
+            continue
+        if swapped.any():
+            entries = entries[: int(swapped.argmax())]
+            stop = page_down(at) + entries.size * PAGE_SIZE
         # A hole is entry 0, whose frame number is that of the zero page.
         parts.append(copy_from_frames(file.frames, cpu_pte.cpu_pfn(entries), at & _OFFSET, stop - at))
         at = stop
         if at < min(end, file.size_bytes):
             yield Pause()
     return b"".join(parts)
+
+
+def _swap_in(file: File, start: Address, swapped: npt.NDArray[np.bool_]) -> Operation[bool]:
+    # Bring in as many as there is room for of the pages from `start` on, up to the first that is not in swap.
+    # Returns: False when there is no room for one.
+    npages = swapped.size if swapped.all() else int(swapped.argmin())
+    frames = file.frames
+    if not frames.available and not (yield from some_room(frames, npages)):
+        return False
+    end = start + min(npages, frames.available) * PAGE_SIZE
+    offsets = np.arange(start, end, PAGE_SIZE, dtype=np.uint64)
+    # Others may have gone further or truncated the file, while there was no room.
+    file.grab(offsets[cpu_pte.is_swap(file.pages.lookup(offsets))])
+    return True
 
 
 def write(file: File, start: int, data: bytes) -> Operation[int]:
@@ -254,6 +306,8 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
         try:
             pfns = _grab_most(file, page_down(at), page_up(stop))
         except OutOfFramesError:
+            if (yield from some_room(file.frames, (page_up(stop) - page_down(at)) >> PAGE_SHIFT)):
+                continue
             if done:
                 return done
             raise
@@ -261,7 +315,7 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
         copy_to_frames(file.frames, pfns, at & _OFFSET, memoryview(data)[done : done + stop - at])
         file.size_bytes = max(file.size_bytes, stop)
         done += stop - at
-        if stop < wanted:
+        if stop < wanted and not file.frames.make_room:
             return done
         if done < len(data):
             yield Pause()
@@ -274,11 +328,11 @@ def _grab_most(file: File, start: Address, end: Address) -> Pfns:
     try:
         return file.grab(offsets)
     except OutOfFramesError:
-        holes = np.flatnonzero(file.pages.read(start, end) == 0)
-        fit = min(file.frames.available, holes.size - 1)
-        if fit <= 0 and not holes[0]:
+        absent = np.flatnonzero(~cpu_pte.is_present(file.pages.read(start, end)))
+        fit = min(file.frames.available, absent.size - 1)
+        if fit <= 0 and not absent[0]:
             raise
-        return file.grab(offsets[: holes[fit]])
+        return file.grab(offsets[: absent[fit]])
 
 
 def _require_bytes(file: File, operation: str, start: int, length: int) -> None:

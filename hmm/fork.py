@@ -33,6 +33,7 @@ from hmm.huge_split import huge_blocks, split_pmds
 from hmm.large_folio import are_pinned
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
+from hmm.swap import area_of, slots_of
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, PMD_SHIFT, WHOLE_SPACE, AddressRange, Entries, Pfns
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
@@ -116,7 +117,8 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
     for vma in copied:
         _allocate_tables(parent, child, vma)
         for addresses, entries in parent.table.chunks(vma.start, vma.end, PIECE_PAGES):
-            _share(parent, child, vma, addresses, entries)
+            now = (yield from _with_room(parent, addresses, entries)) if parent.frames.make_room else entries
+            _share(parent, child, vma, addresses, now)
             npages += addresses.size
             if npages >= PIECE_PAGES:
                 npages = 0
@@ -162,6 +164,16 @@ def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Non
     child.tables |= {number for number in parent.tables if first <= number < end}
 
 
+def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Operation[Entries]:
+    """Reclaim memory for the pages that have to be copied at once.  Returns: the entries as they are then."""
+    frames = parent.frames
+    while frames.make_room and frames.available < (ncopies := int(np.count_nonzero(_pinned(parent, entries)))):
+        if not (yield from frames.make_room(ncopies)):
+            break
+        entries = parent.table.lookup(addresses)
+    return entries
+
+
 def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
     mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
     if not vma.anon_vma:
@@ -194,6 +206,9 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
         _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED | cpu_pte.DIRTY))
     pfns = cpu_pte.cpu_pfn(shared[cpu_pte.holds_frame(shared)])
     parent.frames.map(pfns)
+    slots = slots_of(shared)
+    if slots.size:
+        area_of(parent.frames).duplicate(slots)
     migrating = cpu_pte.cpu_pfn(shared[cpu_pte.is_migration(shared)])
     parent.frames.clear_flags(np.concatenate((pfns, migrating)), PageFlag.ANON_EXCLUSIVE)
 
@@ -242,6 +257,7 @@ def _read_only(entries: Entries) -> Entries:
     exclusive = cpu_pte.is_device_exclusive(entries)
     shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
     shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
+    shared[cpu_pte.is_swap(entries)] &= ~np.uint64(cpu_pte.SWP_EXCLUSIVE)
     return shared
 
 

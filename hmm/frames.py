@@ -20,15 +20,17 @@ own counts and flags, also in a large folio, and is free when nobody refers to i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice, is_ascending
+from hmm.swap_area import SwapArea
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
 __all__ = [
@@ -40,6 +42,9 @@ __all__ = [
     "RegionKind",
     "RegionStatistics",
 ]
+
+MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
+"""Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
@@ -94,6 +99,12 @@ class Frames(FrameContents):
             none or where it does not matter.
         zone_device_data: int64[n], of a device's frame in use: the mirror that put the page there, 0 for none; of a
             page that a device has to itself: the mirror that took it.
+        private: int64[n], page->private: the slot of a page in the swap cache, else 0.
+        lru: int64[n], page->lru: the order of pages of one kind, the oldest first; of frames with PageFlag.LRU, and of
+            a device's.
+        swap: where contents go while memory is short; None: nowhere.
+        make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
+            again; None when nothing can be reclaimed.
 
     All methods take frame numbers as int64[n].
     """
@@ -115,6 +126,11 @@ class Frames(FrameContents):
         self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.zone_device_data: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        self.private: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        self.lru: npt.NDArray[np.int64] = _column(np.int64, nframes)
+        self._youngest = 0
+        self.swap: SwapArea | None = None
+        self.make_room: MakeRoom | None = None
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
         self._mapcount = self.mapcount.data
@@ -131,6 +147,11 @@ class Frames(FrameContents):
     def fail_allocation(self, nth: int) -> None:
         """From the nth page of system memory on nothing can be allocated (1 is the next, 0 ends it).  For tests."""
         self._system.failing = nth
+
+    @property
+    def batch_pages(self) -> int:
+        """How many pages are worth having in memory at once where memory is reclaimed: an eighth of it."""
+        return max(2, self._system.total >> 3)
 
     @property
     def regions(self) -> list[Region]:
@@ -436,6 +457,14 @@ class Frames(FrameContents):
         self.index[where] = index
         self.flags[where] = flags
 
+    def rotate(self, pfns: Pfns) -> None:
+        """Put frames at the young end of their list, in this order.
+
+        Source: Linux include/linux/mm_inline.h, lruvec_add_folio().
+        """
+        self.lru[pfns] = np.arange(self._youngest + 1, self._youngest + 1 + pfns.size)
+        self._youngest += pfns.size
+
     # -- looking at all of it
 
     def statistics(self) -> list[RegionStatistics]:
@@ -470,7 +499,7 @@ class Frames(FrameContents):
             refcount, mapcount, pincount = self.refcount[frames], self.mapcount[frames], self.pincount[frames]
             flags = self.flags[frames]
             assert (refcount[~free] > 0).all(), f"{region}: a frame in use has no reference"
-            for column in (refcount, mapcount, pincount, flags, self.mapping[frames]):
+            for column in (refcount, mapcount, pincount, flags, self.mapping[frames], self.private[frames]):
                 assert not column[free].any(), f"{region}: a free frame is counted, flagged or owned"
             assert (mapcount >= 0).all(), f"{region}: mapped less than never"
             assert (pincount >= 0).all(), f"{region}: pinned less than never"

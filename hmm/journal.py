@@ -20,12 +20,14 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import HmmError
+from hmm.frames import Frames
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Input, Limits, Machine
 from hmm.mirror import Mirror
 from hmm.receiver import Receiver
 from hmm.semantics import LINUX_6_12, Semantics
-from hmm.units import TASK_SIZE
+from hmm.swap import area_of, slots_of
+from hmm.units import TASK_SIZE, Entries
 
 
 def replay(inputs: Sequence[Input], limits: Limits, semantics: Semantics = LINUX_6_12) -> Machine:
@@ -54,7 +56,9 @@ def digest(machine: Machine) -> str:
     for file in machine.files.values():
         _, entries = file.pages.valid(0, file.pages.last + 1)
         state.update(repr((file.id, file.name, file.size_bytes)).encode())
-        state.update(machine.frames.gather(cpu_pte.cpu_pfn(entries)).tobytes())
+        held = cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)])
+        state.update(machine.frames.gather(held).tobytes())
+        _add_swapped(state, machine.frames, entries)
     for receiver in machine.receivers.values():
         _add_receiver(state, receiver)
     for number, pin in machine.pins.items():
@@ -73,6 +77,13 @@ def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
     state.update(addresses.tobytes() + entries.tobytes())
     held = entries[cpu_pte.holds_frame(entries)]
     state.update(space.frames.gather(cpu_pte.cpu_pfn(held)).tobytes())
+    _add_swapped(state, space.frames, entries)
+
+
+def _add_swapped(state: hashlib._Hash, frames: Frames, entries: Entries) -> None:
+    slots = slots_of(entries)
+    if slots.size:
+        state.update(area_of(frames).gather(slots).tobytes())
 
 
 def _add_receiver(state: hashlib._Hash, receiver: Receiver) -> None:

@@ -40,11 +40,15 @@ from hmm.errors import (
 )
 from hmm.events import Delivery, EventState
 from hmm.file import File
+from hmm.frame_contents import MemoryProvider, anonymous_memory
 from hmm.frames import Frames
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.receiver import Receiver
+from hmm.reclaim import Reclaim
 from hmm.semantics import LINUX_6_12, Semantics
+from hmm.swap import slots_of
+from hmm.swap_area import SwapArea
 from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
 
 T = TypeVar("T")
@@ -59,12 +63,14 @@ class Limits:
 
     Attributes:
         frames: of system memory, the zero page included.
+        swap_pages: slots of the swap area; 0 for none: pages stay where they are, and memory runs out.
         device_frames: frame numbers kept for the memory of devices.
         dma_pages: that one device's IOMMU can map at a time.
         directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
     """
 
     frames: int = 1 << 20
+    swap_pages: int = 0
     device_frames: int = 1 << 20
     processes: int = 4096
     devices: int = 256
@@ -175,10 +181,21 @@ Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
 
 
 class Machine:
-    """Address spaces, devices, mirrors, files and the operations that change them."""
+    """Address spaces, devices, mirrors, files and the operations that change them.
+
+    Args:
+        semantics: where kernels differ, which one's rules.
+        recording: write every input down.
+        swap_memory: gives the memory of the swap area; the default is private.
+    """
 
     def __init__(
-        self, limits: Limits | None = None, *, semantics: Semantics = LINUX_6_12, recording: bool = False
+        self,
+        limits: Limits | None = None,
+        *,
+        semantics: Semantics = LINUX_6_12,
+        recording: bool = False,
+        swap_memory: MemoryProvider = anonymous_memory,
     ) -> None:
         self.limits = limits or Limits()
         self.semantics = semantics
@@ -194,11 +211,18 @@ class Machine:
         self.file_names: dict[str, int] = {}
         self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
         self.operations: dict[int, OperationRecord[Any]] = {}
+        self.reclaim = self._with_swap(swap_memory) if self.limits.swap_pages else None
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
         self._outbox: list[Delivery] = []
         self._caller = _NOBODY
         self._last_id: dict[str, int] = {}
+
+    def _with_swap(self, memory: MemoryProvider) -> Reclaim:
+        self.frames.swap = SwapArea(self.limits.swap_pages, memory)
+        reclaim = Reclaim(self.frames, self.spaces, self.files, self.current, self._answering)
+        self.frames.make_room = reclaim.make_room
+        return reclaim
 
     # ---- inputs
 
@@ -321,13 +345,18 @@ class Machine:
             return True
         if isinstance(request, Deliver):
             return not record.remaining
-        if isinstance(request, Await):
-            if request.wait_for is WaitFor.CALLBACKS:
+        return not isinstance(request, Await) or self._holds(request)
+
+    def _holds(self, request: Await) -> bool:
+        match request.wait_for:
+            case WaitFor.CALLBACKS:
                 mirror = self.receivers.get(request.mirror_id)
                 return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
-            space = self.spaces.get(request.space_id)
-            return space is None or space.notifier.is_ready(request)
-        return True
+            case WaitFor.MEMORY:
+                return self.reclaim is None or self.reclaim.ended != request.ticket
+            case _:
+                space = self.spaces.get(request.space_id)
+                return space is None or space.notifier.is_ready(request)
 
     def ready(self) -> list[OperationRecord[Any]]:
         """The operations that may be resumed now, oldest first.  Cost: O(operations that wait)."""
@@ -338,6 +367,8 @@ class Machine:
         request = record.request
         if not isinstance(request, Await) or request.wait_for is WaitFor.CALLBACKS:
             return []
+        if request.wait_for is WaitFor.MEMORY:
+            return list(self.reclaim.running) if self.reclaim else []
         space = self.spaces.get(request.space_id)
         return space.notifier.blockers(request) if space else []
 
@@ -465,6 +496,9 @@ class Machine:
         """Who started the operation that is being advanced."""
         return self._caller
 
+    def _answering(self) -> MirrorId:
+        return self._caller.callback[0] if self._caller.callback else 0
+
     def process(self, process_id: ProcessId) -> Process:
         """Look a process up: ESRCH when there is none, EPERM when it belongs to somebody else."""
         process = self.processes.get(process_id)
@@ -559,6 +593,8 @@ class Machine:
         for space in self.spaces.values():
             space.check(checked)
         self._check_map_counts(checked)
+        if self.frames.swap is not None:
+            self._check_swap(self.frames.swap)
         for receiver in self.receivers.values():
             receiver.check(checked)
         for record in self.operations.values():
@@ -580,3 +616,14 @@ class Machine:
             np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
         wrong = np.flatnonzero(counted != mapcount)
         assert not wrong.size, f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {mapcount[wrong[0]]}"
+
+    def _check_swap(self, area: SwapArea) -> None:
+        area.check()
+        named = np.zeros_like(area.counts)
+        for table in [space.table for space in self.spaces.values()] + [file.pages for file in self.files.values()]:
+            np.add.at(named, slots_of(table.valid(0, table.last + 1)[1]), np.int32(1))
+        wrong = np.flatnonzero(named != area.counts)
+        assert not wrong.size, f"swap slot {wrong[0]} is named {named[wrong[0]]} times, not {area.counts[wrong[0]]}"
+        slots = np.flatnonzero(area.cached)
+        assert np.array_equal(self.frames.private[area.cached[slots]], slots), "the swap cache has other pages"
+        assert np.count_nonzero(self.frames.private) == slots.size, "a page says that it is in the swap cache"

@@ -7,14 +7,15 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     discard    DONTNEED FREE: one event for the call, then the entries go or become clean
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
-    hints      WILLNEED COLD PAGEOUT COLLAPSE are accepted where the kernel accepts them, and do nothing
+    reclaim    WILLNEED brings in what is in swap, PAGEOUT puts out, COLD makes pages the next to go; all need swap
+    hints      COLLAPSE is accepted where the kernel accepts it, and does nothing
 
 **Source**: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
 (hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: reclaim and page merging, which the hints speak of; collapsing; memory failure injection, which needs
+**Absent**: page merging, which a hint speaks of; collapsing; memory failure injection, which needs
 privileges (EPERM); the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.
@@ -45,10 +46,12 @@ from hmm.errors import (
 from hmm.events import Cause
 from hmm.fault import fault_in
 from hmm.file import FILE_SIZE_MAX, File, FileKind
-from hmm.frames import ZERO_PFN
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
 from hmm.large_folio import heads_of, likely_mapped_shared
 from hmm.operation import Operation, Pause
+from hmm.reclaim import Reclaim
+from hmm.swap_in import read_ahead
 from hmm.truncate import punch
 from hmm.units import PAGE_SHIFT, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
@@ -122,12 +125,15 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
 _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 
-def madvise(space: AddressSpace, start: Address, length: int, advice: int) -> Operation[int]:
+def madvise(
+    space: AddressSpace, start: Address, length: int, advice: int, reclaim: Reclaim | None = None
+) -> Operation[int]:
     """Say what is to become of a range.
 
     Args:
         start: page-aligned.
         length: bytes, rounded up to pages; 0 does nothing.
+        reclaim: of a machine that has swap.
 
     Returns: 0.
 
@@ -165,18 +171,25 @@ def madvise(space: AddressSpace, start: Address, length: int, advice: int) -> Op
         case _:
             with space.notifier.turn() as turn:
                 yield from turn.wait()
-                yield from _apply(space, span, known)
+                yield from _apply(space, span, known, reclaim)
     return 0
 
 
-def _apply(space: AddressSpace, span: AddressRange, advice: Advice) -> Operation[None]:
+def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Reclaim | None) -> Operation[None]:
     pieces, error = _advisable(space, span, advice)
     match advice:
         case Advice.DONTNEED | Advice.DONTNEED_LOCKED:
             yield from _discard(space, pieces, Cause.MADV_DONTNEED)
         case Advice.FREE:
             yield from _discard(space, pieces, Cause.MADV_FREE)
-        case Advice.WILLNEED | Advice.COLD | Advice.PAGEOUT | Advice.COLLAPSE:
+        case Advice.WILLNEED:
+            for piece in pieces:
+                yield from read_ahead(space, piece.span)
+        case Advice.COLD if reclaim:
+            reclaim.deactivate(space, [piece.span for piece in pieces])
+        case Advice.PAGEOUT if reclaim:
+            yield from reclaim.page_out(space, [piece.span for piece in pieces])
+        case Advice.COLD | Advice.PAGEOUT | Advice.COLLAPSE:
             pass
         case _:
             yield from _change_flags(space, pieces, advice)
@@ -232,7 +245,9 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
 
 
 def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
-    """madvise_free_pte_range(): present pages only, those on a device are left alone; lost ones are forgotten."""
+    """madvise_free_pte_range(): what is present, or in swap; those on a device are left alone; lost ones forgotten."""
+    if space.frames.swap is not None:
+        _free_lazily(space, vma.span)
     if space.huge:
         yield from _make_blocks_clean(space, vma)
         return
@@ -247,6 +262,16 @@ def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
             yield Pause()
         paused = False
         space.table.update(piece.start, piece.end, clean)
+
+
+def _free_lazily(space: AddressSpace, span: AddressRange) -> None:
+    """Swap entries go, and pages may go without being written: folio_mark_lazyfree()."""
+    addresses, entries = space.table.valid(span.start, span.end)
+    space.drop(space.table.clear_many(addresses[cpu_pte.is_swap(entries)]))
+    frames, pfns = space.frames, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries) & cpu_pte.is_present(entries)])
+    pfns = pfns[~frames.test_flags(pfns, PageFlag.COMPOUND)]
+    pfns = pfns[frames.test_flags(pfns, PageFlag.ANON) & (frames.private[pfns] == 0) & (frames.mapcount[pfns] == 1)]
+    frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.REFERENCED | PageFlag.ACTIVE)
 
 
 def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:

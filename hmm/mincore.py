@@ -1,13 +1,13 @@
 """mincore: which pages of a range are in memory.
 
 A page counts when a touch of it needs no contents from elsewhere: it is mapped, or on a device, or in the page cache
-of the file that is mapped there.
+of the file that is mapped there, or in the swap cache.
 
 **Source**: Linux mm/mincore.c (mincore_pte_range(), __mincore_unmapped_range()), 6.12.
 
 **Invariants**: nothing changes.
 
-**Absent**: swap; the answer for files that the caller does not own.
+**Absent**: the answer for files that the caller does not own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import errno as errnos
 import numpy as np
 import numpy.typing as npt
 
+from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError
 from hmm.file import FILE_SIZE_MAX, File
 from hmm.operation import Operation, Pause
+from hmm.swap import area_of, slots_of
 from hmm.units import PAGE_SHIFT, PIECE_BYTES, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
 from hmm.vma import Vma
 
@@ -62,10 +64,14 @@ def mincore(space: AddressSpace, start: Address, length: int) -> Operation[npt.N
 
 
 def _resident(space: AddressSpace, piece: Vma) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = space.table.read(piece.start, piece.end) != 0
+    entries = space.table.read(piece.start, piece.end)
+    found: npt.NDArray[np.bool_] = entries != 0
+    swapped = cpu_pte.is_swap(entries)
+    if swapped.any():
+        found[swapped] = area_of(space.frames).cached[slots_of(entries)] != 0
     if isinstance(piece.backing, File):
         shift = piece.mapping.delta << PAGE_SHIFT
         first, stop = piece.start + shift, min(piece.end + shift, FILE_SIZE_MAX)
         if first < stop:
-            found[: (stop - first) >> PAGE_SHIFT] |= piece.backing.pages.read(first, stop) != 0
+            found[: (stop - first) >> PAGE_SHIFT] |= cpu_pte.is_present(piece.backing.pages.read(first, stop))
     return found

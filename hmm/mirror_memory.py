@@ -46,6 +46,7 @@ from hmm.frames import PageFlag, Region
 from hmm.migration_entries import stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, WaitFor
+from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, AddressRange, Entries, Pfns, spans_of_pages
 from hmm.zone_device import forget_holder
 
@@ -139,7 +140,8 @@ class MirrorMemory:
         yield from self._wait(spans)
         if mirror.state is not MirrorState.LIVE:
             return
-        if not space.frames.available:
+        frames = space.frames
+        if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError(f"no frame for a page that has to come back from {mirror}", address=spans[0].start)
         with space.notifier.copying(spans):
             locked = self._lock(addresses)
@@ -247,10 +249,13 @@ class MirrorMemory:
 
         Source: hmm_mm_fork().
         """
+        frames = self.mirror.space.frames
         for span in spans:
             addresses = self.mirror.on_device(span)
             for first in range(0, addresses.size, COPY_PAGES):
                 part = addresses[first : first + COPY_PAGES]
+                if frames.available < part.size and frames.make_room:
+                    yield from frames.make_room(part.size)
                 yield from self._wait(spans_of(part))
                 with self.mirror.space.notifier.copying(spans_of(part)):
                     outcome = yield from self._copy_out(part, take)

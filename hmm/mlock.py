@@ -1,7 +1,7 @@
 """The mlock family: memory that is brought in and stays.
 
-Nothing is ever swapped out or reclaimed here, so a lock is a flag of the VMA, which splits and merges it, and the
-population that comes with it.
+A lock is a flag of the VMA, which splits and merges it, and the population that comes with it.  Reclaim leaves pages of
+locked mappings where they are (reclaim.py).
 
 **Source**: Linux mm/mlock.c (do_mlock(), apply_vma_lock_flags(), mlock_fixup(), apply_mlockall_flags()), 6.12.
 

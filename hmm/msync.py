@@ -113,7 +113,8 @@ def write_back(file: File, start: int, end: int) -> Operation[None]:
         for space, span in told:
             for part in _shared_spans(file, space, start, end):
                 _clean(space, part.intersect(span))
-        file.frames.clear_flags(cpu_pte.cpu_pfn(file.pages.valid(start, end)[1]), PageFlag.DIRTY)
+        entries = file.pages.valid(start, end)[1]
+        file.frames.clear_flags(cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)]), PageFlag.DIRTY)
 
 
 def _shared_spans(file: File, space: AddressSpace, start: int, end: int) -> tuple[AddressRange, ...]:

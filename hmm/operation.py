@@ -51,6 +51,7 @@ class WaitFor(Enum):
     SEQUENCE = "the end of all running invalidations"
     COPIES = "copies to or from a device in the range"
     SETTLED = "the end of changes that the mirror has been told of"
+    MEMORY = "others that reclaim memory"  # the ticket is the number of reclaims that have ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from hmm.address_space import AddressSpace
 from hmm.device_pages import move_to_system
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
-from hmm.fault import bring_in, pieces, raise_stop
+from hmm.fault import bring_in, continues, pieces, raise_stop
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
@@ -64,8 +64,9 @@ def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool, long
             vma = _permitting(space, at, write)
             for piece in pieces(AddressRange(at, min(span.end, vma.end))):
                 assert isinstance(piece, AddressRange)
-                pinned.append((yield from _pin(space, piece, write, long_term)))
-                at = piece.end
+                while at < piece.end:
+                    pinned.append((yield from _pin(space, AddressRange(at, piece.end), write, long_term)))
+                    at += pinned[-1].size << PAGE_SHIFT
     except BaseException:
         for pfns in pinned:
             space.frames.unpin(pfns)
@@ -84,10 +85,13 @@ def _permitting(space: AddressSpace, address: int, write: bool) -> Vma:
 
 
 def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool) -> Operation[Pfns]:
+    # As many of the first pages of `piece` as are there at once.
     while True:
         stop = yield from bring_in(space, piece, write=write)
         if stop is not None:
-            raise_stop(stop, write=write)
+            if not continues(space, piece, stop):
+                raise_stop(stop, write=write)
+            piece = AddressRange(piece.start, stop.address)
         entries = space.table.read(piece.start, piece.end)
         shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
         if not shared.any():
@@ -148,6 +152,8 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
     pages, addresses = pages[~alone], addresses[~alone]
     if not pages.size:
         return
+    if frames.available < pages.size and frames.make_room:
+        yield from frames.make_room(pages.size)
     with space.notifier.invalidation(spans_of_pages(pages), Cause.COPY_ON_WRITE) as bracket:
         yield from bracket.deliver()
         now = space.table.lookup(addresses)

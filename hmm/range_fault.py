@@ -28,7 +28,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, RangeBusyError
-from hmm.fault import bring_in
+from hmm.fault import bring_in, continues
 from hmm.frames import ZERO_PFN
 from hmm.interval_notifier import IntervalMirror
 from hmm.operation import Operation, Pause
@@ -270,7 +270,7 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
     stop = yield from bring_in(request.space, target, write=write)
-    if stop is None:
+    if stop is None or continues(request.space, target, stop):
         return
     if stop.signal is None:
         number = request.space.semantics.fault_oom_errno

@@ -149,6 +149,7 @@ def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tupl
     if not even_cows and entries.size:
         framed = cpu_pte.holds_frame(entries)
         own = framed & space.frames.test_flags(np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON)
+        own |= cpu_pte.is_swap(entries)  # only private pages leave an entry behind when they go to swap
         return addresses[~own], entries[~own]
     return addresses, entries
 

@@ -245,6 +245,8 @@ class Streams:
             self.served[mirror_id].note_sent(sequence, posting, len(spans), npages, name)
         if self.executor.holds:
             self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, posting.mirror_ids)
+        if self.executor.holds:
+            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, posting.mirror_ids)
         self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
         return event
 

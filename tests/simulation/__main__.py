@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 
 from hmm.testing import SimulationError
-from hmm.testing_devices import TOWNS
+from hmm.testing_swap import TOWNS
 
 BATCH = 25
 """Seeds that a process runs before it reports."""

@@ -10,15 +10,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm.errors import HmmError
 from hmm.local import Local
 from hmm.machine import Limits, Machine
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.madvise import Advice
+from hmm.reclaim import Reclaim
+from hmm.swap import area_of
+from hmm.swap_area import SwapArea
+from hmm.units import PAGE_SIZE, AddressRange, Pfns
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -27,6 +40,7 @@ PAGES = 12
 MAXIMUM = 4  # processes
 RW = Prot.READ | Prot.WRITE
 FIXED = MapFlag.ANONYMOUS | MapFlag.FIXED
+PAGING = (Advice.PAGEOUT, Advice.PAGEOUT, Advice.COLD, Advice.WILLNEED)
 
 first_page = st.integers(0, PAGES - 1)
 npages = st.integers(1, 4)
@@ -61,9 +75,11 @@ class ModelProcess:
 class Memory(RuleBasedStateMachine):
     """Every call is made twice: to the machine, and to the dictionaries."""
 
+    limits = Limits(frames=512, device_frames=0, directories=1 << 8)
+
     def __init__(self) -> None:
         super().__init__()
-        self.local = Local(Machine(Limits(frames=512, device_frames=0, directories=1 << 8)))
+        self.local = Local(Machine(self.limits))
         self.model: dict[int, ModelProcess] = {}
         self.devices = {
             name: self.local.call(devices.register_device, name, dma=name == "nic") for name in ("gpu", "nic")
@@ -239,9 +255,55 @@ class Memory(RuleBasedStateMachine):
         """Nothing leaks when all processes are gone."""
         for pid in list(self.model):
             self.end(pid)
-        system = self.local.machine.frames.statistics()[0]
-        assert system.used == 0, system
+        frames = self.local.machine.frames
+        assert frames.statistics()[0].used == 0, frames.statistics()
+        assert frames.swap is None or not frames.swap.used
+
+
+class SwappedMemory(Memory):
+    """The same with less memory than one process uses: what is not used goes to swap, and comes back as it was."""
+
+    limits = Limits(frames=9, swap_pages=200, device_frames=0, directories=1 << 8)
+
+    @rule(choice=which, first=first_page, count=npages, advice=st.sampled_from(PAGING))
+    def page(self, choice: int, first: int, count: int, advice: Advice) -> None:
+        """Advice about paging changes no contents."""
+        start, length, pages = self.span(first, count)
+        pid = self.pid(choice)
+        try:
+            self.call(processes.madvise, pid, start, length, advice)
+        except HmmError:
+            assert any(page not in self.model[pid].pages for page in pages)
 
 
 Memory.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SwappedMemory.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestMemory = Memory.TestCase
+TestSwappedMemory = SwappedMemory.TestCase
+
+
+def fails() -> bool:
+    """Whether the model of memory that is swapped finds something wrong."""
+    machine = type("Planted", (SwappedMemory,), {})
+    quick = settings(max_examples=200, stateful_step_count=30, deadline=None, database=None, phases=[Phase.generate])
+    try:
+        run_state_machine_as_test(machine, settings=quick)
+    except Exception:  # noqa: BLE001 - whatever is found
+        return True
+    return False
+
+
+def test_model_finds_a_slot_that_is_freed_while_an_entry_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: fork does not count the entries that it copies; the other process reads what came to the slot since."""
+    monkeypatch.setattr(SwapArea, "duplicate", lambda *_: None)
+    assert fails()
+
+
+def test_model_finds_contents_that_are_lost_on_their_way_to_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: pages are not written to their slots."""
+
+    def write(reclaim: Reclaim, pfns: Pfns, counts: Pfns) -> Pfns:
+        return area_of(reclaim.frames).allocate(counts.astype(np.int32))
+
+    monkeypatch.setattr(Reclaim, "_write", write)
+    assert fails()

@@ -1,0 +1,144 @@
+"""Swap-in: a page that is in swap is touched, and comes back.
+
+No mirror is told, as none can have an entry for a page that is in swap.
+
+**Source**: Linux mm/memory.c, do_swap_page(); mm/madvise.c, swapin_walk_pmd_entry(), force_shm_swapin_readahead();
+6.12.
+
+**Invariants**: those of swap.py.
+
+**Absent**: pages of files, which faults find in the page cache (file.py); reading ahead.
+
+Differs: `read_ahead` brings pages of files into the page cache, where the kernel leaves them in the swap cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError
+from hmm.fault import RESOLVERS
+from hmm.fault_pages import DIRTIED, READ_ONLY, Strangers
+from hmm.file import File
+from hmm.frames import Frames, PageFlag
+from hmm.operation import Operation
+from hmm.swap import area_of, free_entries, read_in, slots_of, some_room
+from hmm.swap_area import Slots
+from hmm.units import PAGE_SHIFT, PIECE_PAGES, AddressRange, Entries, Pfns
+from hmm.vma import Vma
+
+__all__ = ["read_ahead"]
+
+_NOT_EXCLUSIVE = PageFlag.ANON | PageFlag.SWAPBACKED
+
+
+def _swap_in(space: AddressSpace, touched: Strangers, write: bool) -> Operation[None]:
+    """do_swap_page() for pages of one VMA: as many of the first ones as there is room for.
+
+    Raises:
+        OutOfFramesError: there is not one frame for them (ENOMEM).
+    """
+    frames, addresses = space.frames, touched.addresses
+    costs = _costs(space, addresses, write)
+    if costs[0] > frames.available:
+        if not (yield from some_room(frames, 2 * addresses.size)) and not frames.available:
+            raise OutOfFramesError("a page cannot come back from swap: memory ran out", address=int(addresses[0]))
+        costs = _costs(space, addresses, write)
+    costs[0] = min(costs[0], frames.available)
+    addresses = addresses[np.cumsum(costs) <= frames.available]
+    vma = space.vmas.find(int(addresses[0]))
+    entries = space.table.lookup(addresses)
+    swapped = cpu_pte.is_swap(entries)
+    if vma is not None and swapped.any():
+        swapped &= addresses < np.uint64(vma.end)
+        _map(space, vma, addresses[swapped], entries[swapped], write)
+
+
+def _costs(space: AddressSpace, addresses: Entries, write: bool) -> npt.NDArray[np.int64]:
+    """How many frames each page needs: none when it is in the swap cache, one more when it will be copied at once."""
+    entries = space.table.lookup(addresses)
+    swapped = cpu_pte.is_swap(entries)
+    costs = np.zeros(entries.size, np.int64)
+    costs[swapped] = area_of(space.frames).cached[slots_of(entries)] == 0
+    if write:
+        costs += swapped & ((entries & np.uint64(cpu_pte.SWP_EXCLUSIVE)) == 0)
+    return costs
+
+
+def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, write: bool) -> None:
+    frames, slots = space.frames, cpu_pte.cpu_pfn(entries)
+    marked = (entries & np.uint64(cpu_pte.SWP_EXCLUSIVE)) != 0
+    pfns = _cache(frames, slots)
+    frames.map(pfns)
+    free_entries(frames, slots)
+    # do_swap_page(): a page that this process alone has, by the marker or because it is about to copy it otherwise.
+    exclusive = marked | (frames.refcount[pfns] == 1) if write else marked
+    flags = (entries & np.uint64(cpu_pte.SOFT_DIRTY)) | np.uint64(READ_ONLY)
+    if vma.writable:
+        flags[exclusive] |= np.uint64(cpu_pte.WRITE | (DIRTIED if write else 0))
+    frames.set_flags(pfns[exclusive], PageFlag.ANON_EXCLUSIVE)
+    space.claim(pfns[exclusive])
+    space.table.store(addresses, cpu_pte.cpu_entry(pfns, flags))
+
+
+def _cache(frames: Frames, slots: Slots) -> Pfns:
+    """The pages of slots, from the swap cache or read into it: swapin_readahead()."""
+    area = area_of(frames)
+    pfns = area.cached[slots]
+    absent = pfns == 0
+    if absent.any():
+        fresh, missing = read_in(frames, slots[absent]), slots[absent]
+        frames.set_flags(fresh, _NOT_EXCLUSIVE)
+        frames.private[fresh] = missing
+        area.cached[missing] = fresh
+        pfns[absent] = fresh
+    return pfns
+
+
+RESOLVERS[cpu_pte.SWAP] = _swap_in
+
+
+# ---- ahead of use
+
+
+def read_ahead(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """Bring what is in swap of a range into memory, and map none of it, as far as there is room: MADV_WILLNEED.
+
+    Args:
+        span: page-aligned, a part of one VMA.
+
+    Cost: O(entries), vectorised, and the copying.
+    """
+    vma = space.vmas.find(span.start)
+    if space.frames.swap is None or vma is None:
+        return
+    for addresses, entries in space.table.chunks(span.start, min(span.end, vma.end), PIECE_PAGES):
+        swapped = addresses[cpu_pte.is_swap(entries)]
+        if swapped.size:
+            yield from _read_ahead(space, swapped)
+    if isinstance(vma.backing, File):
+        yield from _read_file_ahead(space, vma.clip(span.start, span.end), vma.backing)
+
+
+def _read_ahead(space: AddressSpace, addresses: Entries) -> Operation[None]:
+    frames = space.frames
+    if frames.available < addresses.size:
+        yield from some_room(frames, addresses.size)
+    entries = space.table.lookup(addresses)
+    slots = np.unique(cpu_pte.cpu_pfn(entries[cpu_pte.is_swap(entries)]))
+    slots = slots[area_of(frames).cached[slots] == 0]
+    _cache(frames, slots[: frames.available])
+
+
+def _read_file_ahead(space: AddressSpace, piece: Vma, file: File) -> Operation[None]:
+    frames, shift = space.frames, piece.mapping.delta << PAGE_SHIFT
+    for offsets, entries in file.pages.chunks(piece.start + shift, piece.end + shift, PIECE_PAGES):
+        swapped = offsets[cpu_pte.is_swap(entries)]
+        if frames.available < swapped.size:
+            yield from some_room(frames, swapped.size)
+        swapped = swapped[cpu_pte.is_swap(file.pages.lookup(swapped))]
+        if swapped.size:
+            file.grab(swapped[: frames.available])

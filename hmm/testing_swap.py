@@ -1,0 +1,81 @@
+"""Random calls where memory is short: everybody needs pages that somebody else has, and swap is full at times.
+
+**Source**: our own.
+
+**Invariants**: those of the machine, which the simulation checks after every step.
+
+**Absent**: contents, which a model of memory compares (tests/simulation/test_memory_model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hmm import commands_file, commands_process, testing_devices
+from hmm.machine import Limits
+from hmm.madvise import Advice
+from hmm.scheduler import Call, Scheduler
+from hmm.testing import Makers, Town, simulate
+from hmm.units import PAGE_SIZE
+
+__all__ = ["SHORT_OF_MEMORY", "SWAP_CALLS", "TOWNS", "simulate_swap", "simulate_swap_and_devices"]
+
+SHORT_OF_MEMORY = Limits(frames=25, swap_pages=48, device_frames=64, processes=8, directories=1 << 10)
+"""Fewer frames than two processes use, and fewer slots than all of them could."""
+_ADVICE = (Advice.PAGEOUT, Advice.PAGEOUT, Advice.COLD, Advice.WILLNEED, Advice.FREE, Advice.DONTNEED)
+
+
+def _advise(town: Town) -> Call | None:
+    process, span = town.process(), town.span(12)
+    advice = _ADVICE[town.choose(len(_ADVICE))]
+    return None if process is None else Call(commands_process.madvise, (process, span.start, span.size_bytes, advice))
+
+
+def _fill(town: Town) -> Call | None:
+    process, span, write = town.process(), town.span(town.pages), town.choose(3) > 0
+    return None if process is None else Call(commands_process.touch, (process, span), {"write": write})
+
+
+def _munlock(town: Town) -> Call | None:
+    process = town.process()
+    return None if process is None else Call(commands_process.munlockall, (process,))
+
+
+def _write_file(town: Town) -> Call | None:
+    file = town.pick(town.machine.file_names.values())
+    offset, data = town.choose(8) * PAGE_SIZE // 2, bytes([1 + town.choose(255)]) * (1 + town.choose(4 * PAGE_SIZE))
+    return None if file is None else Call(commands_file.write_file, (file, offset, data))
+
+
+def _read_file(town: Town) -> Call | None:
+    file = town.pick(town.machine.file_names.values())
+    return None if file is None else Call(commands_file.read_file, (file, town.choose(PAGE_SIZE), 8 * PAGE_SIZE))
+
+
+SWAP_CALLS: Makers = ((_advise, 12), (_fill, 24), (_munlock, 3), (_write_file, 4), (_read_file, 3))
+"""What makes calls that need memory or give it back, and how often."""
+
+
+def simulate_swap(seed: int, *, ncalls: int = 60) -> Scheduler:
+    """`testing.simulate` with little memory, and swap.
+
+    Raises: as there.
+    """
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=SWAP_CALLS)
+
+
+def simulate_swap_and_devices(seed: int, *, ncalls: int = 60) -> Scheduler:
+    """`simulate_swap` with devices that have memory of their own.
+
+    Raises: as there.
+    """
+    more = SWAP_CALLS + testing_devices.DEVICE_CALLS
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more)
+
+
+TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
+    **testing_devices.TOWNS,
+    "swap": simulate_swap,
+    "swap-devices": simulate_swap_and_devices,
+}
+"""What a seed can be run in: by name, all workloads there are."""

@@ -1,0 +1,441 @@
+"""Reclaim and swap: which pages go, who hears of it, and how they come back."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from machine_world import FIXED, RW, START, World, span
+
+from hmm import commands_device as devices
+from hmm import commands_file as files
+from hmm import commands_hmm as hmm
+from hmm import commands_process as processes
+from hmm import cpu_pte
+from hmm.errors import HmmError, OutOfFramesError
+from hmm.events import EventType, Reason
+from hmm.interval_notifier import IntervalMirror
+from hmm.local import Local
+from hmm.machine import Caller, Limits, Machine
+from hmm.madvise import Advice
+from hmm.operation import Await, WaitFor
+from hmm.range_fault import REQ_FAULT, VALID
+from hmm.receiver import DeadlinePolicy
+from hmm.swap_area import SwapArea
+from hmm.units import PAGE_SIZE, AddressRange
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+SMALL = Limits(frames=33, swap_pages=256, device_frames=64, directories=1 << 8)
+
+
+@dataclass
+class Memory:
+    """A process with 64 writable pages on a machine with 32 frames."""
+
+    limits: Limits = SMALL
+    local: Local = field(init=False)
+    pid: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.local = Local(Machine(self.limits))
+        self.pid = self.call(processes.create_process, "p")
+        self.call(processes.mmap, self.pid, START, 64 * PAGE_SIZE, RW, FIXED)
+
+    @property
+    def machine(self) -> Machine:
+        """What the commands change."""
+        return self.local.machine
+
+    @property
+    def swap(self) -> SwapArea:
+        """The swap area."""
+        assert self.machine.frames.swap is not None
+        return self.machine.frames.swap
+
+    def call(self, command: Any, *arguments: Any, **options: Any) -> Any:
+        """A call, after which the machine is checked."""
+        try:
+            return self.local.call(command, *arguments, **options)
+        finally:
+            self.machine.check()
+
+    def write(self, where: AddressRange, byte: int = 1, pid: int = 0) -> None:
+        """Fill pages."""
+        assert self.call(processes.write_memory, pid or self.pid, where.start, bytes([byte]) * where.size_bytes)
+
+    def read(self, where: AddressRange, pid: int = 0) -> list[int]:
+        """The first byte of each page."""
+        return list(self.call(processes.read_pages, pid or self.pid, where, 0).data)
+
+    def advise(self, where: AddressRange, advice: Advice, pid: int = 0) -> None:
+        """madvise()."""
+        self.call(processes.madvise, pid or self.pid, where.start, where.size_bytes, advice)
+
+    def entries(self, where: AddressRange, pid: int = 0) -> list[int]:
+        """Of the CPU's table."""
+        table = self.machine.processes[pid or self.pid].space.table
+        entries: list[int] = table.read(where.start, where.end).tolist()
+        return entries
+
+    def swapped(self, where: AddressRange, pid: int = 0) -> list[bool]:
+        """Which pages are in swap."""
+        return [cpu_pte.is_swap(entry) for entry in self.entries(where, pid)]
+
+    def fork(self) -> int:
+        """A child."""
+        child: int = self.call(processes.fork, self.pid)
+        return child
+
+
+def test_write_goes_on_when_memory_is_full_and_there_is_swap() -> None:
+    """More memory than there is can be written and read back: mm/vmscan.c, mm/memory.c do_swap_page()."""
+    memory = Memory()
+    memory.call(processes.write_pages, memory.pid, span(0, 64), 0, bytes(range(64)))
+    assert memory.read(span(0, 64)) == list(range(64))
+    assert memory.swap.used >= 32
+
+
+def test_write_fails_when_memory_and_swap_are_full() -> None:
+    """When nothing can be reclaimed it is ENOMEM at the page, and what was written before is there."""
+    memory = Memory(Limits(frames=33, swap_pages=8, device_frames=0))
+    with pytest.raises(OutOfFramesError) as caught:
+        memory.write(span(0, 64))
+    assert caught.value.errno == errno.ENOMEM
+    assert caught.value.address == span(40).start
+    there = [not swapped for swapped in memory.swapped(span(0, 40))]
+    assert [memory.read(span(page)) for page in range(40) if there[page]] == [[1]] * 32
+
+
+def test_write_fails_as_before_when_there_is_no_swap() -> None:
+    """Without a swap area private pages stay: can_reclaim_anon_pages()."""
+    memory = Memory(Limits(frames=33, device_frames=0))
+    memory.advise(span(0, 64), Advice.PAGEOUT)
+    with pytest.raises(OutOfFramesError):
+        memory.write(span(0, 64))
+
+
+def test_reclaim_takes_the_pages_that_were_not_used_for_longest() -> None:
+    """Pages used since they were last looked at get a second chance: folio_check_references()."""
+    memory = Memory()
+    memory.write(span(0, 32))
+    memory.write(span(32, 2))  # everything was used: the oldest go, and all have been looked at
+    memory.read(span(8, 4))
+    memory.write(span(36, 12))
+    assert not any(memory.swapped(span(8, 4)))
+    assert all(memory.swapped(span(4, 4)))
+
+
+def test_reclaim_leaves_locked_and_pinned_pages() -> None:
+    """Pages of VM_LOCKED are unevictable, and folio_maybe_dma_pinned() ones are kept: shrink_folio_list()."""
+    memory = Memory()
+    memory.call(processes.mlock, memory.pid, span(0, 4).start, 4 * PAGE_SIZE)
+    memory.call(processes.pin, memory.pid, span(4, 4), write=True)
+    memory.write(span(8, 56))
+    memory.advise(span(4, 60), Advice.PAGEOUT)
+    assert memory.swapped(span(0, 64)) == [False] * 8 + [True] * 56
+
+
+def test_reclaim_leaves_pages_that_a_device_has_to_itself() -> None:
+    """Exclusive entries stay until the CPU wants the page."""
+    memory = Memory()
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(hmm.attach, device, memory.pid)
+    memory.call(hmm.make_exclusive, mirror, span(0, 2))
+    memory.write(span(2, 60))
+    assert all(cpu_pte.is_device_exclusive(entry) for entry in memory.entries(span(0, 2)))
+
+
+def test_mirrors_are_told_before_a_page_goes_out() -> None:
+    """try_to_unmap_one() sends CLEAR, and the notifier of 2015 had MIGRATE for it; the entry stays until the answer."""
+    world = World(limits=SMALL)
+    world.do(devices.fault, world.mirrors[0], [span(0, 4)], write=True)
+    paging = world.start(processes.madvise, world.pid, START, 4 * PAGE_SIZE, Advice.PAGEOUT)
+    (delivery,) = world.sent()
+    event = delivery.event
+    assert (event.etype, event.reason, event.spans) == (EventType.MIGRATE, Reason.CLEAR, (span(0, 4),))
+    table = world.machine.processes[world.pid].space.table
+    assert all(cpu_pte.is_present(entry) for entry in table.read(span(0).start, span(4).start).tolist())
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert paging.done
+    assert all(cpu_pte.is_swap(entry) for entry in table.read(span(0).start, span(4).start).tolist())
+    world.machine.check()
+
+
+def test_swap_in_is_not_told_to_anybody() -> None:
+    """do_swap_page() sends nothing: nobody can have an entry for what is in swap."""
+    memory = Memory()
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(devices.register_mirror, device, memory.pid)
+    memory.write(span(0, 8))
+    memory.advise(span(0, 8), Advice.PAGEOUT)
+    before = memory.machine.mirrors[mirror].sequence
+    memory.read(span(0, 4))
+    memory.write(span(4, 4), 2)
+    assert memory.machine.mirrors[mirror].sequence == before
+
+
+def test_device_fault_brings_pages_in() -> None:
+    """A device's fault is a CPU's: hmm_vma_fault() and hmm_mirror_fault() call handle_mm_fault()."""
+    memory = Memory()
+    memory.write(span(0, 60), 5)
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(devices.register_mirror, device, memory.pid)
+    (done,) = memory.call(devices.fault, mirror, [span(0, 64)], write=False).parts
+    assert (done.error, done.end) == (None, span(64).start)
+    (done,) = memory.call(devices.fault, mirror, [span(20, 2)], write=True).parts
+    assert memory.call(devices.device_read, mirror, [(span(20).start, 1)]) == b"\5"
+
+
+def test_device_faults_succeed_when_all_of_memory_is_fought_for() -> None:
+    """Two devices fault more than there is at the same time: both end, whoever answers first."""
+    world = World(mirrors=2, limits=Limits(frames=10, swap_pages=64, device_frames=0))
+    faults = [world.start(devices.fault, mirror, [span(0, 16)], write=True) for mirror in world.mirrors]
+    world.settle()
+    assert [fault.result.parts[0].end for fault in faults] == [span(16).start] * 2
+    world.machine.check()
+
+
+def test_snapshot_shows_nothing_where_a_page_is_in_swap() -> None:
+    """hmm_vma_handle_pte(): a swap entry is no page, and is faulted when it is asked for."""
+    memory = Memory()
+    memory.write(span(0, 2), 9)
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(hmm.attach, device, memory.pid)
+    number = memory.call(hmm.insert_notifier, mirror, START, 16 * PAGE_SIZE)
+    memory.advise(span(0, 2), Advice.PAGEOUT)
+    receiver = memory.machine.receivers[mirror]
+    assert isinstance(receiver, IntervalMirror)
+    sequence = memory.call(hmm.read_begin, mirror, number)
+    assert memory.call(hmm.range_fault, mirror, number, sequence, span(0, 2)).words.tolist() == [0, 0]
+    words = memory.call(hmm.range_fault, mirror, number, sequence, span(0, 2), REQ_FAULT).words
+    assert ((words & np.uint64(VALID)) != 0).all()
+
+
+def test_fork_counts_the_entries_of_both_when_pages_are_in_swap() -> None:
+    """copy_nonpresent_pte() calls swap_duplicate() and takes the exclusive marker away."""
+    memory = Memory()
+    memory.write(span(0, 4), 3)
+    memory.advise(span(0, 4), Advice.PAGEOUT)
+    (first, *_) = memory.entries(span(0, 4))
+    assert first & cpu_pte.SWP_EXCLUSIVE
+    child = memory.fork()
+    assert memory.entries(span(0, 4)) == memory.entries(span(0, 4), child)
+    assert not memory.entries(span(0))[0] & cpu_pte.SWP_EXCLUSIVE
+    assert memory.swap.counts[cpu_pte.cpu_pfn(first)] == 2
+    memory.write(span(0, 4), 4, child)
+    assert (memory.read(span(0, 4)), memory.read(span(0, 4), child)) == ([3] * 4, [4] * 4)
+
+
+def test_swapped_page_is_shared_again_when_both_processes_read_it() -> None:
+    """The second finds the page of the first in the swap cache: swap_cache_get_folio()."""
+    memory = Memory()
+    memory.write(span(0), 3)
+    memory.advise(span(0), Advice.PAGEOUT)
+    child = memory.fork()
+    memory.read(span(0))
+    assert (memory.swap.used, memory.swapped(span(0), child)) == (1, [True])
+    memory.read(span(0), child)
+    assert memory.entries(span(0)) == memory.entries(span(0), child)
+    assert not cpu_pte.is_writable(memory.entries(span(0))[0])
+    assert memory.swap.used == 0
+
+
+def test_exclusive_page_is_writable_at_once_when_it_comes_back() -> None:
+    """do_swap_page() maps a page that is marked exclusive with the permission of its VMA."""
+    memory = Memory()
+    memory.write(span(0))
+    memory.advise(span(0), Advice.PAGEOUT)
+    memory.read(span(0))
+    assert cpu_pte.is_writable(memory.entries(span(0))[0])
+    memory.advise(span(0), Advice.PAGEOUT)
+    memory.call(processes.mprotect, memory.pid, START, PAGE_SIZE, Prot.READ)
+    memory.read(span(0))
+    assert not cpu_pte.is_writable(memory.entries(span(0))[0])
+
+
+def test_soft_dirty_survives_swap() -> None:
+    """pte_swp_mksoft_dirty() carries the bit out, do_swap_page() back in."""
+    memory = Memory()
+    memory.write(span(0))
+    memory.advise(span(0), Advice.PAGEOUT)
+    assert memory.entries(span(0))[0] & cpu_pte.SOFT_DIRTY
+    memory.read(span(0))
+    assert memory.entries(span(0))[0] & cpu_pte.SOFT_DIRTY
+
+
+@pytest.mark.parametrize("way", ["munmap", "dontneed", "free", "exit", "map over"])
+def test_slots_are_freed_when_their_entries_go(way: str) -> None:
+    """zap_nonpresent_ptes() and madvise_free_pte_range() call free_swap_and_cache()."""
+    memory = Memory()
+    memory.write(span(0, 16))
+    memory.advise(span(0, 16), Advice.PAGEOUT)
+    assert memory.swap.used == 16
+    match way:
+        case "munmap":
+            memory.call(processes.munmap, memory.pid, START, 16 * PAGE_SIZE)
+        case "dontneed":
+            memory.advise(span(0, 16), Advice.DONTNEED)
+        case "free":
+            memory.advise(span(0, 16), Advice.FREE)
+        case "exit":
+            memory.call(processes.exit_process, memory.pid)
+        case _:
+            memory.call(processes.mmap, memory.pid, START, 16 * PAGE_SIZE, RW, FIXED)
+    assert memory.swap.used == 0
+
+
+def test_entries_move_and_are_protected_like_any_other() -> None:
+    """move_ptes() moves swap entries, and change_pte_range() leaves them but for their markers."""
+    memory = Memory()
+    memory.write(span(0, 2), 6)
+    memory.advise(span(0, 2), Advice.PAGEOUT)
+    before = memory.entries(span(0, 2))
+    memory.call(processes.mprotect, memory.pid, START, 2 * PAGE_SIZE, Prot.READ)
+    memory.call(processes.mremap, memory.pid, START, 2 * PAGE_SIZE, 2 * PAGE_SIZE, 3, span(80).start)
+    assert memory.entries(span(80, 2)) == before
+    assert memory.read(span(80, 2)) == [6, 6]
+
+
+def test_page_that_was_freed_lazily_goes_without_being_written() -> None:
+    """MADV_FREE: a page that is still clean is discarded and reads as zeroes; one written since is kept."""
+    memory = Memory()
+    memory.write(span(0, 2), 8)
+    memory.advise(span(0, 2), Advice.FREE)
+    memory.write(span(1), 9)
+    memory.advise(span(0, 2), Advice.PAGEOUT)
+    assert memory.entries(span(0)) == [0]
+    assert memory.swap.used == 0
+    assert memory.read(span(0, 2)) == [0, 9]
+
+
+def test_pages_of_files_go_to_swap_and_come_back() -> None:
+    """shmem_writepage() puts a swap entry into the page cache, and every mapping loses the page."""
+    memory = Memory()
+    file = memory.call(files.open_file, "f", create=True)
+    data = b"".join(bytes([value]) * PAGE_SIZE for value in range(1, 21))
+    memory.call(files.write_file, file, 0, data)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(100).start, 20 * PAGE_SIZE, RW, shared, file)
+    memory.write(span(100), 77)
+    memory.read(span(100, 20))
+    memory.advise(span(100, 20), Advice.PAGEOUT)
+    assert not any(memory.entries(span(100, 20)))
+    assert memory.machine.files[file].resident_pages == 0
+    assert memory.read(span(100, 20)) == [77, *range(2, 21)]
+    assert memory.call(files.read_file, file, 0, 20 * PAGE_SIZE) == b"\x4d" * PAGE_SIZE + data[PAGE_SIZE:]
+    memory.call(files.truncate_file, file, PAGE_SIZE + 10)
+    memory.call(files.truncate_file, file, 3 * PAGE_SIZE)
+    assert memory.call(files.read_file, file, PAGE_SIZE, 20) == b"\2" * 10 + bytes(10)
+
+
+def test_hole_leaves_private_copies_that_are_in_swap() -> None:
+    """zap_nonpresent_ptes(): should_zap_cows() is false for a hole that is punched."""
+    memory = Memory()
+    file = memory.call(files.open_file, "f", create=True)
+    memory.call(files.write_file, file, 0, bytes(2 * PAGE_SIZE))
+    private = MapFlag.PRIVATE | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(100).start, 2 * PAGE_SIZE, RW, private, file)
+    memory.write(span(100), 5)
+    memory.advise(span(100, 2), Advice.PAGEOUT)
+    memory.call(files.punch_file, file, 0, 2 * PAGE_SIZE)
+    assert memory.read(span(100, 2)) == [5, 0]
+
+
+def test_mincore_and_willneed_agree_about_the_swap_cache() -> None:
+    """mincore_pte_range() counts a page that is in the swap cache; swapin_walk_pmd_entry() brings it there."""
+    memory = Memory()
+    memory.write(span(0, 4), 2)
+    memory.advise(span(0, 4), Advice.PAGEOUT)
+    length = 4 * PAGE_SIZE
+    assert memory.call(processes.mincore, memory.pid, START, length).tolist() == [0] * 4
+    memory.advise(span(0, 2), Advice.WILLNEED)
+    assert memory.call(processes.mincore, memory.pid, START, length).tolist() == [1, 1, 0, 0]
+    assert all(memory.swapped(span(0, 4)))
+    memory.write(span(8, 32))
+    assert memory.read(span(0, 4)) == [2] * 4
+
+
+def test_cold_pages_go_first() -> None:
+    """MADV_COLD: folio_deactivate() puts pages where they are reclaimed unless they are used."""
+    memory = Memory()
+    memory.write(span(0, 32))
+    memory.advise(span(20, 8), Advice.COLD)
+    memory.write(span(40, 4))
+    assert all(memory.swapped(span(20, 4)))
+    assert not any(memory.swapped(span(0, 20)))
+
+
+def test_pageout_leaves_what_another_process_maps() -> None:
+    """madvise_cold_or_pageout_pte_range(): folio_likely_mapped_shared() ones are left."""
+    memory = Memory()
+    memory.write(span(0, 2))
+    memory.fork()
+    memory.write(span(1), 2)
+    memory.advise(span(0, 2), Advice.PAGEOUT)
+    assert memory.swapped(span(0, 2)) == [False, True]
+
+
+def test_call_waits_for_others_that_reclaim_when_they_have_all_pages() -> None:
+    """too_many_isolated(): who finds nothing left to take waits for those who took it, and does not fail."""
+    world = World(limits=Limits(frames=9, swap_pages=64, device_frames=0))
+    world.do(devices.fault, world.mirrors[0], [span(0, 8)], write=True)
+    paging = world.start(processes.madvise, world.pid, START, 8 * PAGE_SIZE, Advice.PAGEOUT)
+    (delivery,) = world.sent()
+    writing = world.start(processes.write_memory, world.pid, span(8).start, b"x")
+    assert isinstance(writing.request, Await)
+    assert writing.request.wait_for is WaitFor.MEMORY
+    assert world.machine.blockers(writing) == [paging.id]
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert writing.result.done == 1
+    world.machine.check()
+
+
+def test_call_from_inside_a_callback_reclaims_nothing_that_this_driver_would_have_to_answer_for() -> None:
+    """Its driver answers when the call has ended: there it is ENOMEM, and not a circle."""
+    world = World(limits=Limits(frames=9, swap_pages=64, device_frames=0))
+    world.do(devices.fault, world.mirrors[0], [span(0, 8)], write=True)
+    world.start(processes.munmap, world.pid, span(15).start, PAGE_SIZE)
+    (delivery,) = world.sent()
+    inside = Caller(callback=(delivery.mirror_id, delivery.sequence))
+    writing = world.start(processes.write_memory, world.pid, span(8).start, b"x", caller=inside)
+    assert isinstance(writing.error, OutOfFramesError)
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert world.do(processes.write_memory, world.pid, span(8).start, b"x").done == 1
+
+
+def test_pages_of_a_driver_that_does_not_answer_stay() -> None:
+    """Policy FAIL: what was not acknowledged is not unmapped; who needed memory goes on without it, or fails."""
+    world = World(policy=DeadlinePolicy.FAIL, limits=Limits(frames=9, swap_pages=64, device_frames=0))
+    world.do(devices.fault, world.mirrors[0], [span(0, 8)], write=True)
+    writing = world.start(processes.write_memory, world.pid, span(8).start, b"x")
+    (delivery,) = world.sent()
+    world.machine.abandon(delivery.mirror_id, delivery.sequence)
+    world.resume(writing)
+    while not writing.done:
+        world.machine.expire(writing.id)
+    assert isinstance(writing.error, HmmError)
+    table = world.machine.processes[world.pid].space.table
+    assert all(cpu_pte.is_present(entry) for entry in table.read(span(0).start, span(8).start).tolist())
+    world.machine.check()
+
+
+def test_pages_come_back_from_a_device_when_memory_is_full() -> None:
+    """migrate_to_ram() allocates like any fault, and reclaims if it has to."""
+    memory = Memory()
+    device = memory.call(devices.register_device, "gpu", memory_pages=16)
+    mirror = memory.call(hmm.attach, device, memory.pid)
+    memory.write(span(0, 16), 4)
+    memory.call(hmm.migrate_to_device, mirror, span(0, 16))
+    memory.write(span(16, 48))
+    assert memory.read(span(0, 16)) == [4] * 16
+    memory.call(hmm.migrate_to_device, mirror, span(0, 16))
+    memory.write(span(16, 48))
+    assert memory.call(hmm.evict_device, device) == 16
+    assert memory.read(span(0, 16)) == [4] * 16
