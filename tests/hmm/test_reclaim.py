@@ -15,6 +15,7 @@ from hmm import commands_file as files
 from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm import cpu_pte
+from hmm.address_space import Thp
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.interval_notifier import IntervalMirror
@@ -439,3 +440,20 @@ def test_pages_come_back_from_a_device_when_memory_is_full() -> None:
     memory.write(span(16, 48))
     assert memory.call(hmm.evict_device, device) == 16
     assert memory.read(span(0, 16)) == [4] * 16
+
+
+def test_huge_page_is_split_when_nothing_else_could_go() -> None:
+    """shrink_folio_list() splits a large folio that has no place in swap as one; mirrors are told of both steps."""
+    memory = Memory(Limits(frames=1100, swap_pages=600, device_frames=0))
+    memory.pid = memory.call(processes.create_process, "huge", thp=Thp.ALWAYS)
+    memory.call(processes.mmap, memory.pid, 0x4000_0000, 512 * PAGE_SIZE, RW, FIXED)
+    block = AddressRange(0x4000_0000, 0x4000_0000 + 512 * PAGE_SIZE)
+    memory.write(block, 7)
+    assert memory.entries(AddressRange(block.start, block.start + PAGE_SIZE))[0] & cpu_pte.HUGE
+    memory.call(processes.mmap, memory.pid, 0x5000_0000, 590 * PAGE_SIZE, RW, FIXED)
+    small = AddressRange(0x5000_0000, 0x5000_0000 + 590 * PAGE_SIZE)
+    memory.write(small)
+    memory.call(processes.mlock, memory.pid, small.start, small.size_bytes)
+    assert not any(memory.swapped(small))
+    assert any(memory.swapped(block))
+    assert memory.read(block) == [7] * 512
