@@ -132,7 +132,7 @@ class Shell:
 
 
 @contextmanager
-def shell(folder: Path) -> Iterator[Shell]:
+def shell(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[Shell]:
     """A shell in a folder; what it has started ends with it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HMMD_", "PYTEST"))}
     environment |= {
@@ -142,7 +142,7 @@ def shell(folder: Path) -> Iterator[Shell]:
         "COLUMNS": "120",
     }
     process = subprocess.Popen(
-        ["timeout", "--kill-after=1", f"{TIMEOUT_S:g}", "bash", "--noprofile", "--norc"],
+        ["timeout", "--kill-after=1", f"{timeout_s:g}", "bash", "--noprofile", "--norc"],
         cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
@@ -155,11 +155,12 @@ def shell(folder: Path) -> Iterator[Shell]:
             process.stdin.close()
 
 
-def run_document(path: Path, folder: Path) -> int:
+def run_document(path: Path, folder: Path, timeout_s: float = TIMEOUT_S) -> int:
     """Run everything that a document shows.
 
     Args:
-        folder: empty; where it runs.
+        folder: where it runs; empty, if it is not about a folder that there is.
+        timeout_s: for all of it.
 
     Returns: how many commands and scripts were run.
 
@@ -168,7 +169,7 @@ def run_document(path: Path, folder: Path) -> int:
     """
     blocks = blocks_of(path)
     count = 0
-    with shell(folder) as bash:
+    with shell(folder, timeout_s) as bash:
         for number, block in enumerate(blocks):
             where = f"{path.name}:{block.line}"
             if block.name:
