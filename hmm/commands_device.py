@@ -252,6 +252,8 @@ def fault(
         entries = _entries_of(mirror, target)
     if mirror.unsettled:
         _leave_out_unsettled(mirror, target, entries)
+    if any(isinstance(part.error, OutOfFramesError) for part in parts):
+        machine.frames.fail_allocation(0)  # an injected failure has been met
     return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
 
 

@@ -89,25 +89,34 @@ async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
 
 
 @pytest.fixture(scope="session")
-async def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+async def start_session_daemon(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Callable[..., Awaitable[Daemon]]]:
+    """Starts daemons that last until the end of all tests."""
+    daemons: list[Daemon] = []
+
+    async def start(**settings: object) -> Daemon:
+        daemons.append(await Daemon.start(tmp_path_factory.mktemp("d") / "hmmd.sock", **settings))
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        assert await daemon.stop() == 0
+
+
+@pytest.fixture(scope="session")
+async def shared_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon with the default settings, for all tests that do not mind what else is in it."""
-    daemon = await Daemon.start(tmp_path_factory.mktemp("hmmd") / "hmmd.sock")
-    yield daemon
-    assert await daemon.stop() == 0
+    return await start_session_daemon()
 
 
 @pytest.fixture(scope="session")
-async def harness_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+async def harness_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon that holds calls and injects failures, whose deadlines are far away."""
-    settings = {"harness": True, "acknowledgement_s": 600.0, "fault_s": 600.0, "drain_s": 0.1}
-    daemon = await Daemon.start(tmp_path_factory.mktemp("harness") / "hmmd.sock", **settings)
-    yield daemon
-    assert await daemon.stop() == 0
+    return await start_session_daemon(harness=True, acknowledgement_s=600.0, fault_s=600.0, drain_s=0.1)
 
 
 @pytest.fixture(scope="session")
-async def hasty_daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+async def hasty_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon whose drivers have to answer soon."""
-    daemon = await Daemon.start(tmp_path_factory.mktemp("hasty") / "hmmd.sock", acknowledgement_s=0.2)
-    yield daemon
-    assert await daemon.stop() == 0
+    return await start_session_daemon(acknowledgement_s=0.2)

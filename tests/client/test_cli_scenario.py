@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as errnos
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import pytest
 from hmm.mirror import DeadlinePolicy
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client.harness import HoldPoint, answer, delay, hold, refuse
 from hmm_client.scenario import Scenario, ScenarioError, read_scenario
+from hmm_client.scenario.model import Inside
 
 GOOD = """\
 title = "everything"
+rule = "a rule"
 [daemon]
 acknowledgement_s = 0.5
 [processes.app]
@@ -21,8 +25,9 @@ size = "4 pages"
 [drivers.gpu]
 mirrors = ["app"]
 policy = "fail"
-on_update = ["answer", "hang"]
-delay_s = 0.25
+on_update = ["answer", "delay 0.25", "refuse ENOMEM"]
+on_fault = "hold"
+inside = "fault elsewhere"
 [[steps]]
 process = "app"
 call = "mmap"
@@ -37,14 +42,17 @@ driver = "gpu"
 call = "fault"
 at = "text+0x1000"
 write = true
+wait = false
 expect = { error = "EACCES", events = { gpu = ["MUNMAP"] }, fenced = ["gpu"], within_s = 1 }
 [[steps]]
 process = "app"
 call = "munmap"
 at = "text"
 background = "unmap"
+note = "a word"
 [[steps]]
 pending = ["gpu"]
+operations = ["munmap"]
 [[steps]]
 wait = "unmap"
 [[steps]]
@@ -55,6 +63,21 @@ as = "child"
 driver = "gpu"
 call = "mirror"
 process = "child"
+[[steps]]
+hold = "end"
+point = "before the end"
+operation = "munmap"
+process = "child"
+driver = "gpu"
+[[steps]]
+release = "end"
+[[steps]]
+fail = "allocation"
+nth = 3
+[[steps]]
+driver = "gpu"
+call = "counters"
+expect.counters = { stale_answers = 1 }
 """
 
 
@@ -68,47 +91,69 @@ def read(tmp_path: Path, text: str) -> Scenario:
 def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) -> None:
     """Values have their kinds, defaults are filled in, and steps know their lines."""
     scenario = read(tmp_path, GOOD)
-    assert (scenario.title, scenario.processes, dict(scenario.files)) == ("everything", ("app",), {"lib": 4 * 4096})
+    assert (scenario.name, scenario.title, scenario.rule) == ("scenario", "everything", "a rule")
+    assert (scenario.processes, dict(scenario.files)) == (("app",), {"lib": 4 * 4096})
     assert scenario.settings == {"acknowledgement_s": 0.5}
     gpu = scenario.drivers["gpu"]
-    assert (gpu.mirrors, gpu.policy, gpu.dma) == (("app",), DeadlinePolicy.FAIL, False)
-    assert (gpu.behaviour.on_update, gpu.behaviour.delay_s) == (("answer", "hang"), 0.25)
-    mapping, fault, unmap, pending, wait, _, mirror = scenario.steps
+    assert (gpu.mirrors, gpu.policy, gpu.dma, gpu.inside) == (
+        ("app",), DeadlinePolicy.FAIL, False, Inside.FAULT_ELSEWHERE,
+    )  # fmt: skip
+    assert gpu.on_update == (answer(), delay(0.25), refuse(errnos.ENOMEM))
+    assert gpu.on_fault == (hold(),)
+    mapping, fault, unmap, pending, wait, _, mirror, held, release, fail, counters = scenario.steps
     assert mapping.arguments["length"] == 16384
     assert mapping.arguments["prot"] == Prot.READ
     assert mapping.arguments["flags"] == MapFlag.SHARED | MapFlag.POPULATE
-    assert fault.arguments["length"] is None
+    assert (fault.arguments["length"], fault.arguments["wait"]) == (None, False)
     assert fault.expectation.error == "EACCES"
     assert fault.expectation.fenced == {"gpu"}
     assert fault.expectation.events == {"gpu": ("MUNMAP",)}
-    assert (unmap.background, pending.drivers, wait.subject) == ("unmap", {"gpu"}, "unmap")
+    assert (unmap.background, unmap.note, wait.subject) == ("unmap", "a word", "unmap")
+    assert pending.arguments == {"drivers": {"gpu"}, "operations": ("munmap",)}
     assert (mirror.kind, mirror.arguments["process"]) == ("driver", "child")
-    assert [step.line for step in scenario.steps] == [12, 21, 27, 32, 34, 36, 40]
+    assert (held.kind, held.subject, held.arguments["point"]) == ("hold", "end", HoldPoint.BEFORE_END)
+    assert (str(release), str(fail), fail.arguments["nth"]) == ("release end", "fail allocation", 3)
+    assert counters.expectation.counters == {"stale_answers": 1}
+    assert [step.line for step in scenario.steps] == [14, 23, 30, 36, 39, 41, 45, 49, 55, 57, 60]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("[daemon]", "[daemon", 2, "Expected"),
+        ("[daemon]", "[daemon", 3, "Expected"),
         ("[files.lib]", "[folders.lib]", 1, "there is no 'folders' in a scenario"),
-        ('mirrors = ["app"]', 'mirrors = ["ap"]', 7, "there is no process 'ap'; there is app"),
-        ('"fail"', '"shrug"', 7, "policy: 'shrug' is none of fence, block, fail"),
-        ('"hang"]', '"sleep"]', 7, "on_update: "),
-        ("delay_s = 0.25", "delay_s = -1", 7, "delay_s: -1 is no number of seconds"),
-        ('"16 KiB"', '"16 kilo"', 12, "length: '16 kilo' is no number of bytes"),
-        ('prot = "r"', 'prot = "q"', 12, "prot: 'q' is no protection"),
-        ("shared populate", "shared sparse", 12, "flags: 'sparse' is no flag of mmap"),
-        ('file = "lib"', 'file = "libc"', 12, "there is no file 'libc'"),
-        ('length = "16 KiB"\n', "", 12, "process mmap: 'length' is missing"),
-        ('call = "mmap"', 'call = "map"', 12, "call: 'map' is none of mmap, munmap"),
-        ("text+0x1000", "txt+0x1000", 21, "there is no mapping 'txt'; there is text"),
-        ("write = true", "write = 1", 21, "write: 1 is neither true nor false"),
-        ("write = true", "wirte = true", 21, "driver fault: 'wirte' is not known"),
-        ('["MUNMAP"]', '["MUNMAPS"]', 21, "there is no type of event 'MUNMAPS'"),
-        ('fenced = ["gpu"]', 'fenced = ["tpu"]', 21, "there is no driver 'tpu'"),
-        ("within_s = 1", 'within_s = "1"', 21, "within_s: '1' is no number of seconds"),
-        ('wait = "unmap"', 'wait = "remap"', 34, "there is no step in the background 'remap'"),
-        ('pending = ["gpu"]', 'attending = ["gpu"]', 32, "a step has one of process, driver, file, wait and pending"),
+        ('mirrors = ["app"]', 'mirrors = ["ap"]', 8, "there is no process 'ap'; there is app"),
+        ('"fail"', '"shrug"', 8, "policy: 'shrug' is none of fence, block, fail"),
+        ("refuse ENOMEM", "sleep", 8, "on_update: 'sleep' is none of answer, delay, hold, hang"),
+        ("refuse ENOMEM", "refuse ENOTHING", 8, "on_update: 'ENOTHING' is no errno"),
+        ("delay 0.25", "delay -1", 8, "on_update: -1.0 is no number of seconds"),
+        ("delay 0.25", "delay", 8, "on_update: 'delay' is none of"),
+        ('"fault elsewhere"', '"fork"', 8, "inside: 'fork' is none of nothing, fault, fault elsewhere, munmap"),
+        ('"16 KiB"', '"16 kilo"', 14, "length: '16 kilo' is no number of bytes"),
+        ('prot = "r"', 'prot = "q"', 14, "prot: 'q' is no protection"),
+        ("shared populate", "shared sparse", 14, "flags: 'sparse' is no flag of mmap"),
+        ('file = "lib"', 'file = "libc"', 14, "there is no file 'libc'"),
+        ('length = "16 KiB"\n', "", 14, "process mmap: 'length' is missing"),
+        ('call = "mmap"', 'call = "map"', 14, "call: 'map' is none of mmap, munmap"),
+        ("text+0x1000", "txt+0x1000", 23, "there is no mapping 'txt'; there is text"),
+        ("write = true", "write = 1", 23, "write: 1 is neither true nor false"),
+        ("write = true", "wirte = true", 23, "driver fault: 'wirte' is not known"),
+        ('["MUNMAP"]', '["MUNMAPS"]', 23, "there is no type of event 'MUNMAPS'"),
+        ('fenced = ["gpu"]', 'fenced = ["tpu"]', 23, "there is no driver 'tpu'"),
+        ("within_s = 1", 'within_s = "1"', 23, "within_s: '1' is no number of seconds"),
+        ('wait = "unmap"', 'wait = "remap"', 39, "there is no step in the background 'remap'"),
+        (
+            'pending = ["gpu"]',
+            'attending = ["gpu"]',
+            36,
+            "a step has a call of one of process, driver, file, or",
+        ),
+        ('operations = ["munmap"]', 'operation = ["munmap"]', 36, "pending: 'operation' is not known"),
+        ("before the end", "before the beginning", 49, "point: 'before the beginning' is none of before the event"),
+        ('release = "end"', 'release = "start"', 55, "there is no hold 'start'; there is end"),
+        ('fail = "allocation"', 'fail = "everything"', 57, "fail: 'everything' is none of allocation, dma mapping"),
+        ("nth = 3", "nth = -3", 57, "nth: -3 is no number"),
+        ("stale_answers", "stolen_answers", 60, "there is no counter 'stolen_answers'"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )

@@ -14,6 +14,7 @@ from hmm.events import EventType
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, DeadlinePolicy, Event, Mirror, Process, TableDriver, sync
 from hmm_client.harness import (
+    FAULTS,
     Act,
     Misbehaviour,
     delay,
@@ -201,8 +202,7 @@ async def test_mirror_is_killed_when_its_driver_refuses(set_up: SetUp) -> None:
 async def test_fault_fails_when_the_nth_of_its_events_is_refused(set_up: SetUp) -> None:
     """`only` and `nth`: the third fault's event is refused, and nothing is killed."""
     scene = await set_up()
-    faults = {EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
-    scene.script.behave(*nth(3, refuse(errnos.ENOMEM)), only=faults)
+    scene.script.behave(*nth(3, refuse(errnos.ENOMEM)), only=FAULTS)
     ends = []
     for _ in range(4):
         try:
@@ -252,11 +252,8 @@ async def test_mirror_is_fenced_when_its_driver_stops_reading(set_up: SetUp) -> 
     scene = await set_up(hasty=True)
     scene.script.behave(stop_reading())
     assert (await scene.discard(0)).fenced_mirrors == ()
-    fenced = ()
-    for page in range(1, 4):
-        fenced = fenced or (await scene.discard(page)).fenced_mirrors
-    assert fenced == (scene.mirror.id,)
-    assert len(scene.driver.heard) < 4
+    assert (await scene.discard(1)).fenced_mirrors == (scene.mirror.id,)
+    assert len(scene.driver.heard) == 1
     scene.mirror.session.go_on_reading()
     await asyncio.wait_for(scene.script.wait_taken(2), 10)
 

@@ -10,6 +10,8 @@ calls, or to make an allocation fail.  `Rig` and `SyncRig` make processes, devic
 from hmm_client.harness.driver_process import DriverProcess
 from hmm_client.harness.holds import Harness, Hold, HoldEndedError, HoldPoint
 from hmm_client.harness.misbehaviour import (
+    FAULTS,
+    TAKING_BACK,
     Act,
     Kind,
     Misbehaviour,
@@ -31,6 +33,8 @@ from hmm_client.harness.rig import Rig
 from hmm_client.harness.sync_rig import SyncRig
 
 __all__ = [
+    "FAULTS",
+    "TAKING_BACK",
     "Act",
     "DriverProcess",
     "Harness",

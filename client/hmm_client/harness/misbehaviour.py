@@ -50,6 +50,10 @@ from hmm.units import MirrorId
 from hmm_client.event import Event
 from hmm_proto.v1 import event_pb2
 
+FAULTS = frozenset({EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT})
+"""Types of the events that a device fault ends in."""
+TAKING_BACK = frozenset(EventType) - FAULTS - {EventType.RELEASE, EventType.COPY_FROM_DEVICE, EventType.COPY_TO_DEVICE}
+"""Types of the events that take something back."""
 LATE_FACTOR = 1.2
 """A late answer comes after so many times the deadline."""
 
@@ -177,8 +181,7 @@ class Misbehaviour:
         self.taken: list[tuple[Event, Act]] = []
         self.held: list[Event] = []
         self.own_process = own_process
-        self._script: deque[Act] = deque((answer(),))
-        self._only: Collection[EventType] | None = None
+        self._scripts: dict[frozenset[EventType], deque[Act]] = {}
         self._mirrors: dict[MirrorId, _Mirror] = {}
         self._released = asyncio.Event()
         self._changed = asyncio.Event()
@@ -192,7 +195,8 @@ class Misbehaviour:
         """Do so from now on: one act for each event, the last for all that follow.  What is held stays held.
 
         Args:
-            only: types of the events that the script is for; None: those that take something back.
+            only: types of the events that the script is for; None: those that take something back.  Scripts for other
+                types stay as they are; where several concern an event, the one that was given first counts.
 
         Raises:
             ValueError: no act; or one that ends this process, which is not the driver's own.
@@ -201,7 +205,7 @@ class Misbehaviour:
             raise ValueError("a script has at least one act")
         if not self.own_process and {act.kind for act in acts} & {Kind.KILL_PROCESS, Kind.STOP_PROCESS}:
             raise ValueError("this process would be killed: Misbehaviour(own_process=True) says that it may be")
-        self._script, self._only = deque(acts), only
+        self._scripts[TAKING_BACK if only is None else frozenset(only)] = deque(acts)
 
     def release(self) -> None:
         """Hand over what is held.  May be called on any thread."""
@@ -247,8 +251,6 @@ class Misbehaviour:
             result = result or event_pb2.Answer(mirror_id=event.mirror.id, event_sequence=event.sequence)
             answer(event, result)
         answer(event, result)
-        if act is not None and act.kind is Kind.STOP_READING:
-            event.mirror.session.stop_reading()
         if mirror.unordered is not None:
             before, mirror.unordered = mirror.unordered, None
             answer(*before)
@@ -265,10 +267,11 @@ class Misbehaviour:
     # ---- acting
 
     def _take(self, mirror: _Mirror, event: Event, deliver: Deliver, answer: Answer) -> None:
-        if not self._concerns(event):
+        script = next((script for types, script in self._scripts.items() if event.type in types), None)
+        if script is None:
             deliver(event)
             return
-        act = self._script.popleft() if len(self._script) > 1 else self._script[0]
+        act = script.popleft() if len(script) > 1 else script[0]
         self.taken.append((event, act))
         match act.kind:
             case Kind.DELAY | Kind.HOLD | Kind.HANG | Kind.LATE:
@@ -287,14 +290,11 @@ class Misbehaviour:
             case _:
                 if act.kind is Kind.STOP_PROCESS:
                     os.kill(os.getpid(), signal.SIGSTOP)
+                if act.kind is Kind.STOP_READING:
+                    event.mirror.session.stop_reading()
                 mirror.acts[event.sequence] = act
                 deliver(event)
         self._changed.set()
-
-    def _concerns(self, event: Event) -> bool:
-        if self._only is not None:
-            return event.type in self._only
-        return not event.is_fault and event.type is not EventType.RELEASE
 
     async def _deliver_later(self, mirror: _Mirror, event: Event, act: Act, deliver: Deliver) -> None:
         match act.kind:

@@ -3,6 +3,7 @@
 A scenario is a TOML file:
 
     title = "A driver that hangs is fenced, and munmap ends"
+    rule = "When the deadline passes, the policy of the mirror decides."    # optional
 
     [daemon]                          # settings of the daemon that is started for it; optional
     acknowledgement_s = 0.5
@@ -12,11 +13,12 @@ A scenario is a TOML file:
     [files.lib]                       # optional
     size = "64 KiB"
 
-    [drivers.gpu]                     # each a device, with a driver and a session of its own
+    [drivers.gpu]                     # each a device, with a driver and a stream of its own
     mirrors = ["app"]
     policy = "fence"                  # when an answer is late: fence, block or fail
-    on_update = "answer"              # or hang, refuse; a list is used up one event at a time, its last for good
-    delay_s = 0.1                     # before each answer
+    on_update = "answer"              # its acts with events that take something back: one, or a list
+    on_fault = "answer"               # and with the events that its own faults end in
+    inside = "nothing"                # in its callbacks, before it answers: fault, fault elsewhere, munmap
 
     [[steps]]                         # one after the other
     process = "app"
@@ -31,28 +33,53 @@ A scenario is a TOML file:
     write = true
 
     [[steps]]
+    hold = "edit"                     # the next munmap is held at the point, until it is released
+    point = "before the edit"
+    operation = "munmap"
+
+    [[steps]]
     process = "app"
     call = "munmap"
     at = "buffer"
     background = "unmap"              # goes on while the next steps are taken
+    note = "the device still uses it" # a word for the reader
 
     [[steps]]
-    pending = ["gpu"]                 # exactly these drivers owe an answer
+    reached = "edit"                  # until a call is held there
+
+    [[steps]]
+    pending = []                      # exactly these drivers owe an answer
+    operations = ["munmap"]           # and exactly these calls have not ended
+
+    [[steps]]
+    release = "edit"
 
     [[steps]]
     wait = "unmap"                    # until that step has ended
-    expect = { fenced = ["gpu"], events = { gpu = ["MUNMAP"] }, within_s = 2 }
+    expect = { fenced = [], events = { gpu = ["MUNMAP"] }, within_s = 2 }
 
 Numbers of bytes are numbers or texts ("4 pages", "16 KiB", "2 MiB"), addresses are labels or hexadecimal texts.  A
-step without `expect` must succeed.  `format` lists every call with its arguments and every expectation.
+step without `expect` must succeed.
 
-`format` reads a file and says with its line what is wrong with it; `run` takes the steps; `driver` is how drivers
-behave.
+Acts (`hmm_client.harness.misbehaviour` explains them): answer, hold, hang, late, twice, out_of_order, drop_stream,
+stop_reading, `refuse ERRNO`, `delay SECONDS`.  A list is used up one event at a time, its last act for good.
+
+Points: before the event, event sent, acknowledged, before the edit, after waiting, before the end.
+
+`fail = "allocation"` with `nth = 3` makes the third page from now on impossible to allocate, `fail = "dma mapping"` a
+mapping of `driver`.
+
+`hmm_client.scenario.grammar` lists every call with its arguments, and every expectation: error, signal, data, entries,
+fenced, events, counters, within_s.
+
+`format` reads a file and says with its line what is wrong with it; `run` takes the steps, `actions` does what they
+say; `driver` is how drivers behave; `library` has those that come with hmmd.
 
 **Absent**: loops and variables; whoever needs them writes Python.
 """
 
-from hmm_client.scenario.format import Scenario, ScenarioError, read_scenario
+from hmm_client.scenario.format import read_scenario
+from hmm_client.scenario.model import Scenario, ScenarioError
 from hmm_client.scenario.run import StepReport, run_scenario
 
 __all__ = ["Scenario", "ScenarioError", "StepReport", "read_scenario", "run_scenario"]

@@ -1,37 +1,35 @@
 """Taking the steps of a scenario on a daemon.
 
 **Invariants**: the steps are taken in order; one that fails its expectation does not stop the others; no step waits
-longer than it says.
+longer than it says; what the scenario made ends with it.
 
-**Absent**: starting a daemon; what a file may say (`format`).
+**Absent**: starting a daemon; what a file may say (`format.py`); what steps do (`actions.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 
 from hmm.errors import HmmError, SegmentationFault, errno_name
-from hmm.mremap import MremapFlag
-from hmm.units import AddressRange, page_up
-from hmm.unmapped_area import MapFlag
+from hmm_client.channel import DaemonError
 from hmm_client.client import Client
-from hmm_client.device import Device
-from hmm_client.file import File
-from hmm_client.mirror import Mirror
-from hmm_client.process import Process
-from hmm_client.results import Completed, Mapped
-from hmm_client.scenario.driver import Behaviour, ScenarioDriver
-from hmm_client.scenario.format import Expectation, Scenario, Step
+from hmm_client.harness.holds import HoldEndedError
+from hmm_client.results import Completed
+from hmm_client.scenario.actions import Actions
+from hmm_client.scenario.driver import FAULT_NAMES, Driven, ScenarioDriver, Script
+from hmm_client.scenario.model import Expectation, Scenario, Step
 from hmm_proto.v1 import inspection_pb2
 
-PENDING_S = 5.0
-"""How long `pending` waits for what it expects: a step in the background needs a moment to get there."""
+EVENTUALLY_S = 5.0
+"""How long what is looked at may take to become what is expected: a step in the background needs a moment."""
 POLL_S = 0.02
+_RUNS = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +48,13 @@ class StepReport:
 
 
 @dataclass(slots=True)
-class _Driven:
-    """A driver, what it serves, and its own connection."""
-
-    client: Client
-    device: Device
-    driver: ScenarioDriver
-    mirrors: dict[str, Mirror] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _Outcome:
     """How a step ended."""
 
     error: str = ""
     signal: str = ""
     data: bytes | None = None
+    entries: int | None = None
     fenced: frozenset[str] = frozenset()
 
 
@@ -92,37 +81,42 @@ class _Run:
         self._scenario = scenario
         self._connect = connect
         self._stack = stack
-        self._processes: dict[str, Process] = {}
-        self._files: dict[str, File] = {}
-        self._driven: dict[str, _Driven] = {}
-        self._labels: dict[str, AddressRange] = {}
         self._background: dict[str, tuple[asyncio.Task[_Outcome], dict[str, int]]] = {}
 
     async def start(self) -> None:
         """Make what the scenario declares."""
         scenario = self._scenario
-        self._client = await self._stack.enter_async_context(self._connect(scenario.path.stem))
+        self._client = await self._stack.enter_async_context(self._connect(scenario.name))
+        self._actions = Actions(self._client)
         self._stack.push_async_callback(self._end)
         for name in scenario.processes:
-            self._processes[name] = await self._client.create_process(name)
+            self._actions.processes[name] = await self._client.create_process(name)
+        run = f"{scenario.name}-{os.getpid()}-{next(_RUNS)}"
         for name, size_bytes in scenario.files.items():
-            self._files[name] = await self._client.open_file(name, create=True)
-            await self._files[name].truncate(size_bytes)
+            file = self._actions.files[name] = await self._client.open_file(f"{run}-{name}", create=True)
+            await file.truncate(size_bytes)
         for name, spec in scenario.drivers.items():
             client = await self._stack.enter_async_context(self._connect(name))
             device = await client.register_device(name, dma=spec.dma)
-            driven = self._driven[name] = _Driven(client, device, ScenarioDriver(spec.behaviour))
+            driven = self._actions.driven[name] = Driven(client, device, ScenarioDriver(spec.inside), Script())
+            driven.behave(spec.on_update, spec.on_fault)
             for process in spec.mirrors:
                 driven.mirrors[process] = await device.mirror(
-                    self._processes[process], driven.driver, policy=spec.policy
+                    self._actions.processes[process], driven.driver, policy=spec.policy, misbehaviour=driven.script
                 )
 
     async def _end(self) -> None:
-        for driven in self._driven.values():
-            driven.driver.behave(Behaviour())
+        for hold in self._actions.holds.values():
+            with suppress(HoldEndedError):
+                await hold.__aexit__(None, None, None)
+        for driven in self._actions.driven.values():
+            await driven.client.close()
         for task, _ in self._background.values():
             task.cancel()
         await asyncio.gather(*(task for task, _ in self._background.values()), return_exceptions=True)
+        for process in self._actions.processes.values():
+            with suppress(HmmError, DaemonError):
+                await process.exit()
 
     # ---- one step
 
@@ -130,12 +124,15 @@ class _Run:
         """Take one step and compare it with what was expected."""
         began = time.monotonic()
         if step.kind == "pending":
-            found, wrong = await self._pending(step)
+            found, wrong = await self._eventually(step, self._pending)
+            return StepReport(step, time.monotonic() - began, found, wrong)
+        if step.call == "counters":
+            found, wrong = await self._eventually(step, self._counters)
             return StepReport(step, time.monotonic() - began, found, wrong)
         if step.kind == "wait":
             task, heard = self._background.pop(step.subject)
         else:
-            heard = {name: len(driven.driver.heard) for name, driven in self._driven.items()}
+            heard = {name: len(driven.script.came) for name, driven in self._actions.driven.items()}
             task = asyncio.create_task(self._outcome(step))
         if step.background:
             self._background[step.background] = task, heard
@@ -146,162 +143,79 @@ class _Run:
         if not done:
             task.cancel()
             return StepReport(step, seconds, "nothing yet", (f"it did not end within {seconds:.1f} s",))
-        outcome = task.result()
-        events = {name: driven.driver.heard[heard.get(name, 0) :] for name, driven in self._driven.items()}
+        outcome, events = task.result(), self._events(step.expectation, heard)
         return StepReport(step, seconds, _in_words(outcome, events), _compare(step.expectation, outcome, events))
 
     async def _outcome(self, step: Step) -> _Outcome:
         try:
-            result = await self._calls(step)
+            result = await self._actions.take(step)
         except SegmentationFault as error:
             return _Outcome(signal=error.signal.value)
         except HmmError as error:
             return _Outcome(error=errno_name(error.errno))
+        except HoldEndedError as error:
+            return _Outcome(error=str(error))
         if isinstance(result, Completed):
             return _Outcome(fenced=self._names(result.fenced_mirrors))
+        if step.kind == "driver" and isinstance(result, int):
+            return _Outcome(entries=result)
         return _Outcome(data=result if isinstance(result, bytes) else None)
 
     def _names(self, mirror_ids: tuple[int, ...]) -> frozenset[str]:
         return frozenset(
             name
-            for name, driven in self._driven.items()
+            for name, driven in self._actions.driven.items()
             if any(mirror.id in mirror_ids for mirror in driven.mirrors.values())
         )
 
-    def _calls(self, step: Step) -> Coroutine[Any, Any, object]:
-        match step.kind:
-            case "process":
-                return self._process_call(self._processes[step.subject], step)
-            case "driver":
-                return self._driver_call(self._driven[step.subject], step)
-            case _:
-                return self._file_call(self._files[step.subject], step)
+    def _events(self, expected: Expectation, heard: dict[str, int]) -> dict[str, list[str]]:
+        events = {}
+        for name, driven in self._actions.driven.items():
+            faults = bool(FAULT_NAMES & set(expected.events.get(name, ())))
+            events[name] = driven.script.heard_since(heard.get(name, 0), faults=faults)
+        return events
 
-    # ---- calls
+    # ---- what is looked at
 
-    async def _process_call(self, process: Process, step: Step) -> object:
-        given = step.arguments
-        result: object = None
-        match step.call:
-            case "mmap":
-                result = self._label(given["as"], await self._mmap(process, step))
-            case "mremap":
-                result = self._label(given["as"], await self._mremap(process, step))
-            case "fork":
-                self._processes[given["as"]] = await process.fork()
-            case "exit":
-                result = await process.exit()
-            case "write":
-                result = await process.write(self._address(given["at"]), given["data"])
-            case _:
-                result = await self._range_call(process, step, self._span(given))
-        return result
-
-    async def _range_call(self, process: Process, step: Step, span: AddressRange) -> object:
-        given = step.arguments
-        match step.call:
-            case "munmap":
-                return await process.munmap(span.start, span.size_bytes)
-            case "mprotect":
-                return await process.mprotect(span.start, span.size_bytes, given["prot"])
-            case "madvise":
-                return await process.madvise(span.start, span.size_bytes, given["advice"])
-            case "read":
-                return await process.read(span.start, span.size_bytes)
-            case _:
-                return await process.touch(span.start, span.size_bytes, write=given["write"])
-
-    async def _mmap(self, process: Process, step: Step) -> Mapped:
-        given = step.arguments
-        file = self._files[given["file"]] if given["file"] else None
-        flags = given["flags"] or MapFlag.PRIVATE
-        flags |= MapFlag(0) if file else MapFlag.ANONYMOUS
-        address = self._address(given["at"]) if given["at"] else 0
-        return await process.mmap(
-            given["length"], given["prot"], flags, address=address, file=file, offset=given["offset"]
-        )
-
-    async def _mremap(self, process: Process, step: Step) -> Mapped:
-        span, to = self._span(step.arguments), step.arguments["to"]
-        flags = MremapFlag.MAYMOVE | (MremapFlag.FIXED if to else MremapFlag(0))
-        target = self._address(to) if to else 0
-        new_length = step.arguments["new_length"]
-        return await process.mremap(span.start, span.size_bytes, new_length, flags, new_address=target)
-
-    async def _driver_call(self, driven: _Driven, step: Step) -> object:
-        given = step.arguments
-        match step.call:
-            case "behave":
-                driven.driver.behave(Behaviour(given["on_update"], given["delay_s"]))
-            case "die":
-                await driven.client.close()
-            case "mirror":
-                process = self._processes[given["process"]]
-                mirror = await driven.device.mirror(process, driven.driver, policy=given["policy"])
-                driven.mirrors[given["process"]] = mirror
-            case _:
-                return await self._mirror_call(driven.mirrors[given["mirrors"] or next(iter(driven.mirrors))], step)
-        return None
-
-    async def _mirror_call(self, mirror: Mirror, step: Step) -> object:
-        given = step.arguments
-        match step.call:
-            case "unregister":
-                await mirror.unregister()
-            case "write":
-                await mirror.write([(self._address(given["at"]), len(given["data"]))], given["data"])
-            case "fault":
-                await mirror.fault(self._span(given).page_aligned(), write=given["write"], wait=given["wait"])
-            case _:
-                span = self._span(given)
-                return await mirror.read([(span.start, span.size_bytes)])
-        return None
-
-    async def _file_call(self, file: File, step: Step) -> object:
-        given = step.arguments
-        match step.call:
-            case "truncate":
-                return await file.truncate(given["size"])
-            case "punch":
-                return await file.punch(given["offset"], given["length"])
-            case _:
-                await file.write(given["offset"], given["data"])
-                return None
-
-    # ---- places
-
-    def _label(self, name: str | None, mapped: Mapped) -> Mapped:
-        if name:
-            self._labels[name] = AddressRange(mapped.address, page_up(mapped.address + mapped.length))
-        return mapped
-
-    def _address(self, place: str) -> int:
-        label, _, offset = (part.strip() for part in place.partition("+"))
-        start = self._labels[label].start if label in self._labels else int(label, 16)
-        return start + (int(offset, 0) if offset else 0)
-
-    def _span(self, given: Any) -> AddressRange:
-        start = self._address(given["at"])
-        if given["length"] is not None:
-            return AddressRange(start, start + given["length"])
-        label = given["at"].partition("+")[0].strip()
-        return AddressRange(start, max(start, self._labels[label].end) if label in self._labels else start + 1)
-
-    # ---- who owes an answer
+    async def _eventually(
+        self, step: Step, look: Callable[[Step], Awaitable[tuple[str, tuple[str, ...]]]]
+    ) -> tuple[str, tuple[str, ...]]:
+        until = time.monotonic() + min(EVENTUALLY_S, step.expectation.within_s)
+        while True:
+            found, wrong = await look(step)
+            if not wrong or time.monotonic() > until:
+                return found, wrong
+            await asyncio.sleep(POLL_S)
 
     async def _pending(self, step: Step) -> tuple[str, tuple[str, ...]]:
-        until = time.monotonic() + min(PENDING_S, step.expectation.within_s)
-        while True:
-            answer: inspection_pb2.GetPendingResponse = await self._client.channel.request(
-                self._client.inspection.GetPending, inspection_pb2.GetPendingRequest()
-            )
-            owing = {event.mirror_id for operation in answer.operations for event in operation.events}
-            found = self._names(tuple(owing))
-            words = " ".join(sorted(found)) or "nobody"
-            if found == step.drivers or time.monotonic() > until:
-                wrong = () if found == step.drivers else (f"an answer is owed by {words}",)
-                return f"{words} owes an answer", wrong
-            await asyncio.sleep(POLL_S)
+        answer: inspection_pb2.GetPendingResponse = await self._client.channel.request(
+            self._client.inspection.GetPending, inspection_pb2.GetPendingRequest()
+        )
+        processes = {process.id for process in self._actions.processes.values()}
+        mine = [one for one in answer.operations if not one.process_id or one.process_id in processes]
+        owing = self._names(tuple(event.mirror_id for operation in mine for event in operation.events))
+        names = [operation.name for operation in mine]
+        words = " ".join(sorted(owing)) or "nobody"
+        wrong = []
+        if owing != step.arguments["drivers"]:
+            wrong.append(f"an answer is owed by {words}")
+        if step.arguments["operations"] is not None and names != list(step.arguments["operations"]):
+            wrong.append(f"pending are {names} instead of {list(step.arguments['operations'])}")
+        return f"{words} owes an answer; pending: {' '.join(names) or 'nothing'}", tuple(wrong)
+
+    async def _counters(self, step: Step) -> tuple[str, tuple[str, ...]]:
+        mirror = self._actions.driven[step.subject].mirror(step.arguments["mirrors"])
+        answer: inspection_pb2.GetStatisticsResponse = await self._client.channel.request(
+            self._client.inspection.GetStatistics, inspection_pb2.GetStatisticsRequest()
+        )
+        mine = next((one for one in answer.mirrors if one.mirror_id == mirror.id), inspection_pb2.MirrorStatistics())
+        found = {name: getattr(mine, name) for name in step.expectation.counters}
+        wrong = [
+            f"{name} is {found[name]} instead of {count}"
+            for name, count in step.expectation.counters.items()
+            if found[name] != count
+        ]
+        return ", ".join(f"{name} {count}" for name, count in found.items()) or "nothing asked for", tuple(wrong)
 
 
 def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]]) -> tuple[str, ...]:
@@ -310,8 +224,10 @@ def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]
         wanted, got = getattr(expected, name), getattr(found, name)
         if wanted != got:
             wrong.append(f"{name} {got or 'none'} instead of {wanted or 'none'}")
-    if expected.data is not None and expected.data != found.data:
-        wrong.append(f"data {found.data!r} instead of {expected.data!r}")
+    for name in ("data", "entries"):
+        wanted, got = getattr(expected, name), getattr(found, name)
+        if wanted is not None and wanted != got:
+            wrong.append(f"{name} {got!r} instead of {wanted!r}")
     if expected.fenced != found.fenced:
         wrong.append(f"fenced {sorted(found.fenced)} instead of {sorted(expected.fenced)}")
     for name, wanted_events in expected.events.items():
@@ -323,5 +239,6 @@ def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]
 def _in_words(outcome: _Outcome, events: dict[str, list[str]]) -> str:
     parts = [outcome.error or outcome.signal or "done"]
     parts += [f"fenced {' '.join(sorted(outcome.fenced))}"] if outcome.fenced else []
+    parts += [f"{outcome.entries} entries"] if outcome.entries is not None else []
     parts += [f"{name} heard {' '.join(heard)}" for name, heard in events.items() if heard]
     return "; ".join(parts)

@@ -1,0 +1,234 @@
+"""What the steps of a scenario do: memory calls, what drivers do, holds, failures.
+
+**Invariants**: addresses are looked up when a step is taken, not before.
+
+**Absent**: waiting, expectations and what is looked at (`run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from hmm.mremap import MremapFlag
+from hmm.units import AddressRange, page_up
+from hmm.unmapped_area import MapFlag
+from hmm_client.client import Client
+from hmm_client.file import File
+from hmm_client.harness.holds import Harness, Hold
+from hmm_client.mirror import Mirror
+from hmm_client.process import Process
+from hmm_client.results import Mapped
+from hmm_client.scenario.driver import Driven
+from hmm_client.scenario.model import Step
+from hmm_proto.v1 import event_pb2
+
+
+class Actions:
+    """The things of a scenario, and what can be done with them.
+
+    Attributes:
+        processes, files, driven, holds: by name.
+        labels: ranges that were mapped, by name.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.processes: dict[str, Process] = {}
+        self.files: dict[str, File] = {}
+        self.driven: dict[str, Driven] = {}
+        self.holds: dict[str, Hold] = {}
+        self.labels: dict[str, AddressRange] = {}
+        self._harness = Harness(client)
+
+    def take(self, step: Step) -> Coroutine[Any, Any, object]:
+        """Do what a step says.
+
+        Returns: a result of `hmm_client`: Completed, bytes, a number, or None.
+
+        Raises:
+            HmmError: how the call ended.
+            HoldEndedError: a hold had ended before its time.
+        """
+        match step.kind:
+            case "process":
+                return self._process_call(self.processes[step.subject], step)
+            case "driver":
+                return self._driver_call(self.driven[step.subject], step)
+            case "file":
+                return self._file_call(self.files[step.subject], step)
+            case "fail":
+                return self._fail(step)
+            case _:
+                return self._hold_step(step)
+
+    # ---- processes
+
+    async def _process_call(self, process: Process, step: Step) -> object:
+        given = step.arguments
+        result: object = None
+        match step.call:
+            case "mmap":
+                result = self._label(given["as"], await self._mmap(process, step))
+            case "mremap":
+                result = self._label(given["as"], await self._mremap(process, step))
+            case "fork":
+                self.processes[given["as"]] = await process.fork()
+            case "exit":
+                result = await process.exit()
+            case "write":
+                result = await process.write(self._address(given["at"]), given["data"])
+            case _:
+                result = await self._range_call(process, step, self._span(given))
+        return result
+
+    async def _range_call(self, process: Process, step: Step, span: AddressRange) -> object:
+        given = step.arguments
+        match step.call:
+            case "munmap":
+                return await process.munmap(span.start, span.size_bytes)
+            case "mprotect":
+                return await process.mprotect(span.start, span.size_bytes, given["prot"])
+            case "madvise":
+                return await process.madvise(span.start, span.size_bytes, given["advice"])
+            case "read":
+                return await process.read(span.start, span.size_bytes)
+            case _:
+                return await process.touch(span.start, span.size_bytes, write=given["write"])
+
+    async def _mmap(self, process: Process, step: Step) -> Mapped:
+        given = step.arguments
+        file = self.files[given["file"]] if given["file"] else None
+        flags = given["flags"] or MapFlag.PRIVATE
+        flags |= MapFlag(0) if file else MapFlag.ANONYMOUS
+        address = self._address(given["at"]) if given["at"] else 0
+        return await process.mmap(
+            given["length"], given["prot"], flags, address=address, file=file, offset=given["offset"]
+        )
+
+    async def _mremap(self, process: Process, step: Step) -> Mapped:
+        span, to = self._span(step.arguments), step.arguments["to"]
+        flags = MremapFlag.MAYMOVE | (MremapFlag.FIXED if to else MremapFlag(0))
+        target = self._address(to) if to else 0
+        new_length = step.arguments["new_length"]
+        return await process.mremap(span.start, span.size_bytes, new_length, flags, new_address=target)
+
+    # ---- drivers
+
+    async def _driver_call(self, driven: Driven, step: Step) -> object:
+        given = step.arguments
+        match step.call:
+            case "mirror":
+                process = self.processes[given["process"]]
+                driven.mirrors[given["process"]] = await driven.device.mirror(
+                    process, driven.driver, policy=given["policy"], misbehaviour=driven.script
+                )
+            case "behave":
+                driven.behave(given["on_update"], given["on_fault"])
+                driven.driver.inside = given["inside"] or driven.driver.inside
+            case "held":
+                await driven.script.wait_held(given["count"])
+            case "release":
+                driven.script.release()
+            case "inside":
+                if (error := driven.driver.errors.pop(0)) is not None:
+                    raise error
+            case "read_on":
+                (await driven.client.session()).go_on_reading()
+            case "die":
+                (await driven.client.session()).drop()
+            case "leave":
+                await driven.client.close()
+            case _:
+                return await self._mirror_call(driven.mirror(given["mirrors"]), step)
+        return None
+
+    async def _mirror_call(self, mirror: Mirror, step: Step) -> object:
+        given = step.arguments
+        match step.call:
+            case "unregister":
+                await mirror.unregister()
+            case "answer":
+                for _ in range(given["times"]):
+                    answer = event_pb2.Answer(mirror_id=mirror.id, event_sequence=given["sequence"])
+                    mirror.session.answer(mirror.id, given["sequence"], answer)
+            case "write":
+                await mirror.write([(self._address(given["at"]), len(given["data"]))], given["data"])
+            case _:
+                return await self._mirror_range_call(mirror, step, self._span(given))
+        return None
+
+    async def _mirror_range_call(self, mirror: Mirror, step: Step, span: AddressRange) -> object:
+        given = step.arguments
+        match step.call:
+            case "fault":
+                faulted = await mirror.fault(span.page_aligned(), write=given["write"], wait=given["wait"])
+                return int((faulted.entries != 0).sum())
+            case "table":
+                return int(((await mirror.read_table(span.page_aligned())) != 0).sum())
+            case "dirty":
+                await mirror.dirty(span.page_aligned())
+            case "discard":
+                await mirror.discard(span.page_aligned())
+            case _:
+                return await mirror.read([(span.start, span.size_bytes)])
+        return None
+
+    # ---- files, holds, failures
+
+    async def _file_call(self, file: File, step: Step) -> object:
+        given = step.arguments
+        match step.call:
+            case "truncate":
+                return await file.truncate(given["size"])
+            case "punch":
+                return await file.punch(given["offset"], given["length"])
+            case _:
+                await file.write(given["offset"], given["data"])
+                return None
+
+    async def _hold_step(self, step: Step) -> None:
+        if step.kind == "hold":
+            await self._hold(step)
+        elif step.kind == "reached":
+            await self.holds[step.subject].reached()
+        else:
+            await self.holds[step.subject].release()
+
+    async def _hold(self, step: Step) -> None:
+        given = step.arguments
+        process, driver = given["process"], given["driver"]
+        hold = self._harness.hold(
+            given["point"],
+            given["operation"],
+            process=self.processes[process] if process else None,
+            mirror=self.driven[driver].mirror(process) if driver else None,
+            skip=given["skip"],
+        )
+        self.holds[step.subject] = await hold.__aenter__()
+
+    async def _fail(self, step: Step) -> None:
+        given = step.arguments
+        if step.subject == "allocation":
+            await self._harness.fail_allocation(given["nth"])
+        else:
+            driven = self.driven[given["driver"] or next(iter(self.driven))]
+            await self._harness.fail_dma_mapping(driven.device, given["nth"])
+
+    # ---- places
+
+    def _label(self, name: str | None, mapped: Mapped) -> Mapped:
+        if name:
+            self.labels[name] = AddressRange(mapped.address, page_up(mapped.address + mapped.length))
+        return mapped
+
+    def _address(self, place: str) -> int:
+        label, _, offset = (part.strip() for part in place.partition("+"))
+        start = self.labels[label].start if label in self.labels else int(label, 16)
+        return start + (int(offset, 0) if offset else 0)
+
+    def _span(self, given: Any) -> AddressRange:
+        start = self._address(given["at"])
+        if given["length"] is not None:
+            return AddressRange(start, start + given["length"])
+        label = given["at"].partition("+")[0].strip()
+        return AddressRange(start, max(start, self.labels[label].end) if label in self.labels else start + 1)

@@ -1,0 +1,132 @@
+"""A scenario as it was read: what it declares, its steps, and what is expected of each.
+
+**Invariants**: a scenario that was read names only what it has declared; a call has all its arguments.
+
+**Absent**: the file (`format.py`), and what comes of it (`run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hmm.receiver import DeadlinePolicy
+from hmm_client.harness.misbehaviour import Act
+from hmm_client.recordings.errors import InputError
+
+WITHIN_S = 30.0
+"""How long a step may take at most if it does not say."""
+
+
+class ScenarioError(InputError):
+    """A scenario that is not understood."""
+
+
+class Inside(Enum):
+    """What a driver does inside its callbacks, before it answers."""
+
+    NOTHING = "nothing"
+    FAULT = "fault"
+    FAULT_ELSEWHERE = "fault elsewhere"
+    MUNMAP = "munmap"
+
+
+@dataclass(frozen=True, slots=True)
+class DriverSpec:
+    """A driver and its device.
+
+    Attributes:
+        mirrors: the processes that it mirrors from the start.
+        policy: what happens when an answer is late.
+        on_update, on_fault: its acts, with events that take something back and with those of its own faults.
+        inside: what it does inside its callbacks.
+        dma: its table holds DMA addresses.
+    """
+
+    mirrors: tuple[str, ...]
+    policy: DeadlinePolicy
+    on_update: tuple[Act, ...]
+    on_fault: tuple[Act, ...]
+    inside: Inside
+    dma: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What must come of a step.
+
+    Attributes:
+        error: name of the errno that it ends with; "" for success.
+        signal: that a CPU gets, by its si_code; "" for none.
+        data: that is read; None: any.
+        entries: valid entries that `table` finds, or pages that a fault brought in; None: any.
+        fenced: drivers whose mirrors are lost by it.
+        events: what drivers hear from its start to its end, in order; faults are left out unless one is named, and
+            drivers that are not named may hear anything.
+        counters: of the driver's mirror, by the names of MirrorStatistics.
+        within_s: how long it may take.
+    """
+
+    error: str = ""
+    signal: str = ""
+    data: bytes | None = None
+    entries: int | None = None
+    fenced: frozenset[str] = frozenset()
+    events: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+    within_s: float = WITHIN_S
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step.
+
+    Attributes:
+        line: of its `[[steps]]`.
+        kind: process, driver, file, wait, pending, hold, reached, release or fail.
+        subject: name of the process, driver, file, background step or hold, or what fails.
+        call: what a process, driver or file does; "" for other kinds.
+        background: the name by which a later step waits for it; "" for a step that is waited for at once.
+        note: what it is there for, in words.
+    """
+
+    line: int
+    kind: str
+    subject: str
+    call: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    background: str = ""
+    note: str = ""
+    expectation: Expectation = field(default_factory=Expectation)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, ("" if self.call else self.kind, self.subject, self.call)))
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A scenario that makes sense.
+
+    Attributes:
+        title: what happens in it, as a sentence.
+        rule: the rule that it shows, in words; "" for none.
+        settings: of the daemon, by name.
+        files: size in bytes by name.
+    """
+
+    path: Path
+    title: str
+    rule: str
+    settings: Mapping[str, object]
+    processes: tuple[str, ...]
+    files: Mapping[str, int]
+    drivers: Mapping[str, DriverSpec]
+    steps: tuple[Step, ...]
+
+    @property
+    def name(self) -> str:
+        """By which it is run when it is of the library."""
+        return self.path.stem
