@@ -30,7 +30,7 @@ from hmm.events import Cause
 from hmm.fault import RESOLVERS, bring_in
 from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag
-from hmm.huge_split import folio_places, huge_blocks, split_pmds
+from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places
@@ -132,8 +132,14 @@ def give_back(space: AddressSpace, addresses: Entries) -> Operation[None]:
 
 
 def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[AddressRange]:
-    """Bring pages in for writing, as get_user_pages_remote(FOLL_WRITE).  Returns: the part that is in."""
+    """Bring pages in for writing, as get_user_pages_remote(FOLL_WRITE | FOLL_SPLIT_PMD).
+
+    Huge pages are split before anybody looks whether they could become writable as they are.
+
+    Returns: the part that is in, by small pages.
+    """
     end = _writable_end(space, span)
+    yield from split_pmds(space, huge_blocks(space, AddressRange(span.start, end)))
     stop = yield from bring_in(space, AddressRange(span.start, end), write=True)
     done = end if stop is None else stop.address
     if done > span.start:
@@ -204,7 +210,7 @@ def _take(
             yield from _tell_relatives(space, pages, pfns, owner)
             heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
             for at in heads:
-                yield from _tell_of_folio(space, int(pages[at]), owner, initiator)
+                yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
             entries = space.table.lookup(addresses)
             ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
             if not ours.all() or cpu_pte.is_huge(entries).any():
@@ -218,17 +224,15 @@ def _take(
         space.frames.put(pfns)
 
 
-def _folio_places(space: AddressSpace, page: int) -> list[Places]:
+def _folio_places(space: AddressSpace, page: int, head: Pfn) -> list[Places]:
     vma = space.vmas.find(page << PAGE_SHIFT)
-    if vma is None:  # unmapped meanwhile
-        return []
-    relatives = [space.relatives[number] for number in sorted(space.relatives)]
-    return list(folio_places(relatives, vma, page + vma.mapping.delta))
+    # It may have been unmapped meanwhile.
+    return [] if vma is None else folio_places(space, vma, head, page + vma.mapping.delta)
 
 
-def _tell_of_folio(space: AddressSpace, page: int, owner: DeviceId, initiator: MirrorId) -> Operation[None]:
+def _tell_of_folio(space: AddressSpace, page: int, head: Pfn, owner: DeviceId, initiator: MirrorId) -> Operation[None]:
     """As page_make_device_exclusive_one() does of a large folio: from its first page in each VMA on, 2 MiB."""
-    for place in _folio_places(space, page):
+    for place in _folio_places(space, page, head):
         start = int(place.addresses[0])
         span = AddressRange(start, min(place.vma.end, start + PMD_SIZE))
         notifier = place.space.notifier
@@ -241,13 +245,11 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
 
     Returns: whether nothing of it is mapped any more.
     """
-    frames, run = space.frames, np.arange(head, head + PMD_PAGES)
-    taken = 0
-    for place in _folio_places(space, page):
-        entries = place.space.table.lookup(place.addresses)
-        ours = cpu_pte.holds_frame(entries) & (cpu_pte.cpu_pfn(entries) == run[place.pages])
-        before = ours & cpu_pte.is_device_exclusive(entries)
-        now = ours & ~before
+    frames, taken = space.frames, 0
+    for place in _folio_places(space, page, head):
+        entries, own = ours(place, head)
+        before = own & cpu_pte.is_device_exclusive(entries)
+        now = own & ~before
         if before.any():
             now[int(before.argmax()) :] = False
         place.space.table.store(place.addresses[now], (entries[now] & ~_PRESENT) | _EXCLUSIVE)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.events import Cause
-from hmm.frames import ZERO_PFN, PageFlag
+from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.large_folio import can_split, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places
@@ -43,7 +43,7 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "split_folio", "split_pmds"]
+__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds"]
 
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 _PUD_SIZE = 1 << 30
@@ -116,14 +116,30 @@ def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
 # ---- folios
 
 
-def folio_places(spaces: Iterable[AddressSpace], vma: Vma, index: int) -> Iterator[Places]:
-    """Where the folio whose first page has the page offset `index` could be mapped.
+def folio_places(space: AddressSpace, vma: Vma, head: Pfn, index: int) -> list[Places]:
+    """Where a folio could be mapped, oldest address space first, up to the last place where it is.
 
     Args:
-        spaces: relatives of the space that it was met in.
-        vma: where it was met.
+        space, vma: where it was met.
+        index: page offset of its first page.
+
+    Source: Linux mm/rmap.c, rmap_walk_anon() that ends when folio_not_mapped().
     """
-    return anonymous_places(spaces, np.arange(index, index + PMD_PAGES), vma.backing)
+    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    pfns = np.arange(head, head + PMD_PAGES)
+    places = list(anonymous_places(relatives, np.arange(index, index + PMD_PAGES), vma.backing))
+    places = [place for place in places if place.space.may_map(pfns[place.pages]).any()]
+    while places and not ours(places[-1], head)[1].any():
+        places.pop()
+    return places
+
+
+def ours(place: Places, head: Pfn) -> tuple[Entries, npt.NDArray[np.bool_]]:
+    """The entries of one place, and bool[n], which of them name a page of the folio."""
+    entries = place.space.table.lookup(place.addresses)
+    pfns = np.arange(head, head + PMD_PAGES)[place.pages]
+    naming: npt.NDArray[np.bool_] = cpu_pte.holds_frame(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
+    return entries, naming
 
 
 def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bool]:
@@ -138,49 +154,53 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
     frames = space.frames
     pfn = cpu_pte.cpu_pfn(space.table.get(address))
     head = pfn // PMD_PAGES * PMD_PAGES
-    if not can_split(frames, head):
-        return False
     index = vma.page_offset(address) - (pfn - head)
-    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    places = folio_places(space, vma, head, index)
+    if not _can_split(frames, places, head):
+        return False
     with ExitStack() as brackets:
-        for relative, spans in _concerned(relatives, vma, index, head):
+        for relative, spans in _concerned(places):
             yield from brackets.enter_context(relative.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT)).deliver()
-        if not can_split(frames, head):
+        places = folio_places(space, vma, head, index)
+        if not _can_split(frames, places, head):
             return False
         pfns = members(frames, head)
-        zero = frames.are_zero(pfns)
-        gone = [(place.space, _remap(place, pfns, zero)) for place in folio_places(relatives, vma, index)]
+        zero = np.zeros(PMD_PAGES, np.bool_)
+        zero[pfns - head] = frames.are_zero(pfns)
+        gone = [(place.space, _remap(place, head, zero)) for place in places]
         frames.clear_flags(pfns, PageFlag.COMPOUND)
         for one, entries in gone:
             one.drop(entries)
     return True
 
 
-def _concerned(
-    relatives: list[AddressSpace], vma: Vma, index: int, head: Pfn
-) -> list[tuple[AddressSpace, tuple[AddressRange, ...]]]:
+def _can_split(frames: Frames, places: list[Places], head: Pfn) -> bool:
+    # What a device has to itself is referenced and not mapped.
+    if not can_split(frames, head):
+        return False
+    return not any(
+        (cpu_pte.is_device_exclusive(entries) & own).any() for entries, own in (ours(p, head) for p in places)
+    )
+
+
+def _concerned(places: list[Places]) -> list[tuple[AddressSpace, tuple[AddressRange, ...]]]:
     """Whom try_to_migrate() tells of what: every VMA where the folio could be, and the block that its start lies in."""
     told: dict[int, tuple[AddressSpace, list[Pfns]]] = {}
-    for place in folio_places(relatives, vma, index):
-        pfns = np.arange(head, head + PMD_PAGES)[place.pages]
-        if not place.space.may_map(pfns).any():
-            continue
+    for place in places:
         pages = (place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
         block = np.arange(PMD_PAGES) + (int(pages[0]) & -PMD_PAGES)
         told.setdefault(place.space.id, (place.space, []))[1].extend((pages, block))
     return [(one, spans_of_pages(np.unique(np.concatenate(parts)))) for one, parts in told.values()]
 
 
-def _remap(place: Places, pfns: Pfns, zero: npt.NDArray[np.bool_]) -> Entries:
+def _remap(place: Places, head: Pfn, zero: npt.NDArray[np.bool_]) -> Entries:
     """remap_page() for one VMA.  Returns: entries that became the zero page, whose frames are to be let go of."""
-    table = place.space.table
-    entries = table.lookup(place.addresses)
-    ours = cpu_pte.holds_frame(entries) & np.isin(cpu_pte.cpu_pfn(entries), pfns)
-    addresses, entries = place.addresses[ours], entries[ours]
+    entries, own = ours(place, head)
+    addresses, entries = place.addresses[own], entries[own]
     small = entries & _NOT_HUGE
-    empty = zero[np.searchsorted(pfns, cpu_pte.cpu_pfn(entries))]
+    empty = zero[cpu_pte.cpu_pfn(entries) - head]
     if place.vma.has(VmFlag.LOCKED):
         empty[:] = False
     small[empty] = _ZERO_PAGE
-    table.store(addresses, small)
+    place.space.table.store(addresses, small)
     return entries[empty]

@@ -7,15 +7,15 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     discard    DONTNEED FREE: one event for the call, then the entries go or become clean
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
+    collapse   COLLAPSE makes huge pages of small ones
     reclaim    WILLNEED brings in what is in swap, PAGEOUT puts out, COLD makes pages the next to go; all need swap
-    hints      COLLAPSE is accepted where the kernel accepts it, and does nothing
 
 **Source**: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
 (hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: page merging, which a hint speaks of; collapsing; memory failure injection, which needs
+**Absent**: page merging, which a hint speaks of; memory failure injection, which needs
 privileges (EPERM); the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.
@@ -31,6 +31,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.collapse import collapse
 from hmm.errors import (
     EHWPOISON,
     AccessDeniedError,
@@ -118,7 +119,6 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
     Advice.FREE: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or not vma.mapping.anonymous,
     Advice.COLD: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
     Advice.PAGEOUT: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
-    Advice.COLLAPSE: lambda vma: vma.mapping.special or vma.has(VmFlag.NOHUGEPAGE),
 }
 """The VMAs that may not get an advice (EINVAL)."""
 
@@ -148,6 +148,7 @@ def madvise(
         RangeBusyError: too many VMAs (EAGAIN).
         OutOfFramesError: POPULATE found no frame (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
+        COLLAPSE: as `collapse`.
 
     Cost: O(VMAs + directories + entries), vectorised.
     """
@@ -168,6 +169,8 @@ def madvise(
             raise AccessDeniedError(f"madvise: {known.name} needs privileges", errnos.EPERM)
         case Advice.REMOVE:
             yield from _remove(space, span)
+        case Advice.COLLAPSE:
+            yield from _collapse(space, span)
         case _:
             with space.notifier.turn() as turn:
                 yield from turn.wait()
@@ -189,7 +192,7 @@ def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Rec
             reclaim.deactivate(space, [piece.span for piece in pieces])
         case Advice.PAGEOUT if reclaim:
             yield from reclaim.page_out(space, [piece.span for piece in pieces])
-        case Advice.COLD | Advice.PAGEOUT | Advice.COLLAPSE:
+        case Advice.COLD | Advice.PAGEOUT:
             pass
         case _:
             yield from _change_flags(space, pieces, advice)
@@ -325,6 +328,25 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
         length = min(piece.end - piece.start, FILE_SIZE_MAX - offset)
         if length > 0:
             yield from punch(file, offset, length)
+        at = piece.end
+    if hole is not None:
+        raise _no_mapping(hole)
+
+
+def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """MADV_COLLAPSE: without a turn, as pages may have to be brought in; mappings of files stay as they are."""
+    at, hole = span.start, None
+    while at < span.end:
+        vma = space.vmas.find_next(at)
+        if vma is None or vma.start > at:
+            hole = at if hole is None else hole
+            if vma is None or vma.start >= span.end:
+                break
+        piece = vma.clip(at, span.end)
+        if piece.backing is None:
+            yield from collapse(space, piece)
+        elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE):
+            raise InvalidRequestError(f"madvise: {piece} does not take COLLAPSE", address=piece.start)
         at = piece.end
     if hole is not None:
         raise _no_mapping(hole)

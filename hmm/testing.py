@@ -354,7 +354,7 @@ def _mremap(town: Town) -> Call | None:
 def _madvise(town: Town) -> Call | None:
     process, span = town.process(), town.span()
     advice = [Advice.DONTNEED, Advice.DONTNEED, Advice.FREE, Advice.REMOVE, Advice.DONTFORK, Advice.WIPEONFORK]
-    advice += [Advice.HUGEPAGE, Advice.NOHUGEPAGE] if town.thp else []
+    advice += [Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.COLLAPSE, Advice.COLLAPSE] if town.thp else []
     chosen = advice[town.choose(len(advice))]
     return None if process is None else Call(commands_process.madvise, (process, span.start, span.size_bytes, chosen))
 

@@ -169,7 +169,6 @@ def test_madvise_applies_to_all_mapped_parts_when_there_are_holes(world: Any, sp
         (Advice.DONTNEED, VmFlag.PFNMAP),
         (Advice.DONTNEED_LOCKED, VmFlag.PFNMAP),
         (Advice.FREE, VmFlag.NONE),
-        (Advice.COLLAPSE, VmFlag.NOHUGEPAGE),
     ],
 )
 def test_madvise_stops_when_a_mapping_does_not_take_the_advice(
@@ -200,7 +199,7 @@ def test_madvise_fails_when_there_are_too_many_vmas(world: Any) -> None:
     advise(world, space, 0, 3, Advice.DONTFORK)
 
 
-@pytest.mark.parametrize("advice", [Advice.WILLNEED, Advice.COLD, Advice.PAGEOUT, Advice.COLLAPSE])
+@pytest.mark.parametrize("advice", [Advice.WILLNEED, Advice.COLD, Advice.PAGEOUT])
 def test_madvise_accepts_hints(world: Any, space: AddressSpace, advice: Advice) -> None:
     """They change nothing, and nobody hears of them; a hole is ENOMEM."""
     world.map(space, 2)

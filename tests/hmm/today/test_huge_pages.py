@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.address_space import AddressSpace, Thp
+from hmm.errors import HmmError
 from hmm.events import Cause, Event, EventType, Reason
 from hmm.frames import PageFlag
 from hmm.madvise import Advice
@@ -472,3 +474,88 @@ def test_exclusive_pages_of_a_folio_are_given_back_together(bench: Any) -> None:
     bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
     assert bench.call(commands_hmm.give_back_exclusive, bench.mirror) == BLOCK
     assert shown(bench) == "w512 .512"
+
+
+def test_exclusive_access_copies_a_page_of_a_huge_one_that_was_shared(bench: Any) -> None:
+    """The block is split before anybody looks whether all of it could be had: small pages can be taken."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.call(commands_process.exit_process, child)
+    assert bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(10, 2)).all()
+    assert shown(bench) == "r10 x2 r500 .512"
+
+
+def test_free_leaves_a_folio_alone_when_a_device_holds_some_of_it(bench: Any) -> None:
+    """can_split_folio(): what is exclusive is referenced and not mapped."""
+    bench.write(0, b"x")
+    bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+    bench.read(5, 1)
+    advise(bench, 5, 1, Advice.FREE)
+    assert shown(bench) == "x5 w1 x506 .512"
+    assert cpu_pte.is_dirty(bench.entry(5))
+
+
+# ---- collapsed
+
+
+def small(bench: Any) -> None:
+    """A block with small pages: two written, one of them on the device, one read."""
+    protect(bench, 0, 1, Prot.READ)
+    advise(bench, 0, BLOCK, Advice.NOHUGEPAGE)
+    protect(bench, 0, 1, RW)
+    bench.write(3, b"a")
+    bench.write(4, b"b")
+    bench.read(9, 1)
+    bench.to_device(4, 1)
+    advise(bench, 0, BLOCK, Advice.HUGEPAGE)
+    bench.heard.events.clear()
+
+
+def test_collapse_makes_one_huge_page_of_what_is_there(bench: Any) -> None:
+    """collapse_huge_page(): what is elsewhere comes back first, holes become zeroes, mirrors hear of the block."""
+    small(bench)
+    assert shown(bench, BLOCK) == ".3 w1 d1 .4 z1 .502"
+    advise(bench, 0, BLOCK, Advice.COLLAPSE)
+    assert shown(bench) == "W512 .512"
+    assert (bench.read(3, 1), bench.read(4, 1), bench.read(9, 1)) == (b"a", b"b", b"\0")
+    assert heard(bench)[-1] == (Cause.COLLAPSE, [(0, 512)])
+    assert bench.used == 0
+    advise(bench, 0, BLOCK, Advice.COLLAPSE)  # SCAN_PMD_MAPPED
+
+
+def test_collapse_gives_a_child_a_huge_page_of_its_own(bench: Any) -> None:
+    """Pages that the parent shares are copied; a block without a writable page stays as it is."""
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(7, b"c", child)
+    span = bench.span(0, BLOCK)
+    bench.call(commands_process.madvise, child, span.start, span.size_bytes, Advice.COLLAPSE)
+    assert shown(bench, process=child) == "W512 .512"
+    assert (bench.read(0, 1, child), bench.read(7, 1, child), bench.read(7, 1)) == (b"x", b"c", b"\0")
+    assert shown(bench) == "R512 .512"
+
+
+def refused(bench: Any, at: int, npages: int) -> int | None:
+    """The errno of MADV_COLLAPSE, which has changed nothing."""
+    before = shown(bench)
+    with pytest.raises(HmmError) as raised:
+        advise(bench, at, npages, Advice.COLLAPSE)
+    assert shown(bench) == before
+    return raised.value.errno
+
+
+def test_collapse_is_refused_where_no_huge_page_can_come(bench: Any) -> None:
+    """madvise_collapse_errno(): an untouched VMA or block, a part of a block, pages that nobody may write."""
+    assert refused(bench, 0, BLOCK) == errno.EINVAL
+    small(bench)
+    assert refused(bench, BLOCK, BLOCK) == errno.EINVAL
+    assert refused(bench, 1, 8) == errno.EINVAL
+    protect(bench, 0, BLOCK, Prot.READ)
+    assert refused(bench, 0, BLOCK) == errno.EINVAL
+
+
+def test_collapse_may_be_tried_again_when_a_page_is_pinned(bench: Any) -> None:
+    """is_refcount_suitable()."""
+    small(bench)
+    bench.call(commands_process.pin, bench.process, bench.span(3), write=True)
+    assert refused(bench, 0, BLOCK) == errno.EAGAIN

@@ -1,0 +1,154 @@
+"""Collapsing: the small pages of a block become one huge page, by request (MADV_COLLAPSE).
+
+Pages that are elsewhere are brought in, holes and zero pages become zeroes, pages that others share are copied: the
+huge page is its process's own.  A block that cannot be collapsed is passed over, and told in the end.
+
+**Source**: Linux mm/khugepaged.c (madvise_collapse(), hpage_collapse_scan_pmd(), collapse_huge_page()), 6.12.
+
+**Invariants**: mirrors have heard of a block before its pages are replaced.
+
+**Absent**: khugepaged, which does it unasked; huge pages of files.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import HmmError, InvalidRequestError, OutOfFramesError, RangeBusyError
+from hmm.events import Cause
+from hmm.fault import bring_in
+from hmm.fault_pages import ANON_PAGE, WRITTEN
+from hmm.frames import PageFlag
+from hmm.large_folio import heads_of, members
+from hmm.operation import Operation
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries
+from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
+from hmm.zone_device import owners
+
+__all__ = ["collapse"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a block cannot be collapsed, and whether others are tried after it: enum scan_result."""
+
+    errno: int
+    why: str
+    ends: bool = False
+
+
+def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
+    """Collapse the blocks that lie in a part of one VMA.
+
+    Raises:
+        InvalidRequestError: the VMA cannot have huge pages or never had a page, or a block has no page table, no page
+            that may be written, or pages that are no memory of its own (EINVAL).
+        OutOfFramesError: no run of frames is free (ENOMEM); the blocks before it are collapsed.
+        RangeBusyError: somebody else refers to a page (EAGAIN); all other blocks are collapsed.
+        TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
+
+    Cost: O(blocks), and the copying.
+    """
+    first, end = -(-vma.start & PMD_MASK), vma.end & PMD_MASK
+    if not _allowed(space.vmas.find(vma.start)) or end < first:
+        raise InvalidRequestError(f"collapse: no huge page can come in {vma}", address=vma.start)
+    failed: tuple[AddressRange, _Failure] | None = None
+    for start in range(first, end, PMD_SIZE):
+        block = AddressRange(start, start + PMD_SIZE)
+        failure = yield from _collapse(space, block)
+        if failure is not None:
+            failed = (block, failure)
+            if failure.ends:
+                break
+    if failed is not None:
+        raise _error(*failed)
+
+
+def _error(block: AddressRange, failure: _Failure) -> HmmError:
+    message = f"collapse: {block}: {failure.why}"
+    match failure.errno:
+        case errnos.ENOMEM:
+            return OutOfFramesError(message, address=block.start)
+        case errnos.EAGAIN:
+            return RangeBusyError(message, errnos.EAGAIN, address=block.start)
+    return InvalidRequestError(message, address=block.start)
+
+
+def _allowed(vma: Vma | None) -> bool:
+    """thp_vma_allowable_order(), whatever the setting for first touches is."""
+    if vma is None or vma.backing is not None or not vma.anon_vma or vma.has(VmFlag.NOHUGEPAGE | SPECIAL_FLAGS):
+        return False
+    return vma.end - PMD_SIZE & PMD_MASK >= vma.start
+
+
+def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | None]:
+    entries = space.table.read(block.start, block.end)
+    if cpu_pte.is_huge(entries).any():
+        return None
+    failure = _scan(space, block, entries)
+    if failure is not None:
+        return failure
+    away = np.flatnonzero((entries != 0) & ~cpu_pte.is_present(entries))
+    if away.size:
+        addresses = np.uint64(block.start) + away.astype(np.uint64) * np.uint64(PAGE_SIZE)
+        stop = yield from bring_in(space, addresses, write=False)
+        if stop is not None:
+            return _Failure(errnos.EINVAL, f"{stop.address:#x} cannot be brought in", ends=True)
+    with space.notifier.turn() as turn:
+        yield from turn.wait()
+        turn.hold(block)
+        with space.notifier.invalidation((block,), Cause.COLLAPSE) as bracket:
+            yield from bracket.deliver()
+            return _replace(space, block)
+
+
+def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failure | None:
+    """hpage_collapse_scan_pmd(): what is in the way."""
+    vma, frames = space.vmas.find(block.start), space.frames
+    if vma is None or block.end > vma.end or not _allowed(vma):
+        return _Failure(errnos.EINVAL, "no VMA that may have huge pages covers it", ends=True)
+    if not entries.any() and block.start >> PMD_SHIFT not in space.tables:
+        return _Failure(errnos.EINVAL, "there is no page table", ends=True)
+    here = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
+    pfns = cpu_pte.cpu_pfn(here)
+    if owners(frames, pfns).any():
+        return _Failure(errnos.EINVAL, "pages are in a device's memory")
+    alike = np.concatenate([pfns, *(members(frames, head) for head in heads_of(frames, pfns))])
+    if (frames.refcount[alike] != frames.mapcount[alike] + (frames.private[alike] != 0)).any():
+        return _Failure(errnos.EAGAIN, "somebody refers to a page")
+    if not cpu_pte.is_writable(here).any():
+        return _Failure(errnos.EINVAL, "no page may be written")
+    assert frames.all_have(pfns, PageFlag.ANON), f"{block} has pages that are not private"
+    return None
+
+
+def _replace(space: AddressSpace, block: AddressRange) -> _Failure | None:
+    """collapse_huge_page() from where mirrors have been told."""
+    frames = space.frames
+    entries = space.table.read(block.start, block.end)
+    if cpu_pte.is_huge(entries).any():
+        return None
+    failure = _scan(space, block, entries)
+    if failure is not None:
+        return failure
+    if ((entries != 0) & ~cpu_pte.is_present(entries)).any():
+        return _Failure(errnos.EINVAL, "a page went elsewhere meanwhile")
+    pfns = frames.allocate_huge(ANON_PAGE)
+    if pfns is None:
+        return _Failure(errnos.ENOMEM, "no run of frames is free", ends=True)
+    framed = np.flatnonzero((entries != 0) & ~cpu_pte.is_special(entries))
+    frames.copy(pfns[framed], cpu_pte.cpu_pfn(entries[framed]))
+    vma = space.vmas.find(block.start)
+    assert vma is not None
+    flags = WRITTEN if vma.writable else WRITTEN & ~cpu_pte.WRITE
+    space.table.fill(block.start, block.end, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
+    space.claim(pfns)
+    space.huge = True
+    space.tables.discard(block.start >> PMD_SHIFT)
+    space.drop(entries[entries != 0])
+    return None
