@@ -65,6 +65,7 @@ demo: install-runtime ## Replay a real program's memory calls with devices attac
 test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
 	$(call need,command -v strace,strace)
 	$(call need,command -v npm,nodejs npm)
+	$(call need,command -v promtool,prometheus)
 	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # --- What a developer runs

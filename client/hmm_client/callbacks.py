@@ -146,15 +146,14 @@ class Callbacks:
         try:
             result = self._call(event)
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is its answer
+            self.heard = event.sequence
             self._finish(event, _refusal(event, error))
             return
-        if result is None and not event.wants_answer:
-            self._finish(event, None)
-        elif inspect.isawaitable(result):
+        if result is not None and inspect.isawaitable(result):
             self._start_task(event, result)
-        else:
-            self.heard = event.sequence
-            self._finish(event, _answer(event, result))
+            return
+        self.heard = event.sequence
+        self._finish(event, None if result is None and not event.wants_answer else _answer(event, result))
 
     def _call(self, event: Event) -> Any:
         if event.type is EventType.RELEASE:

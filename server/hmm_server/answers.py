@@ -8,6 +8,7 @@ the mirror lives; what an answer has to say is never covered by a plain one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TypeAlias
 
 from hmm.errors import HmmError
 from hmm.machine import Machine
-from hmm.receiver import MirrorState
+from hmm.receiver import MirrorState, Receiver
 from hmm.sanitizer import EVENTS_KEPT
 from hmm.units import AddressRange, DeviceId, MirrorId
 from hmm_proto import convert
@@ -23,6 +24,10 @@ from hmm_proto.v1 import event_pb2
 from hmm_server.mailbox import Mailbox, Posting
 
 LATENCIES_KEPT = 1024
+LATENCY_BOUNDS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds of the buckets that latencies are counted in, seconds."""
 
 Spans = tuple[AddressRange, ...]
 Plain: TypeAlias = "list[tuple[ServedMirror, int]]"
@@ -33,14 +38,17 @@ class ServedMirror:
     """One mirror as its stream sees it.
 
     Attributes:
+        receiver: the mirror itself.
         sent_up_to: the last event that left for it.
         outstanding: events that left and are not answered, by sequence.
         latencies_s: from sending to answering, of the last events.
+        latency_buckets: answers by latency: one for each of LATENCY_BOUNDS_S, and one for all beyond.
         answered_ns: when the last events were answered, nanoseconds since 1970, by sequence.
     """
 
     id: MirrorId
     stream: Stream
+    receiver: Receiver
     sent_up_to: int = 0
     outstanding: dict[int, Posting] = field(default_factory=dict)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
@@ -52,6 +60,7 @@ class ServedMirror:
     pages: int = 0
     events_by_reason: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
+    latency_buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
     answered_ns: dict[int, int] = field(default_factory=dict)
 
     def note_sent(self, sequence: int, posting: Posting, nranges: int, npages: int, reason: str) -> None:
@@ -69,6 +78,7 @@ class ServedMirror:
         if len(self.answered_ns) >= EVENTS_KEPT:
             del self.answered_ns[next(iter(self.answered_ns))]
         self.answered_ns[sequence] = now_ns
+        self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.latencies_s.append(seconds)
         self.latency_count += 1
         self.latency_sum_s += seconds
@@ -98,6 +108,11 @@ class Stream:
     devices: list[DeviceId] = field(default_factory=list)
     pins: list[int] = field(default_factory=list)
     open: bool = True
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Who it is, as `extra` of a log call."""
+        return {"driver": self.name, "pid": self.pid}
 
     def __str__(self) -> str:
         return f"stream {self.epoch} ({self.name or 'unnamed'}, pid {self.pid})"

@@ -101,6 +101,9 @@ class Config:
     cpu: int = _setting(-1, "run on this CPU only; -1: on any", at_least=-1)
     harness: bool = _setting(False, "serve HarnessService: holds and injected failures, for tests")
     reflection: bool = _setting(True, "serve gRPC reflection")
+    metrics: str = _setting(
+        "", "serve metrics for Prometheus over HTTP at PORT (of 127.0.0.1), HOST:PORT or unix:PATH; default: nowhere"
+    )
     log_level: str = _setting("info", "debug, info, warning or error")
     log_format: str = _setting("text", "text or json")
 

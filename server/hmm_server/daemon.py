@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class Daemon:
     Attributes:
         targets: what clients connect to, once it serves.
         health_target: where health checks are answered in plain text, if they are.
+        metrics_place: where metrics are served, if they are.
     """
 
     def __init__(self, config: Config) -> None:
@@ -108,6 +109,7 @@ class Daemon:
         self.guard = Guard(Tokens(config.token_file))
         self.targets: list[str] = []
         self.health_target = ""
+        self.metrics_place = ""
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self.guard],
@@ -160,9 +162,21 @@ class Daemon:
                 await self._server.start()
                 log.info("serving %s", " and ".join(self.targets))
                 try:
-                    yield self
+                    with self._serving_metrics():
+                        yield self
                 finally:
                     await self.drain()
+
+    @contextmanager
+    def _serving_metrics(self) -> Iterator[None]:
+        if not self.config.metrics:
+            yield
+            return
+        from hmm_server.metrics import serving_metrics  # noqa: PLC0415 - loaded only when served
+
+        with serving_metrics(self.config.metrics, self.streams) as self.metrics_place:
+            log.info("metrics at %s", self.metrics_place)
+            yield
 
     @asynccontextmanager
     async def _serving_health(self) -> AsyncIterator[None]:

@@ -28,6 +28,7 @@ from hmm.operation import Await, Deliver, Pause, WaitFor
 from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, MirrorId, SpaceId
 from hmm_server.holds import Hold, Holds, Point
+from hmm_server.logs import about
 from hmm_server.operation_log import Ended, OperationLog
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ class Executor:
             return
         unanswered = list(mirror.unanswered)
         self.machine.fence(mirror_id, why)
-        log.debug("%s is lost: %s", mirror, why)
+        log.info("%s is lost: %s", mirror, why, extra=about(mirror=mirror))
         assert self.router is not None
         self.router.settled(mirror_id, unanswered, EventState.FENCED)
         self.router.lost(mirror_id, why)
@@ -288,10 +289,12 @@ class Executor:
             log.error(
                 *("operation %d (%s) hit a bug", record.id, record.name),
                 exc_info=record.error,
-                extra={"operation_id": record.id},
+                extra=about(record),
             )
         ended = Ended.of(record, time.monotonic() - started_s)
         self.operations.add(ended)
+        if log.isEnabledFor(logging.DEBUG):
+            _tell(record, ended)
         assert self.router is not None
         self.router.ended(ended)
         then(record)
@@ -311,7 +314,7 @@ class Executor:
             return
         if hold.reached.done():
             record = hold.reached.result()
-            log.debug("operation %d (%s) is let go: %s", record.id, record.name, why)
+            log.debug("operation %d (%s) is let go: %s", record.id, record.name, why, extra=about(record))
             if record.done and record.id in self.running:
                 self._leave(record)
         withheld = [delivery for delivery in hold.withheld if delivery.operation_id in self.machine.operations]
@@ -359,7 +362,7 @@ class Executor:
         log.warning(
             "operation %d (%s): %s did not answer event %d within %g s",
             *(record.id, record.name, mirror, sequence, self.acknowledgement_s),
-            extra={"operation_id": record.id},
+            extra=about(record, mirror),
         )
         if mirror.policy is DeadlinePolicy.FENCE:
             self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s")
@@ -388,6 +391,17 @@ class Executor:
         for mirror in list(self.machine.receivers.values()):
             if mirror.unanswered:
                 self.fence(mirror.id, "the daemon is ending")
+
+
+def _tell(record: OperationRecord[Any], ended: Ended) -> None:
+    milliseconds = round(ended.duration_s * 1e3, 3)
+    how = {"errno": ended.error.errno if ended.error else 0, "reason": ended.reason, "duration_ms": milliseconds}
+    log.debug(
+        "operation %d (%s) by %s: %s after %.3f ms",
+        *(record.id, record.name, record.caller.name or "unnamed", ended.error or ended.reason or "done"),
+        milliseconds,
+        extra=about(record) | how,
+    )
 
 
 def resolve(ended: asyncio.Future[None]) -> None:

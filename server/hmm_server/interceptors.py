@@ -100,8 +100,11 @@ class Guard(grpc.aio.ServerInterceptor):
         self._active += 1
         self._quiet.clear()
         status: status_pb2.Status | None = None
+        fields: dict[str, object] = {}
         try:
-            self._tokens.require(caller_from(context.invocation_metadata()))
+            caller = caller_from(context.invocation_metadata())
+            fields["caller"] = caller.name
+            self._tokens.require(caller)
             yield
         except HmmError as error:
             status = to_status(error)
@@ -110,7 +113,7 @@ class Guard(grpc.aio.ServerInterceptor):
         except DrainingError:
             status = _status(code_pb2.UNAVAILABLE, DRAINING_REASON, "the daemon is ending")
         except Exception:
-            log.exception("%s hit a bug", method)
+            log.exception("%s hit a bug", method, extra=fields)
             status = _status(code_pb2.INTERNAL, INTERNAL_REASON, "a bug of the daemon; see its log")
         finally:
             self._active -= 1
@@ -118,9 +121,10 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._quiet.set()
         if status is not None:
             self.failures[method] += 1
-            log.info("%s: %s", method, status.message)
+            log.info("%s: %s", method, status.message, extra=fields)
             await context.abort_with_status(rpc_status.to_status(status))
-        log.debug("%s: %.3f ms", method, (time.perf_counter() - started_s) * 1e3)
+        milliseconds = round((time.perf_counter() - started_s) * 1e3, 3)
+        log.debug("%s: %.3f ms", method, milliseconds, extra=fields | {"duration_ms": milliseconds})
 
 
 def _status(code: int, reason: str, message: str) -> status_pb2.Status:

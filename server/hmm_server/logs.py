@@ -1,7 +1,12 @@
 """Log lines: plain text for people, or one JSON object a line for collectors.
 
 Times are UTC.  What concerns one call names its operation, in the text and as a field of its own, so that a line leads
-to `GetOperation`.
+to `GetOperation`; what concerns one mirror names that, its device and its driver.
+
+    {"time": "...", "level": "warning", "logger": "hmm_server.executor", "message": "...",
+     "operation_id": 7, "operation": "munmap", "caller": "program", "mirror": 1, "device": "gpu0"}
+
+**Invariants**: no line has a token.
 """
 
 from __future__ import annotations
@@ -10,9 +15,27 @@ import json
 import logging
 import sys
 import time
+from typing import Any
+
+from hmm.machine import OperationRecord
+from hmm.receiver import Receiver
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
+
+
+FIELDS = ("operation_id", "operation", "caller", "mirror", "device", "driver", "pid", "errno", "reason", "duration_ms")
+"""Fields that a line has when they are known, besides time, level, logger, message and traceback."""
+
+
+def about(call: OperationRecord[Any] | None = None, mirror: Receiver | None = None) -> dict[str, object]:
+    """What a line is about, as `extra` of a log call."""
+    fields: dict[str, object] = {}
+    if call is not None:
+        fields |= {"operation_id": call.id, "operation": call.name, "caller": call.caller.name}
+    if mirror is not None:
+        fields |= {"mirror": mirror.id, "device": mirror.device.name}
+    return fields
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,8 +49,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if hasattr(record, "operation_id"):
-            fields["operation_id"] = record.operation_id
+        fields |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)

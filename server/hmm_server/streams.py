@@ -36,8 +36,10 @@ from hmm_proto import convert
 from hmm_proto.v1 import event_pb2, inspection_pb2
 from hmm_server.answers import Answers, Plain, ServedMirror, Spans, Stream
 from hmm_server.config import Config
+from hmm_server.device_totals import Totals
 from hmm_server.executor import Executor
 from hmm_server.holds import Point
+from hmm_server.logs import about
 from hmm_server.mailbox import Mailbox, Posting, Window
 from hmm_server.observers import Observers
 from hmm_server.operation_log import Ended
@@ -58,6 +60,7 @@ class Streams:
         self.config = config
         self.open: dict[int, Stream] = {}
         self.served: dict[MirrorId, ServedMirror] = {}
+        self.totals = Totals(executor.machine, self.served)
         self.rejected = 0
         self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
         # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
@@ -89,7 +92,7 @@ class Streams:
                 protocol_version=PROTOCOL_VERSION,
             )
         )
-        log.info("%s is open", stream)
+        log.info("%s is open", stream, extra=stream.fields)
         return stream
 
     def disconnect(self, stream: Stream, why: str) -> None:
@@ -99,7 +102,7 @@ class Streams:
         stream.open = False
         stream.mailbox.close(why)
         del self.open[stream.epoch]
-        log.info("%s has ended: %s; it had %d mirrors", stream, why, len(stream.mirrors))
+        log.info("%s has ended: %s; it had %d mirrors", stream, why, len(stream.mirrors), extra=stream.fields)
         for mirror_id in stream.mirrors:
             self.executor.fence(mirror_id, f"{stream} has ended: {why}")
         for pin_id in list(stream.pins):
@@ -131,13 +134,15 @@ class Streams:
 
     def attach(self, stream: Stream, mirror_id: MirrorId) -> None:
         """Let a stream serve a mirror from now on."""
-        self.served[mirror_id] = stream.mirrors[mirror_id] = ServedMirror(mirror_id, stream)
+        receiver = self.executor.machine.receivers[mirror_id]
+        self.served[mirror_id] = stream.mirrors[mirror_id] = ServedMirror(mirror_id, stream, receiver)
 
     def detach(self, mirror_id: MirrorId) -> None:
         """A mirror no longer exists."""
         served = self.served.get(mirror_id)
         if served is not None:
             self._free(mirror_id, list(served.outstanding))
+            self.totals.keep(served)
             del self.served[mirror_id]
             served.stream.mirrors.pop(mirror_id, None)
 
@@ -312,6 +317,7 @@ class Streams:
             log.warning(
                 "%s: answer to event %d of mirror %d rejected: %s",
                 *(stream, violation.event_sequence, violation.mirror_id, violation.rule),
+                extra=stream.fields | about(mirror=self.executor.machine.receivers.get(violation.mirror_id)),
             )
         self.executor.pump()
         return violations

@@ -149,3 +149,23 @@ async def test_call_outside_of_callbacks_is_in_none() -> None:
     """Nothing is marked that is not made inside an update."""
     with waiting() as callback:
         assert callback is None
+
+
+async def test_event_is_heard_when_its_callback_begins() -> None:
+    """What an access names as heard: a plain function's event at once, a coroutine's with its first step."""
+
+    class Slow(Driver):
+        async def update(self, event: Event) -> None:
+            seen.append(callbacks.heard)
+            await asyncio.sleep(0)
+
+    answers, seen = Answers(), list[int]()
+    callbacks = Callbacks(Driver(), answers)
+    for sequence in (1, 2):
+        callbacks.deliver(event(sequence))
+        assert callbacks.heard == sequence
+    callbacks = Callbacks(Slow(), answers)
+    callbacks.deliver(event(3))
+    assert callbacks.heard == 0  # the device's table is not changed yet
+    await answers.wait_for(3)
+    assert (seen, callbacks.heard) == ([3], 3)

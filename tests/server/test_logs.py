@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
+from pathlib import Path
 
+import pytest
+
+from hmm_client import Driver, Event, connect
+from hmm_client.embedded import EmbeddedDaemon
 from hmm_server.logs import JsonFormatter
+
+
+class Hanging(Driver):
+    """Never answers."""
+
+    async def update(self, event: Event) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
 
 
 def _record(**fields: object) -> logging.LogRecord:
@@ -32,3 +46,33 @@ def test_json_line_holds_the_traceback_of_a_bug() -> None:
         text = JsonFormatter().format(_record(exc_info=sys.exc_info()))
     assert "\n" not in text
     assert "ZeroDivisionError" in json.loads(text)["traceback"]
+
+
+@pytest.mark.slow
+async def test_every_line_of_a_call_names_it_in_fields(tmp_path: Path) -> None:
+    """Operation, caller, mirror and device are fields; a token is in no line."""
+    settings: dict[str, object] = {"acknowledgement_s": 0.2, "log_level": "debug", "log_format": "json"}
+    daemon = EmbeddedDaemon(tmp_path, log=tmp_path / "log", **settings)
+    async with (
+        connect(daemon.target, "s3cret", name="program") as program,
+        connect(daemon.target, "s3cret", name="gpu driver") as driver,
+    ):
+        process = await program.create_process("victim")
+        mapped = await process.mmap(2 * 4096)
+        mirror = await (await driver.register_device("gpu0")).mirror(process, Hanging(), fault_events=False)
+        await mirror.fault(mapped.span)
+        unmapped = await process.munmap(mapped.address, 4096)
+    assert daemon.stop() == 0
+    assert unmapped.fenced_mirrors == (mirror.id,)
+    text = daemon.read_log()
+    lines = [json.loads(line) for line in text.splitlines()]
+    about = [line for line in lines if line.get("operation_id") == unmapped.operation_id]
+    late, ended = about
+    assert (late["operation"], late["caller"], late["mirror"], late["device"]) == ("munmap", "program", 1, "gpu0")
+    assert (ended["operation"], ended["caller"], ended["errno"]) == ("munmap", "program", 0)
+    assert ended["duration_ms"] >= 200
+    lost = next(line for line in lines if "is lost" in line["message"])
+    assert (lost["mirror"], lost["device"]) == (1, "gpu0")
+    assert all("operation_id" in line for line in lines if line["message"].startswith("operation "))
+    assert any(line.get("driver") == "gpu driver" and line["pid"] > 0 for line in lines)
+    assert "s3cret" not in text

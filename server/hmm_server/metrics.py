@@ -1,0 +1,295 @@
+"""Metrics for Prometheus: what the counters say, by device and kind, whenever somebody asks.
+
+Nothing is counted here: a scrape reads the counters that are kept anyway, on the event loop, and the text is made and
+sent by a thread of its own.  Counters of mirrors are added up by device, those of mirrors that are gone included, so
+that no series ever falls while its device is there.
+
+    hmmd_events_total{device="gpu0",type="munmap"} 12
+
+**Source**: the naming rules of Prometheus: base units (seconds, bytes), `_total` for counters, no label whose values
+a program can make without bound: devices have a limit, addresses, processes and mirrors are none of them.
+
+**Invariants**: a series of a device does not fall while the device is registered; a scrape never delays a callback by
+more than the reading of the counters.
+
+**Absent**: per mirror figures (`GetStatistics`), who asks (endpoint: anybody who can connect).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socketserver
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from hmm.events import EventType
+from hmm.receiver import MirrorState
+from hmm_server import VERSION
+from hmm_server.answers import LATENCY_BOUNDS_S
+from hmm_server.config import ConfigError
+from hmm_server.device_totals import DeviceTotals
+from hmm_server.endpoint import EndpointError
+from hmm_server.streams import Streams
+
+SCRAPE_S = 5.0
+"""How long a scrape waits for the event loop."""
+BUCKETS = [*(f"{bound:g}" for bound in LATENCY_BOUNDS_S), "+Inf"]
+_OUTCOMES = ("acknowledged", "refused", "fenced", "abandoned")
+
+
+class DaemonCollector(Collector):
+    """Reads the counters of one daemon.  Scrapes come from other threads; the reading is done on the loop."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._loop = asyncio.get_running_loop()
+
+    def collect(self) -> Iterable[Metric]:
+        """All families of metrics, as they are now."""
+
+        async def read() -> list[Metric]:
+            return list(self.read())
+
+        return asyncio.run_coroutine_threadsafe(read(), self._loop).result(SCRAPE_S)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: registering must not wait for the loop that it is done on."""
+        return ()
+
+    def read(self) -> Iterator[Metric]:
+        """All families; on the loop's thread."""
+        yield from self._daemon()
+        yield from self._frames()
+        totals = self._streams.totals.now()
+        yield from _events(totals)
+        yield from _faults(totals)
+        yield from self._mirrors()
+
+    # ---- the daemon
+
+    def _daemon(self) -> Iterator[Metric]:
+        executor = self._streams.executor
+        machine = executor.machine
+        yield InfoMetricFamily("hmmd_build", "Version of the daemon.", {"version": VERSION})
+        for name, text, number in (
+            ("processes", "Processes that exist.", len(machine.processes)),
+            ("address_spaces", "Address spaces that exist.", len(machine.spaces)),
+            ("devices", "Devices that are registered.", len(machine.devices)),
+            ("files", "Files that exist.", len(machine.files)),
+            ("streams", "Streams of events that are open.", len(self._streams.open)),
+        ):
+            yield GaugeMetricFamily(f"hmmd_{name}", text, number)
+        calls = CounterMetricFamily("hmmd_operations", "Calls that have ended, by name.", labels=["name"])
+        for name, count in sorted(executor.operations.ended_by_name.items()):
+            calls.add_metric([name], count)
+        yield calls
+        errors = CounterMetricFamily(
+            "hmmd_operation_errors", "Calls that ended with an error, by reason.", labels=["reason"]
+        )
+        for reason, count in sorted(executor.operations.errors_by_reason.items()):
+            errors.add_metric([reason], count)
+        yield errors
+        pending = GaugeMetricFamily("hmmd_operations_pending", "Calls that have not ended, by name.", labels=["name"])
+        names = [running.record.name for running in executor.running.values()]
+        for name in sorted(set(names)):
+            pending.add_metric([name], names.count(name))
+        yield pending
+        text = "Answers that were rejected: never sent, from an old epoch, after a fence."
+        yield CounterMetricFamily("hmmd_rejected_answers", text, self._streams.rejected)
+
+    def _frames(self) -> Iterator[Metric]:
+        machine = self._streams.executor.machine
+        frames = GaugeMetricFamily(
+            "hmmd_frames", "Frames of 4096 bytes, by memory and state.", labels=["memory", "kind", "state"]
+        )
+        for region in machine.frames.regions:
+            device = machine.devices.get(region.owner)
+            memory = device.name if device else "system"
+            frames.add_metric([memory, region.kind.value, "used"], region.used)
+            frames.add_metric([memory, region.kind.value, "free"], region.free)
+        yield frames
+
+    def _mirrors(self) -> Iterator[Metric]:
+        machine = self._streams.executor.machine
+        mirrors = GaugeMetricFamily(
+            "hmmd_mirrors", "Mirrors that exist, by device and state.", labels=["device", "state"]
+        )
+        unanswered = GaugeMetricFamily(
+            "hmmd_unanswered_events", "Events that drivers have not answered yet, by device.", labels=["device"]
+        )
+        for device in machine.devices.values():
+            own = [receiver for receiver in machine.receivers.values() if receiver.device is device]
+            for state in MirrorState:
+                mirrors.add_metric([device.name, state.value], sum(one.state is state for one in own))
+            unanswered.add_metric([device.name], sum(len(one.unanswered) for one in own))
+        yield mirrors
+        yield unanswered
+
+
+# ---- devices
+
+
+def _events(totals: dict[str, DeviceTotals]) -> Iterator[Metric]:
+    types = CounterMetricFamily(
+        "hmmd_events", "Events made for mirrors, in the words of 2015, by device and type.", labels=["device", "type"]
+    )
+    reasons = CounterMetricFamily(
+        "hmmd_event_reasons", "Events sent, in the words of today, by device and reason.", labels=["device", "reason"]
+    )
+    answers = CounterMetricFamily(
+        "hmmd_answers", "Events by how they ended, by device and outcome.", labels=["device", "outcome"]
+    )
+    stale = CounterMetricFamily(
+        "hmmd_stale_answers", "Answers that came again or too late to count, by device.", labels=["device"]
+    )
+    latency = HistogramMetricFamily(
+        "hmmd_acknowledgement_latency_seconds", "From sending an event to its answer, by device.", labels=["device"]
+    )
+    for device, total in totals.items():
+        counters = total.counters
+        for etype in EventType:
+            if count := counters[f"events_{etype.name.lower()}"]:
+                types.add_metric([device, etype.name.lower()], count)
+        for reason, count in sorted(total.reasons.items()):
+            reasons.add_metric([device, reason.lower()], count)
+        for outcome in _OUTCOMES:
+            answers.add_metric([device, outcome], counters[outcome])
+        stale.add_metric([device], counters["repeated_answers"] + counters["late_answers"])
+        latency.add_metric([device], _cumulative(total.latencies), total.latency_sum_s)
+    yield from (types, reasons, answers, stale, latency)
+    for name, text in (("ranges", "Ranges"), ("pages", "Pages"), ("bytes", "Bytes")):
+        family = CounterMetricFamily(f"hmmd_event_{name}", f"{text} of events sent, by device.", labels=["device"])
+        for device, total in totals.items():
+            family.add_metric([device], total.sent[name])
+        yield family
+
+
+def _faults(totals: dict[str, DeviceTotals]) -> Iterator[Metric]:
+    for name, counter, text in (
+        ("faults", "faults", "Device faults that ended well, by device."),
+        ("fault_pages", "faulted_pages", "Pages that device faults brought in, by device."),
+        ("fault_retries", "retries", "How often device faults started over, by device."),
+        ("refused_accesses", "refused_accesses", "Accesses of devices that were refused, by device."),
+    ):
+        family = CounterMetricFamily(f"hmmd_{name}", text, labels=["device"])
+        for device, total in totals.items():
+            family.add_metric([device], total.counters[counter])
+        yield family
+    accesses = CounterMetricFamily(
+        "hmmd_access_bytes", "Bytes that devices accessed, by device and direction.", labels=["device", "direction"]
+    )
+    violations = CounterMetricFamily(
+        "hmmd_violations", "What devices did that they must not, by device and kind.", labels=["device", "kind"]
+    )
+    fences = CounterMetricFamily("hmmd_fenced_mirrors", "Mirrors that were fenced, by device.", labels=["device"])
+    for device, total in totals.items():
+        for direction in ("read", "written"):
+            accesses.add_metric([device, direction], total.counters[f"bytes_{direction}"])
+        for kind, count in total.violations.items():
+            violations.add_metric([device, kind.name.lower()], count)
+        fences.add_metric([device], total.fences)
+    yield from (accesses, violations, fences)
+
+
+def _cumulative(counts: list[int]) -> list[tuple[str, float]]:
+    running, buckets = 0, []
+    for bound, count in zip(BUCKETS, counts, strict=True):
+        running += count
+        buckets.append((bound, float(running)))
+    return buckets
+
+
+# ---- serving
+
+
+def registry_of(streams: Streams) -> CollectorRegistry:
+    """Everything that is told: the daemon's, the process's and the interpreter's metrics.  To be made on the loop."""
+    registry = CollectorRegistry()
+    registry.register(DaemonCollector(streams))
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer, WSGIServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        socketserver.UnixStreamServer.server_bind(self)
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the interface
+        """A scrape every few seconds is nothing to be told."""
+
+    def get_environ(self) -> dict[str, Any]:
+        """As CGI wants it; who asks on a UNIX socket has no address."""
+        self.client_address = self.client_address or ("", 0)
+        return super().get_environ()
+
+
+@contextmanager
+def serving_metrics(place: str, streams: Streams) -> Iterator[str]:
+    """Serve /metrics over HTTP until the block ends.
+
+    Args:
+        place: PORT, HOST:PORT (port 0: any free one) or unix:PATH; a port alone is of 127.0.0.1.
+
+    Yields: where it is served, as a URL or a path.
+
+    Raises:
+        ConfigError: the place is not understood.
+        EndpointError: it cannot listen there.
+    """
+    app = make_wsgi_app(registry_of(streams))
+    host, port, path = _parse(place)
+    try:
+        if path:
+            path.unlink(missing_ok=True)
+            server: WSGIServer = _UnixServer(str(path), _Handler)
+            server.set_app(app)
+            path.chmod(0o600)
+            where = f"unix:{path}"
+        else:
+            server = make_server(host, port, app, _Server, _Handler)
+            where = f"http://{host}:{server.server_port}/metrics"
+    except OSError as error:
+        raise EndpointError(f"cannot serve metrics at {place}: {error.strerror or error}") from error
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield where
+    finally:
+        server.shutdown()
+        server.server_close()
+        if path:
+            path.unlink(missing_ok=True)
+
+
+def _parse(place: str) -> tuple[str, int, Path | None]:
+    if place.startswith("unix:"):
+        return "", 0, Path(place.removeprefix("unix:"))
+    host, _, port = place.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"metrics is {place!r}; it must be PORT, HOST:PORT or unix:PATH")
+    return host or "127.0.0.1", int(port), None
