@@ -150,6 +150,7 @@ class Process:
                 line.file_name,
                 line.vm_flags,
                 line.resident_pages,
+                tuple((one.device_name, one.page_count) for one in line.on_devices),
             )
             for line in response.mappings
         )

@@ -134,6 +134,7 @@ class MapsLine:
         file_id, file_name: 0 and "" for anonymous memory.
         vm_flags: the kernel's VM_ bits.
         resident_pages: pages that have a frame.
+        on_devices: of these those that are in the memory of devices: name and number of pages.
     """
 
     start: Address
@@ -144,6 +145,7 @@ class MapsLine:
     file_name: str
     vm_flags: int
     resident_pages: int
+    on_devices: tuple[tuple[str, int], ...] = ()
 
     @property
     def span(self) -> AddressRange:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from hmm.machine import Machine, Process
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
 from hmm.receiver import Receiver
-from hmm.units import Address, AddressRange
+from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfn, Pfns
 from hmm.vma import Vma
+from hmm.zone_device import owners
 from hmm_proto import convert
 from hmm_proto.status import INTERNAL_REASON, to_call_result
 from hmm_proto.v1 import inspection_pb2, types_pb2
 from hmm_server.answers import ServedMirror
 from hmm_server.operation_log import Ended
 
+_NO_FRAMES = np.empty(0, np.int64)
 DIRECTORIES_IN_PART = 4096
 """Directories in one message."""
 
@@ -118,8 +120,13 @@ def operation_status(ended: Ended) -> inspection_pb2.OperationStatus:
 # ---- mappings
 
 
-def mapping(space: AddressSpace, vma: Vma) -> inspection_pb2.Mapping:
+def mapping(machine: Machine, space: AddressSpace, vma: Vma) -> inspection_pb2.Mapping:
     """One mapping.  Cost: O(directories below it)."""
+    resident, away = 0, [_NO_FRAMES]
+    for run in space.table.walk(vma.start, vma.end):
+        used = run.entries[run.entries != 0]
+        resident += used.size
+        away.append(cpu_frames(used))
     return inspection_pb2.Mapping(
         start=vma.start,
         end=vma.end,
@@ -128,20 +135,47 @@ def mapping(space: AddressSpace, vma: Vma) -> inspection_pb2.Mapping:
         file_id=vma.backing.id if vma.backing else 0,
         file_name=vma.name,
         vm_flags=int(vma.flags),
-        resident_pages=_entries_in_use(space.table, vma.start, vma.end),
+        resident_pages=resident,
         anon_vma=vma.anon_vma,
+        on_devices=on_devices(machine, np.concatenate(away)),
     )
 
 
-def _entries_in_use(table: PageTable, start: Address, end: Address) -> int:
-    return sum(int(np.count_nonzero(run.entries)) for run in table.walk(start, end))
+def cpu_frames(entries: Entries) -> Pfns:
+    """int64[n]: the frames that entries of a CPU's table name."""
+    return cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)])
+
+
+def on_devices(machine: Machine, pfns: Pfns) -> list[inspection_pb2.DevicePages]:
+    """How many of some frames are in the memory of which device.  Cost: O(n * devices with memory)."""
+    if len(machine.frames.regions) == 1 or not pfns.size:
+        return []
+    numbers, counts = np.unique(owners(machine.frames, pfns), return_counts=True)
+    return [
+        inspection_pb2.DevicePages(device_id=number, device_name=machine.devices[number].name, page_count=count)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        if number
+    ]
 
 
 # ---- tables
 
 
-def directory_parts(table: PageTable, span: AddressRange) -> Iterator[inspection_pb2.GetPageTableResponse]:
-    """The directories of a table in messages, depth first.  The table may not change between two of them."""
+def directory_parts(
+    machine: Machine, table: PageTable, span: AddressRange, frames: Callable[[Entries], Pfns]
+) -> Iterator[inspection_pb2.GetPageTableResponse]:
+    """The directories of a table in messages, depth first.  The table may not change between two of them.
+
+    Args:
+        frames: the frames that entries of this table name.
+    """
+
+    def devices_of(node: inspection.DirectoryNode) -> list[inspection_pb2.DevicePages]:
+        if node.level < table.llevel or len(machine.frames.regions) == 1:
+            return []
+        entries = table.read(node.span.start, node.span.end)
+        return on_devices(machine, frames(entries[entries != 0]))
+
     levels = table.llevel + 1
     nodes = inspection.directories(table, span)
     for first in range(0, max(1, len(nodes)), DIRECTORIES_IN_PART):
@@ -154,28 +188,37 @@ def directory_parts(table: PageTable, span: AddressRange) -> Iterator[inspection
                     end=node.span.end,
                     valid_count=node.entries,
                     reference_count=table.reference_count(node.span.start, node.level),
+                    on_devices=devices_of(node),
                 )
                 for node in itertools.islice(nodes, first, first + DIRECTORIES_IN_PART)
             ],
         )
 
 
-def cpu_walk(space: AddressSpace, address: Address) -> inspection_pb2.TableWalk:
+def cpu_walk(machine: Machine, space: AddressSpace, address: Address) -> inspection_pb2.TableWalk:
     """The walk of a CPU."""
     walk = _walk(space.table, address, CPU_FLAGS)
     entry = walk.steps[-1].entry
     if cpu_pte.holds_frame(entry):
-        walk.pfn = cpu_pte.cpu_pfn(entry)
+        _name_frame(machine, walk, cpu_pte.cpu_pfn(entry))
     return walk
 
 
-def mirror_walk(mirror: Mirror, address: Address) -> inspection_pb2.TableWalk:
+def _name_frame(machine: Machine, walk: inspection_pb2.TableWalk, pfn: Pfn) -> None:
+    walk.pfn = pfn
+    region = machine.frames.region_of(pfn)
+    if region.owner:
+        walk.device_name = machine.devices[region.owner].name
+        walk.device_address = (pfn - region.start) << PAGE_SHIFT
+
+
+def mirror_walk(machine: Machine, mirror: Mirror, address: Address) -> inspection_pb2.TableWalk:
     """The walk of a device."""
     walk = _walk(mirror.table, address, MIRROR_FLAGS)
     walk.mirror_id = mirror.id
     entry = walk.steps[-1].entry
     if entry & pte.VALID:
-        walk.pfn = int(mirror.pfns(np.array([entry], np.uint64))[0])
+        _name_frame(machine, walk, int(mirror.pfns(np.array([entry], np.uint64))[0]))
     driver_bits = (entry & pte.DRIVER_MASK) >> pte.HW_SHIFT
     if driver_bits:
         walk.flags += f" driver={driver_bits:#x}"

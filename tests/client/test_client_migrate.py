@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import hmm_client
 from hmm import pte
@@ -16,6 +17,7 @@ from hmm.errors import BadAddressError, InvalidRequestError, NoSuchObjectError, 
 from hmm.events import EventType
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Driver, Event, MemoryDriver, Mirror, Process, TableDriver, sync
+from hmm_client.cli import main
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -191,6 +193,29 @@ async def test_unregister_brings_pages_back(process: Process, card: tuple[Card, 
     await mirror.unregister()
     assert driver.heard[-2:] == ["copy back", EventType.MUNMAP.name]
     assert await process.read(mapped.address, 2 * PAGE_SIZE) == pattern(2)
+
+
+async def test_hmmctl_shows_which_pages_are_on_which_device(
+    shared_daemon: Daemon, process: Process, card: tuple[Card, Mirror]
+) -> None:
+    """maps, walk and pagetable name the device: where in its memory a page is, and how many it has."""
+    _, mirror = card
+    mapped = await process.mmap(4 * PAGE_SIZE)
+    await process.write(mapped.address, pattern(4))
+    await mirror.migrate(AddressRange(mapped.address + PAGE_SIZE, mapped.span.end))
+    name = mirror.device.name
+
+    def shown(*arguments: str) -> str:
+        result = CliRunner().invoke(main, [*arguments, "--target", shared_daemon.target], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    maps = await asyncio.to_thread(shown, "maps", str(process.id))
+    assert f"({name}: 3 pages)" in maps
+    walk = await asyncio.to_thread(shown, "walk", str(process.id), f"{mapped.address + 2 * PAGE_SIZE:x}")
+    assert walk.count(f"{name} at 0x1000, frame") == 2
+    for arguments in ((str(mirror.id),), (str(process.id), "--cpu")):
+        assert f"({name}: 3 pages)" in await asyncio.to_thread(shown, "pagetable", *arguments)
 
 
 def test_sync_driver_copies_in_plain_functions(shared_daemon: Daemon) -> None:

@@ -84,3 +84,9 @@ def _shown(cell: object) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     return str(cell)
+
+
+def on_devices(pages: Iterable[tuple[str, int]]) -> str:
+    """Where pages are that are not in system memory, from device names and numbers: "(gpu0: 16 pages)"."""
+    words = [f"{name}: {count:,} page{'s' if count > 1 else ''}" for name, count in pages]
+    return f"({', '.join(words)})" if words else ""

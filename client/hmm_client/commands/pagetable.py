@@ -10,7 +10,7 @@ from hmm.units import AddressRange
 from hmm_client.commands.addresses import parse_range
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.output import JSON, format_option, on_devices, print_json
 from hmm_proto.convert import range_to_proto
 from hmm_proto.v1 import inspection_pb2
 
@@ -28,7 +28,8 @@ def command(mirror: int, span: AddressRange | None, cpu: bool, form: str, where:
     """Show the directories of a mirror's page table as a tree.
 
     RANGE is START-END in hexadecimal, as in maps; without it the whole table is shown.  Of each directory one sees
-    its level, the addresses it covers and its entries in use; `+N` are walks that hold it just now.
+    its level, the addresses it covers and its entries in use; `+N` are walks that hold it just now.  Behind it stands
+    what is in the memory of which device.
     """
     levels, directories = ask(where, lambda client: _ask(client, mirror, span, cpu=cpu))
     if form == JSON:
@@ -41,9 +42,10 @@ def command(mirror: int, span: AddressRange | None, cpu: bool, form: str, where:
     click.echo(f"{what}: {levels} levels, {len(directories):,} directories, {entries:,} entries")
     for stem, directory in zip(_stems([directory.level for directory in directories]), directories, strict=True):
         held = directory.reference_count - directory.valid_count
+        away = on_devices((one.device_name, one.page_count) for one in directory.on_devices)
         click.echo(
             f"{stem}{directory.level}  {directory.start:012x}-{directory.end:012x}"
-            f"  {directory.valid_count}{f' +{held}' if held > 0 else ''}"
+            f"  {directory.valid_count}{f' +{held}' if held > 0 else ''}  {away}".rstrip()
         )
 
 

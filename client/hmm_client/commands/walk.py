@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def command(pid: int, address: int, form: str, where: Where) -> None:
     """Show what every page table holds for one address, level by level: the CPU's, and that of each mirror.
 
-    ADDRESS is hexadecimal, as in maps.
+    ADDRESS is hexadecimal, as in maps.  A page in the memory of a device is named by the device and its place there.
     """
     answer = ask(where, lambda client: _ask(client, pid, address))
     if form == JSON:
@@ -59,4 +59,6 @@ def _in_words(step: inspection_pb2.TableStep, walk: inspection_pb2.TableWalk) ->
     if not step.entry:
         return "directory"
     frame = f"frame {walk.pfn}  " if walk.HasField("pfn") else ""
+    if walk.device_name:
+        frame = f"{walk.device_name} at {walk.device_address:#x}, {frame}"
     return f"entry {step.entry:#018x}  {frame}{walk.flags}".rstrip()

@@ -17,7 +17,7 @@ from hmm.errors import AccessDeniedError, NoSuchObjectError, OutOfFramesError
 from hmm.machine import Machine, Process
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
-from hmm.units import TASK_SIZE, WHOLE_SPACE
+from hmm.units import TASK_SIZE, WHOLE_SPACE, Entries, Pfns
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, inspection_pb2_grpc
 from hmm_server import counters, reports, views
@@ -90,7 +90,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
     async def GetMaps(self, request: inspection_pb2.GetMapsRequest, context: Context) -> inspection_pb2.GetMapsResponse:
         space = self._process(request.process_id, context).space
         return inspection_pb2.GetMapsResponse(
-            mappings=[views.mapping(space, vma) for vma in space.vmas],
+            mappings=[views.mapping(self._machine, space, vma) for vma in space.vmas],
             brk_start=space.brk_start,
             brk_end=space.brk_end,
             mmap_base=space.mmap_base,
@@ -100,7 +100,8 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         self, request: inspection_pb2.GetPageTableRequest, context: Context
     ) -> AsyncIterator[inspection_pb2.GetPageTableResponse]:
         span = convert.range_from_proto(request.range) if request.HasField("range") else WHOLE_SPACE
-        for part in views.directory_parts(self._table(request, context), span):
+        table, frames = self._table(request, context)
+        for part in views.directory_parts(self._machine, table, span, frames):
             yield part
 
     async def WalkAddress(
@@ -112,10 +113,10 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         vma = space.vmas.find(request.address)
         mirrors = [mirror for mirror in self._machine.mirrors.values() if mirror.space is space]
         return inspection_pb2.WalkAddressResponse(
-            mapping=views.mapping(space, vma) if vma else None,
+            mapping=views.mapping(self._machine, space, vma) if vma else None,
             walks=[
-                views.cpu_walk(space, request.address),
-                *(views.mirror_walk(mirror, request.address) for mirror in mirrors),
+                views.cpu_walk(self._machine, space, request.address),
+                *(views.mirror_walk(self._machine, mirror, request.address) for mirror in mirrors),
             ],
         )
 
@@ -213,12 +214,15 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         _require(_sees(context), mirror.owner, str(mirror))
         return mirror
 
-    def _table(self, request: inspection_pb2.GetPageTableRequest, context: Context) -> PageTable:
+    def _table(
+        self, request: inspection_pb2.GetPageTableRequest, context: Context
+    ) -> tuple[PageTable, Callable[[Entries], Pfns]]:
         if request.WhichOneof("table") is None:
             raise convert.malformed("page table: a process or a mirror is needed")
         if request.HasField("mirror_id"):
-            return self._mirror(request.mirror_id, context).table
-        return self._process(request.process_id, context).space.table
+            mirror = self._mirror(request.mirror_id, context)
+            return mirror.table, mirror.pfns
+        return self._process(request.process_id, context).space.table, views.cpu_frames
 
     def _filter(
         self, request: inspection_pb2.WatchRequest, spaces: set[int], sees: Sees
