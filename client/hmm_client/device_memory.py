@@ -50,6 +50,10 @@ class DeviceMemory:
         pages.reshape(-1)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         self.pages[_numbers(pte.pte_dev_addr(entries))] = pages
 
+    def write_slots(self, entries: Entries, offset: int, data: Pages) -> None:
+        """Write a few bytes, uint8[n, m], at the same place of each page that entries name."""
+        self.pages[_numbers(pte.pte_dev_addr(entries)), offset : offset + data.shape[1]] = data
+
 
 def _numbers(addresses: Entries) -> npt.NDArray[np.int64]:
     return (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)

@@ -1,7 +1,10 @@
 """Devices that mirror a replayed program: each a driver with a session of its own.
 
 They fault pages in, for reading and for writing, where the program is going and where it was before, write to them,
-and answer every update.  When the program has ended, each device's own page table is compared with the daemon's table
+and answer every update.  With memory of their own they move the program's pages there and back: of two devices one
+has the bytes with its driver, the other with the daemon.
+
+When the program has ended, each device's own page table is compared with the daemon's table
 of its mirror: a translation that only the device has would be memory that it can still reach.
 
 **Source**: proto/hmm_proto/v1/inspection.proto for what the daemon has counted.
@@ -44,6 +47,7 @@ class DeviceReport:
         refused: pages that it asked for where no memory was, or none of that permission.
         events: it was told of, by type.
         acknowledged_us: median and 99th percentile from sending an event to its answer, as the daemon counts.
+        migrated: pages moved to the device and by its request back.
         violations: what the contract forbids, in words.
     """
 
@@ -55,19 +59,24 @@ class DeviceReport:
     bytes_written: int = 0
     events: Counter[str] = field(default_factory=Counter)
     acknowledged_us: tuple[int, int] = (0, 0)
+    migrated: int = 0
     violations: list[str] = field(default_factory=list)
 
 
 class ReplayDevices:
     """The devices of one replay; to be used in `async with`.
 
+    Args:
+        memory_pages: of each device; 0 for none, and nothing is moved.
+
     Attributes:
         reports: after `settle`, one for each device.
     """
 
-    def __init__(self, connect: Callable[[str], Client], count: int) -> None:
+    def __init__(self, connect: Callable[[str], Client], count: int, memory_pages: int = 0) -> None:
         self._connect = connect
         self._count = count
+        self._memory_pages = memory_pages
         self._stack = AsyncExitStack()
         self._served: list[tuple[str, Client, PrefetchDevice]] = []
         self._calls = 0
@@ -77,7 +86,9 @@ class ReplayDevices:
         for number in range(self._count):
             name = f"gpu{number}"
             client = await self._stack.enter_async_context(self._connect(name))
-            device = await PrefetchDevice.register(client, name, Behaviour(seed=number, slot=number))
+            carries = self._memory_pages > 0 and number % 2 == 1
+            behaviour = Behaviour(seed=number, slot=number, memory_pages=self._memory_pages, driver_copies=carries)
+            device = await PrefetchDevice.register(client, name, behaviour)
             self._stack.push_async_callback(device.stop)
             self._served.append((name, client, device))
         return self
@@ -122,6 +133,7 @@ async def _report(name: str, client: Client, device: PrefetchDevice) -> DeviceRe
         done.checks,
         done.bytes_written,
         Counter(done.events),
+        migrated=done.migrated,
         violations=list(done.violations),
     )
     statistics: inspection_pb2.GetStatisticsResponse = await client.channel.request(

@@ -243,3 +243,16 @@ def test_sync_driver_copies_in_plain_functions(shared_daemon: Daemon) -> None:
         assert mirror.migrate(mapped.span).npages == 4
         assert len(driver.pages) == 4
         assert process.read(mapped.address, 4 * PAGE_SIZE) == pattern(4)
+
+
+async def test_fork_leaves_the_devices_own_pages_writable(process: Process, card: tuple[Card, Mirror]) -> None:
+    """The device's table goes on permitting what the daemon's does: only pages of the system become read-only."""
+    driver, mirror = card
+    mapped = await process.mmap(2 * PAGE_SIZE)
+    await process.write(mapped.address, pattern(2))
+    await mirror.fault(mapped.span, write=True)
+    await mirror.migrate(AddressRange(mapped.address, mapped.address + PAGE_SIZE))
+    await process.fork()
+    ours = driver.table(mirror).pages.read(mapped.address, mapped.span.end)
+    assert pte.pte_test_write(ours).tolist() == [True, False]
+    assert (ours == await mirror.read_table(mapped.span)).all()

@@ -16,6 +16,8 @@ from hmm.units import AddressRange
 from hmm_client import Process
 from hmm_client.recordings import Recording, RecordingError, demo_folder
 from hmm_client.replay import Replayed, replay
+from hmm_client.replay_contents import NoDevices as Nobody
+from hmm_client.replay_contents import Stamping, compare_contents
 from hmm_client.replay_devices import ReplayDevices
 
 if TYPE_CHECKING:
@@ -192,3 +194,30 @@ async def test_settle_finds_a_violation_when_a_device_has_entries_of_its_own(dae
         await devices.settle()
     assert len(devices.reports[0].violations) == 1
     assert f"{mapped.address:#x}" in devices.reports[0].violations[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [demo_folder(), DATA / "recorded" / "shell"], ids=lambda path: path.name)
+async def test_replay_leaves_the_same_contents_when_devices_migrate_the_program(
+    shared_daemon: Daemon, folder: Path
+) -> None:
+    """Small devices that take its pages and give them back, by frames and carried, change nothing that it can see."""
+    recording = Recording.load(folder)
+    client = shared_daemon.connect("program")
+    alone = Stamping(client, Nobody())
+    await replay(recording, client, alone)
+    async with ReplayDevices(shared_daemon.connect, 2, memory_pages=24) as devices:
+        among = Stamping(client, devices)
+        replayed = await replay(recording, client, among)
+    assert replayed.differences == 0
+    assert [report.violations for report in devices.reports] == [[], []]
+    assert all(report.migrated for report in devices.reports)
+    assert alone.contents
+    assert compare_contents(alone.contents, among.contents) == []
+
+
+def test_contents_differ_when_a_page_was_lost_or_changed() -> None:
+    """What reads otherwise, or not at all, is named with both values."""
+    expected = {0x1000: "01", 0x2000: "02", 0x3000: "03"}
+    found = compare_contents(expected, {0x1000: "01", 0x2000: "00", 0x4000: "04"})
+    assert [line.split(" the program")[0] for line in found] == ["at 0x2000", "at 0x3000", "at 0x4000"]

@@ -19,9 +19,11 @@ from hmm_client.commands.progress import Progress
 from hmm_client.embedded import embedded_daemon
 from hmm_client.recordings import Recording, demo_folder
 from hmm_client.replay import Replayed, replay
+from hmm_client.replay_contents import NoDevices, Stamping, compare_contents
 from hmm_client.replay_devices import DeviceReport, ReplayDevices
 
 DEVICES = 2
+MIGRATE_PAGES = 64
 ACKNOWLEDGEMENT_S = 30.0
 """Of a daemon of our own: a slow machine is no hanging device."""
 SHOWN = 10
@@ -29,16 +31,21 @@ SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One recording, replayed."""
+    """One recording, replayed.
+
+    Attributes:
+        contents: where the program's memory ended otherwise than without devices; only looked at when pages migrate.
+    """
 
     replayed: Replayed
     devices: list[DeviceReport]
     seconds: float
+    contents: tuple[str, ...] = ()
 
     @property
     def violations(self) -> list[str]:
         """Of all devices."""
-        return [what for device in self.devices for what in device.violations]
+        return [*self.contents, *(what for device in self.devices for what in device.violations)]
 
     @property
     def events(self) -> Counter[str]:
@@ -61,15 +68,28 @@ class Outcome:
     show_default=True,
     help="How many devices mirror the program.",
 )
+@click.option("--migrate", is_flag=True, help="Let devices move the program's pages to their own memory and back.")
+@click.option(
+    "--device-pages",
+    type=click.IntRange(min=1, max=1 << 16),
+    default=MIGRATE_PAGES,
+    metavar="N",
+    show_default=True,
+    help="With --migrate: how many pages of memory each device has.",
+)
 @format_option
 @where_options
-def command(folders: tuple[str, ...], devices: int, form: str, where: Where) -> None:
+def command(folders: tuple[str, ...], devices: int, migrate: bool, device_pages: int, form: str, where: Where) -> None:
     """Replay recorded programs while devices mirror them.
 
     DIR holds strace.log, maps.initial and maps.final, as `hmmctl record` makes them; without DIR a small recording
     that comes along is taken.  Every memory call of the program and its children is made on the daemon, while each
     device faults pages in ahead of the program and behind it, reads and writes them, and answers every update.  In
     the end the first process's mappings must be those of the kernel.
+
+    With --migrate the program is replayed twice, writing to its memory: once without devices, and once with devices
+    that move its private pages to their own memory and back, one in two carrying the bytes themselves.  Whatever it
+    reads in the end must be the same.
 
     Without --target a daemon is started for the purpose.
 
@@ -80,7 +100,7 @@ def command(folders: tuple[str, ...], devices: int, form: str, where: Where) -> 
         target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=ACKNOWLEDGEMENT_S))
         outcomes = []
         for recording in recordings:
-            outcomes.append(run(_replay(recording, where, target, devices)))
+            outcomes.append(run(_replay(recording, where, target, devices, device_pages if migrate else 0)))
             if form == JSON:
                 print_json(_as_json(outcomes[-1]))
             else:
@@ -88,15 +108,22 @@ def command(folders: tuple[str, ...], devices: int, form: str, where: Where) -> 
     raise SystemExit(OK if all(outcome.good for outcome in outcomes) else UNEXPECTED)
 
 
-async def _replay(recording: Recording, where: Where, target: str, count: int) -> Outcome:
+async def _replay(recording: Recording, where: Where, target: str, count: int, memory_pages: int) -> Outcome:
     began = time.monotonic()
-    with Progress(recording.program, len(recording.plan.steps)) as progress:
+    contents: list[str] = []
+    with Progress(recording.program, len(recording.plan.steps) * (2 if memory_pages else 1)) as progress:
         async with (
             where.connect(target, name=f"replay {recording.program}") as client,
-            ReplayDevices(lambda name: where.connect(target, name=name), count) as devices,
+            ReplayDevices(lambda name: where.connect(target, name=name), count, memory_pages) as devices,
         ):
-            replayed = await replay(recording, client, devices, progress.advance)
-    return Outcome(replayed, devices.reports, time.monotonic() - began)
+            if memory_pages:
+                alone, among = Stamping(client, NoDevices()), Stamping(client, devices)
+                await replay(recording, client, alone, progress.advance)
+                replayed = await replay(recording, client, among, progress.advance)
+                contents = compare_contents(alone.contents, among.contents)
+            else:
+                replayed = await replay(recording, client, devices, progress.advance)
+    return Outcome(replayed, devices.reports, time.monotonic() - began, tuple(contents))
 
 
 # ---- the report
@@ -121,7 +148,10 @@ def _print(outcome: Outcome) -> None:
     several = "es" if replayed.processes > 1 else ""
     click.echo(f"{replayed.program}: {replayed.calls:,} calls of {replayed.processes} process{several}")
     click.echo()
-    heads = ("device", ">faults", ">pages", ">refused", ">checked", ">written", ">events", ">ack p50", ">ack p99")
+    heads = (
+        *("device", ">faults", ">pages", ">refused", ">checked", ">written", ">moved"),
+        *(">events", ">ack p50", ">ack p99"),
+    )
     print_table(heads, [_row(device) for device in outcome.devices], empty="no devices")
     click.echo()
     print_table(("event", ">count"), sorted(outcome.events.items()), empty="no events")
@@ -156,6 +186,7 @@ def _row(device: DeviceReport) -> tuple[object, ...]:
         device.refused,
         device.checks,
         f"{device.bytes_written:,} B",
+        device.migrated,
         device.events.total(),
         f"{median / 1000:.1f} ms",
         f"{tail / 1000:.1f} ms",

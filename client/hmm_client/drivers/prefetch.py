@@ -3,7 +3,8 @@
 Whoever drives it says where the program is; the device faults pages there in, or pages where the program was before,
 for reading or for writing, writes stamps of its own and reads them back, and compares with what a CPU sees.  Whatever
 the contract forbids is a violation: an access refused that no event had taken back, a stamp that is gone, a device and
-a CPU that see different bytes.
+a CPU that see different bytes.  If it has memory, it moves private pages there and back at random, and does all this
+wherever they are.
 
 Serves JSON lines: attach, follow, idle, statistics.
 
@@ -12,7 +13,7 @@ Serves JSON lines: attach, follow, idle, statistics.
 **Invariants**: the same seed, program and interleaving give the same faults; an event is answered when no access
 through what it took is under way.
 
-**Absent**: migrating what it prefetches.
+**Absent**: choosing what is worth moving.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import pte
 from hmm.errors import DeviceLostError, HmmError, NoSuchObjectError, errno_name
@@ -33,11 +35,11 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, ProcessId
 from hmm_client import calls
 from hmm_client.client import Client
 from hmm_client.device import Device
-from hmm_client.driver import TableDriver
+from hmm_client.device_memory import MemoryDriver
 from hmm_client.drivers.accesses import Accesses
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
 from hmm_client.event import Event
-from hmm_client.mirror import Faulted, Mirror, Segment
+from hmm_client.mirror import MIGRATE_PAGES_MAX, Faulted, Mirror, Segment
 from hmm_client.process import Process
 from hmm_client.results import Accessed
 
@@ -47,6 +49,8 @@ WAITING_PLACES = 1024
 """How far the device may fall behind its program; places beyond are skipped and counted."""
 LATENCIES = 1 << 16
 STAMP_BYTES = 8
+TO_DEVICE_RATIO = 0.7
+"""Of moves; the others are back."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,6 +65,9 @@ class Behaviour:
         behind_ratio: of faults at a place where the program was before.
         slot: which 8 bytes of a page are this device's own; another one for each device of a process.
         checked_pages: so many are compared with what a CPU sees.
+        memory_pages: of the device's own; 0 for none.
+        driver_copies: whether this driver has the bytes of that memory, or the daemon.
+        migrate_ratio: of places where pages are moved, most of them to the device.
     """
 
     seed: int = 0
@@ -69,6 +76,9 @@ class Behaviour:
     behind_ratio: float = 0.5
     slot: int = 0
     checked_pages: int = 2
+    memory_pages: int = 0
+    driver_copies: bool = False
+    migrate_ratio: float = 0.5
 
 
 @dataclass(slots=True)
@@ -80,6 +90,7 @@ class Statistics:
         refused: pages that could not be faulted, and why: unmapped or protected memory is no violation.
         bytes_read, bytes_written: by the device.
         checks: pages compared with what a CPU sees.
+        migrated: pages that were moved to the device and by its request back.
         skipped: places of the program that the device was too slow for.
         events: by type.
         latencies_ns: from hearing of an event to having answered it, the last 65,536.
@@ -92,6 +103,7 @@ class Statistics:
     bytes_read: int = 0
     bytes_written: int = 0
     checks: int = 0
+    migrated: int = 0
     skipped: int = 0
     events: Counter[str] = field(default_factory=Counter)
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=LATENCIES))
@@ -111,11 +123,11 @@ class _Program:
     places: deque[AddressRange] = field(default_factory=lambda: deque(maxlen=REMEMBERED_RANGES))
 
 
-class PrefetchDevice(TableDriver):
+class PrefetchDevice(MemoryDriver):
     """The device and its driver.  Made by `register`."""
 
     def __init__(self, client: Client, device: Device, behaviour: Behaviour) -> None:
-        super().__init__()
+        super().__init__(behaviour.memory_pages)
         self.statistics = Statistics()
         self._client = client
         self._device = device
@@ -131,7 +143,11 @@ class PrefetchDevice(TableDriver):
     @classmethod
     async def register(cls, client: Client, name: str, behaviour: Behaviour | None = None) -> PrefetchDevice:
         """Register the device and start it."""
-        return cls(client, await client.register_device(name), behaviour or Behaviour())
+        chosen = behaviour or Behaviour()
+        device = await client.register_device(
+            name, memory_pages=chosen.memory_pages, driver_copies=chosen.driver_copies
+        )
+        return cls(client, device, chosen)
 
     @property
     def mirrors(self) -> list[Mirror]:
@@ -263,6 +279,22 @@ class PrefetchDevice(TableDriver):
         chosen = reached[: self._behaviour.checked_pages]
         if chosen.size:
             await self._compare(program, chosen, faulted)
+        if self._behaviour.memory_pages and self._random.random() < self._behaviour.migrate_ratio:
+            await self._move(program, reached)
+
+    async def _move(self, program: _Program, pages: Entries) -> None:
+        """Move the range of some pages to the device, or back; memory of files stays where it is."""
+        first = int(pages[0])
+        span = AddressRange(first, min(int(pages[-1]) + PAGE_SIZE, first + MIGRATE_PAGES_MAX * PAGE_SIZE))
+        move = program.mirror.migrate if self._random.random() < TO_DEVICE_RATIO else program.mirror.migrate_back
+        try:
+            moved = await move(span, partial=True)
+        except (NoSuchObjectError, DeviceLostError):
+            raise
+        except HmmError as error:
+            self.statistics.refused[errno_name(error.errno)] += pages.size
+        else:
+            self.statistics.migrated += moved.npages
 
     def _choose(self, program: _Program, span: AddressRange) -> Entries:
         """uint64[n]: the next pages of `span`, or pages anywhere in a place where the program was before."""
@@ -305,8 +337,8 @@ class PrefetchDevice(TableDriver):
         entries = self.table(program.mirror).pages.lookup(pages)
         with program.accesses.to(int(pages[0]), int(pages[-1] - pages[0]) + PAGE_SIZE):
             try:
-                await program.mirror.write(segments, stamp * len(segments), entries=entries)
-                seen = await program.mirror.read(segments, entries=entries)
+                await self._scatter(program, segments, stamp * len(segments), entries)
+                seen = await self._gather(program, segments, entries)
             except HmmError as error:
                 self._refused(program, "write", error)
                 return
@@ -342,12 +374,42 @@ class PrefetchDevice(TableDriver):
         entries = self.table(program.mirror).pages.lookup(pages)
         with program.accesses.to(int(pages[0]), int(pages[-1] - pages[0]) + PAGE_SIZE):
             try:
-                data = await program.mirror.read(self._slots(pages), entries=entries)
+                data = await self._gather(program, self._slots(pages), entries)
             except HmmError as error:
                 self._refused(program, "read", error)
                 return None
         self.statistics.bytes_read += len(data)
         return _cut(data)
+
+    # ---- memory, wherever it is: segments of STAMP_BYTES, each in the page that the entry beside it names
+
+    async def _gather(self, program: _Program, segments: list[Segment], entries: Entries) -> bytes:
+        own = self._own(entries)
+        if not own.any():
+            return await program.mirror.read(segments, entries=entries)
+        seen = np.empty((entries.size, STAMP_BYTES), np.uint8)
+        theirs = _chosen(segments, ~own)
+        if theirs:
+            data = await program.mirror.read(theirs, entries=entries[~own])
+            seen[~own] = np.frombuffer(data, np.uint8).reshape(-1, STAMP_BYTES)
+        offset = self._behaviour.slot * STAMP_BYTES
+        seen[own] = self.memory.read(entries[own])[:, offset : offset + STAMP_BYTES]
+        return seen.tobytes()
+
+    async def _scatter(self, program: _Program, segments: list[Segment], data: bytes, entries: Entries) -> None:
+        own = self._own(entries)
+        if not own.any():
+            await program.mirror.write(segments, data, entries=entries)
+            return
+        stamps = np.frombuffer(data, np.uint8).reshape(-1, STAMP_BYTES)
+        theirs = _chosen(segments, ~own)
+        if theirs:
+            await program.mirror.write(theirs, stamps[~own].tobytes(), entries=entries[~own])
+        self.memory.write_slots(entries[own], self._behaviour.slot * STAMP_BYTES, stamps[own])
+
+    def _own(self, entries: Entries) -> npt.NDArray[np.bool_]:
+        # What is in this driver's own memory; the daemon reaches everything else.
+        return pte.pte_test_valid_dev(entries) & self._behaviour.driver_copies
 
     # ---- bookkeeping
 
@@ -369,6 +431,10 @@ class PrefetchDevice(TableDriver):
     def _program(self, mirror: Mirror) -> _Program:
         # Asked for by the first event too, which may come before `attach` has its mirror.
         return self._by_mirror.setdefault(mirror.id, _Program(mirror))
+
+
+def _chosen(segments: list[Segment], which: npt.NDArray[np.bool_]) -> list[Segment]:
+    return [segment for segment, wanted in zip(segments, which.tolist(), strict=True) if wanted]
 
 
 def _cut(data: bytes) -> list[bytes]:
