@@ -12,6 +12,7 @@ less permission (invariant 1 and 3 of the project, seen from the device).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,15 +21,16 @@ import numpy as np
 
 from hmm import commands_device, commands_file, commands_process, cpu_pte, pte
 from hmm.address_space import Thp
+from hmm.checked import Checked
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.events import Delivery, Event, EventType
 from hmm.journal import digest, replay
 from hmm.machine import Limits, Machine, OperationRecord
 from hmm.madvise import Advice
-from hmm.mirror import DeadlinePolicy, MirrorState
+from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.scheduler import Call, Choose, Scheduler
 from hmm.testing_memory import CarriedMemory, Contents
-from hmm.units import PAGE_SIZE, PMD_PAGES, TASK_SIZE, AddressRange, MirrorId
+from hmm.units import PAGE_SIZE, PMD_PAGES, TASK_SIZE, AddressRange, Entries, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -46,11 +48,15 @@ class DeviceModel:
     Attributes:
         discarded: what a driver discarded by itself, with the last event sent before: it programs none of these
             pages from an older event that it has still to answer.
+        checked: what was checked already, of the machine too.
+        changes: how often translations of a mirror may have changed.
     """
 
     machine: Machine
+    checked: Checked = field(default_factory=Checked)
     translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
+    changes: Counter[MirrorId] = field(default_factory=Counter)
     memory: CarriedMemory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +65,7 @@ class DeviceModel:
     def answering(self, delivery: Delivery) -> bytes:
         """The driver handled an event and is about to answer: the device has done what the event asks."""
         held = self.translations.setdefault(delivery.mirror_id, {})
+        self.changes[delivery.mirror_id] += 1
         event = delivery.event
         if event.etype is EventType.RELEASE:
             held.clear()
@@ -94,24 +101,34 @@ class DeviceModel:
             if mirror is None or mirror.state is not MirrorState.LIVE:
                 held.clear()  # the daemon lets no access through any more
                 continue
-            for address, (pfn, writable) in held.items():
-                entry = mirror.space.table.get(address)
-                on_device = cpu_pte.is_device_private(entry) or cpu_pte.is_migration(entry)
-                same = (cpu_pte.is_present(entry) or on_device) and cpu_pte.cpu_pfn(entry) == pfn
-                if not same or (writable and not on_device and not cpu_pte.is_writable(entry)):
-                    raise LostTranslationError(
-                        f"{mirror} uses frame {pfn} at {address:#x}{' for writing' if writable else ''}, "
-                        f"the CPU's entry is {entry:#x}"
-                    )
+            table = mirror.space.table
+            state = (self.changes[mirror_id], self.checked.number(table))
+            if held and self.checked.is_new((DeviceModel, mirror_id), *state):
+                _check_held(mirror, held, table.lookup(np.fromiter(held, np.uint64, len(held))))
 
     def _program(self, mirror_id: MirrorId, spans: tuple[AddressRange, ...], entries: Any) -> None:
         mirror = self.machine.mirrors[mirror_id]
         held = self.translations.setdefault(mirror_id, {})
+        self.changes[mirror_id] += 1
         addresses = [address for span in spans for address in range(span.start, span.end, PAGE_SIZE)]
         pfns = mirror.pfns(np.asarray(entries, np.uint64)).tolist()
         for address, entry, pfn in zip(addresses, np.asarray(entries).tolist(), pfns, strict=True):
             if entry & pte.VALID:
                 held[address] = (pfn, bool(entry & pte.WRITE))
+
+
+def _check_held(mirror: Mirror, held: dict[int, tuple[int, bool]], entries: Entries) -> None:
+    # `entries` are the CPU's of the addresses that are held.
+    pfns, writable = np.array(list(held.values()), np.int64).T
+    on_device = cpu_pte.is_device_private(entries) | cpu_pte.is_migration(entries)
+    good = (cpu_pte.is_present(entries) | on_device) & (cpu_pte.cpu_pfn(entries) == pfns)
+    good &= (writable == 0) | on_device | cpu_pte.is_writable(entries)
+    if not good.all():
+        at = int(good.argmin())
+        raise LostTranslationError(
+            f"{mirror} uses frame {pfns[at]} at {list(held)[at]:#x}{' for writing' if writable[at] else ''}, "
+            f"the CPU's entry is {int(entries[at]):#x}"
+        )
 
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
@@ -263,6 +280,7 @@ def simulate(
         finished=devices.finished,
         answering=devices.answering,
         checking=devices.check,
+        checked=devices.checked,
     )
     if contents:
         _watch(scheduler, Contents(machine, devices.memory))

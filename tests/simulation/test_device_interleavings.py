@@ -11,7 +11,7 @@ from hmm.receiver import Receiver
 from hmm.testing import SimulationError
 from hmm.testing_devices import simulate_devices
 
-SEEDS, BATCH = 100, 25
+SEEDS, BATCH = 60, 20
 
 
 @pytest.mark.slow

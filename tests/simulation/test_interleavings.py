@@ -18,7 +18,7 @@ from hmm.notifier import Invalidation, Notifier, Subscriber
 from hmm.operation import Operation
 from hmm.testing import SimulationError, simulate
 
-SEEDS, BATCH = 200, 50
+SEEDS, BATCH = 120, 40
 
 
 @pytest.mark.slow
