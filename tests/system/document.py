@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO
 
 TIMEOUT_S = 90.0
+PROGRAMS = Path(sys.executable).parent
 SHOWN_ONLY = frozenset({"mermaid", "text"})
 FENCE = re.compile(r"^```(?P<language>[a-z+]*)(?: +(?P<name>\S+))?$")
 
@@ -132,11 +133,11 @@ class Shell:
 
 
 @contextmanager
-def shell(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[Shell]:
+def shell(folder: Path, timeout_s: float = TIMEOUT_S, programs: Path = PROGRAMS) -> Iterator[Shell]:
     """A shell in a folder; what it has started ends with it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HMMD_", "PYTEST"))}
     environment |= {
-        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "PATH": f"{programs}:{environment['PATH']}",
         "HOME": str(folder),
         "XDG_RUNTIME_DIR": str(folder),
         "COLUMNS": "120",
@@ -155,12 +156,13 @@ def shell(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[Shell]:
             process.stdin.close()
 
 
-def run_document(path: Path, folder: Path, timeout_s: float = TIMEOUT_S) -> int:
+def run_document(path: Path, folder: Path, timeout_s: float = TIMEOUT_S, programs: Path = PROGRAMS) -> int:
     """Run everything that a document shows.
 
     Args:
         folder: where it runs; empty, if it is not about a folder that there is.
         timeout_s: for all of it.
+        programs: folder with the programs that it finds first, `python` among them.
 
     Returns: how many commands and scripts were run.
 
@@ -169,7 +171,7 @@ def run_document(path: Path, folder: Path, timeout_s: float = TIMEOUT_S) -> int:
     """
     blocks = blocks_of(path)
     count = 0
-    with shell(folder, timeout_s) as bash:
+    with shell(folder, timeout_s, programs) as bash:
         for number, block in enumerate(blocks):
             where = f"{path.name}:{block.line}"
             if block.name:
