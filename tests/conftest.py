@@ -83,9 +83,9 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
 
 
 @pytest.fixture
-async def daemon(start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
-    """A daemon with the default settings, for one test."""
-    return await start_daemon()
+async def daemon(request: pytest.FixtureRequest, start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
+    """A daemon for one test, with the default settings or with those that the test is parametrized with."""
+    return await start_daemon(**getattr(request, "param", {}))
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,8 @@ class Config:
 
     # How much it holds
     frames: int = _limit(1 << 20, "frames of system memory, 4096 bytes each")
+    swap_pages: int = _setting(0, "pages of swap, for when frames run out; 0: none, calls fail then", at_least=0)
+    swap_file: str = _setting("", "file for them, a path, overwritten; default: the daemon's own memory")
     device_frames: int = _limit(1 << 20, "frames in the memory of all devices together")
     processes: int = _limit(4096, "processes")
     devices: int = _limit(256, "devices")
@@ -121,6 +123,8 @@ class Config:
             raise ConfigError("part_bytes must be at most half of message_bytes")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key belong together")
+        if self.swap_file and not self.swap_pages:
+            raise ConfigError("swap_file needs swap_pages")
         if self.tcp and not self.tls_certificate and not self.tcp_plaintext:
             raise ConfigError("tcp needs tls_certificate and tls_key, or tcp_plaintext")
 
@@ -129,6 +133,7 @@ class Config:
         """What the core needs of it."""
         return Limits(
             frames=self.frames,
+            swap_pages=self.swap_pages,
             device_frames=self.device_frames,
             processes=self.processes,
             devices=self.devices,

@@ -39,6 +39,9 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
         streams=len(streams.open),
         resident_bytes=_resident_bytes(),
         rejected_answers=streams.rejected,
+        swap_used=machine.frames.swap.used if machine.frames.swap else 0,
+        swap_total=machine.limits.swap_pages,
+        pages_reclaimed=machine.reclaim.reclaimed if machine.reclaim else 0,
     )
 
 

@@ -53,6 +53,7 @@ from hmm_server.services.inspection import InspectionService
 from hmm_server.services.process import ProcessService
 from hmm_server.services.session import SessionService
 from hmm_server.streams import Streams
+from hmm_server.swap_file import swap_memory
 
 STOP_S = 1.0
 """Time for streams to end after their farewell."""
@@ -102,7 +103,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.machine = Machine(config.limits, semantics=PROFILES[config.semantics])
+        self.machine = Machine(config.limits, semantics=PROFILES[config.semantics], swap_memory=swap_memory(config))
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
         self.observers = Observers(config.watch_entries)
         self.streams = Streams(self.executor, self.observers, config)

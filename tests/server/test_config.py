@@ -103,3 +103,9 @@ def test_socket_path_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert Config().socket_path == Path("/run/hmmd/hmmd.sock")
     assert Config(socket="unix:/x/y").socket_path == Path("/x/y")
+
+
+def test_swap_file_is_refused_when_there_is_no_swap() -> None:
+    """A file for nothing is a mistake."""
+    with pytest.raises(ConfigError, match="swap_file needs swap_pages"):
+        Config(swap_file="/var/swap")

@@ -37,6 +37,8 @@ def command(form: str, where: Where) -> None:
             "devices": f"{daemon.devices:,} with {daemon.mirrors:,} mirrors on {daemon.streams:,} streams",
             "files": daemon.files,
             "frames": f"{daemon.frames_used:,} of {daemon.frames_total:,} ({size(daemon.frames_used << 12)})",
+            "swap": f"{daemon.swap_used:,} of {daemon.swap_total:,} ({size(daemon.swap_used << 12)})",
+            "pages reclaimed": f"{daemon.pages_reclaimed:,}",
             "memory": size(daemon.resident_bytes),
             "calls pending": daemon.operations_pending,
             "answers rejected": daemon.rejected_answers,
