@@ -20,7 +20,7 @@ from hmm import device_access, pte
 from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
-from hmm.device_pages import evict
+from hmm.device_pages import evict, make_room
 from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError, TimedOutError
 from hmm.events import EventType
 from hmm.frames import RegionKind
@@ -28,7 +28,7 @@ from hmm.iommu import Iommu
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.mirror_memory import MirrorMemory
-from hmm.mirror_migrate import Moved, migrate_range
+from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
 from hmm.notifier import Home
 from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.spans import inside
@@ -78,6 +78,7 @@ def register_device(
     memory_pages: int = 0,
     kind: RegionKind = RegionKind.DEVICE_PRIVATE,
     driver_copies: bool = False,
+    evicts: bool = False,
 ) -> DeviceId:
     """Register a device; with `dma` its mirrors' entries hold DMA addresses of an emulated IOMMU.
 
@@ -86,6 +87,8 @@ def register_device(
         kind: whether the CPU can reach that memory.
         driver_copies: the driver has the bytes of that memory, and carries pages there and back (COPY_TO_DEVICE,
             COPY_FROM_DEVICE); else the daemon has them.  Only memory that the CPU cannot reach.
+        evicts: pages that are to be moved to that memory when it is full take the place of those that went there
+            longest ago; else as many are moved as there is room for.
 
     Raises:
         InvalidRequestError: an empty name, a negative size, memory of the system's kind, or copies by the driver
@@ -101,7 +104,8 @@ def register_device(
     iommu = Iommu(machine.limits.dma_pages) if dma else None
     number = machine.next_id("device")
     memory = machine.frames.add_region(memory_pages, number, kind, remote=driver_copies) if memory_pages else None
-    machine.devices[number] = Device(number, name, machine.caller.token, iommu, memory.number if memory else 0)
+    region = memory.number if memory else 0
+    machine.devices[number] = Device(number, name, machine.caller.token, iommu, region, evicts)
     return number
 
 
@@ -272,7 +276,7 @@ def mirror_fault(
     mirror.require_filling("fault")
     _require_inside((span,))
     if etype is EventType.COPY_TO_DEVICE:
-        return (yield from migrate_range(_memory(mirror), span))
+        return (yield from migrate_range(_memory(mirror), span, _making_room(machine, mirror)))
     if etype not in (EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT):
         raise InvalidRequestError(f"fault: {etype.name} is no fault of a device")
     return (yield from fault_range(mirror, span, write=etype is EventType.DEVICE_WFAULT))
@@ -288,8 +292,15 @@ def migrate(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operat
     mirror = machine.mirror(mirror_id)
     mirror.require_filling("migrate")
     _require_inside((span,))
-    moved = yield from migrate_range(_memory(mirror), span)
+    moved = yield from migrate_range(_memory(mirror), span, _making_room(machine, mirror))
     return _migrated(mirror, moved)
+
+
+def _making_room(machine: Machine, mirror: Mirror) -> MakeRoom | None:
+    def make(span: AddressRange) -> Operation[int]:
+        return (yield from make_room(mirror.space, machine.spaces.values(), span, _memory(mirror).region))
+
+    return make if mirror.device.evicts else None
 
 
 def migrate_back(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[DeviceMigrated]:

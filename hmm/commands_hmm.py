@@ -251,10 +251,15 @@ def _requests(span: AddressRange, words: Entries | None) -> Entries:
 def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
     """Move what can be moved of a part of one VMA to the mirror's device, as `device_pages.migrate_to_device`.
 
+    If the device evicts, pages that went there longest ago make room (`device_pages.make_room`).
+
     Raises: also NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
     """
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
+    if mirror.device.evicts and span.npages > region.free:
+        yield from device_pages.make_room(mirror.space, machine.spaces.values(), span, region)
+        _live(machine, mirror_id)
     migration = yield from device_pages.migrate_to_device(mirror.space, span, region, mirror_id)
     if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
         forget_holder(machine.frames, mirror_id)

@@ -23,6 +23,7 @@ class Device:
     Attributes:
         iommu: present when the device does DMA, so that its mirrors' entries hold DMA addresses.
         region: number of its memory among the regions of frames; 0 when it has none.
+        evicts: pages that are to be moved to its full memory take the place of those that went there longest ago.
     """
 
     id: DeviceId
@@ -30,6 +31,7 @@ class Device:
     owner: str
     iommu: Iommu | None = None
     region: int = 0
+    evicts: bool = False
 
     def __str__(self) -> str:
         return f"device {self.id} ({self.name})"

@@ -4,6 +4,7 @@
     back             migrate_to_system   by its driver's request
                      RESOLVERS[DEVICE]   a CPU, or another device, touches the page: migrate_to_ram()
                      evict               everything that is in a device's memory: migrate_device_range()
+                     make_room           what went there longest ago, when more is to go there than there is room for
 
 The frames of devices have bytes like all others, so a copy is made here and not by the driver.  Before a page leaves
 because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
@@ -40,7 +41,7 @@ from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
 from hmm.zone_device import are_remote, owners, used_frames
 
-__all__ = ["evict", "lose", "migrate_to_device", "migrate_to_system", "move_to_system"]
+__all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
 _WRITE = np.uint64(WRITE)
 
@@ -223,6 +224,49 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
         if pfns.size:
             moved += yield from move_to_system(frames, known, pfns)
             yield Pause()
+    return moved
+
+
+def make_room(
+    space: AddressSpace, spaces: Iterable[AddressSpace], span: AddressRange, region: Region
+) -> Operation[int]:
+    """Move out of a device's memory what went there longest ago, so that a range fits, or as much as there can be room.
+
+    It is tried once: others who want room at the same time may take it, and then less of the range fits.
+
+    Args:
+        space, span: what is about to be moved there; what it has there already stays.
+        spaces: all that there are.
+
+    Returns: number of pages moved; less than were needed when pages are in use, or system memory runs out.
+
+    Raises: TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
+
+    Cost: as `evict`, for the pages that move.  Source: the device's driver does it, as nouveau_dmem_evict_chunk() and
+    svm_range_evict() of amdgpu do.
+    """
+    frames, known, moved = space.frames, list(spaces), 0
+    pfns = cpu_pte.cpu_pfn(space.table.read(span.start, span.end))
+    there = pfns[(pfns >= region.start) & (pfns < region.end)]
+    wanted = min(span.npages - there.size, region.total - there.size) - region.free
+    if wanted <= 0:
+        return 0
+    used = used_frames(frames, region.number)
+    used = used[(frames.pincount[used] == 0) & ~np.isin(used, there)]
+    oldest = used[np.argsort(frames.lru[used], kind="stable")[:wanted]]
+    try:
+        for other in known:
+            for subscriber in list(other.notifier.subscribers.values()):
+                if subscriber.home is not None and subscriber.home.region is region:
+                    moved += yield from subscriber.home.give_up(oldest)
+        step = frames.batch_pages if frames.make_room else PIECE_PAGES
+        for first in range(0, oldest.size, step):
+            part = oldest[first : first + step]
+            part = part[frames.mapcount[part] > 0]  # those that are there still
+            if part.size:
+                moved += yield from move_to_system(frames, known, part)
+    except OutOfFramesError:
+        pass  # as much as there is room for
     return moved
 
 

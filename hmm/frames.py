@@ -211,7 +211,10 @@ class Frames(FrameContents):
 
         Cost: 5 us, and 1 ns per page.  Source: Linux mm/page_alloc.c, alloc_pages_bulk_noprof().
         """
-        return self._take(count, region)[0]
+        pfns = self._take(count, region)[0]
+        if region != SYSTEM_REGION:
+            self.rotate(pfns)
+        return pfns
 
     def allocate_mapped(self, count: int, flags: PageFlag) -> Pfns:
         """Take frames of system memory for as many page-table entries, each frame's only reference.

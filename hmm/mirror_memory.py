@@ -117,6 +117,21 @@ class MirrorMemory:
                 yield from self.bring_back(addresses)
         return npages
 
+    def give_up(self, pfns: Pfns) -> Operation[int]:
+        """Bring back the pages that are in some frames of the device's memory.
+
+        Args:
+            pfns: int64[n].
+
+        Returns: number of pages that left it.
+
+        Raises: as `bring_back`.
+        """
+        addresses = self.mirror.on_device(self.mirror.span)
+        chosen = addresses[np.isin(self.mirror.pfns(self.mirror.table.lookup(addresses)), pfns)]
+        yield from self.bring_back(chosen)
+        return chosen.size
+
     def bring_back(self, addresses: Entries) -> Operation[None]:
         """Bring pages back, as far as they are there.
 

@@ -19,7 +19,7 @@ mm_hmm_migrate(), mm_hmm_migrate_cleanup().
 **Invariants**: when the operation ends, however it ends, no migration entry of it is left; a page that did not move has
 the entry that it had, and an error of the driver's copy moves none.
 
-**Absent**: the way back and the carrying (mirror_memory.py); which pages to evict from a full device (MAKE_ROOM).
+**Absent**: the way back and the carrying (mirror_memory.py); which pages leave a full device (device_pages.py).
 
 Differs: a private page that several processes share since a fork moves as a copy, which is what the next write would
 have made of it; the others keep the page.  The posted code swapped the tests for the zero page and for no page, and
@@ -56,13 +56,13 @@ from hmm.operation import Await, Operation, WaitFor
 from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 
-__all__ = ["MAKE_ROOM", "MIGRATE_PAGES_MAX", "Moved", "migrate_range"]
+__all__ = ["MIGRATE_PAGES_MAX", "MakeRoom", "Moved", "migrate_range"]
 
 MIGRATE_PAGES_MAX = COPY_PAGES
 """Pages of one fault: as many as a page has room for entries, as posted."""
 
-MAKE_ROOM: list[Callable[[MirrorMemory, int], Operation[None]]] = []
-"""Asked for so many free frames of a device's memory, before a migration that would not fit; may do nothing."""
+MakeRoom = Callable[[AddressRange], Operation[int]]
+"""Asked once for room in the device's memory, before a migration of a range that would not fit; may do nothing."""
 
 Mask = npt.NDArray[np.bool_]
 _CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
@@ -86,7 +86,7 @@ class Moved:
     error: HmmError | None = None
 
 
-def migrate_range(memory: MirrorMemory, span: AddressRange) -> Operation[Moved]:
+def migrate_range(memory: MirrorMemory, span: AddressRange, make_room: MakeRoom | None = None) -> Operation[Moved]:
     """Move what can be moved of a range to the device's memory, in ascending order, as far as there is room.
 
     Args:
@@ -110,7 +110,6 @@ def migrate_range(memory: MirrorMemory, span: AddressRange) -> Operation[Moved]:
         )
     mirror, notifier = memory.mirror, memory.mirror.space.notifier
     mirror.counters["migrations"] += 1
-    asked = False
     while True:
         yield from wait_to_start(mirror, (span,), wait=True)
         mirror.require_filling("migrate")
@@ -125,10 +124,9 @@ def migrate_range(memory: MirrorMemory, span: AddressRange) -> Operation[Moved]:
             failed = yield from bring_in(mirror, away, write=False)
             if failed is not None:
                 return Moved(span, failed.address or part.start, error=failed)
-        elif not asked and _wanted(mirror, part) > memory.region.free:
-            asked = True
-            for make_room in MAKE_ROOM:
-                yield from make_room(memory, _wanted(mirror, part))
+        elif make_room is not None and _wanted(mirror, part) > memory.region.free:
+            yield from make_room(part)
+            make_room = None
             continue
         else:
             attempt = yield from _attempt(memory, vma, part)

@@ -62,6 +62,9 @@ class Home(Protocol):
     def vacate(self, spans: Spans) -> Operation[int]:
         """Bring back all that is there of these ranges.  Returns: number of pages."""
 
+    def give_up(self, pfns: Pfns) -> Operation[int]:
+        """Bring back the pages that are in frames of the memory, int64[n].  Returns: number of pages."""
+
     def bring_back(self, addresses: Entries) -> Operation[None]:
         """Bring pages back, as far as they are there: uint64[n] addresses, ascending."""
 

@@ -54,7 +54,8 @@ def _device(town: Town) -> DeviceId | None:
 def _register(town: Town) -> Call | None:
     if len(town.machine.devices) > town.devices:
         return None
-    return Call(commands_device.register_device, ("with memory",), {"memory_pages": _DEVICE_PAGES})
+    options = {"memory_pages": _DEVICE_PAGES, "evicts": town.choose(2) == 0}
+    return Call(commands_device.register_device, ("with memory",), options)
 
 
 def _unregister(town: Town) -> Call | None:
@@ -189,6 +190,7 @@ def _register_card(town: Town) -> Call | None:
     if len(_cards(town)) >= town.devices:
         return None
     options = {"memory_pages": _DEVICE_PAGES // 2, "driver_copies": town.choose(3) > 0, "dma": town.choose(3) == 0}
+    options["evicts"] = town.choose(2) == 0
     return Call(commands_device.register_device, ("card",), options)
 
 

@@ -174,6 +174,7 @@ class Client:
         memory_pages: int = 0,
         kind: RegionKind = RegionKind.DEVICE_PRIVATE,
         driver_copies: bool = False,
+        evicts: bool = False,
     ) -> Device:
         """Register a device; its mirrors are served by this client's session.
 
@@ -184,12 +185,14 @@ class Client:
             kind: whether the CPU can reach that memory.
             driver_copies: the driver has the bytes of that memory and carries pages there and back
                 (`Driver.copy_to_device`, `Driver.copy_from_device`); what is there is lost with the driver.
+            evicts: pages that are to be moved to that memory when it is full take the place of those that went there
+                longest ago.
 
         Raises:
             OutOfFramesError: too many devices, or no frame numbers left for so much memory (ENOMEM).
         """
         return await Device.register(
-            self, name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies
+            self, name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies, evicts=evicts
         )
 
     async def session(self) -> Session:

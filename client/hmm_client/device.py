@@ -50,7 +50,15 @@ class Device:
 
     @classmethod
     async def register(
-        cls, client: Client, name: str, *, dma: bool, memory_pages: int, kind: RegionKind, driver_copies: bool
+        cls,
+        client: Client,
+        name: str,
+        *,
+        dma: bool,
+        memory_pages: int,
+        kind: RegionKind,
+        driver_copies: bool,
+        evicts: bool,
     ) -> Device:
         """As `Client.register_device`."""
         session = await client.session()
@@ -60,6 +68,7 @@ class Device:
             memory_pages=memory_pages,
             memory_kind=memory_kind_to_proto(kind),
             driver_copies=driver_copies,
+            evicts=evicts,
         )
         (response,) = await session.call("register_device", request)
         return cls(client, response.device_id, name, dma=dma, frames=(response.first_pfn, response.end_pfn))

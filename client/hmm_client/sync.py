@@ -420,10 +420,11 @@ class Client(_Handle[aio_client.Client]):
         memory_pages: int = 0,
         kind: RegionKind = RegionKind.DEVICE_PRIVATE,
         driver_copies: bool = False,
+        evicts: bool = False,
     ) -> Device:
         """Register a device; its mirrors are served by this client's session."""
         made = self.aio.register_device(
-            name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies
+            name, dma=dma, memory_pages=memory_pages, kind=kind, driver_copies=driver_copies, evicts=evicts
         )
         return Device(self.loop.run(made), self.loop)
 

@@ -34,6 +34,7 @@ def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
         memory_pages=q.memory_pages,
         kind=convert.memory_kind_from_proto(q.memory_kind),
         driver_copies=q.driver_copies,
+        evicts=q.evicts,
     )
 
 

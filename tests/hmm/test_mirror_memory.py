@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hmm import commands_device as devices
-from hmm import commands_file, cpu_pte, mirror_migrate, pte
+from hmm import commands_file, cpu_pte, pte
 from hmm import commands_hmm as today
 from hmm import commands_process as processes
 from hmm.errors import (
@@ -35,7 +35,6 @@ from hmm.local import Local
 from hmm.machine import Limits, Machine
 from hmm.madvise import Advice
 from hmm.mirror import MirrorState
-from hmm.operation import Operation
 from hmm.testing_memory import CarriedMemory
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -88,19 +87,21 @@ class Driver:
 class Bench:
     """A process with a window of private pages, mirrored by devices with memory."""
 
-    def __init__(self, *, copies: bool = True, frames: int = 400, memory_pages: int = 32, cards: int = 1) -> None:
+    def __init__(
+        self, *, copies: bool = True, frames: int = 400, memory_pages: int = 32, cards: int = 1, evicts: bool = False
+    ) -> None:
         self.local = Local(Machine(Limits(frames=frames, device_frames=1024)))
         self.machine = self.local.machine
         self.memory = CarriedMemory(self.machine)
         self.call = self.local.call
         self.pid: int = self.call(processes.create_process, "p")
         self.call(processes.mmap, self.pid, START, 16 * PAGE_SIZE, RW, FIXED)
-        self.cards = [self._card(f"card{number}", memory_pages, copies) for number in range(cards)]
+        self.cards = [self._card(f"card{number}", memory_pages, copies, evicts) for number in range(cards)]
         self.drivers: list[Driver] = []
         self.mirrors = [self.mirror_of(card, self.pid) for card in self.cards]
 
-    def _card(self, name: str, memory_pages: int, copies: bool) -> int:
-        return self.call(devices.register_device, name, memory_pages=memory_pages, driver_copies=copies)
+    def _card(self, name: str, memory_pages: int, copies: bool, evicts: bool) -> int:
+        return self.call(devices.register_device, name, memory_pages=memory_pages, driver_copies=copies, evicts=evicts)
 
     def mirror_of(self, card: int, pid: int, **options: Any) -> int:
         """Let a card mirror a process, with a driver of its own."""
@@ -306,20 +307,16 @@ def test_migrate_moves_what_fits_when_the_device_is_full() -> None:
     bench.machine.check()
 
 
-def test_migrate_asks_for_room_when_the_device_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever evicts is asked once, before anything is locked; then what fits moves."""
-    bench = Bench(memory_pages=2)
-    bench.write(0, 4)
-    bench.migrate(0, 2)
-    asked = []
-
-    def evict(memory: Any, npages: int) -> Operation[None]:
-        asked.append(npages)
-        yield from memory.vacate((span(0, 2),))
-
-    monkeypatch.setattr(mirror_migrate, "MAKE_ROOM", [evict])
-    assert bench.migrate(2, 2).moved.npages == 2
-    assert (asked, bench.where(0, 4)) == ([2], "ssdd")
+def test_migrate_evicts_what_went_to_the_device_first_when_it_is_full() -> None:
+    """A device that evicts gets all of what is to move, in the place of the oldest; what the range has there stays."""
+    bench = Bench(memory_pages=3, evicts=True)
+    bench.write(0, 5)
+    bench.migrate(1, 1)
+    bench.migrate(0, 1)
+    bench.migrate(2, 1)
+    assert bench.migrate(2, 3).moved.npages == 2
+    assert bench.where(0, 5) == "ssddd"
+    bench.machine.check()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from area import BASE
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType, Reason
+from hmm.frames import RegionKind
 from hmm.migrate import MIGRATE, VALID, WRITE
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -239,3 +240,77 @@ def test_touch_tells_nobody_to_copy_when_the_mirror_is_gone(bench: Any) -> None:
     bench.to_device(0, 1)
     bench.call(commands_hmm.detach, bench.mirror)
     assert bench.read(0, 1) == b"g"
+
+
+def evicting(bench: Any, pages: int) -> None:
+    """Let the bench's mirror be one of a device that has so many pages and evicts."""
+    bench.device = bench.call(commands_device.register_device, "small", memory_pages=pages, evicts=True)
+    bench.mirror, bench.heard = bench.attach(bench.device, bench.process)
+
+
+def where(bench: Any, npages: int) -> str:
+    """For each page, whether it is on a device or in system memory."""
+    return "".join("d" if cpu_pte.is_device_private(bench.entry(page)) else "s" for page in range(npages))
+
+
+def test_migrate_moves_as_many_as_there_is_room_for_when_the_device_does_not_evict(bench: Any) -> None:
+    """The driver allocates destinations; without one a page stays: migrate_vma_pages()."""
+    bench.device = bench.call(commands_device.register_device, "small", memory_pages=4)
+    bench.mirror, bench.heard = bench.attach(bench.device, bench.process)
+    bench.write(0, b"x" * 6 * PAGE_SIZE)
+    bench.to_device(0, 6)
+    assert where(bench, 6) == "ddddss"
+
+
+def test_migrate_evicts_what_went_to_the_device_first_when_it_is_full(bench: Any) -> None:
+    """Pages that went there longest ago leave, those of the range itself stay; contents are what they were."""
+    evicting(bench, 4)
+    for page in range(6):
+        bench.write(page, bytes([page]) * PAGE_SIZE)
+    bench.to_device(2, 1)
+    bench.to_device(0, 2)
+    bench.to_device(3, 1)
+    bench.to_device(3, 3)
+    assert where(bench, 6) == "sdsddd"
+    bench.local.machine.check()
+    assert [bench.read(page, 1)[0] for page in range(6)] == list(range(6))
+
+
+def test_migrate_fills_the_device_when_the_range_is_larger(bench: Any) -> None:
+    """As much of it moves as the device has memory, and no page goes there and back in one call."""
+    evicting(bench, 4)
+    bench.write(0, b"x" * 8 * PAGE_SIZE)
+    bench.to_device(6, 2)
+    bench.to_device(0, 6)
+    assert where(bench, 8) == "ddddssss"
+
+
+def test_migrate_evicts_pages_of_other_processes_when_they_share_the_device(bench: Any) -> None:
+    """Two processes that move their pages to one small device by turns: every call ends, and the last one has it."""
+    evicting(bench, 4)
+    bench.write(0, b"a" * 4 * PAGE_SIZE)
+    other = bench.call(commands_process.fork, bench.process)
+    bench.write(0, b"b" * 4 * PAGE_SIZE, other)
+    mirror, _ = bench.attach(bench.device, other)
+    for _ in range(3):
+        bench.to_device(0, 4)
+        assert where(bench, 4) == "dddd"
+        bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0, 4))
+        assert where(bench, 4) == "ssss"
+    assert bench.read(0, 4 * PAGE_SIZE) == b"a" * 4 * PAGE_SIZE
+    assert bench.read(0, 4 * PAGE_SIZE, other) == b"b" * 4 * PAGE_SIZE
+    bench.local.machine.check()
+
+
+def test_migrate_moves_less_when_pinned_pages_fill_the_device(bench: Any) -> None:
+    """A coherent page that is pinned for a short time stays where it is."""
+    bench.device = bench.call(
+        commands_device.register_device, "small", memory_pages=2, kind=RegionKind.DEVICE_COHERENT, evicts=True
+    )
+    bench.mirror, bench.heard = bench.attach(bench.device, bench.process)
+    bench.write(0, b"x" * 4 * PAGE_SIZE)
+    bench.to_device(0, 2)
+    bench.call(commands_process.pin, bench.process, bench.span(0, 1), write=True, long_term=False)
+    moved = bench.to_device(2, 2)
+    assert np.count_nonzero(moved.src & np.uint64(MIGRATE)) == 1
+    bench.local.machine.check()
