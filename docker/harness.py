@@ -12,7 +12,6 @@ Exit codes: 0 all that was checked held; 1 something did not, or somebody was aw
 from __future__ import annotations
 
 import asyncio
-import errno
 import signal
 import ssl
 import sys
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 import click
 
 import hmm_client
-from hmm.errors import HmmError
+from hmm.errors import HmmError, errno_name
 from hmm_client.commands.connection import Where, where_options
 from hmm_client.drivers.control import decode, encode, host_and_port, tls_context
 from hmm_client.drivers.remote import RemoteDriver, RemoteError
@@ -32,8 +31,8 @@ from hmm_client.drivers.remote import RemoteDriver, RemoteError
 PAGE = 4096
 PAGES = 16
 RETRY_S = 0.2
-GONE = {"EIO", "ENODEV"}
-"""What a driver answers that has lost its daemon, or whose device was fenced."""
+AWAY = {"EIO", "ENODEV", "ETIMEDOUT"}
+"""What a driver answers that has lost its daemon, whose device was fenced, or which was too slow."""
 
 
 @dataclass
@@ -149,7 +148,7 @@ async def refused(access: Awaitable[object]) -> str:
     try:
         await access
     except RemoteError as error:
-        if error.errno in GONE:
+        if error.errno in AWAY:
             raise
         return error.errno
     return "0"
@@ -179,7 +178,7 @@ class Harness:
                         last, interrupted = time.monotonic(), False
                         await self.rest(self.pause_s)
             except (OSError, RemoteError, HmmError) as error:
-                if not _somebody_is_gone(error) or time.monotonic() - last > self.patience_s:
+                if not _somebody_is_away(error) or time.monotonic() - last > self.patience_s:
                     click.echo(f"harness: {error}", err=True)
                     self.tally.failed += 1
                     break
@@ -212,10 +211,10 @@ class Harness:
         return tls_context(self.where.ca, self.where.certificate, self.where.key)
 
 
-def _somebody_is_gone(error: Exception) -> bool:
-    if isinstance(error, RemoteError):
-        return error.errno in GONE
-    return isinstance(error, OSError) or (isinstance(error, HmmError) and error.errno == errno.ENODEV)
+def _somebody_is_away(error: Exception) -> bool:
+    if isinstance(error, HmmError):
+        return errno_name(error.errno) in AWAY
+    return not isinstance(error, RemoteError) or error.errno in AWAY
 
 
 @click.command(help=__doc__)

@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import importlib
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
 
 import click
 import kubernetes_validate
 import pytest
-import yaml
+from manifests import MANIFESTS, WORKLOADS, Manifest, container_of, identify, kind, labels_of, pod_of, workload_named
 
 from hmm_server.config import SETTINGS, Config, load
 
-FOLDER = Path(__file__).resolve().parents[2] / "docker" / "kubernetes"
 VERSIONS = ("1.27", "1.37")
 """The first in which gRPC probes are stable, and the newest whose schema is here."""
-Manifest = dict[str, Any]
-MANIFESTS: list[Manifest] = [
-    manifest for path in sorted(FOLDER.glob("*.yaml")) for manifest in yaml.safe_load_all(path.read_text())
-]
-WORKLOADS = [manifest for manifest in MANIFESTS if "template" in manifest.get("spec", {})]
-
-
-def identify(manifest: Manifest) -> str:
-    """Its kind and name, for the names of tests."""
-    return f"{manifest['kind']}/{manifest['metadata']['name']}"
-
-
-def kind(name: str) -> list[Manifest]:
-    """All manifests of a kind."""
-    return [manifest for manifest in MANIFESTS if manifest["kind"] == name]
-
-
-def labels_of(workload: Manifest) -> dict[str, str]:
-    """What its pods are labelled with."""
-    return dict(workload["spec"]["template"]["metadata"]["labels"])
-
-
-def container_of(workload: Manifest) -> Manifest:
-    """Its one container."""
-    (container,) = workload["spec"]["template"]["spec"]["containers"]
-    return dict(container)
-
-
-def workload_named(name: str) -> Manifest:
-    """The workload of this name."""
-    (found,) = [workload for workload in WORKLOADS if workload["metadata"]["name"] == name]
-    return found
 
 
 @pytest.mark.slow
@@ -72,7 +37,7 @@ def test_misspelt_field_is_refused(version: str) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS, ids=identify)
 def test_pod_is_confined(workload: Manifest) -> None:
     """As the standard "restricted" demands, and beyond: read-only, without an API token, limited in everything."""
-    pod, container = workload["spec"]["template"]["spec"], container_of(workload)
+    pod, container = pod_of(workload), container_of(workload)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 10001
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -95,7 +60,7 @@ def test_names_within_a_pod_are_there(workload: Manifest) -> None:
     probes = [container[name] for name in container if name.endswith("Probe")]
     asked = [next(how["port"] for name, how in probe.items() if name in {"grpc", "tcpSocket"}) for probe in probes]
     assert {ports.get(port, port) for port in asked} <= set(ports.values())
-    volumes = {volume["name"] for volume in workload["spec"]["template"]["spec"]["volumes"]}
+    volumes = {volume["name"] for volume in pod_of(workload)["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     selector = workload["spec"].get("selector", {"matchLabels": {}})["matchLabels"]
     assert selector.items() <= labels_of(workload).items()
@@ -123,7 +88,7 @@ def test_daemon_is_probed_where_it_answers() -> None:
     port = int(config.health_tcp.rpartition(":")[2])
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"] == {"port": port}
-    assert workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > Config().drain_s
+    assert pod_of(workload)["terminationGracePeriodSeconds"] > Config().drain_s
     assert (workload["kind"], workload["spec"]["replicas"]) == ("StatefulSet", 1)
 
 

@@ -100,7 +100,7 @@ def test_log_is_lines_of_json(daemon: Container) -> None:
 
 def test_probe_finds_a_daemon_that_hangs(run_container: Callable[..., Container]) -> None:
     """A daemon that is there and answers nothing becomes unhealthy, and healthy again when it goes on."""
-    probes = ("--health-interval=1s", "--health-timeout=2s", "--health-retries=1")
+    probes = ("--health-interval=1s", "--health-timeout=5s", "--health-retries=1")
     container = run_container(*CONFINED, *probes)
     container.wait_until_healthy()
     container.kill(signal.SIGSTOP)
