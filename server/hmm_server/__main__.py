@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import click
@@ -58,6 +59,8 @@ def _metavar(kind: type) -> str:
 @click.version_option(VERSION, prog_name="hmmd")
 def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
     """Read the settings and serve."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container has no default actions
+        signal.signal(number, _end_before_serving)
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         config = load(given, file=config_file)
@@ -67,6 +70,10 @@ def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
     set_up(config.log_level, config.log_format)
     _tune(config)
     sys.exit(_run(config, ready_fd))
+
+
+def _end_before_serving(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface
+    sys.exit(0)
 
 
 def _tune(config: Config) -> None:

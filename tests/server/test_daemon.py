@@ -64,6 +64,17 @@ async def test_signal_ends_the_daemon_with_exit_code_zero(place: Path, number: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_daemon_that_does_not_serve_yet(tmp_path: Path, number: signal.Signals) -> None:
+    """As first process of a container it would not hear them before it asks for them: it asks first."""
+    settings = tmp_path / "settings"
+    os.mkfifo(settings)
+    with subprocess.Popen([*HMMD, f"--config={settings}"]) as daemon, settings.open("w"):  # opened when it reads
+        daemon.send_signal(number)
+        assert daemon.wait(timeout=30) == 0
+
+
+@pytest.mark.slow
 async def test_ready_fd_gets_the_line_too(place: Path) -> None:
     """Harnesses read the ready line on a descriptor of their own, and its end."""
     read_end, write_end = os.pipe()
