@@ -50,6 +50,7 @@ from hmm.vma_map import VmaMap
 MMAP_BASE = TASK_SIZE - (1 << 27)
 """Top of the area that mmap fills downwards: below the largest gap kept for the stack's growth (mmap_base())."""
 _ANON = int(PageFlag.ANON)
+_HUGETLB = int(PageFlag.HUGETLB)
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 
 
@@ -194,7 +195,8 @@ class AddressSpace:
 
         Whoever calls it has told the mirrors.  Source: Linux mm/huge_memory.c, __split_huge_pmd_locked().
         """
-        if self.table.get(address) & cpu_pte.HUGE:
+        entry = self.table.get(address)
+        if entry & cpu_pte.HUGE and not self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB:
             start = address & PMD_MASK
             self.table.update(start, start + PMD_SIZE, _clear_huge)
 
@@ -316,7 +318,8 @@ class AddressSpace:
             assert not pfns.any(), f"{span} is neither a huge page nor the huge zero page"
         else:
             assert (pfns == pfns[0] + np.arange(PMD_PAGES)).all(), f"{span} is a huge page in pieces"
-            assert self.frames.all_have(pfns, PageFlag.COMPOUND), f"{span} is a huge page of small ones"
+            kind = PageFlag.HUGETLB if self.frames.flags_of(int(pfns[0])) & _HUGETLB else PageFlag.COMPOUND
+            assert self.frames.all_have(pfns, kind), f"{span} is a huge page of small ones"
             exclusive = self.frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
             assert (exclusive == exclusive[0]).all(), f"{span} is a huge page that is partly exclusive"
         vma = self.vmas.find(span.start)

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 from hmm import file as files
 from hmm import truncate as truncation
+from hmm.address_space import AddressSpace
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError
 from hmm.file import File, FileKind
+from hmm.hugetlb import HUGETLB_VM_FLAGS, HugetlbFile
 from hmm.machine import Machine
 from hmm.operation import Operation, immediate
+from hmm.unmapped_area import MapFlag
 from hmm.vma import VmFlag
 
 
@@ -136,6 +139,24 @@ def new_shared_memory(machine: Machine, size_bytes: int) -> File:
     return file
 
 
+def new_huge_memory(machine: Machine, space: AddressSpace, size_bytes: int, flags: MapFlag) -> File:
+    """The unnamed file behind a mapping of hugetlb memory, with what it reserves.
+
+    Raises: OutOfFramesError: too few huge pages are free (ENOMEM).
+
+    Source: fs/hugetlbfs/inode.c, hugetlb_file_setup(); mm/hugetlb.c, hugetlb_reserve_pages().
+    """
+    owner = 0 if flags & MapFlag.SHARED else space.id
+    file = HugetlbFile(
+        machine.next_id("file"), "/anon_hugepage (deleted)", FileKind.HUGETLB, machine.frames, size_bytes,
+        HUGETLB_VM_FLAGS, pool=machine.hugetlb, owner=owner,
+    )  # fmt: skip
+    if not flags & MapFlag.NORESERVE:
+        file.reserve()
+    _add_file(machine, file)
+    return file
+
+
 def forget_unused(machine: Machine) -> None:
     """Forget the files that nothing holds any more.  Cost: O(files and the VMAs that may map them)."""
     for file_id in [file.id for file in machine.files.values() if not file.opens and file.release_unused()]:
@@ -143,14 +164,18 @@ def forget_unused(machine: Machine) -> None:
 
 
 def _new_file(machine: Machine, name: str, kind: FileKind) -> File:
+    file = File(machine.next_id("file"), name, kind, machine.frames)
+    _add_file(machine, file)
+    return file
+
+
+def _add_file(machine: Machine, file: File) -> None:
     if len(machine.files) >= machine.limits.files:
         forget_unused(machine)
     machine.require_room("files", len(machine.files), machine.limits.files)
-    file = File(machine.next_id("file"), name, kind, machine.frames)
     machine.files[file.id] = file
-    if kind is FileKind.FILE:
-        machine.file_names[name] = file.id
-    return file
+    if file.kind is FileKind.FILE:
+        machine.file_names[file.name] = file.id
 
 
 def _named(machine: Machine, name: str) -> File | None:

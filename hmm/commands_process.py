@@ -29,7 +29,7 @@ from hmm import msync as syncing
 from hmm import pagemap as page_map
 from hmm import pin as pinning
 from hmm.address_space import MMAP_BASE, AddressSpace, Thp
-from hmm.commands_file import new_shared_memory
+from hmm.commands_file import new_huge_memory, new_shared_memory
 from hmm.cpu_access import Accessed
 from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
@@ -245,8 +245,9 @@ def mmap(
     chosen = MapFlag(flags) & ~(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
     placement = _placement(space, length, chosen, file, offset) if address and length > 0 else 0
     mapped = yield from mman.mmap(
-        space, address, length, Prot(prot), MapFlag(flags), file, offset, partial(new_shared_memory, machine)
-    )
+        space, address, length, Prot(prot), MapFlag(flags), file, offset,
+        partial(new_shared_memory, machine), partial(new_huge_memory, machine, space),
+    )  # fmt: skip
     return Mapped(mapped, placement or mapped)
 
 

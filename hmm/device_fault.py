@@ -62,7 +62,7 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-UNMIRRORABLE = VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP | VmFlag.HUGETLB
+UNMIRRORABLE = VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP
 SCATTERED = 8
 """From this many gaps on, pages are handled together as an array of addresses, else range by range."""
 

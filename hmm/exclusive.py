@@ -174,6 +174,7 @@ def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
     private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
     if space.huge:
+        private &= ~cpu_pte.is_huge(entries)  # hugetlb memory, as everything else was split
         private[private] = ~_are_tails(space.frames, pfns[private])
     chosen = np.flatnonzero(private)
     return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]

@@ -33,6 +33,7 @@ from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, WRITTEN, ZERO_PAGE, Attempt, Stop, Strangers, prepare_anon_vma
 from hmm.huge_fault import fault_huge
 from hmm.huge_split import block_of, split_pmds
+from hmm.hugetlb_fault import fault_hugetlb
 from hmm.operation import Operation, Pause
 from hmm.stack import expand_stack, stack_above
 from hmm.swap import some_room
@@ -62,6 +63,7 @@ are looked at again.  A lost page (`cpu_pte.POISON`) has no resolver: touching i
 _NOBODY = np.empty(0, np.uint64)
 _ACCESS = int(ACCESS_FLAGS)
 _WRITE = int(VmFlag.WRITE)
+_HUGETLB = int(VmFlag.HUGETLB)
 _READ_BITS = cpu_pte.PRESENT | cpu_pte.ACCESSED
 _WRITE_BITS = _READ_BITS | cpu_pte.WRITE | cpu_pte.DIRTY
 
@@ -259,6 +261,10 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
             return
         inside = at == span.start and span.end <= vma.end
         part = span if inside else AddressRange(at, min(vma.end, span.end))
+        if vma.mapping.flags._value_ & _HUGETLB:
+            fault_hugetlb(attempt, vma, part)
+            at = part.end
+            continue
         if space.thp or space.huge:
             fault_huge(attempt, vma, part)
             if attempt.splits:
@@ -279,12 +285,15 @@ def _attempt_pages(attempt: Attempt, addresses: Entries) -> None:
             return
         upto = int(addresses.searchsorted(np.uint64(vma.end)))
         part = addresses[position:upto]
+        position = upto
+        if vma.mapping.flags._value_ & _HUGETLB:
+            fault_hugetlb(attempt, vma, part)
+            continue
         if attempt.space.thp or attempt.space.huge:
             fault_huge(attempt, vma, part)
             if attempt.splits:
                 return
         attempt.fault(vma, part, attempt.space.table.lookup(part))
-        position = upto
 
 
 def _vma_for(attempt: Attempt, address: Address) -> Vma | None:

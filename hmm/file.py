@@ -63,6 +63,7 @@ class FileKind(Enum):
     FILE = "file"
     SHARED_MEMORY = "shared memory"
     DEVICE = "device"
+    HUGETLB = "hugetlb"
 
 
 @dataclass(slots=True, eq=False)

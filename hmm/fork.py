@@ -30,11 +30,13 @@ from hmm.fault_pages import ANON_PAGE
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.huge_split import huge_blocks, split_pmds
+from hmm.hugetlb import unreserve
+from hmm.hugetlb_fault import copy_pinned_pages
 from hmm.large_folio import are_pinned
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
 from hmm.swap import area_of, slots_of
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, PMD_SHIFT, WHOLE_SPACE, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, PMD_MASK, PMD_SHIFT, WHOLE_SPACE, AddressRange, Entries, Pfns
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
 
@@ -88,6 +90,7 @@ def exit_mmap(space: AddressSpace) -> Operation[None]:
     vmas = list(space.vmas)
     if vmas:
         space.vmas.erase(AddressRange(vmas[0].start, vmas[-1].end))
+    unreserve(space, vmas)
     release_files(vmas)
 
 
@@ -192,7 +195,12 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
             if not addresses.size:
                 return
         pinned = _pinned(parent, entries)
-        if pinned.any():
+        if pinned.any() and vma.has(VmFlag.HUGETLB):
+            blocks = addresses & np.uint64(PMD_MASK & (1 << 64) - 1)
+            pinned = np.isin(blocks, blocks[pinned])
+            copy_pinned_pages(parent, child, vma, addresses[pinned])
+            addresses, entries = addresses[~pinned], entries[~pinned]
+        elif pinned.any():
             _copy_pinned(parent, child, vma, addresses[pinned], entries[pinned])
             addresses, entries = addresses[~pinned], entries[~pinned]
         if not addresses.size:

@@ -53,7 +53,7 @@ class PageFlag(IntFlag):
     """State of a frame; the kernel's PG_ names, whose bits depend on its configuration.
 
     `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.  `COMPOUND` is PageCompound(): the frame is
-    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.
+    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.  `HUGETLB` is PageHuge().
     """
 
     NONE = 0
@@ -67,6 +67,7 @@ class PageFlag(IntFlag):
     SWAPBACKED = 1 << 7
     HWPOISON = 1 << 8
     COMPOUND = 1 << 12
+    HUGETLB = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from hmm.frames import PageFlag
 from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["allows_huge", "fault_huge", "mark_huge", "reuse_huge"]
+__all__ = ["allows_huge", "blocks_of", "fault_huge", "mark_huge", "reuse_huge"]
 
 _HUGE_ZERO_PAGE = ZERO_PAGE | cpu_pte.HUGE
 
@@ -47,7 +47,7 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
     allowed = allows_huge(space, vma)
     if not allowed and not space.huge:
         return
-    for start in _blocks(target):
+    for start in blocks_of(target):
         entry = space.table.get(start)
         if entry & cpu_pte.HUGE:
             _touch(attempt, start, entry)
@@ -62,7 +62,8 @@ def allows_huge(space: AddressSpace, vma: Vma) -> bool:
     return space.thp is Thp.ALWAYS or vma.has(VmFlag.HUGEPAGE)
 
 
-def _blocks(target: AddressRange | Entries) -> list[Address]:
+def blocks_of(target: AddressRange | Entries) -> list[Address]:
+    """Where the blocks start that hold pages of a target, ascending."""
     if isinstance(target, AddressRange):
         return list(range(target.start & PMD_MASK, target.end, PMD_SIZE))
     starts: list[Address] = np.unique(target & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()

@@ -56,16 +56,24 @@ def block_of(address: Address) -> AddressRange:
 
 
 def huge_blocks(space: AddressSpace, span: AddressRange) -> list[AddressRange]:
-    """The blocks that share a byte with `span` and are mapped by a huge page, ascending.  Cost: O(blocks)."""
+    """The blocks that share a byte with `span` and are mapped by a huge page that may be split, ascending.
+
+    Those of hugetlb memory may not.  Cost: O(blocks).
+    """
     if not space.huge:
         return []
     starts = range(span.start & PMD_MASK, span.end, PMD_SIZE)
-    return [block_of(start) for start in starts if space.table.get(start) & cpu_pte.HUGE]
+    return [block_of(start) for start in starts if _may_split(space, start)]
+
+
+def _may_split(space: AddressSpace, start: Address) -> bool:
+    entry = space.table.get(start)
+    return bool(entry & cpu_pte.HUGE) and not space.frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.HUGETLB
 
 
 def split_pmds(space: AddressSpace, blocks: Iterable[AddressRange]) -> Operation[None]:
     """Map blocks by page entries after the mirrors were told; those that are not huge (any more) are left out."""
-    spans = tuple(block for block in blocks if space.table.get(block.start) & cpu_pte.HUGE)
+    spans = tuple(block for block in blocks if _may_split(space, block.start))
     if not spans:
         return
     with space.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT) as bracket:

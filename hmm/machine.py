@@ -42,6 +42,7 @@ from hmm.events import Delivery, EventState
 from hmm.file import File
 from hmm.frame_contents import MemoryProvider, anonymous_memory
 from hmm.frames import Frames
+from hmm.hugetlb import HugetlbPool
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.receiver import Receiver
@@ -65,6 +66,7 @@ class Limits:
         frames: of system memory, the zero page included.
         swap_pages: slots of the swap area; 0 for none: pages stay where they are, and memory runs out.
         device_frames: frame numbers kept for the memory of devices.
+        hugetlb_pages: huge pages of system memory set aside for MAP_HUGETLB (vm.nr_hugepages).
         dma_pages: that one device's IOMMU can map at a time.
         directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
     """
@@ -72,6 +74,7 @@ class Limits:
     frames: int = 1 << 20
     swap_pages: int = 0
     device_frames: int = 1 << 20
+    hugetlb_pages: int = 0
     processes: int = 4096
     devices: int = 256
     mirrors: int = 4096
@@ -201,6 +204,7 @@ class Machine:
         self.semantics = semantics
         self.current = Current()
         self.frames = Frames(self.limits.frames, self.limits.device_frames)
+        self.hugetlb = HugetlbPool(self.frames, self.limits.hugetlb_pages)
         self.spaces: dict[SpaceId, AddressSpace] = {}
         self.processes: dict[ProcessId, Process] = {}
         self.devices: dict[DeviceId, Device] = {}
@@ -590,6 +594,7 @@ class Machine:
         checked = checked or Checked()
         checked.begin()
         self.frames.check()
+        self.hugetlb.check()
         for space in self.spaces.values():
             space.check(checked)
         self._check_map_counts(checked)

@@ -54,7 +54,7 @@ from hmm.operation import Operation, Pause
 from hmm.reclaim import Reclaim
 from hmm.swap_in import read_ahead
 from hmm.truncate import punch
-from hmm.units import PAGE_SHIFT, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags, zap
 
@@ -110,12 +110,18 @@ _FLAGS: dict[Advice, tuple[VmFlag, VmFlag]] = {
 """Advice that is nothing but flags of the VMA: what is set, what is cleared."""
 
 _UNMERGEABLE = SPECIAL_FLAGS | VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.HUGETLB
+
+
+def _begins_in_page(vma: Vma) -> bool:
+    return vma.has(VmFlag.HUGETLB) and bool(vma.start & ~PMD_MASK)
+
+
 _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
     Advice.DOFORK: lambda vma: vma.has(VmFlag.IO),
     Advice.WIPEONFORK: lambda vma: not vma.mapping.anonymous,
     Advice.DODUMP: lambda vma: vma.mapping.special,
-    Advice.DONTNEED: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
-    Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP),
+    Advice.DONTNEED: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or _begins_in_page(vma),
+    Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP) or _begins_in_page(vma),
     Advice.FREE: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or not vma.mapping.anonymous,
     Advice.COLD: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
     Advice.PAGEOUT: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
@@ -182,7 +188,7 @@ def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Rec
     pieces, error = _advisable(space, span, advice)
     match advice:
         case Advice.DONTNEED | Advice.DONTNEED_LOCKED:
-            yield from _discard(space, pieces, Cause.MADV_DONTNEED)
+            yield from _discard(space, _whole(pieces), Cause.MADV_DONTNEED)
         case Advice.FREE:
             yield from _discard(space, pieces, Cause.MADV_FREE)
         case Advice.WILLNEED:
@@ -230,6 +236,12 @@ def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Ope
             modify_flags(space, piece, flags)
         except OutOfFramesError as error:
             raise RangeBusyError(f"madvise: {error.message}", errnos.EAGAIN, address=piece.start) from error
+
+
+def _whole(pieces: list[Vma]) -> list[Vma]:
+    """The pieces, those of hugetlb memory only as far as whole pages go: madvise_dontneed_free_valid_vma()."""
+    ends = [piece.end & PMD_MASK if piece.has(VmFlag.HUGETLB) else piece.end for piece in pieces]
+    return [Vma(piece.start, end, piece.mapping) for piece, end in zip(pieces, ends, strict=True) if piece.start < end]
 
 
 def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[None]:
@@ -326,6 +338,9 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
             raise NoSuchObjectError(f"madvise: {file} has no pages", errnos.ENODEV, address=piece.start)
         offset = piece.page_offset(piece.start) << PAGE_SHIFT
         length = min(piece.end - piece.start, FILE_SIZE_MAX - offset)
+        if file.kind is FileKind.HUGETLB:  # what is less than a page is only zeroed there
+            begin, offset = offset, -(-offset & PMD_MASK)
+            length = (begin + length & PMD_MASK) - offset
         if length > 0:
             yield from punch(file, offset, length)
         at = piece.end

@@ -9,7 +9,7 @@ against what is mapped; what was there before is unmapped, the VMA is made, and 
 
 **Absent**: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
 
-Differs: there are no hugetlb pages (MAP_HUGETLB of anonymous memory finds none: ENOMEM); MAP_DROPPABLE is not known.
+Differs: MAP_DROPPABLE is not known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjec
 from hmm.file import File, FileKind
 from hmm.operation import Operation
 from hmm.populate import populate
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_MASK,
+    PMD_SHIFT,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    is_page_aligned,
+    page_up,
+)
 from hmm.unmapped_area import MapFlag, get_unmapped_area, place
 from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
 from hmm.vma_edit import may_expand, unmap
@@ -33,7 +43,11 @@ __all__ = ["MapFlag", "SharedMemoryFactory", "brk", "mmap", "munmap"]
 SharedMemoryFactory = Callable[[int], File]
 """Makes the unnamed object behind shared anonymous memory, given its size in bytes: shmem_zero_setup()."""
 
+HugeMemoryFactory = Callable[[int, MapFlag], File]
+"""Makes the unnamed file behind hugetlb memory, given its size in bytes and the flags: hugetlb_file_setup()."""
+
 _MAP_TYPE = 0xF
+_HUGE_SHIFT, _HUGE_MASK = 26, 0x3F
 _LEGACY_FLAGS = 0x7C07_F9F3
 """LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE accepts of a file that knows no MAP_SYNC."""
 _FILE_END = 1 << 63
@@ -57,6 +71,7 @@ def mmap(
     file: File | None = None,
     offset: int = 0,
     shared_memory: SharedMemoryFactory | None = None,
+    huge_memory: HugeMemoryFactory | None = None,
 ) -> Operation[Address]:
     """Map a file, or anonymous memory.
 
@@ -66,6 +81,7 @@ def mmap(
         flags: MAP_DENYWRITE and MAP_EXECUTABLE are ignored, and `file` and `offset` with MAP_ANONYMOUS.
         offset: in `file`, bytes, page-aligned.
         shared_memory: needed with MAP_SHARED | MAP_ANONYMOUS.
+        huge_memory: for MAP_HUGETLB; without it there are no huge pages (ENOMEM).
 
     Returns: the address.
 
@@ -92,6 +108,9 @@ def mmap(
         raise InvalidRequestError(f"mmap: MAP_HUGETLB of {file}, which is no hugetlb file")
     if not length:
         raise InvalidRequestError("mmap: length 0")
+    if flags & MapFlag.HUGETLB:
+        length = -(-length & PMD_MASK)
+        file = _hugetlb_file(length, flags, huge_memory)
     length = page_up(length)
     with space.notifier.turn() as turn:
         yield from turn.wait()
@@ -111,6 +130,16 @@ def mmap(
     return start
 
 
+def _hugetlb_file(length: int, flags: MapFlag, factory: HugeMemoryFactory | None) -> File:
+    if int(flags) >> _HUGE_SHIFT & _HUGE_MASK not in (0, PMD_SHIFT):
+        raise InvalidRequestError(f"mmap: no huge pages are of the size that {flags!r} asks for")
+    if flags & _MAP_TYPE not in (MapFlag.PRIVATE, MapFlag.SHARED):
+        raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}")
+    if factory is None:
+        raise OutOfFramesError("mmap: there are no huge pages")
+    return factory(length, flags)
+
+
 def _vm_flags(
     space: AddressSpace, span: AddressRange, prot: Prot, flags: MapFlag, file: File | None, offset: int
 ) -> VmFlag:
@@ -125,9 +154,7 @@ def _vm_flags(
         vm_flags |= _anonymous_flags(flags)
     else:
         vm_flags |= _file_flags(flags, file, offset, span.size_bytes)
-    if flags & MapFlag.HUGETLB:
-        raise OutOfFramesError("mmap: there are no huge pages")
-    if vm_flags & (VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE) == VmFlag.WRITE:
+    if vm_flags & (VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB) == VmFlag.WRITE:
         vm_flags |= VmFlag.ACCOUNT
     if vm_flags & SPECIAL_FLAGS:
         vm_flags &= ~LOCKED_FLAGS

@@ -199,11 +199,14 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     """change_pte_range() for a part of one VMA, which has its new flags."""
     vma = space.vmas.find(span.start)
     assert vma is not None
-    writable, shared, frames = vma.writable, vma.shared, space.frames
+    shared, frames = vma.shared, space.frames
+    upgrades = vma.writable and (
+        shared or not vma.has(VmFlag.HUGETLB)
+    )  # hugetlb_change_protection() leaves it to faults
 
     def change(entries: Entries) -> None:
         entries &= _KEEP
-        if writable:
+        if upgrades:
             entries |= _upgradable(entries, frames, shared=shared) * _WRITE
 
     space.table.update(span.start, span.end, change)

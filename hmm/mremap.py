@@ -12,7 +12,7 @@ everything as it was.
 
 **Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
 
-**Absent**: hugetlb pages, userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
+**Absent**: userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
 Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
 moves.
@@ -114,7 +114,7 @@ def mremap(
     request = _checked(start, old_length, new_length, flags, target)
     with space.notifier.turn() as turn:
         yield from turn.wait()
-        _require_vma(space, request)
+        request = _by_huge_pages(request, _require_vma(space, request))
         if flags & (MremapFlag.FIXED | MremapFlag.DONTUNMAP):
             address = yield from _remap_to(space, turn, request)
         elif request.old_length >= request.new_length:
@@ -145,6 +145,16 @@ def _require_vma(space: AddressSpace, request: _Remap) -> Vma:
     if vma is None:
         raise BadAddressError(f"{request}: nothing is mapped there", address=request.start)
     return vma
+
+
+def _by_huge_pages(request: _Remap, vma: Vma) -> _Remap:
+    """Hugetlb memory is measured in its own pages, and does not grow."""
+    if not vma.has(VmFlag.HUGETLB):
+        return request
+    old, new = (-(-length & PMD_MASK) for length in (request.old_length, request.new_length))
+    if (request.start | request.target) & ~PMD_MASK or new > old:
+        raise InvalidRequestError(f"{request}: not of whole huge pages, or it would grow", address=request.start)
+    return _Remap(request.start, old, new, request.flags, request.target)
 
 
 def _shrink(space: AddressSpace, request: _Remap) -> Operation[None]:

@@ -116,7 +116,7 @@ def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) 
     """gup_must_unshare(): pages of private mappings that this process does not have to itself."""
     vma = space.vmas.find(piece.start)
     assert vma is not None
-    if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE) != VmFlag.MAYWRITE:
+    if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE | VmFlag.HUGETLB) != VmFlag.MAYWRITE:
         return np.zeros(entries.size, np.bool_)
     pfns = cpu_pte.cpu_pfn(entries)
     shared: npt.NDArray[np.bool_] = ~cpu_pte.is_writable(entries)

@@ -37,7 +37,7 @@ __all__ = [
 
 SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directories=1 << 10)
 """As `testing.SMALL`, with frame numbers for a few small devices."""
-LARGE_WITH_DEVICES = Limits(frames=2800, device_frames=64, processes=8, directories=1 << 10)
+LARGE_WITH_DEVICES = Limits(frames=4200, device_frames=64, hugetlb_pages=2, processes=8, directories=1 << 10)
 """As much as a few huge pages need, too little for those of all processes."""
 _DEVICE_PAGES = 12
 _REQUESTS = (0, REQ_FAULT, REQ_FAULT | REQ_WRITE)
@@ -160,6 +160,8 @@ def _map_block(town: Town) -> Call | None:
     if process is None:
         return None
     flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
+    if town.choose(5) == 0:
+        flags = (MapFlag.PRIVATE, MapFlag.SHARED)[town.choose(2)] | MapFlag.FIXED | MapFlag.ANONYMOUS | MapFlag.HUGETLB
     return Call(commands_process.mmap, (process, span.start, span.size_bytes, Prot.READ | Prot.WRITE, flags))
 
 

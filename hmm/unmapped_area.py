@@ -23,7 +23,7 @@ from enum import IntFlag
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
 from hmm.file import File, FileKind
-from hmm.units import PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up
+from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up
 
 __all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "place"]
 
@@ -104,7 +104,9 @@ def get_unmapped_area(
     """
     if length > TASK_SIZE:
         raise OutOfFramesError(f"{length:#x} bytes are more than the address space")
-    if not flags & MapFlag.FIXED:
+    if file is not None and file.kind is FileKind.HUGETLB:
+        address = _whole_pages(space, length, address, flags)
+    elif not flags & MapFlag.FIXED:
         if _wants_huge_pages(length, address, flags, file):
             address = _aligned_area(space, length, address, flags, offset if file else 0)
         else:
@@ -116,6 +118,19 @@ def get_unmapped_area(
     if address < MMAP_MIN_ADDR:
         raise AccessDeniedError(f"{address:#x} is below mmap_min_addr", errnos.EPERM, address=address)
     return address
+
+
+def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
+    """hugetlb_get_unmapped_area()."""
+    if (length | (hint if flags & MapFlag.FIXED else 0)) & (PMD_SIZE - 1):
+        raise InvalidRequestError(f"{length:#x} bytes at {hint:#x} are not whole huge pages", address=hint)
+    if flags & MapFlag.FIXED:
+        return hint
+    hint = (hint + PMD_SIZE - 1) & -PMD_SIZE
+    if hint and hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
+        return hint
+    padded = length + PMD_SIZE - PAGE_SIZE
+    return (_unmapped_area(space, padded, 0, flags) + padded - length) & -PMD_SIZE
 
 
 def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | None) -> bool:

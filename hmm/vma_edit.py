@@ -20,6 +20,7 @@ from hmm.errors import OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.huge_split import cut
+from hmm.hugetlb import require_whole_pages, unreserve
 from hmm.operation import Operation, Pause
 from hmm.units import TASK_SIZE, AddressRange
 from hmm.vma import Vma, VmFlag
@@ -43,6 +44,7 @@ def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
         piece: as the map has it now, clipped to the part that changes; `cut` was done for it.
 
     Raises:
+        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL).
         OutOfFramesError: the cuts would make too many VMAs (ENOMEM).
 
     Source: Linux mm/vma.c, vma_modify_flags(), split_vma().
@@ -50,6 +52,7 @@ def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
     vmas = space.vmas
     whole = vmas.find(piece.start)
     assert whole is not None
+    require_whole_pages(piece)
     before = len(vmas)
     vmas.assign(piece.span, piece.mapping.with_flags(flags))
     if len(vmas) <= max(before, space.limits.vmas):
@@ -80,6 +83,7 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     The VMAs go first, then every mirror is told, then the entries go, and files that nobody holds any more.
 
     Raises:
+        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL).
         OutOfFramesError: a hole in one VMA would make one VMA too many (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
 
@@ -92,12 +96,15 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     assert whole is not None
     if whole.start < span.start and span.end < whole.end and len(space.vmas) >= space.limits.vmas:
         raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
+    for piece in (pieces[0], pieces[-1]):
+        require_whole_pages(piece)
     yield from cut(space, (pieces[0], pieces[-1]))
     invalidation = space.notifier.invalidation((span,), Cause.MUNMAP)
     with space.restoring(span), space.detaching(span), invalidation:
         yield from invalidation.deliver()
         yield from zap(space, span)
         space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
+    unreserve(space, pieces)
     release_files(pieces)
 
 

@@ -151,6 +151,7 @@ _FILE_KINDS = {
     FileKind.FILE: file_pb2.FILE_KIND_REGULAR,
     FileKind.SHARED_MEMORY: file_pb2.FILE_KIND_SHARED_MEMORY,
     FileKind.DEVICE: file_pb2.FILE_KIND_DEVICE,
+    FileKind.HUGETLB: file_pb2.FILE_KIND_HUGETLB,
 }
 
 _MEMORY_KINDS = {

@@ -63,6 +63,7 @@ class Config:
     swap_pages: int = _setting(0, "pages of swap, for when frames run out; 0: none, calls fail then", at_least=0)
     swap_file: str = _setting("", "file for them, a path, overwritten; default: the daemon's own memory")
     device_frames: int = _limit(1 << 20, "frames in the memory of all devices together")
+    hugetlb_pages: int = _setting(0, "huge pages of system memory set aside for MAP_HUGETLB", at_least=0)
     processes: int = _limit(4096, "processes")
     devices: int = _limit(256, "devices")
     mirrors: int = _limit(4096, "mirrors")
@@ -135,6 +136,7 @@ class Config:
             frames=self.frames,
             swap_pages=self.swap_pages,
             device_frames=self.device_frames,
+            hugetlb_pages=self.hugetlb_pages,
             processes=self.processes,
             devices=self.devices,
             mirrors=self.mirrors,

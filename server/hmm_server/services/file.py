@@ -29,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 def _open(q: file_pb2.OpenFileRequest) -> Invocation:
     require_at_most("open: bytes of the name", len(q.name.encode()), NAME_BYTES_MAX)
     kind = convert.file_kind_from_proto(q.kind)
-    if kind is FileKind.SHARED_MEMORY:
+    if kind in (FileKind.SHARED_MEMORY, FileKind.HUGETLB):
         raise convert.malformed("open: shared memory is made by mmap")
     if kind is FileKind.DEVICE:
         return invoke(commands_file.open_device_file, q.name, VmFlag(q.vm_flags))

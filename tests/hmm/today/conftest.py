@@ -59,9 +59,10 @@ class Bench:
         memory_pages: int = 32,
         thp: Thp = Thp.NEVER,
         mapped_pages: int = 16,
+        hugetlb_pages: int = 0,
         semantics: Semantics = LINUX_6_12,
     ) -> None:
-        limits = Limits(frames=frames, device_frames=memory_pages + 224)
+        limits = Limits(frames=frames, device_frames=memory_pages + 224, hugetlb_pages=hugetlb_pages)
         self.local = Local(Machine(limits, semantics=semantics))
         self.call = self.local.call
         self.process = self.call(commands_process.create_process, "bench", thp=thp)

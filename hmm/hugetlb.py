@@ -1,0 +1,152 @@
+"""Hugetlb memory: huge pages that were set aside, and the files that hand them out (mmap with MAP_HUGETLB).
+
+A pool holds a reference of each of its pages, so a page is free when there is no other.  A mapping reserves what it
+may need when it is made (unless MAP_NORESERVE), so that its faults find a page; a fault without a reservation that
+finds no page is SIGBUS.
+
+**Source**: Linux mm/hugetlb.c (hugetlb_reserve_pages(), hugetlb_vm_op_close(), dequeue_hugetlb_folio_vma()),
+fs/hugetlbfs/inode.c, 6.12.
+
+**Invariants**: no more pages are reserved than are free.
+
+**Absent**: faults (hugetlb_fault.py); pools of several sizes or nodes; surplus pages; named files of hugetlbfs.
+
+Differs: the pool does not grow, and takes its pages when the machine is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hmm.address_space import AddressSpace
+from hmm.errors import InvalidRequestError, OutOfFramesError
+from hmm.file import File
+from hmm.frames import Frames, PageFlag
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, SpaceId
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["HUGETLB_VM_FLAGS", "HugetlbFile", "HugetlbPool", "require_whole_pages", "unreserve"]
+
+HUGETLB_VM_FLAGS = VmFlag.HUGETLB | VmFlag.DONTEXPAND
+
+
+class HugetlbPool:
+    """The huge pages of a machine.
+
+    Attributes:
+        reserved: how many of the free ones are spoken for.
+    """
+
+    def __init__(self, frames: Frames, npages: int) -> None:
+        """Take `npages` huge pages.  Raises: OutOfFramesError: there is not so much memory in one piece (ENOMEM)."""
+        self.frames = frames
+        self.reserved = 0
+        heads = []
+        for _ in range(npages):
+            pfns = frames.allocate_huge(PageFlag.NONE)
+            if pfns is None:
+                raise OutOfFramesError(f"{npages} huge pages are more than the machine has")
+            frames.mapcount[pfns] = 0
+            frames.flags[pfns] = PageFlag.HUGETLB
+            heads.append(int(pfns[0]))
+        self.heads = np.array(heads, np.int64)
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody uses, reserved or not."""
+        return int(np.count_nonzero(self.frames.refcount[self.heads] == 1))
+
+    def reserve(self, npages: int) -> None:
+        """Keep pages for later.  Raises: OutOfFramesError: fewer are free and not reserved (ENOMEM)."""
+        if npages > self.free - self.reserved:
+            raise OutOfFramesError(f"{npages} huge pages are wanted, {self.free - self.reserved} are free")
+        self.reserved += npages
+
+    def take(self, flags: PageFlag, *, reserved: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+        """A page that reads as zeroes; who takes it counts its mappings and references.
+
+        Args:
+            reserved: it is one of those kept.
+
+        Returns: int64[PMD_PAGES]; None when none is to be had.
+        """
+        free = self.heads[self.frames.refcount[self.heads] == 1]
+        if not free.size or (not reserved and free.size <= self.reserved):
+            return None
+        self.reserved -= reserved
+        pfns = np.arange(int(free[0]), int(free[0]) + PMD_PAGES)
+        self.frames.flags[pfns] = flags | PageFlag.HUGETLB
+        self.frames.mapping[pfns] = 0
+        self.frames.clear(pfns)
+        return pfns
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert 0 <= self.reserved <= self.free, f"{self.reserved} huge pages are reserved, {self.free} are free"
+
+
+@dataclass(slots=True, eq=False)
+class HugetlbFile(File):
+    """The unnamed file behind one mapping of hugetlb memory.
+
+    Attributes:
+        owner: the address space whose private mapping has the reservations; 0 of a shared one, where all have them.
+        reserved: which of its pages, by number, are reserved and not in use.
+    """
+
+    pool: HugetlbPool = field(kw_only=True)
+    owner: SpaceId = 0
+    reserved: set[int] = field(default_factory=set)
+
+    def reserve(self) -> None:
+        """Reserve all of its pages.  Raises: as `HugetlbPool.reserve`."""
+        numbers = set(range(self.size_bytes >> PMD_SHIFT))
+        self.pool.reserve(len(numbers))
+        self.reserved = numbers
+
+    def take(
+        self, space: AddressSpace, number: int, flags: PageFlag
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+        """A page for page `number`, as `HugetlbPool.take`."""
+        reserved = number in self.reserved and self.owner in (0, space.id)
+        pfns = self.pool.take(flags, reserved=reserved)
+        if reserved:
+            self.reserved.discard(number)
+        return pfns
+
+    def unreserve(self, numbers: Iterable[int]) -> None:
+        """Give reservations back."""
+        given = self.reserved.intersection(numbers)
+        self.reserved -= given
+        self.pool.reserved -= len(given)
+
+    def release_unused(self) -> bool:
+        """As `File`; what was reserved is free again."""
+        unused = File.release_unused(self)
+        if unused:
+            self.unreserve(list(self.reserved))
+        return unused
+
+
+def require_whole_pages(vma: Vma) -> None:
+    """Refuse to cut a mapping of hugetlb memory within a page: hugetlb_vm_op_split().
+
+    Args:
+        vma: a part of one VMA.
+
+    Raises: InvalidRequestError: it begins or ends within a huge page (EINVAL).
+    """
+    if vma.has(VmFlag.HUGETLB) and (vma.start | vma.end) & ~PMD_MASK:
+        raise InvalidRequestError(f"{vma} is not made of whole huge pages", address=vma.start)
+
+
+def unreserve(space: AddressSpace, vmas: Iterable[Vma]) -> None:
+    """Parts of VMAs went: what the space had reserved for itself there is free: hugetlb_vm_op_close()."""
+    for vma in vmas:
+        file = vma.backing
+        if isinstance(file, HugetlbFile) and file.owner == space.id:
+            first = vma.page_offset(vma.start) >> (PMD_SHIFT - PAGE_SHIFT)
+            file.unreserve(range(first, first + (vma.npages >> (PMD_SHIFT - PAGE_SHIFT))))

@@ -1,0 +1,151 @@
+"""Faults on hugetlb memory: by huge pages, from the pool.
+
+    no entry    shared    the page of the file, writable if the VMA is
+                private   a new page of its own; read-only until it is written
+    read-only   shared    becomes writable
+                private   becomes writable if nobody else has it; else a copy of it, of which mirrors are told
+
+**Source**: Linux mm/hugetlb.c: hugetlb_fault(), hugetlb_no_page(), hugetlb_wp(), copy_hugetlb_page_range(), 6.12.
+
+**Invariants**: those of huge pages.
+
+**Absent**: the pool and its reservations (hugetlb.py).
+
+Differs: when the owner of a reservation finds no page for a copy it gets SIGBUS, where the kernel takes the page from
+the children that share it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import OutOfFramesError, Signal
+from hmm.fault_pages import READ_ONLY, WRITTEN, Attempt, Stop, prepare_anon_vma
+from hmm.frames import PageFlag
+from hmm.huge_fault import blocks_of, mark_huge
+from hmm.hugetlb import HugetlbFile
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries, Pfns
+from hmm.vma import Vma, VmFlag
+
+__all__ = ["copy_pinned_pages", "fault_hugetlb"]
+
+_PRIVATE_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE
+
+
+def fault_hugetlb(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> None:
+    """Handle faults on a part of a VMA of hugetlb memory; pages to be copied wait in `attempt.copies`.
+
+    Cost: O(huge pages).
+    """
+    for start in blocks_of(target):
+        entry = attempt.space.table.get(start)
+        done = _install(attempt, vma, start) if not entry else _touch(attempt, vma, start, entry)
+        if not done:
+            attempt.stop = Stop(max(start, _first(target)), Signal.BUS_ADRERR)
+            return
+
+
+def _first(target: AddressRange | Entries) -> Address:
+    return target.start if isinstance(target, AddressRange) else int(target[0])
+
+
+def _file(vma: Vma) -> HugetlbFile:
+    file = vma.backing
+    assert isinstance(file, HugetlbFile), vma
+    return file
+
+
+def _number(vma: Vma, start: Address) -> int:
+    return vma.page_offset(start) >> (PMD_SHIFT - PAGE_SHIFT)
+
+
+def _map(space: AddressSpace, start: Address, pfns: Pfns, flags: int) -> bool:
+    try:
+        space.table.fill(start, start + PMD_SIZE, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
+    except OutOfFramesError:
+        return False
+    space.frames.map(pfns)
+    space.huge = True
+    return True
+
+
+def _install(attempt: Attempt, vma: Vma, start: Address) -> bool:
+    """hugetlb_no_page()."""
+    space, file = attempt.space, _file(vma)
+    if vma.shared:
+        pfns = _cached(space, file, _number(vma, start))
+        flags = READ_ONLY | (cpu_pte.WRITE if vma.writable else 0)
+        flags = WRITTEN if attempt.write else flags
+    else:
+        prepare_anon_vma(space, vma)
+        pfns = file.take(space, _number(vma, start), _PRIVATE_PAGE)
+        flags = WRITTEN if attempt.write else READ_ONLY
+    if pfns is None or not _map(space, start, pfns, flags):
+        return False
+    if not vma.shared:
+        space.claim(pfns)
+    return True
+
+
+def _cached(space: AddressSpace, file: HugetlbFile, number: int) -> Pfns | None:
+    """The page of the file, from now on in its cache."""
+    offset = number << PMD_SHIFT
+    entries = file.pages.read(offset, offset + PMD_SIZE)
+    if entries.any():
+        return cpu_pte.cpu_pfn(entries)
+    pfns = file.take(space, number, PageFlag.NONE)
+    if pfns is not None:
+        file.pages.fill(offset, offset + PMD_SIZE, cpu_pte.cpu_entry(pfns, cpu_pte.PRESENT))
+        space.frames.get(pfns)
+    return pfns
+
+
+def _touch(attempt: Attempt, vma: Vma, start: Address, entry: int) -> bool:
+    """A page that is there."""
+    space, frames = attempt.space, attempt.space.frames
+    if not attempt.write or entry & cpu_pte.WRITE or vma.shared:
+        mark_huge(space, start, WRITTEN if attempt.write else READ_ONLY)
+        return True
+    head = cpu_pte.cpu_pfn(entry)
+    alone = frames.flags_of(head) & PageFlag.ANON_EXCLUSIVE or int(frames.mapcount[head]) == 1
+    if frames.flags_of(head) & PageFlag.ANON and alone:
+        pfns = np.arange(head, head + PMD_PAGES)
+        frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+        space.claim(pfns)
+        mark_huge(space, start, WRITTEN)
+        return True
+    return _copy(attempt, vma, start)
+
+
+def _copy(attempt: Attempt, vma: Vma, start: Address) -> bool:
+    """hugetlb_wp()."""
+    space = attempt.space
+    if attempt.told is not None and not np.isin(np.uint64(start), attempt.told):
+        attempt.copies.append(np.arange(start, start + PMD_SIZE, PAGE_SIZE, dtype=np.uint64))
+        return True
+    pfns = _file(vma).take(space, _number(vma, start), _PRIVATE_PAGE)
+    if pfns is None:
+        return False
+    old = space.table.read(start, start + PMD_SIZE)
+    space.frames.copy(pfns, cpu_pte.cpu_pfn(old))
+    _map(space, start, pfns, WRITTEN)
+    space.claim(pfns)
+    space.drop(old)
+    return True
+
+
+def copy_pinned_pages(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries) -> None:
+    """The child gets copies of pages that devices use of the parent's: copy_hugetlb_page_range().
+
+    Raises: OutOfFramesError: the pool has no page (ENOMEM).
+    """
+    for start in blocks_of(addresses):
+        pfns = _file(vma).take(child, _number(vma, start), _PRIVATE_PAGE)
+        if pfns is None:
+            raise OutOfFramesError(f"fork: no huge page is free for a copy of the one at {start:#x}", address=start)
+        parent.frames.copy(pfns, cpu_pte.cpu_pfn(parent.table.read(start, start + PMD_SIZE)))
+        if not _map(child, start, pfns, WRITTEN if vma.has(VmFlag.WRITE) else READ_ONLY):
+            raise OutOfFramesError(f"fork: no directory for {start:#x}", address=start)
+        child.claim(pfns)

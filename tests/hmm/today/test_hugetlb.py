@@ -1,0 +1,213 @@
+"""Hugetlb memory: the pool, reservations, faults, fork, and the calls that must not cut a page."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
+from hmm.errors import HmmError, Signal
+from hmm.events import Cause
+from hmm.local import Local
+from hmm.machine import Limits, Machine
+from hmm.madvise import Advice
+from hmm.mremap import MremapFlag
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+BLOCK = PMD_PAGES
+RW = Prot.READ | Prot.WRITE
+ANONYMOUS = MapFlag.FIXED | MapFlag.ANONYMOUS | MapFlag.HUGETLB
+PRIVATE, SHARED = MapFlag.PRIVATE | ANONYMOUS, MapFlag.SHARED | ANONYMOUS
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Any]) -> Any:
+    """A process on a machine with four huge pages set aside."""
+    bench = make_bench(frames=8 * BLOCK)
+    assert bench.local.machine.hugetlb.free == 0
+    return make_bench(frames=8 * BLOCK, hugetlb_pages=4)
+
+
+def free(bench: Any) -> tuple[int, int]:
+    """Huge pages that nobody uses, and how many of them are reserved; the machine's invariants hold."""
+    bench.local.machine.check()
+    pool = bench.local.machine.hugetlb
+    return pool.free, pool.reserved
+
+
+def refused(bench: Any, command: Any, *args: Any) -> int | None:
+    """The errno of a call that fails."""
+    with pytest.raises(HmmError) as raised:
+        bench.call(command, bench.process, *args)
+    return raised.value.errno
+
+
+def place(bench: Any, at: int, npages: int) -> tuple[int, int]:
+    """Address and length of pages of the window."""
+    span = bench.span(at, npages)
+    return span.start, span.size_bytes
+
+
+def test_mmap_reserves_and_faults_take_what_is_reserved(bench: Any) -> None:
+    """hugetlb_reserve_pages(); the length is rounded up to huge pages, and maps shows the file."""
+    bench.map(BLOCK + 1, flags=PRIVATE)
+    assert free(bench) == (4, 2)
+    bench.write(3, b"x")
+    assert free(bench) == (3, 1)
+    assert bench.read(BLOCK, 1) == b"\0"
+    entry = bench.entry(BLOCK)
+    assert cpu_pte.is_huge(entry)
+    assert not cpu_pte.is_writable(entry)  # private: until it is written
+    bench.write(BLOCK, b"y")
+    assert cpu_pte.is_writable(bench.entry(2 * BLOCK - 1))
+    vma = bench.local.machine.process(bench.process).space.vmas.find(bench.span(0).start)
+    assert (vma.npages, vma.name) == (2 * BLOCK, "/anon_hugepage (deleted)")
+    bench.call(commands_process.munmap, bench.process, *place(bench, 0, 2 * BLOCK))
+    assert free(bench) == (4, 0)
+
+
+def test_mmap_fails_when_the_pool_cannot_keep_its_pages(bench: Any) -> None:
+    """ENOMEM when it is made, not when it is touched; without a reservation the touch is SIGBUS."""
+    bench.map(3 * BLOCK, flags=PRIVATE)
+    other = 4 * BLOCK
+    assert refused(bench, commands_process.mmap, *place(bench, other, 2 * BLOCK), RW, PRIVATE) == errno.ENOMEM
+    bench.map(2 * BLOCK, at=other, flags=PRIVATE | MapFlag.NORESERVE)
+    done = bench.call(commands_process.write_memory, bench.process, bench.span(other).start, b"x" * (PMD_SIZE + 1))
+    assert (done.done, done.signal) == (PMD_SIZE, Signal.BUS_ADRERR)
+    assert free(bench) == (3, 3)
+    bench.call(commands_process.exit_process, bench.process)
+    assert free(bench) == (4, 0)
+
+
+def test_mmap_refuses_what_is_not_of_whole_pages(bench: Any) -> None:
+    """hugetlb_get_unmapped_area(); without an address, one that is aligned is found."""
+    start, length = place(bench, 1, BLOCK)
+    assert refused(bench, commands_process.mmap, start, length, RW, PRIVATE) == errno.EINVAL
+    one_gib = MapFlag(30 << 26)
+    assert refused(bench, commands_process.mmap, *place(bench, 0, BLOCK), RW, PRIVATE | one_gib) == errno.EINVAL
+    flags = PRIVATE & ~MapFlag.FIXED
+    mapped = bench.call(commands_process.mmap, bench.process, 0, PAGE_SIZE, RW, flags)
+    assert mapped.address % PMD_SIZE == 0
+
+
+@pytest.mark.parametrize(("at", "npages"), [(1, BLOCK), (0, 1), (BLOCK - 1, 2)])
+def test_calls_do_not_cut_a_page(bench: Any, at: int, npages: int) -> None:
+    """hugetlb_vm_op_split(): EINVAL, and nothing has changed."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    span = place(bench, at, npages)
+    assert refused(bench, commands_process.munmap, *span) == errno.EINVAL
+    assert refused(bench, commands_process.mprotect, *span, Prot.READ) == errno.EINVAL
+    assert refused(bench, commands_process.madvise, *span, Advice.DONTFORK) == errno.EINVAL
+    assert bench.read(0, 1) == b"x"
+    assert len(bench.local.machine.process(bench.process).space.vmas) == 1
+
+
+def test_discard_rounds_down_to_whole_pages(bench: Any) -> None:
+    """madvise_dontneed_free_valid_vma(); it must begin with a page."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    bench.write(BLOCK, b"y")
+    bench.call(commands_process.madvise, bench.process, *place(bench, 0, BLOCK + 1), Advice.DONTNEED)
+    assert (bench.entry(0), bench.read(BLOCK, 1)) == (0, b"y")
+    assert refused(bench, commands_process.madvise, *place(bench, 1, BLOCK), Advice.DONTNEED) == errno.EINVAL
+    assert free(bench)[0] == 3
+
+
+def test_mprotect_leaves_writing_to_a_fault(bench: Any) -> None:
+    """hugetlb_change_protection() upgrades nothing; the page is its process's own, so the fault copies nothing."""
+    bench.map(BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    before = cpu_pte.cpu_pfn(bench.entry(0))
+    for prot in (Prot.READ, RW):
+        bench.call(commands_process.mprotect, bench.process, *place(bench, 0, BLOCK), prot)
+        assert not cpu_pte.is_writable(bench.entry(0))
+    bench.write(0, b"y")
+    assert cpu_pte.cpu_pfn(bench.entry(0)) == before
+
+
+def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
+    """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(0, b"p")
+    assert bench.heard.events[-1].cause is Cause.COPY_ON_WRITE
+    assert bench.heard.events[-1].spans == (bench.span(0, BLOCK),)
+    assert bench.read(0, 1, child) == b"x"
+    assert free(bench) == (2, 1)
+    bench.map(BLOCK, at=4 * BLOCK, flags=PRIVATE)
+    done = bench.call(commands_process.write_memory, child, bench.span(BLOCK).start, b"c")
+    assert done.signal is Signal.BUS_ADRERR
+    bench.call(commands_process.exit_process, child)
+    assert free(bench) == (3, 2)
+
+
+def test_shared_mapping_shows_the_same_pages_to_a_child(bench: Any) -> None:
+    """They are the file's, which goes with its last mapping."""
+    bench.map(BLOCK, flags=SHARED)
+    child = bench.call(commands_process.fork, bench.process)
+    bench.write(0, b"x")
+    assert bench.read(0, 1, child) == b"x"
+    assert free(bench) == (3, 0)
+    bench.call(commands_process.exit_process, bench.process)
+    assert free(bench) == (3, 0)
+    bench.call(commands_process.exit_process, child)
+    assert free(bench) == (4, 0)
+
+
+def test_fork_copies_a_page_that_is_pinned(bench: Any) -> None:
+    """copy_hugetlb_page_range()."""
+    bench.map(BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    bench.call(commands_process.pin, bench.process, bench.span(7), write=True)
+    child = bench.call(commands_process.fork, bench.process)
+    assert free(bench) == (2, 0)
+    assert cpu_pte.is_writable(bench.entry(0))
+    assert bench.read(0, 1, child) == b"x"
+
+
+def test_mremap_moves_and_shrinks_by_whole_pages(bench: Any) -> None:
+    """It does not grow; the new address must be one of a page."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    move = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    old = place(bench, 0, BLOCK)
+    assert refused(bench, commands_process.mremap, *old, 2 * PMD_SIZE, 1) == errno.EINVAL
+    assert refused(bench, commands_process.mremap, *old, PMD_SIZE, move, bench.span(BLOCK + 1).start) == errno.EINVAL
+    bench.call(commands_process.mremap, bench.process, *old, PMD_SIZE, move, bench.span(4 * BLOCK).start)
+    assert bench.read(4 * BLOCK, 1) == b"x"
+    assert free(bench) == (3, 1)
+    assert bench.entry(0) == 0
+
+
+def test_devices_see_huge_pages_that_cannot_leave(bench: Any) -> None:
+    """Order 9; no migration (EINVAL), no exclusive access; the mirrors of 2015 map them by small entries."""
+    bench.map(BLOCK, flags=PRIVATE)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
+    flags = range_fault.REQ_FAULT | range_fault.REQ_WRITE
+    words = bench.call(commands_hmm.range_fault, bench.mirror, bench.notifier, sequence, bench.span(8, 2), flags).words
+    assert ((words >> np.uint64(range_fault.ORDER_SHIFT)) & np.uint64(31)).tolist() == [9, 9]
+    assert (words & np.uint64(range_fault.WRITE)).all()
+    with pytest.raises(HmmError) as raised:
+        bench.to_device(0, 4)
+    assert raised.value.errno == errno.EINVAL
+    assert not bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0, 2)).any()
+    old = bench.call(commands_device.register_device, "old")
+    mirror = bench.call(commands_device.register_mirror, old, bench.process)
+    bench.local.attach(mirror, type(bench.heard)())
+    bench.call(commands_device.fault, mirror, (bench.span(0, 8),), write=True, wait=True)
+    assert free(bench) == (3, 0)
+
+
+def test_machine_is_not_made_when_the_pool_does_not_fit() -> None:
+    """The pages are set aside at once."""
+    with pytest.raises(HmmError) as raised:
+        Local(Machine(Limits(frames=2 * BLOCK, device_frames=0, hugetlb_pages=2)))
+    assert raised.value.errno == errno.ENOMEM
