@@ -19,6 +19,7 @@ COMMANDS = {
     "walk": "Show what every page table holds for one address.",
     "watch": "Show events and answers as they happen.",
     "pending": "Show who is waiting for whom, and why.",
+    "top": "Show what happens now: mirrors, calls and who waits.",
     "stats": "Show counters of the daemon and of each mirror.",
     "sanitize": "Show what devices did that they must not.",
     "health": "Ask the daemon whether it serves; for scripts and containers.",
