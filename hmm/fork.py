@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import OutOfFramesError
+from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE
 from hmm.file import File
@@ -56,7 +56,8 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
     Raises:
         OutOfFramesError: no directories for the child's page table (ENOMEM); the child is empty again.  Pages of
             the parent stay read-only, as in the kernel, until they are written.
-        TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
+        TimedOutError: a mirror with policy FAIL did not answer, or did not copy a page of its device's; the child is
+            empty again (ETIMEDOUT).
         NoSuchObjectError: the parent is gone (ESRCH).
 
     Cost: O(VMAs + directories + pages copied), vectorised.  Source: Linux kernel/fork.c, dup_mmap().
@@ -75,7 +76,7 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
                     yield from _copy(parent, child, vmas, copied)
             else:
                 yield from _copy(parent, child, vmas, copied)
-        except OutOfFramesError:
+        except HmmError:
             yield from exit_mmap(child)
             raise
 
@@ -114,25 +115,33 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
             vma.backing.mapped_by(child)
         mapping = _childs_mapping(child, vma)
         child.vmas.replace(vma.span, (Vma(vma.start, vma.end, mapping),), merge=False)
-    yield from _copy_from_devices(parent, child, copied)
+    given = yield from _copy_from_devices(parent, child, copied)
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
     for vma in copied:
         _allocate_tables(parent, child, vma)
         for addresses, entries in parent.table.chunks(vma.start, vma.end, PIECE_PAGES):
             now = (yield from _with_room(parent, addresses, entries)) if parent.frames.make_room else entries
-            _share(parent, child, vma, addresses, now)
+            if given:
+                missing = child.table.lookup(addresses) == 0
+                _share(parent, child, vma, addresses[missing], now[missing])
+            else:
+                _share(parent, child, vma, addresses, now)
             npages += addresses.size
             if npages >= PIECE_PAGES:
                 npages = 0
                 yield Pause()
 
 
-def _copy_from_devices(parent: AddressSpace, child: AddressSpace, copied: list[Vma]) -> Operation[None]:
+def _copy_from_devices(parent: AddressSpace, child: AddressSpace, copied: list[Vma]) -> Operation[bool]:
+    """Give the child copies of what mirrors have in their devices' memory.  Returns: whether there was any."""
+    given = False
     spans = tuple(vma.span for vma in copied if _is_cow(vma))
     for subscriber in list(parent.notifier.subscribers.values()):
         if subscriber.home is not None and subscriber.home.has_pages(spans):
+            given = True
             yield from subscriber.home.copy_out(spans, partial(_give, child))
+    return given
 
 
 def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
@@ -187,13 +196,10 @@ def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
 
 
 def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
-    """Give the child the entries of some pages of one VMA, except those that it has already: copy_pte_range()."""
+    """Give the child the entries of some pages of one VMA: copy_pte_range()."""
+    if not addresses.size:
+        return
     if _is_cow(vma):
-        if any(subscriber.home for subscriber in parent.notifier.subscribers.values()):
-            missing = child.table.lookup(addresses) == 0
-            addresses, entries = addresses[missing], entries[missing]
-            if not addresses.size:
-                return
         pinned = _pinned(parent, entries)
         if pinned.any() and vma.has(VmFlag.HUGETLB):
             blocks = addresses & np.uint64(PMD_MASK & (1 << 64) - 1)

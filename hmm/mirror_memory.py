@@ -153,11 +153,12 @@ class MirrorMemory:
         mirror, space = self.mirror, self.mirror.space
         spans = spans_of(addresses)
         yield from self._wait(spans)
+        while mirror.state is MirrorState.LIVE and not space.frames.available:
+            if not (yield from some_room(space.frames, addresses.size)):
+                raise OutOfFramesError(f"no frame for a page that has to leave {mirror}", address=spans[0].start)
+            yield from self._wait(spans)
         if mirror.state is not MirrorState.LIVE:
             return
-        frames = space.frames
-        if not frames.available and not (yield from some_room(frames, addresses.size)):
-            raise OutOfFramesError(f"no frame for a page that has to come back from {mirror}", address=spans[0].start)
         with space.notifier.copying(spans):
             locked = self._lock(addresses)
             if locked.size:

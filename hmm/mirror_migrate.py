@@ -9,8 +9,8 @@
     update     the mirror's entries of the range, to its driver, as at the end of every fault
 
 A change of the range that comes meanwhile waits; before the copy has begun it makes the fault give way and start over.
-Pages that are not in system memory are brought in first: from swap, and from the memory of another device, whose
-driver is asked for them (COPY_FROM_DEVICE) before this one gets them.
+Huge pages are split first.  Pages that are not in system memory are brought in first: from swap, and from the memory of
+another device, whose driver is asked for them (COPY_FROM_DEVICE) before this one gets them.
 
 **Source**: linux-mm, "HMM: add mirror fault support for system to device memory migration v3", hmm_mirror_fault(),
 hmm_mirror_handle_fault_migrate(); "HMM: mm add helper to update page table when migrating memory to device v2",
@@ -49,6 +49,7 @@ from hmm.errors import (
 from hmm.events import Cause, EventState, EventType
 from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
+from hmm.huge_split import huge_blocks, split_folio, split_pmds
 from hmm.migration_entries import stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.mirror_memory import COPY_PAGES, MirrorMemory
@@ -120,6 +121,10 @@ def migrate_range(memory: MirrorMemory, span: AddressRange, make_room: MakeRoom 
             yield from notifier.wait_for_copies((part,))
         elif notifier.invalidations_overlap((part,)):
             yield Await(WaitFor.INVALIDATIONS, notifier.space_id, (part,))
+        elif notifier.faults_overlap((part,)):
+            yield from notifier.back_off((part,))  # its driver is being told of entries that are about to go
+        elif blocks := huge_blocks(mirror.space, part):
+            yield from _split(mirror.space, vma, blocks)
         elif (away := _away(mirror, part)).size:
             failed = yield from bring_in(mirror, away, write=False)
             if failed is not None:
@@ -142,6 +147,14 @@ def _movable_vma(space: AddressSpace, span: AddressRange) -> Vma:
     if vma is not None and (vma.backing is not None or vma.has(SPECIAL_FLAGS | VmFlag.HUGETLB)):
         raise InvalidRequestError(f"migrate: {vma} is not private anonymous memory", address=span.start)
     return mirrorable_vma(space, span.start, span.end, write=False)
+
+
+def _split(space: AddressSpace, vma: Vma, blocks: list[AddressRange]) -> Operation[None]:
+    """Pages move one by one: a huge one is split, or if somebody holds it, mapped by page entries."""
+    if cpu_pte.is_huge_zero(space.table.get(blocks[0].start)) or not (
+        yield from split_folio(space, vma, blocks[0].start)
+    ):
+        yield from split_pmds(space, blocks[:1])
 
 
 def _away(mirror: Mirror, span: AddressRange) -> Entries:
@@ -231,10 +244,11 @@ def _keep_places(mirror: Mirror, addresses: Entries) -> None:
 
 
 def _movable(mirror: Mirror, locked: _Locked) -> npt.NDArray[np.intp]:
-    # Who has a page beside those that map it would go on using the old one.
+    # Who has a page beside those that map it, and the swap cache, would go on using the old one.
     frames, framed = mirror.space.frames, locked.framed
     pfns = locked.pfns
-    referenced = framed & (frames.refcount[pfns] != frames.mapcount[pfns] + 1)
+    known = frames.mapcount[pfns] + (frames.private[pfns] != 0) + 1
+    referenced = framed & (frames.refcount[pfns] != known)
     return np.flatnonzero(~referenced)
 
 

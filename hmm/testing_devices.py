@@ -259,7 +259,8 @@ def simulate_mirror_memory(seed: int) -> Scheduler:
 
     Raises: as `simulate`.
     """
-    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, contents=True)
+    first = (_register_card, _mirror_card, _migrate)
+    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, first=first, contents=True)
 
 
 def simulate_huge_pages(seed: int) -> Scheduler:

@@ -103,7 +103,7 @@ _HARMLESS = frozenset(
 class Contents:
     """What private pages have to hold: (address space, page) -> the byte that all of it is made of.
 
-    A page is known from a write of all of it to the start of a call that may change it.
+    A page is known from a write of all of it, which no other call that may change it overlapped, to the start of one.
 
     Attributes:
         losing: spaces with a mirror that was lost or killed, or failed to copy a page: there pages may be poison.
@@ -113,22 +113,26 @@ class Contents:
     memory: CarriedMemory
     known: dict[tuple[int, int], int] = field(default_factory=dict)
     losing: set[int] = field(default_factory=set)
+    _writing: dict[int, set[int]] = field(default_factory=dict)  # by operation: the pages that others may have changed
 
     def finished(self, record: OperationRecord[Any]) -> None:
         """Take note of what a call wrote."""
         self._forget(record)
+        overlapped = self._writing.pop(record.id, set())
         if record.name != "write_memory" or record.error is not None or record.result.signal is not None:
             return
         process, address, data = record.arguments
         space = self.machine.processes[process].space if process in self.machine.processes else None
         for page in range(page_up(address), page_down(address + len(data)), PAGE_SIZE):
             vma = space.vmas.find(page) if space is not None else None
-            if space is not None and vma is not None and vma.backing is None:
+            if space is not None and vma is not None and vma.backing is None and page not in overlapped:
                 self.known[space.id, page] = data[0]
 
     def check(self, running: Iterable[OperationRecord[Any]]) -> None:
         """Raise WrongContentsError when a page that nobody is changing holds something else."""
         for record in running:
+            if record.name == "write_memory":
+                self._writing.setdefault(record.id, set())
             self._forget(record)
         for mirror in self.machine.mirrors.values():
             if mirror.state is not MirrorState.LIVE:
@@ -142,7 +146,7 @@ class Contents:
 
     def _check_page(self, space: AddressSpace, page: int, byte: int) -> None:
         entry = space.table.get(page)
-        if cpu_pte.is_migration(entry):
+        if cpu_pte.is_migration(entry) or cpu_pte.is_swap(entry):
             return
         if cpu_pte.is_poison(entry) and space.id in self.losing:
             del self.known[space.id, page]
@@ -164,12 +168,16 @@ class Contents:
         return data
 
     def _forget(self, record: OperationRecord[Any]) -> None:
-        if record.name in _HARMLESS or not self.known:
+        if record.name in _HARMLESS:
             return
         process = self.machine.processes.get(record.arguments[0])
         mirror = self.machine.mirrors.get(record.arguments[0])
         spaces = {one.space.id for one in (process, mirror) if one is not None}
         pages = _touched(record)
+        for number, overlapped in self._writing.items():
+            written = self.machine.operations.get(number)
+            if number != record.id and written is not None:
+                overlapped.update((_touched(written) if pages is None else pages) or ())
         for key in [key for key in self.known if key[0] in spaces and (pages is None or key[1] in pages)]:
             del self.known[key]
 

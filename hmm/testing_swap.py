@@ -18,7 +18,14 @@ from hmm.scheduler import Call, Scheduler
 from hmm.testing import Makers, Town, simulate
 from hmm.units import PAGE_SIZE
 
-__all__ = ["SHORT_OF_MEMORY", "SWAP_CALLS", "TOWNS", "simulate_swap", "simulate_swap_and_devices"]
+__all__ = [
+    "SHORT_OF_MEMORY",
+    "SWAP_CALLS",
+    "TOWNS",
+    "simulate_swap",
+    "simulate_swap_and_devices",
+    "simulate_swap_and_mirror_memory",
+]
 
 SHORT_OF_MEMORY = Limits(frames=25, swap_pages=48, device_frames=64, processes=8, directories=1 << 10)
 """Fewer frames than two processes use, and fewer slots than all of them could."""
@@ -73,9 +80,19 @@ def simulate_swap_and_devices(seed: int, *, ncalls: int = 60) -> Scheduler:
     return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more)
 
 
+def simulate_swap_and_mirror_memory(seed: int, *, ncalls: int = 60) -> Scheduler:
+    """`simulate_swap` with pages of mirrors in the memory of their devices, and a look at what pages hold.
+
+    Raises: as there.
+    """
+    more = SWAP_CALLS + testing_devices.MIRROR_CALLS
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, contents=True)
+
+
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     **testing_devices.TOWNS,
     "swap": simulate_swap,
     "swap-devices": simulate_swap_and_devices,
+    "swap-memory": simulate_swap_and_mirror_memory,
 }
 """What a seed can be run in: by name, all workloads there are."""

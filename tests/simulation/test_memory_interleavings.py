@@ -15,6 +15,7 @@ from hmm.notifier import Notifier
 from hmm.operation import Operation, Pause
 from hmm.testing import SimulationError
 from hmm.testing_devices import simulate_mirror_memory
+from hmm.testing_swap import simulate_swap_and_mirror_memory
 from hmm.units import AddressRange, Entries
 
 SEEDS, BATCH = 100, 25
@@ -26,6 +27,14 @@ def test_simulate_holds_every_invariant_when_drivers_carry_pages(first: int) -> 
     """No interleaving loses a page that its driver did not lose, or shows other bytes than the last ones written."""
     for seed in range(first, first + BATCH):
         simulate_mirror_memory(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_simulate_holds_every_invariant_when_system_memory_is_short_too(first: int) -> None:
+    """Pages come back from devices into memory that others have to be swapped out of."""
+    for seed in range(first, first + BATCH):
+        simulate_swap_and_mirror_memory(seed)
 
 
 def found(seeds: Iterable[int]) -> str:
