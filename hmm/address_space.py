@@ -90,6 +90,7 @@ class AddressSpace:
         huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
         tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
             a huge page comes only where there is none.  Kept where `thp` is not NEVER.
+        unstable: a part of it was reaped: nothing can be brought in any more (MMF_UNSTABLE).
         semantics: the kernel whose rules hold, where kernels differ.
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
@@ -110,6 +111,7 @@ class AddressSpace:
     thp: Thp = Thp.NEVER
     huge: bool = False
     tables: set[int] = field(default_factory=set)
+    unstable: bool = False
     semantics: Semantics = LINUX_6_12
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)

@@ -145,10 +145,16 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
 
 @immediate
 def insert_notifier(
-    machine: Machine, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool = False
+    machine: Machine,
+    mirror_id: MirrorId,
+    start: Address,
+    length: int,
+    *,
+    filtered: bool = False,
+    two_pass: bool = False,
 ) -> int:
     """As `IntervalMirror.insert`; `filtered`: the mirror's own migrations do not disturb its read sections."""
-    return _mirror(machine, mirror_id).insert(start, length, filtered=filtered).id
+    return _mirror(machine, mirror_id).insert(start, length, filtered=filtered, two_pass=two_pass).id
 
 
 def remove_notifier(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[None]:

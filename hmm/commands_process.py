@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from hmm import cpu_access, mman
+from hmm import cpu_access, mman, oom_kill
 from hmm import fork as forking
 from hmm import madvise as advising
 from hmm import mincore as residence
@@ -198,6 +198,11 @@ def _leave(machine: Machine, space: AddressSpace) -> Operation[None]:
     except WouldDeadlockError:
         space.users += 1
         raise
+
+
+def process_mrelease(machine: Machine, process_id: ProcessId) -> Operation[None]:
+    """process_mrelease(2), as `oom_kill.process_mrelease`; the process is killed by it, and still has to exit."""
+    yield from oom_kill.process_mrelease(machine.process(process_id).space)
 
 
 def _end(machine: Machine, space: AddressSpace) -> Operation[None]:

@@ -111,6 +111,7 @@ class Cause(Enum):
     MIGRATE_TO_SYSTEM = "migrate to system"
     EXCLUSIVE = "exclusive access"
     EXIT = "exit"
+    OOM_REAP = "oom reap"  # __oom_reap_task_mm(): private memory of a process that is as good as dead
     EXIT_MMAP = "exit mmap"  # unmap_vmas() behind RELEASE: those who are still subscribed
     MUNLOCK = "munlock"
 
@@ -149,6 +150,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.MIGRATE_TO_SYSTEM: Told(EventType.MIGRATE, Reason.MIGRATE),
     Cause.EXCLUSIVE: Told(EventType.MIGRATE, Reason.EXCLUSIVE),
     Cause.EXIT: Told(EventType.MUNMAP, Reason.RELEASE),
+    Cause.OOM_REAP: Told(EventType.MIGRATE, Reason.UNMAP),
     Cause.EXIT_MMAP: Told(EventType.MUNMAP, Reason.UNMAP),
     Cause.MUNLOCK: Told(EventType.NONE, None),
 }
@@ -181,6 +183,7 @@ class Event:
         copy: COPY_TO_DEVICE and COPY_FROM_DEVICE that the driver carries out: names the pages on their way, see
             `mirror_memory.Copy`; the answer has a result for each.  0: nothing is asked but to stop using them.
         keeps: COPY_FROM_DEVICE for fork: the device goes on using what was copied.
+        finishes: the revision of the event whose second pass this is; 0 for all others.
     """
 
     operation_id: int
@@ -196,6 +199,7 @@ class Event:
     initiator: MirrorId = 0
     copy: int = 0
     keeps: bool = False
+    finishes: int = 0
 
     @property
     def npages(self) -> int:
@@ -228,6 +232,7 @@ class Delivery:
         errno: what the driver's callback returned, positive; 0 is success.
         dirty: ranges that the device wrote and reports with its answer.
         results: of a copy: one byte per page, 0 or an errno.
+        unfinished: the driver has only started to stop using the ranges, and wants to be called again to finish.
     """
 
     mirror_id: MirrorId
@@ -238,3 +243,4 @@ class Delivery:
     errno: int = 0
     dirty: tuple[AddressRange, ...] = ()
     results: bytes = b""
+    unfinished: bool = False

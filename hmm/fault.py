@@ -152,6 +152,8 @@ def bring_in(
             yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
+        if space.unstable:
+            return _first_missing(space, target, write)
         if _fault_one(space, target, write):
             return None
         attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
@@ -175,6 +177,16 @@ def bring_in(
             return stop
         if not (yield from _grow(space, stop.address)):
             return stop
+
+
+def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
+    """Where an access gets SIGBUS in a reaped address space: check_stable_address_space()."""
+    if isinstance(target, AddressRange):
+        target = np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
+    entries = space.table.lookup(target)
+    there = cpu_pte.is_writable(entries) & cpu_pte.is_present(entries) if write else cpu_pte.is_present(entries)
+    missing = np.flatnonzero(~there)
+    return Stop(int(target[missing[0]]), Signal.BUS_ADRERR) if missing.size else None
 
 
 def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt]:

@@ -10,13 +10,16 @@ repeated when that has moved:
 
 The driver keeps its own table: of it nothing is known here.
 
+A subscription may have two passes: its driver answers that it has only started (EINPROGRESS), and is called once more
+when all drivers have started, so that many devices stop at the same time.
+
 **Source**: Linux mm/mmu_notifier.c: __mmu_interval_notifier_insert(), mmu_interval_notifier_remove(),
-mmu_interval_read_begin(), mn_itree_inv_start_range(), mn_itree_inv_end(), 6.12.
+mmu_interval_read_begin(), mn_itree_inv_start_range(), mn_itree_inv_end(), 6.12; the two passes of 7.1.
 
 **Invariants**: the sequence of a subscription is odd; it equals that of the address space exactly while an
 invalidation that it was told of is running, or one that ran when it was inserted.
 
-**Absent**: the two passes of 7.1; signals and memory that inserting may run into (EINTR, ENOMEM).
+**Absent**: signals and memory that inserting may run into (EINTR, ENOMEM).
 
 Differs: a driver that ignores its own migrations says so once, by `filtered`, and not by leaving the sequence as it is
 in the callback.  The sequence moves when the event is sent, not when the driver is called.
@@ -46,6 +49,7 @@ class IntervalNotifier:
 
     Attributes:
         filtered: what this mirror itself asked for does not disturb read sections.
+        two_pass: its driver may start with an invalidation, and finish when all drivers have started.
         sequence: of the last invalidation it was told of.
         deferred: the sequence until whose end it hears nothing, as it was inserted while that lasted; 0 for none.
         leaving: the sequence behind which it hears nothing, as it was removed while that lasted; 0 for none.
@@ -57,6 +61,7 @@ class IntervalNotifier:
     sequence: int
     deferred: int = 0
     leaving: int = 0
+    two_pass: bool = False
 
     def concerned(self, event: Event, sequence: int) -> bool:
         """Whether the driver has to hear of `event` for this range; `sequence` is that of the address space."""
@@ -77,7 +82,9 @@ class IntervalMirror(Receiver):
 
     # ---- subscriptions
 
-    def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+    def insert(
+        self, start: Address, length: int, *, filtered: bool = False, two_pass: bool = False
+    ) -> IntervalNotifier:
         """Subscribe to [start, start + length); overlapping subscriptions are fine.
 
         Raises:
@@ -97,7 +104,7 @@ class IntervalMirror(Receiver):
         sequence = core.sequence if core.invalidations else core.sequence - 1
         self.last_notifier += 1
         notifier = IntervalNotifier(
-            self.last_notifier, AddressRange(start, start + length), filtered, sequence, deferred
+            self.last_notifier, AddressRange(start, start + length), filtered, sequence, deferred, two_pass=two_pass
         )
         self.notifiers[notifier.id] = notifier
         return notifier
@@ -166,6 +173,12 @@ class IntervalMirror(Receiver):
                 if notifier.concerned(event, sequence) and not ignored:
                     notifier.sequence = sequence
         return Receiver.send(self, event, operation_id)
+
+    def has_two_passes(self, event: Event) -> bool:
+        """Whether a subscription with two passes is concerned, and this is the first."""
+        return not event.finishes and any(
+            notifier.two_pass and event.overlaps(notifier.span) for notifier in self.notifiers.values()
+        )
 
     def settle(self, delivery: Delivery) -> bool:
         """An answer has no effect here: a callback that may wait cannot fail."""

@@ -28,7 +28,7 @@ import numpy as np
 from hmm import cpu_pte, pte
 from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
-from hmm.events import IS_INVALIDATION, Delivery, Event, EventType
+from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
@@ -102,6 +102,8 @@ class Mirror(Receiver):
         """
         assert self.state is MirrorState.LIVE, f"{self} hears nothing any more"
         self.unsettled.pop(delivery.sequence, None)
+        if delivery.state is EventState.REFUSED:
+            return True
         event = delivery.event
         if self.owed.size or not self.table.is_empty:
             for span in delivery.dirty:

@@ -25,11 +25,12 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 
 from __future__ import annotations
 
+import errno as errnos
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
-from hmm.errors import HmmError, NoSuchObjectError, TimedOutError
+from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError
 from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.frames import Region
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
@@ -329,26 +330,56 @@ class Notifier:
     def broadcast(
         self, event: Event, listeners: list[Subscriber], *, certain: bool = False
     ) -> Operation[tuple[Delivery, ...]]:
-        """Send one event to all listeners, wait for all, settle all; then end those whose own error is their end."""
+        """Send one event to all listeners, wait for all, settle all; then end those whose own error is their end.
+
+        Those who have only started are called again, when all have started, in the order in which they were told.
+
+        Raises:
+            RangeBusyError: one refused an event that may not block (EAGAIN); the others have given up the ranges.
+        """
         if not listeners:
             return ()
         deliveries: tuple[Delivery, ...] = yield Deliver(event, tuple([listener.id for listener in listeners]))
         killed: list[MirrorId] = []
         abandoned: list[MirrorId] = []
+        refused: list[MirrorId] = []
         for delivery in deliveries:
             subscriber = self.subscribers.get(delivery.mirror_id)
+            if delivery.state is EventState.REFUSED:
+                refused.append(delivery.mirror_id)
             if delivery.state is EventState.ABANDONED and not certain:
                 abandoned.append(delivery.mirror_id)
             elif subscriber is not None and not subscriber.settle(delivery):
                 killed.append(delivery.mirror_id)
+        unfinished = tuple([delivery.mirror_id for delivery in deliveries if delivery.unfinished])
+        if unfinished:
+            yield from self._finish(event, unfinished)
         if killed and not certain:
             yield from self.end(tuple(killed), event.operation_id)
+        if refused:
+            raise RangeBusyError(
+                f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {refused[0]} cannot give up "
+                f"{event.spans[0]} at once; those that could have done so",
+                errnos.EAGAIN,
+            )
         if abandoned:
             raise TimedOutError(
                 f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
                 f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
             )
         return deliveries
+
+    def _finish(self, event: Event, mirror_ids: tuple[MirrorId, ...]) -> Operation[None]:
+        """The second pass: mn_itree_finish_pass()."""
+        living = tuple([mirror_id for mirror_id in mirror_ids if mirror_id in self.subscribers])
+        if not living:
+            return
+        second = replace(event, revision=self.next_revision(), finishes=event.revision)
+        deliveries: tuple[Delivery, ...] = yield Deliver(second, living)
+        for delivery in deliveries:
+            subscriber = self.subscribers.get(delivery.mirror_id)
+            if subscriber is not None:
+                subscriber.settle(delivery)
 
     def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
         """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.

@@ -185,6 +185,10 @@ class Receiver(ABC):
         """Whether it has been told of a change of these ranges that has not been made yet."""
         return any(overlap(sent.event.spans, spans) for sent in self.unsettled.values())
 
+    def has_two_passes(self, event: Event) -> bool:  # noqa: ARG002 - for those who override it
+        """Whether the driver may only start with what `event` asks for, and finish when all have started."""
+        return False
+
     @abstractmethod
     def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when the driver's own error is its end."""
@@ -232,14 +236,19 @@ class Receiver(ABC):
             raise InvalidRequestError(
                 f"acknowledge: event {sequence} of {self} wants {wanted} results and got {len(results)}"
             )
-        if errno:
-            sent.state, sent.errno = self._verdict(sent.event, errno), self._accepted(errno)
+        if errno == errnos.EINPROGRESS and self.has_two_passes(sent.event):
+            sent.state, sent.unfinished = EventState.ACKNOWLEDGED, True
+        elif errno == errnos.EAGAIN and not sent.event.blockable:
+            # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
+            sent.state, sent.errno = EventState.REFUSED, errno
+        elif errno:
+            sent.state, sent.errno = EventState.ACKNOWLEDGED, self._accepted(errno)
         else:
             sent.state = EventState.ACKNOWLEDGED
         sent.dirty, sent.results = dirty, results
         self.counters[sent.state._value_] += 1
         self._forget(sequence)
-        if sent.state is EventState.ACKNOWLEDGED:
+        if sent.state is EventState.ACKNOWLEDGED and not sent.unfinished:
             self.history.acknowledged(sent)
         return sent
 
@@ -258,11 +267,6 @@ class Receiver(ABC):
     def _forget(self, sequence: int) -> None:
         del self.unanswered[sequence]
         self.low_water = next(iter(self.unanswered)) - 1 if self.unanswered else self.sequence  # they ascend
-
-    def _verdict(self, event: Event, errno: int) -> EventState:
-        # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
-        refusing = errno == errnos.EAGAIN and not event.blockable
-        return EventState.REFUSED if refusing else EventState.ACKNOWLEDGED
 
     def _accepted(self, errno: int) -> int:
         # hmm_mirror_update(): 0, ENOMEM and EIO are documented; others are warned of and become EIO.

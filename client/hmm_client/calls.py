@@ -165,6 +165,11 @@ def mincore(process_id: int, address: int, length: int) -> Call[Residency]:
     return Call("mincore", request, lambda r: Residency(*_completed(r), r.residency))
 
 
+def process_mrelease(process_id: int) -> Call[Completed]:
+    """process_mrelease(pidfd), and the SIGKILL before it."""
+    return Call("process_mrelease", process_pb2.ProcessMreleaseRequest(process_id=process_id), _done)
+
+
 def pagemap(process_id: int, start: int, end: int) -> Call[PageMap]:
     """A part of /proc/PID/pagemap; both ends page-aligned, at most 131,072 pages."""
     request = process_pb2.PagemapRequest(process_id=process_id, range=range_pb2.AddressRange(start=start, end=end))

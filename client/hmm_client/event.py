@@ -222,6 +222,11 @@ class Event:
         return self._change.message.initiator
 
     @property
+    def finishes(self) -> int:
+        """The revision of the event whose second pass this is; 0 for all others."""
+        return self._change.message.finishes
+
+    @property
     def operation_id(self) -> int:
         """The call that causes the change."""
         return self._change.message.operation_id

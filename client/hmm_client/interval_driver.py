@@ -1,5 +1,8 @@
 """The part of a driver of today's interface that its author writes: what to do when a subscribed range changes.
 
+A driver with subscriptions of two passes starts to stop its device in `invalidate_start`, and waits for it in
+`invalidate_finish`, which is called when the drivers of all other mirrors have started as well.
+
 **Source**: Linux include/linux/mmu_notifier.h, `struct mmu_interval_notifier_ops`; include/linux/memremap.h,
 `struct dev_pagemap_ops` (migrate_to_ram).
 
@@ -8,11 +11,14 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from hmm.events import EventType
+from hmm.units import AddressRange
 from hmm_client.driver import Driver
 
 if TYPE_CHECKING:
@@ -34,6 +40,19 @@ class IntervalDriver:
                 tries again.  Anything else that is raised is logged and counts as done.
         """
 
+    def invalidate_start(self, event: Event) -> object | None:
+        """The first pass of a subscription that has two: start, and do not wait.
+
+        Returns: what `invalidate_finish` is to be called with; None: there is nothing left to finish.
+
+        Raises: as `invalidate`.
+        """
+        self.invalidate(event)
+        return None
+
+    def invalidate_finish(self, event: Event, token: object) -> Awaitable[None] | None:
+        """The second pass: wait until the device has stopped.  `event` is the first one, under a number of its own."""
+
     def migrate_to_ram(self, event: Event) -> Awaitable[None] | None:
         """Stop using pages of the device's memory that this mirror put there: they go back to the CPU, which asked."""
         return self.invalidate(event)
@@ -43,10 +62,16 @@ class IntervalDriver:
 
 
 class Adapter(Driver):
-    """An interval driver as callbacks want it."""
+    """An interval driver as callbacks want it.
+
+    Attributes:
+        two_pass: the ranges that were ever subscribed with two passes.
+    """
 
     def __init__(self, driver: IntervalDriver) -> None:
+        self.two_pass: list[AddressRange] = []
         self._driver = driver
+        self._tokens: dict[tuple[int, int], object] = {}
         if inspect.iscoroutinefunction(driver.invalidate):
             self.update = self._update  # type: ignore[method-assign]
 
@@ -57,11 +82,20 @@ class Adapter(Driver):
             await done
 
     def update(self, event: Event) -> Awaitable[None] | None:
-        """As `IntervalDriver.invalidate`, or `migrate_to_ram`."""
+        """As `IntervalDriver.invalidate`, one of its two passes, or `migrate_to_ram`."""
         if event.type is EventType.COPY_FROM_DEVICE:
             return self._driver.migrate_to_ram(event)
-        return self._driver.invalidate(event)
+        if event.finishes:
+            return self._driver.invalidate_finish(event, self._tokens.pop((event.mirror.id, event.finishes)))
+        if not any(event.overlaps(span) for span in self.two_pass):
+            return self._driver.invalidate(event)
+        token = self._driver.invalidate_start(event)
+        if token is None:
+            return None
+        self._tokens[event.mirror.id, event.revision] = token
+        raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
 
     def lost(self, mirror: IntervalMirror, why: str) -> None:  # type: ignore[override]
         """As `IntervalDriver.lost`."""
+        self._tokens.clear()
         self._driver.lost(mirror, why)

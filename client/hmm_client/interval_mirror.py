@@ -63,7 +63,7 @@ class IntervalMirror(Receiver):
         *,
         concurrent: bool = False,
     ) -> None:
-        adapter = Adapter(driver)
+        adapter = self._adapter = Adapter(driver)
         super().__init__(
             device, process, adapter, session, response.mirror_id, response.space_id, concurrent=concurrent
         )
@@ -78,17 +78,24 @@ class IntervalMirror(Receiver):
 
     # ---- subscriptions
 
-    async def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+    async def insert(
+        self, start: Address, length: int, *, filtered: bool = False, two_pass: bool = False
+    ) -> IntervalNotifier:
         """Subscribe to [start, start + length); subscriptions may overlap.
 
         Args:
             filtered: migrations that this mirror asks for itself do not disturb read sections.
+            two_pass: the driver may start in `invalidate_start` and finish in `invalidate_finish`.
 
         Raises:
             InvalidRequestError: no length, or an end beyond all addresses (EOVERFLOW); the process has exited
                 (EINVAL).
         """
-        request = hmm_pb2.InsertNotifierRequest(mirror_id=self.id, start=start, length=length, filtered=filtered)
+        request = hmm_pb2.InsertNotifierRequest(
+            mirror_id=self.id, start=start, length=length, filtered=filtered, two_pass=two_pass
+        )
+        if two_pass:
+            self._adapter.two_pass.append(AddressRange(start, start + length))
         response = await self.make("insert_notifier", request)
         return IntervalNotifier(self, response.notifier_id, AddressRange(start, start + length))
 

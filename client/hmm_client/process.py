@@ -236,6 +236,14 @@ class Process:
         """execve(2): leave the address space for an empty one."""
         return await self._make(calls.exec_process(self.id, name, mmap_base=mmap_base, brk_start=brk_start))
 
+    async def mrelease(self) -> Completed:
+        """process_mrelease(2) of a process that was killed: its private memory goes; it still has to exit.
+
+        Raises:
+            RangeBusyError: a driver refused a part, which is still there; the rest is gone (EAGAIN).
+        """
+        return await self._make(calls.process_mrelease(self.id))
+
     async def exit(self) -> Completed:
         """exit(2)."""
         return await self._make(calls.exit_process(self.id))

@@ -113,6 +113,7 @@ class Process(_Handle[aio_process.Process]):
     touch = blocking(aio_process.Process.touch)
     access_pages = blocking(aio_process.Process.access_pages)
     exec = blocking(aio_process.Process.exec)
+    mrelease = blocking(aio_process.Process.mrelease)
     exit = blocking(aio_process.Process.exit)
 
     def pin(self, span: AddressRange, *, write: bool = False, long_term: bool = True) -> Pin:
@@ -222,9 +223,12 @@ class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
         """Why the mirror was fenced; empty while it lives."""
         return self.aio.lost
 
-    def insert(self, start: Address, length: int, *, filtered: bool = False) -> IntervalNotifier:
+    def insert(
+        self, start: Address, length: int, *, filtered: bool = False, two_pass: bool = False
+    ) -> IntervalNotifier:
         """Subscribe to a range."""
-        return IntervalNotifier(self.loop.run(self.aio.insert(start, length, filtered=filtered)), self.loop)
+        inserted = self.aio.insert(start, length, filtered=filtered, two_pass=two_pass)
+        return IntervalNotifier(self.loop.run(inserted), self.loop)
 
     find_vma = blocking(aio_interval.IntervalMirror.find_vma)
     migrate_to_device = blocking(aio_interval.IntervalMirror.migrate_to_device)
@@ -266,6 +270,14 @@ class IntervalDriver:
     def invalidate(self, event: Event) -> None:
         """Make the device stop using what `event` names, before returning."""
 
+    def invalidate_start(self, event: Event) -> object | None:
+        """The first pass of a subscription that has two: start; what is returned goes to `invalidate_finish`."""
+        self.invalidate(event)
+        return None
+
+    def invalidate_finish(self, event: Event, token: object) -> None:
+        """The second pass: wait until the device has stopped."""
+
     def migrate_to_ram(self, event: Event) -> None:
         """Stop using pages of the device's memory that this mirror put there."""
         self.invalidate(event)
@@ -284,6 +296,12 @@ class _IntervalAdapter(aio_interval_driver.IntervalDriver):
 
     def invalidate(self, event: aio_event.Event) -> None:
         self._driver.invalidate(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+
+    def invalidate_start(self, event: aio_event.Event) -> object | None:
+        return self._driver.invalidate_start(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+
+    def invalidate_finish(self, event: aio_event.Event, token: object) -> None:
+        self._driver.invalidate_finish(Event.at(event, IntervalMirror(event.mirror, self._loop)), token)
 
     def migrate_to_ram(self, event: aio_event.Event) -> None:
         self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))

@@ -277,6 +277,7 @@ def event_to_proto(event: Event) -> event_pb2.Event:
         copy=event.copy,
         keeps=event.keeps,
         wants_answer=event.copy != 0,
+        finishes=event.finishes,
     )
 
 
@@ -304,4 +305,5 @@ def event_from_proto(message: event_pb2.Event) -> Event:
         initiator=message.initiator,
         copy=message.copy,
         keeps=message.keeps,
+        finishes=message.finishes,
     )

@@ -42,7 +42,9 @@ def _attach(q: hmm_pb2.AttachRequest) -> Invocation:
 
 
 def _insert_notifier(q: hmm_pb2.InsertNotifierRequest) -> Invocation:
-    return invoke(commands_hmm.insert_notifier, q.mirror_id, q.start, q.length, filtered=q.filtered)
+    return invoke(
+        commands_hmm.insert_notifier, q.mirror_id, q.start, q.length, filtered=q.filtered, two_pass=q.two_pass
+    )
 
 
 def _find_vma_response(vma: VmaView | None, result: Result) -> hmm_pb2.FindVmaResponse:

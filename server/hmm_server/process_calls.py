@@ -175,6 +175,10 @@ CALLS: Mapping[str, Call[Any, Any]] = {
             result=result, residency=b"" if value is None else value.tobytes()
         ),
     ),
+    "process_mrelease": Call(
+        lambda q: invoke(commands_process.process_mrelease, q.process_id),
+        lambda _, result: process_pb2.ProcessMreleaseResponse(result=result),
+    ),
     "pagemap": Call(
         _pagemap,
         lambda value, result: process_pb2.PagemapResponse(

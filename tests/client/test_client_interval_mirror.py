@@ -19,6 +19,7 @@ from hmm.errors import (
     NoSuchObjectError,
     OutOfFramesError,
     RangeBusyError,
+    SegmentationFault,
     TimedOutError,
     WouldDeadlockError,
 )
@@ -441,3 +442,58 @@ async def test_driver_is_lost_when_it_does_not_answer(start_daemon: Any) -> None
         await bench.notifier.read_begin()
     assert len(bench.driver.losses) == 1
     assert await held(bench.client) == []
+
+
+class TwoPass(IntervalDriver):
+    """A driver that starts first and finishes later, and writes down in which order."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+        self.refuses = False
+
+    def invalidate_start(self, event: Event) -> object | None:
+        """Start."""
+        self.log.append(f"start {self.name}")
+        if self.refuses and not event.blockable:
+            raise BlockingIOError(errnos.EAGAIN, "busy")
+        return event.revision
+
+    async def invalidate_finish(self, event: Event, token: object) -> None:
+        """Finish."""
+        assert event.finishes == token
+        self.log.append(f"finish {self.name}")
+
+
+async def test_drivers_finish_when_all_have_started(bench: Bench) -> None:
+    """Two devices stop at the same time: both start, then both finish, then the memory goes."""
+    log: list[str] = []
+    await bench.mirror.detach()
+    for name in ("one", "two"):
+        mirror = await bench.device.attach(bench.process, TwoPass(name, log))
+        await mirror.insert(0, mirror.address_end, two_pass=True)
+    await bench.process.munmap(bench.mapped.address, PAGE_SIZE)
+    assert (set(log[:2]), set(log[2:])) == ({"start one", "start two"}, {"finish one", "finish two"})
+
+
+async def test_reaping_is_tried_again_when_a_driver_refuses(bench: Bench) -> None:
+    """process_mrelease(): EAGAIN, with those finishing who had started; the next time everything goes."""
+    log: list[str] = []
+    drivers = [TwoPass(name, log) for name in ("one", "two")]
+    for driver in drivers:
+        mirror = await bench.device.attach(bench.process, driver)
+        await mirror.insert(0, mirror.address_end, two_pass=True)
+    await bench.process.write(bench.mapped.address, b"x")
+    drivers[1].refuses = True
+    with pytest.raises(RangeBusyError) as refused:
+        await bench.process.mrelease()
+    assert refused.value.errno == errnos.EAGAIN
+    assert sorted(log) == ["finish one", "start one", "start two"]
+    assert (await bench.process.pagemap(bench.span(0)))[0]
+    drivers[1].refuses = False
+    await bench.process.mrelease()
+    assert not (await bench.process.pagemap(bench.span(0)))[0]
+    assert not bench.driver.events[-1].blockable
+    with pytest.raises(SegmentationFault):
+        await bench.process.read(bench.mapped.address, 1)
+    await bench.process.exit()

@@ -146,6 +146,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     Mlockall = _rpc("mlockall")
     Munlockall = _rpc("munlockall")
     Mincore = _rpc("mincore")
+    ProcessMrelease = _rpc("process_mrelease")
     Pagemap = _rpc("pagemap")
     Place = _rpc("place")
     ReadMemory = _rpc("read_memory")

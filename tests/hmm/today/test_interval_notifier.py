@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from area import BASE
 
-from hmm import commands_device, commands_hmm, commands_process
-from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, WouldDeadlockError
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte
+from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, RangeBusyError, Signal, WouldDeadlockError
 from hmm.events import Reason
 from hmm.machine import Caller
 from hmm.operation import Await, WaitFor
+from hmm.range_fault import REQ_FAULT
 from hmm.units import PAGE_SIZE, TASK_SIZE
+from hmm.unmapped_area import MapFlag
 
 
 def unmap(bench: Any, at: int, npages: int = 1) -> None:
@@ -177,3 +179,111 @@ def test_commands_fail_when_the_mirror_is_one_of_2015(bench: Any) -> None:
         bench.call(commands_hmm.read_begin, old, 1)
     with pytest.raises(NoSuchObjectError):
         bench.call(commands_device.read_table, bench.mirror, bench.span(0))
+
+
+def two_mirrors(bench: Any, *, two_pass: tuple[bool, bool]) -> tuple[int, int]:
+    """Two mirrors with a subscription each to everything; the bench's own has none."""
+    bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    mirrors = []
+    for passes in two_pass:
+        mirror = bench.call(commands_hmm.attach, bench.device, bench.process)
+        bench.call(commands_hmm.insert_notifier, mirror, 0, TASK_SIZE, two_pass=passes)
+        mirrors.append(mirror)
+    return mirrors[0], mirrors[1]
+
+
+def test_second_pass_comes_when_all_have_started(bench: Any) -> None:
+    """mn_itree_finish_pass(): all starts first; then those who have not finished, in the order of their starts."""
+    first, second = two_mirrors(bench, two_pass=(True, True))
+    machine, span = bench.local.machine, bench.span(0, 2)
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    starts = machine.take_outbox()
+    assert [start.mirror_id for start in starts] == [first, second]
+    assert not any(start.event.finishes for start in starts)
+    machine.answer(second, 1, errno.EINPROGRESS)
+    assert not machine.ready()
+    machine.answer(first, 1, errno.EINPROGRESS)
+    machine.resume(record.id)
+    finishes = machine.take_outbox()
+    assert [(one.mirror_id, one.sequence, one.event.finishes) for one in finishes] == [
+        (first, 2, starts[0].event.revision), (second, 2, starts[0].event.revision)
+    ]  # fmt: skip
+    assert finishes[0].event.spans == (span,)
+    assert bench.local.machine.processes[bench.process].space.notifier.sequence & 1
+    for one in finishes:
+        machine.answer(one.mirror_id, one.sequence)
+    machine.resume(record.id)
+    assert record.result == 0
+    machine.check()
+
+
+def test_second_pass_is_left_out_when_the_first_did_all(bench: Any) -> None:
+    """A start without a token has done the whole job; a fenced mirror is not called again."""
+    first, second = two_mirrors(bench, two_pass=(True, True))
+    machine, span = bench.local.machine, bench.span(0, 2)
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    machine.take_outbox()
+    machine.answer(first, 1, errno.EINPROGRESS)
+    machine.fence(first, "gone")
+    machine.answer(second, 1)
+    machine.resume(record.id)
+    assert record.result == 0
+    assert not machine.take_outbox()
+    machine.check()
+
+
+def test_mirror_with_one_pass_cannot_put_it_off(bench: Any) -> None:
+    """EINPROGRESS is no answer there: it counts as done, and as a bug of the driver."""
+    first, second = two_mirrors(bench, two_pass=(False, False))
+    machine, span = bench.local.machine, bench.span(0, 2)
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    for mirror in (first, second):
+        machine.answer(mirror, 1, errno.EINPROGRESS)
+    machine.resume(record.id)
+    assert record.result == 0
+    assert machine.receivers[first].counters["undocumented_errors"] == 1
+
+
+def test_reaping_fails_when_a_driver_refuses(bench: Any) -> None:
+    """process_mrelease(): EAGAIN; the refused range is still there, and those who agreed have lost their sections."""
+    first, second = two_mirrors(bench, two_pass=(True, False))
+    bench.write(0, b"kept")
+    machine = bench.local.machine
+    sequences = [bench.call(commands_hmm.read_begin, mirror, 1) for mirror in (first, second)]
+    record = machine.start(Caller(), commands_process.process_mrelease, bench.process)
+    deliveries = machine.take_outbox()
+    assert [(one.event.reason, one.event.blockable) for one in deliveries] == [(Reason.UNMAP, False)] * 2
+    machine.answer(second, deliveries[1].sequence, errno.EAGAIN)
+    machine.answer(first, deliveries[0].sequence, errno.EINPROGRESS)
+    machine.resume(record.id)
+    (finish,) = machine.take_outbox()  # what has started finishes, although nothing will be changed
+    assert finish.mirror_id == first
+    machine.answer(first, finish.sequence)
+    machine.resume(record.id)
+    with pytest.raises(RangeBusyError) as refused:
+        assert record.result
+    assert refused.value.errno == errno.EAGAIN
+    assert cpu_pte.is_present(bench.entry(0))
+    assert all(
+        bench.call(commands_hmm.read_retry, mirror, 1, sequence)
+        for mirror, sequence in zip((first, second), sequences, strict=True)
+    )
+    machine.check()
+
+
+def test_reaped_memory_is_gone_and_nothing_comes_any_more(bench: Any) -> None:
+    """MMF_UNSTABLE: a touch is SIGBUS, a device's fault EFAULT; shared memory stays; the process can still exit."""
+    shared = MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS
+    bench.map(1, at=20, flags=shared)
+    bench.write(0, b"private")
+    bench.write(20, b"shared")
+    bench.call(commands_process.process_mrelease, bench.process)
+    assert bench.heard.events[-1].spans == (bench.span(0, 16),)
+    assert bench.entry(0) == 0
+    assert bench.read(20, 6) == b"shared"
+    accessed = bench.call(commands_process.read_memory, bench.process, bench.span(0).start, 1)
+    assert accessed.signal is Signal.BUS_ADRERR
+    faulted = bench.call(commands_hmm.range_fault_unlocked, bench.mirror, bench.notifier, bench.span(0), REQ_FAULT)
+    assert faulted.error.errno == errno.EFAULT
+    bench.call(commands_process.exit_process, bench.process)
+    bench.local.machine.check()
