@@ -152,9 +152,7 @@ def bring_in(
             yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
-        if space.unstable:
-            return _first_missing(space, target, write)
-        if _fault_one(space, target, write):
+        if not space.unstable and _fault_one(space, target, write):
             return None
         attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
         if attempt.splits:
@@ -258,7 +256,9 @@ def _grow(space: AddressSpace, address: Address) -> Operation[bool]:
 
 def _attempt(space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None) -> Attempt:
     attempt = Attempt(space, write, told)
-    if isinstance(target, AddressRange):
+    if space.unstable:
+        attempt.stop = _first_missing(space, target, write)
+    elif isinstance(target, AddressRange):
         _attempt_range(attempt, target)
     else:
         _attempt_pages(attempt, target)

@@ -176,8 +176,10 @@ class IntervalMirror(Receiver):
 
     def has_two_passes(self, event: Event) -> bool:
         """Whether a subscription with two passes is concerned, and this is the first."""
-        return not event.finishes and any(
-            notifier.two_pass and event.overlaps(notifier.span) for notifier in self.notifiers.values()
+        return (
+            event.reason is not None
+            and not event.finishes
+            and any(notifier.two_pass and event.overlaps(notifier.span) for notifier in self.notifiers.values())
         )
 
     def settle(self, delivery: Delivery) -> bool:

@@ -135,6 +135,8 @@ def _keep_huge(
     starts = np.unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
     alien = [start for start in starts if not reuse_huge(space, space.table.get(start))]
     yield from split_pmds(space, map(block_of, alien))
+    for start in alien:
+        assert not cpu_pte.is_huge(space.table.get(start)), f"the huge page at {start:#x} was not split"
     return bool(starts)
 
 

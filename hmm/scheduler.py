@@ -13,15 +13,17 @@ let a driver answer one of the events it has, or lose a driver.  Choices come in
 
 from __future__ import annotations
 
+import errno as errnos
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hmm.checked import Checked
-from hmm.events import Delivery, EventState, EventType
+from hmm.events import Delivery, Event, EventState, EventType
 from hmm.machine import Caller, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Await, WaitFor
+from hmm.receiver import Receiver
 from hmm.units import MirrorId
 
 Choose = Callable[[int], int]
@@ -48,6 +50,7 @@ class Odds:
         refuse: answer with an error.
         lose: never answer; the deadline passes and the mirror's policy decides.
         repeat: answer once more.
+        start_only: only start with an event, where there is a second pass.
         inside: make a call from inside a callback, which is answered when the call has ended.
     """
 
@@ -55,6 +58,7 @@ class Odds:
     lose: int = 15
     repeat: int = 20
     inside: int = 5
+    start_only: int = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -177,11 +181,17 @@ class Scheduler:
         if self._happens(self.odds.lose):
             self._lose(delivery, mirror.policy)
             return
-        refusing = delivery.event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
-        results = b"" if refusing else self.answering(delivery)
-        self.machine.answer(mirror_id, delivery.sequence, 5 if refusing else 0, results=results)
+        errno = self._errno(mirror, delivery.event)
+        results = b"" if errno else self.answering(delivery)
+        self.machine.answer(mirror_id, delivery.sequence, errno, results=results)
         if self._happens(self.odds.repeat) and mirror_id in self.machine.receivers:
             self.machine.answer(mirror_id, delivery.sequence)
+
+    def _errno(self, mirror: Receiver, event: Event) -> int:
+        if mirror.has_two_passes(event) and self._happens(self.odds.start_only):
+            return errnos.EINPROGRESS
+        refusing = event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
+        return errnos.EIO if refusing else 0
 
     def _lose(self, delivery: Delivery, policy: DeadlinePolicy) -> None:
         if policy is DeadlinePolicy.FENCE:

@@ -77,7 +77,10 @@ def _detach(town: Town) -> Call | None:
 
 def _insert(town: Town) -> Call | None:
     mirror, span = town.pick(_mirrors(town)), town.span(16)
-    return None if mirror is None else Call(commands_hmm.insert_notifier, (mirror, span.start, span.size_bytes))
+    options = {"two_pass": town.choose(2) == 0}
+    return (
+        None if mirror is None else Call(commands_hmm.insert_notifier, (mirror, span.start, span.size_bytes), options)
+    )
 
 
 def _subscription(town: Town) -> tuple[MirrorId, int] | None:
