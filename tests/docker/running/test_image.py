@@ -165,9 +165,9 @@ for found in metadata.distributions():
 
 
 def test_image_is_small() -> None:
-    """The base, and no more than 120 MB on top."""
+    """The base, and no more than 150 MB on top."""
     size = int(docker("image", "inspect", "--format={{.Size}}", IMAGE).stdout)
     layers = docker("history", "--no-trunc", "--human=false", "--format={{.Size}} {{.CreatedBy}}", IMAGE).stdout
     ours = sum(int(line.split()[0]) for line in layers.splitlines() if "buildkit" in line)
-    assert 0 < ours < 120e6
+    assert 0 < ours < 150e6
     assert size < 350e6
