@@ -97,7 +97,9 @@ class MirrorMemory:
     def leave(self) -> None:
         """The mirror ends: what its driver alone has is lost, what the daemon has stays until it is touched."""
         if self.region.remote:
-            lose(self.mirror.space, self.mirror.on_device(self.mirror.span))
+            addresses = self.mirror.on_device(self.mirror.span)
+            self.mirror.table.clear_many(addresses)
+            lose(self.mirror.space, addresses)
         else:
             forget_holder(self.mirror.space.frames, self.mirror.id)
 
@@ -163,8 +165,9 @@ class MirrorMemory:
             locked = self._lock(addresses)
             if locked.size:
                 yield from self._return(locked)
-        if not locked.size and space.notifier.invalidations_overlap(spans):
+        if not locked.size and cpu_pte.is_device_private(space.table.lookup(addresses)).any():
             # Its driver has given it up already, and whoever discards it has not come to it yet.
+            assert space.notifier.invalidations_overlap(spans), f"{spans[0]} is on no device of {mirror}, nor anywhere"
             yield Await(WaitFor.INVALIDATIONS, space.id, spans)
 
     def _wait(self, spans: tuple[AddressRange, ...]) -> Operation[None]:

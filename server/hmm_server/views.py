@@ -73,11 +73,18 @@ def process_status(machine: Machine, process: Process, operations: int) -> inspe
     )
 
 
-def device_status(device: Device, mirrors: Sequence[inspection_pb2.MirrorStatus]) -> inspection_pb2.DeviceStatus:
+def device_status(
+    machine: Machine, device: Device, mirrors: Sequence[inspection_pb2.MirrorStatus]
+) -> inspection_pb2.DeviceStatus:
     """One device with the mirrors it has."""
-    return inspection_pb2.DeviceStatus(
+    status = inspection_pb2.DeviceStatus(
         device_id=device.id, name=device.name, dma=device.iommu is not None, mirrors=mirrors
     )
+    if device.region:
+        memory = machine.frames.region(device.region)
+        status.memory_pages, status.memory_used_pages = memory.total, memory.used
+        status.driver_copies = memory.remote
+    return status
 
 
 def mirror_status(mirror: Receiver, served: ServedMirror | None) -> inspection_pb2.MirrorStatus:

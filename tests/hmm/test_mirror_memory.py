@@ -710,6 +710,16 @@ def test_pages_are_lost_with_the_driver_that_has_them(carried: Bench) -> None:
     assert carried.read(0) == [0]
 
 
+def test_dirty_of_lost_pages_goes_with_them(carried: Bench) -> None:
+    """The frames that they had are free: nothing may be noted there any more."""
+    carried.write(0, 2)
+    carried.migrate(0, 2)
+    carried.call(devices.dirty_range, carried.mirrors[0], span(0, 2))
+    carried.machine.fence(carried.mirrors[0], "it died")
+    carried.machine.check()
+    assert carried.used() == 0
+
+
 def test_pages_outlive_their_driver_when_the_daemon_has_them() -> None:
     """By frames nothing was only with the driver: the pages come back without being asked for."""
     bench = Bench(copies=False)

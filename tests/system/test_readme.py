@@ -33,7 +33,7 @@ def examples(text: str) -> list[tuple[str, list[str], list[str]]]:
 EXAMPLES = examples(README.read_text())
 
 
-@pytest.mark.parametrize(("code", "printed", "raised"), EXAMPLES, ids=["2015", "today"])
+@pytest.mark.parametrize(("code", "printed", "raised"), EXAMPLES, ids=["2015", "today", "device-memory"])
 async def test_driver_prints_what_the_readme_says(
     start_daemon: Callable[..., Awaitable[Daemon]], code: str, printed: list[str], raised: list[str]
 ) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def command(form: str, where: Where) -> None:
     """List processes and devices, with the mirrors between them.
 
-    RESIDENT counts pages that have a frame, CALLS what is under way.  A mirror's ANSWERED is the last event up to
+    RESIDENT counts pages that have a frame, CALLS what is under way.  Behind a device's name stands how much of its
+    memory is in use.  A mirror's ANSWERED is the last event up to
     which it has answered everything, of as many as there were.
     """
     processes, devices = ask(where, _ask)
@@ -72,6 +73,8 @@ def _process(process: inspection_pb2.ProcessStatus) -> tuple[object, ...]:
 
 def _device(device: inspection_pb2.DeviceStatus, users: dict[int, list[int]]) -> list[tuple[object, ...]]:
     name = f"{device.name} (dma)" if device.dma else device.name
+    if device.memory_pages:
+        name += f" ({device.memory_used_pages:,} of {device.memory_pages:,} pages used)"
     if not device.mirrors:
         return [(str(device.device_id), name, "-", "-", "-", "-", "-", "-")]
     return [

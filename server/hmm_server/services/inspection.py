@@ -73,6 +73,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         return inspection_pb2.ListDevicesResponse(
             devices=[
                 views.device_status(
+                    machine,
                     device,
                     [
                         views.mirror_status(mirror, served.get(mirror.id))
