@@ -128,7 +128,9 @@ def clone_thread(machine: Machine, process_id: ProcessId) -> ProcessId:
 def exec_process(
     machine: Machine, process_id: ProcessId, name: str = "", *, mmap_base: Address = 0, brk_start: Address = 0
 ) -> Operation[None]:
-    """Leave the address space for an empty one.  Mirrors stay with the old one and are released if it ends.
+    """Leave the address space for an empty one with the same settings of pages.
+
+    Mirrors stay with the old one and are released if it ends.
 
     Raises: as `create_process`; also
         WouldDeadlockError: made inside a callback that it would wait for (EDEADLK); nothing was changed.
@@ -138,6 +140,7 @@ def exec_process(
     process = machine.process(process_id)
     space = _empty_space(machine, mmap_base, brk_start)
     left, old_name = process.space, process.name
+    space.thp, space.fault_around_pages = left.thp, left.fault_around_pages
     process.space, process.name = space, name or old_name
     try:
         yield from _leave(machine, left)

@@ -211,6 +211,14 @@ def test_setting_and_advice_decide_whether_huge_pages_come(
     assert shown(bench) == expected
 
 
+def test_program_that_is_executed_gets_huge_pages_where_the_one_before_got_them(bench: Any) -> None:
+    """The setting is the system's, and prctl(PR_SET_THP_DISABLE) is inherited through execve()."""
+    bench.call(commands_process.exec_process, bench.process, "other")
+    bench.map(BLOCK)
+    bench.write(0, b"x")
+    assert shown(bench) == "W512 .512"
+
+
 # ---- split
 
 
