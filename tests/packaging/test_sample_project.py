@@ -56,3 +56,8 @@ def test_wheel_alone_is_what_runs(programs: Path, tmp_path: Path) -> None:
 def test_readme_of_the_harness_runs_as_a_project_of_its_own(programs: Path, tmp_path: Path) -> None:
     """Fixtures, misbehaviour, holds and scenarios, as somebody who has only installed hmmd uses them."""
     assert run_document(ROOT / "tests/README.md", tmp_path, 200, programs) >= 10
+
+
+def test_first_driver_of_the_readme_is_certified_with_the_wheel_alone(programs: Path, tmp_path: Path) -> None:
+    """As a new user goes through client/README.md: each command, and what it prints."""
+    assert run_document(ROOT / "client/README.md", tmp_path, 200, programs) >= 10
