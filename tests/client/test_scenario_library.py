@@ -80,6 +80,8 @@ def mutated(step: Step) -> tuple[Step, int]:
         changes["data"] = expected.data + b"!"
     if expected.entries is not None:
         changes["entries"] = expected.entries + 1
+    if expected.retry is not None:
+        changes["retry"] = not expected.retry
     if expected.fenced:
         changes["fenced"] = frozenset()
     count = len(changes)

@@ -18,6 +18,8 @@ A scenario is a TOML file:
     policy = "fence"                  # when an answer is late: fence, block or fail
     on_update = "answer"              # its acts with events that take something back: one, or a list
     on_fault = "answer"               # and with the events that its own faults end in
+    interface = "2015"                # or "today": interval notifiers, range faults, migration
+    memory = "0 pages"                # of the device's own
     inside = "nothing"                # in its callbacks, before it answers: fault, fault elsewhere, munmap
 
     [[steps]]                         # one after the other
@@ -70,10 +72,10 @@ Points: before the event, event sent, acknowledged, before the edit, after waiti
 mapping of `driver`.
 
 `hmm_client.scenario.grammar` lists every call with its arguments, and every expectation: error, signal, data, entries,
-fenced, events, counters, within_s.
+retry, fenced, events, counters, within_s.
 
-`format` reads a file and says with its line what is wrong with it; `run` takes the steps, `actions` does what they
-say; `driver` is how drivers behave; `library` has those that come with hmmd.
+`format` reads a file and says with its line what is wrong with it; `run` takes the steps, `actions` and, for today's
+interface, `today` do what they say; `driver` is how drivers behave; `library` has those that come with hmmd.
 
 **Absent**: loops and variables; whoever needs them writes Python.
 """

@@ -17,8 +17,10 @@ from hmm_client.client import Client
 from hmm_client.file import File
 from hmm_client.harness.holds import Harness, Hold
 from hmm_client.mirror import Mirror
+from hmm_client.pin import Pin
 from hmm_client.process import Process
 from hmm_client.results import Mapped
+from hmm_client.scenario import today
 from hmm_client.scenario.driver import Driven
 from hmm_client.scenario.model import Step
 from hmm_proto.v1 import event_pb2
@@ -28,7 +30,7 @@ class Actions:
     """The things of a scenario, and what can be done with them.
 
     Attributes:
-        processes, files, driven, holds: by name.
+        processes, files, driven, holds, pins: by name.
         labels: ranges that were mapped, by name.
     """
 
@@ -37,6 +39,7 @@ class Actions:
         self.files: dict[str, File] = {}
         self.driven: dict[str, Driven] = {}
         self.holds: dict[str, Hold] = {}
+        self.pins: dict[str, Pin] = {}
         self.labels: dict[str, AddressRange] = {}
         self._harness = Harness(client)
 
@@ -77,6 +80,8 @@ class Actions:
                 result = await process.exit()
             case "write":
                 result = await process.write(self._address(given["at"]), given["data"])
+            case "unpin":
+                await self.pins.pop(given["pin"]).unpin()
             case _:
                 result = await self._range_call(process, step, self._span(given))
         return result
@@ -92,6 +97,9 @@ class Actions:
                 return await process.madvise(span.start, span.size_bytes, given["advice"])
             case "read":
                 return await process.read(span.start, span.size_bytes)
+            case "pin":
+                self.pins[given["as"]] = await process.pin(span.page_aligned(), write=given["write"])
+                return None
             case _:
                 return await process.touch(span.start, span.size_bytes, write=given["write"])
 
@@ -116,6 +124,8 @@ class Actions:
 
     async def _driver_call(self, driven: Driven, step: Step) -> object:
         given = step.arguments
+        if step.call in today.CALLS:
+            return await today.today_call(driven, step, self._span(given) if "at" in given else None)
         match step.call:
             case "mirror":
                 process = self.processes[given["process"]]

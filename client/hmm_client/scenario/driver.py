@@ -15,25 +15,28 @@ from hmm_client.device import Device
 from hmm_client.driver import TableDriver
 from hmm_client.event import Event
 from hmm_client.harness.misbehaviour import FAULTS, Act, Misbehaviour
+from hmm_client.interval_mirror import IntervalMirror, IntervalNotifier
 from hmm_client.mirror import Mirror
 from hmm_client.receiver import Answer
-from hmm_client.scenario.model import Inside
+from hmm_client.scenario.model import Inside, Interface
 
 
 class Script(Misbehaviour):
     """A script that remembers what came.
 
     Attributes:
-        came: type names of the events that came, in order, whatever was done with them.
+        came: types of the events that came, in order, whatever was done with them; for today's interface, reasons.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interface: Interface) -> None:
         super().__init__()
         self.came: list[str] = []
+        self._interface = interface
 
     def deliver(self, event: Event, deliver: Callable[[Event], None], answer: Answer) -> None:
         """Take note, then follow the script."""
-        self.came.append(event.type.name)
+        reason = event.reason if self._interface is Interface.TODAY else None
+        self.came.append(event.type.name if reason is None else reason.name)
         super().deliver(event, deliver, answer)
 
     def heard_since(self, start: int, *, faults: bool) -> list[str]:
@@ -82,17 +85,35 @@ class ScenarioDriver(TableDriver):
 
 @dataclass(slots=True)
 class Driven:
-    """A driver, what it serves, and its own connection."""
+    """A driver, what it serves, and its own connection.
+
+    Attributes:
+        mirrors, attached: by process, of the interface of 2015 and of today's.
+        subscriptions: of today's interface, by name.
+        sequences: of the read sections that it has begun, by subscription.
+    """
 
     client: Client
     device: Device
     driver: ScenarioDriver
     script: Script
     mirrors: dict[str, Mirror] = field(default_factory=dict)
+    attached: dict[str, IntervalMirror] = field(default_factory=dict)
+    subscriptions: dict[str, IntervalNotifier] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
 
     def mirror(self, process: str | None = None) -> Mirror:
         """Its mirror of a process; None: its first."""
         return self.mirrors[process or next(iter(self.mirrors))]
+
+    def tie(self, process: str | None = None) -> IntervalMirror:
+        """Its tie of today's interface to a process; None: its first."""
+        return self.attached[process or next(iter(self.attached))]
+
+    @property
+    def ids(self) -> set[int]:
+        """What it is known by in events, whatever its interface."""
+        return {one.id for one in (*self.mirrors.values(), *self.attached.values())}
 
     def behave(self, on_update: tuple[Act, ...] | None, on_fault: tuple[Act, ...] | None) -> None:
         """Change the script, or the part that is given."""

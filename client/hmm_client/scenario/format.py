@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hmm.events import EventType
+from hmm.events import EventType, Reason
 from hmm_client.scenario import grammar, values
 from hmm_client.scenario.grammar import CALLS, REQUIRED, STEPS, Arguments
 from hmm_client.scenario.model import DriverSpec, Expectation, Scenario, ScenarioError, Step
@@ -53,6 +53,7 @@ class _Reader:
         self._labels: set[str] = set()
         self._background: set[str] = set()
         self._holds: set[str] = set()
+        self._made: dict[str, set[str]] = {"subscription": set(), "pin": set()}
 
     def read(self) -> Scenario:
         unknown = self._tables.keys() - TABLES
@@ -132,6 +133,9 @@ class _Reader:
         for key, names in (*places, ("driver", self._drivers)):
             if arguments.get(key) is not None:
                 self._known(line, key if key in ("file", "driver") else "process", arguments[key], names)
+        for key, made in self._made.items():
+            if arguments.get(key) is not None:
+                self._known(line, key, arguments[key], sorted(made))
         for key in ("at", "to"):
             label = str(arguments.get(key) or "0x0").partition("+")[0].strip()
             if label not in self._labels and not re.fullmatch(r"0x[0-9a-fA-F]+", label):
@@ -144,6 +148,8 @@ class _Reader:
             self._holds.add(subject)
         elif made is not None and call == "fork":
             self._processes.append(made)
+        elif made is not None and call in ("subscribe", "pin"):
+            self._made["pin" if call == "pin" else "subscription"].add(made)
         elif made is not None:
             self._labels.add(made)
 
@@ -156,7 +162,7 @@ class _Reader:
             self._known(line, "driver", name, self._drivers)
             events[name] = self._value(line, f"events of {name}", values.names, types)
             for kind in events[name]:
-                self._known(line, "type of event", kind, EventType.__members__)
+                self._known(line, "type of event", kind, EventType.__members__ | Reason.__members__)
         for name, count in given["counters"].items():
             fields = inspection_pb2.MirrorStatistics.DESCRIPTOR.fields_by_name
             self._known(line, "counter", name, [one for one in fields if fields[one].message_type is None])

@@ -10,11 +10,12 @@ from typing import Any
 
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
+from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.vma import Prot
 from hmm_client.harness.holds import HoldPoint
 from hmm_client.harness.misbehaviour import answer
 from hmm_client.scenario import values
-from hmm_client.scenario.model import WITHIN_S, Inside
+from hmm_client.scenario.model import WITHIN_S, Inside, Interface
 
 REQUIRED = object()
 """The default of what has none."""
@@ -26,6 +27,9 @@ _ADVICE = values.one_of({advice.name.lower(): advice for advice in Advice})
 _POLICY = values.one_of({policy.name.lower(): policy for policy in DeadlinePolicy})
 _POINT = values.one_of({point.value: point for point in HoldPoint})
 _INSIDE = values.one_of({inside.value: inside for inside in Inside})
+_INTERFACE = values.one_of({interface.value: interface for interface in Interface})
+_WANTED = values.one_of({"nothing": 0, "reading": REQ_FAULT, "writing": REQ_FAULT | REQ_WRITE})
+_SUBSCRIPTION: Arguments = {"subscription": (values.text, None)}
 _RANGE: Arguments = {"at": (values.text, REQUIRED), "length": (values.size, None)}
 _MIRRORS: Arguments = {"mirrors": (values.text, None)}
 _BYTES: Arguments = {"at": (values.text, REQUIRED), "data": (values.data, REQUIRED)}
@@ -49,6 +53,8 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "read": _RANGE,
         "write": _BYTES,
         "touch": _RANGE | {"write": (values.flag, False)},
+        "pin": _RANGE | {"write": (values.flag, True), "as": (values.text, REQUIRED)},
+        "unpin": {"pin": (values.text, REQUIRED)},
         "fork": {"as": (values.text, REQUIRED)},
         "exit": {},
     },
@@ -74,6 +80,15 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "counters": _MIRRORS,
         "die": {},
         "leave": {},
+        "subscribe": _RANGE | _MIRRORS | {"as": (values.text, REQUIRED)},
+        "unsubscribe": _SUBSCRIPTION,
+        "read_begin": _SUBSCRIPTION,
+        "read_retry": _SUBSCRIPTION,
+        "range_fault": _RANGE | _SUBSCRIPTION | {"want": (_WANTED, REQ_FAULT)},
+        "to_device": _RANGE | _MIRRORS,
+        "to_system": _RANGE | _MIRRORS,
+        "exclusive": _RANGE | _MIRRORS,
+        "detach": _MIRRORS,
     },
     "file": {
         "truncate": {"size": (values.size, REQUIRED)},
@@ -82,7 +97,8 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
     },
 }
 """Every call: its arguments, how they are read, and their defaults.  `mirrors` says which process's memory is meant,
-where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`."""
+where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`.  From
+`subscribe` on they are those of today's interface; a `subscription` that is not named is the last one."""
 
 FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping")})
 STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
@@ -109,6 +125,7 @@ EXPECT: Arguments = {
     "signal": (values.text, ""),
     "data": (values.data, None),
     "entries": (values.number, None),
+    "retry": (values.flag, None),
     "fenced": (values.names, ()),
     "events": (values.table, {}),
     "counters": (values.table, {}),
@@ -121,5 +138,7 @@ DRIVER: Arguments = {
     "on_fault": (values.acts, (answer(),)),
     "inside": (_INSIDE, Inside.NOTHING),
     "dma": (values.flag, False),
+    "interface": (_INTERFACE, Interface.MIRROR_2015),
+    "memory": (values.size, 0),
 }
 FILE: Arguments = {"size": (values.size, 0)}

@@ -34,6 +34,13 @@ class Inside(Enum):
     MUNMAP = "munmap"
 
 
+class Interface(Enum):
+    """How a driver is tied to a process."""
+
+    MIRROR_2015 = "2015"
+    TODAY = "today"
+
+
 @dataclass(frozen=True, slots=True)
 class DriverSpec:
     """A driver and its device.
@@ -44,6 +51,8 @@ class DriverSpec:
         on_update, on_fault: its acts, with events that take something back and with those of its own faults.
         inside: what it does inside its callbacks.
         dma: its table holds DMA addresses.
+        interface: the mirror of 2015, or today's interval notifiers.
+        memory: bytes of its device's own.
     """
 
     mirrors: tuple[str, ...]
@@ -52,6 +61,8 @@ class DriverSpec:
     on_fault: tuple[Act, ...]
     inside: Inside
     dma: bool
+    interface: Interface
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,8 @@ class Expectation:
         error: name of the errno that it ends with; "" for success.
         signal: that a CPU gets, by its si_code; "" for none.
         data: that is read; None: any.
-        entries: valid entries that `table` finds, or pages that a fault brought in; None: any.
+        entries: valid entries that `table` finds, pages that a fault brought in, or that moved; None: any.
+        retry: whether a read section has to be repeated; None: any.
         fenced: drivers whose mirrors are lost by it.
         events: what drivers hear from its start to its end, in order; faults are left out unless one is named, and
             drivers that are not named may hear anything.
@@ -74,6 +86,7 @@ class Expectation:
     signal: str = ""
     data: bytes | None = None
     entries: int | None = None
+    retry: bool | None = None
     fenced: frozenset[str] = frozenset()
     events: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)

@@ -17,13 +17,15 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from hmm.errors import HmmError, SegmentationFault, errno_name
+from hmm.units import PAGE_SHIFT
 from hmm_client.channel import DaemonError
 from hmm_client.client import Client
 from hmm_client.harness.holds import HoldEndedError
+from hmm_client.interval_driver import IntervalDriver
 from hmm_client.results import Completed
 from hmm_client.scenario.actions import Actions
 from hmm_client.scenario.driver import FAULT_NAMES, Driven, ScenarioDriver, Script
-from hmm_client.scenario.model import Expectation, Scenario, Step
+from hmm_client.scenario.model import DriverSpec, Expectation, Interface, Scenario, Step
 from hmm_proto.v1 import inspection_pb2
 
 EVENTUALLY_S = 5.0
@@ -55,6 +57,7 @@ class _Outcome:
     signal: str = ""
     data: bytes | None = None
     entries: int | None = None
+    retry: bool | None = None
     fenced: frozenset[str] = frozenset()
 
 
@@ -97,13 +100,23 @@ class _Run:
             await file.truncate(size_bytes)
         for name, spec in scenario.drivers.items():
             client = await self._stack.enter_async_context(self._connect(name))
-            device = await client.register_device(name, dma=spec.dma)
-            driven = self._actions.driven[name] = Driven(client, device, ScenarioDriver(spec.inside), Script())
+            device = await client.register_device(name, dma=spec.dma, memory_pages=spec.memory >> PAGE_SHIFT)
+            script = Script(spec.interface)
+            driven = self._actions.driven[name] = Driven(client, device, ScenarioDriver(spec.inside), script)
             driven.behave(spec.on_update, spec.on_fault)
             for process in spec.mirrors:
-                driven.mirrors[process] = await device.mirror(
-                    self._actions.processes[process], driven.driver, policy=spec.policy, misbehaviour=driven.script
-                )
+                await self._tie(driven, process, spec)
+
+    async def _tie(self, driven: Driven, name: str, spec: DriverSpec) -> None:
+        process = self._actions.processes[name]
+        if spec.interface is Interface.TODAY:
+            driven.attached[name] = await driven.device.attach(
+                process, IntervalDriver(), policy=spec.policy, misbehaviour=driven.script
+            )
+        else:
+            driven.mirrors[name] = await driven.device.mirror(
+                process, driven.driver, policy=spec.policy, misbehaviour=driven.script
+            )
 
     async def _end(self) -> None:
         for hold in self._actions.holds.values():
@@ -155,18 +168,23 @@ class _Run:
             return _Outcome(error=errno_name(error.errno))
         except HoldEndedError as error:
             return _Outcome(error=str(error))
-        if isinstance(result, Completed):
-            return _Outcome(fenced=self._names(result.fenced_mirrors))
-        if step.kind == "driver" and isinstance(result, int):
-            return _Outcome(entries=result)
-        return _Outcome(data=result if isinstance(result, bytes) else None)
+        return self._result(step, result)
+
+    def _result(self, step: Step, result: object) -> _Outcome:
+        match result:
+            case Completed():
+                return _Outcome(fenced=self._names(result.fenced_mirrors))
+            case bool():
+                return _Outcome(retry=result)
+            case int() if step.kind == "driver":
+                return _Outcome(entries=result)
+            case bytes():
+                return _Outcome(data=result)
+            case _:
+                return _Outcome()
 
     def _names(self, mirror_ids: tuple[int, ...]) -> frozenset[str]:
-        return frozenset(
-            name
-            for name, driven in self._actions.driven.items()
-            if any(mirror.id in mirror_ids for mirror in driven.mirrors.values())
-        )
+        return frozenset(name for name, driven in self._actions.driven.items() if driven.ids & set(mirror_ids))
 
     def _events(self, expected: Expectation, heard: dict[str, int]) -> dict[str, list[str]]:
         events = {}
@@ -224,7 +242,7 @@ def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]
         wanted, got = getattr(expected, name), getattr(found, name)
         if wanted != got:
             wrong.append(f"{name} {got or 'none'} instead of {wanted or 'none'}")
-    for name in ("data", "entries"):
+    for name in ("data", "entries", "retry"):
         wanted, got = getattr(expected, name), getattr(found, name)
         if wanted is not None and wanted != got:
             wrong.append(f"{name} {got!r} instead of {wanted!r}")
@@ -240,5 +258,6 @@ def _in_words(outcome: _Outcome, events: dict[str, list[str]]) -> str:
     parts = [outcome.error or outcome.signal or "done"]
     parts += [f"fenced {' '.join(sorted(outcome.fenced))}"] if outcome.fenced else []
     parts += [f"{outcome.entries} entries"] if outcome.entries is not None else []
+    parts += ["retry" if outcome.retry else "no retry"] if outcome.retry is not None else []
     parts += [f"{name} heard {' '.join(heard)}" for name, heard in events.items() if heard]
     return "; ".join(parts)
