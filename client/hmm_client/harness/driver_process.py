@@ -33,7 +33,7 @@ class DriverProcess:
 
     Attributes:
         process: the process itself.
-        output: file with what it has printed, on both streams.
+        output: file with what it has printed, on both streams; a temporary one is gone when it has ended.
     """
 
     def __init__(self, command: Sequence[str], target: str, *, output: Path | None = None) -> None:
@@ -45,6 +45,7 @@ class DriverProcess:
         """
         self._temporary = tempfile.NamedTemporaryFile(prefix="hmm-driver-") if output is None else None  # noqa: SIM115
         self.output = output or Path(self._temporary.name if self._temporary else "")
+        self._text: str | None = None
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HMM")}
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
@@ -72,7 +73,7 @@ class DriverProcess:
     @property
     def text(self) -> str:
         """What it has printed so far."""
-        return self.output.read_text(errors="replace")
+        return self._text if self._text is not None else self.output.read_text(errors="replace")
 
     def wait_for_line(self, line: str, within_s: float = 30.0) -> None:
         """Wait until it has printed a line.
@@ -119,6 +120,7 @@ class DriverProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         code = self.process.wait()
-        if self._temporary is not None:
+        if self._temporary is not None and self._text is None:
+            self._text = self.text
             self._temporary.close()
         return code
