@@ -25,7 +25,7 @@ COMMANDS = {
     "health": "Ask the daemon whether it serves; for scripts and containers.",
     "replay": "Replay recorded programs while devices mirror them.",
     "record": "Record a program's memory calls, for replay.",
-    "run": "Run a scenario: processes, devices and what they must see.",
+    "run": "Run scenarios: processes, drivers that misbehave, and what must come of it.",
     "verify": "Compare the model with what Linux did, operation by operation.",
     "certify": "Put a driver, in any language, to the test.",
     "completion": "Print what a shell needs to complete hmmctl's commands.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
+import re
+import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -100,6 +102,28 @@ async def test_hold_is_refused_when_it_makes_no_sense(scene: Scene, shared_daemo
     with pytest.raises(AccessDeniedError, match="start hmmd with --harness"):
         async with Harness(shared_daemon.connect()).hold(HoldPoint.BEFORE_END):
             pass
+
+
+@pytest.mark.slow
+async def test_pending_tells_people_who_holds_what(scene: Scene, harness_daemon: Daemon) -> None:
+    """`hmmctl pending` names the hold of a call, and a hold that nothing has come to."""
+    harness, process = scene.harness, scene.process
+    async with (
+        harness.hold(HoldPoint.BEFORE_EDIT, "munmap", process=process) as held,
+        harness.hold(HoldPoint.BEFORE_END, "fork", process=process) as waiting,
+    ):
+        unmapping = asyncio.ensure_future(scene.munmap())
+        await held.reached()
+        command = (sys.executable, "-m", "hmm_client.cli", "pending", "--target", harness_daemon.target)
+        hmmctl = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        printed, _ = await hmmctl.communicate()
+    await unmapping
+    text = printed.decode()
+    assert re.search(rf"^  held by hold {held.id} of tests, before the edit, [\d.]+ s left$", text, re.MULTILINE)
+    awaited = (
+        rf"^hold {waiting.id} of tests, before the end, [\d.]+ s left: nothing has come, it is for fork of process \d+$"
+    )
+    assert re.search(awaited, text, re.MULTILINE)
 
 
 async def test_injected_failures_are_met_once(scene: Scene) -> None:

@@ -122,9 +122,11 @@ def test_report_names_seed_pending_and_log_when_a_test_fails(pytester: pytest.Py
     result = run(
         pytester,
         """
-        from hmm_client import sync
+        import pytest
+
         from hmm_client.harness import Misbehaviour, hold
 
+        @pytest.mark.hmm_daemon(acknowledgement_s=600.0)
         def test_it(hmm):
             script = Misbehaviour(hold())
             process = hmm.process()

@@ -57,7 +57,7 @@ def _print(answer: inspection_pb2.GetPendingResponse) -> None:
         click.echo(f"\nThese wait for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
     unreached = [hold for hold in answer.holds if not hold.operation_id]
     for hold in unreached:
-        click.echo(f"\n{_hold(hold)} waits for {hold.awaits}")
+        click.echo(f"\n{_hold(hold)}: nothing has come, it is for {hold.awaits}")
     if answer.holdings:
         click.echo()
         print_table(_HOLDING_HEADS, [_holding(holding) for holding in answer.holdings])
@@ -84,7 +84,7 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
 
 def _hold(hold: inspection_pb2.HoldStatus) -> str:
     owner = f" of {hold.owner}" if hold.owner else ""
-    return f"hold {hold.hold_id}{owner} {hold.point}, {_s(hold.lease_ms)} left"
+    return f"hold {hold.hold_id}{owner}, {hold.point}, {_s(hold.lease_ms)} left"
 
 
 def _ranges(ranges: range_pb2.AddressRanges) -> str:
