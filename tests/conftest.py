@@ -119,4 +119,4 @@ async def harness_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]])
 @pytest.fixture(scope="session")
 async def hasty_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon whose drivers have to answer soon."""
-    return await start_session_daemon(acknowledgement_s=0.2)
+    return await start_session_daemon(acknowledgement_s=0.5)
