@@ -19,6 +19,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
@@ -54,8 +56,7 @@ class Posting:
     remaining: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """The reply to a call, or a part of it, as it waits.
 
     Attributes:
@@ -68,7 +69,7 @@ class Reply:
     name: str
     response: Message
     more: bool = False
-    arrays: Mapping[str, bytes] = field(default_factory=dict)
+    arrays: Mapping[str, bytes] = MappingProxyType({})
 
     @property
     def size_bytes(self) -> int:

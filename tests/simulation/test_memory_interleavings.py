@@ -18,7 +18,7 @@ from hmm.testing_devices import simulate_mirror_memory
 from hmm.testing_swap import simulate_swap_and_mirror_memory
 from hmm.units import AddressRange, Entries
 
-SEEDS, BATCH = 100, 25
+SEEDS, BATCH = 60, 20
 
 
 @pytest.mark.slow

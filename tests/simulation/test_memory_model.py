@@ -285,7 +285,14 @@ TestSwappedMemory = SwappedMemory.TestCase
 def fails() -> bool:
     """Whether the model of memory that is swapped finds something wrong."""
     machine = type("Planted", (SwappedMemory,), {})
-    quick = settings(max_examples=200, stateful_step_count=30, deadline=None, database=None, phases=[Phase.generate])
+    quick = settings(
+        derandomize=True,
+        max_examples=500,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+    )
     try:
         run_state_machine_as_test(machine, settings=quick)
     except Exception:  # noqa: BLE001 - whatever is found

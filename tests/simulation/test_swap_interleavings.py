@@ -13,7 +13,7 @@ from hmm.swap_area import Slots, SwapArea
 from hmm.testing import SimulationError
 from hmm.testing_swap import simulate_swap, simulate_swap_and_devices
 
-SEEDS, BATCH = 100, 25
+SEEDS, BATCH = 40, 20
 
 
 @pytest.mark.slow
