@@ -189,7 +189,7 @@ class AddressSpace:
         """Map what lies across an edge of [start, end) by page entries, so that the range can be changed by itself."""
         if start & ~PMD_MASK:
             self.split_huge_pmd(start)
-        if end & ~PMD_MASK:
+        if end & ~PMD_MASK and end < TASK_SIZE:
             self.split_huge_pmd(end)
 
     def split_huge_pmd(self, address: Address) -> None:

@@ -34,6 +34,7 @@ from hmm.units import (
     PMD_MASK,
     PMD_PAGES,
     PMD_SIZE,
+    TASK_SIZE,
     Address,
     AddressRange,
     Entries,
@@ -118,7 +119,7 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressR
 def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
     # mm_find_pmd() finds the entry of a block, empty or not, where its 1 GiB has a directory.
     start = block.start & -_PUD_SIZE
-    return next(space.table.populated(start, start + _PUD_SIZE), None) is not None
+    return next(space.table.populated(start, min(start + _PUD_SIZE, TASK_SIZE)), None) is not None
 
 
 # ---- folios

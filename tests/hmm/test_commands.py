@@ -10,6 +10,7 @@ import pytest
 
 from hmm import commands_file as files
 from hmm import commands_process as processes
+from hmm.address_space import Thp
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.file import FileKind
 from hmm.local import Local
@@ -175,3 +176,17 @@ def test_device_file_has_its_name_and_the_flags_of_its_driver(local: Local) -> N
     assert vma.has(VmFlag.PFNMAP)
     with pytest.raises(InvalidRequestError):
         local.call(files.punch_file, file, 0, PAGE_SIZE)
+
+
+def test_huge_pages_are_split_below_the_end_of_all_addresses() -> None:
+    """The last gigabyte of addresses and the whole address space have ends that no page table entry stands for."""
+    local = Local(Machine(Limits(frames=4096, device_frames=0)))
+    process = local.call(processes.create_process, "top", thp=Thp.ALWAYS)
+    size = 4 << 20
+    start = (TASK_SIZE - 2 * size) & -(2 << 20)
+    local.call(processes.mmap, process, start, size, RW, FIXED)
+    local.call(processes.touch, process, AddressRange(start, start + size), write=True)
+    local.call(processes.munmap, process, start + (1 << 20), 2 << 20)
+    local.call(processes.exit_process, process)
+    local.machine.check()
+    assert local.machine.frames.regions[0].used == 0

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hmm.address_space import Thp
 from hmm.errors import HmmError
 from hmm.events import Event
 from hmm.units import PAGE_SIZE, AddressRange, ProcessId
@@ -85,7 +86,7 @@ class Rig:
         self.client = client
         self.coherent = variant == "coherent"
         self.cards = load(hmm, pages=DEVICE_PAGES, profile=profile)
-        self.process = client.create_process("selftest")
+        self.process = client.create_process("selftest", thp=Thp.MADVISE)
         first = 2 if self.coherent else 0
         self.mirrors = [self.open(card) for card in self.cards[first : first + count]]
 
