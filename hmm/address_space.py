@@ -92,6 +92,8 @@ class AddressSpace:
             a huge page comes only where there is none.  Kept where `thp` is not NEVER.
         unstable: a part of it was reaped: nothing can be brought in any more (MMF_UNSTABLE).
         semantics: the kernel whose rules hold, where kernels differ.
+        tracks_writes: what was written has been forgotten once (clear_refs.py): from then on VmFlag.SOFTDIRTY marks new
+            VMAs; before all of them are.
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
@@ -113,6 +115,7 @@ class AddressSpace:
     tables: set[int] = field(default_factory=set)
     unstable: bool = False
     semantics: Semantics = LINUX_6_12
+    tracks_writes: bool = False
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
@@ -165,6 +168,15 @@ class AddressSpace:
         """A family of private pages that no VMA of this space has yet."""
         self.last_anon_vma += 1
         return self.last_anon_vma
+
+    @property
+    def new_flags(self) -> VmFlag:
+        """What every new VMA of this space has: what mlockall says, and VM_SOFTDIRTY."""
+        return self.default_flags | VmFlag.SOFTDIRTY if self.tracks_writes else self.default_flags
+
+    def is_soft_dirty(self, vma: Vma) -> bool:
+        """Whether all of a VMA counts as written: it is new since that was last forgotten."""
+        return not self.tracks_writes or vma.has(VmFlag.SOFTDIRTY)
 
     def zap(self, start: Address, end: Address) -> int:
         """Drop every entry of [start, end) and the frames that only it held.

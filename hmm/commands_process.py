@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from hmm import clear_refs as forgetting
 from hmm import cpu_access, mman, oom_kill
 from hmm import fork as forking
 from hmm import madvise as advising
@@ -335,6 +336,11 @@ def mincore(machine: Machine, process_id: ProcessId, start: Address, length: int
 def pagemap(machine: Machine, process_id: ProcessId, span: AddressRange) -> Entries:
     """/proc/PID/pagemap, as `pagemap.pagemap`: uint64[npages]."""
     return page_map.pagemap(machine.process(process_id).space, span)
+
+
+def clear_refs(machine: Machine, process_id: ProcessId, what: int) -> Operation[None]:
+    """Write to /proc/PID/clear_refs, as `clear_refs.clear_refs`."""
+    yield from forgetting.clear_refs(machine.process(process_id).space, what)
 
 
 # ---- what the CPUs of a process do

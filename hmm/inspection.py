@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
 from hmm.commands_hmm import EXCLUSIVE_PAGES
 from hmm.events import Event
 from hmm.exclusive import held_exclusively
@@ -23,7 +25,7 @@ from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine, OperationRecord
 from hmm.operation import Await, Deliver, Pause
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SHIFT, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
+from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,14 @@ def pending(machine: Machine) -> list[Blocked]:
 def processes_of(machine: Machine, space_id: SpaceId) -> list[ProcessId]:
     """The processes (threads) that use an address space, ascending."""
     return [process.id for process in machine.processes.values() if process.space.id == space_id]
+
+
+def resident_pages(space: AddressSpace, span: AddressRange) -> int:
+    """Pages of a range that are in memory, the system's or a device's.  Cost: O(directories), or entries with swap."""
+    if space.frames.swap is None and span == WHOLE_SPACE:
+        return space.table.count
+    entries = space.table.valid(span.start, span.end)[1]
+    return int(np.count_nonzero(~cpu_pte.is_swap(entries)))
 
 
 def directories(table: PageTable, span: AddressRange) -> list[DirectoryNode]:

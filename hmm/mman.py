@@ -146,7 +146,7 @@ def _vm_flags(
     """The second half of do_mmap(), from where the address is known."""
     if flags & MapFlag.FIXED_NOREPLACE and space.vmas.overlapping(span):
         raise ConflictError(f"mmap: something is mapped in {span}", address=span.start)
-    vm_flags = VmFlag(prot & 7) | MAY_FLAGS | space.default_flags
+    vm_flags = VmFlag(prot & 7) | MAY_FLAGS | space.new_flags
     for flag, vm_flag in _VM_FLAGS:
         if flags & flag:
             vm_flags |= vm_flag
@@ -242,7 +242,7 @@ def brk(space: AddressSpace, address: Address) -> Operation[Address]:
         if old < new:
             if not _can_grow_heap(space, AddressRange(old, new)):
                 return space.brk_end
-            flags = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT | space.default_flags
+            flags = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT | space.new_flags
             # The first piece of heap never joins a VMA that only happens to end there.
             space.vmas.assign(AddressRange(old, new), Mapping(flags), merge=old > page_up(space.brk_start))
         elif new < old:

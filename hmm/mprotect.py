@@ -203,11 +203,15 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     upgrades = vma.writable and (
         shared or not vma.has(VmFlag.HUGETLB)
     )  # hugetlb_change_protection() leaves it to faults
+    tracked = not space.is_soft_dirty(vma)
 
     def change(entries: Entries) -> None:
         entries &= _KEEP
         if upgrades:
-            entries |= _upgradable(entries, frames, shared=shared) * _WRITE
+            upgradable = _upgradable(entries, frames, shared=shared)
+            if tracked:  # pte_needs_soft_dirty_wp(): the next write is to be seen
+                upgradable &= (entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0
+            entries |= upgradable * _WRITE
 
     space.table.update(span.start, span.end, change)
 

@@ -1,17 +1,17 @@
 """/proc/PID/pagemap: what each page of a range is backed by, one 64-bit word per page.
 
-    0-54  PFN             the frame; 0 for a page that is not present
-    55    SOFT_DIRTY      written since the bits were cleared
+    0-54  PFN             the frame; 0 for a page that is not present; of one in swap 0-4 the area, 0, and 5-54 its slot
+    55    SOFT_DIRTY      written, or mapped, since the bits were cleared (clear_refs.py)
     56    MMAP_EXCLUSIVE  present, and mapped exactly once
     61    FILE            a page of a file or of shared memory
-    62    SWAP            not present, its contents are elsewhere: on a device, or taken from the CPU by one
+    62    SWAP            not present, its contents are elsewhere: in swap, on a device, or taken from the CPU by one
     63    PRESENT
 
 **Source**: Linux fs/proc/task_mmu.c (pte_to_pagemap_entry()), Documentation/admin-guide/mm/pagemap.rst, 6.12.
 
 **Invariants**: nothing is changed by looking.
 
-**Absent**: the swap type and offset of pages that are not present, userfaultfd's bit.
+**Absent**: the type and offset of pages that are with a device, userfaultfd's bit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError
 from hmm.frames import PageFlag
-from hmm.units import TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, is_page_aligned
 
-__all__ = ["FILE", "MMAP_EXCLUSIVE", "PFN_MASK", "PRESENT", "SOFT_DIRTY", "SWAP", "pagemap"]
+__all__ = ["FILE", "MMAP_EXCLUSIVE", "PFN_MASK", "PRESENT", "SOFT_DIRTY", "SWAP", "SWAP_OFFSET_SHIFT", "pagemap"]
 
 PFN_MASK = (1 << 55) - 1
+SWAP_OFFSET_SHIFT = 5
 SOFT_DIRTY = 1 << 55
 MMAP_EXCLUSIVE = 1 << 56
 FILE = 1 << 61
@@ -54,10 +55,17 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     here = present[held]
     words[present] = np.uint64(PRESENT)
     words[held[here]] |= pfns[here].view(np.uint64) & np.uint64(PFN_MASK)
+    swapped = cpu_pte.is_swap(entries)
+    slots = cpu_pte.cpu_pfn(entries[swapped]).view(np.uint64)
+    words[swapped] = np.uint64(SWAP) | (slots << np.uint64(SWAP_OFFSET_SHIFT))
     away = cpu_pte.is_device_private(entries) | cpu_pte.is_device_exclusive(entries) | cpu_pte.is_migration(entries)
     words[away] |= np.uint64(SWAP)
     words[held[~space.frames.test_flags(pfns, PageFlag.ANON)]] |= np.uint64(FILE)
     words[cpu_pte.is_huge_zero(entries)] |= np.uint64(FILE)  # a page, and not anonymous: pagemap_pmd_range()
     words[held[here & (space.frames.mapcount[pfns] == 1)]] |= np.uint64(MMAP_EXCLUSIVE)
     words[(entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0] |= np.uint64(SOFT_DIRTY)
+    for vma in space.vmas.mapped_pieces(span):
+        if space.is_soft_dirty(vma):  # all of a new mapping is, whether or not it was written
+            first = (vma.start - span.start) >> PAGE_SHIFT
+            words[first : first + vma.npages] |= np.uint64(SOFT_DIRTY)
     return words

@@ -78,7 +78,9 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
     exclusive = marked | (frames.refcount[pfns] == 1) if write else marked
     flags = (entries & np.uint64(cpu_pte.SOFT_DIRTY)) | np.uint64(READ_ONLY)
     if vma.writable:
-        flags[exclusive] |= np.uint64(cpu_pte.WRITE | (DIRTIED if write else 0))
+        tracked = not write and not space.is_soft_dirty(vma)  # pte_needs_soft_dirty_wp()
+        writable = exclusive & ((flags & np.uint64(cpu_pte.SOFT_DIRTY)) != 0) if tracked else exclusive
+        flags[writable] |= np.uint64(cpu_pte.WRITE | (DIRTIED if write else 0))
     frames.set_flags(pfns[exclusive], PageFlag.ANON_EXCLUSIVE)
     space.claim(pfns[exclusive])
     space.table.store(addresses, cpu_pte.cpu_entry(pfns, flags))

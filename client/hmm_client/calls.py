@@ -154,6 +154,11 @@ def mlockall(process_id: int, flags: int) -> Call[Completed]:
     return Call("mlockall", process_pb2.MlockallRequest(process_id=process_id, flags=flags), _done)
 
 
+def clear_refs(process_id: int, what: int) -> Call[Completed]:
+    """A write to /proc/PID/clear_refs; `what` is a `hmm.clear_refs.ClearRefs`."""
+    return Call("clear_refs", process_pb2.ClearRefsRequest(process_id=process_id, what=what), _done)
+
+
 def munlockall(process_id: int) -> Call[Completed]:
     """munlockall()."""
     return Call("munlockall", process_pb2.MunlockallRequest(process_id=process_id), _done)

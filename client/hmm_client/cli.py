@@ -17,6 +17,8 @@ COMMANDS = {
     "maps": "Show the mappings of a process, as /proc/PID/maps does.",
     "pagetable": "Show the directories of a page table as a tree.",
     "walk": "Show what every page table holds for one address.",
+    "smaps": "Show what each mapping of a process costs, and what is in swap.",
+    "pagemap": "Show what each page of a range is backed by.",
     "watch": "Show events and answers as they happen.",
     "pending": "Show who is waiting for whom, and why.",
     "top": "Show what happens now: mirrors, calls and who waits.",

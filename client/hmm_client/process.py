@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from hmm.smaps import MemoryUse
 from hmm.units import PAGE_SHIFT, AddressRange, Entries, ProcessId
 from hmm_client import calls
 from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
 from hmm_client.pin import Pin
-from hmm_client.results import Accessed, Completed, Mapped, Maps, MapsLine, ProgramBreak
+from hmm_client.results import Accessed, Completed, Mapped, MappingUse, Maps, MapsLine, ProgramBreak
 from hmm_proto.v1 import inspection_pb2, process_pb2
 
 if TYPE_CHECKING:
@@ -128,6 +130,14 @@ class Process:
         parts = [(await self._make(calls.pagemap(self.id, part.start, part.end))).entries for part in spans]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
+    async def clear_refs(self, what: int) -> Completed:
+        """Write to /proc/PID/clear_refs: 1, 2, 3 forget which pages were used, 4 which were written.
+
+        Raises:
+            InvalidRequestError: another number (EINVAL).
+        """
+        return await self._make(calls.clear_refs(self.id, what))
+
     async def place(
         self, start: int, end: int, prot: int, flags: int, *, file: OpenFile | None = None, offset: int = 0
     ) -> Completed:
@@ -140,21 +150,18 @@ class Process:
         response: inspection_pb2.GetMapsResponse = await self.client.channel.request(
             self.client.inspection.GetMaps, inspection_pb2.GetMapsRequest(process_id=self.id)
         )
-        lines = tuple(
-            MapsLine(
-                line.start,
-                line.end,
-                line.permissions,
-                line.offset,
-                line.file_id,
-                line.file_name,
-                line.vm_flags,
-                line.resident_pages,
-                tuple((one.device_name, one.page_count) for one in line.on_devices),
-            )
-            for line in response.mappings
-        )
+        lines = tuple(map(_maps_line, response.mappings))
         return Maps(lines, response.brk_start, response.brk_end, response.mmap_base)
+
+    async def smaps(self) -> tuple[MappingUse, ...]:
+        """/proc/PID/smaps: what each mapping costs, ascending."""
+        response: inspection_pb2.GetMemoryUseResponse = await self.client.channel.request(
+            self.client.inspection.GetMemoryUse, inspection_pb2.GetMemoryUseRequest(process_id=self.id)
+        )
+        return tuple(
+            MappingUse(_maps_line(one.mapping), one.vm_flags, MemoryUse(**{name: getattr(one, name) for name in _USES}))
+            for one in response.mappings
+        )
 
     # ---- what its CPUs do
 
@@ -247,3 +254,20 @@ class Process:
     async def exit(self) -> Completed:
         """exit(2)."""
         return await self._make(calls.exit_process(self.id))
+
+
+_USES = tuple(one.name for one in dataclasses.fields(MemoryUse))
+
+
+def _maps_line(line: inspection_pb2.Mapping) -> MapsLine:
+    return MapsLine(
+        line.start,
+        line.end,
+        line.permissions,
+        line.offset,
+        line.file_id,
+        line.file_name,
+        line.vm_flags,
+        line.resident_pages,
+        tuple((one.device_name, one.page_count) for one in line.on_devices),
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hmm.errors import HmmError, SegmentationFault, Signal
 from hmm.file import FileKind
+from hmm.smaps import MemoryUse
 from hmm.units import PAGE_SIZE, Address, AddressRange, Entries, MirrorId, page_up
 from hmm_client.channel import DaemonError
 
@@ -161,6 +162,20 @@ class Maps:
     brk_start: Address
     brk_end: Address
     mmap_base: Address
+
+
+@dataclass(frozen=True, slots=True)
+class MappingUse:
+    """One mapping of a process, as /proc/PID/smaps shows it.
+
+    Attributes:
+        vm_flags: two letters for each.
+        use: what it costs, in bytes.
+    """
+
+    line: MapsLine
+    vm_flags: str
+    use: MemoryUse
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,8 @@ class Process(_Handle[aio_process.Process]):
     pagemap = blocking(aio_process.Process.pagemap)
     place = blocking(aio_process.Process.place)
     maps = blocking(aio_process.Process.maps)
+    smaps = blocking(aio_process.Process.smaps)
+    clear_refs = blocking(aio_process.Process.clear_refs)
     read = blocking(aio_process.Process.read)
     write = blocking(aio_process.Process.write)
     touch = blocking(aio_process.Process.touch)

@@ -169,6 +169,10 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         lambda q: invoke(commands_process.munlockall, q.process_id),
         lambda _, result: process_pb2.MunlockallResponse(result=result),
     ),
+    "clear_refs": Call(
+        lambda q: invoke(commands_process.clear_refs, q.process_id, q.what),
+        lambda _, result: process_pb2.ClearRefsResponse(result=result),
+    ),
     "mincore": Call(
         _mincore,
         lambda value, result: process_pb2.MincoreResponse(

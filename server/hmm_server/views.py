@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from hmm import cpu_pte, inspection, pte
+from hmm import cpu_pte, inspection, pte, smaps
 from hmm.address_space import AddressSpace
 from hmm.device import Device
 from hmm.interval_notifier import IntervalMirror
@@ -18,7 +19,7 @@ from hmm.machine import Machine, Process
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
 from hmm.receiver import Receiver
-from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfn, Pfns
+from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, Entries, Pfn, Pfns
 from hmm.vma import Vma
 from hmm.zone_device import owners
 from hmm_proto import convert
@@ -66,7 +67,7 @@ def process_status(machine: Machine, process: Process, operations: int) -> inspe
         space_users=space.users,
         vma_count=len(space.vmas),
         mapped_bytes=sum(vma.end - vma.start for vma in space.vmas),
-        resident_pages=space.table.count,
+        resident_pages=inspection.resident_pages(space, WHOLE_SPACE),
         mirror_ids=[mirror.id for mirror in machine.receivers.values() if mirror.space is space],
         operation_count=operations,
         broken=space.notifier.broken,
@@ -127,11 +128,20 @@ def operation_status(ended: Ended) -> inspection_pb2.OperationStatus:
 # ---- mappings
 
 
+def mapping_use(machine: Machine, space: AddressSpace, vma: Vma) -> inspection_pb2.MappingUse:
+    """What one mapping costs.  Cost: O(entries)."""
+    return inspection_pb2.MappingUse(
+        mapping=mapping(machine, space, vma),
+        vm_flags=smaps.vm_flag_letters(space, vma),
+        **dataclasses.asdict(smaps.memory_use(space, vma)),
+    )
+
+
 def mapping(machine: Machine, space: AddressSpace, vma: Vma) -> inspection_pb2.Mapping:
     """One mapping.  Cost: O(directories below it)."""
     resident, away = 0, [_NO_FRAMES]
     for run in space.table.walk(vma.start, vma.end):
-        used = run.entries[run.entries != 0]
+        used = run.entries[(run.entries != 0) & ~cpu_pte.is_swap(run.entries)]
         resident += used.size
         away.append(cpu_frames(used))
     return inspection_pb2.Mapping(

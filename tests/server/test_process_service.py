@@ -272,6 +272,7 @@ async def test_execute_is_exhausted_when_batch_is_too_long(serve: Any, decode: D
         ("Munlock", process_pb2.MunlockRequest(address=BASE, length=PAGE)),
         ("Mlockall", process_pb2.MlockallRequest(flags=1)),
         ("Munlockall", process_pb2.MunlockallRequest()),
+        ("ClearRefs", process_pb2.ClearRefsRequest(what=1)),
         ("Mincore", process_pb2.MincoreRequest(address=BASE, length=PAGE)),
         ("Madvise", process_pb2.MadviseRequest(address=BASE, length=PAGE, advice=4)),
         ("Mremap", process_pb2.MremapRequest(address=BASE, old_length=PAGE, new_length=2 * PAGE)),

@@ -123,6 +123,32 @@ async def test_maps_looks_like_the_kernels_when_printed(daemon: Daemon, mirrored
     assert (value["start"], value["end"], value["resident_pages"]) == (span.start, span.end, 2)
 
 
+async def test_smaps_looks_like_the_kernels_when_printed(daemon: Daemon, mirrored: Mirrored) -> None:
+    """The text is that of /proc/PID/smaps, in kilobytes; JSON has bytes."""
+    done = await hmmctl("smaps", mirrored.process.id, "-t", daemon.target)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{mirrored.span.start:08x}-{mirrored.span.end:08x} rw-p")
+    assert "Rss:                   8 kB" in lines
+    assert lines[-1].startswith("VmFlags: rd wr mr mw me ac")
+    value = (await hmmctl("smaps", mirrored.process.id, "-t", daemon.target, "--format", "json")).value
+    assert (value["start"], value["rss"], value["swap"]) == (mirrored.span.start, 8192, 0)
+    value = (await hmmctl("smaps", mirrored.process.id, "--rollup", "-t", daemon.target, "--format", "json")).value
+    assert value["rss"] == 8192
+
+
+async def test_pagemap_joins_pages_that_are_alike(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Two pages with frames, and nothing behind the rest; after clear_refs none counts as written."""
+    where = f"{mirrored.span.start:x}-{mirrored.span.end:x}"
+    arguments = ("pagemap", mirrored.process.id, where, "-t", daemon.target, "--format", "json")
+    first = (await hmmctl(*arguments)).values[0]
+    assert (first["start"], first["end"]) == (mirrored.span.start, mirrored.span.start + 8192)
+    assert first["flags"] == ["present", "exclusive", "soft-dirty"]
+    assert first["frame"] > 0
+    await mirrored.process.clear_refs(4)
+    assert (await hmmctl(*arguments)).values[0]["flags"] == ["present", "exclusive"]
+    assert "present exclusive" in (await hmmctl(*arguments[:-2])).stdout
+
+
 @pytest.mark.parametrize("whose", ["mirror", "cpu"])
 async def test_pagetable_draws_a_tree_when_there_are_entries(daemon: Daemon, mirrored: Mirrored, whose: str) -> None:
     """Four levels, one directory each, two entries; a range without entries shows none."""
@@ -199,7 +225,9 @@ async def test_health_is_its_exit_code_when_a_container_asks(daemon: Daemon, tmp
     assert (await hmmctl("health", "-t", tmp_path / "no.sock")).code == 1
 
 
-@pytest.mark.parametrize("arguments", [("maps", 99), ("walk", 99, "1000"), ("pagetable", 99)])
+@pytest.mark.parametrize(
+    "arguments", [("maps", 99), ("smaps", 99), ("pagemap", 99, "0-1000"), ("walk", 99, "1000"), ("pagetable", 99)]
+)
 async def test_command_ends_with_four_when_the_daemon_refuses(daemon: Daemon, arguments: tuple[object, ...]) -> None:
     """What does not exist is told by the kernel's errno."""
     done = await hmmctl(*arguments, "-t", daemon.target)

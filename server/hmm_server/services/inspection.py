@@ -97,6 +97,14 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             mmap_base=space.mmap_base,
         )
 
+    async def GetMemoryUse(
+        self, request: inspection_pb2.GetMemoryUseRequest, context: Context
+    ) -> inspection_pb2.GetMemoryUseResponse:
+        space = self._process(request.process_id, context).space
+        return inspection_pb2.GetMemoryUseResponse(
+            mappings=[views.mapping_use(self._machine, space, vma) for vma in space.vmas]
+        )
+
     async def GetPageTable(
         self, request: inspection_pb2.GetPageTableRequest, context: Context
     ) -> AsyncIterator[inspection_pb2.GetPageTableResponse]:

@@ -148,6 +148,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     Mincore = _rpc("mincore")
     ProcessMrelease = _rpc("process_mrelease")
     Pagemap = _rpc("pagemap")
+    ClearRefs = _rpc("clear_refs")
     Place = _rpc("place")
     ReadMemory = _rpc("read_memory")
     WriteMemory = _rpc("write_memory")

@@ -1,0 +1,118 @@
+"""Writes to /proc/PID/clear_refs, and what /proc/PID/pagemap says afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from machine_world import FIXED, RW, START, World, span
+
+from hmm import commands_device as devices
+from hmm import commands_process as processes
+from hmm import cpu_pte, pagemap
+from hmm.clear_refs import ClearRefs
+from hmm.errors import InvalidRequestError
+from hmm.events import EventType, Reason
+from hmm.units import PAGE_SIZE
+from hmm.vma import Prot
+
+
+def written(world: World, npages: int, first: int = 0, pid: int = 0) -> str:
+    """For each page, whether /proc/PID/pagemap says that it was written."""
+    words = world.do(processes.pagemap, pid or world.pid, span(first, npages)).tolist()
+    return "".join("w" if word & pagemap.SOFT_DIRTY else "-" for word in words)
+
+
+def forget(world: World, what: int = ClearRefs.SOFT_DIRTY) -> None:
+    """The write to clear_refs."""
+    world.do(processes.clear_refs, world.pid, what)
+    world.machine.check()
+
+
+def store(world: World, first: int, npages: int = 1) -> None:
+    """The CPU writes."""
+    world.do(processes.write_memory, world.pid, span(first).start, b"x" * npages * PAGE_SIZE)
+
+
+def test_pages_count_as_written_when_they_were_written_since() -> None:
+    """clear_soft_dirty() takes the bit and the permission; the next write faults and sets the bit."""
+    world = World()
+    store(world, 0, 4)
+    assert written(world, 6) == "wwwwww"  # of a new mapping all pages are: VM_SOFTDIRTY
+    forget(world)
+    assert written(world, 6) == "------"
+    world.do(processes.read_memory, world.pid, span(2).start, 1)
+    store(world, 1)
+    store(world, 5)
+    assert written(world, 6) == "-w---w"
+
+
+def test_new_mappings_count_as_written() -> None:
+    """mmap_region() sets VM_SOFTDIRTY, so that who looks does not miss what was mapped over."""
+    world = World()
+    forget(world)
+    world.do(processes.mmap, world.pid, span(4).start, 2 * PAGE_SIZE, RW, FIXED)
+    assert "w" in written(world, 16)
+    assert written(world, 2, first=4) == "ww"
+
+
+def test_mirrors_of_both_kinds_hear_of_the_whole_space() -> None:
+    """clear_refs_write() sends SOFT_DIRTY over everything; the notifier of 2015 had WRITE_PROTECT for it."""
+    world = World()
+    world.do(devices.fault, world.mirrors[0], [span(0, 2)], write=True)
+    clearing = world.start(processes.clear_refs, world.pid, ClearRefs.SOFT_DIRTY)
+    (delivery,) = world.sent()
+    assert (delivery.event.etype, delivery.event.reason) == (EventType.WRITE_PROTECT, Reason.SOFT_DIRTY)
+    assert cpu_pte.is_writable(world.machine.processes[world.pid].space.table.get(START))
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert clearing.done
+    world.machine.check()
+    world.do(devices.fault, world.mirrors[0], [span(1)], write=True)
+    assert written(world, 2) == "-w"
+
+
+def test_mprotect_leaves_pages_read_only_that_are_watched() -> None:
+    """can_change_pte_writable(): pte_needs_soft_dirty_wp() keeps the fault that would set the bit."""
+    world = World()
+    store(world, 0, 2)
+    forget(world)
+    for prot in (Prot.READ, RW):
+        world.do(processes.mprotect, world.pid, START, 2 * PAGE_SIZE, prot)
+    store(world, 1)
+    assert written(world, 2) == "-w"
+
+
+def test_child_watches_as_its_parent_does() -> None:
+    """fork copies flags of mappings and bits of entries."""
+    world = World()
+    store(world, 0, 2)
+    forget(world)
+    store(world, 0)
+    child = world.do(processes.fork, world.pid)
+    assert written(world, 2, pid=child) == "w-"
+
+
+def test_pinned_pages_are_left_alone() -> None:
+    """pte_is_pinned(): DMA writes them without a fault, so that the bit would lie."""
+    world = World()
+    store(world, 0, 2)
+    world.do(processes.pin, world.pid, span(0), write=True)
+    forget(world)
+    assert written(world, 2) == "w-"
+
+
+@pytest.mark.parametrize(("what", "left"), [(ClearRefs.ALL, 0), (ClearRefs.ANON, 0), (ClearRefs.MAPPED, 1)])
+def test_uses_are_forgotten_of_the_mappings_that_were_meant(what: int, left: int) -> None:
+    """clear_refs_pte_range() clears the accessed bits; nobody hears of it."""
+    world = World()
+    store(world, 0)
+    before = world.machine.mirrors[world.mirrors[0]].sequence
+    forget(world, what)
+    entry = world.machine.processes[world.pid].space.table.get(START)
+    assert bool(entry & cpu_pte.ACCESSED) == bool(left)
+    assert world.machine.mirrors[world.mirrors[0]].sequence == before
+
+
+def test_other_numbers_are_refused() -> None:
+    """clear_refs_write(): EINVAL."""
+    with pytest.raises(InvalidRequestError):
+        forget(World(), 6)

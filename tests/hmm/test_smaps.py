@@ -1,0 +1,107 @@
+"""/proc/PID/smaps: what each mapping costs."""
+
+from __future__ import annotations
+
+from machine_world import FIXED, RW, START, span
+
+from hmm import commands_file as files
+from hmm import commands_process as processes
+from hmm.local import Local
+from hmm.machine import Limits, Machine
+from hmm.madvise import Advice
+from hmm.smaps import MemoryUse, memory_use, vm_flag_letters
+from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
+
+KIB = 1024
+
+
+class Process:
+    """One with sixteen private pages, on a machine with swap."""
+
+    def __init__(self) -> None:
+        self.local = Local(Machine(Limits(frames=256, swap_pages=64, device_frames=0)))
+        self.pid = self.call(processes.create_process, "p")
+        self.call(processes.mmap, self.pid, START, 16 * PAGE_SIZE, RW, FIXED)
+
+    def call(self, command: object, *arguments: object, **options: object) -> int:
+        """A call."""
+        return self.local.call(command, *arguments, **options)  # type: ignore[arg-type]
+
+    def use(self, first: int = 0, pid: int = 0) -> MemoryUse:
+        """Of the mapping of a page."""
+        space = self.local.machine.processes[pid or self.pid].space
+        vma = space.vmas.find(span(first).start)
+        assert vma is not None
+        return memory_use(space, vma)
+
+    def write(self, first: int, npages: int, pid: int = 0) -> None:
+        """The CPU writes."""
+        self.call(processes.write_memory, pid or self.pid, span(first).start, b"x" * npages * PAGE_SIZE)
+
+
+def test_pages_are_private_until_they_are_shared() -> None:
+    """smaps_account(): a page that two map counts half for each, and as shared for both."""
+    process = Process()
+    process.write(0, 4)
+    use = process.use()
+    assert (use.rss, use.pss, use.private_dirty, use.anonymous) == (16 * KIB,) * 4
+    assert (use.shared_dirty, use.swap, use.locked, use.anon_huge) == (0, 0, 0, 0)
+    child = process.call(processes.fork, process.pid)
+    process.write(0, 1, child)
+    use = process.use()
+    assert (use.rss, use.pss, use.pss_dirty) == (16 * KIB, 10 * KIB, 10 * KIB)
+    assert (use.private_dirty, use.shared_dirty) == (4 * KIB, 12 * KIB)
+
+
+def test_zero_page_costs_nothing() -> None:
+    """vm_normal_page() knows no zero page."""
+    process = Process()
+    process.call(processes.touch, process.pid, span(0, 4), write=False)
+    assert process.use() == MemoryUse()
+
+
+def test_pages_in_swap_are_counted_and_divided() -> None:
+    """smaps_pte_entry(): swap entries, by swp_swapcount()."""
+    process = Process()
+    process.write(0, 4)
+    process.call(processes.madvise, process.pid, START, 2 * PAGE_SIZE, Advice.PAGEOUT)
+    use = process.use()
+    assert (use.rss, use.swap, use.swap_pss) == (8 * KIB, 8 * KIB, 8 * KIB)
+    process.call(processes.fork, process.pid)
+    assert (process.use().swap, process.use().swap_pss) == (8 * KIB, 4 * KIB)
+
+
+def test_pages_of_files_in_swap_are_counted_where_they_are_mapped() -> None:
+    """shmem_swap_usage(): what the cache has in swap, although no entry says so."""
+    process = Process()
+    file = process.call(files.open_file, "f", create=True)
+    process.call(files.write_file, file, 0, b"y" * 4 * PAGE_SIZE)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    process.call(processes.mmap, process.pid, span(32).start, 4 * PAGE_SIZE, RW, shared, file)
+    process.call(processes.touch, process.pid, span(32, 4), write=False)
+    assert (process.use(32).rss, process.use(32).anonymous) == (16 * KIB, 0)
+    process.call(processes.madvise, process.pid, span(32).start, 4 * PAGE_SIZE, Advice.PAGEOUT)
+    assert (process.use(32).rss, process.use(32).swap) == (0, 16 * KIB)
+
+
+def test_locked_and_lazily_freed_pages_are_told_apart() -> None:
+    """Locked is the pss of a VM_LOCKED mapping; LazyFree is what is clean and not backed by swap."""
+    process = Process()
+    process.write(0, 4)
+    process.call(processes.madvise, process.pid, START, 2 * PAGE_SIZE, Advice.FREE)
+    assert (process.use().lazy_free, process.use().private_clean) == (8 * KIB, 8 * KIB)
+    process.call(processes.mlock, process.pid, START, 16 * PAGE_SIZE)
+    assert process.use().locked == 64 * KIB
+
+
+def test_flags_have_the_kernels_letters() -> None:
+    """show_smap_vma_flags()."""
+    process = Process()
+    process.write(0, 1)
+    process.call(processes.mprotect, process.pid, START, 16 * PAGE_SIZE, Prot.READ)
+    space = process.local.machine.processes[process.pid].space
+    vma = space.vmas.find(START)
+    assert vma is not None
+    assert vm_flag_letters(space, vma) == "rd mr mw me ac sd"
