@@ -206,9 +206,11 @@ class Reclaim:
             open_to_split = part.of(~_locked(part) & self.frames.test_flags(part.pfns, PageFlag.COMPOUND))
             _, firsts = np.unique(open_to_split.pfns // PMD_PAGES, return_index=True)
             for address in open_to_split.addresses[firsts].tolist():
-                vma = part.space.vmas.find(address)
+                vma, entry = part.space.vmas.find(address), part.space.table.get(address)
+                if vma is None or vma.has(VmFlag.HUGETLB) or not cpu_pte.is_present(entry):
+                    continue
                 try:
-                    if vma is not None and (yield from split_folio(part.space, vma, address)):
+                    if (yield from split_folio(part.space, vma, address)):
                         return True
                 except (TimedOutError, WouldDeadlockError):
                     break

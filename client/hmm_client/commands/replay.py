@@ -34,7 +34,8 @@ class Outcome:
     """One recording, replayed.
 
     Attributes:
-        contents: where the program's memory ended otherwise than without devices; only looked at when pages migrate.
+        contents: where the program's memory ended otherwise than without devices; only looked at when pages migrate
+            or memory is small.
     """
 
     replayed: Replayed
@@ -77,9 +78,25 @@ class Outcome:
     show_default=True,
     help="With --migrate: how many pages of memory each device has.",
 )
+@click.option(
+    "--memory",
+    type=click.IntRange(min=64),
+    metavar="PAGES",
+    help="Replay with so little system memory, in a daemon of its own; with --swap.",
+)
+@click.option("--swap", type=click.IntRange(min=1), metavar="PAGES", help="With --memory: how many pages of swap.")
 @format_option
 @where_options
-def command(folders: tuple[str, ...], devices: int, migrate: bool, device_pages: int, form: str, where: Where) -> None:
+def command(
+    folders: tuple[str, ...],
+    devices: int,
+    migrate: bool,
+    device_pages: int,
+    memory: int | None,
+    swap: int | None,
+    form: str,
+    where: Where,
+) -> None:
     """Replay recorded programs while devices mirror them.
 
     DIR holds strace.log, maps.initial and maps.final, as `hmmctl record` makes them; without DIR a small recording
@@ -91,16 +108,25 @@ def command(folders: tuple[str, ...], devices: int, migrate: bool, device_pages:
     that move its private pages to their own memory and back, one in two carrying the bytes themselves.  Whatever it
     reads in the end must be the same.
 
+    With --memory and --swap it is replayed twice as well: in a daemon with all the memory it wants, and in one
+    that has so little that pages go to swap and come back.
+
     Without --target a daemon is started for the purpose.
 
     Exit codes: 0 as recorded; 1 differences or violations; 2 unusable input; 3 no daemon can be reached.
     """
     with failures(where), ExitStack() as stack:
         recordings = [Recording.load(folder) for folder in folders or (demo_folder(),)]
+        if bool(memory) != bool(swap) or (memory and where.target):
+            raise click.UsageError("--memory and --swap belong together, and go without --target")
         target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=ACKNOWLEDGEMENT_S))
+        small = target
+        if memory and swap:
+            settings = {"frames": memory, "swap_pages": swap, "acknowledgement_s": ACKNOWLEDGEMENT_S}
+            small = stack.enter_context(embedded_daemon(**settings))
         outcomes = []
         for recording in recordings:
-            outcomes.append(run(_replay(recording, where, target, devices, device_pages if migrate else 0)))
+            outcomes.append(run(_replay(recording, where, (target, small), devices, device_pages if migrate else 0)))
             if form == JSON:
                 print_json(_as_json(outcomes[-1]))
             else:
@@ -108,17 +134,23 @@ def command(folders: tuple[str, ...], devices: int, migrate: bool, device_pages:
     raise SystemExit(OK if all(outcome.good for outcome in outcomes) else UNEXPECTED)
 
 
-async def _replay(recording: Recording, where: Where, target: str, count: int, memory_pages: int) -> Outcome:
+async def _replay(
+    recording: Recording, where: Where, targets: tuple[str, str], count: int, memory_pages: int
+) -> Outcome:
+    """Replay in the second of two daemons; if that could change contents, in the first one too, for comparison."""
     began = time.monotonic()
     contents: list[str] = []
-    with Progress(recording.program, len(recording.plan.steps) * (2 if memory_pages else 1)) as progress:
+    roomy, target = targets
+    twice = memory_pages > 0 or roomy != target
+    with Progress(recording.program, len(recording.plan.steps) * (2 if twice else 1)) as progress:
         async with (
+            where.connect(roomy, name=f"replay {recording.program} alone") as undisturbed,
             where.connect(target, name=f"replay {recording.program}") as client,
             ReplayDevices(lambda name: where.connect(target, name=name), count, memory_pages) as devices,
         ):
-            if memory_pages:
-                alone, among = Stamping(client, NoDevices()), Stamping(client, devices)
-                await replay(recording, client, alone, progress.advance)
+            if twice:
+                alone, among = Stamping(undisturbed, NoDevices()), Stamping(client, devices)
+                await replay(recording, undisturbed, alone, progress.advance)
                 replayed = await replay(recording, client, among, progress.advance)
                 contents = compare_contents(alone.contents, among.contents)
             else:
