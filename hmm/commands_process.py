@@ -147,7 +147,7 @@ def exec_process(
         yield from _leave(machine, left)
     except WouldDeadlockError:
         process.space, process.name = left, old_name
-        del machine.spaces[space.id]
+        yield from _leave(machine, space)  # others may have come to use it meanwhile
         raise
 
 

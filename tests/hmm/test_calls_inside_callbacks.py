@@ -136,6 +136,30 @@ def test_waiting_call_is_refused_when_another_call_closes_the_circle() -> None:
     assert second.result == 0
 
 
+def test_exec_that_is_refused_lets_go_of_what_others_mapped_meanwhile() -> None:
+    """Until then the new address space is the process's: what came to be there is freed with it."""
+    world = World(mirrors=2)
+    world.do(devices.fault, world.mirrors[1], [span(4)], write=True)
+    first = world.start(processes.munmap, world.pid, span(4).start, PAGE_SIZE)
+    deliveries = world.sent()
+    update = updating(world)
+    second = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    nested = world.start(processes.exec_process, world.pid, "other", caller=inside(update))
+    assert not nested.done
+    flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
+    world.do(processes.mmap, world.pid, START, PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(processes.write_memory, world.pid, START, b"new")
+    for delivery in deliveries:
+        world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(first)
+    world.resume(second)
+    world.resume(nested)
+    world.settle()
+    assert error_of(nested).errno == errno.EDEADLK
+    assert len(world.machine.spaces) == 1
+    world.machine.check()
+
+
 def test_mark_counts_for_nobody_elses_callback() -> None:
     """Who claims to be inside a callback of somebody else's mirror cannot make that driver's calls fail."""
     world = World()
