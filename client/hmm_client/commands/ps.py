@@ -84,9 +84,16 @@ def _device(device: inspection_pb2.DeviceStatus, users: dict[int, list[int]]) ->
             str(mirror.mirror_id),
             " ".join(map(str, users.get(mirror.space_id, []))) or "-",
             f"{mirror.state}: {mirror.lost_because}" if mirror.lost_because else mirror.state,
-            f"{mirror.notifier_count} notifiers" if mirror.notifier_count else mirror.entry_count,
+            _entries(mirror),
             f"{mirror.answered_up_to:,} of {mirror.last_event_sequence:,}",
             f"{mirror.driver_name} (pid {mirror.driver_pid})" if mirror.driver_pid else mirror.driver_name or "-",
         )
         for mirror in device.mirrors
     ]
+
+
+def _entries(mirror: inspection_pb2.MirrorStatus) -> object:
+    # A mirror of today's interface has subscriptions; its driver keeps the table.
+    if not mirror.notifier_count:
+        return mirror.entry_count
+    return f"{mirror.notifier_count} notifier" + ("s" if mirror.notifier_count > 1 else "")
