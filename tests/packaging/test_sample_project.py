@@ -35,11 +35,11 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Programs of an environment with the wheel, and everybody else's packages as they are locked here."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
-    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
-    # A path in a .pth file adds packages, but not what they would hook in: this repository's installation stays out.
-    (site / "locked.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     install = [sys.executable, "-m", "pip", f"--python={folder / 'bin/python'}", "install", "-q", "--no-deps"]
     subprocess.run([*install, "--no-index", wheel], check=True)
+    # A path in a .pth file adds packages, but not what they would hook in: this repository's installation stays out.
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    (site / "locked.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     (folder / "bin/pytest").write_text(f'#!/bin/sh\nexec {folder / "bin/python"} -m pytest "$@"\n')
     (folder / "bin/pytest").chmod(0o755)
     return folder / "bin"
