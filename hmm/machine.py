@@ -51,6 +51,7 @@ from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import slots_of
 from hmm.swap_area import SwapArea
 from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
+from hmm.zone_device import used_frames
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -598,6 +599,8 @@ class Machine:
         for space in self.spaces.values():
             space.check(checked)
         self._check_map_counts(checked)
+        if not self.operations:
+            self._check_device_memory()
         if self.frames.swap is not None:
             self._check_swap(self.frames.swap)
         for receiver in self.receivers.values():
@@ -621,6 +624,13 @@ class Machine:
             np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
         wrong = np.flatnonzero(counted != mapcount)
         assert not wrong.size, f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {mapcount[wrong[0]]}"
+
+    def _check_device_memory(self) -> None:
+        # While nothing is on its way, a device's frame in use is a page of somebody's.
+        for region in self.frames.regions[1:]:
+            pfns = used_frames(self.frames, region.number)
+            leaked = pfns[(self.frames.mapcount[pfns] == 0) & (self.frames.pincount[pfns] == 0)]
+            assert not leaked.size, f"{region}: frame {leaked[0]} is in use, and nobody's"
 
     def _check_swap(self, area: SwapArea) -> None:
         area.check()

@@ -149,6 +149,14 @@ class Bench:
         kind = [kinds.get(entry & (cpu_pte.PRESENT | cpu_pte.NON_PRESENT), "?") for entry in entries.tolist()]
         return "".join(one if (one == "d") == bool(own) else "?" for one, own in zip(kind, on_device, strict=True))
 
+    def fill(self) -> int:
+        """Leave two frames of system memory.  Returns: the process that has all others."""
+        filler: int = self.call(processes.create_process, "filler")
+        free = self.machine.frames.available
+        self.call(processes.mmap, filler, START, free * PAGE_SIZE, RW, FIXED)
+        self.call(processes.write_memory, filler, START, b"x" * ((free - 2) * PAGE_SIZE))
+        return filler
+
     def used(self, card: int = 0) -> int:
         """Frames of a card's memory that are in use."""
         return self.machine.frames.region(self.machine.devices[self.cards[card]].region).used
@@ -494,10 +502,7 @@ def test_pages_stay_on_the_device_when_system_memory_is_full(bench: Bench) -> No
     """Entries without a page go back to what they were; what found room is back, and the error is reported."""
     bench.write(0, 4)
     bench.migrate(0, 4)
-    filler = bench.call(processes.create_process, "filler")
-    free = bench.machine.frames.available
-    bench.call(processes.mmap, filler, START, free * PAGE_SIZE, RW, FIXED)
-    bench.call(processes.write_memory, filler, START, b"x" * ((free - 2) * PAGE_SIZE))
+    filler = bench.fill()
     result = bench.back(0, 4)
     assert isinstance(result.moved.error, OutOfFramesError)
     assert (result.moved.npages, result.moved.end, bench.where(0, 4)) == (2, span(2).start, "ssdd")
@@ -556,10 +561,7 @@ def test_fork_fails_when_there_is_no_room_for_copies(bench: Bench) -> None:
     """ENOMEM; the child is gone, the parent's pages are where they were."""
     bench.write(0, 4)
     bench.migrate(0, 4)
-    filler = bench.call(processes.create_process, "filler")
-    free = bench.machine.frames.available
-    bench.call(processes.mmap, filler, START, free * PAGE_SIZE, RW, FIXED)
-    bench.call(processes.write_memory, filler, START, b"x" * ((free - 2) * PAGE_SIZE))
+    bench.fill()
     with pytest.raises(OutOfFramesError):
         bench.call(processes.fork, bench.pid)
     assert (bench.where(0, 4), bench.machine.frames.available) == ("dddd", 2)
@@ -626,10 +628,7 @@ def test_unregister_mirror_fails_when_there_is_no_room(bench: Bench) -> None:
     """ENOMEM: it stays registered and keeps its pages."""
     bench.write(0, 4)
     bench.migrate(0, 4)
-    filler = bench.call(processes.create_process, "filler")
-    free = bench.machine.frames.available
-    bench.call(processes.mmap, filler, START, free * PAGE_SIZE, RW, FIXED)
-    bench.call(processes.write_memory, filler, START, b"x" * ((free - 2) * PAGE_SIZE))
+    filler = bench.fill()
     with pytest.raises(OutOfFramesError):
         bench.call(devices.unregister_mirror, bench.mirrors[0])
     bench.call(processes.exit_process, filler)
