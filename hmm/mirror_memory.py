@@ -165,7 +165,7 @@ class MirrorMemory:
             locked = self._lock(addresses)
             if locked.size:
                 yield from self._return(locked)
-        if not locked.size and cpu_pte.is_device_private(space.table.lookup(addresses)).any():
+        if not locked.size and self._holds_any(addresses):
             # Its driver has given it up already, and whoever discards it has not come to it yet.
             assert space.notifier.invalidations_overlap(spans), f"{spans[0]} is on no device of {mirror}, nor anywhere"
             yield Await(WaitFor.INVALIDATIONS, space.id, spans)
@@ -185,6 +185,13 @@ class MirrorMemory:
                 yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, spans, mirror_id=mirror.id)
             else:
                 return
+
+    def _holds_any(self, addresses: Entries) -> bool:
+        # By the CPU's table; another device may have taken what was here.
+        space = self.mirror.space
+        entries = space.table.lookup(addresses)
+        pfns = cpu_pte.cpu_pfn(entries[cpu_pte.is_device_private(entries)])
+        return bool((space.frames.zone_device_data[pfns] == self.mirror.id).any())
 
     def _lock(self, addresses: Entries) -> Entries:
         """Put migration entries in the place of those of the pages that are there.  Returns: their addresses."""

@@ -34,7 +34,8 @@ VIOLATIONS_KEPT = 64
 """Violations of one mirror that are kept in full, the first ones: the others mostly follow from them."""
 
 
-_TAKES = tuple(etype is EventType.NONE or etype.pte_mask != pte.MASK_ALL for etype in EventType)
+_MOVING = (EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE)
+_TAKES = tuple(etype is EventType.NONE or etype.pte_mask != pte.MASK_ALL or etype in _MOVING for etype in EventType)
 """Which types of events take something; NONE has a reason of today, and there it takes everything."""
 
 
@@ -74,7 +75,7 @@ class History:
         """
         for taken in reversed(self._taken):
             event = taken.event
-            mask = pte.MASK_NONE if event.etype is EventType.NONE else event.etype.pte_mask
+            mask = pte.MASK_NONE if event.etype is EventType.NONE else event.pte_mask
             if mask & bits != bits and (span := _holding(event, address)) is not None:
                 name, cause = _in_words(event)
                 settled = taken.sequence not in unsettled

@@ -184,7 +184,8 @@ class Client:
             memory_pages: size of memory of its own.
             kind: whether the CPU can reach that memory.
             driver_copies: the driver has the bytes of that memory and carries pages there and back
-                (`Driver.copy_to_device`, `Driver.copy_from_device`); what is there is lost with the driver.
+                (`Driver.copy_to_device`, `Driver.copy_from_device`); what is there is lost with the driver, and
+                with its session: unregister mirrors before closing.
             evicts: pages that are to be moved to that memory when it is full take the place of those that went there
                 longest ago.
 

@@ -488,6 +488,18 @@ def test_page_comes_back_with_what_the_device_wrote(carried: Bench) -> None:
     assert carried.bytes_at(START, 15) == b"from the device"
 
 
+def test_access_after_the_page_went_home_is_reported_with_the_copy_that_took_it(bench: Bench) -> None:
+    """The device may use the page until its driver has answered COPY_FROM_DEVICE, and not afterwards."""
+    bench.write(0)
+    bench.migrate(0)
+    bench.read(0)
+    with pytest.raises(BadAddressError) as caught:
+        bench.call(devices.device_read, bench.mirrors[0], [(START, 1)])
+    assert caught.value.violation is not None
+    assert caught.value.violation.taking is not None
+    assert caught.value.violation.taking.event == "COPY_FROM_DEVICE"
+
+
 def test_migrate_back_brings_what_is_there(bench: Bench) -> None:
     """By the driver's request, as far as pages of the range are on its device."""
     bench.write(0, 4)

@@ -147,6 +147,30 @@ def test_pages_of_two_mirrors_come_back_each_from_its_device() -> None:
     world.machine.check()
 
 
+def test_cpu_that_waited_finds_the_page_on_another_device() -> None:
+    """Between its touch and its turn another device has taken the page: it is asked of that one."""
+    world = Cards(cards=2)
+    first, second = world.mirrors
+    world.machine.mirrors[first].update_on_fault = True
+    world.do(devices.migrate, first, span(0))
+    faulting = world.start(devices.fault, first, [span(0)], write=True)
+    update = world.only(EventType.DEVICE_WFAULT)
+    reading = world.start(processes.read_memory, world.pid, START, 1)
+    moving = world.start(devices.migrate, second, span(0))
+    world.carry(update)
+    world.resume(faulting)
+    world.resume(moving)
+    back = world.only(EventType.COPY_FROM_DEVICE)
+    world.resume(reading)
+    for delivery in (back, None, None):
+        world.carry(delivery or world.sent()[0])
+        world.resume(moving)
+    assert moving.result.moved.npages == 1
+    world.settle()
+    assert reading.result.data == b"\x01"
+    world.machine.check()
+
+
 def test_discard_brings_pages_back_first_when_it_may_yet_fail() -> None:
     """With policy FAIL nothing is changed if nobody answers: then the driver may not have freed the page."""
     world = Cards(policy=DeadlinePolicy.FAIL)
