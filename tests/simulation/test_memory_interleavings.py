@@ -10,8 +10,9 @@ import pytest
 
 from hmm import mirror_memory
 from hmm.address_space import AddressSpace
+from hmm.events import Cause, Event
+from hmm.mirror import Mirror
 from hmm.mirror_memory import MirrorMemory
-from hmm.notifier import Notifier
 from hmm.operation import Operation, Pause
 from hmm.testing import SimulationError
 from hmm.testing_devices import simulate_mirror_memory
@@ -81,7 +82,12 @@ def test_simulate_finds_pages_that_were_not_brought_back(monkeypatch: pytest.Mon
     assert found(range(60))
 
 
-def test_simulate_finds_changes_of_pages_that_are_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: whoever changes a range does not wait for the copies in it."""
-    monkeypatch.setattr(Notifier, "copies_overlap", lambda *_: False)
+def test_simulate_finds_a_mirror_that_is_not_told_of_a_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: other mirrors go on using pages that have moved to a device."""
+    hears = Mirror.hears
+
+    def hears_less(self: Mirror, event: Event) -> bool:
+        return hears(self, event) and event.cause is not Cause.MIGRATE_TO_DEVICE
+
+    monkeypatch.setattr(Mirror, "hears", hears_less)
     assert found(range(60))
