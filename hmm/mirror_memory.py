@@ -45,7 +45,7 @@ from hmm.fault_pages import ANON_PAGE
 from hmm.frames import PageFlag, Region
 from hmm.migration_entries import stand_in
 from hmm.mirror import Mirror, MirrorState
-from hmm.operation import Await, Deliver, Operation, WaitFor
+from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, AddressRange, Entries, Pfns, spans_of_pages
 from hmm.zone_device import forget_holder
@@ -114,7 +114,11 @@ class MirrorMemory:
         """
         npages = 0
         for span in spans:
+            again = False
             while (addresses := self.mirror.on_device(span)).size:
+                if again:
+                    yield Pause()  # others may have to get on first
+                again = True
                 npages += addresses.size
                 yield from self.bring_back(addresses)
         return npages
