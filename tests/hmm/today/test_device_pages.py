@@ -314,3 +314,49 @@ def test_migrate_moves_less_when_pinned_pages_fill_the_device(bench: Any) -> Non
     moved = bench.to_device(2, 2)
     assert np.count_nonzero(moved.src & np.uint64(MIGRATE)) == 1
     bench.local.machine.check()
+
+
+@pytest.fixture
+def coherent(bench: Any) -> Any:
+    """The bench with a device whose memory the CPU reaches."""
+    kind = RegionKind.DEVICE_COHERENT
+    bench.device = bench.call(commands_device.register_device, "coherent", memory_pages=8, kind=kind)
+    bench.mirror, bench.heard = bench.attach(bench.device, bench.process)
+    bench.write(0, b"a" * 2 * PAGE_SIZE)
+    bench.to_device(0, 2)
+    return bench
+
+
+def on_coherent_device(bench: Any, npages: int, process: int = 0) -> str:
+    """For each page, whether the CPU's entry is present and names a frame of a device."""
+    system = bench.local.machine.frames.regions[0].end
+    entries = [bench.entry(page, process) for page in range(npages)]
+    return "".join("d" if cpu_pte.is_present(entry) and cpu_pte.cpu_pfn(entry) >= system else "s" for entry in entries)
+
+
+def test_cpu_uses_coherent_pages_where_they_are(coherent: Any) -> None:
+    """MEMORY_DEVICE_COHERENT: the entry is present, so that reads and writes do not fault the page back."""
+    assert on_coherent_device(coherent, 2) == "dd"
+    coherent.write(0, b"b")
+    assert coherent.read(0, 1) == b"b"
+    assert on_coherent_device(coherent, 2) == "dd"
+    coherent.local.machine.check()
+
+
+def test_coherent_pages_are_shared_by_fork_and_copied_to_system_memory_when_written(coherent: Any) -> None:
+    """copy_present_pte() shares them like any page; wp_page_copy() allocates from the system."""
+    child = coherent.call(commands_process.fork, coherent.process)
+    assert on_coherent_device(coherent, 2, child) == "dd"
+    coherent.write(0, b"c", child)
+    assert (on_coherent_device(coherent, 2, child), on_coherent_device(coherent, 2)) == ("sd", "dd")
+    assert (coherent.read(0, 1), coherent.read(0, 1, child)) == (b"a", b"c")
+    coherent.local.machine.check()
+
+
+def test_coherent_pages_come_back_when_their_device_is_evicted(coherent: Any) -> None:
+    """migrate_device_range() moves them from every process that maps them."""
+    child = coherent.call(commands_process.fork, coherent.process)
+    assert coherent.call(commands_hmm.evict_device, coherent.device) == 2
+    assert (on_coherent_device(coherent, 2), on_coherent_device(coherent, 2, child)) == ("ss", "ss")
+    assert coherent.read(0, 2 * PAGE_SIZE) == b"a" * 2 * PAGE_SIZE
+    coherent.local.machine.check()
