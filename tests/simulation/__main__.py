@@ -17,6 +17,8 @@ from hmm.testing_swap import TOWNS
 
 BATCH = 25
 """Seeds that a process runs before it reports."""
+SHOWN = 500
+"""Characters of what a failure says; arguments can be long."""
 
 
 def run(town: str, seeds: range) -> list[str]:
@@ -56,7 +58,7 @@ def main() -> None:
             failures = future.result()
             failed += len(failures)
             for failure in failures:
-                print(f"\r{failure}", flush=True)
+                print(f"\r{failure if len(failure) <= SHOWN else failure[:SHOWN] + ' ...'}", flush=True)
             if sys.stderr.isatty():
                 print(f"\r{done} of {total} runs", end="", file=sys.stderr, flush=True)
             elif done * 10 // total > before * 10 // total:
