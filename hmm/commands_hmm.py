@@ -327,19 +327,23 @@ def give_back_exclusive(machine: Machine, mirror_id: MirrorId) -> Operation[int]
 
 
 @immediate
-def read_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+def read_frames(
+    machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, since: int | None = None
+) -> bytes:
     """As `frame_access.read_frames`."""
     mirror = _mirror(machine, mirror_id)
-    return frame_access.read_frames(mirror, addresses, pfns)
+    return frame_access.read_frames(mirror, addresses, pfns, since)
 
 
 @immediate
-def write_frames(machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+def write_frames(
+    machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None
+) -> None:
     """As `frame_access.write_frames`."""
     if len(data) != addresses.size * PAGE_SIZE or addresses.size != pfns.size:
         raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
     mirror = _mirror(machine, mirror_id)
-    frame_access.write_frames(mirror, addresses, pfns, data)
+    frame_access.write_frames(mirror, addresses, pfns, data, since)
 
 
 def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:

@@ -184,7 +184,7 @@ class IntervalMirror(Receiver):
         """
         parts = []
         for pages, frames in _parts(addresses, pfns):
-            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames)
+            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, heard_sequence=self.heard)
             parts.append((await self.make("read_frames", request)).data)
         return b"".join(parts)
 
@@ -202,7 +202,9 @@ class IntervalMirror(Receiver):
         at = 0
         for pages, frames in _parts(addresses, pfns):
             end = at + len(pages) // 8 * PAGE_SIZE
-            request = hmm_pb2.WriteFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end])
+            request = hmm_pb2.WriteFramesRequest(
+                mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end], heard_sequence=self.heard
+            )
             await self.make("write_frames", request)
             at = end
 

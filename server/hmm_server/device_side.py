@@ -31,7 +31,7 @@ from hmm_server.replies import ArrayReply
 from hmm_server.reports import complete
 from hmm_server.streams import Streams
 
-ACCESSES = frozenset({"device_read", "device_write"})
+ACCESSES = frozenset({"device_read", "device_write", "read_frames", "write_frames"})
 Result = Any
 """A response, or the exception that says why there is none."""
 CALLS = {**DEVICE_CALLS, **HMM_CALLS}

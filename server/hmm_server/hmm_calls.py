@@ -129,11 +129,15 @@ def _frames(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> tuple[
     return pages, pfns.view(np.int64)
 
 
+def _heard(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> int | None:
+    return q.heard_sequence if q.HasField("heard_sequence") else None
+
+
 def _write_frames(q: hmm_pb2.WriteFramesRequest) -> Invocation:
     pages, pfns = _frames(q)
     if len(q.data) != pages.size * PAGE_SIZE:
         raise convert.malformed(f"write frames: {len(q.data)} bytes for {pages.size} pages")
-    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data)
+    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data, _heard(q))
 
 
 def _pin_pages(q: hmm_pb2.PinPagesRequest) -> Invocation:
@@ -184,7 +188,7 @@ CALLS: Mapping[str, Call[Any, Any]] = {
     ),
     "make_exclusive": Call(_make_exclusive, _make_exclusive_response),
     "read_frames": Call(
-        lambda q: invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q)),
+        lambda q: invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q), _heard(q)),
         lambda value, result: hmm_pb2.ReadFramesResponse(result=result, data=value or b""),
     ),
     "write_frames": Call(_write_frames, lambda _, result: hmm_pb2.WriteFramesResponse(result=result)),

@@ -12,7 +12,7 @@ import pytest
 
 from hmm.migrate import MIGRATE
 from hmm.range_fault import REQ_FAULT, VALID
-from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, types_pb2, violation_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -94,6 +94,10 @@ async def test_driver_needs_nothing_but_unary_calls_and_a_stream(attached: Attac
     assert (await hmm.WriteFrames(write)).result.errno == 0
     read = hmm_pb2.ReadFramesRequest(mirror_id=attached.mirror, pages=pages[:1].tobytes(), pfns=pfns[:1].tobytes())
     assert (await hmm.ReadFrames(read)).data == b"d" * PAGE
+    stale = hmm_pb2.ReadFramesRequest(mirror_id=attached.mirror, pages=pages[:1].tobytes(), pfns=pfns[1:2].tobytes())
+    violation = (await hmm.ReadFrames(stale)).result.violation
+    assert violation.kind == violation_pb2.VIOLATION_KIND_USE_AFTER_INVALIDATION
+    assert (violation.address, violation.taking.operation) == (BASE, "migrate_to_device")
     detached = await hmm.Detach(hmm_pb2.DetachRequest(mirror_id=attached.mirror))
     assert detached.result.errno == 0
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from hmm.errors import RangeBusyError
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, AddressRange
@@ -295,6 +296,23 @@ async def exit_under_use(stage: Stage) -> None:
         await asyncio.gather(*accesses)
     other = await stage.process()
     await stage.device_reads(other, (await stage.region(other, 1)).start, stamp(0))
+
+
+@_adversity("memory that is reaped before its process ends is gone")
+async def reaped(stage: Stage) -> None:
+    """process_mrelease() and the OOM reaper: events that do not block, which a driver answers or refuses."""
+    process = await stage.process()
+    span = await stage.region(process, PAGES)
+    await _use(stage, process, span)
+    for _ in range(ROUNDS):
+        try:
+            await process.mrelease()
+        except RangeBusyError:  # EAGAIN: refused, and asked again
+            continue
+        break
+    else:
+        stage.find("refused", f"process_mrelease was refused {ROUNDS} times")
+    await stage.device_may(process, page(span, 1), write=False)
 
 
 @_adversity("a driver that was stopped, and has lost its mirror, goes on with others")
