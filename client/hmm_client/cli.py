@@ -27,7 +27,7 @@ COMMANDS = {
     "health": "Ask the daemon whether it serves; for scripts and containers.",
     "replay": "Replay recorded programs while devices mirror them.",
     "record": "Record a program's memory calls, for replay.",
-    "run": "Run scenarios: processes, drivers that misbehave, and what must come of it.",
+    "run": "Run scenarios: processes, drivers, and what must come of them.",
     "verify": "Compare the model with what Linux did, operation by operation.",
     "certify": "Put a driver, in any language, to the test.",
     "completion": "Print what a shell needs to complete hmmctl's commands.",
