@@ -53,7 +53,7 @@ def test_completion_offers_commands_when_a_name_is_begun() -> None:
     result = CliRunner(env={"_HMMCTL_COMPLETE": "bash_complete", "COMP_WORDS": "hmmctl pa", "COMP_CWORD": "1"}).invoke(
         main, prog_name="hmmctl"
     )
-    assert result.stdout.split() == ["plain,pagetable"]
+    assert result.stdout.split() == ["plain,pagetable", "plain,pagemap"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
