@@ -134,6 +134,8 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
             space, touched.vma, chosen, Select.DEVICE_PRIVATE, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id
         )
         yield from run(migration, _tell_and_copy)
+        if not migration.pages.size:
+            yield Pause()  # somebody refers to the pages, who has to go on before they can come back
 
 
 def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strangers]:
