@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,9 +77,9 @@ def command(
     names = [*(library.names() if everything else ()), *scenarios]
     if not names:
         fail(UNUSABLE, "which scenario?", "Name a file, or one of those that come with hmmd: `hmmctl run --list`.")
-    logging.getLogger("hmm_client").setLevel(logging.CRITICAL)  # what drivers do wrong here they were told to
     done: list[tuple[Scenario, list[StepReport]]] = []
     with failures(where), ExitStack() as stack:
+        stack.enter_context(_quiet())
         read = [library.find(name) for name in names]
         daemons = _Daemons(where, stack)
         show_steps = len(read) == 1 if steps is None else steps
@@ -105,6 +106,18 @@ def _list(form: str) -> None:
             print_json({"name": scenario.name, "title": scenario.title, "rule": scenario.rule})
     else:
         print_table(("name", "title"), [(scenario.name, scenario.title) for scenario in found])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # What drivers do wrong here they were told to do.
+    log = logging.getLogger("hmm_client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 async def _run(scenario: Scenario, where: Where, target: str, progress: _Progress) -> list[StepReport]:
