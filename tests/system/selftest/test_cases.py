@@ -4,8 +4,6 @@ Every test bears the name of the kernel's and expects exactly what that asserts;
 never looks at, are those that its code sends.  One event tells of a whole call here.
 
 **Source**: Linux tools/testing/selftests/mm/hmm-tests.c, 6.12.
-
-**Absent**: anon_write_hugetlbfs and compound, which the kernel's suite skips without reserved huge pages.
 """
 
 from __future__ import annotations
@@ -39,6 +37,7 @@ from hmm.vma import Prot, VmFlag
 from hmm_client import FileKind
 
 WHOLE = [(0, PAGES)]
+READ_PAGES = (1 << 20) // PAGE_SIZE  # the client reads memory in parts of 1 MiB
 
 
 def migrations(npages: int, first: int = 0, batch: int = 64) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -143,6 +142,8 @@ def test_anon_write_child_shared(hmm: Any) -> None:
     assert np.array_equal(ints(child.read(a, BUFFER)), ramp())
     mirror = hmm.open(hmm.cards[0], child)
     succeeded(mirror.write(a, (-ramp()).tobytes()), PAGES, faults=1)
+    assert np.array_equal(ints(child.read(a, BUFFER)), -ramp())
+    assert mirror.heard(a) == []
     mirror.close()
     child.exit()
     assert np.array_equal(hmm.load(a), -ramp())
@@ -155,6 +156,17 @@ def test_anon_write_huge(hmm: Any) -> None:
     hmm.process.madvise(a, HUGE_PAGES * PAGE_SIZE, Advice.HUGEPAGE)
     succeeded(hmm.mirror.write(a, ramp(HUGE_PAGES).tobytes()), HUGE_PAGES, faults=1)
     assert np.array_equal(hmm.load(a, HUGE_PAGES), ramp(HUGE_PAGES))
+    assert hmm.mirror.heard(a) == []
+
+
+def test_anon_write_hugetlbfs(hmm: Any) -> None:
+    """The device writes to a page of the pool in one pass; only its end is told, in one event."""
+    a = hmm.map(HUGE_PAGES, flags=PRIVATE | MapFlag.HUGETLB)
+    succeeded(hmm.mirror.write(a, ramp(HUGE_PAGES).tobytes()), HUGE_PAGES, faults=1)
+    assert np.array_equal(hmm.load(a, HUGE_PAGES), ramp(HUGE_PAGES))
+    assert hmm.mirror.heard(a) == []
+    hmm.unmap(a, HUGE_PAGES)
+    assert hmm.mirror.heard(a) == [("UNMAP", [(0, HUGE_PAGES)])]
 
 
 def test_file_read(hmm: Any, tmp_path: Path) -> None:
@@ -162,6 +174,7 @@ def test_file_read(hmm: Any, tmp_path: Path) -> None:
     file = file_of(hmm, tmp_path, ramp().tobytes())
     a = hmm.map(prot=Prot.READ, flags=MapFlag.SHARED, file=file)
     succeeded(hmm.mirror.read(a, PAGES), PAGES, ramp(), faults=1)
+    assert hmm.mirror.heard(a) == []
 
 
 def test_file_write(hmm: Any, tmp_path: Path) -> None:
@@ -171,6 +184,7 @@ def test_file_write(hmm: Any, tmp_path: Path) -> None:
     succeeded(hmm.mirror.write(a, ramp().tobytes()), PAGES, faults=1)
     assert np.array_equal(hmm.load(a), ramp())
     assert np.array_equal(ints(file.read(0, BUFFER)), ramp())
+    assert hmm.mirror.heard(a) == []
 
 
 def test_migrate(hmm: Any) -> None:
@@ -186,6 +200,7 @@ def test_migrate_file_private(hmm: Any, tmp_path: Path) -> None:
     a = hmm.map(flags=MapFlag.PRIVATE, file=file_of(hmm, tmp_path))
     hmm.store(a, ramp())
     succeeded(hmm.mirror.migrate_to_device(a, PAGES), PAGES, ramp())
+    assert hmm.mirror.heard(a) == migrations(PAGES)
 
 
 def test_migrate_fault(hmm: Any) -> None:
@@ -213,8 +228,10 @@ def test_migrate_release(hmm: Any) -> None:
 
 
 def test_migrate_shared(hmm: Any) -> None:
-    """Shared memory never moves."""
-    failed(errno.ENOENT, hmm.mirror.migrate_to_device, hmm.map(flags=SHARED), PAGES)
+    """Shared memory never moves; what is tried is told, and nothing more, as its holes are not filled."""
+    a = hmm.map(flags=SHARED)
+    failed(errno.ENOENT, hmm.mirror.migrate_to_device, a, PAGES)
+    assert hmm.mirror.heard(a) == migrations(PAGES)
 
 
 def test_migrate_mixed(hmm2: Any) -> None:
@@ -247,10 +264,14 @@ def test_migrate_multiple(hmm: Any) -> None:
         a = hmm.map()
         hmm.store(a, ramp())
         succeeded(hmm.mirror.migrate_to_device(a, PAGES), PAGES, ramp())
+        assert hmm.mirror.heard(a) == migrations(PAGES)
         if hmm.coherent:
             succeeded(hmm.mirror.migrate_to_system(a, PAGES), PAGES)
         assert np.array_equal(hmm.load(a), ramp())
+        back = migrations(PAGES, batch=64 if hmm.coherent else READ_PAGES)
+        assert hmm.mirror.heard(a) == back
         hmm.unmap(a)
+        assert hmm.mirror.heard(a) == [("UNMAP", WHOLE)]
 
 
 def test_anon_read_multiple(hmm: Any) -> None:
@@ -260,6 +281,7 @@ def test_anon_read_multiple(hmm: Any) -> None:
         hmm.store(a, ramp(offset=offset))
         succeeded(hmm.mirror.read(a, PAGES), PAGES, ramp(offset=offset), faults=1)
         hmm.unmap(a)
+        assert hmm.mirror.heard(a) == [("UNMAP", WHOLE)]
 
 
 def test_anon_teardown(hmm: Any) -> None:
@@ -301,6 +323,20 @@ def test_snapshot(hmm2: Any) -> None:
     succeeded(second.migrate_to_device(pages[6], 1), 1)
     devices = [0x42, 0x52] if hmm2.coherent else [0x22, 0x00]
     assert hmm2.snapshot(a, 7, first) == [0xFF, 0xFF, 0x11, 0x01, 0x02, *devices]
+    # A page that was never touched is told of twice: collected, and filled on the device.
+    fives, sixes = [("MIGRATE own", [(5, 6)])] * 2, [("MIGRATE", [(6, 7)])] * 2
+    assert first.heard(a)[-4:] == fives + sixes
+
+
+def test_compound(hmm: Any) -> None:
+    """Every page of a page of the pool shows its size; mprotect tells of it all."""
+    a = hmm.map(HUGE_PAGES, flags=PRIVATE | MapFlag.HUGETLB)
+    hmm.store(a, ramp(HUGE_PAGES))
+    assert hmm.snapshot(a, HUGE_PAGES) == [0x06] * HUGE_PAGES
+    assert hmm.mirror.heard(a) == []
+    hmm.protect(a, HUGE_PAGES, Prot.READ)
+    assert hmm.snapshot(a, HUGE_PAGES) == [0x05] * HUGE_PAGES
+    assert hmm.mirror.heard(a) == [("PROTECTION_VMA", [(0, HUGE_PAGES)])]
 
 
 def test_double_map(hmm2: Any) -> None:
@@ -363,11 +399,14 @@ def test_hmm_gup_test(hmm: Any) -> None:
     a = hmm.map(4)
     hmm.store(a, ramp(4))
     succeeded(hmm.mirror.migrate_to_device(a, 4), 4, ramp(4))
+    hmm.mirror.events.clear()
     pins = [hmm.process.pin(hmm.span(a + page * PAGE_SIZE, 1), write=True, long_term=page >= 2) for page in range(4)]
     assert hmm.snapshot(a, 4) == ([0x42, 0x42, 0x02, 0x02] if hmm.coherent else [0x02] * 4)
     for pin in pins:
         pin.unpin()
     assert np.array_equal(hmm.load(a, 4), ramp(4))
+    reason, back = ("CLEAR", (2, 3)) if hmm.coherent else ("MIGRATE own", (0, 1, 2, 3))
+    assert hmm.mirror.heard(a) == [(reason, [(page, page + 1)]) for page in back]
 
 
 def test_hmm_cow_in_device(hmm: Any) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from selftest_rig import DEVICE_PAGES, HUGE, RW, SHARED, failed, ints, ramp, succeeded
+from selftest_rig import DEVICE_PAGES, HUGE, HUGE_PAGES, PRIVATE, RW, SHARED, failed, ints, ramp, succeeded
 
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, TASK_SIZE
+from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.drivers.dmirror import CLEAN
 
@@ -194,3 +195,12 @@ def test_mremap_takes_the_old_entries_and_enters_no_new_ones(hmm: Any) -> None:
     assert ("UNMAP", [(0, 8)]) in hmm.mirror.heard(a)
     assert hmm.snapshot(to, 8) == [local(hmm, 2)] * 8
     succeeded(hmm.mirror.read(to, 8), 8, ramp(8), faults=1)
+
+
+def test_hugetlb_page_stays_when_it_is_asked_to_move(hmm: Any) -> None:
+    """migrate_vma_setup() refuses such a VMA before anybody is told: EINVAL."""
+    a = hmm.map(HUGE_PAGES, flags=PRIVATE | MapFlag.HUGETLB)
+    hmm.store(a, ramp(HUGE_PAGES))
+    failed(errno.EINVAL, hmm.mirror.migrate_to_device, a, HUGE_PAGES)
+    assert hmm.mirror.heard(a) == []
+    assert hmm.snapshot(a, HUGE_PAGES) == [0x06] * HUGE_PAGES

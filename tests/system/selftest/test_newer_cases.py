@@ -1,5 +1,7 @@
 """The cases that joined the kernel's selftest after 6.12, as far as they do not need huge pages on the device itself.
 
+They run under a daemon with the semantics of `linux-7`.
+
 **Source**: Linux tools/testing/selftests/mm/hmm-tests.c, 2026.
 
 **Absent**: huge pages in device memory (migrate_anon_huge_fault's size bits, and the fallback to single pages when a
@@ -9,19 +11,32 @@ huge one cannot be allocated there): a migration splits them here, as in 6.12; u
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from selftest_rig import HUGE, HUGE_PAGES, RW, failed, ints, ramp, succeeded
+from selftest_rig import HUGE, HUGE_PAGES, RW, SHARED, failed, ints, ramp, succeeded
 
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
+from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client import sync
+from hmm_client.drivers.dmirror import CLEAN
+from hmm_client.embedded import embedded_daemon
 
 OFFSETS = (0, HUGE // 4, HUGE // 2)
 NOTHING = np.zeros(HUGE // 4, np.int32)
+
+
+@pytest.fixture(scope="module")
+def selftest_client() -> Iterator[sync.Client]:
+    """A client of a daemon that models a kernel as new as these cases."""
+    with embedded_daemon(semantics=LINUX_7.name) as target, sync.connect(target, name="selftest") as client:
+        yield client
 
 
 def aligned(rig: Any, prot: Prot = RW, advice: Advice = Advice.HUGEPAGE) -> int:
@@ -105,7 +120,7 @@ def test_migrate_partial_unmap_fault(hmm: Any, advice: Advice, offset: int) -> N
 def test_migrate_remap_fault(hmm: Any, before: bool, keep: MremapFlag, advice: Advice) -> None:
     """Memory that is moved before or after its migration is found at its new address.
 
-    6.12 does not move pages of a huge page that is mapped by page entries, as it is at an unaligned address: ENOENT.
+    Pages of a huge page that is mapped by page entries, as it is at an unaligned address, stay as in 6.12: ENOENT.
     """
     for offset in OFFSETS:
         a = hmm.map_aligned(room=8)
@@ -142,3 +157,15 @@ def test_benchmark_thp_migration(hmm: Any, advice: Advice) -> None:
             hmm.mirror.migrate_to_device(a, npages)
             hmm.mirror.migrate_to_system(a, npages)
         hmm.unmap(a, npages)
+
+
+def test_exclusive_access_ends_at_a_page_that_is_not_private(hmm: Any) -> None:
+    """make_device_exclusive() takes one page, so a driver ends there: EOPNOTSUPP; 6.12 goes on behind it."""
+    a = hmm.map(6)
+    hmm.store(a, ramp(6))
+    hmm.process.mmap(PAGE_SIZE, RW, SHARED | MapFlag.FIXED, address=a + 2 * PAGE_SIZE)
+    hmm.mirror.events.clear()
+    hmm.mirror._profile = CLEAN  # which keeps the errno
+    failed(errno.EOPNOTSUPP, hmm.mirror.exclusive, a, 6)
+    assert hmm.mirror.heard(a) == [("EXCLUSIVE", [(0, 2)])]
+    assert hmm.snapshot(a, 6) == [0x00, 0x00, 0x02, 0x02, 0x02, 0x02]
