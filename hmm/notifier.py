@@ -88,8 +88,8 @@ class Subscriber(Protocol):
     def may_abandon(self) -> bool:
         """Whether a change that it does not answer in time is not made."""
 
-    def settling(self, spans: Spans) -> bool:
-        """Whether it has been told of a change of these ranges that has not been made yet."""
+    def settling(self, spans: Spans) -> list[int]:
+        """The operations that have told it of a change of these ranges that has not been made yet."""
 
     def hears(self, event: Event) -> bool:
         """Whether this event has to be delivered to this subscriber."""
@@ -504,8 +504,11 @@ class Notifier:
         match request.wait_for:
             case WaitFor.FAULTS:
                 return [f.operation_id for f in self.faults if overlap(f.spans, request.spans)]
-            case WaitFor.INVALIDATIONS | WaitFor.SETTLED:
+            case WaitFor.INVALIDATIONS:
                 return [i.operation_id for i in self.invalidations if overlap(i.spans, request.spans)]
+            case WaitFor.SETTLED:
+                told = self.subscribers.get(request.mirror_id)
+                return told.settling(request.spans) if told else []
             case WaitFor.EDITS:
                 return [self.turns[0].operation_id] if self.edits_overlap(request.spans) else []
             case WaitFor.TURN:

@@ -181,9 +181,9 @@ class Receiver(ABC):
         """Whether a change that it does not answer in time is not made (policy FAIL)."""
         return self.policy is DeadlinePolicy.FAIL
 
-    def settling(self, spans: Spans) -> bool:
-        """Whether it has been told of a change of these ranges that has not been made yet."""
-        return any(overlap(sent.event.spans, spans) for sent in self.unsettled.values())
+    def settling(self, spans: Spans) -> list[int]:
+        """The operations that have told it of a change of these ranges that has not been made yet."""
+        return [sent.operation_id for sent in self.unsettled.values() if overlap(sent.event.spans, spans)]
 
     def has_two_passes(self, event: Event) -> bool:  # noqa: ARG002 - for those who override it
         """Whether the driver may only start with what `event` asks for, and finish when all have started."""

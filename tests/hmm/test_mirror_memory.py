@@ -28,6 +28,7 @@ from hmm.errors import (
     OutOfFramesError,
     SegmentationFault,
     Signal,
+    WouldDeadlockError,
 )
 from hmm.events import Cause, Event, EventType
 from hmm.frames import RegionKind
@@ -852,3 +853,24 @@ def test_calls_of_the_driver_on_other_ranges_work_inside_its_copy(carried: Bench
 
     carried.drivers[0].meanwhile = inside
     assert carried.migrate(0, 2).moved.npages == 2
+
+
+def test_touch_is_refused_inside_the_last_update_when_the_page_is_on_the_device(bench: Bench) -> None:
+    """A mirror whose error ends it still has its pages while it is told: who waits for them there waits for ever."""
+    bench.write(0)
+    bench.migrate(0)
+    driver, refused = bench.drivers[0], []
+    driver.errors[EventType.MUNMAP] = errno.EIO
+
+    def touch(event: Event) -> None:
+        if event.cause is not None:
+            driver.meanwhile = touch  # the munmap itself; the end of the mirror follows
+            return
+        with pytest.raises(WouldDeadlockError) as error:
+            bench.write(0)
+        refused.append(error.value.errno)
+
+    driver.meanwhile = touch
+    bench.call(processes.munmap, bench.pid, span(8).start, PAGE_SIZE)
+    assert refused == [errno.EDEADLK]
+    assert bench.machine.mirrors[bench.mirrors[0]].state is MirrorState.RELEASED
