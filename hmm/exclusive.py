@@ -13,7 +13,8 @@ itself is given back.
 
 **Absent**: who uses the pages meanwhile.
 
-Differs: one event for all pages of a call, where the kernel sends one per page.
+Differs: one event for all pages of a call, where the kernel sends one per page; under linux-7 pages behind the one at
+which it stops are brought in all the same, where a driver of that kernel has not asked for them yet.
 """
 
 from __future__ import annotations

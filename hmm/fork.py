@@ -13,6 +13,9 @@ space and calls `exit_mmap` for the old one when its last user has left.
 the parent's VMAs with the parent's cuts.
 
 **Absent**: processes (commands_process.py).
+
+Differs: mirrors hear of private hugetlb memory as of other memory, PROTECTION_PAGE, where the kernel says CLEAR
+(mm/hugetlb.c, copy_hugetlb_page_range()).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 **Source**: Linux 6.12 and 7.0: mm/hmm.c, hmm_vma_fault(); mm/rmap.c, make_device_exclusive_range(), which became
 make_device_exclusive() for one page.
 
-**Absent**: differences that no driver and no program can see.
+**Absent**: huge pages in device memory, which 7.0 has: a migration splits them under either; differences that no
+driver and no program can see.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The cases that joined the kernel's selftest after 6.12, as far as they do not need huge pages on the device itself.
 
-They run under a daemon with the semantics of `linux-7`.
+They run under a daemon with the semantics `linux-7`.
 
 **Source**: Linux tools/testing/selftests/mm/hmm-tests.c, 2026.
 
