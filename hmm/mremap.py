@@ -15,7 +15,8 @@ everything as it was.
 **Absent**: userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
 Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
-moves.
+moves.  What MREMAP_DONTUNMAP leaves of a VMA that nobody touched merges with its copy beside it, as in 6.18; 6.12 has
+been seen to keep two.
 """
 
 from __future__ import annotations
