@@ -354,6 +354,7 @@ class Notifier:
         unfinished = tuple([delivery.mirror_id for delivery in deliveries if delivery.unfinished])
         if unfinished:
             yield from self._finish(event, unfinished)
+            killed = [mirror_id for mirror_id in killed if mirror_id in self.subscribers]  # or lost meanwhile
         if killed and not certain:
             yield from self.end(tuple(killed), event.operation_id)
         if refused:

@@ -13,6 +13,7 @@ from hmm.testing_swap import TOWNS
     [
         ("devices", 690),  # a VMA that was being unmapped was out of the reverse map's sight
         ("devices", 915),
+        ("devices", 853),  # a mirror whose error was its end was lost while others finished, and told nevertheless
         ("huge", 1171),  # an exec that was refused kept what others had mapped in the new address space
         ("memory", 521),  # a page that another device had taken meanwhile was looked for on the first
         ("memory", 789),

@@ -232,6 +232,27 @@ def test_second_pass_is_left_out_when_the_first_did_all(bench: Any) -> None:
     machine.check()
 
 
+def test_mirror_is_not_ended_when_it_was_lost_while_others_finished(bench: Any) -> None:
+    """Its error on the first pass is its end, of which it is told after the second pass; by then it may be gone."""
+    first, second = two_mirrors(bench, two_pass=(True, False))
+    machine, span = bench.local.machine, bench.span(0, 2)
+    gpu = bench.call(commands_device.register_device, "gpu")
+    mirror = bench.call(commands_device.register_mirror, gpu, bench.process)
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    answers = {first: errno.EINPROGRESS, second: 0, mirror: errno.EIO}
+    for told in machine.take_outbox():
+        machine.answer(told.mirror_id, told.sequence, answers[told.mirror_id])
+    machine.resume(record.id)
+    (finish,) = machine.take_outbox()
+    machine.fence(mirror, "gone")
+    bench.call(commands_device.unregister_mirror, mirror)
+    machine.answer(finish.mirror_id, finish.sequence)
+    machine.resume(record.id)
+    assert record.result == 0
+    assert not machine.take_outbox()
+    machine.check()
+
+
 def test_mirror_with_one_pass_cannot_put_it_off(bench: Any) -> None:
     """EINPROGRESS is no answer there: it counts as done, and as a bug of the driver."""
     first, second = two_mirrors(bench, two_pass=(False, False))
