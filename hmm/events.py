@@ -99,6 +99,7 @@ class Cause(Enum):
     MPROTECT_READ = "mprotect read"  # it can be read, not written
     MPROTECT_WRITE = "mprotect write"  # an upgrade
     FORK = "fork"  # copy_page_range(): the parent's pages become copy-on-write
+    FORK_HUGETLB = "fork of hugetlb memory"  # copy_hugetlb_page_range()
     COPY_ON_WRITE = "copy on write"  # wp_page_copy()
     CLEAR_SOFT_DIRTY = "clear soft-dirty"
     WRITE_BACK = "write back"  # page_mkclean()
@@ -138,6 +139,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.MPROTECT_READ: Told(EventType.WRITE_PROTECT, Reason.PROTECTION_VMA),
     Cause.MPROTECT_WRITE: Told(EventType.NONE, Reason.PROTECTION_VMA),
     Cause.FORK: Told(EventType.FORK, Reason.PROTECTION_PAGE),
+    Cause.FORK_HUGETLB: Told(EventType.FORK, Reason.CLEAR),
     Cause.COPY_ON_WRITE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.CLEAR_SOFT_DIRTY: Told(EventType.WRITE_PROTECT, Reason.SOFT_DIRTY),
     Cause.WRITE_BACK: Told(EventType.WRITE_PROTECT, Reason.PROTECTION_PAGE),

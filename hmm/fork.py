@@ -7,19 +7,18 @@ before their pages become read-only.  Of pages that a mirror has in its device's
 exec is an exit from one address space after entering another, empty one: whoever knows of processes makes the new
 space and calls `exit_mmap` for the old one when its last user has left.
 
-**Source**: Linux kernel/fork.c (dup_mmap()), mm/memory.c (copy_page_range()), mm/mmap.c (exit_mmap()), 6.12.
+**Source**: Linux kernel/fork.c (dup_mmap()), mm/memory.c (copy_page_range()), mm/hugetlb.c
+(copy_hugetlb_page_range()), mm/mmap.c (exit_mmap()), 6.12.
 
 **Invariants**: after fork no private page is writable in both spaces, or counted as exclusive to one; the child has
 the parent's VMAs with the parent's cuts.
 
 **Absent**: processes (commands_process.py).
-
-Differs: mirrors hear of private hugetlb memory as of other memory, PROTECTION_PAGE, where the kernel says CLEAR
-(mm/hugetlb.c, copy_hugetlb_page_range()).
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -70,14 +69,16 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
         turn.hold(WHOLE_SPACE)
         vmas = [vma for vma in parent.vmas if not vma.has(VmFlag.DONTCOPY)]
         copied = [vma for vma in vmas if _needs_copy(vma)]
-        spans = tuple(vma.span for vma in copied if _is_cow(vma))
+        private = [vma for vma in copied if _is_cow(vma)]
+        huge = tuple(vma.span for vma in private if vma.has(VmFlag.HUGETLB))
+        small = tuple(vma.span for vma in private if not vma.has(VmFlag.HUGETLB))
         try:
-            if spans:
-                with parent.notifier.invalidation(spans, Cause.FORK) as invalidation:
-                    yield from invalidation.deliver()
+            with ExitStack() as told:
+                for spans, cause in ((small, Cause.FORK), (huge, Cause.FORK_HUGETLB)):
+                    if spans:
+                        yield from told.enter_context(parent.notifier.invalidation(spans, cause)).deliver()
+                if small:
                     yield from _split_pinned(parent, copied)
-                    yield from _copy(parent, child, vmas, copied)
-            else:
                 yield from _copy(parent, child, vmas, copied)
         except HmmError:
             yield from exit_mmap(child)

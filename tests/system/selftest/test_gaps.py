@@ -204,3 +204,19 @@ def test_hugetlb_page_stays_when_it_is_asked_to_move(hmm: Any) -> None:
     failed(errno.EINVAL, hmm.mirror.migrate_to_device, a, HUGE_PAGES)
     assert hmm.mirror.heard(a) == []
     assert hmm.snapshot(a, HUGE_PAGES) == [0x06] * HUGE_PAGES
+
+
+def test_hugetlb_page_is_copied_whole_when_a_device_writes_it_after_fork(hmm: Any) -> None:
+    """copy_hugetlb_page_range() tells the parent CLEAR, not PROTECTION_PAGE; hugetlb_wp() CLEAR of the huge page."""
+    whole = ("CLEAR", [(0, HUGE_PAGES)])
+    a = hmm.map(HUGE_PAGES, flags=PRIVATE | MapFlag.HUGETLB)
+    hmm.store(a, ramp(HUGE_PAGES))
+    child = hmm.process.fork()
+    assert hmm.mirror.heard(a) == [whole]
+    mirror = hmm.open(hmm.mirror.card, child)
+    succeeded(mirror.write(a, (-ramp(1)).tobytes()), 1, faults=1)
+    assert (hmm.mirror.heard(a), mirror.heard(a)) == ([], [whole])
+    assert np.array_equal(ints(child.read(a, PAGE_SIZE)), -ramp(1))
+    assert np.array_equal(hmm.load(a, HUGE_PAGES), ramp(HUGE_PAGES))
+    mirror.close()
+    child.exit()
