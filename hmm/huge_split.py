@@ -26,7 +26,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.events import Cause
 from hmm.frames import ZERO_PFN, Frames, PageFlag
-from hmm.large_folio import can_split, members
+from hmm.large_folio import are_compound, can_split, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places
 from hmm.units import (
@@ -148,7 +148,7 @@ def ours(place: Places, head: Pfn) -> tuple[Entries, npt.NDArray[np.bool_]]:
     entries = place.space.table.lookup(place.addresses)
     pfns = np.arange(head, head + PMD_PAGES)[place.pages]
     naming: npt.NDArray[np.bool_] = cpu_pte.holds_frame(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
-    return entries, naming
+    return entries, naming & are_compound(place.space.frames, pfns)
 
 
 def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bool]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hmm.frames import Frames, PageFlag
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
-__all__ = ["are_compound", "are_pinned", "can_split", "heads_of", "likely_mapped_shared", "members"]
+__all__ = ["are_compound", "are_pinned", "belong_to", "can_split", "heads_of", "likely_mapped_shared", "members"]
 
 
 def are_compound(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
@@ -36,6 +36,11 @@ def heads_of(frames: Frames, pfns: Pfns) -> list[Pfn]:
     return heads
 
 
+def belong_to(frames: Frames, pfns: Pfns, head: Pfn) -> npt.NDArray[np.bool_]:
+    """Which frames are part of a folio: bool[n].  Small pages may have taken frames that it let go of."""
+    return are_compound(frames, pfns) & (pfns >= head) & (pfns < head + PMD_PAGES)
+
+
 def members(frames: Frames, head: Pfn) -> Pfns:
     """The frames that are still part of a folio: int64[n], ascending."""
     run = np.arange(head, head + PMD_PAGES)
@@ -46,8 +51,8 @@ def are_pinned(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames are pinned, themselves or with the folio that they are part of: folio_maybe_dma_pinned()."""
     pinned: npt.NDArray[np.bool_] = frames.pincount[pfns] > 0
     for head in heads_of(frames, pfns):
-        if frames.pincount[head : head + PMD_PAGES].any():
-            pinned |= (pfns >= head) & (pfns < head + PMD_PAGES)
+        if frames.pincount[members(frames, head)].any():
+            pinned |= belong_to(frames, pfns, head)
     return pinned
 
 
@@ -59,8 +64,8 @@ def can_split(frames: Frames, head: Pfn) -> bool:
 
 def likely_mapped_shared(frames: Frames, head: Pfn) -> bool:
     """folio_likely_mapped_shared(): a guess from the first page unless the counts say it."""
-    mapcount = frames.mapcount[members(frames, head)]
-    total = int(mapcount.sum())
+    pfns = members(frames, head)
+    total = int(frames.mapcount[pfns].sum())
     if total <= 1:
         return False
-    return total > PMD_PAGES or int(frames.mapcount[head]) > 1
+    return total > PMD_PAGES or (int(pfns[0]) == head and int(frames.mapcount[head]) > 1)

@@ -8,7 +8,8 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     collapse   COLLAPSE makes huge pages of small ones
-    reclaim    WILLNEED brings in what is in swap, PAGEOUT puts out, COLD makes pages the next to go; all need swap
+    reclaim    WILLNEED brings in what is in swap, PAGEOUT puts out, COLD makes pages the next to go; all need swap,
+               but PAGEOUT and COLD split huge pages without any
 
 **Source**: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
 (hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
@@ -49,7 +50,7 @@ from hmm.fault import fault_in
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
-from hmm.large_folio import heads_of, likely_mapped_shared
+from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.operation import Operation, Pause
 from hmm.reclaim import Reclaim
 from hmm.swap_in import read_ahead
@@ -111,6 +112,9 @@ _FLAGS: dict[Advice, tuple[VmFlag, VmFlag]] = {
 
 _UNMERGEABLE = SPECIAL_FLAGS | VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.HUGETLB
 
+_NOT_LRU = VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB
+"""can_madv_lru_vma() is false for these."""
+
 
 def _begins_in_page(vma: Vma) -> bool:
     return vma.has(VmFlag.HUGETLB) and bool(vma.start & ~PMD_MASK)
@@ -123,8 +127,8 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
     Advice.DONTNEED: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or _begins_in_page(vma),
     Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP) or _begins_in_page(vma),
     Advice.FREE: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or not vma.mapping.anonymous,
-    Advice.COLD: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
-    Advice.PAGEOUT: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED),
+    Advice.COLD: lambda vma: vma.has(_NOT_LRU),
+    Advice.PAGEOUT: lambda vma: vma.has(_NOT_LRU),
 }
 """The VMAs that may not get an advice (EINVAL)."""
 
@@ -194,12 +198,8 @@ def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Rec
         case Advice.WILLNEED:
             for piece in pieces:
                 yield from read_ahead(space, piece.span)
-        case Advice.COLD if reclaim:
-            reclaim.deactivate(space, [piece.span for piece in pieces])
-        case Advice.PAGEOUT if reclaim:
-            yield from reclaim.page_out(space, [piece.span for piece in pieces])
         case Advice.COLD | Advice.PAGEOUT:
-            pass
+            yield from _retire(space, pieces, reclaim, out=advice is Advice.PAGEOUT)
         case _:
             yield from _change_flags(space, pieces, advice)
     if error is not None:
@@ -259,6 +259,42 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
                 yield from zap(space, piece.span)
 
 
+def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, out: bool) -> Operation[None]:
+    """madvise_cold_or_pageout_pte_range(): large folios are split even where there is no swap to put pages into.
+
+    COLD leaves those whole that lie in the range; PAGEOUT splits them as well: shrink_folio_list() does, when no run of
+    slots can be had (add_to_swap()).
+    """
+    for piece in pieces if space.huge else ():
+        for part in space.table.populated(piece.start, piece.end, PMD_PAGES):
+            yield from _split_folios(space, piece, part, whole=out)
+    if reclaim is None:
+        return
+    spans = [piece.span for piece in pieces]
+    if out:
+        yield from reclaim.page_out(space, spans)
+    else:
+        reclaim.deactivate(space, spans)
+
+
+def _split_folios(space: AddressSpace, vma: Vma, part: AddressRange, *, whole: bool) -> Operation[None]:
+    """Split the folios that a part of a block maps, unless others map them as well.
+
+    Args:
+        whole: those as well that the part maps all of.
+    """
+    frames = space.frames
+    pfns = _framed(space.table.read(part.start, part.end))
+    for head in heads_of(frames, pfns):
+        mapped = np.flatnonzero(belong_to(frames, pfns, head))
+        if mapped.size == PMD_PAGES:
+            chosen = whole and int(frames.mapcount[pfns[mapped]].sum()) == PMD_PAGES
+        else:
+            chosen = not likely_mapped_shared(frames, head)
+        if chosen:
+            yield from split_folio(space, vma, part.start + (int(mapped[0]) << PAGE_SHIFT))
+
+
 def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     """madvise_free_pte_range(): what is present, or in swap; those on a device are left alone; lost ones forgotten."""
     if space.frames.swap is not None:
@@ -297,17 +333,12 @@ def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     """
     frames = space.frames
     for piece in space.table.populated(vma.start, vma.end, PMD_PAGES):
-        entries = space.table.read(piece.start, piece.end)
-        pfns = _framed(entries)
-        for head in heads_of(frames, pfns):
-            mapped = np.flatnonzero((pfns >= head) & (pfns < head + PMD_PAGES))
-            if mapped.size < PMD_PAGES and not likely_mapped_shared(frames, head):
-                yield from split_folio(space, vma, piece.start + (int(mapped[0]) << PAGE_SHIFT))
+        yield from _split_folios(space, vma, piece, whole=False)
         entries = space.table.read(piece.start, piece.end)
         pfns = _framed(entries)
         chosen = cpu_pte.is_present(entries) & ~cpu_pte.is_huge_zero(entries)
         for head in heads_of(frames, pfns):
-            mapped = np.flatnonzero((pfns >= head) & (pfns < head + PMD_PAGES))
+            mapped = np.flatnonzero(belong_to(frames, pfns, head))
             chosen[mapped] = mapped.size == PMD_PAGES == int(frames.mapcount[pfns[mapped]].sum())
         entries[chosen] &= _CLEAN
         entries[cpu_pte.is_poison(entries)] = 0

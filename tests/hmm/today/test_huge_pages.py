@@ -15,6 +15,7 @@ from hmm.address_space import AddressSpace, Thp
 from hmm.errors import HmmError
 from hmm.events import Cause, Event, EventType, Reason
 from hmm.frames import PageFlag
+from hmm.large_folio import likely_mapped_shared
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
@@ -306,6 +307,69 @@ def test_free_makes_a_huge_page_clean_when_it_is_of_all(bench: Any) -> None:
     assert shown(bench) == "W512 .512"
 
 
+def take_a_frame_of_the_folio(bench: Any, at: int) -> None:
+    """A small page comes into the frame that a huge page let go of."""
+    frame = cpu_pte.cpu_pfn(bench.entry(at))
+    advise(bench, at, 1, Advice.DONTNEED)
+    bench.write(at, b"s")
+    assert cpu_pte.cpu_pfn(bench.entry(at)) == frame
+
+
+def test_free_splits_the_folio_when_a_small_page_took_one_of_its_frames(bench: Any) -> None:
+    """madvise_free_pte_range(): the folio is not mapped as a whole, folio_pte_batch() ends before the small page."""
+    bench.write(0, b"x")
+    take_a_frame_of_the_folio(bench, 3)
+    advise(bench, 0, BLOCK, Advice.FREE)
+    assert shown(bench) == "w1 z2 w1 z508 .512"
+    assert not cpu_pte.is_dirty(bench.entry(3))
+
+
+def test_free_guesses_from_a_page_of_the_folio_who_maps_it(bench: Any) -> None:
+    """folio_likely_mapped_shared() reads the count of the first page, whose frame a small page may have taken."""
+    bench.write(0, b"x" * PAGE_SIZE * 2)
+    frames, head = bench.local.machine.frames, cpu_pte.cpu_pfn(bench.entry(0))
+    child = bench.call(commands_process.fork, bench.process)
+    for span in (bench.span(2, BLOCK - 2), bench.span(0)):
+        for process in (bench.process, child):
+            bench.call(commands_process.madvise, process, span.start, span.size_bytes, Advice.DONTNEED)
+    bench.write(0, b"s")
+    assert cpu_pte.cpu_pfn(bench.entry(0)) == head
+    bench.call(commands_process.fork, bench.process)
+    assert (frames.mapcount[head], likely_mapped_shared(frames, head)) == (2, False)
+
+
+@pytest.mark.parametrize("advice", [Advice.COLD, Advice.PAGEOUT])
+def test_cold_and_pageout_split_the_folio_when_they_are_of_a_part(bench: Any, advice: Advice) -> None:
+    """madvise_cold_or_pageout_pte_range(), whether or not there is swap."""
+    bench.write(0, b"x" * 3 * PAGE_SIZE)
+    advise(bench, 1, 1, advice)
+    assert shown(bench) == "w3 z509 .512"
+    assert heard(bench) == [(Cause.HUGE_PAGE_SPLIT, [(0, 512)])]
+    bench.write(BLOCK, b"y")
+    advise(bench, BLOCK + 4, 1, Advice.DONTNEED)
+    advise(bench, BLOCK, BLOCK, advice)
+    assert shown(bench) == "w3 z509 w1 z3 .1 z507"
+
+
+def test_cold_leaves_a_huge_page_that_pageout_splits_when_they_are_of_all(bench: Any) -> None:
+    """madvise_cold_or_pageout_pte_range() keeps it whole; shrink_folio_list() splits what gets no run of slots."""
+    bench.write(0, b"x")
+    advise(bench, 0, BLOCK, Advice.COLD)
+    assert shown(bench) == "W512 .512"
+    advise(bench, 0, BLOCK, Advice.PAGEOUT)
+    assert shown(bench) == "w1 z511 .512"
+
+
+@pytest.mark.parametrize("advice", [Advice.COLD, Advice.PAGEOUT])
+def test_cold_and_pageout_leave_a_folio_alone_when_others_map_it(bench: Any, advice: Advice) -> None:
+    """folio_likely_mapped_shared()."""
+    bench.write(0, b"x")
+    bench.call(commands_process.fork, bench.process)
+    advise(bench, 1, 1, advice)
+    advise(bench, 0, BLOCK, advice)
+    assert shown(bench) == "R512 .512"
+
+
 # ---- fork
 
 
@@ -342,6 +406,19 @@ def test_fork_copies_all_pages_of_a_folio_when_one_is_pinned(bench: Any) -> None
     child = bench.call(commands_process.fork, bench.process)
     assert shown(bench) == shown(bench, process=child) == "w512 .512"
     assert bench.read(0, 1, child) == b"x"
+
+
+def test_fork_shares_a_small_page_when_it_took_a_frame_of_a_folio_that_is_pinned(bench: Any) -> None:
+    """folio_maybe_dma_pinned() is asked of the small page's own folio, and neither answers for the other."""
+    bench.write(0, b"x")
+    bench.write(BLOCK, b"x")
+    take_a_frame_of_the_folio(bench, 3)
+    take_a_frame_of_the_folio(bench, BLOCK + 3)
+    bench.call(commands_process.pin, bench.process, bench.span(7), write=True)
+    bench.call(commands_process.pin, bench.process, bench.span(BLOCK + 3), write=True)
+    child = bench.call(commands_process.fork, bench.process)
+    frames = [[cpu_pte.cpu_pfn(bench.entry(at, one)) for at in (3, 4, BLOCK + 3, BLOCK + 4)] for one in (0, child)]
+    assert [mine == other for mine, other in zip(*frames, strict=True)] == [True, False, False, True]
 
 
 def test_child_gets_empty_page_tables_where_its_parent_has_some(bench: Any) -> None:

@@ -120,6 +120,13 @@ def test_discard_rounds_down_to_whole_pages(bench: Any) -> None:
     assert free(bench)[0] == 3
 
 
+@pytest.mark.parametrize("advice", [Advice.COLD, Advice.PAGEOUT])
+def test_pages_are_not_on_the_lists_that_advice_moves_them_in(bench: Any, advice: Advice) -> None:
+    """can_madv_lru_vma()."""
+    bench.map(BLOCK, flags=PRIVATE)
+    assert refused(bench, commands_process.madvise, *place(bench, 0, BLOCK), advice) == errno.EINVAL
+
+
 def test_mprotect_leaves_writing_to_a_fault(bench: Any) -> None:
     """hugetlb_change_protection() upgrades nothing; the page is its process's own, so the fault copies nothing."""
     bench.map(BLOCK, flags=PRIVATE)
