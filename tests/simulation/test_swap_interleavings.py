@@ -76,3 +76,9 @@ def test_simulate_finds_a_slot_that_is_freed_while_an_entry_names_it(monkeypatch
 
     monkeypatch.setattr(SwapArea, "put", eager)
     assert found(range(100))
+
+
+def test_simulate_finds_a_fork_that_does_not_count_swap_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the child's entries name slots that go with the parent's."""
+    monkeypatch.setattr(SwapArea, "duplicate", lambda *_: None)
+    assert found(range(100))
