@@ -92,7 +92,7 @@ class Channel:
             ("grpc.max_send_message_length", MESSAGE_BYTES),
             ("grpc.http2.bdp_probe", 0),  # else a client that reads late is sent 4 MiB of events first
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 5000),  # how long one attempt may take; refused ones end at once
             ("grpc.use_local_subchannel_pool", 1),  # two clients in one process do not share a connection
         ]
         if credentials is None:
