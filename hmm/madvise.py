@@ -50,7 +50,7 @@ from hmm.fault import fault_in
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
-from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
+from hmm.large_folio import are_compound, belong_to, heads_of, likely_mapped_shared
 from hmm.operation import Operation, Pause
 from hmm.reclaim import Reclaim
 from hmm.swap_in import read_ahead
@@ -132,6 +132,7 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
 }
 """The VMAs that may not get an advice (EINVAL)."""
 
+_NO_FRAMES = np.empty(0, np.int64)
 _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 
@@ -297,8 +298,6 @@ def _split_folios(space: AddressSpace, vma: Vma, part: AddressRange, *, whole: b
 
 def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     """madvise_free_pte_range(): what is present, or in swap; those on a device are left alone; lost ones forgotten."""
-    if space.frames.swap is not None:
-        _free_lazily(space, vma.span)
     if space.huge:
         yield from _make_blocks_clean(space, vma)
         return
@@ -313,14 +312,21 @@ def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
             yield Pause()
         paused = False
         space.table.update(piece.start, piece.end, clean)
+        _free_lazily(space, piece, _NO_FRAMES)
 
 
-def _free_lazily(space: AddressSpace, span: AddressRange) -> None:
-    """Swap entries go, and pages may go without being written: folio_mark_lazyfree()."""
+def _free_lazily(space: AddressSpace, span: AddressRange, whole: Pfns) -> None:
+    """Swap entries go, and pages may go without being written: folio_mark_lazyfree().
+
+    Args:
+        whole: the frames of the folios that are mapped as a whole; those of others stay as they are.
+    """
+    if space.frames.swap is None:
+        return
     addresses, entries = space.table.valid(span.start, span.end)
     space.drop(space.table.clear_many(addresses[cpu_pte.is_swap(entries)]))
     frames, pfns = space.frames, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries) & cpu_pte.is_present(entries)])
-    pfns = pfns[~frames.test_flags(pfns, PageFlag.COMPOUND)]
+    pfns = pfns[~frames.test_flags(pfns, PageFlag.COMPOUND) | np.isin(pfns, whole)]
     pfns = pfns[frames.test_flags(pfns, PageFlag.ANON) & (frames.private[pfns] == 0) & (frames.mapcount[pfns] == 1)]
     frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.REFERENCED | PageFlag.ACTIVE)
 
@@ -343,6 +349,7 @@ def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
         entries[chosen] &= _CLEAN
         entries[cpu_pte.is_poison(entries)] = 0
         space.table.fill(piece.start, piece.end, entries)
+        _free_lazily(space, piece, pfns[chosen & are_compound(frames, pfns)])
 
 
 def _framed(entries: Entries) -> Pfns:

@@ -25,6 +25,7 @@ from hmm.madvise import Advice
 from hmm.operation import Await, WaitFor
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.receiver import DeadlinePolicy
+from hmm.smaps import memory_use
 from hmm.swap_area import SwapArea
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -469,3 +470,20 @@ def test_pageout_puts_a_huge_page_out() -> None:
     memory.advise(block, Advice.PAGEOUT)
     assert memory.swapped(block) == [True] * 2 + [False] * 510
     assert memory.read(block) == [7] * 2 + [0] * 510
+
+
+@pytest.mark.parametrize("npages", [512, 511])
+def test_huge_page_that_was_freed_lazily_goes_without_being_written(npages: int) -> None:
+    """madvise_free_huge_pmd() marks a whole one, madvise_free_pte_range() the pages of one that it split."""
+    memory = Memory(Limits(frames=1100, swap_pages=600, device_frames=0))
+    memory.pid = memory.call(processes.create_process, "huge", thp=Thp.ALWAYS)
+    memory.call(processes.mmap, memory.pid, 0x4000_0000, 512 * PAGE_SIZE, RW, FIXED)
+    block = AddressRange(0x4000_0000, 0x4000_0000 + 512 * PAGE_SIZE)
+    freed = AddressRange(block.start, block.start + npages * PAGE_SIZE)
+    memory.write(block, 7)
+    memory.advise(freed, Advice.FREE)
+    space = memory.machine.process(memory.pid).space
+    assert [memory_use(space, vma).lazy_free for vma in space.vmas] == [npages * PAGE_SIZE]
+    memory.advise(block, Advice.PAGEOUT)
+    assert memory.swap.used == 512 - npages
+    assert memory.read(block) == [0] * npages + [7] * (512 - npages)
