@@ -31,7 +31,7 @@ from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE
 from hmm.file import File
 from hmm.frames import PageFlag
-from hmm.huge_split import huge_blocks, split_pmds
+from hmm.huge_split import huge_blocks, split_pmds, whole_blocks
 from hmm.hugetlb import unreserve
 from hmm.hugetlb_fault import copy_pinned_pages
 from hmm.large_folio import are_pinned
@@ -176,7 +176,7 @@ def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Non
     """Where the parent has a page table the child gets one, even if it stays empty: copy_pmd_range()."""
     if not parent.thp:
         return
-    parent.keep_tables(vma.start, vma.end)
+    parent.keep_tables(*whole_blocks(vma.span))
     first, end = vma.start >> PMD_SHIFT, (vma.end - 1 >> PMD_SHIFT) + 1
     child.tables |= {number for number in parent.tables if first <= number < end}
 

@@ -44,7 +44,7 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds"]
+__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds", "whole_blocks"]
 
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 _PUD_SIZE = 1 << 30
@@ -54,6 +54,11 @@ _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACC
 def block_of(address: Address) -> AddressRange:
     """The aligned 2 MiB that hold an address."""
     return AddressRange(address & PMD_MASK, (address & PMD_MASK) + PMD_SIZE)
+
+
+def whole_blocks(span: AddressRange) -> tuple[Address, Address]:
+    """Start and end of the blocks that share a byte with `span`: a block's page table is of all VMAs in it."""
+    return span.start & PMD_MASK, min(-(-span.end & PMD_MASK), TASK_SIZE)
 
 
 def huge_blocks(space: AddressSpace, span: AddressRange) -> list[AddressRange]:

@@ -29,7 +29,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
-from hmm.huge_split import block_of, cut, huge_blocks, split_pmds
+from hmm.huge_split import block_of, cut, huge_blocks, split_pmds, whole_blocks
 from hmm.notifier import Turn
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
@@ -296,7 +296,7 @@ def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -
 
 def _move_tables(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:
     """Which blocks have page tables afterwards: move_page_tables() moves one as a whole where it can."""
-    space.keep_tables(old.start, old.end)
+    space.keep_tables(*whole_blocks(old))
     shift = new.start - old.start
     at = _realigned(space, old, shift)
     while at < old.end:

@@ -20,7 +20,7 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.pagemap import FILE, pagemap
-from hmm.units import PAGE_SIZE, PMD_PAGES, AddressRange, ProcessId
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SHIFT, AddressRange, ProcessId
 from hmm.vma import Prot
 
 BLOCK = PMD_PAGES
@@ -482,6 +482,29 @@ def test_mremap_takes_the_page_table_along_when_it_moves_a_block(bench: Any) -> 
     move(bench, 0, 8, 3 * BLOCK, MOVE | MremapFlag.DONTUNMAP)
     bench.write(0, b"y")
     assert shown(bench, BLOCK) == "w1 .7 w504"
+
+
+def leave_a_table(bench: Any) -> None:
+    """The second block has a page table, for a page of a VMA of its own that fork does not copy."""
+    protect(bench, BLOCK + 5, 1, Prot.READ)
+    assert bench.read(BLOCK + 5, 1) == b"\0"
+
+
+def test_mremap_allocates_a_page_table_when_the_block_has_one_for_another_vma(bench: Any) -> None:
+    """move_page_tables(): get_old_pmd() looks at the entry of the block, whosever pages are in the table."""
+    leave_a_table(bench)
+    move(bench, BLOCK + 100, 1, 3)
+    bench.write(0, b"x")
+    assert shown(bench, BLOCK) == "w1 .511"
+
+
+def test_fork_allocates_a_page_table_when_the_block_has_one_for_another_vma(bench: Any) -> None:
+    """copy_pmd_range(): the entry of the block is not pmd_none(), though the VMA that is copied has no page there."""
+    leave_a_table(bench)
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    assert bench.entry(BLOCK + 5, child) == 0
+    assert space(bench, child).tables == {bench.span(BLOCK).start >> PMD_SHIFT}
 
 
 # ---- migrated, taken
