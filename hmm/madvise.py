@@ -25,7 +25,7 @@ Differs: one event for the call, where the kernel sends one per VMA.
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 
 import numpy as np
@@ -357,8 +357,11 @@ def _framed(entries: Entries) -> Pfns:
     return np.where(cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
 
 
-def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
-    """MADV_REMOVE: without a turn, as the kernel gives its lock up for each hole that it punches."""
+def _pieces(space: AddressSpace, span: AddressRange) -> Iterator[Vma]:
+    """The mapped parts of a range, each looked up when it is asked for: madvise_walk_vmas().
+
+    Raises: BadAddressError: there was a hole; what lies behind it was handed out before (ENOMEM).
+    """
     at, hole = span.start, None
     while at < span.end:
         vma = space.vmas.find_next(at)
@@ -367,6 +370,15 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
             if vma is None or vma.start >= span.end:
                 break
         piece = vma.clip(at, span.end)
+        yield piece
+        at = piece.end
+    if hole is not None:
+        raise _no_mapping(hole)
+
+
+def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """MADV_REMOVE: without a turn, as the kernel gives its lock up for each hole that it punches."""
+    for piece in _pieces(space, span):
         file = piece.backing
         if piece.has(VmFlag.LOCKED) or not isinstance(file, File):
             raise InvalidRequestError(f"madvise: {piece} has nothing to remove", address=piece.start)
@@ -381,28 +393,15 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
             length = (begin + length & PMD_MASK) - offset
         if length > 0:
             yield from punch(file, offset, length)
-        at = piece.end
-    if hole is not None:
-        raise _no_mapping(hole)
 
 
 def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:
     """MADV_COLLAPSE: without a turn, as pages may have to be brought in; mappings of files stay as they are."""
-    at, hole = span.start, None
-    while at < span.end:
-        vma = space.vmas.find_next(at)
-        if vma is None or vma.start > at:
-            hole = at if hole is None else hole
-            if vma is None or vma.start >= span.end:
-                break
-        piece = vma.clip(at, span.end)
+    for piece in _pieces(space, span):
         if piece.backing is None:
             yield from collapse(space, piece)
         elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE):
             raise InvalidRequestError(f"madvise: {piece} does not take COLLAPSE", address=piece.start)
-        at = piece.end
-    if hole is not None:
-        raise _no_mapping(hole)
 
 
 def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[None]:
