@@ -45,6 +45,7 @@ __all__ = [
     "SWAP",
     "SWP_EXCLUSIVE",
     "WRITE",
+    "are_plain",
     "cpu_entry",
     "cpu_flags",
     "cpu_pfn",
@@ -271,3 +272,12 @@ def holds_frame(entries: int | Entries) -> bool | Mask:
     if isinstance(entries, int):
         return entries & (PRESENT | DEVICE | EXCLUSIVE) != 0 and not entries & SPECIAL
     return _any_of(entries, PRESENT | DEVICE | EXCLUSIVE) & ~_any_of(entries, SPECIAL)
+
+
+def are_plain(entries: Entries) -> bool:
+    """Whether all entries map small pages, none of them special, all by the CPU or all with a device: most do.
+
+    Cost: two passes.
+    """
+    each, some = int(np.bitwise_and.reduce(entries)), int(np.bitwise_or.reduce(entries))
+    return each & (PRESENT | DEVICE) != 0 and not some & (SPECIAL | HUGE)

@@ -165,7 +165,7 @@ class FrameContents:
             targets: int64[n], unique, without the zero page.
             sources: int64[n], any order; the zero page clears its target.
 
-        Cost: about 0.5 us per page.  Source: Linux mm/util.c, folio_copy().
+        Cost: about 0.5 us per page, twice that when neither are consecutive.  Source: Linux mm/util.c, folio_copy().
         """
         assert targets.size == sources.size
         _assert_writable(targets)
@@ -174,10 +174,14 @@ class FrameContents:
         to, since = as_slice(targets), as_slice(sources)
         if to is not None and since is not None:
             rows[to] = rows[since]
+        elif to is not None and (around := _apart(sources, to)) is not None:
+            np.take(rows[around], sources - around.start, axis=0, out=rows[to], mode="clip")
+        elif since is not None and (around := _apart(targets, since)) is not None:
+            rows[around][targets - around.start] = rows[since]
         else:
             for at in range(0, targets.size, _COPY_PAGES):
                 rows[targets[at : at + _COPY_PAGES]] = rows[sources[at : at + _COPY_PAGES]]
-        self._stale[targets] = False
+        self._stale[targets if to is None else to] = False
 
     def clear(self, pfns: Pfns) -> None:
         """Make frames read as zeroes.
@@ -256,6 +260,15 @@ class FrameContents:
         """Assert that the zero page is what its name says."""
         assert not self._rows[ZERO_PFN].any(), "the zero page was written"
         assert not self._stale[ZERO_PFN], "the zero page is stale"
+
+
+def _apart(pfns: Pfns, run: slice) -> slice | None:
+    """The frames from the smallest to the largest, unless frames of `run` are among them.
+
+    numpy copies by way of a buffer between views that may share memory, and not between those of two such runs.
+    """
+    low, high = int(np.minimum.reduce(pfns)), int(np.maximum.reduce(pfns)) + 1
+    return slice(low, high) if high <= run.start or run.stop <= low else None
 
 
 def _assert_writable(pfns: Pfns) -> None:

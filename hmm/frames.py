@@ -380,6 +380,15 @@ class Frames(FrameContents):
         assert not np.count_nonzero(self.mapcount[where] < 0), "unmapped, and not mapped"
         return self._put(pfns, where)
 
+    def detach(self, pfns: Pfns) -> None:
+        """Count a page-table entry less for each; the reference that went with it stays, and is the caller's.
+
+        Cost: as `get`.
+        """
+        pfns, where = _counted(pfns)
+        _subtract(self.mapcount, pfns, where)
+        assert not np.count_nonzero(self.mapcount[where] < 0), "unmapped, and not mapped"
+
     def unmap_one(self, pfn: Pfn) -> bool:
         """`unmap` for one frame.
 

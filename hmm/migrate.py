@@ -40,7 +40,7 @@ from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.huge_split import huge_blocks, split_folio, split_pmds
 from hmm.large_folio import are_compound
-from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
+from hmm.migration_entries import HeldPages, entries_of, range_of, replace, stand_in, unmap_everywhere
 from hmm.notifier import Invalidation
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places
@@ -70,6 +70,7 @@ PFN_SHIFT = 6
 
 _Mask = npt.NDArray[np.bool_]
 _Positions = npt.NDArray[np.intp]
+_MIGRATE_WRITE = np.uint64(MIGRATE | WRITE)
 _NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
 
 
@@ -138,6 +139,9 @@ class Migration:
     @property
     def spans(self) -> tuple[AddressRange, ...]:
         """The pages as ranges."""
+        span = range_of(self.addresses)
+        if span is not None:
+            return (span,)
         return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
 
     def indices(self, which: _Positions) -> Pfns:
@@ -245,36 +249,46 @@ def _collect(migration: Migration) -> _Positions:
 
     Returns: which of the addresses have them.
     """
-    space, vma, select, frames = migration.space, migration.vma, migration.select, migration.space.frames
+    space, frames = migration.space, migration.space.frames
     entries = entries_of(space, migration.addresses)
-    zero = cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0)
-    anonymous = vma.backing is None
-    zero &= ~cpu_pte.is_huge(entries)
-    holes = (entries == 0) if anonymous else np.zeros(entries.size, np.bool_)
-    if select & Select.SYSTEM:
+    framed = _framed(migration, entries)
+    pfns = cpu_pte.cpu_pfn(entries[framed])
+    wanted = _selected(migration, pfns)
+    pinned = frames.pincount[pfns] > 0
+    if np.count_nonzero(pinned):
+        # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
+        wanted &= ~(pinned & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
+    if np.count_nonzero(wanted) < wanted.size:
+        framed, pfns = framed[wanted], pfns[wanted]
+    chosen = entries[framed]
+    writable = (chosen & np.uint64(cpu_pte.WRITE)) != 0
+    migration.src[framed] = migrate_pfn(pfns) | np.where(writable, _MIGRATE_WRITE, np.uint64(MIGRATE))
+    stand_in(space, migration.addresses[framed], chosen)
+    return framed
+
+
+def _framed(migration: Migration, entries: Entries) -> _Positions:
+    """Say which of the entries are holes.  Returns: which of them have a page that could move."""
+    if cpu_pte.are_plain(entries):
+        return np.arange(entries.size)
+    holes = (entries == 0) if migration.vma.backing is None else np.zeros(entries.size, np.bool_)
+    if migration.select & Select.SYSTEM:
+        zero = cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0) & ~cpu_pte.is_huge(entries)
         holes |= zero
     migration.src[holes] = MIGRATE
-    framed = np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
-    pfns = cpu_pte.cpu_pfn(entries[framed])
+    return np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
+
+
+def _selected(migration: Migration, pfns: Pfns) -> _Mask:
+    frames, select, wanted = migration.space.frames, migration.select, np.zeros(pfns.size, np.bool_)
     of_device = owners(frames, pfns)
-    compound = are_compound(frames, pfns)
-    private = are_private(frames, pfns)
-    wanted = np.zeros(framed.size, np.bool_)
-    if select & Select.SYSTEM:
-        wanted |= (of_device == 0) & ~compound
-    if select & Select.DEVICE_PRIVATE:
-        wanted |= private & (of_device == migration.owner)
-    if select & Select.DEVICE_COHERENT:
-        wanted |= ~private & (of_device == migration.owner)
-    # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
-    wanted &= ~((frames.pincount[pfns] > 0) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
-    chosen, pfns = framed[wanted], pfns[wanted]
-    words = migrate_pfn(pfns) | np.uint64(MIGRATE)
-    words[cpu_pte.is_writable(entries[chosen])] |= np.uint64(WRITE)
-    migration.src[chosen] = words
-    frames.get(pfns)
-    stand_in(space, migration.addresses[chosen], entries[chosen])
-    return chosen
+    if Select.SYSTEM in select:
+        wanted |= (of_device == 0) & ~are_compound(frames, pfns)
+    if Select.DEVICE_PRIVATE in select:
+        wanted |= are_private(frames, pfns) & (of_device == migration.owner)
+    if Select.DEVICE_COHERENT in select:
+        wanted |= ~are_private(frames, pfns) & (of_device == migration.owner)
+    return wanted
 
 
 def _held(migration: Migration, taken: _Positions) -> HeldPages:
@@ -296,9 +310,10 @@ def _held(migration: Migration, taken: _Positions) -> HeldPages:
 def _leave_referenced(migration: Migration, taken: _Positions, held: HeldPages) -> None:
     """Leave the pages that somebody else still uses where they are: migrate_vma_check_page()."""
     frames, pfns = held.frames, held.pfns
-    cached = ~frames.test_flags(pfns, PageFlag.ANON)
-    kept = (frames.mapcount[pfns] > 0) | (frames.refcount[pfns] > 1 + cached)
-    migration.src[taken[kept]] = 0
+    mapped, references = frames.mapcount[pfns] > 0, frames.refcount[pfns]
+    if np.count_nonzero(mapped) or np.count_nonzero(references == 1) < pfns.size:
+        cached = ~frames.test_flags(pfns, PageFlag.ANON)
+        migration.src[taken[mapped | (references > 1 + cached)]] = 0
 
 
 # ---- pages
@@ -308,6 +323,8 @@ def _check_destinations(migration: Migration) -> None:
     """Refuse what cannot be: pages of files in a device's memory; MIGRATE goes where nothing is moved."""
     frames, pages = migration.space.frames, migration.pages
     sources, targets = migration.source_pfns(pages), migration.target_pfns(pages)
+    if np.count_nonzero(targets) == pages.size and frames.all_have(sources, PageFlag.ANON):
+        return
     refused = (targets == 0) | ((owners(frames, targets) != 0) & ~frames.test_flags(sources, PageFlag.ANON))
     migration.src[pages[refused]] &= _NOT_MIGRATE
 
@@ -356,12 +373,12 @@ def _insert(migration: Migration, holes: _Positions, pfns: Pfns) -> _Mask:
 
 def _finalize(migration: Migration, taken: _Positions, held: HeldPages) -> None:
     """Entries of moved pages become entries of their destinations, all others what they were."""
-    frames = held.frames
-    migrated = (migration.src & np.uint64(MIGRATE)) != 0
-    moved = migrated[taken]
-    targets = np.where(moved, migration.target_pfns(taken), held.pfns)
-    frames.index[targets[moved]] = migration.indices(taken[moved])
+    frames, targets = held.frames, migration.target_pfns(taken)
+    stayed = (migration.src & np.uint64(MIGRATE)) == 0
+    if np.count_nonzero(stayed):
+        targets = np.where(stayed[taken], held.pfns, targets)
+        spare = np.flatnonzero(stayed & (migration.dst != 0))
+        frames.put(migration.target_pfns(spare))
+        migration.dst[spare] = 0
+    frames.index[targets] = migration.indices(taken)
     replace(held, targets)
-    spare = np.flatnonzero(~migrated & (migration.dst != 0))
-    frames.put(migration.target_pfns(spare))
-    migration.dst[spare] = 0

@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -28,14 +30,18 @@ from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.rmap import Places
-from hmm.units import PAGE_SHIFT, Entries, Pfns, spans_of_pages
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, spans_of_pages
 from hmm.zone_device import are_private
 
-__all__ = ["FindPlaces", "HeldPages", "entries_of", "replace", "stand_in", "unmap_everywhere"]
+__all__ = ["FindPlaces", "HeldPages", "entries_of", "range_of", "replace", "stand_in", "unmap_everywhere"]
 
-_CARRIED = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY
+_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_STANDS_IN = np.uint64(cpu_pte.MIGRATION)
+_NAMES = np.uint64((1 << 64) - 1 & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
+"""The kind of an entry, and its frame."""
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
-_PAGE_STATE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY
+_PAGE_STATE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY)
+_Number = TypeVar("_Number", bound=np.generic)
 
 FindPlaces = Callable[[], Iterator[Places]]
 """Where the pages of a migration could be mapped now."""
@@ -56,20 +62,21 @@ class HeldPages:
 
 
 def stand_in(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
-    """Put migration entries in the place of entries that map frames held by the migration.
+    """Put migration entries in the place of entries that map frames, whose references become the migration's.
 
     Args:
         addresses: uint64[n], unique.
         entries: uint64[n], what stands there: present, or of a device's private page.
 
-    Cost: O(n), vectorised.
+    Cost: O(n), vectorised.  Source: Linux mm/migrate_device.c, migrate_vma_collect_pmd(), which takes a reference and
+    drops the entry's.
     """
     frames, pfns = space.frames, cpu_pte.cpu_pfn(entries)
-    written = pfns[cpu_pte.is_dirty(entries)]
-    frames.set_flags(written, PageFlag.DIRTY)
-    flags = (entries & np.uint64(_CARRIED)) | np.uint64(cpu_pte.MIGRATION)
-    space.table.store(addresses, cpu_pte.cpu_entry(pfns, flags))
-    frames.unmap(pfns)
+    dirty = cpu_pte.is_dirty(entries)
+    if np.count_nonzero(dirty):
+        frames.set_flags(pfns[dirty], PageFlag.DIRTY)
+    _put_entries(space, addresses, cpu_pte.cpu_entry(pfns, (entries & _CARRIED) | _STANDS_IN))
+    frames.detach(pfns)
 
 
 def unmap_everywhere(held: HeldPages, brackets: ExitStack, *, only_where_mapped: bool = False) -> Operation[None]:
@@ -107,6 +114,7 @@ def unmap_everywhere(held: HeldPages, brackets: ExitStack, *, only_where_mapped:
             entries = space.table.lookup(place.addresses)
             naming = _names(entries, held.pfns[place.pages])
             stand_in(space, place.addresses[naming], entries[naming])
+            frames.put(held.pfns[place.pages][naming])
 
 
 def replace(held: HeldPages, targets: Pfns) -> None:
@@ -119,33 +127,52 @@ def replace(held: HeldPages, targets: Pfns) -> None:
     """
     frames, pfns = held.frames, held.pfns
     moved = targets != pfns
-    frames.flags[targets[moved]] = frames.flags[pfns[moved]] & np.uint32(_PAGE_STATE)
-    frames.mapping[targets[moved]] = frames.mapping[pfns[moved]]
+    new, old = _selected(targets, moved), _selected(pfns, moved)
+    frames.flags[new] = frames.flags[old] & _PAGE_STATE
+    frames.mapping[new] = frames.mapping[old]
     kinds = np.where(are_private(frames, targets), np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT))
     for place in held.places():
-        table = place.space.table
-        entries = table.lookup(place.addresses)
-        ours = cpu_pte.is_migration(entries) & (cpu_pte.cpu_pfn(entries) == pfns[place.pages])
-        if ours.any():
-            new = targets[place.pages][ours]
-            flags = (entries[ours] & np.uint64(_CARRIED)) | kinds[place.pages][ours]
-            table.store(place.addresses[ours], cpu_pte.cpu_entry(new, flags))
-            frames.map(new)
+        entries = entries_of(place.space, place.addresses)
+        ours = (entries & _NAMES) == cpu_pte.cpu_entry(pfns[place.pages], cpu_pte.MIGRATION)
+        if np.count_nonzero(ours):
+            targeted = _selected(targets[place.pages], ours)
+            flags = (_selected(entries, ours) & _CARRIED) | _selected(kinds[place.pages], ours)
+            _put_entries(place.space, _selected(place.addresses, ours), cpu_pte.cpu_entry(targeted, flags))
+            frames.map(targeted)
     frames.put(pfns)
-    frames.put(targets[moved])
+    frames.put(new)
+
+
+def _selected(values: npt.NDArray[_Number], mask: npt.NDArray[np.bool_]) -> npt.NDArray[_Number]:
+    """`values[mask]`, and no copy when that is all of them."""
+    return values if np.count_nonzero(mask) == mask.size else values[mask]
 
 
 def entries_of(space: AddressSpace, addresses: Entries) -> Entries:
     """uint64[n]: the entries at page addresses, ascending; a range is read at once."""
-    if addresses.size and int(addresses[-1] - addresses[0]) >> PAGE_SHIFT == addresses.size - 1:
-        start = int(addresses[0])
-        return space.table.read(start, start + (addresses.size << PAGE_SHIFT))
-    return space.table.lookup(addresses)
+    span = range_of(addresses)
+    return space.table.lookup(addresses) if span is None else space.table.read(span.start, span.end)
 
 
-def _names(entries: Entries, pfns: Pfns) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _put_entries(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
+    span = range_of(addresses)
+    if span is None:
+        space.table.store(addresses, entries)
+    else:
+        space.table.fill(span.start, span.end, entries)
+
+
+def range_of(addresses: Entries) -> AddressRange | None:
+    """The range whose pages are at these addresses, uint64[n] ascending and unique, if they are consecutive."""
+    if not addresses.size:
+        return None
+    first, last = int(addresses[0]), int(addresses[-1])
+    return AddressRange(first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
+
+
+def _names(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     mapped = ((entries & _MAPPED) != 0) & ~cpu_pte.is_special(entries)
-    result: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = mapped & (cpu_pte.cpu_pfn(entries) == pfns)
+    result: npt.NDArray[np.bool_] = mapped & (cpu_pte.cpu_pfn(entries) == pfns)
     return result
 
 

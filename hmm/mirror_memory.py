@@ -203,7 +203,6 @@ class MirrorMemory:
         cpu, own = space.table.lookup(addresses), mirror.table.lookup(addresses)
         here = cpu_pte.is_device_private(cpu) & pte.pte_test_valid_dev(own)
         addresses, cpu = addresses[here], cpu[here]
-        space.frames.get(cpu_pte.cpu_pfn(cpu))
         stand_in(space, addresses, cpu)
         return addresses
 

@@ -222,7 +222,7 @@ def _attempt(memory: MirrorMemory, vma: Vma, span: AddressRange) -> Operation[tu
 
 
 def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
-    space, frames = mirror.space, mirror.space.frames
+    space = mirror.space
     entries = space.table.read(span.start, span.end)
     empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
     framed = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
@@ -232,7 +232,6 @@ def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
     prepare_anon_vma(space, vma)
     _keep_places(mirror, addresses)
     space.table.store(addresses[~locked.framed], cpu_pte.MIGRATION)
-    frames.get(locked.pfns[locked.framed])
     stand_in(space, addresses[locked.framed], locked.entries[locked.framed])
     return locked
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmm.frames import Frames, RegionKind
+from hmm.frames import Frames, Region, RegionKind
 from hmm.units import MirrorId, Pfns
 
 __all__ = ["are_private", "are_remote", "forget_holder", "owners", "used_frames"]
@@ -24,7 +24,7 @@ def owners(frames: Frames, pfns: Pfns) -> Pfns:
     Cost: O(n * regions), vectorised.
     """
     found = np.zeros(pfns.size, np.int64)
-    for region in frames.regions[1:]:
+    for region in _regions_with(frames, pfns):
         found[(pfns >= region.start) & (pfns < region.end)] = region.owner
     return found
 
@@ -32,7 +32,7 @@ def owners(frames: Frames, pfns: Pfns) -> Pfns:
 def are_private(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames the CPU cannot reach: bool[n].  Cost: as `owners`."""
     found = np.zeros(pfns.size, np.bool_)
-    for region in frames.regions[1:]:
+    for region in _regions_with(frames, pfns):
         if region.kind is RegionKind.DEVICE_PRIVATE:
             found |= (pfns >= region.start) & (pfns < region.end)
     return found
@@ -41,10 +41,16 @@ def are_private(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
 def are_remote(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames have their contents with a driver: bool[n].  Cost: as `owners`."""
     found = np.zeros(pfns.size, np.bool_)
-    for region in frames.regions[1:]:
+    for region in _regions_with(frames, pfns):
         if region.remote:
             found |= (pfns >= region.start) & (pfns < region.end)
     return found
+
+
+def _regions_with(frames: Frames, pfns: Pfns) -> list[Region]:
+    """The memories of devices that could have some of the frames: none, mostly."""
+    regions = frames.regions
+    return regions[1:] if pfns.size and np.maximum.reduce(pfns) >= regions[0].end else []
 
 
 def used_frames(frames: Frames, region_number: int) -> Pfns:
