@@ -313,7 +313,7 @@ class Frames(FrameContents):
         if alive == pfns.size:
             return pfns[:0]
         if alive or not isinstance(where, slice):
-            pfns = _ascending(pfns[left == 0])
+            pfns = _ascending(pfns[left == 0] if alive else pfns)
             where = _where(pfns)
         assert not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
         self.flags[where] = 0

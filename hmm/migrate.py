@@ -321,10 +321,10 @@ def _leave_referenced(migration: Migration, taken: _Positions, held: HeldPages) 
 
 def _check_destinations(migration: Migration) -> None:
     """Refuse what cannot be: pages of files in a device's memory; MIGRATE goes where nothing is moved."""
+    if migration.vma.backing is None and np.count_nonzero(migration.dst) == migration.dst.size:
+        return  # anonymous pages, and each has somewhere to go
     frames, pages = migration.space.frames, migration.pages
     sources, targets = migration.source_pfns(pages), migration.target_pfns(pages)
-    if np.count_nonzero(targets) == pages.size and frames.all_have(sources, PageFlag.ANON):
-        return
     refused = (targets == 0) | ((owners(frames, targets) != 0) & ~frames.test_flags(sources, PageFlag.ANON))
     migration.src[pages[refused]] &= _NOT_MIGRATE
 
@@ -332,6 +332,8 @@ def _check_destinations(migration: Migration) -> None:
 def _fill_holes(migration: Migration) -> Operation[None]:
     """Put destinations where nothing was: migrate_vma_insert_page(); told once, from the first one on."""
     holes = migration.holes
+    if not holes.size:
+        return
     unfilled = migration.target_pfns(holes) == 0
     migration.src[holes[unfilled]] = 0
     holes = holes[~unfilled]

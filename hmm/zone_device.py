@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-from hmm.frames import Frames, Region, RegionKind
+from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.units import MirrorId, Pfns
 
 __all__ = ["are_private", "are_remote", "forget_holder", "owners", "used_frames"]
@@ -21,36 +23,44 @@ def owners(frames: Frames, pfns: Pfns) -> Pfns:
 
     Returns: int64[n].
 
-    Cost: O(n * regions), vectorised.
+    Cost: two passes when all belong to the same, O(n * regions) otherwise.
     """
+    sole = _sole_region(frames, pfns)
+    if sole is not None:
+        return np.full(pfns.size, sole.owner, np.int64)
     found = np.zeros(pfns.size, np.int64)
-    for region in _regions_with(frames, pfns):
+    for region in frames.regions[1:]:
         found[(pfns >= region.start) & (pfns < region.end)] = region.owner
     return found
 
 
 def are_private(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames the CPU cannot reach: bool[n].  Cost: as `owners`."""
-    found = np.zeros(pfns.size, np.bool_)
-    for region in _regions_with(frames, pfns):
-        if region.kind is RegionKind.DEVICE_PRIVATE:
-            found |= (pfns >= region.start) & (pfns < region.end)
-    return found
+    return _are(frames, pfns, lambda region: region.kind is RegionKind.DEVICE_PRIVATE)
 
 
 def are_remote(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames have their contents with a driver: bool[n].  Cost: as `owners`."""
+    return _are(frames, pfns, lambda region: region.remote)
+
+
+def _are(frames: Frames, pfns: Pfns, condition: Callable[[Region], bool]) -> npt.NDArray[np.bool_]:
+    sole = _sole_region(frames, pfns)
+    if sole is not None:
+        return np.full(pfns.size, condition(sole), np.bool_)
     found = np.zeros(pfns.size, np.bool_)
-    for region in _regions_with(frames, pfns):
-        if region.remote:
+    for region in frames.regions[1:]:
+        if condition(region):
             found |= (pfns >= region.start) & (pfns < region.end)
     return found
 
 
-def _regions_with(frames: Frames, pfns: Pfns) -> list[Region]:
-    """The memories of devices that could have some of the frames: none, mostly."""
-    regions = frames.regions
-    return regions[1:] if pfns.size and np.maximum.reduce(pfns) >= regions[0].end else []
+def _sole_region(frames: Frames, pfns: Pfns) -> Region | None:
+    """The region that all of the frames are in, if there is one."""
+    if not pfns.size:
+        return frames.region(SYSTEM_REGION)
+    region = frames.region_of(int(np.minimum.reduce(pfns)))
+    return region if np.maximum.reduce(pfns) < region.end else None
 
 
 def used_frames(frames: Frames, region_number: int) -> Pfns:
