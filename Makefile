@@ -124,8 +124,9 @@ certify: install-dev ## Certify each of our drivers with a thousand storms; CERT
 
 SEEDS ?= 0:10000
 TOWNS ?=
+SIMULATE_ARGS ?=
 simulate: install-dev ## Run ten thousand seeded interleavings on all CPUs; SEEDS=FIRST:END and TOWNS select
-	$(BIN)/python tests/simulation $(SEEDS) $(TOWNS)
+	$(BIN)/python tests/simulation $(SEEDS) $(TOWNS) $(SIMULATE_ARGS)
 
 TRACES ?= tests/client/data/kernel-traces
 verify: install-dev ## Compare the kernel's traces with a daemon, over the wire; TRACES selects

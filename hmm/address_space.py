@@ -306,18 +306,19 @@ class AddressSpace:
             self.vmas.check()
         self.notifier.check()
         leaving = tuple(span for running in self.notifier.invalidations for span in running.spans)
-        if checked.is_new(self, table, vmas, leaving):
-            self._check_entries(leaving)
+        if checked.is_new(self, table, vmas, leaving, checked.number(self.frames) if self.huge else 0):
+            self._check_entries(leaving, *checked.look(self.table, self.table.in_use))
 
-    def _check_entries(self, leaving: tuple[AddressRange, ...]) -> None:
-        addresses, _ = self.table.valid(0, TASK_SIZE)
+    def _check_entries(self, leaving: tuple[AddressRange, ...], addresses: Entries, entries: Entries) -> None:
         bounds = np.array([(vma.start, vma.end) for vma in self.vmas] or [(0, 0)], np.uint64)
         below = np.searchsorted(bounds[:, 0], addresses, "right") - 1
         inside = (below >= 0) & (addresses < bounds[below, 1])
         for address in addresses[~inside].tolist():
             assert any(address in span for span in leaving), f"{address:#x} has an entry and no VMA"
+        if not int(np.bitwise_or.reduce(entries)) & cpu_pte.HUGE:
+            return
         for run in self.table.walk(0, TASK_SIZE):
-            if np.bitwise_or.reduce(run.entries) & np.uint64(cpu_pte.HUGE):
+            if int(np.bitwise_or.reduce(run.entries)) & cpu_pte.HUGE:
                 self._check_huge(AddressRange(run.start, run.end), run.entries, leaving)
 
     def _check_huge(self, span: AddressRange, entries: Entries, leaving: tuple[AddressRange, ...]) -> None:

@@ -12,8 +12,11 @@ pass again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class HasImage(Protocol):
@@ -37,6 +40,7 @@ class Checked:
         self._round = 0
         self._images: dict[HasImage, _Seen] = {}
         self._states: dict[object, object] = {}
+        self._looks: dict[HasImage, tuple[int, Any]] = {}
 
     def begin(self) -> None:
         """Begin a round of checks, during which nothing changes."""
@@ -54,6 +58,15 @@ class Checked:
                 seen.image = image
                 seen.number += 1
         return seen.number
+
+    def look(self, part: HasImage, looking: Callable[[], T]) -> T:
+        """What `looking()` finds in `part`, always the same function of it; looked for once in every state."""
+        number = self.number(part)
+        seen = self._looks.get(part)
+        if seen is None or seen[0] != number:
+            seen = self._looks[part] = (number, looking())
+        found: T = seen[1]
+        return found
 
     def is_new(self, part: object, *state: object) -> bool:
         """Whether `part` has to be checked: `state`, all that its check looks at, is not as it was the last time."""

@@ -290,12 +290,11 @@ class DirectoryArena:
 
     # -- checking
 
-    def image(self) -> tuple[bytes | int, ...]:
+    def image(self) -> object:
         """Everything that `check()` looks at, as a value.  Cost: O(directories), a copy."""
         used = max(self._top, self._peak)
-        columns = (self.rows[:used], self.counts[:used], self._parents[:used], self._free[: self._nfree])
-        holders = tuple(number for pair in self.held.items() for number in pair)
-        return *(column.tobytes() for column in columns), self._top, self._reserved, *holders
+        rows, counts, parents = self.rows[:used].tobytes(), self.counts[:used].tobytes(), self._parents[:used].tobytes()
+        return rows, counts, parents, self._free[: self._nfree].tobytes(), self._top, self._reserved, *self.held.items()
 
     def check(self, in_use: npt.NDArray[np.bool_]) -> None:
         """Assert the invariants of this module.

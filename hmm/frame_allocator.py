@@ -349,6 +349,13 @@ class FrameAllocator:
         assert np.count_nonzero(free) == stack.size, f"{region}: a frame is free twice"
         return free
 
+    def image(self) -> tuple[object, ...]:
+        """Everything that `check()` and `free_mask()` look at, as a value.  Cost: O(frames ever used), a copy."""
+        return tuple(
+            (region.start, region.end, region.top, self._stack[region.start : region.start + region.nfree].tobytes())
+            for region in self._regions.values()
+        )
+
     def check(self) -> None:
         """Assert that regions do not overlap and their numbers fit.
 

@@ -256,6 +256,10 @@ class FrameContents:
             self._rows[start:end] = 0
         self._stale[start:end] = False
 
+    def image(self) -> tuple[object, ...]:
+        """Everything that `check()` looks at, as a value."""
+        return self._rows[ZERO_PFN].tobytes(), bool(self._stale[ZERO_PFN])
+
     def check(self) -> None:
         """Assert that the zero page is what its name says."""
         assert not self._rows[ZERO_PFN].any(), "the zero page was written"

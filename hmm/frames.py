@@ -499,6 +499,12 @@ class Frames(FrameContents):
             for region in self.regions
         ]
 
+    def image(self) -> tuple[object, ...]:
+        """Everything that `check()` looks at, as a value (`checked.HasImage`).  Cost: O(frames ever used), a copy."""
+        used = self.used_end
+        columns = (self.refcount, self.mapcount, self.pincount, self.flags, self.mapping, self.private)
+        return *(column[:used].tobytes() for column in columns), *self._allocator.image(), *super().image()
+
     def check(self) -> None:
         """Assert all invariants.
 

@@ -594,15 +594,21 @@ class Machine:
         """
         checked = checked or Checked()
         checked.begin()
-        self.frames.check()
+        frames = checked.number(self.frames)
+        if checked.is_new(self.frames, frames):
+            self.frames.check()
         self.hugetlb.check()
         for space in self.spaces.values():
             space.check(checked)
-        self._check_map_counts(checked)
-        if not self.operations:
-            self._check_device_memory()
+        tables = [number for space in self.spaces.values() for number in (space.id, checked.number(space.table))]
+        if checked.is_new(self, frames, bool(self.operations), *tables):
+            self._check_map_counts(checked)
+            if not self.operations:
+                self._check_device_memory()
         if self.frames.swap is not None:
-            self._check_swap(self.frames.swap)
+            tables += [number for file in self.files.values() for number in (file.id, checked.number(file.pages))]
+            if checked.is_new(self.frames.swap, frames, checked.number(self.frames.swap), *tables):
+                self._check_swap(self.frames.swap, checked)
         for receiver in self.receivers.values():
             receiver.check(checked)
         for record in self.operations.values():
@@ -613,12 +619,9 @@ class Machine:
 
     def _check_map_counts(self, checked: Checked) -> None:
         mapcount = self.frames.mapcount[: self.frames.used_end]
-        tables = [number for space in self.spaces.values() for number in (space.id, checked.number(space.table))]
-        if not checked.is_new(self, mapcount.tobytes(), bool(self.operations), *tables):
-            return
         counted = np.zeros_like(mapcount)
         for space in self.spaces.values():
-            _, entries = space.table.valid(0, space.table.last + 1)
+            _, entries = checked.look(space.table, space.table.in_use)
             migrating = bool(cpu_pte.is_migration(entries).any())
             assert self.operations or not migrating, f"space {space.id} has migration entries and nothing migrates"
             np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
@@ -632,11 +635,11 @@ class Machine:
             leaked = pfns[(self.frames.mapcount[pfns] == 0) & (self.frames.pincount[pfns] == 0)]
             assert not leaked.size, f"{region}: frame {leaked[0]} is in use, and nobody's"
 
-    def _check_swap(self, area: SwapArea) -> None:
+    def _check_swap(self, area: SwapArea, checked: Checked) -> None:
         area.check()
         named = np.zeros_like(area.counts)
         for table in [space.table for space in self.spaces.values()] + [file.pages for file in self.files.values()]:
-            np.add.at(named, slots_of(table.valid(0, table.last + 1)[1]), np.int32(1))
+            np.add.at(named, slots_of(checked.look(table, table.in_use)[1]), np.int32(1))
         wrong = np.flatnonzero(named != area.counts)
         assert not wrong.size, f"swap slot {wrong[0]} is named {named[wrong[0]]} times, not {area.counts[wrong[0]]}"
         slots = np.flatnonzero(area.cached)

@@ -250,11 +250,11 @@ class Mirror(Receiver):
             self.table.check()
             if self.domain:
                 self.domain.check()
-        if checked.is_new(self, self.state, checked.number(self.space.table), *own):
-            self._check_entries()
+        space = (checked.number(self.space.table), checked.number(self.space.vmas))
+        if checked.is_new(self, self.state, *space, *own):
+            self._check_entries(*checked.look(self.table, self.table.in_use))
 
-    def _check_entries(self) -> None:
-        addresses, entries = self.table.valid(0, TASK_SIZE)
+    def _check_entries(self, addresses: Entries, entries: Entries) -> None:
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
         valid = (entries & np.uint64(pte.VALID)) != 0

@@ -571,6 +571,10 @@ class PageTable:
         arena = self._tree.arena
         return not arena.count[ROOT >> DIRECTORY_SHIFT] and not arena.held
 
+    def in_use(self) -> tuple[Entries, Entries]:
+        """All entries in use: as `valid` of everything.  Cost: O(directories + entries)."""
+        return self.valid(0, self.last + 1)
+
     def image(self) -> object:
         """All of the table's state, as a value (`checked.HasImage`).  Cost: O(directories), a copy."""
         return self._tree.arena.image()

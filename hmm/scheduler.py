@@ -24,6 +24,7 @@ from hmm.machine import Caller, Machine, OperationRecord
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Await, WaitFor
 from hmm.receiver import Receiver
+from hmm.testing_coverage import Coverage
 from hmm.units import MirrorId
 
 Choose = Callable[[int], int]
@@ -72,6 +73,7 @@ class Scheduler:
         answering: called before a driver's answer to a delivery is given; the driver's model reacts here, and returns
             the results of a copy.
         parallel: how many operations may be under way at once.
+        coverage: what happened so far.
     """
 
     machine: Machine
@@ -82,7 +84,7 @@ class Scheduler:
     checking: Callable[[], None] = lambda: None
     parallel: int = 4
     odds: Odds = field(default_factory=Odds)
-    steps: int = 0
+    coverage: Coverage = field(default_factory=Coverage)
     mailboxes: dict[MirrorId, list[Delivery]] = field(default_factory=dict)
     running: list[OperationRecord[Any]] = field(default_factory=list)
     checked: Checked = field(default_factory=Checked)
@@ -96,7 +98,12 @@ class Scheduler:
             AssertionError: an invariant does not hold, or `limit` steps were not enough.
         """
         while self.step():
-            assert self.steps < limit, f"{limit} steps and still running: {self._describe()}"
+            assert self.coverage.steps < limit, f"{limit} steps and still running: {self._describe()}"
+
+    @property
+    def steps(self) -> int:
+        """Choices made so far."""
+        return self.coverage.steps
 
     def step(self) -> bool:
         """Make one choice and check everything.  Returns: False when all is done."""
@@ -107,7 +114,7 @@ class Scheduler:
                 raise StuckError(f"nothing can happen any more: {self._describe()}")
             return False
         options[self.choose(len(options))]()
-        self.steps += 1
+        self.coverage.steps += 1
         self._collect()
         self.machine.check(self.checked)
         self.checking()
@@ -116,10 +123,12 @@ class Scheduler:
     def _collect(self) -> None:
         for delivery in self.machine.take_outbox():
             self.mailboxes.setdefault(delivery.mirror_id, []).append(delivery)
+            self.coverage.sent(delivery, self.machine.receivers.get(delivery.mirror_id))
         for record in [record for record in self.running if record.done]:
             self.running.remove(record)
             if record.error is not None and not hasattr(record.error, "errno"):
                 raise record.error
+            self.coverage.ended(record)
             self.finished(record)
 
     def _options(self) -> list[Callable[[], None]]:
@@ -179,12 +188,16 @@ class Scheduler:
         if mirror is None or mirror.state is MirrorState.LOST:
             return
         if self._happens(self.odds.lose):
+            self.coverage.answers[f"lost, {mirror.policy.value}"] += 1
             self._lose(delivery, mirror.policy)
             return
+        late = delivery.state is not EventState.SENT
         errno = self._errno(mirror, delivery.event)
         results = b"" if errno else self.answering(delivery)
         self.machine.answer(mirror_id, delivery.sequence, errno, results=results)
+        self.coverage.answers["late" if late else errnos.errorcode.get(errno, "done")] += 1
         if self._happens(self.odds.repeat) and mirror_id in self.machine.receivers:
+            self.coverage.answers["repeated"] += 1
             self.machine.answer(mirror_id, delivery.sequence)
 
     def _errno(self, mirror: Receiver, event: Event) -> int:

@@ -106,6 +106,10 @@ class SwapArea(FrameContents):
             self._allocator.give_back(freed)
         return freed
 
+    def image(self) -> tuple[object, ...]:
+        """Everything that `check()` looks at, as a value (`checked.HasImage`).  Cost: O(slots), a copy."""
+        return self.counts.tobytes(), self.cached.tobytes(), *self._allocator.image(), *super().image()
+
     def check(self) -> None:
         """Assert the invariants.  Cost: O(slots ever used), vectorised."""
         super().check()
