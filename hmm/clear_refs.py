@@ -6,7 +6,8 @@ soft-dirty bit (pagemap.py).  Mirrors hear of it, as their devices' writes have 
 **Source**: Linux fs/proc/task_mmu.c (clear_refs_write(), clear_soft_dirty(), clear_refs_test_walk()),
 Documentation/admin-guide/mm/soft-dirty.rst, 6.12.
 
-**Invariants**: after forgetting what was written no entry permits writing, unless its page is pinned.
+**Invariants**: after forgetting what was written no entry permits writing, unless its page is pinned or of hugetlb
+memory, which is not watched.
 
 **Absent**: resetting the peak of resident memory (5), which is not counted.
 """
@@ -32,6 +33,8 @@ __all__ = ["ClearRefs", "clear_refs"]
 _NOT_ACCESSED = np.uint64(~cpu_pte.ACCESSED & (1 << 64) - 1)
 _NOT_WRITTEN = np.uint64(~(cpu_pte.SOFT_DIRTY | cpu_pte.WRITE) & (1 << 64) - 1)
 _NOT_SOFT_DIRTY = np.uint64(~cpu_pte.SOFT_DIRTY & (1 << 64) - 1)
+_PASSED_OVER = VmFlag.PFNMAP | VmFlag.HUGETLB
+"""clear_refs_test_walk(), and clear_refs_walk_ops, which has no hugetlb_entry."""
 
 
 class ClearRefs(IntEnum):
@@ -71,7 +74,7 @@ def clear_refs(space: AddressSpace, what: int) -> Operation[None]:
 
 
 def _concerned(vma: Vma, what: int) -> bool:
-    if vma.has(VmFlag.PFNMAP):
+    if vma.has(_PASSED_OVER):
         return False
     return what == ClearRefs.ALL or (vma.backing is None) == (what == ClearRefs.ANON)
 
@@ -99,7 +102,7 @@ def _forget_writes(space: AddressSpace) -> Operation[None]:
 
     paused = True
     for vma in list(space.vmas):
-        if vma.has(VmFlag.PFNMAP):
+        if vma.has(_PASSED_OVER):
             continue
         for piece in space.table.populated(vma.start, vma.end):
             if not paused:

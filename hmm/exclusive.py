@@ -29,7 +29,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, Signal
 from hmm.events import Cause
 from hmm.fault import RESOLVERS, bring_in
-from hmm.fault_pages import Strangers
+from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
@@ -288,6 +288,7 @@ def _restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entr
     """What exclusive entries become when the CPU gets them back: restore_exclusive_pte()."""
     vma = space.vmas.find(int(addresses[0])) if addresses.size else None
     given = (entries & ~_EXCLUSIVE) | _PRESENT
+    given[cpu_pte.is_writable(given)] |= np.uint64(DIRTIED)  # its device may have written
     if vma is not None and not vma.writable:
         given &= ~np.uint64(cpu_pte.WRITE)
     return given

@@ -39,7 +39,17 @@ from hmm.frames import ZERO_PFN, PageFlag
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns
 from hmm.vma import Vma
 
-__all__ = ["ANON_PAGE", "READ_ONLY", "WRITTEN", "ZERO_PAGE", "Attempt", "Stop", "Strangers", "prepare_anon_vma"]
+__all__ = [
+    "ANON_PAGE",
+    "DIRTIED",
+    "READ_ONLY",
+    "WRITTEN",
+    "ZERO_PAGE",
+    "Attempt",
+    "Stop",
+    "Strangers",
+    "prepare_anon_vma",
+]
 
 READ_ONLY = cpu_pte.PRESENT | cpu_pte.ACCESSED
 DIRTIED = cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY
@@ -290,9 +300,12 @@ class _Part:
             self.entries = self.space.table.lookup(self.addresses)
 
     def _file_flags(self) -> int:
-        if self.vma.shared and self.vma.writable:
-            return WRITTEN if self.attempt.write else READ_ONLY | cpu_pte.WRITE
-        return READ_ONLY
+        if not self.vma.shared or not self.vma.writable:
+            return READ_ONLY
+        if self.attempt.write:
+            return WRITTEN
+        # vma_wants_writenotify(): where writes are watched, the first one is to fault.
+        return READ_ONLY | cpu_pte.WRITE if self.space.is_soft_dirty(self.vma) else READ_ONLY
 
     def _fill(self, addresses: Entries) -> None:
         table, frames = self.space.table, self.space.frames

@@ -28,7 +28,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
-from hmm.fault_pages import ANON_PAGE
+from hmm.fault_pages import ANON_PAGE, DIRTIED
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.huge_split import huge_blocks, split_pmds, whole_blocks
@@ -258,7 +258,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     frames = parent.frames
     given_back = cpu_pte.is_device_exclusive(entries)
     kept = entries & ~np.uint64(cpu_pte.EXCLUSIVE)
-    kept[given_back] |= np.uint64(cpu_pte.PRESENT)
+    kept[given_back] |= np.uint64(cpu_pte.PRESENT | DIRTIED)
     parent.table.store(addresses, kept)
     copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
     frames.copy(copies, cpu_pte.cpu_pfn(entries))
@@ -276,6 +276,7 @@ def _read_only(entries: Entries) -> Entries:
     exclusive = cpu_pte.is_device_exclusive(entries)
     shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
     shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
+    shared[exclusive & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)
     shared[cpu_pte.is_swap(entries)] &= ~np.uint64(cpu_pte.SWP_EXCLUSIVE)
     return shared
 

@@ -216,18 +216,15 @@ class Machine:
         self.file_names: dict[str, int] = {}
         self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
         self.operations: dict[int, OperationRecord[Any]] = {}
-        self.reclaim = self._with_swap(swap_memory) if self.limits.swap_pages else None
+        self.reclaim = Reclaim(self.frames, self.spaces, self.files, self.current, self._answering)
+        if self.limits.swap_pages:
+            self.frames.swap = SwapArea(self.limits.swap_pages, swap_memory)
+            self.frames.make_room = self.reclaim.make_room
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
         self._outbox: list[Delivery] = []
         self._caller = _NOBODY
         self._last_id: dict[str, int] = {}
-
-    def _with_swap(self, memory: MemoryProvider) -> Reclaim:
-        self.frames.swap = SwapArea(self.limits.swap_pages, memory)
-        reclaim = Reclaim(self.frames, self.spaces, self.files, self.current, self._answering)
-        self.frames.make_room = reclaim.make_room
-        return reclaim
 
     # ---- inputs
 
@@ -358,7 +355,7 @@ class Machine:
                 mirror = self.receivers.get(request.mirror_id)
                 return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
             case WaitFor.MEMORY:
-                return self.reclaim is None or self.reclaim.ended != request.ticket
+                return self.reclaim.ended != request.ticket
             case _:
                 space = self.spaces.get(request.space_id)
                 return space is None or space.notifier.is_ready(request)
@@ -373,7 +370,7 @@ class Machine:
         if not isinstance(request, Await) or request.wait_for is WaitFor.CALLBACKS:
             return []
         if request.wait_for is WaitFor.MEMORY:
-            return list(self.reclaim.running) if self.reclaim else []
+            return list(self.reclaim.running)
         space = self.spaces.get(request.space_id)
         return space.notifier.blockers(request) if space else []
 

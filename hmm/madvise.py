@@ -8,8 +8,8 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     collapse   COLLAPSE makes huge pages of small ones
-    reclaim    WILLNEED brings in what is in swap, PAGEOUT puts out, COLD makes pages the next to go; all need swap,
-               but PAGEOUT and COLD split huge pages without any
+    reclaim    WILLNEED brings in what is in swap; PAGEOUT puts out what there is swap for, and drops what was freed
+               lazily; COLD makes pages the next to go
 
 **Source**: Linux mm/madvise.c (do_madvise(), madvise_walk_vmas(), madvise_vma_behavior()), mm/huge_memory.c
 (hugepage_madvise()), mm/ksm.c (ksm_madvise()), 6.12.
@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -46,18 +47,19 @@ from hmm.errors import (
     Signal,
 )
 from hmm.events import Cause
-from hmm.fault import fault_in
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
-from hmm.large_folio import are_compound, belong_to, heads_of, likely_mapped_shared
+from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.operation import Operation, Pause
+from hmm.populate import get_user_pages
 from hmm.reclaim import Reclaim
 from hmm.swap_in import read_ahead
 from hmm.truncate import punch
 from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags, zap
+from hmm.zone_device import owners
 
 __all__ = ["Advice", "madvise"]
 
@@ -132,7 +134,6 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
 }
 """The VMAs that may not get an advice (EINVAL)."""
 
-_NO_FRAMES = np.empty(0, np.int64)
 _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 
@@ -144,7 +145,7 @@ def madvise(
     Args:
         start: page-aligned.
         length: bytes, rounded up to pages; 0 does nothing.
-        reclaim: of a machine that has swap.
+        reclaim: of the machine.
 
     Returns: 0.
 
@@ -196,6 +197,8 @@ def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Rec
             yield from _discard(space, _whole(pieces), Cause.MADV_DONTNEED)
         case Advice.FREE:
             yield from _discard(space, pieces, Cause.MADV_FREE)
+            if reclaim is not None:
+                reclaim.begin()
         case Advice.WILLNEED:
             for piece in pieces:
                 yield from read_ahead(space, piece.span)
@@ -302,33 +305,38 @@ def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
         yield from _make_blocks_clean(space, vma)
         return
 
-    def clean(entries: Entries) -> None:
-        entries[cpu_pte.is_present(entries)] &= _CLEAN
-        entries[cpu_pte.is_poison(entries)] = 0
-
     paused = True
     for piece in space.table.populated(vma.start, vma.end):
         if not paused:
             yield Pause()
         paused = False
-        space.table.update(piece.start, piece.end, clean)
-        _free_lazily(space, piece, _NO_FRAMES)
+        entries = space.table.read(piece.start, piece.end)
+        chosen, pfns = _free_to_go(space, entries)
+        _free_lazily(space, piece, entries, chosen, pfns[chosen])
 
 
-def _free_lazily(space: AddressSpace, span: AddressRange, whole: Pfns) -> None:
-    """Swap entries go, and pages may go without being written: folio_mark_lazyfree().
+def _free_to_go(space: AddressSpace, entries: Entries) -> tuple[npt.NDArray[np.bool_], Pfns]:
+    """The small pages that madvise_free_pte_range() does not pass over: bool[n]; and the frames of all, int64[n].
 
-    Args:
-        whole: the frames of the folios that are mapped as a whole; those of others stay as they are.
+    What is in the swap cache has other entries still; what is dirty itself stays if others map it.
     """
-    if space.frames.swap is None:
-        return
-    addresses, entries = space.table.valid(span.start, span.end)
-    space.drop(space.table.clear_many(addresses[cpu_pte.is_swap(entries)]))
-    frames, pfns = space.frames, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries) & cpu_pte.is_present(entries)])
-    pfns = pfns[~frames.test_flags(pfns, PageFlag.COMPOUND) | np.isin(pfns, whole)]
-    pfns = pfns[frames.test_flags(pfns, PageFlag.ANON) & (frames.private[pfns] == 0) & (frames.mapcount[pfns] == 1)]
-    frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.REFERENCED | PageFlag.ACTIVE)
+    frames, pfns = space.frames, _framed(entries)
+    chosen = (pfns != ZERO_PFN) & (frames.private[pfns] == 0)
+    chosen &= ~frames.test_flags(pfns, PageFlag.DIRTY) | (frames.mapcount[pfns] == 1)
+    if len(frames.regions) > 1:
+        chosen &= owners(frames, pfns) == 0
+    return chosen, pfns
+
+
+def _free_lazily(
+    space: AddressSpace, span: AddressRange, entries: Entries, chosen: npt.NDArray[np.bool_], pfns: Pfns
+) -> None:
+    """Chosen pages may go without being written, swap entries and lost pages go now: folio_mark_lazyfree()."""
+    space.drop(entries[cpu_pte.is_swap(entries)])
+    entries[chosen] &= _CLEAN
+    entries[cpu_pte.is_swap(entries) | cpu_pte.is_poison(entries)] = 0
+    space.table.fill(span.start, span.end, entries)
+    space.frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.REFERENCED | PageFlag.ACTIVE)
 
 
 def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
@@ -341,15 +349,11 @@ def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     for piece in space.table.populated(vma.start, vma.end, PMD_PAGES):
         yield from _split_folios(space, vma, piece, whole=False)
         entries = space.table.read(piece.start, piece.end)
-        pfns = _framed(entries)
-        chosen = cpu_pte.is_present(entries) & ~cpu_pte.is_huge_zero(entries)
+        chosen, pfns = _free_to_go(space, entries)
         for head in heads_of(frames, pfns):
             mapped = np.flatnonzero(belong_to(frames, pfns, head))
             chosen[mapped] = mapped.size == PMD_PAGES == int(frames.mapcount[pfns[mapped]].sum())
-        entries[chosen] &= _CLEAN
-        entries[cpu_pte.is_poison(entries)] = 0
-        space.table.fill(piece.start, piece.end, entries)
-        _free_lazily(space, piece, pfns[chosen & are_compound(frames, pfns)])
+        _free_lazily(space, piece, entries, chosen, pfns[chosen])
 
 
 def _framed(entries: Entries) -> Pfns:
@@ -415,7 +419,7 @@ def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operat
             raise InvalidRequestError(f"madvise: {vma} cannot be populated", address=at)
         piece = vma.clip(at, span.end)
         try:
-            yield from fault_in(space, piece.span, write=write)
+            yield from get_user_pages(space, piece.span, write=write)
         except SegmentationFault as fault:
             number = EHWPOISON if fault.signal is Signal.BUS_POISON else errnos.EFAULT
             raise BadAddressError(f"madvise: {fault.message}", number, address=fault.address) from fault

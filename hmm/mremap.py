@@ -1,14 +1,15 @@
 """mremap: a mapping grows, shrinks or moves, and takes its page-table entries along as they are.
 
 Entries of pages on a device or held exclusively by one move like any other; the mirrors' tables do not follow, they
-lose the old range.
+lose the old range.  What is moved entry by entry, or as a huge page, counts as written from then on; what goes with its
+whole page table stays as it was, and so does VM_SOFTDIRTY.
 
 A move makes the new VMA, tells the mirrors of the old range, once for the move and once more for its removal unless
 it stays (MREMAP_DONTUNMAP), moves the entries and removes the old VMA.  So a mirror that does not answer leaves
 everything as it was.
 
-**Source**: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables()), mm/vma.c
-(copy_vma(), vma_merge_extend()), 6.12.
+**Source**: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables(),
+move_soft_dirty_pte(), move_normal_pmd()), mm/vma.c (copy_vma(), vma_merge_extend()), 6.12.
 
 **Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
 
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntFlag
+
+import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -41,6 +44,7 @@ from hmm.units import (
     TASK_SIZE,
     Address,
     AddressRange,
+    Entries,
     is_page_aligned,
     page_up,
 )
@@ -51,6 +55,8 @@ from hmm.vma_edit import may_expand, release_files, unmap
 __all__ = ["MremapFlag", "mremap"]
 
 _64_BITS = (1 << 64) - 1
+_PUD_SIZE = 1 << 30
+_SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _UNRESIZABLE = VmFlag.DONTEXPAND | VmFlag.PFNMAP
 
 
@@ -324,6 +330,7 @@ def _realigned(space: AddressSpace, old: AddressRange, shift: int) -> Address:
 
 def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
     """move_page_tables(): every piece is moved whole or not at all."""
+    tables = _whole_tables(space, old, target - old.start) if space.tracks_writes else None
     paused = True
     for piece in space.table.populated(old.start, old.end):
         if not paused:
@@ -331,12 +338,37 @@ def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Op
         paused = False
         start = target + piece.start - old.start
         entries = space.table.read(piece.start, piece.end)
+        moved = _written(entries, piece.start, tables) if tables else entries
         space.table.clear(piece.start, piece.end)
         try:
-            space.table.fill(start, start + piece.size_bytes, entries)
+            space.table.fill(start, start + piece.size_bytes, moved)
         except OutOfFramesError:
             space.table.fill(piece.start, piece.end, entries)
             raise
+
+
+def _whole_tables(space: AddressSpace, old: AddressRange, shift: int) -> tuple[AddressRange, AddressRange]:
+    """What moves with its page tables, and of that with its directories of 1 GiB: move_normal_pmd(), ..._pud()."""
+    vma = space.vmas.find(old.start)
+    if vma is not None and vma.has(VmFlag.HUGETLB):  # move_huge_pte() marks nothing
+        return old, old
+    start = _realigned(space, old, shift)
+    first, second = [
+        AddressRange(start, start) if shift & (size - 1) else AddressRange(-(-start // size) * size, old.end & -size)
+        for size in (PMD_SIZE, _PUD_SIZE)
+    ]
+    return first, second
+
+
+def _written(entries: Entries, start: Address, tables: tuple[AddressRange, AddressRange]) -> Entries:
+    """Entries as they are where they were moved to: move_soft_dirty_pte(), move_soft_dirty_pmd()."""
+    tables_of_pages, directories = [
+        np.clip((span.start - start, span.end - start), 0, entries.size << PAGE_SHIFT) >> PAGE_SHIFT for span in tables
+    ]
+    marked = entries != 0
+    marked[slice(*tables_of_pages)] &= cpu_pte.is_huge(entries[slice(*tables_of_pages)])
+    marked[slice(*directories)] = False
+    return np.where(marked, entries | _SOFT_DIRTY, entries)
 
 
 def _left_behind(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:

@@ -23,6 +23,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError
 from hmm.frames import PageFlag
 from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.vma import VmFlag
 
 __all__ = ["FILE", "MMAP_EXCLUSIVE", "PFN_MASK", "PRESENT", "SOFT_DIRTY", "SWAP", "SWAP_OFFSET_SHIFT", "pagemap"]
 
@@ -65,7 +66,9 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     words[held[here & (space.frames.mapcount[pfns] == 1)]] |= np.uint64(MMAP_EXCLUSIVE)
     words[(entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0] |= np.uint64(SOFT_DIRTY)
     for vma in space.vmas.mapped_pieces(span):
+        first = (vma.start - span.start) >> PAGE_SHIFT
         if space.is_soft_dirty(vma):  # all of a new mapping is, whether or not it was written
-            first = (vma.start - span.start) >> PAGE_SHIFT
             words[first : first + vma.npages] |= np.uint64(SOFT_DIRTY)
+        elif vma.has(VmFlag.HUGETLB):  # pagemap_hugetlb_range() knows of nothing else
+            words[first : first + vma.npages] &= ~np.uint64(SOFT_DIRTY)
     return words

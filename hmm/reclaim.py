@@ -1,5 +1,7 @@
 """Reclaim: whoever runs out of system memory puts pages out to swap, those first that were not used for longest.
 
+Without swap nothing goes but what was freed lazily, from the first time on that something was.
+
     look       which entries of which address spaces name which frames, and which of these could go
     age        the oldest of the inactive list: what was used since is kept, or becomes active; the rest is chosen
     tell       every mirror of every place where a chosen page is mapped; the ranges are busy from here
@@ -46,7 +48,7 @@ from hmm.file import File
 from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.operation import Await, Current, Operation, WaitFor
-from hmm.swap import area_of
+from hmm.swap import area_of, free_slots
 from hmm.swap_area import Slots
 from hmm.units import PAGE_SHIFT, PMD_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, SpaceId, spans_of_pages
 from hmm.vma import VmFlag
@@ -161,8 +163,14 @@ class Reclaim:
             progress |= frames.available > before
         return progress
 
+    def begin(self) -> None:
+        """Have whoever runs out of memory reclaim, from now on: there is something that could go."""
+        self.frames.make_room = self.make_room
+
     def page_out(self, space: AddressSpace, spans: Iterable[AddressRange]) -> Operation[int]:
         """Put out the pages of ranges, used or not, that no other process maps: MADV_PAGEOUT.
+
+        Those that there is no slot for become active; pages of files lose their entries all the same.
 
         Returns: how many went.
 
@@ -173,7 +181,11 @@ class Reclaim:
         for span in spans:
             for piece in space.table.populated(span.start, span.end):
                 mapped = self._mapped_once(space, piece)
-                freed += yield from self._put_out([mapped], np.sort(mapped.pfns))
+                pfns = np.sort(mapped.pfns)
+                stays = ~np.isin(pfns, self._affordable(pfns))
+                self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
+                stays &= self.frames.test_flags(pfns, PageFlag.ANON)
+                freed += yield from self._put_out([mapped.of(~np.isin(mapped.pfns, pfns[stays]))], pfns[~stays])
         return freed
 
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
@@ -190,7 +202,7 @@ class Reclaim:
         """Put out up to `wanted` pages.  Returns: how many went."""
         look = self._look()
         victims = self._affordable(self._age(look, wanted))
-        while not victims.size and (yield from self._split_one(look.mapped)):
+        while not victims.size and self.frames.swap is not None and (yield from self._split_one(look.mapped)):
             look = self._look()
             victims = self._affordable(self._age(look, wanted))
         chosen = np.zeros(look.evictable.size, np.bool_)
@@ -232,6 +244,8 @@ class Reclaim:
         refcount, mapcount, flags = frames.refcount[:top], frames.mapcount[:top], frames.flags[:top]
         anonymous, cached = (flags & np.uint32(PageFlag.ANON)) != 0, frames.private[:top] != 0
         evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint32(PageFlag.COMPOUND)) == 0)
+        if frames.swap is None:
+            evictable &= (flags & np.uint32(PageFlag.SWAPBACKED)) == 0
         fresh = np.flatnonzero(evictable & ((flags & _LRU) == 0))
         frames.set_flags(fresh, PageFlag.LRU)
         frames.rotate(fresh)
@@ -286,7 +300,7 @@ class Reclaim:
         """Those for which there are slots, in order."""
         frames = self.frames
         needs_slot = (frames.private[victims] == 0) & frames.test_flags(victims, PageFlag.SWAPBACKED)
-        affordable: Pfns = victims[~needs_slot | (np.cumsum(needs_slot) <= area_of(frames).free)]
+        affordable: Pfns = victims[~needs_slot | (np.cumsum(needs_slot) <= free_slots(frames))]
         return affordable
 
     # ---- out
@@ -348,19 +362,41 @@ class Reclaim:
         free &= frames.refcount[victims] == named + cached + of_file + 1
         free &= np.where(anonymous, (named > 0) | cached, of_file)  # whose last entry went meanwhile is free anyway
         lazy = anonymous & ~frames.test_flags(victims, PageFlag.SWAPBACKED)
-        frames.set_flags(victims[free & lazy & written], PageFlag.SWAPBACKED)  # written since MADV_FREE: not this time
-        free &= ~(lazy & written)
+        kept = free & lazy & written  # written since MADV_FREE: not this time
+        free &= ~kept
+        self._keep_written(now, victims, kept)
         needs_slot = free & ~lazy & ~cached
-        free &= ~needs_slot | (np.cumsum(needs_slot) <= area_of(frames).free)
+        free &= ~needs_slot | (np.cumsum(needs_slot) <= free_slots(frames))
         needs_slot &= free
         slots = frames.private[victims]
-        slots[needs_slot] = self._write(victims[needs_slot], np.where(of_file, 1, named)[needs_slot])
+        if needs_slot.any():
+            slots[needs_slot] = self._write(victims[needs_slot], np.where(of_file, 1, named)[needs_slot])
+        frames.set_flags(victims[of_file & ~free & written], PageFlag.DIRTY)
+        unmapped = free | (of_file & (named == frames.mapcount[victims]))
         for part in now:
             positions = victims.searchsorted(part.pfns)
-            self._unmap(part.of(free[positions]), slots, lazy | of_file, positions[free[positions]])
+            self._unmap(part.of(unmapped[positions]), slots, lazy | of_file, positions[unmapped[positions]])
         self._leave_caches(victims[free & of_file], slots[free & of_file])
         self._leave_swap_cache(victims[free & cached], named[free & cached])
         return int(np.count_nonzero(free))
+
+    def _keep_written(self, now: list[_Mapped], victims: Pfns, kept: _Mask) -> None:
+        """Lazily freed pages stay that somebody has written; who has not, and is met before that one, loses them.
+
+        Source: Linux mm/rmap.c, try_to_unmap_one(), which aborts the walk at the first dirty entry.
+        """
+        if not kept.any():
+            return
+        frames, going = self.frames, kept & ~self.frames.test_flags(victims, PageFlag.DIRTY)
+        frames.set_flags(victims[kept], PageFlag.SWAPBACKED)
+        nothing_left = np.ones(victims.size, np.bool_)
+        for part in sorted(now, key=lambda part: part.space.id):
+            positions = victims.searchsorted(part.pfns)
+            dirty = cpu_pte.is_dirty(part.entries)
+            frames.set_flags(part.pfns[dirty & going[positions]], PageFlag.DIRTY)
+            going[positions[dirty]] = False
+            lost = going[positions]
+            self._unmap(part.of(lost), victims, nothing_left, positions[lost])
 
     def _write(self, pfns: Pfns, counts: _Counts) -> Slots:
         """Slots with the contents of pages, named by so many entries: swap_writepage()."""
@@ -406,6 +442,8 @@ class Reclaim:
 
     def _leave_swap_cache(self, pfns: Pfns, named: _Counts) -> None:
         """Pages that are in their slots already: entries that named them name these: __delete_from_swap_cache()."""
+        if not pfns.size:
+            return
         frames, area = self.frames, area_of(self.frames)
         slots = frames.private[pfns]
         area.counts[slots] += named.astype(np.int32)

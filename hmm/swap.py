@@ -24,7 +24,7 @@ from hmm.operation import Operation
 from hmm.swap_area import Slots, SwapArea
 from hmm.units import Entries, Pfns
 
-__all__ = ["area_of", "free_entries", "read_in", "slots_of", "some_room"]
+__all__ = ["area_of", "free_entries", "free_slots", "read_in", "slots_of", "some_room"]
 
 
 def some_room(frames: Frames, npages: int) -> Operation[bool]:
@@ -41,6 +41,11 @@ def area_of(frames: Frames) -> SwapArea:
     """The swap area; to be asked for by those only who have met a swap entry."""
     assert frames.swap is not None, "a swap entry, and there is no swap area"
     return frames.swap
+
+
+def free_slots(frames: Frames) -> int:
+    """How many pages could still be put out."""
+    return frames.swap.free if frames.swap is not None else 0
 
 
 def slots_of(entries: Entries) -> Slots:

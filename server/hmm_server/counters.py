@@ -41,7 +41,7 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
         rejected_answers=streams.rejected,
         swap_used=machine.frames.swap.used if machine.frames.swap else 0,
         swap_total=machine.limits.swap_pages,
-        pages_reclaimed=machine.reclaim.reclaimed if machine.reclaim else 0,
+        pages_reclaimed=machine.reclaim.reclaimed,
     )
 
 

@@ -6,12 +6,18 @@ import pytest
 from machine_world import FIXED, RW, START, World, span
 
 from hmm import commands_device as devices
+from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm import cpu_pte, pagemap
+from hmm.address_space import Thp
 from hmm.clear_refs import ClearRefs
-from hmm.errors import InvalidRequestError
+from hmm.errors import AccessDeniedError, InvalidRequestError
 from hmm.events import EventType, Reason
-from hmm.units import PAGE_SIZE
+from hmm.machine import Limits
+from hmm.madvise import Advice
+from hmm.mremap import MremapFlag
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
+from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
 
@@ -116,3 +122,93 @@ def test_other_numbers_are_refused() -> None:
     """clear_refs_write(): EINVAL."""
     with pytest.raises(InvalidRequestError):
         forget(World(), 6)
+
+
+def move(world: World, first: int, npages: int, to: int) -> None:
+    """mremap() to another place, both counted in pages of the window."""
+    flags = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    length = npages * PAGE_SIZE
+    world.do(processes.mremap, world.pid, span(first).start, length, length, flags, span(to).start)
+    world.machine.check()
+
+
+def test_pages_that_were_moved_count_as_written() -> None:
+    """move_ptes(), move_soft_dirty_pte(): so that who looks finds them at their new address."""
+    world = World()
+    store(world, 0, 4)
+    forget(world)
+    store(world, 1)
+    move(world, 0, 8, 64)
+    assert written(world, 8, first=64) == "wwww----"
+    store(world, 65)
+
+
+@pytest.mark.parametrize("npages", [PMD_PAGES, PMD_PAGES + 1])
+def test_pages_that_move_with_their_page_table_stay_as_they_were(npages: int) -> None:
+    """move_normal_pmd() moves the table and looks at no entry; what lies behind it is moved page by page."""
+    first, to = 2 * PMD_PAGES, 8 * PMD_PAGES
+    world = World(limits=Limits(frames=2048, device_frames=0))
+    world.do(processes.mmap, world.pid, span(first).start, npages * PAGE_SIZE, RW, FIXED)
+    store(world, first, npages)
+    forget(world)
+    store(world, first + 3)
+    move(world, first, npages, to)
+    assert written(world, 5, first=to) == "---w-"
+    assert written(world, npages - PMD_PAGES, first=to + PMD_PAGES) == "w" * (npages - PMD_PAGES)
+
+
+def test_huge_page_that_was_moved_counts_as_written() -> None:
+    """move_huge_pmd(): move_soft_dirty_pmd()."""
+    first, to = 2 * PMD_PAGES, 8 * PMD_PAGES
+    world = World(limits=Limits(frames=2048, device_frames=0))
+    world.machine.processes[world.pid].space.thp = Thp.ALWAYS
+    world.do(processes.mmap, world.pid, span(first).start, PMD_SIZE, RW, FIXED)
+    store(world, first)
+    forget(world)
+    move(world, first, PMD_PAGES, to)
+    assert written(world, PMD_PAGES, first=to) == "w" * PMD_PAGES
+
+
+def test_hugetlb_pages_are_not_watched() -> None:
+    """clear_refs_walk_ops has no hugetlb_entry, and pagemap_hugetlb_range() shows VM_SOFTDIRTY alone."""
+    world = World(limits=Limits(frames=2048, device_frames=0, hugetlb_pages=1))
+    first = 2 * PMD_PAGES
+    flags = FIXED | MapFlag.HUGETLB
+    world.do(processes.mmap, world.pid, span(first).start, PMD_SIZE, RW, flags)
+    store(world, first)
+    before = world.machine.processes[world.pid].space.table.get(span(first).start)
+    forget(world)
+    assert world.machine.processes[world.pid].space.table.get(span(first).start) == before
+    store(world, first)
+    assert written(world, 2, first=first) == "--"
+
+
+@pytest.mark.parametrize("around", [1, 16])
+def test_device_that_read_watched_shared_memory_faults_again_to_write(around: int) -> None:
+    """vma_wants_writenotify(), vma_soft_dirty_enabled(): a read fault leaves the entry read-only, whoever faults."""
+    world = World()
+    world.machine.processes[world.pid].space.fault_around_pages = around
+    flags = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(processes.mmap, world.pid, span(32).start, 4 * PAGE_SIZE, RW, flags)
+    store(world, 32, 4)
+    forget(world)
+    world.do(processes.madvise, world.pid, span(32).start, 4 * PAGE_SIZE, Advice.DONTNEED)
+    world.do(devices.fault, world.mirrors[0], [span(32, 4)], write=False)
+    with pytest.raises(AccessDeniedError):
+        world.do(devices.device_write, world.mirrors[0], [(span(33).start, 1)], b"d")
+    world.do(devices.fault, world.mirrors[0], [span(33)], write=True)
+    assert written(world, 4, first=32) == "-w--"
+
+
+def test_page_counts_as_written_when_a_device_gives_it_back() -> None:
+    """restore_exclusive_pte(): pte_mkdirty(), as nobody knows what the device did."""
+    world = World()
+    store(world, 0, 2)
+    mirror = world.do(hmm.attach, world.devices[0], world.pid)
+    world.do(hmm.make_exclusive, mirror, span(0, 2))
+    forget(world)
+    assert written(world, 2) == "--"
+    world.do(processes.read_memory, world.pid, START, 1)
+    assert written(world, 2) == "w-"
+    world.do(processes.fork, world.pid)
+    assert written(world, 2) == "ww"

@@ -18,6 +18,7 @@ from hmm import cpu_pte
 from hmm.address_space import Thp
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import EventType, Reason
+from hmm.frames import PageFlag
 from hmm.interval_notifier import IntervalMirror
 from hmm.local import Local
 from hmm.machine import Caller, Limits, Machine
@@ -25,7 +26,7 @@ from hmm.madvise import Advice
 from hmm.operation import Await, WaitFor
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.receiver import DeadlinePolicy
-from hmm.smaps import memory_use
+from hmm.smaps import MemoryUse, memory_use
 from hmm.swap_area import SwapArea
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -86,6 +87,13 @@ class Memory:
     def swapped(self, where: AddressRange, pid: int = 0) -> list[bool]:
         """Which pages are in swap."""
         return [cpu_pte.is_swap(entry) for entry in self.entries(where, pid)]
+
+    def use(self) -> MemoryUse:
+        """What smaps says of the window."""
+        space = self.machine.processes[self.pid].space
+        vma = space.vmas.find(START)
+        assert vma is not None
+        return memory_use(space, vma)
 
     def fork(self) -> int:
         """A child."""
@@ -313,6 +321,85 @@ def test_page_that_was_freed_lazily_goes_without_being_written() -> None:
     assert memory.entries(span(0)) == [0]
     assert memory.swap.used == 0
     assert memory.read(span(0, 2)) == [0, 9]
+
+
+def test_page_that_others_map_is_freed_lazily_when_it_is_clean_itself() -> None:
+    """madvise_free_pte_range(): the entry is clean, the page may go; the child, who wrote it last, keeps it.
+
+    try_to_unmap_one() drops the entry of the parent, comes to the dirty one of the child, and ends.
+    """
+    memory = Memory()
+    memory.write(span(0, 2), 8)
+    child = memory.fork()
+    memory.advise(span(0), Advice.FREE)
+    assert memory.use().lazy_free == PAGE_SIZE
+    assert cpu_pte.is_dirty(memory.entries(span(0), child)[0])
+    memory.write(span(32, 31), 1)
+    assert memory.read(span(0, 2)) == [0, 8]
+    assert memory.read(span(0, 2), child) == [8, 8]
+
+
+def test_page_that_others_map_is_left_alone_when_it_is_dirty_itself() -> None:
+    """madvise_free_pte_range(): folio_test_dirty() and more than one mapping; so is what is in the swap cache."""
+    memory = Memory()
+    memory.write(span(0), 8)
+    memory.advise(span(0), Advice.FREE)
+    memory.advise(span(0), Advice.POPULATE_WRITE)  # set_page_dirty(), as the entry is clean
+    memory.fork()
+    before = memory.entries(span(0))
+    memory.advise(span(0), Advice.FREE)
+    assert memory.entries(span(0)) == before
+    assert memory.use().lazy_free == 0
+
+
+NO_SWAP = Limits(frames=33, device_frames=0, directories=1 << 8)
+
+
+def test_pageout_drops_what_was_freed_lazily_when_there_is_no_swap() -> None:
+    """shrink_folio_list(): add_to_swap() fails for all others, which become active; mirrors hear of what goes."""
+    memory = Memory(NO_SWAP)
+    memory.write(span(0, 4), 8)
+    memory.advise(span(0, 2), Advice.FREE)
+    memory.write(span(1), 9)
+    memory.advise(span(0, 4), Advice.PAGEOUT)
+    assert memory.entries(span(0)) == [0]
+    assert memory.read(span(0, 4)) == [0, 9, 8, 8]
+    flags = memory.machine.frames.test_flags(np.array([cpu_pte.cpu_pfn(memory.entries(span(2))[0])]), PageFlag.ACTIVE)
+    assert flags.all()
+
+
+def test_pageout_takes_the_entries_of_files_when_there_is_no_swap() -> None:
+    """shrink_folio_list() unmaps before it finds that shmem_writepage() can put the page nowhere: seen on 6.18."""
+    memory = Memory(NO_SWAP)
+    flags = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(64).start, 4 * PAGE_SIZE, RW, flags)
+    memory.write(span(64, 4), 5)
+    memory.advise(span(64, 4), Advice.PAGEOUT)
+    assert memory.entries(span(64, 4)) == [0] * 4
+    assert memory.read(span(64, 4)) == [5] * 4
+
+
+def test_cold_pages_are_old_when_there_is_no_swap() -> None:
+    """madvise_cold_or_pageout_pte_range() clears the accessed bit, whatever may become of the page."""
+    memory = Memory(NO_SWAP)
+    memory.write(span(0, 2), 8)
+    memory.advise(span(0), Advice.COLD)
+    young = [bool(entry & cpu_pte.ACCESSED) for entry in memory.entries(span(0, 2))]
+    assert young == [False, True]
+
+
+def test_write_takes_what_was_freed_lazily_when_there_is_no_swap() -> None:
+    """Lazily freed pages are on the list of files' pages, which is reclaimed with swap or without."""
+    memory = Memory(NO_SWAP)
+    memory.write(span(0, 32), 8)
+    with pytest.raises(OutOfFramesError):
+        memory.write(span(32), 8)
+    memory.advise(span(0, 4), Advice.FREE)
+    memory.write(span(32, 4), 7)
+    assert memory.read(span(32, 4)) == [7] * 4
+    assert memory.read(span(0, 5)) == [0] * 4 + [8]
+    with pytest.raises(OutOfFramesError):
+        memory.write(span(40), 8)
 
 
 def test_pages_of_files_go_to_swap_and_come_back() -> None:

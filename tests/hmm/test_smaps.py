@@ -6,6 +6,7 @@ from machine_world import FIXED, RW, START, span
 
 from hmm import commands_file as files
 from hmm import commands_process as processes
+from hmm.clear_refs import ClearRefs
 from hmm.local import Local
 from hmm.machine import Limits, Machine
 from hmm.madvise import Advice
@@ -94,6 +95,30 @@ def test_locked_and_lazily_freed_pages_are_told_apart() -> None:
     assert (process.use().lazy_free, process.use().private_clean) == (8 * KIB, 8 * KIB)
     process.call(processes.mlock, process.pid, START, 16 * PAGE_SIZE)
     assert process.use().locked == 64 * KIB
+
+
+def test_populated_pages_count_as_used_in_the_child_too() -> None:
+    """get_user_pages() with FOLL_TOUCH marks the frame: folio_mark_accessed(); a touch leaves it at the entry."""
+    process = Process()
+    process.write(0, 2)
+    process.call(processes.madvise, process.pid, span(2).start, 2 * PAGE_SIZE, Advice.POPULATE_WRITE)
+    assert process.use().referenced == 16 * KIB
+    child = process.call(processes.fork, process.pid)
+    assert process.use(pid=child).referenced == 8 * KIB
+
+
+def test_populate_leaves_the_entry_when_the_page_is_there() -> None:
+    """follow_page_pte(): the frame is marked; the second time it becomes active, and is not referenced any more."""
+    process = Process()
+    process.write(0, 4)
+    shown = []
+    for advice in (0, Advice.POPULATE_READ, Advice.POPULATE_READ, Advice.POPULATE_WRITE):
+        if advice:
+            process.call(processes.madvise, process.pid, START, 4 * PAGE_SIZE, advice)
+        else:
+            process.call(processes.clear_refs, process.pid, ClearRefs.ALL)
+        shown.append(process.use().referenced)
+    assert shown == [0, 16 * KIB, 0, 16 * KIB]
 
 
 def test_flags_have_the_kernels_letters() -> None:

@@ -12,6 +12,7 @@ from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.frames import RegionKind
+from hmm.madvise import Advice
 from hmm.migrate import MIGRATE, VALID, WRITE
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -360,3 +361,16 @@ def test_coherent_pages_come_back_when_their_device_is_evicted(coherent: Any) ->
     assert (on_coherent_device(coherent, 2), on_coherent_device(coherent, 2, child)) == ("ss", "ss")
     assert coherent.read(0, 2 * PAGE_SIZE) == b"a" * 2 * PAGE_SIZE
     coherent.local.machine.check()
+
+
+def test_pages_in_coherent_memory_are_not_freed_lazily(bench: Any) -> None:
+    """madvise_free_pte_range() passes over folio_is_zone_device(): the entry stays dirty, the contents stay."""
+    kind = RegionKind.DEVICE_COHERENT
+    coherent = bench.call(commands_device.register_device, "coherent", memory_pages=8, kind=kind)
+    mirror, _ = bench.attach(coherent, bench.process)
+    bench.write(0, b"c" * PAGE_SIZE)
+    bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0))
+    before = bench.entry(0)
+    bench.call(commands_process.madvise, bench.process, bench.span(0).start, PAGE_SIZE, Advice.FREE)
+    assert bench.entry(0) == before
+    assert cpu_pte.is_dirty(before)
