@@ -13,8 +13,7 @@ of all spaces that name it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -80,6 +79,26 @@ class SpaceLimits:
 
 
 @dataclass(slots=True, eq=False)
+class Restoring:
+    """VMAs as they were: they come back when the change could not be told; nothing else was changed then.
+
+    A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or there was
+    no room for pages that had to come back from a device first.
+    """
+
+    vmas: VmaMap
+    span: AddressRange
+    pieces: list[Vma]
+
+    def __enter__(self) -> list[Vma]:
+        return self.pieces
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, (OutOfFramesError, TimedOutError, WouldDeadlockError)):
+            self.vmas.replace(self.span, self.pieces)
+
+
+@dataclass(slots=True, eq=False)
 class AddressSpace:
     """One process's memory: VMAs, CPU page table, notifier, program break.
 
@@ -119,7 +138,7 @@ class AddressSpace:
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
-    detached: tuple[Vma, ...] = ()
+    detached: Sequence[Vma] = ()
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
     notifier: Notifier = field(init=False)
@@ -267,32 +286,9 @@ class AddressSpace:
         elif cpu_pte.is_swap(entry):
             free_entries(self.frames, np.array([cpu_pte.cpu_pfn(entry)]))
 
-    @contextmanager
-    def restoring(self, span: AddressRange) -> Iterator[None]:
-        """Put the VMAs of `span` back when the change could not be told; nothing else was changed then.
-
-        A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or
-        there was no room for pages that had to come back from a device first.
-        """
-        vmas = self.vmas.mapped_pieces(span)
-        brk_end = self.brk_end
-        try:
-            yield
-        except (OutOfFramesError, TimedOutError, WouldDeadlockError):
-            self.vmas.replace(span, vmas)
-            self.brk_end = brk_end
-            raise
-
-    @contextmanager
-    def detaching(self, span: AddressRange) -> Iterator[None]:
-        """Take the VMAs of `span` out: nobody finds them by address; until the block ends the reverse map does."""
-        assert not self.detached, "VMAs are changed by one call at a time"
-        self.detached = tuple(self.vmas.mapped_pieces(span))
-        self.vmas.erase(span)
-        try:
-            yield
-        finally:
-            self.detached = ()
+    def restoring(self, span: AddressRange) -> Restoring:
+        """Put the VMAs of `span` back when the change in the `with` block could not be made."""
+        return Restoring(self.vmas, span, self.vmas.mapped_pieces(span))
 
     def check(self, checked: Checked) -> None:
         """Assert the invariants of this address space: tables, and that entries lie in VMAs.

@@ -437,7 +437,7 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
         return
     else:
         entries = _mirrored(cpu.read(target.start, target.end), write)
-        if next(table.populated(target.start, target.end), None):
+        if table.holds(target.start, target.end):
             old = table.read(target.start, target.end)
     if old is not None and int(np.bitwise_or.reduce(old)) & (_KEPT | pte.VALID_DMA):
         entries |= old & np.uint64(_KEPT)

@@ -138,6 +138,8 @@ class DirectoryTree:
         directory is one array scan, however long.
         """
         words = self.words
+        if page < end and (leaf := self.leaf(page)):
+            return page, leaf
         while page < end:
             offset = ROOT
             for shift in self.upper_shifts:

@@ -281,7 +281,7 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
             fault_huge(attempt, vma, part)
             if attempt.splits:
                 return
-        if vma.backing is None and next(space.table.populated(part.start, part.end), None) is None:
+        if vma.backing is None and not space.table.holds(part.start, part.end):
             attempt.fill_empty(vma, part)
         else:
             addresses = np.arange(part.start, part.end, PAGE_SIZE, dtype=np.uint64)

@@ -74,7 +74,7 @@ def _has_table(space: AddressSpace, start: Address) -> bool:
     """Whether the block has a page table: its entry in the directory above is not pmd_none()."""
     if start >> PMD_SHIFT in space.tables:
         return True
-    return next(space.table.populated(start, start + PMD_SIZE), None) is not None
+    return space.table.holds(start, start + PMD_SIZE)
 
 
 def _install(space: AddressSpace, vma: Vma, start: Address, write: bool) -> None:

@@ -116,15 +116,15 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressR
         whole = space.vmas.find(piece.start)
         assert whole is not None
         for edge in (piece.start, piece.end):
-            block = block_of(edge)
-            if block.start != edge and whole.start <= block.start and block.end <= whole.end:
-                yield block
+            start = edge & PMD_MASK
+            if start != edge and whole.start <= start and start + PMD_SIZE <= whole.end:
+                yield block_of(edge)
 
 
 def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
     # mm_find_pmd() finds the entry of a block, empty or not, where its 1 GiB has a directory.
     start = block.start & -_PUD_SIZE
-    return next(space.table.populated(start, min(start + _PUD_SIZE, TASK_SIZE)), None) is not None
+    return space.table.holds(start, min(start + _PUD_SIZE, TASK_SIZE))
 
 
 # ---- folios

@@ -135,12 +135,13 @@ class Mirror(Receiver):
             return
         kept = _NOTHING if on_device or self.home is None else self.on_device(span)
         entries_kept = self.table.lookup(kept) if kept.size else kept
-        for part in self.table.populated(span.start, span.end):
-            if mask == pte.MASK_NONE:
+        if mask == pte.MASK_NONE:
+            for part in self.table.parts(span.start, span.end):
                 entries = self.table.zap(part.start, part.end)
                 self._propagate_dirty(entries)
                 self.unmap(entries)
-            else:
+        else:
+            for part in self.table.populated(span.start, span.end):
                 self._propagate_dirty(self.table.read(part.start, part.end))
                 self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
         if kept.size:

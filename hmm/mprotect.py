@@ -182,7 +182,7 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
         yield from invalidation.deliver()
         paused = True
         for span in spans:
-            for piece in space.table.populated(span.start, span.end):
+            for piece in space.table.parts(span.start, span.end):
                 if not paused:
                     yield Pause()
                 paused = False

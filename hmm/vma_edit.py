@@ -70,7 +70,7 @@ def zap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     Cost: O(directories + entries), vectorised.
     """
     paused = True
-    for piece in space.table.populated(span.start, span.end):
+    for piece in space.table.parts(span.start, span.end):
         if not paused:
             yield Pause()
         space.zap(piece.start, piece.end)
@@ -99,11 +99,16 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     for piece in (pieces[0], pieces[-1]):
         require_whole_pages(piece)
     yield from cut(space, (pieces[0], pieces[-1]))
-    invalidation = space.notifier.invalidation((span,), Cause.MUNMAP)
-    with space.restoring(span), space.detaching(span), invalidation:
-        yield from invalidation.deliver()
-        yield from zap(space, span)
-        space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
+    with space.restoring(span) as pieces, space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
+        assert not space.detached, "VMAs are changed by one call at a time"
+        space.detached = pieces  # nobody finds them by address any more; the reverse map still does
+        space.vmas.erase(span)
+        try:
+            yield from invalidation.deliver()
+            yield from zap(space, span)
+            space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
+        finally:
+            space.detached = ()
     unreserve(space, pieces)
     release_files(pieces)
 

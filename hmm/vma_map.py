@@ -14,14 +14,10 @@ munmap erases, mprotect assigns a changed mapping to every piece, mremap erases 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from hmm.interval import IntervalMap
 from hmm.units import TASK_SIZE, Address, AddressRange, is_page_aligned
-from hmm.vma import STACK_GUARD_GAP, Mapping, Vma, VmFlag, anon_vma_compatible, mergeable, merged, merges_upwards
-
-# Vma(...) passes through a generated function and takes thrice as long.
-_new_vma = partial(tuple.__new__, Vma)
+from hmm.vma import STACK_GUARD_GAP, Mapping, Vma, VmFlag, anon_vma_compatible, mergeable, merged, merges_upwards, new_vma
 
 
 def _guarded_start(vma: Vma | None, stack_guard: int) -> int:
@@ -122,7 +118,7 @@ class VmaMap(IntervalMap[Vma]):
                 grown = merged(grown, added)
             else:
                 if grown:
-                    result.append(_new_vma((low, high, grown)))
+                    result.append(new_vma((low, high, grown)))
                 low, grown = piece_start, added
             high = piece_end
         if touched and touched[-1].end > end:
@@ -131,11 +127,11 @@ class VmaMap(IntervalMap[Vma]):
                 grown = merged(grown, above)
             else:
                 if grown:
-                    result.append(_new_vma((low, high, grown)))
+                    result.append(new_vma((low, high, grown)))
                 low, grown = end, above
             high = touched[-1].end
         if grown:
-            result.append(_new_vma((low, high, grown)))
+            result.append(new_vma((low, high, grown)))
         self._splice(slot, result)
 
     def set_mapping(self, vma: Vma, mapping: Mapping) -> Vma:
