@@ -161,16 +161,18 @@ class IntervalMap(Generic[T]):
 
         Cost: O(log n) plus the intervals returned.
         """
-        if start >= end:
-            return []
-        number = max(bisect_right(self._firsts, start) - 1, 0)
         last = bisect_left(self._firsts, end) - 1
-        if last < number:
+        if last < 0 or start >= end:
             return []
+        number = bisect_right(self._firsts, start) - 1 if last else 0
+        if number < 0:
+            number = 0
         chunk = self._chunks[number]
-        first = max(bisect_right(chunk.starts, start) - 1, 0)
-        if chunk.items[first].end <= start:
-            first += 1
+        first = bisect_right(chunk.starts, start)
+        if first and chunk.items[first - 1].end > start:
+            first -= 1
+        if number == last:
+            return chunk.items[first : bisect_left(chunk.starts, end, first)]
         return self._items((number, first, last, bisect_left(self._chunks[last].starts, end)))
 
     def highest_hole(self, size: int, low: int, high: int) -> Hole[T] | None:
