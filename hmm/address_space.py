@@ -82,8 +82,8 @@ class SpaceLimits:
 class Restoring:
     """VMAs as they were: they come back when the change could not be told; nothing else was changed then.
 
-    A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or there was
-    no room for pages that had to come back from a device first.
+    A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or there
+    was no room for pages that had to come back from a device first.
     """
 
     vmas: VmaMap

@@ -43,6 +43,7 @@ from hmm.unmapped_area import MapFlag, place
 from hmm.vma import Prot
 
 FAULT_AROUND_MAX = 512
+_NOT_FIXED = ~int(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +252,7 @@ def mmap(
     """mmap(2), as `mman.mmap`; `file_id` 0 stands for no file."""
     space = machine.process(process_id).space
     file = machine.file(file_id) if file_id else None
-    chosen = MapFlag(flags) & ~(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
-    placement = _placement(space, length, chosen, file, offset) if address and length > 0 else 0
+    placement = _placement(space, length, MapFlag(flags & _NOT_FIXED), file, offset) if address and length > 0 else 0
     mapped = yield from mman.mmap(
         space, address, length, Prot(prot), MapFlag(flags), file, offset,
         partial(new_shared_memory, machine), partial(new_huge_memory, machine, space),

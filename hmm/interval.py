@@ -164,9 +164,7 @@ class IntervalMap(Generic[T]):
         last = bisect_left(self._firsts, end) - 1
         if last < 0 or start >= end:
             return []
-        number = bisect_right(self._firsts, start) - 1 if last else 0
-        if number < 0:
-            number = 0
+        number = max(bisect_right(self._firsts, start) - 1, 0) if last else 0
         chunk = self._chunks[number]
         first = bisect_right(chunk.starts, start)
         if first and chunk.items[first - 1].end > start:

@@ -52,14 +52,19 @@ _LEGACY_FLAGS = 0x7C07_F9F3
 """LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE accepts of a file that knows no MAP_SYNC."""
 _FILE_END = 1 << 63
 _VM_FLAGS = (
-    (MapFlag.GROWSDOWN, VmFlag.GROWSDOWN),
-    (MapFlag.LOCKED, VmFlag.LOCKED),
-    (MapFlag.NORESERVE, VmFlag.NORESERVE),
-    (MapFlag.STACK, VmFlag.NOHUGEPAGE),
-    (MapFlag.SYNC, VmFlag.SYNC),
+    (MapFlag.GROWSDOWN, VmFlag.GROWSDOWN._value_),
+    (MapFlag.LOCKED, VmFlag.LOCKED._value_),
+    (MapFlag.NORESERVE, VmFlag.NORESERVE._value_),
+    (MapFlag.STACK, VmFlag.NOHUGEPAGE._value_),
+    (MapFlag.SYNC, VmFlag.SYNC._value_),
 )
 """calc_vm_flag_bits(), and MAP_NORESERVE where overcommit is allowed."""
-_SHARED = VmFlag.SHARED | VmFlag.MAYSHARE
+# Plain integers: the operators of an IntFlag cost most of a microsecond each.
+_MAY, _ACCOUNT, _WRITE = int(MAY_FLAGS), int(VmFlag.ACCOUNT), int(VmFlag.WRITE)
+_ACCOUNTING = int(VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB)
+_SPECIAL, _LOCKED = int(SPECIAL_FLAGS), int(LOCKED_FLAGS)
+_PRIVATE, _SHARED, _SHARED_VALIDATE = 0x2, 0x1, 0x3
+_VM_SHARED = int(VmFlag.SHARED | VmFlag.MAYSHARE)
 
 
 def mmap(
@@ -100,15 +105,15 @@ def mmap(
     """
     if not is_page_aligned(offset):
         raise InvalidRequestError(f"mmap: offset {offset:#x} is not the start of a page")
-    if flags & MapFlag.ANONYMOUS:
+    if flags.has(MapFlag.ANONYMOUS):
         file, offset = None, 0
     elif file is None:
         raise NoSuchObjectError("mmap: neither a file nor MAP_ANONYMOUS", errnos.EBADF)
-    elif flags & MapFlag.HUGETLB:
+    elif flags.has(MapFlag.HUGETLB):
         raise InvalidRequestError(f"mmap: MAP_HUGETLB of {file}, which is no hugetlb file")
     if not length:
         raise InvalidRequestError("mmap: length 0")
-    if flags & MapFlag.HUGETLB:
+    if flags.has(MapFlag.HUGETLB):
         length = -(-length & PMD_MASK)
         file = _hugetlb_file(length, flags, huge_memory)
     length = page_up(length)
@@ -119,13 +124,13 @@ def mmap(
         start = place(space, length, address, flags, file, offset)
         span = AddressRange(start, start + length)
         vm_flags = _vm_flags(space, span, prot, flags, file, offset)
-        if file is None and vm_flags & VmFlag.SHARED:
+        if file is None and vm_flags.has(VmFlag.SHARED):
             assert shared_memory is not None, "nothing makes shared anonymous memory"
             file = shared_memory(length)
         delta = 0 if file is None else (offset - start) >> PAGE_SHIFT
         turn.hold(span)
         yield from _mmap_region(space, span, Mapping(vm_flags, file, delta))
-    if vm_flags & VmFlag.LOCKED or flags & (MapFlag.POPULATE | MapFlag.NONBLOCK) == MapFlag.POPULATE:
+    if vm_flags.has(VmFlag.LOCKED) or (flags.has(MapFlag.POPULATE) and not flags.has(MapFlag.NONBLOCK)):
         yield from populate(space, span)
     return start
 
@@ -144,46 +149,42 @@ def _vm_flags(
     space: AddressSpace, span: AddressRange, prot: Prot, flags: MapFlag, file: File | None, offset: int
 ) -> VmFlag:
     """The second half of do_mmap(), from where the address is known."""
-    if flags & MapFlag.FIXED_NOREPLACE and space.vmas.overlapping(span):
+    if flags.has(MapFlag.FIXED_NOREPLACE) and space.vmas.overlapping(span):
         raise ConflictError(f"mmap: something is mapped in {span}", address=span.start)
-    vm_flags = VmFlag(prot & 7) | MAY_FLAGS | space.new_flags
+    bits = prot._value_ & 7 | _MAY | space.new_flags._value_
     for flag, vm_flag in _VM_FLAGS:
-        if flags & flag:
-            vm_flags |= vm_flag
-    if file is None:
-        vm_flags |= _anonymous_flags(flags)
-    else:
-        vm_flags |= _file_flags(flags, file, offset, span.size_bytes)
-    if vm_flags & (VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB) == VmFlag.WRITE:
-        vm_flags |= VmFlag.ACCOUNT
-    if vm_flags & SPECIAL_FLAGS:
-        vm_flags &= ~LOCKED_FLAGS
-    return vm_flags
+        if flags.has(flag):
+            bits |= vm_flag
+    bits |= _anonymous_flags(flags) if file is None else _file_flags(flags, file, offset, span.size_bytes)
+    if bits & _ACCOUNTING == _WRITE:
+        bits |= _ACCOUNT
+    if bits & _SPECIAL:
+        bits &= ~_LOCKED
+    return VmFlag(bits)
 
 
-def _anonymous_flags(flags: MapFlag) -> VmFlag:
-    match flags & _MAP_TYPE:
-        case MapFlag.PRIVATE:
-            return VmFlag.NONE
-        case MapFlag.SHARED if not flags & MapFlag.GROWSDOWN:
-            return _SHARED
+def _anonymous_flags(flags: MapFlag) -> int:
+    kind = flags._value_ & _MAP_TYPE
+    if kind == _PRIVATE:
+        return 0
+    if kind == _SHARED and not flags.has(MapFlag.GROWSDOWN):
+        return _VM_SHARED
     raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}")
 
 
-def _file_flags(flags: MapFlag, file: File, offset: int, length: int) -> VmFlag:
+def _file_flags(flags: MapFlag, file: File, offset: int, length: int) -> int:
     if file.kind is not FileKind.DEVICE and offset + length >= _FILE_END:
         raise InvalidRequestError(f"mmap: {length:#x} bytes at {offset:#x} are behind any file", errnos.EOVERFLOW)
-    kind = flags & _MAP_TYPE
-    if kind == MapFlag.SHARED_VALIDATE and flags & ~_LEGACY_FLAGS:
+    kind = flags._value_ & _MAP_TYPE
+    if kind == _SHARED_VALIDATE and flags._value_ & ~_LEGACY_FLAGS:
         raise InvalidRequestError(f"mmap: MAP_SHARED_VALIDATE does not know all of {flags!r}", errnos.EOPNOTSUPP)
-    if kind not in (MapFlag.SHARED, MapFlag.SHARED_VALIDATE, MapFlag.PRIVATE) or flags & MapFlag.GROWSDOWN:
+    if kind not in (_SHARED, _SHARED_VALIDATE, _PRIVATE) or flags.has(MapFlag.GROWSDOWN):
         raise InvalidRequestError(f"mmap: no mapping of a file is of the kind {flags!r}")
-    return file.vm_flags if kind == MapFlag.PRIVATE else file.vm_flags | _SHARED
+    return file.vm_flags._value_ | (0 if kind == _PRIVATE else _VM_SHARED)
 
 
 def _mmap_region(space: AddressSpace, span: AddressRange, mapping: Mapping) -> Operation[None]:
-    replaced = sum(vma.end - vma.start for vma in space.vmas.mapped_pieces(span))
-    if not may_expand(space, span.size_bytes - replaced):
+    if not may_expand(space, span.size_bytes, span):
         raise OutOfFramesError(f"mmap: {span} is more than RLIMIT_AS allows")
     yield from unmap(space, span)
     file = mapping.backing

@@ -46,10 +46,17 @@ class ProtGrow(IntFlag):
     UP = 0x0200_0000
 
 
-_GROW = int(ProtGrow.DOWN | ProtGrow.UP)
-_KNOWN = int(ACCESS_FLAGS) | 0x8  # PROT_SEM
+# Plain integers: the operators of an IntFlag cost most of a microsecond each.
+_PROT_READ, _PROT_WRITE = int(Prot.READ), int(Prot.WRITE)
+_DOWN, _UP = int(ProtGrow.DOWN), int(ProtGrow.UP)
+_GROW = _DOWN | _UP
+_ACCESS = int(ACCESS_FLAGS)
+_KNOWN = _ACCESS | 0x8  # PROT_SEM
 _PUD_MASK = -(1 << 30)
-_RESERVING = VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE
+_ACCOUNT = int(VmFlag.ACCOUNT)
+_RESERVING = int(VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE)
+_LOCKED = int(VmFlag.LOCKED)
+_LOCKED_OR_COPIED = int(VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED)
 _KEEP = np.uint64(~cpu_pte.WRITE & (1 << 64) - 1)
 _WRITE = np.uint64(cpu_pte.WRITE)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
@@ -76,6 +83,7 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
 
     Cost: O(VMAs + directories + entries), vectorised.
     """
+    prot = int(prot)
     grow, prot = prot & _GROW, prot & ~_GROW
     if grow == _GROW or not is_page_aligned(start):
         raise InvalidRequestError(f"mprotect: {start:#x} is not the start of a page, or grows both ways", address=start)
@@ -86,12 +94,12 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
         raise BadAddressError(f"mprotect: {length:#x} bytes at {start:#x} end nowhere", errnos.ENOMEM, address=start)
     if prot & ~_KNOWN:
         raise InvalidRequestError(f"mprotect: unknown protection {prot:#x}")
-    prot &= int(ACCESS_FLAGS)
+    prot &= _ACCESS
     with space.notifier.turn() as turn:
         yield from turn.wait()
         span = _grown(space, AddressRange(start, end), grow)
         turn.hold(span)
-        plan, refused = _planned(space, span, Prot(prot))
+        plan, refused = _planned(space, span, prot)
         yield from cut(space, (piece for piece, _ in plan))
         with space.restoring(span):
             changed, error = _change_vmas(space, plan)
@@ -99,7 +107,7 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
             yield from _change_protection(space, changed, _cause(prot))
     for piece in changed:
         # A private locked mapping that becomes writable: the copies are made now.
-        if piece.flags & (VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED) == VmFlag.LOCKED and prot & Prot.WRITE:
+        if prot & _PROT_WRITE and piece.mapping.flags._value_ & _LOCKED_OR_COPIED == _LOCKED:
             yield from populate(space, piece.span)
     if error is not None:
         raise error
@@ -107,24 +115,24 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
 
 
 def _cause(prot: int) -> Cause:
-    if not prot & Prot.READ:
+    if not prot & _PROT_READ:
         return Cause.MPROTECT_NONE
-    return Cause.MPROTECT_WRITE if prot & Prot.WRITE else Cause.MPROTECT_READ
+    return Cause.MPROTECT_WRITE if prot & _PROT_WRITE else Cause.MPROTECT_READ
 
 
 def _grown(space: AddressSpace, span: AddressRange, grow: int) -> AddressRange:
     """The range after PROT_GROWSDOWN or PROT_GROWSUP."""
     vma = space.vmas.find_next(span.start)
-    if vma is None or vma.start >= span.end or (vma.start > span.start and not grow & ProtGrow.DOWN):
+    if vma is None or vma.start >= span.end or (vma.start > span.start and not grow & _DOWN):
         raise BadAddressError(f"mprotect: nothing is mapped at {span.start:#x}", errnos.ENOMEM, address=span.start)
     if not grow:
         return span
-    if grow & ProtGrow.UP or not vma.has(VmFlag.GROWSDOWN):
+    if grow & _UP or not vma.has(VmFlag.GROWSDOWN):
         raise InvalidRequestError(f"mprotect: {vma} does not grow that way", address=span.start)
     return AddressRange(vma.start, span.end)
 
 
-def _planned(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[list[tuple[Vma, VmFlag]], HmmError | None]:
+def _planned(space: AddressSpace, span: AddressRange, prot: int) -> tuple[list[tuple[Vma, VmFlag]], HmmError | None]:
     """What is to be changed in `span`, up to the first VMA that may not.
 
     Returns: the parts and their new flags; and what the call fails with behind them.
@@ -135,13 +143,13 @@ def _planned(space: AddressSpace, span: AddressRange, prot: Prot) -> tuple[list[
         if piece.start != at:
             break
         at = piece.end
-        may = VmFlag(piece.flags >> 4) & ACCESS_FLAGS
-        if prot & ~may:
-            denied = f"mprotect: {piece} may not become {prot!r}"
+        old = piece.mapping.flags._value_
+        if prot & ~(old >> 4):  # VM_MAYREAD and so on
+            denied = f"mprotect: {piece} may not become {Prot(prot)!r}"
             return plan, AccessDeniedError(denied, errnos.EACCES, address=piece.start)
-        flags = _new_flags(piece, prot)
-        if flags != piece.flags:
-            plan.append((piece, flags))
+        new = _new_flags(piece, prot)
+        if new != old:
+            plan.append((piece, VmFlag(new)))
     if at < span.end:
         return plan, BadAddressError(f"mprotect: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
     return plan, None
@@ -160,16 +168,16 @@ def _change_vmas(space: AddressSpace, plan: list[tuple[Vma, VmFlag]]) -> tuple[l
     return [changed for changed, _ in plan], None
 
 
-def _new_flags(piece: Vma, prot: Prot) -> VmFlag:
+def _new_flags(piece: Vma, prot: int) -> int:
     """vm_flags after the change; VM_ACCOUNT as mprotect_fixup() keeps it."""
-    old = piece.flags
-    new = (old & ~ACCESS_FLAGS) | VmFlag(prot)
+    old = piece.mapping.flags._value_
+    new = old & ~_ACCESS | prot
     if new == old:
         return old
-    if prot & Prot.WRITE:
-        return new if old & _RESERVING else new | VmFlag.ACCOUNT
-    if old & VmFlag.ACCOUNT and piece.mapping.anonymous and not piece.anon_vma:
-        return new & ~VmFlag.ACCOUNT
+    if prot & _PROT_WRITE:
+        return new if old & _RESERVING else new | _ACCOUNT
+    if old & _ACCOUNT and piece.mapping.anonymous and not piece.anon_vma:
+        return new & ~_ACCOUNT
     return new
 
 

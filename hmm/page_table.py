@@ -278,7 +278,7 @@ class PageTable:
             page = looked
 
     def parts(self, start: Address, end: Address) -> Iterable[AddressRange]:
-        """All that may hold entries in use of a range: `populated()`, but a range that is one piece anyway comes as it is.
+        """All of a range that may hold entries in use: `populated()`, but what is one piece anyway comes as it is.
 
         Cost: O(1) for one piece, else as `populated()`.
         """

@@ -18,12 +18,12 @@ MAP_FIXED asked for it.
 from __future__ import annotations
 
 import errno as errnos
-from enum import IntFlag
 
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
 from hmm.file import File, FileKind
 from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up
+from hmm.vma import Flags
 
 __all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "place"]
 
@@ -34,7 +34,7 @@ _LOW_2G = AddressRange(1 << 30, 1 << 31)
 _FOUR_G = 1 << 32
 
 
-class MapFlag(IntFlag):
+class MapFlag(Flags):
     """The MAP_ flags of mmap(), with the kernel's values."""
 
     SHARED = 0x1
@@ -75,9 +75,9 @@ def place(
 
     Raises: as `get_unmapped_area`.
     """
-    if flags & MapFlag.FIXED_NOREPLACE:
+    if flags.has(MapFlag.FIXED_NOREPLACE):
         flags |= MapFlag.FIXED
-    if not flags & MapFlag.FIXED:
+    if not flags.has(MapFlag.FIXED):
         hint = page_down(hint)
         if 0 < hint < MMAP_MIN_ADDR:
             hint = MMAP_MIN_ADDR
@@ -106,7 +106,7 @@ def get_unmapped_area(
         raise OutOfFramesError(f"{length:#x} bytes are more than the address space")
     if file is not None and file.kind is FileKind.HUGETLB:
         address = _whole_pages(space, length, address, flags)
-    elif not flags & MapFlag.FIXED:
+    elif not flags.has(MapFlag.FIXED):
         if _wants_huge_pages(length, address, flags, file):
             address = _aligned_area(space, length, address, flags, offset if file else 0)
         else:
@@ -122,9 +122,9 @@ def get_unmapped_area(
 
 def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
     """hugetlb_get_unmapped_area()."""
-    if (length | (hint if flags & MapFlag.FIXED else 0)) & (PMD_SIZE - 1):
+    if (length | (hint if flags.has(MapFlag.FIXED) else 0)) & (PMD_SIZE - 1):
         raise InvalidRequestError(f"{length:#x} bytes at {hint:#x} are not whole huge pages", address=hint)
-    if flags & MapFlag.FIXED:
+    if flags.has(MapFlag.FIXED):
         return hint
     hint = (hint + PMD_SIZE - 1) & -PMD_SIZE
     if hint and hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
@@ -135,7 +135,7 @@ def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag
 
 def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | None) -> bool:
     if file is None:
-        return not flags & MapFlag.SHARED and not hint and length % PMD_SIZE == 0
+        return not flags.has(MapFlag.SHARED) and not hint and length % PMD_SIZE == 0
     return file.kind is FileKind.FILE
 
 
@@ -156,13 +156,13 @@ def _aligned_area(space: AddressSpace, length: int, hint: Address, flags: MapFla
 
 def _unmapped_area(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
     """arch_get_unmapped_area_topdown(), and arch_get_unmapped_area() after it."""
-    if flags & MapFlag.LOW_2G:
+    if flags.has(MapFlag.LOW_2G):
         return _bottom_up(space, length, hint, _LOW_2G)
     if hint:
         hint = page_down(hint)
         if hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
             return hint
-    low = _FOUR_G if flags & MapFlag.ABOVE4G else MMAP_MIN_ADDR
+    low = _FOUR_G if flags.has(MapFlag.ABOVE4G) else MMAP_MIN_ADDR
     found = space.vmas.unmapped_area_topdown(length, low, space.mmap_base)
     if found is not None:
         return found

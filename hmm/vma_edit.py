@@ -28,13 +28,16 @@ from hmm.vma import Vma, VmFlag
 __all__ = ["may_expand", "modify_flags", "unmap", "zap"]
 
 
-def may_expand(space: AddressSpace, length: int) -> bool:
-    """Whether `length` bytes more may be mapped under RLIMIT_AS.
+def may_expand(space: AddressSpace, length: int, replaced: AddressRange | None = None) -> bool:
+    """Whether `length` bytes more may be mapped under RLIMIT_AS, when what is mapped in `replaced` goes.
 
     Cost: nothing without a limit, else O(VMAs).  Source: Linux mm/mmap.c, may_expand_vm().
     """
     limit = space.limits.address_bytes
-    return limit >= TASK_SIZE or sum(vma.end - vma.start for vma in space.vmas) + length <= limit
+    if limit >= TASK_SIZE:
+        return True
+    gone = space.vmas.mapped_pieces(replaced) if replaced else ()
+    return sum(vma.end - vma.start for vma in space.vmas) - sum(vma.end - vma.start for vma in gone) + length <= limit
 
 
 def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:

@@ -17,7 +17,17 @@ from collections.abc import Sequence
 
 from hmm.interval import IntervalMap
 from hmm.units import TASK_SIZE, Address, AddressRange, is_page_aligned
-from hmm.vma import STACK_GUARD_GAP, Mapping, Vma, VmFlag, anon_vma_compatible, mergeable, merged, merges_upwards, new_vma
+from hmm.vma import (
+    STACK_GUARD_GAP,
+    Mapping,
+    Vma,
+    VmFlag,
+    anon_vma_compatible,
+    mergeable,
+    merged,
+    merges_upwards,
+    new_vma,
+)
 
 
 def _guarded_start(vma: Vma | None, stack_guard: int) -> int:
