@@ -25,7 +25,7 @@ from hmm.checked import Checked
 from hmm.errors import OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.frames import Frames, PageFlag
 from hmm.notifier import Notifier
-from hmm.operation import Current
+from hmm.operation import Await, Current
 from hmm.page_table import PageTable
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import free_entries, slots_of
@@ -43,6 +43,7 @@ from hmm.units import (
     Pfns,
     SpaceId,
 )
+from hmm.userfaultfd import Userfaultfd
 from hmm.vma import Vma, VmFlag
 from hmm.vma_map import VmaMap
 
@@ -116,6 +117,7 @@ class AddressSpace:
         last_anon_vma: the newest family of private pages.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
+        userfaultfds: those that can be registered with VMAs of this space, by number.
         detached: VMAs that are being unmapped: no address is found in them, but their entries are still there.
     """
 
@@ -138,6 +140,7 @@ class AddressSpace:
     last_anon_vma: int = 0
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
+    userfaultfds: dict[int, Userfaultfd] = field(default_factory=dict)
     detached: Sequence[Vma] = ()
     vmas: VmaMap = field(init=False)
     table: PageTable = field(init=False)
@@ -286,6 +289,12 @@ class AddressSpace:
         elif cpu_pte.is_swap(entry):
             free_entries(self.frames, np.array([cpu_pte.cpu_pfn(entry)]))
 
+    def awaits_handler(self, request: Await) -> bool:
+        """Whether what waits for a userfaultfd's handler has to go on waiting; nobody does in a space that ends."""
+        userfaultfd = self.userfaultfds.get(request.userfaultfd)
+        ending = self.notifier.closed or self.unstable
+        return userfaultfd is not None and request.ticket in userfaultfd.faults and not ending
+
     def restoring(self, span: AddressRange) -> Restoring:
         """Put the VMAs of `span` back when the change in the `with` block could not be made."""
         return Restoring(self.vmas, span, self.vmas.mapped_pieces(span))
@@ -300,10 +309,17 @@ class AddressSpace:
             self.table.check()
         if checked.is_new(self.vmas, vmas):
             self.vmas.check()
+            self._check_userfaultfds()
         self.notifier.check()
         leaving = tuple(span for running in self.notifier.invalidations for span in running.spans)
         if checked.is_new(self, table, vmas, leaving, checked.number(self.frames) if self.huge else 0):
             self._check_entries(leaving, *checked.look(self.table, self.table.in_use))
+
+    def _check_userfaultfds(self) -> None:
+        for vma in self.vmas:
+            number = vma.mapping.userfaultfd
+            assert bool(number) == vma.has(VmFlag.UFFD_MISSING), f"{vma} is registered by halves"
+            assert not number or number in self.userfaultfds, f"{vma} is with userfaultfd {number}, which is closed"
 
     def _check_entries(self, leaving: tuple[AddressRange, ...], addresses: Entries, entries: Entries) -> None:
         bounds = np.array([(vma.start, vma.end) for vma in self.vmas] or [(0, 0)], np.uint64)

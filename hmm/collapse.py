@@ -121,8 +121,9 @@ def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failur
     alike = np.concatenate([pfns, *(members(frames, head) for head in heads_of(frames, pfns))])
     if (frames.refcount[alike] != frames.mapcount[alike] + (frames.private[alike] != 0)).any():
         return _Failure(errnos.EAGAIN, "somebody refers to a page")
-    if not cpu_pte.is_writable(here).any():
-        return _Failure(errnos.EINVAL, "no page may be written")
+    missing = vma.mapping.userfaultfd and (cpu_pte.is_special(entries) | (entries == 0)).any()
+    if missing or not cpu_pte.is_writable(here).any():
+        return _Failure(errnos.EINVAL, "a userfaultfd misses a page" if missing else "no page may be written")
     assert frames.all_have(pfns, PageFlag.ANON), f"{block} has pages that are not private"
     return None
 

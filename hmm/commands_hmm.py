@@ -195,11 +195,14 @@ def range_fault(
     default_flags: int = 0,
     pfn_flags_mask: int = 0,
     words: Entries | None = None,
+    *,
+    may_retry: bool = False,
 ) -> Operation[RangeFaulted]:
     """As `range_fault.range_fault`, once; without flags a snapshot, which never faults.
 
     Args:
         words: uint64[npages], the pages' own requests; not changed.
+        may_retry: whether it may wait for the handlers of userfaultfds.
 
     Raises:
         InvalidRequestError: an empty or unaligned range, or not as many words as pages (EINVAL).
@@ -207,9 +210,8 @@ def range_fault(
     """
     mirror = _live(machine, mirror_id)
     copied = _requests(span, words)
-    request = HmmRange(
-        mirror, number, sequence, span, copied, default_flags, pfn_flags_mask, mirror.device.id, words is None
-    )
+    words_for = (span, copied, default_flags, pfn_flags_mask, mirror.device.id)
+    request = HmmRange(mirror, number, sequence, *words_for, blank=words is None, may_retry=may_retry)
     error: HmmError | None = None
     try:
         yield from fault_range(request)
@@ -229,7 +231,8 @@ def range_fault_unlocked(
 ) -> Operation[RangeFaulted]:
     """Begin a read section, fault, and do both again as long as the range is invalidated meanwhile.
 
-    When its caller's patience ends (`Machine.time_out`) it ends with EBUSY.
+    It waits for the handlers of userfaultfds; `range_fault`, which keeps the mmap lock, fails with EFAULT there.  When
+    its caller's patience ends (`Machine.time_out`) it ends with EBUSY.
 
     Args, Raises: as `range_fault`.
 
@@ -242,7 +245,7 @@ def range_fault_unlocked(
         try:
             sequence = yield from mirror.read_begin(number)
             args = (mirror_id, number, sequence, span, default_flags, pfn_flags_mask, words)
-            faulted = yield from range_fault(machine, *args)
+            faulted = yield from range_fault(machine, *args, may_retry=True)
         except RangeBusyError as error:  # its patience ended while it waited
             faulted = RangeFaulted(_requests(span, words), error, sequence, mirror.sequence)
         if not isinstance(faulted.error, RangeBusyError) or machine.is_timed_out:

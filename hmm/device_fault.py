@@ -324,9 +324,13 @@ def _require_patience(mirror: Mirror, wait: bool, why: str) -> None:
 
 
 def bring_in(mirror: Mirror, missing: AddressRange | Entries, *, write: bool) -> Operation[HmmError | None]:
-    """Fault in what the CPU's table lacks.  Returns: why that ended early, at `error.address`."""
+    """Fault in what the CPU's table lacks.  Returns: why that ended early, at `error.address`.
+
+    The posted code faults with the mmap lock held and without FAULT_FLAG_ALLOW_RETRY, so that it cannot wait for a
+    userfaultfd's handler (which Linux got a release later): what is missing there is EFAULT.
+    """
     try:
-        yield from fault_in(mirror.space, missing, write=write)
+        yield from fault_in(mirror.space, missing, write=write, may_retry=False)
     except SegmentationFault as error:
         return BadAddressError(f"fault: {error.signal.value} at {error.address or 0:#x}", address=error.address)
     except OutOfFramesError as error:

@@ -141,7 +141,7 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
     """
     end = _writable_end(space, span)
     yield from split_pmds(space, huge_blocks(space, AddressRange(span.start, end)))
-    stop = yield from bring_in(space, AddressRange(span.start, end), write=True)
+    stop = yield from bring_in(space, AddressRange(span.start, end), write=True, may_retry=False)
     done = end if stop is None else stop.address
     if done > span.start:
         return AddressRange(span.start, done)

@@ -1,9 +1,10 @@
 """Page faults: bring the pages of an address space in, for whoever touches them.
 
 A fault may have to wait: for a call that is changing the VMAs, for mirrors that still use a page about to be
-copied, for an entry that somebody else has to resolve.  So it is made of attempts (fault_pages.py): each does
-at once all that needs no waiting and says what is missing; after every wait everything is looked at again.
-The last attempt found nothing missing, and until the next yield its pages are there.
+copied, for an entry that somebody else has to resolve, for a page that a userfaultfd's handler has to bring in.
+So it is made of attempts (fault_pages.py): each does at once all that needs no waiting and says what is missing;
+after every wait everything is looked at again.  The last attempt found nothing missing, and until the next yield
+its pages are there.
 
 Mirrors hear of pages that are copied on write, by one event for all pages of a piece, before they are copied.
 First touches and upgrades in place are not told to anybody.
@@ -14,7 +15,7 @@ First touches and upgrades in place are not told to anybody.
 **Invariants**: while anybody listens, a page is replaced only while an invalidation that was delivered covers it.
 
 **Absent**: the bytes (cpu_access.py), the entry of devices' faults (device_fault.py), huge pages (huge_fault.py),
-userfaultfd.
+the handlers of userfaultfds.
 
 Differs: x86 with protection keys refuses to read a mapping that may be executed only; here, as without them,
 what may be written or executed may be read.
@@ -68,15 +69,19 @@ _READ_BITS = cpu_pte.PRESENT | cpu_pte.ACCESSED
 _WRITE_BITS = _READ_BITS | cpu_pte.WRITE | cpu_pte.DIRTY
 
 
-def fault_in(space: AddressSpace, target: AddressRange | Entries, *, write: bool) -> Operation[None]:
+def fault_in(
+    space: AddressSpace, target: AddressRange | Entries, *, write: bool, may_retry: bool = True
+) -> Operation[None]:
     """Bring every page of `target` in: present, and writable when `write`.
 
     Args:
         target: a page-aligned range, or uint64[n] page addresses, ascending and unique.
+        may_retry: as for `bring_in`.
 
     Raises:
         SegmentationFault: nothing is mapped at `error.address`, or not for this access, or the page is behind
-            the end of its file or lost (EFAULT); the pages before it are in.
+            the end of its file or lost, or a userfaultfd with UFFD_FEATURE_SIGBUS misses it (EFAULT); the pages before
+            it are in.
         OutOfFramesError: memory ran out at `error.address` (ENOMEM); the pages before it are in.
         TimedOutError: a mirror with policy FAIL did not answer for a page to be copied (ETIMEDOUT).
         NoSuchObjectError: the address space is gone (ESRCH).
@@ -88,7 +93,7 @@ def fault_in(space: AddressSpace, target: AddressRange | Entries, *, write: bool
         if number:
             yield Pause()
         rest = piece
-        while (stop := (yield from bring_in(space, rest, write=write))) is not None:
+        while (stop := (yield from bring_in(space, rest, write=write, may_retry=may_retry))) is not None:
             if not continues(space, rest, stop):
                 raise_stop(stop, write=write)
             rest = rest_of(rest, stop)
@@ -103,8 +108,12 @@ def raise_stop(stop: Stop, *, write: bool) -> None:
 
 
 def continues(space: AddressSpace, target: AddressRange | Entries, stop: Stop) -> bool:
-    """Whether `bring_in` stopped only to have what it brought in used before memory is reclaimed for the rest."""
-    return stop.signal is None and space.frames.make_room is not None and stop.address > _first(target)
+    """Whether `bring_in` stopped only to have what it brought in used before it waits for the rest.
+
+    It waits for memory to be reclaimed, or for the handler of a userfaultfd.
+    """
+    may_come = stop.userfaultfd or space.frames.make_room is not None
+    return stop.signal is None and bool(may_come) and stop.address > _first(target)
 
 
 def rest_of(target: AddressRange | Entries, stop: Stop) -> AddressRange | Entries:
@@ -132,17 +141,24 @@ def _pieces_of_range(span: AddressRange) -> Iterator[AddressRange]:
 
 
 def bring_in(
-    space: AddressSpace, target: AddressRange | Entries, *, write: bool, grow_stack: bool = False
+    space: AddressSpace,
+    target: AddressRange | Entries,
+    *,
+    write: bool,
+    grow_stack: bool = False,
+    may_retry: bool = True,
 ) -> Operation[Stop | None]:
     """Bring one piece in.  Until the caller yields, the pages before the stop are as they were asked for.
 
     Args:
         target: at most PIECE_PAGES pages, as for `fault_in`.
         grow_stack: whether a stack may grow down to a page of `target`, as for the CPU.
+        may_retry: FAULT_FLAG_ALLOW_RETRY: whether it may wait for the handler of a userfaultfd; else a page that one
+            has to bring in is as one behind the end of a file.
 
     Returns: the first page that cannot be had, None when all are there.  Without a signal memory ran out; if memory can
     be reclaimed, it ran out only when that is the first page of `target`, and else there is to be another call for the
-    rest (`continues`).
+    rest (`continues`).  In the same way it waits for a handler only for the first page.
 
     Raises: TimedOutError, NoSuchObjectError as `fault_in`.
     """
@@ -169,12 +185,24 @@ def bring_in(
             yield from _resolve(space, attempt.strangers, write)
             continue
         stop = attempt.stop
-        if stop is not None and stop.signal is None and (yield from _make_room(space, target, stop)):
-            continue
-        if stop is None or stop.signal is not Signal.SEGV_MAPERR or not grow_stack:
+        if stop is not None and stop.userfaultfd and not may_retry:
+            return Stop(stop.address, Signal.BUS_ADRERR)
+        if stop is None or not (yield from _overcome(space, target, stop, write=write, grow_stack=grow_stack)):
             return stop
-        if not (yield from _grow(space, stop.address)):
-            return stop
+
+
+def _overcome(
+    space: AddressSpace, target: AddressRange | Entries, stop: Stop, *, write: bool, grow_stack: bool
+) -> Operation[bool]:
+    """Wait for whoever may bring in the page where an attempt stopped.  Returns: whether to try again."""
+    if stop.userfaultfd:
+        if stop.address > _first(target):
+            return False
+        yield from space.userfaultfds[stop.userfaultfd].handle(stop.address, stop.npages, write=write)
+        return True
+    if stop.signal is None:
+        return (yield from _make_room(space, target, stop))
+    return grow_stack and stop.signal is Signal.SEGV_MAPERR and (yield from _grow(space, stop.address))
 
 
 def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
@@ -328,7 +356,7 @@ def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool)
     if vma is None or not vma.mapping.flags._value_ & (_WRITE if write else _ACCESS):
         return False
     entry = space.table.get(address)
-    if entry or vma.mapping.backing is not None:
+    if entry or vma.mapping.backing is not None or vma.mapping.userfaultfd:
         wanted = _WRITE_BITS if write else _READ_BITS
         return entry & wanted == wanted
     if space.thp:

@@ -10,6 +10,9 @@
                                     else a copy of it, of which mirrors are told
     not present              any    for others to resolve                               do_swap_page()
 
+What is missing in a VMA registered with a userfaultfd, and no page of shared memory yet either, is none of this: its
+handler brings it in (handle_userfault()).
+
 An `Attempt` does for its pages all that can be done without waiting, and says what it has to wait for.
 
 **Source**: Linux mm/memory.c, 6.12: handle_pte_fault() and the functions named above.
@@ -17,7 +20,7 @@ An `Attempt` does for its pages all that can be done without waiting, and says w
 **Invariants**: what is done is done for whole pages: entry, frame and counts agree whenever an attempt
 returns; the pages before the one that `stop` names are done or waited for.
 
-**Absent**: the check of the VMA's protection, waiting, huge pages, userfaultfd.
+**Absent**: the check of the VMA's protection, waiting, huge pages.
 
 Differs: when directories of the page table run out, none of the pages handled in the same step is done.
 """
@@ -37,6 +40,7 @@ from hmm.fault_around import map_around
 from hmm.file import File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns
+from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma
 
 __all__ = [
@@ -67,11 +71,15 @@ class Stop:
 
     Attributes:
         address: of the first page that was not handled.
-        signal: None when memory ran out.
+        signal: None when memory ran out, or the handler of a userfaultfd is to bring the page in.
+        userfaultfd: that one's number; 0 for none.
+        npages: how many pages its handler is to bring in there, in a row.
     """
 
     address: Address
     signal: Signal | None
+    userfaultfd: int = 0
+    npages: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,9 @@ class Attempt:
         Cost: 5 ns per page when writing, 1 ns when reading.
         """
         space = self.space
+        if vma.mapping.userfaultfd:
+            self.leave_to_handler(vma, span.start, span.npages)
+            return
         try:
             if not self.write:
                 space.table.fill(span.start, span.end, ZERO_PAGE)
@@ -137,6 +148,18 @@ class Attempt:
                 self.stop = Stop(end, None)
         except OutOfFramesError:
             self.stop = Stop(span.start, None)
+
+    # ---- pages that a userfaultfd's handler brings in
+
+    def leave_to_handler(self, vma: Vma, address: Address, npages: int) -> None:
+        """Stop at the first of `npages` missing pages of a registered VMA: handle_userfault()."""
+        if self.write and not vma.shared:
+            prepare_anon_vma(self.space, vma)
+        userfaultfd = self.space.userfaultfds[vma.mapping.userfaultfd]
+        if userfaultfd.features & UserfaultFeature.SIGBUS:
+            self.stop = Stop(address, Signal.BUS_ADRERR)
+        else:
+            self.stop = Stop(address, None, userfaultfd.id, npages)
 
     # ---- any pages of one VMA
 
@@ -200,6 +223,8 @@ class _Part:
     def handle(self) -> None:
         self._fault_around()
         self._cut_at_signal()
+        if self.vma.mapping.userfaultfd:
+            self._cut_at_missing()
         kinds = self._classify()
         kinds = kinds.up_to(self._cut_at_limit(kinds))
         if kinds.strange.any():
@@ -238,6 +263,22 @@ class _Part:
             # do_cow_fault() prepares for the copy before it finds that there is nothing to copy.
             prepare_anon_vma(self.space, self.vma)
         self._cut(at, Signal.BUS_ADRERR if empty[at] else Signal.BUS_POISON)
+
+    def _cut_at_missing(self) -> None:
+        # What has neither an entry nor, in shared memory, a page yet.
+        missing = self.entries == 0
+        if self.file is not None and missing.any():
+            missing[missing] = self.file.pages.lookup(self._offsets(self.addresses[missing])) == 0
+        if not missing.any():
+            return
+        at = int(missing.argmax())
+        steps = self.addresses[at:] - self.addresses[at] == np.arange(missing.size - at, dtype=np.uint64) << np.uint64(
+            PAGE_SHIFT
+        )
+        run = missing[at:] & steps
+        npages = run.size if run.all() else int(run.argmin())
+        self.attempt.leave_to_handler(self.vma, int(self.addresses[at]), npages)
+        self.addresses, self.entries = self.addresses[:at], self.entries[:at]
 
     def _behind_end(self, file: File) -> _Mask:
         # The pages for which shmem_fault() has nothing; a driver's mapping has no fault handler at all.

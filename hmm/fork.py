@@ -193,6 +193,8 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
 
 def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
     mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
+    if mapping.userfaultfd:
+        mapping = mapping.with_userfaultfd(0)  # dup_userfaultfd()
     if not vma.anon_vma:
         return mapping
     if vma.has(VmFlag.WIPEONFORK):

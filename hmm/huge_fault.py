@@ -52,7 +52,10 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
         if entry & cpu_pte.HUGE:
             _touch(attempt, start, entry)
         elif allowed and vma.start <= start and start + PMD_SIZE <= vma.end and not _has_table(space, start):
-            _install(space, vma, start, attempt.write)
+            if vma.mapping.userfaultfd:
+                prepare_anon_vma(space, vma)  # and the page that is touched is for the handler to bring in
+            else:
+                _install(space, vma, start, attempt.write)
 
 
 def allows_huge(space: AddressSpace, vma: Vma) -> bool:

@@ -192,9 +192,10 @@ def _in_words(request: object) -> str:
                 what = f"{event.etype.name.lower().replace('_', ' ')} by its driver ({what})"
             where = ", ".join(map(str, event.spans[:3])) + (" ..." if len(event.spans) > 3 else "")
             return f"acknowledgement of {what} {where}".rstrip()
-        case Await(wait_for=wait_for, spans=spans):
+        case Await(wait_for=wait_for, spans=spans, userfaultfd=userfaultfd):
+            which = f" {userfaultfd}" if userfaultfd else ""
             where = ", ".join(map(str, spans[:3])) + (" ..." if len(spans) > 3 else "")
-            return f"{wait_for.value} {where}".rstrip()
+            return f"{wait_for.value}{which} {where}".rstrip()
         case Pause():
             return "nothing: it is between two pieces of its work"
     return "nothing"

@@ -73,6 +73,11 @@ def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
     state.update(repr((space.id, space.users, space.brk_end, space.notifier.sequence, sorted(space.tables))).encode())
     for vma in space.vmas:
         state.update(repr((vma.start, vma.end, vma.perms, vma.name, vma.offset_bytes, vma.anon_vma)).encode())
+        if vma.mapping.userfaultfd:
+            state.update(repr(vma.mapping.userfaultfd).encode())
+    for userfaultfd in space.userfaultfds.values():
+        faults = [(fault.ticket, fault.address, fault.told) for fault in userfaultfd.faults.values()]
+        state.update(repr((userfaultfd.id, faults)).encode())
     addresses, entries = space.table.valid(0, TASK_SIZE)
     state.update(addresses.tobytes() + entries.tobytes())
     held = entries[cpu_pte.holds_frame(entries)]

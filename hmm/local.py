@@ -1,7 +1,8 @@
 """The synchronous runner: calls commands of a machine and serves in-process drivers directly.
 
 For unit tests, notebooks and library users.  An event is handed to its driver at once, oldest first; a driver may
-make calls of its own from inside its callback, as the kernel lets it.
+make calls of its own from inside its callback, as the kernel lets it.  The handler of a userfaultfd is called when
+nothing else can go on.
 
 **Source**: our own.
 
@@ -10,15 +11,19 @@ make calls of its own from inside its callback, as the kernel lets it.
 
 from __future__ import annotations
 
-from typing import ParamSpec, Protocol, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
+from hmm.commands_userfaultfd import UserfaultMessage, read_userfaults
 from hmm.events import Delivery, Event, EventType
 from hmm.machine import Caller, Command, Machine, OperationRecord
 from hmm.units import MirrorId
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Handler: TypeAlias = Callable[[UserfaultMessage], object]
 _CALLER = Caller(name="local")
+_MESSAGES = 16
 
 
 class Driver(Protocol):
@@ -40,12 +45,17 @@ class Local:
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine()
         self.drivers: dict[MirrorId, Driver] = {}
+        self.handlers: dict[int, Handler] = {}
         self._callbacks: list[tuple[MirrorId, int]] = []
         self._queue: list[Delivery] = []
 
     def attach(self, mirror_id: MirrorId, driver: Driver) -> None:
         """Let `driver` serve the callbacks of a mirror; without one they are acknowledged at once."""
         self.drivers[mirror_id] = driver
+
+    def handle(self, userfaultfd: int, handler: Handler) -> None:
+        """Let `handler` bring in what a userfaultfd's ranges miss."""
+        self.handlers[userfaultfd] = handler
 
     def call(self, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a command to its end.
@@ -64,8 +74,18 @@ class Local:
             self._serve(self._queue.pop(0))
             return
         ready = self.machine.ready()
+        if not ready and self._serve_userfaults():
+            return
         assert ready, f"operation {record.id} ({record.name}) waits for ever: {record.request}"
         self.machine.resume(ready[0].id)
+
+    def _serve_userfaults(self) -> bool:
+        came = False
+        for number, handler in list(self.handlers.items()):
+            for message in self.call(read_userfaults, number, _MESSAGES):
+                handler(message)
+                came = True
+        return came
 
     def _serve(self, delivery: Delivery) -> None:
         driver = self.drivers.get(delivery.mirror_id)
@@ -84,4 +104,4 @@ class Local:
             self.machine.answer(delivery.mirror_id, delivery.sequence, errno, results=results)
 
 
-__all__ = ["Driver", "Local"]
+__all__ = ["Driver", "Handler", "Local"]

@@ -51,6 +51,7 @@ from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import slots_of
 from hmm.swap_area import SwapArea
 from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
+from hmm.userfaultfd import Userfaultfd
 from hmm.zone_device import used_frames
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Limits:
     devices: int = 256
     mirrors: int = 4096
     files: int = 65536
+    userfaultfds: int = 4096
     vmas: int = 65530
     dma_pages: int = 1 << 24
     directories: int = 1 << 16
@@ -101,7 +103,7 @@ class Caller:
 
 
 _NOBODY = Caller()
-_MAY_BE_CUT_SHORT = frozenset({WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS})
+_MAY_BE_CUT_SHORT = frozenset({WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS, WaitFor.USERFAULT})
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +148,7 @@ class OperationRecord(Generic[T]):
         fenced: the mirrors that were lost while it waited for them.
         refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
         timed_out: its caller's patience has ended, and it ends as soon as it can.
+        killed: its caller has gone, and it waits for nobody's userfaultfd any more.
     """
 
     id: int
@@ -159,6 +162,7 @@ class OperationRecord(Generic[T]):
     fenced: list[MirrorId] = field(default_factory=list)
     refusal: WouldDeadlockError | None = None
     timed_out: bool = False
+    killed: bool = False
     done: bool = False
     error: BaseException | None = None
     value: T | None = None
@@ -179,6 +183,10 @@ class Input:
     method: str
     arguments: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...] = ()
+
+
+def _waits_for_handler(request: Request | None) -> bool:
+    return isinstance(request, Await) and request.wait_for is WaitFor.USERFAULT
 
 
 Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
@@ -213,6 +221,7 @@ class Machine:
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
         self.pins: dict[int, Pin] = {}
+        self.userfaultfds: dict[int, AddressSpace] = {}  # to which each belongs, living or not
         self.file_names: dict[str, int] = {}
         self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
         self.operations: dict[int, OperationRecord[Any]] = {}
@@ -328,8 +337,18 @@ class Machine:
         record = self.operations[operation_id]
         record.timed_out = True
         if isinstance(record.request, Await) and record.request.wait_for in _MAY_BE_CUT_SHORT:
-            error = RangeBusyError(f"{record.name}: the range was busy until the deadline")
-            self._advance(record, None, error)
+            self._advance(record, None, self._out_of_patience(record, record.request))
+
+    def kill(self, operation_id: int) -> None:
+        """The caller of an operation has gone, as a thread that gets SIGKILL: it does not wait for a userfault (EINTR).
+
+        What waits for anything else goes on.
+        """
+        self._note("kill", operation_id)
+        record = self.operations[operation_id]
+        record.killed = True
+        if _waits_for_handler(record.request):
+            self._advance(record, None, self._out_of_patience(record, record.request))
 
     def take_outbox(self) -> list[Delivery]:
         """The events to be sent now, in order; each is handed out once."""
@@ -356,6 +375,9 @@ class Machine:
                 return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
             case WaitFor.MEMORY:
                 return self.reclaim.ended != request.ticket
+            case WaitFor.USERFAULT:
+                space = self.spaces.get(request.space_id)
+                return space is None or not space.awaits_handler(request)
             case _:
                 space = self.spaces.get(request.space_id)
                 return space is None or space.notifier.is_ready(request)
@@ -397,8 +419,8 @@ class Machine:
         generator = record.generator
         try:
             request = record.request = generator.throw(thrown) if thrown else generator.send(reply)
-            while not isinstance(request, Deliver) and self._is_deadlocked(record):
-                request = record.request = generator.throw(self._deadlock(record))
+            while (error := self._refusal(record)) is not None:
+                request = record.request = generator.throw(error)
         except StopIteration as stop:
             self._finished(record, stop.value, None)
         except Exception as error:  # noqa: BLE001 - if it is a bug of ours: the caller sees INTERNAL, the space is broken
@@ -424,8 +446,23 @@ class Machine:
         del self.operations[record.id]
         self._inside.pop(record.id, None)
 
-    def _is_deadlocked(self, record: OperationRecord[Any]) -> bool:
-        return record.caller.callback is not None and self.waits_for_itself(record)
+    def _refusal(self, record: OperationRecord[Any]) -> HmmError | None:
+        """Why an operation may not wait as it is about to."""
+        request = record.request
+        if isinstance(request, Deliver):
+            return None
+        if (record.killed or record.timed_out) and _waits_for_handler(request):
+            return self._out_of_patience(record, request)
+        if record.caller.callback is not None and self.waits_for_itself(record):
+            return self._deadlock(record)
+        return None
+
+    def _out_of_patience(self, record: OperationRecord[Any], request: Request | None) -> HmmError:
+        assert isinstance(request, Await)
+        what = f"{record.name}: {request.spans[0]}" if request.spans else record.name
+        if record.killed:
+            return TimedOutError(f"{what} had no handler until its caller went", errnos.EINTR, reason="KILLED")
+        return RangeBusyError(f"{what}: the range was busy until the deadline")
 
     def _deadlock(self, record: OperationRecord[Any]) -> WouldDeadlockError:
         assert record.caller.callback is not None
@@ -560,6 +597,15 @@ class Machine:
             raise NoSuchObjectError(f"unpin: there is no pin {number}", errnos.ENOENT)
         self._require_owner(pin.owner, f"pin {number}")
         return pin
+
+    def userfaultfd(self, number: int) -> tuple[AddressSpace, Userfaultfd]:
+        """Look a userfaultfd up, and its address space: EBADF when there is none, EPERM when it is somebody else's."""
+        space = self.userfaultfds.get(number)
+        if space is None:
+            raise NoSuchObjectError(f"there is no userfaultfd {number}", errnos.EBADF)
+        userfaultfd = space.userfaultfds[number]
+        self._require_owner(userfaultfd.owner, userfaultfd)
+        return space, userfaultfd
 
     def _owns(self, token: str, mirror_id: MirrorId) -> bool:
         receiver = self.receivers.get(mirror_id)

@@ -359,6 +359,8 @@ def _insert(migration: Migration, holes: _Positions, pfns: Pfns) -> _Mask:
     if migration.vma.writable:
         flags |= np.uint64(cpu_pte.WRITE)
     prepare_anon_vma(space, migration.vma)
+    if migration.vma.mapping.userfaultfd:  # what is missing is for its handler to bring in
+        return np.zeros(holes.size, np.bool_)
     try:
         space.table.store(addresses[free], cpu_pte.cpu_entry(pfns, flags)[free])
     except OutOfFramesError:

@@ -13,7 +13,7 @@ move_soft_dirty_pte(), move_normal_pmd()), mm/vma.c (copy_vma(), vma_merge_exten
 
 **Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
 
-**Absent**: userfaultfd, RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
+**Absent**: RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
 Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
 moves.  What MREMAP_DONTUNMAP leaves of a VMA that nobody touched merges with its copy beside it, as in 6.18; 6.12 has
@@ -245,6 +245,7 @@ def _move_vma(space: AddressSpace, turn: Turn, vma: Vma, request: _Remap, map_fl
         space.vmas.assign(new, _copied(vma, start - request.start))
         if old:
             yield from _tell_and_move(space, old, new, dontunmap=request.dontunmap)
+    _forget_userfaultfd(space, new)
     if request.dontunmap:
         _left_behind(space, old, new)
     return start
@@ -257,7 +258,7 @@ def _copied(vma: Vma, shift: int) -> Mapping:
     its new address.
     """
     if vma.mapping.anonymous and not vma.anon_vma:
-        return Mapping(vma.flags)
+        return Mapping(vma.flags, userfaultfd=vma.mapping.userfaultfd)
     return vma.mapping.moved(shift)
 
 
@@ -369,6 +370,14 @@ def _written(entries: Entries, start: Address, tables: tuple[AddressRange, Addre
     marked[slice(*tables_of_pages)] &= cpu_pte.is_huge(entries[slice(*tables_of_pages)])
     marked[slice(*directories)] = False
     return np.where(marked, entries | _SOFT_DIRTY, entries)
+
+
+def _forget_userfaultfd(space: AddressSpace, new: AddressRange) -> None:
+    """What has moved is registered with no userfaultfd, nor is what it merged with: mremap_userfaultfd_prep()."""
+    vma = space.vmas.find(new.start)
+    assert vma is not None
+    if vma.mapping.userfaultfd:
+        space.vmas.set_mapping(vma, vma.mapping.with_userfaultfd(0))
 
 
 def _left_behind(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:

@@ -51,18 +51,20 @@ class WaitFor(Enum):
     SEQUENCE = "the end of all running invalidations"
     COPIES = "copies to or from a device in the range"
     SETTLED = "the end of changes that the mirror has been told of"
+    USERFAULT = "the handler of userfaultfd"  # the ticket is that of the wait
     MEMORY = "others that reclaim memory"  # the ticket is the number of reclaims that have ended
 
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """Wait until the condition holds for the ranges (or the ticket, sequence or mirror) given."""
+    """Wait until the condition holds for the ranges (or the ticket, sequence, mirror or userfaultfd) given."""
 
     wait_for: WaitFor
     space_id: SpaceId = 0
     spans: tuple[AddressRange, ...] = ()
     ticket: int = 0
     mirror_id: MirrorId = 0
+    userfaultfd: int = 0
 
 
 @dataclass(frozen=True, slots=True)

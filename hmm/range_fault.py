@@ -94,6 +94,7 @@ class HmmRange:
         pfn_flags_mask: which bits of the input words count as requests.
         owner: dev_private_owner: the device whose private pages are reported and not faulted back; 0 for none.
         blank: `words` came in as zeroes, so that only the default flags count.
+        may_retry: the mmap lock may be dropped to wait for the handler of a userfaultfd.
     """
 
     mirror: IntervalMirror
@@ -105,6 +106,7 @@ class HmmRange:
     pfn_flags_mask: int = 0
     owner: DeviceId = 0
     blank: bool = False
+    may_retry: bool = False
 
     @property
     def space(self) -> AddressSpace:
@@ -147,8 +149,8 @@ def range_fault(request: HmmRange) -> Operation[None]:
         RangeBusyError: an invalidation came since read_begin: begin again (EBUSY).
         AccessDeniedError: a page is wanted for writing and its VMA does not permit it (EPERM), `error.address`.
         BadAddressError: a page that is wanted cannot be had: no mapping, no permission to read, behind the end of its
-            file, registers, lost, or no memory (EFAULT; without memory ENOMEM under linux-7), `error.address`.  Pages
-            below it have been faulted in.
+            file, registers, lost, missing for a userfaultfd while the lock may not be dropped, or no memory (EFAULT;
+            without memory ENOMEM under linux-7), `error.address`.  Pages below it have been faulted in.
 
     Cost: O(pages + VMAs), vectorised.
     """
@@ -269,7 +271,7 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     address = span.start + (first << PAGE_SHIFT)
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
-    stop = yield from bring_in(request.space, target, write=write)
+    stop = yield from bring_in(request.space, target, write=write, may_retry=request.may_retry)
     if stop is None or continues(request.space, target, stop):
         return
     if stop.signal is None:

@@ -29,7 +29,8 @@ _PSS_SHIFT = 12
 _LETTERS = (
     (VmFlag.READ, "rd"), (VmFlag.WRITE, "wr"), (VmFlag.EXEC, "ex"), (VmFlag.SHARED, "sh"), (VmFlag.MAYREAD, "mr"),
     (VmFlag.MAYWRITE, "mw"), (VmFlag.MAYEXEC, "me"), (VmFlag.MAYSHARE, "ms"), (VmFlag.GROWSDOWN, "gd"),
-    (VmFlag.PFNMAP, "pf"), (VmFlag.LOCKED, "lo"), (VmFlag.IO, "io"), (VmFlag.SEQ_READ, "sr"), (VmFlag.RAND_READ, "rr"),
+    (VmFlag.UFFD_MISSING, "um"), (VmFlag.PFNMAP, "pf"), (VmFlag.LOCKED, "lo"), (VmFlag.IO, "io"),
+    (VmFlag.SEQ_READ, "sr"), (VmFlag.RAND_READ, "rr"),
     (VmFlag.DONTCOPY, "dc"), (VmFlag.DONTEXPAND, "de"), (VmFlag.LOCKONFAULT, "lf"), (VmFlag.ACCOUNT, "ac"),
     (VmFlag.NORESERVE, "nr"), (VmFlag.HUGETLB, "ht"), (VmFlag.SYNC, "sf"), (VmFlag.WIPEONFORK, "wf"),
     (VmFlag.DONTDUMP, "dd"), (VmFlag.SOFTDIRTY, "sd"), (VmFlag.MIXEDMAP, "mm"), (VmFlag.HUGEPAGE, "hg"),

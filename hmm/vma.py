@@ -6,8 +6,8 @@ no arithmetic, and two neighbours continue each other exactly when their deltas 
 
 **Source**: Linux include/linux/mm.h, mm/vma.c (6.12).
 
-**Absent**: where VMAs are kept (vma_map.py); pages and page tables; the memory policy, userfaultfd and names of
-anonymous VMAs, which the kernel compares too before it merges; vm_ops->close(), which forbids it.
+**Absent**: where VMAs are kept (vma_map.py); pages and page tables; the memory policy and names of anonymous
+VMAs, which the kernel compares too before it merges; vm_ops->close(), which forbids it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class VmFlag(Flags):
     MAYEXEC = 0x40
     MAYSHARE = 0x80
     GROWSDOWN = 0x100
+    UFFD_MISSING = 0x200
     PFNMAP = 0x400
     LOCKED = 0x2000
     IO = 0x4000
@@ -123,6 +124,7 @@ class Mapping:
             mapped: the delta is 0 until mremap moves a VMA that has an `anon_vma`.
         anon_vma: id of the family of private pages; 0 while no private page was ever faulted in.
         cloned: the VMA came through fork with its `anon_vma`, so that it has its ancestors' too.
+        userfaultfd: with VM_UFFD_MISSING the userfaultfd whose handler brings missing pages in, else 0.
     """
 
     flags: VmFlag
@@ -130,6 +132,7 @@ class Mapping:
     delta: int = 0
     anon_vma: int = 0
     cloned: bool = False
+    userfaultfd: int = 0
 
     def has(self, flags: VmFlag) -> bool:
         """True when one of `flags` is set."""
@@ -137,7 +140,7 @@ class Mapping:
 
     def with_flags(self, flags: VmFlag) -> Mapping:
         """The same mapping with other flags."""
-        return Mapping(flags, self.backing, self.delta, self.anon_vma, self.cloned)
+        return Mapping(flags, self.backing, self.delta, self.anon_vma, self.cloned, self.userfaultfd)
 
     def with_prot(self, prot: Prot) -> Mapping:
         """The same mapping with the access that mprotect(prot) gives it."""
@@ -145,7 +148,15 @@ class Mapping:
 
     def with_anon_vma(self, anon_vma: int, *, cloned: bool = False) -> Mapping:
         """The same mapping with another family of private pages."""
-        return Mapping(self.flags, self.backing, self.delta, anon_vma, cloned)
+        return Mapping(self.flags, self.backing, self.delta, anon_vma, cloned, self.userfaultfd)
+
+    def with_userfaultfd(self, number: int) -> Mapping:
+        """The same mapping, registered with a userfaultfd for missing pages; with none for 0.
+
+        Source: Linux include/linux/userfaultfd_k.h, userfaultfd_set_ctx(), userfaultfd_reset_ctx().
+        """
+        flags = self.flags | VmFlag.UFFD_MISSING if number else self.flags & ~VmFlag.UFFD_MISSING
+        return replace(self, flags=flags, userfaultfd=number)
 
     def moved(self, offset_bytes: int) -> Mapping:
         """The mapping that shows the same pages of its object `offset_bytes` higher in the address space."""
@@ -308,6 +319,7 @@ def mergeable(existing: Mapping, added: Mapping) -> bool:
         not (existing.flags._value_ ^ flags) & _NOT_SOFTDIRTY
         and existing.backing is added.backing
         and existing.delta == added.delta
+        and existing.userfaultfd == added.userfaultfd
         and (
             existing.anon_vma == added.anon_vma
             or (existing.anon_vma != 0 and not added.anon_vma and not existing.cloned)

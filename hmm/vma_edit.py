@@ -23,9 +23,9 @@ from hmm.huge_split import cut
 from hmm.hugetlb import require_whole_pages, unreserve
 from hmm.operation import Operation, Pause
 from hmm.units import TASK_SIZE, AddressRange
-from hmm.vma import Vma, VmFlag
+from hmm.vma import Mapping, Vma, VmFlag
 
-__all__ = ["may_expand", "modify_flags", "unmap", "zap"]
+__all__ = ["may_expand", "modify", "modify_flags", "unmap", "zap"]
 
 
 def may_expand(space: AddressSpace, length: int, replaced: AddressRange | None = None) -> bool:
@@ -41,7 +41,12 @@ def may_expand(space: AddressSpace, length: int, replaced: AddressRange | None =
 
 
 def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
-    """Give a part of one VMA other flags, merging it with its neighbours or cutting it out.
+    """As `modify`, for other flags: vma_modify_flags()."""
+    modify(space, piece, piece.mapping.with_flags(flags))
+
+
+def modify(space: AddressSpace, piece: Vma, mapping: Mapping) -> None:
+    """Give a part of one VMA another mapping, merging it with its neighbours or cutting it out.
 
     Args:
         piece: as the map has it now, clipped to the part that changes; `cut` was done for it.
@@ -50,14 +55,14 @@ def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
         InvalidRequestError: hugetlb memory would be cut within a page (EINVAL).
         OutOfFramesError: the cuts would make too many VMAs (ENOMEM).
 
-    Source: Linux mm/vma.c, vma_modify_flags(), split_vma().
+    Source: Linux mm/vma.c, vma_modify(), split_vma().
     """
     vmas = space.vmas
     whole = vmas.find(piece.start)
     assert whole is not None
     require_whole_pages(piece)
     before = len(vmas)
-    vmas.assign(piece.span, piece.mapping.with_flags(flags))
+    vmas.assign(piece.span, mapping)
     if len(vmas) <= max(before, space.limits.vmas):
         return
     # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
