@@ -299,7 +299,7 @@ def mremap(
 def madvise(machine: Machine, process_id: ProcessId, start: Address, length: int, advice: int) -> Operation[int]:
     """madvise(2), as `madvise.madvise`."""
     space = machine.process(process_id).space
-    return (yield from advising.madvise(space, start, length, advice, machine.reclaim))
+    return (yield from advising.madvise(space, start, length, advice, machine.reclaim, capable=machine.capable))
 
 
 def msync(machine: Machine, process_id: ProcessId, start: Address, length: int, flags: int) -> Operation[int]:

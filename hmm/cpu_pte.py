@@ -55,6 +55,7 @@ __all__ = [
     "is_dirty",
     "is_huge",
     "is_huge_zero",
+    "is_hwpoison",
     "is_migration",
     "is_none",
     "is_poison",
@@ -83,7 +84,7 @@ SWP_EXCLUSIVE = ACCESSED
 MIGRATION = 1 << 10
 """A migration owns the page; whoever touches it waits."""
 POISON = 1 << 11
-"""The contents are lost; a touch is SIGBUS."""
+"""The contents are lost; a touch is SIGBUS.  The frame number names the frame, 0 where a device had the page."""
 
 PFN_SHIFT = 12
 FLAGS = (1 << PFN_SHIFT) - 1
@@ -261,6 +262,12 @@ def is_poison(entries: Entries) -> Mask: ...
 def is_poison(entries: int | Entries) -> bool | Mask:
     """Whether the contents are lost (`is_hwpoison_entry()`)."""
     return _any_of(entries, POISON)
+
+
+def is_hwpoison(entries: Entries) -> Mask:
+    """Whether entries name a frame whose contents are lost, and not a page that was lost with its device."""
+    found: Mask = is_poison(entries) & (cpu_pfn(entries) != 0)
+    return found
 
 
 @overload

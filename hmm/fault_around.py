@@ -16,6 +16,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.file import File
+from hmm.frames import PageFlag
 from hmm.units import PAGE_SHIFT, PMD_PAGES, Entries
 from hmm.vma import Vma
 
@@ -46,6 +47,8 @@ def map_around(space: AddressSpace, vma: Vma, file: File, addresses: Entries, fl
         return
     cached = file.pages.lookup(((candidates + shift) << PAGE_SHIFT).view(np.uint64))
     present = cpu_pte.is_present(cached)
+    if space.frames.poisoned:  # filemap_map_pages() passes over PageHWPoison()
+        present[present] = ~space.frames.test_flags(cpu_pte.cpu_pfn(cached[present]), PageFlag.HWPOISON)
     around = (candidates << PAGE_SHIFT).view(np.uint64)
     chosen = present & (space.table.lookup(around) == 0)
     pfns = cpu_pte.cpu_pfn(cached[chosen])

@@ -254,15 +254,19 @@ class _Part:
     def _cut_at_signal(self) -> None:
         empty = self.entries == 0
         failing = cpu_pte.is_poison(self.entries)
+        behind = None
         if self.file is not None and empty.any():
-            failing |= empty & self._behind_end(self.file)
+            behind = empty & self._behind_end(self.file)
+            failing |= behind
+            if self.space.frames.poisoned:
+                failing |= empty & self.file.poisoned(self._offsets(self.addresses))
         if not failing.any():
             return
         at = int(failing.argmax())
         if empty[at] and self.private_write:
             # do_cow_fault() prepares for the copy before it finds that there is nothing to copy.
             prepare_anon_vma(self.space, self.vma)
-        self._cut(at, Signal.BUS_ADRERR if empty[at] else Signal.BUS_POISON)
+        self._cut(at, Signal.BUS_ADRERR if behind is not None and behind[at] else Signal.BUS_POISON)
 
     def _cut_at_missing(self) -> None:
         # What has neither an entry nor, in shared memory, a page yet.

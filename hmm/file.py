@@ -30,8 +30,8 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import InvalidRequestError, OutOfFramesError
-from hmm.frames import Frames, PageFlag
+from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
+from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
 from hmm.swap import area_of, free_entries, slots_of, some_room
@@ -208,6 +208,16 @@ class File:
         """bool[n]: which pages are in memory; `offsets` as for `grab`."""
         return cpu_pte.is_present(self.pages.lookup(offsets))
 
+    def poisoned(self, offsets: Entries) -> npt.NDArray[np.bool_]:
+        """bool[n]: which pages are in memory that lost its contents.
+
+        Args:
+            offsets: uint64[n], bytes, page-aligned; also behind the end of the file.
+        """
+        entries = self.pages.lookup(np.minimum(offsets, np.uint64(FILE_SIZE_MAX - PAGE_SIZE)))
+        pfns = np.where(cpu_pte.is_present(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
+        return self.frames.test_flags(pfns, PageFlag.HWPOISON)
+
     def drop_pages(self, start: int, end: int) -> int:
         """Take the pages of [start, end), page-aligned bytes, out of the cache.
 
@@ -245,6 +255,7 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
         InvalidRequestError: a negative offset or length, or a device file, which cannot be read (EINVAL).
 
         OutOfFramesError: not one page could be brought in from swap (ENOMEM).
+        BadAddressError: the first page is in memory that lost its contents (EIO).
 
     Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_file_read_iter().
     """
@@ -264,6 +275,15 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
         if swapped.any():
             entries = entries[: int(swapped.argmax())]
             stop = page_down(at) + entries.size * PAGE_SIZE
+        if file.frames.poisoned:
+            lost = file.frames.test_flags(cpu_pte.cpu_pfn(entries), PageFlag.HWPOISON)
+            if lost[0]:
+                if parts:
+                    break
+                raise BadAddressError(f"read: {file} at {at:#x}: the page is lost", errnos.EIO, address=at)
+            if lost.any():
+                entries = entries[: int(lost.argmax())]
+                stop = page_down(at) + entries.size * PAGE_SIZE
         # A hole is entry 0, whose frame number is that of the zero page.
         parts.append(copy_from_frames(file.frames, cpu_pte.cpu_pfn(entries), at & _OFFSET, stop - at))
         at = stop
@@ -294,6 +314,7 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
     Raises:
         InvalidRequestError: a negative offset, or a device file (EINVAL); behind FILE_SIZE_MAX (EFBIG).
         OutOfFramesError: not one page could be written (ENOMEM).
+        BadAddressError: the first page is in memory that lost its contents (EIO).
 
     Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_write_begin(), shmem_write_end().
     """
@@ -312,6 +333,12 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
             if done:
                 return done
             raise
+        if file.frames.poisoned and (lost := file.frames.test_flags(pfns, PageFlag.HWPOISON)).any():
+            pfns = pfns[: int(lost.argmax())]
+            if not pfns.size and done:
+                return done
+            if not pfns.size:
+                raise BadAddressError(f"write: {file} at {at:#x}: the page is lost", errnos.EIO, address=at)
         wanted, stop = stop, min(stop, page_down(at) + pfns.size * PAGE_SIZE)
         copy_to_frames(file.frames, pfns, at & _OFFSET, memoryview(data)[done : done + stop - at])
         file.size_bytes = max(file.size_bytes, stop)

@@ -104,6 +104,7 @@ class Frames(FrameContents):
         lru: int64[n], page->lru: the order of pages of one kind, the oldest first; of frames with PageFlag.LRU, and of
             a device's.
         swap: where contents go while memory is short; None: nowhere.
+        poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
             again; None when nothing can be reclaimed.
 
@@ -132,6 +133,7 @@ class Frames(FrameContents):
         self._youngest = 0
         self.swap: SwapArea | None = None
         self.make_room: MakeRoom | None = None
+        self.poisoned = 0
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
         self._mapcount = self.mapcount.data
@@ -470,6 +472,19 @@ class Frames(FrameContents):
         self.index[where] = index
         self.flags[where] = flags
 
+    def poison(self, pfns: Pfns) -> None:
+        """Note that the contents of frames are lost: int64[n], unique, with a reference that keeps them for ever.
+
+        Source: Linux mm/memory-failure.c, TestSetPageHWPoison().
+        """
+        self.set_flags(pfns, PageFlag.HWPOISON)
+        self.poisoned += pfns.size
+
+    def unpoison(self, pfns: Pfns) -> None:
+        """Undo `poison`."""
+        self.clear_flags(pfns, PageFlag.HWPOISON)
+        self.poisoned -= pfns.size
+
     def rotate(self, pfns: Pfns) -> None:
         """Put frames at the young end of their list, in this order.
 
@@ -526,6 +541,8 @@ class Frames(FrameContents):
             exclusive = (flags & np.uint32(PageFlag.ANON_EXCLUSIVE)) != 0
             anonymous = (flags & np.uint32(PageFlag.ANON)) != 0
             assert not (exclusive & ~anonymous).any(), f"{region}: exclusive and not anonymous"
+            poisoned = (flags & np.uint32(PageFlag.HWPOISON)) != 0
+            assert not mapcount[poisoned].any(), f"{region}: a page is mapped whose contents are lost"
 
 
 def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:

@@ -181,6 +181,8 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
         pfns = members(frames, head)
         zero = np.zeros(PMD_PAGES, np.bool_)
         zero[pfns - head] = frames.are_zero(pfns)
+        if frames.poisoned:
+            zero[pfns - head] &= ~frames.test_flags(pfns, PageFlag.HWPOISON)
         gone = [(place.space, _remap(place, head, zero)) for place in places]
         frames.clear_flags(pfns, PageFlag.COMPOUND)
         for one, entries in gone:

@@ -30,9 +30,11 @@ from hmm.swap import area_of, slots_of
 from hmm.units import TASK_SIZE, Entries
 
 
-def replay(inputs: Sequence[Input], limits: Limits, semantics: Semantics = LINUX_6_12) -> Machine:
+def replay(
+    inputs: Sequence[Input], limits: Limits, semantics: Semantics = LINUX_6_12, *, capable: bool = False
+) -> Machine:
     """A machine that got the same inputs.  Errors that an input caused then are caused again, and are no news."""
-    machine = Machine(limits, semantics=semantics)
+    machine = Machine(limits, semantics=semantics, capable=capable)
     for entry in inputs:
         try:
             getattr(machine, entry.method)(*entry.arguments, **dict(entry.keywords))

@@ -199,6 +199,7 @@ class Machine:
         semantics: where kernels differ, which one's rules.
         recording: write every input down.
         swap_memory: gives the memory of the swap area; the default is private.
+        capable: processes have CAP_SYS_ADMIN, and may inject memory failures.
     """
 
     def __init__(
@@ -208,9 +209,11 @@ class Machine:
         semantics: Semantics = LINUX_6_12,
         recording: bool = False,
         swap_memory: MemoryProvider = anonymous_memory,
+        capable: bool = False,
     ) -> None:
         self.limits = limits or Limits()
         self.semantics = semantics
+        self.capable = capable
         self.current = Current()
         self.frames = Frames(self.limits.frames, self.limits.device_frames)
         self.hugetlb = HugetlbPool(self.frames, self.limits.hugetlb_pages)

@@ -8,6 +8,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     collapse   COLLAPSE makes huge pages of small ones
+    failure    HWPOISON takes pages away as if their memory had failed
     reclaim    WILLNEED brings in what is in swap; PAGEOUT puts out what there is swap for, and drops what was freed
                lazily; COLD makes pages the next to go
 
@@ -16,8 +17,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: page merging, which a hint speaks of; memory failure injection, which needs
-privileges (EPERM); the guard regions of 6.13.
+**Absent**: page merging, which a hint speaks of; MADV_SOFT_OFFLINE; the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.
 """
@@ -51,6 +51,7 @@ from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
 from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
+from hmm.memory_failure import inject_memory_failure
 from hmm.operation import Operation, Pause
 from hmm.populate import get_user_pages
 from hmm.reclaim import Reclaim
@@ -138,7 +139,13 @@ _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 
 def madvise(
-    space: AddressSpace, start: Address, length: int, advice: int, reclaim: Reclaim | None = None
+    space: AddressSpace,
+    start: Address,
+    length: int,
+    advice: int,
+    reclaim: Reclaim | None = None,
+    *,
+    capable: bool = False,
 ) -> Operation[int]:
     """Say what is to become of a range.
 
@@ -146,6 +153,7 @@ def madvise(
         start: page-aligned.
         length: bytes, rounded up to pages; 0 does nothing.
         reclaim: of the machine.
+        capable: the process may inject memory failures.
 
     Returns: 0.
 
@@ -154,13 +162,13 @@ def madvise(
             not get the advice; POPULATE of a mapping without the permission (EINVAL).
         BadAddressError: a part is not mapped; all others got the advice, or with POPULATE those below (ENOMEM).
             POPULATE met a page that cannot be brought in (EFAULT), or one whose contents are lost (EHWPOISON).
-        AccessDeniedError: REMOVE of a mapping that is not shared and writable (EACCES); HWPOISON and SOFT_OFFLINE
-            (EPERM).
+        AccessDeniedError: REMOVE of a mapping that is not shared and writable (EACCES); HWPOISON and SOFT_OFFLINE of
+            a process that is not capable of it (EPERM).
         NoSuchObjectError: REMOVE of a device's mapping (ENODEV).
         RangeBusyError: too many VMAs (EAGAIN).
         OutOfFramesError: POPULATE found no frame (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
-        COLLAPSE: as `collapse`.
+        COLLAPSE: as `collapse`.  HWPOISON: as `inject_memory_failure`.
 
     Cost: O(VMAs + directories + entries), vectorised.
     """
@@ -178,7 +186,7 @@ def madvise(
         case Advice.POPULATE_READ | Advice.POPULATE_WRITE:
             yield from _populate(space, span, write=known is Advice.POPULATE_WRITE)
         case Advice.HWPOISON | Advice.SOFT_OFFLINE:
-            raise AccessDeniedError(f"madvise: {known.name} needs privileges", errnos.EPERM)
+            yield from _inject(space, span, known, capable=capable)
         case Advice.REMOVE:
             yield from _remove(space, span)
         case Advice.COLLAPSE:
@@ -188,6 +196,14 @@ def madvise(
                 yield from turn.wait()
                 yield from _apply(space, span, known, reclaim)
     return 0
+
+
+def _inject(space: AddressSpace, span: AddressRange, advice: Advice, *, capable: bool) -> Operation[None]:
+    if not capable:
+        raise AccessDeniedError(f"madvise: {advice.name} needs CAP_SYS_ADMIN", errnos.EPERM)
+    if advice is Advice.SOFT_OFFLINE:
+        raise InvalidRequestError("madvise: SOFT_OFFLINE is not modelled", errnos.EOPNOTSUPP)
+    yield from inject_memory_failure(space, span)
 
 
 def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Reclaim | None) -> Operation[None]:

@@ -79,13 +79,21 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
     frames.detach(pfns)
 
 
-def unmap_everywhere(held: HeldPages, brackets: ExitStack, *, only_where_mapped: bool = False) -> Operation[None]:
+def unmap_everywhere(
+    held: HeldPages,
+    brackets: ExitStack,
+    *,
+    only_where_mapped: bool = False,
+    cause: Cause = Cause.MIGRATE_SHARED,
+    certain: bool = False,
+) -> Operation[None]:
     """Replace every entry that maps one of the pages, in all address spaces, after their mirrors were told.
 
     Only pages that are mapped are looked for.  The ranges stay busy until `brackets` is closed.
 
     Args:
         only_where_mapped: do not tell those who could map a page and do not.
+        cause, certain: of the events, as for `Notifier.invalidation`.
 
     Raises: TimedOutError: a mirror with policy FAIL did not answer; some entries were replaced already.
 
@@ -108,7 +116,7 @@ def unmap_everywhere(held: HeldPages, brackets: ExitStack, *, only_where_mapped:
     for space, parts in told.values():
         pages = np.unique((np.concatenate(parts) >> np.uint64(PAGE_SHIFT)).view(np.int64))
         notifier = space.notifier
-        bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(pages), Cause.MIGRATE_SHARED))
+        bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(pages), cause, certain=certain))
         yield from bracket.deliver()
         for place in [place for place in held.places() if place.space is space]:
             entries = space.table.lookup(place.addresses)

@@ -4,7 +4,7 @@
     55    SOFT_DIRTY      written, or mapped, since the bits were cleared (clear_refs.py)
     56    MMAP_EXCLUSIVE  present, and mapped exactly once
     61    FILE            a page of a file or of shared memory
-    62    SWAP            not present, its contents are elsewhere: in swap, on a device, or taken from the CPU by one
+    62    SWAP            not present: in swap, on a device, taken from the CPU by one, or lost
     63    PRESENT
 
 **Source**: Linux fs/proc/task_mmu.c (pte_to_pagemap_entry()), Documentation/admin-guide/mm/pagemap.rst, 6.12.
@@ -51,7 +51,7 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     entries = space.table.read(span.start, span.end)
     words = np.zeros(entries.size, np.uint64)
     present = cpu_pte.is_present(entries)
-    held = np.flatnonzero(cpu_pte.holds_frame(entries))
+    held = np.flatnonzero(cpu_pte.holds_frame(entries) | cpu_pte.is_hwpoison(entries))
     pfns = cpu_pte.cpu_pfn(entries[held])
     here = present[held]
     words[present] = np.uint64(PRESENT)
@@ -59,7 +59,7 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     swapped = cpu_pte.is_swap(entries)
     slots = cpu_pte.cpu_pfn(entries[swapped]).view(np.uint64)
     words[swapped] = np.uint64(SWAP) | (slots << np.uint64(SWAP_OFFSET_SHIFT))
-    away = cpu_pte.is_device_private(entries) | cpu_pte.is_device_exclusive(entries) | cpu_pte.is_migration(entries)
+    away = (entries & np.uint64(cpu_pte.NON_PRESENT)) != 0
     words[away] |= np.uint64(SWAP)
     words[held[~space.frames.test_flags(pfns, PageFlag.ANON)]] |= np.uint64(FILE)
     words[cpu_pte.is_huge_zero(entries)] |= np.uint64(FILE)  # a page, and not anonymous: pagemap_pmd_range()

@@ -77,7 +77,7 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
     """What one mapping costs.  Cost: O(entries), vectorised."""
     frames = space.frames
     _, entries = space.table.valid(vma.start, vma.end)
-    held = cpu_pte.holds_frame(entries) | cpu_pte.is_migration(entries)
+    held = cpu_pte.holds_frame(entries) | cpu_pte.is_migration(entries) | cpu_pte.is_hwpoison(entries)
     entries, swapped = entries[held], slots_of(entries)
     pfns, present = cpu_pte.cpu_pfn(entries), cpu_pte.is_present(entries)
     flags, mapcount = frames.flags[pfns], np.maximum(frames.mapcount[pfns], 1)

@@ -150,6 +150,7 @@ def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tupl
         framed = cpu_pte.holds_frame(entries)
         own = framed & space.frames.test_flags(np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON)
         own |= cpu_pte.is_swap(entries)  # only private pages leave an entry behind when they go to swap
+        own |= cpu_pte.is_poison(entries)  # zap_nonpresent_ptes() asks should_zap_cows()
         return addresses[~own], entries[~own]
     return addresses, entries
 

@@ -103,7 +103,12 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.machine = Machine(config.limits, semantics=PROFILES[config.semantics], swap_memory=swap_memory(config))
+        self.machine = Machine(
+            config.limits,
+            semantics=PROFILES[config.semantics],
+            swap_memory=swap_memory(config),
+            capable=config.harness,
+        )
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
         self.observers = Observers(config.watch_entries)
         self.streams = Streams(self.executor, self.observers, config)

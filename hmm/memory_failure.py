@@ -1,0 +1,211 @@
+"""Memory failure: frames that lost their contents are taken from everybody, by request (MADV_HWPOISON).
+
+The frame is never used again.  Every entry that named it becomes one whose touch is SIGBUS (BUS_MCEERR_AR), after all
+mirrors were told; a page of shared memory stays in its file, and is SIGBUS for whoever maps it anew, and EIO for read
+and write.  A page that is in swap as well is read from there again.
+
+    what stands there           becomes of the call
+    a small page                goes on with the next
+    a huge page                 is split, and loses the page asked for; the rest of it is passed over
+    the zero page               ends: EBUSY
+    a page in coherent memory   ends: ENXIO, as the device's driver would have to deal with it
+    a lost page                 ends: EFAULT
+
+**Source**: Linux mm/madvise.c (madvise_inject_error()), mm/memory-failure.c (memory_failure(),
+hwpoison_user_mappings(), identify_page_state(), mf_generic_kill_procs()), mm/rmap.c (try_to_unmap_one() with
+TTU_HWPOISON), 6.12.
+
+**Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON.
+
+**Absent**: hugetlb pages (EOPNOTSUPP), MADV_SOFT_OFFLINE, unpoisoning; the signal that the kernel sends at once to who
+had the page dirty, as there are no signals: the touch gets it.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.address_space import AddressSpace
+from hmm.errors import (
+    EHWPOISON,
+    BadAddressError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    RangeBusyError,
+)
+from hmm.events import Cause
+from hmm.fault import bring_in, pieces
+from hmm.file import File
+from hmm.frames import ZERO_PFN, Frames, PageFlag
+from hmm.huge_split import split_folio
+from hmm.migration_entries import HeldPages, replace, unmap_everywhere
+from hmm.operation import Operation, Pause
+from hmm.rmap import Places, anonymous_places, file_places
+from hmm.swap import area_of
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns
+from hmm.vma import Vma, VmFlag
+from hmm.zone_device import owners
+
+__all__ = ["inject_memory_failure"]
+
+_ELSEWHERE = np.uint64(cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION)
+_SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
+
+
+def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """Poison the pages of a range, which are brought in by a read first.
+
+    Raises:
+        BadAddressError: a page cannot be had, or is lost already (EFAULT); a huge page cannot be split, as somebody
+            refers to it (EHWPOISON).
+        RangeBusyError: a page is the zero page (EBUSY).
+        NoSuchObjectError: a page is in coherent memory of a device (ENXIO).
+        InvalidRequestError: hugetlb memory (EOPNOTSUPP).
+        OutOfFramesError: a page could not be brought in (ENOMEM).
+        The pages below `error.address` are poisoned.
+
+    Cost: O(pages + VMAs), vectorised; huge pages one at a time.
+    """
+    at = span.start
+    while at < span.end:
+        if at > span.start:
+            yield Pause()
+        piece = next(iter(pieces(AddressRange(at, span.end))))
+        assert isinstance(piece, AddressRange)
+        at = yield from _inject(space, piece)
+
+
+def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
+    """Poison the first pages of a piece.  Returns: where to go on."""
+    vma = space.vmas.find(piece.start)
+    if vma is None or not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
+        raise BadAddressError(f"memory failure: {piece.start:#x} is not memory that can be had", address=piece.start)
+    if vma.has(VmFlag.HUGETLB):
+        message = f"memory failure: {vma} is hugetlb memory"
+        raise InvalidRequestError(message, errnos.EOPNOTSUPP, address=piece.start)
+    part = AddressRange(piece.start, min(piece.end, vma.end))
+    entries = space.table.read(part.start, part.end)
+    coming = (entries & _ELSEWHERE) != 0
+    if vma.backing is not None:
+        coming |= entries == 0
+    first = _leading(coming | _are_plain(space.frames, entries))
+    if not first:
+        return (yield from _inject_one(space, vma, part.start))
+    if coming[:first].any():
+        stop = yield from bring_in(space, AddressRange(part.start, part.start + (first << PAGE_SHIFT)), write=False)
+        first = first if stop is None else (stop.address - part.start) >> PAGE_SHIFT
+        entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
+        if not first:
+            return (yield from _inject_one(space, vma, part.start))
+    pfns = cpu_pte.cpu_pfn(entries[:first])
+    first = min(first, _leading(_are_plain(space.frames, entries[:first])), _until_repeated(pfns))
+    end = part.start + (first << PAGE_SHIFT)
+    if first:
+        addresses = np.arange(part.start, end, PAGE_SIZE, dtype=np.uint64)
+        yield from _memory_failure(space, vma, addresses, pfns[:first])
+    return end
+
+
+def _leading(mask: npt.NDArray[np.bool_]) -> int:
+    """How many of the first ones are set."""
+    return mask.size if mask.all() else int(mask.argmin())
+
+
+def _are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
+    """bool[n]: which entries map small pages of system memory."""
+    pfns = np.where(cpu_pte.is_present(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
+    plain: npt.NDArray[np.bool_] = (pfns != ZERO_PFN) & ~cpu_pte.is_special(entries)
+    plain &= ~frames.test_flags(pfns, PageFlag.COMPOUND) & (owners(frames, pfns) == 0)
+    return plain
+
+
+def _until_repeated(pfns: Pfns) -> int:
+    """How many of the first frames differ: one that is mapped twice is lost when it is met again."""
+    firsts = np.unique(pfns, return_index=True)[1]
+    return pfns.size if firsts.size == pfns.size else _leading(np.isin(np.arange(pfns.size), firsts))
+
+
+def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Address]:
+    """A page that is no small page of system memory.  Returns: where to go on."""
+    stop = yield from bring_in(space, AddressRange(address, address + PAGE_SIZE), write=False)
+    if stop is not None and stop.signal is None:
+        raise OutOfFramesError(f"memory failure: {address:#x}: memory ran out", address=address)
+    if stop is not None and stop.signal is not None:
+        raise BadAddressError(f"memory failure: {address:#x}: {stop.signal.value}", address=address)
+    frames, entry = space.frames, space.table.get(address)
+    pfn = cpu_pte.cpu_pfn(entry)
+    if cpu_pte.is_special(entry) and not entry & cpu_pte.HUGE:
+        raise RangeBusyError(f"memory failure: {address:#x} is the zero page", address=address)
+    if owners(frames, np.array([pfn]))[0]:
+        raise NoSuchObjectError(f"memory failure: {address:#x} is in a device's memory", errnos.ENXIO, address=address)
+    if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
+        return address  # it is now
+    if cpu_pte.is_special(entry) or not (yield from split_folio(space, vma, address)):
+        message = f"memory failure: the huge page at {address:#x} is in use"
+        raise BadAddressError(message, EHWPOISON, address=address)
+    entries = space.table.read(address, address + PAGE_SIZE)
+    if _are_plain(frames, entries)[0]:
+        yield from _memory_failure(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
+    return address + PMD_SIZE
+
+
+def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfns) -> Operation[None]:
+    """memory_failure() for small pages of one VMA; the reference that it takes is never dropped.
+
+    Args:
+        addresses: uint64[n], ascending.
+        pfns: int64[n], unique.
+    """
+    frames = space.frames
+    indices = (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
+    anonymous = frames.test_flags(pfns, PageFlag.ANON)
+
+    def places() -> Iterator[Places]:
+        if anonymous.any():
+            relatives = [space.relatives[number] for number in sorted(space.relatives)]
+            yield from anonymous_places(relatives, indices, vma.backing)
+        if isinstance(vma.backing, File) and not anonymous.all():
+            yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
+
+    held = HeldPages(frames, pfns, places)
+    frames.get(pfns)
+    frames.poison(pfns)
+    with ExitStack() as brackets:
+        try:
+            yield from unmap_everywhere(held, brackets, cause=Cause.MEMORY_FAILURE, certain=True)
+        except BaseException:
+            frames.unpoison(pfns)
+            replace(held, pfns)
+            raise
+        for place in places():
+            _lose(held, place)
+        _leave_swap_cache(frames, pfns)
+
+
+def _lose(held: HeldPages, place: Places) -> None:
+    """What stands in for the pages becomes what a touch fails at; of pages that are in swap, the way there."""
+    table, pfns = place.space.table, held.pfns[place.pages]
+    entries = table.lookup(place.addresses)
+    ours = cpu_pte.is_migration(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
+    slots = held.frames.private[pfns[ours]]
+    kinds = np.where(slots != 0, np.uint64(cpu_pte.SWAP), np.uint64(cpu_pte.POISON))
+    kept = kinds | (entries[ours] & _SOFT_DIRTY)
+    table.store(place.addresses[ours], cpu_pte.cpu_entry(np.where(slots != 0, slots, pfns[ours]), kept))
+    if slots.any():
+        area_of(held.frames).duplicate(slots[slots != 0])
+
+
+def _leave_swap_cache(frames: Frames, pfns: Pfns) -> None:
+    """me_swapcache_clean()."""
+    cached = pfns[frames.private[pfns] != 0]
+    if cached.size:
+        area_of(frames).cached[frames.private[cached]] = 0
+        frames.private[cached] = 0
+        frames.put(cached)
