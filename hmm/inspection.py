@@ -26,6 +26,7 @@ from hmm.machine import Machine, OperationRecord
 from hmm.operation import Await, Deliver, Pause
 from hmm.page_table import PageTable
 from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
+from hmm.userfaultfd import Userfault, Userfaultfd
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Blocked:
         answers: (mirror, event sequence) that it waits for directly.
         event: the event being delivered, if that is what it waits for.
         cycle: it waits, in the end, for itself.
+        userfaultfd, userfault: whose handler it waits for, and the wait.
     """
 
     operation_id: int
@@ -75,6 +77,8 @@ class Blocked:
     answers: tuple[tuple[MirrorId, int], ...]
     event: Event | None
     cycle: bool
+    userfaultfd: Userfaultfd | None = None
+    userfault: Userfault | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,10 @@ def _blocked(machine: Machine, record: OperationRecord[Any]) -> Blocked:
     request = record.request
     event = request.event if isinstance(request, Deliver) else None
     space_id = event.space_id if event else request.space_id if isinstance(request, Await) else 0
+    userfaultfd = userfault = None
+    if isinstance(request, Await) and request.userfaultfd in machine.userfaultfds:
+        userfaultfd = machine.userfaultfds[request.userfaultfd].userfaultfds[request.userfaultfd]
+        userfault = userfaultfd.faults.get(request.ticket)
     return Blocked(
         operation_id=record.id,
         name=record.name,
@@ -181,6 +189,8 @@ def _blocked(machine: Machine, record: OperationRecord[Any]) -> Blocked:
         answers=tuple(machine.unanswered(record)),
         event=event,
         cycle=machine.waits_for_itself(record),
+        userfaultfd=userfaultfd,
+        userfault=userfault,
     )
 
 

@@ -36,6 +36,7 @@ from hmm_proto.v1 import (
     inspection_pb2_grpc,
     process_pb2,
     process_pb2_grpc,
+    userfaultfd_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Client:
 
     Attributes:
         channel: for calls that have no method here, with the stubs below.
-        processes, files, devices, inspection, harness: stubs of the services.
+        processes, files, devices, userfaultfds, inspection, harness: stubs of the services.
         executor: where drivers' plain functions run; None: in the loop.
     """
 
@@ -84,6 +85,7 @@ class Client:
         self.processes = process_pb2_grpc.ProcessServiceStub(channel.grpc)
         self.files = file_pb2_grpc.FileServiceStub(channel.grpc)
         self.devices = device_pb2_grpc.DeviceServiceStub(channel.grpc)
+        self.userfaultfds = userfaultfd_pb2_grpc.UserfaultfdServiceStub(channel.grpc)
         self.inspection = inspection_pb2_grpc.InspectionServiceStub(channel.grpc)
         self.harness = harness_pb2_grpc.HarnessServiceStub(channel.grpc)
         self._name = name

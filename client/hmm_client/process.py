@@ -20,6 +20,7 @@ from hmm_client import calls
 from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
 from hmm_client.pin import Pin
 from hmm_client.results import Accessed, Completed, Mapped, MappingUse, Maps, MapsLine, ProgramBreak
+from hmm_client.userfaultfd import Userfaultfd
 from hmm_proto.v1 import inspection_pb2, process_pb2
 
 if TYPE_CHECKING:
@@ -224,6 +225,16 @@ class Process:
             OutOfFramesError: memory ran out; nothing is pinned (ENOMEM).
         """
         return await Pin.make(self, span, write=write, long_term=long_term)
+
+    # ---- pages that somebody else brings in
+
+    def userfaultfd(self, features: int = 0) -> Userfaultfd:
+        """userfaultfd(2): this client brings in pages that the process misses; to be used in `async with`.
+
+        Args:
+            features: `UserfaultFeature` values.
+        """
+        return Userfaultfd(self, features)
 
     # ---- birth and death
 

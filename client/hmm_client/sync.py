@@ -27,6 +27,7 @@ import grpc
 
 from hmm.address_space import Thp
 from hmm.commands_hmm import RangeFaulted
+from hmm.commands_userfaultfd import UserfaultMessage
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
@@ -41,6 +42,7 @@ from hmm_client import interval_mirror as aio_interval
 from hmm_client import mirror as aio_mirror
 from hmm_client import pin as aio_pin
 from hmm_client import process as aio_process
+from hmm_client import userfaultfd as aio_userfaultfd
 from hmm_client.calls import Call
 from hmm_client.driver import Copied, Written
 from hmm_client.loop_thread import LoopThread
@@ -122,6 +124,10 @@ class Process(_Handle[aio_process.Process]):
         """pin_user_pages()."""
         return Pin(self.loop.run(self.aio.pin(span, write=write, long_term=long_term)), self.loop)
 
+    def userfaultfd(self, features: int = 0) -> Userfaultfd:
+        """userfaultfd(2); to be used in `with`."""
+        return Userfaultfd(self.aio.userfaultfd(features), self.loop)
+
     def fork(self) -> Process:
         """fork(2)."""
         return Process(self.loop.run(self.aio.fork()), self.loop)
@@ -160,6 +166,39 @@ class Pin(_Handle[aio_pin.Pin]):
         return self.aio.id
 
     unpin = blocking(aio_pin.Pin.unpin)
+
+
+class Userfaultfd(_Handle[aio_userfaultfd.Userfaultfd]):
+    """As `hmm_client.userfaultfd.Userfaultfd`, to be used in `with`; handlers run on worker threads."""
+
+    def __enter__(self) -> Self:
+        self.loop.run(self.aio.open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.loop.run(self.aio.__aexit__(kind, error, traceback))
+
+    @property
+    def id(self) -> int:
+        """Names it."""
+        return self.aio.id
+
+    def serve(self, handler: Callable[[UserfaultMessage], bytes | None]) -> None:
+        """Let `handler` bring in what is missing, one fault after the other, until this is closed."""
+
+        async def serve() -> None:
+            self.aio.serve(handler)
+
+        self.loop.run(serve())
+
+    read = blocking(aio_userfaultfd.Userfaultfd.read)
+    register = blocking(aio_userfaultfd.Userfaultfd.register)
+    unregister = blocking(aio_userfaultfd.Userfaultfd.unregister)
+    copy = blocking(aio_userfaultfd.Userfaultfd.copy)
+    zeropage = blocking(aio_userfaultfd.Userfaultfd.zeropage)
+    wake = blocking(aio_userfaultfd.Userfaultfd.wake)
 
 
 class Mirror(_Handle[aio_mirror.Mirror]):

@@ -36,6 +36,8 @@ from hmm_proto.v1 import (
     process_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
+    userfaultfd_pb2,
+    userfaultfd_pb2_grpc,
 )
 from hmm_server.callers import Tokens
 from hmm_server.config import Config
@@ -52,6 +54,7 @@ from hmm_server.services.hmm import HmmService
 from hmm_server.services.inspection import InspectionService
 from hmm_server.services.process import ProcessService
 from hmm_server.services.session import SessionService
+from hmm_server.services.userfaultfd import UserfaultfdService
 from hmm_server.streams import Streams
 from hmm_server.swap_file import swap_memory
 
@@ -68,6 +71,7 @@ SERVICES = tuple(
         (hmm_pb2, "HmmService"),
         (session_pb2, "SessionService"),
         (inspection_pb2, "InspectionService"),
+        (userfaultfd_pb2, "UserfaultfdService"),
         (harness_pb2, "HarnessService"),
     )
 )
@@ -145,6 +149,7 @@ class Daemon:
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
             InspectionService(self.executor, self.streams, self.observers, self.config), handlers
         )
+        userfaultfd_pb2_grpc.add_UserfaultfdServiceServicer_to_server(UserfaultfdService(self.executor), handlers)
         harness_pb2_grpc.add_HarnessServiceServicer_to_server(HarnessService(self.executor, self.config), handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self.config.reflection:

@@ -34,6 +34,8 @@ from hmm_server.operation_log import Ended, OperationLog
 T = TypeVar("T")
 P = ParamSpec("P")
 Then = Callable[[OperationRecord[T]], None]
+_ENDING = frozenset({"exit_process", "exec_process"})
+"""Calls that may end a process."""
 log = logging.getLogger(__name__)
 
 
@@ -80,7 +82,12 @@ class Running:
 
 
 class Executor:
-    """The asyncio runner of one machine."""
+    """The asyncio runner of one machine.
+
+    Attributes:
+        userfaultfds: by number, what is set when there may be something for the handler, the end of its process or of
+            the daemon included.
+    """
 
     def __init__(self, machine: Machine, operations: OperationLog, acknowledgement_s: float) -> None:
         self.machine = machine
@@ -90,6 +97,7 @@ class Executor:
         self.holds = Holds(machine)
         self.draining = False
         self.router: Router | None = None
+        self.userfaultfds: dict[int, asyncio.Event] = {}
         self._loop = asyncio.get_running_loop()
         self._pumping = False
         self._continuing = False
@@ -167,8 +175,7 @@ class Executor:
         except TimeoutError:
             return self.is_over(record)
         finally:
-            if not self.is_over(record):
-                self.running[record.id].given_up = True
+            self.forsake(record)
         return True
 
     def time_out(self, record: OperationRecord[Any]) -> None:
@@ -180,8 +187,23 @@ class Executor:
 
     def give_up(self, record: OperationRecord[Any], seconds: float) -> TimedOutError:
         """Note that the caller's patience ended before the operation did.  Returns: the caller's error."""
-        self.running[record.id].given_up = True
+        self.forsake(record)
         return TimedOutError(f"{record.name}: operation {record.id} has not ended within {seconds:g} s; it goes on")
+
+    def forsake(self, record: OperationRecord[Any]) -> None:
+        """Nobody waits for an operation's end any more: it goes on alone, but waits for no handler of userfaults."""
+        if self.is_over(record):
+            return
+        self.running[record.id].given_up = True
+        if not record.done:
+            self._kill(record)
+            self.pump()
+
+    def _kill(self, record: OperationRecord[Any]) -> None:
+        request = record.request
+        self.machine.kill(record.id)
+        if record.request is not request:
+            self._advanced(record)
 
     # ---- inputs from drivers
 
@@ -277,6 +299,10 @@ class Executor:
                 self._leave(record)
         elif _awaits_owed_answers(record):
             self._set_deadline(self.running[record.id])
+        elif (number := _awaited_userfaultfd(record)) and self.draining:
+            self._kill(record)
+        elif number in self.userfaultfds:
+            self.userfaultfds[number].set()
 
     def _leave(self, record: OperationRecord[Any]) -> None:
         running = self.running.pop(record.id)
@@ -297,7 +323,13 @@ class Executor:
             _tell(record, ended)
         assert self.router is not None
         self.router.ended(ended)
+        if self.userfaultfds and record.name in _ENDING:
+            self._wake_handlers()
         then(record)
+
+    def _wake_handlers(self) -> None:
+        for came in self.userfaultfds.values():
+            came.set()
 
     # ---- holds
 
@@ -374,8 +406,15 @@ class Executor:
     # ---- the end
 
     async def drain(self, seconds: float) -> None:
-        """Start nothing more, end all holds; wait for what runs, and after `seconds` fence whoever it waits for."""
+        """Start nothing more, end all holds; wait for what runs, and after `seconds` fence whoever it waits for.
+
+        Nobody can handle userfaults any more: what waits for that ends at once.
+        """
         self.draining = True
+        self._wake_handlers()
+        for running in list(self.running.values()):
+            if _awaited_userfaultfd(running.record):
+                self._kill(running.record)
         for hold in list(self.holds.placed.values()):
             self.release(hold, "the daemon is ending")
         try:
@@ -408,6 +447,10 @@ def resolve(ended: asyncio.Future[None]) -> None:
     """Wake whoever waits, if anybody still does."""
     if not ended.done():
         ended.set_result(None)
+
+
+def _awaited_userfaultfd(record: OperationRecord[Any]) -> int:
+    return record.request.userfaultfd if isinstance(record.request, Await) else 0
 
 
 def _point_of(record: OperationRecord[Any]) -> Point:

@@ -49,6 +49,7 @@ class UnderWay:
     """A call whose reply has not been given."""
 
     name: str
+    record: OperationRecord[Any] | None = None
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
 
@@ -142,6 +143,7 @@ class Session:
         except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
             then(error)
             return
+        under_way.record = record
         patience_s = self._side.patience_s(name, request)
         if patience_s is not None and not self._side.executor.is_over(record):
             under_way.timer = self._loop.call_later(
@@ -197,7 +199,9 @@ class Session:
             stream.mailbox.reply(Reply(request_id, "read_table", device_pb2.ReadTableResponse()))
 
     def _forget_calls(self) -> None:
-        for under_way in self._calls.values():
+        for under_way in list(self._calls.values()):
+            if under_way.record is not None:
+                self._side.executor.forsake(under_way.record)
             if under_way.timer is not None:
                 under_way.timer.cancel()
             if under_way.task is not None:

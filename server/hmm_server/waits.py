@@ -104,6 +104,7 @@ class Waits:
             age_ms=_milliseconds(now_s - running.started_s),
             abandoned_by_caller=running.given_up,
             held=self._held(one.operation_id, now_s),
+            userfault=_userfault(one),
         )
 
     def _event(self, mirror_id: MirrorId, sequence: int, running: Running, now_s: float) -> inspection_pb2.PendingEvent:
@@ -146,6 +147,15 @@ class Waits:
                     Edge(other, mirror_id, suspected=True) for other in unmarked[served.stream.epoch if served else 0]
                 ]
         return edges
+
+
+def _userfault(one: Blocked) -> inspection_pb2.PendingUserfault | None:
+    if one.userfaultfd is None:
+        return None
+    told = one.userfault is not None and one.userfault.told
+    return inspection_pb2.PendingUserfault(
+        userfaultfd_id=one.userfaultfd.id, handler=one.userfaultfd.handler, told=told
+    )
 
 
 def wait_cycle(edges: Sequence[tuple[int, Edge]]) -> inspection_pb2.WaitCycle:

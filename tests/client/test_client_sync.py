@@ -93,6 +93,26 @@ device.unregister()
     )
 
 
+def test_missing_pages_are_brought_in_without_await(shared_daemon: Daemon) -> None:
+    """The handler of a userfaultfd runs on a worker thread, and may make calls."""
+    run(
+        shared_daemon,
+        """
+threads = set()
+def bring(fault):
+    threads.add(threading.current_thread())
+    uffd.zeropage(mapped.page(1))
+    return b"u" * PAGE
+with process.userfaultfd() as uffd:
+    uffd.register(mapped.span)
+    uffd.serve(bring)
+    assert process.read(mapped.address, 2 * PAGE)[::PAGE] == bytes([ord("u"), 0])
+assert threading.main_thread() not in threads and len(threads) == 1
+assert process.read(mapped.page(2).start, 1) == bytes(1)
+""",
+    )
+
+
 def test_calls_inside_a_callback_are_known_to_be(shared_daemon: Daemon) -> None:
     """A blocking call in a callback is marked with it: elsewhere it succeeds, on the event's range it is EDEADLK."""
     run(

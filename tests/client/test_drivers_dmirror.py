@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from hmm import commands_process
+from hmm import commands_process, commands_userfaultfd
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, NoSuchObjectError
 from hmm.local import Local
 from hmm.machine import Limits, Machine
-from hmm.units import PAGE_SIZE, Address, ProcessId
+from hmm.units import PAGE_SIZE, Address, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.drivers.dmirror import CLEAN, LINUX_6_12_CORRECTED, Card, Handle, Profile
@@ -261,3 +261,25 @@ def test_kernel_driver_faults_in_batches(kernel: Bench) -> None:
     assert handle.snapshot(page(100), 100).data == bytes([0x11]) * 100
     assert handle.read(page(100), 64).faults == 0
     assert handle.read(page(164), 36).faults == 1
+
+
+def test_unlocked_read_waits_for_pages_that_a_handler_brings_in(bench: Bench) -> None:
+    """The read that keeps the lock is EFAULT; a process that has exited is EFAULT for both."""
+    call, handle = bench.local.call, bench.open()
+    fd = call(commands_userfaultfd.create_userfaultfd, bench.process)
+    call(commands_userfaultfd.uffd_register, fd, AddressRange(page(0), page(4)), 1)
+    asked: list[Address] = []
+
+    def bring(fault: commands_userfaultfd.UserfaultMessage) -> None:
+        asked.append(fault.address)
+        call(commands_userfaultfd.uffd_copy, fd, fault.address, b"\xab" * PAGE_SIZE)
+
+    bench.local.handle(fd, bring)
+    with pytest.raises(BadAddressError):
+        handle.read(page(0), 4)
+    reply = handle.read_unlocked(page(0), 4)
+    assert (reply.cpages, reply.data) == (4, b"\xab" * 4 * PAGE_SIZE)
+    assert asked == [page(number) for number in range(4)]
+    call(commands_process.exit_process, bench.process)
+    with pytest.raises(BadAddressError):
+        handle.read_unlocked(page(8), 1)

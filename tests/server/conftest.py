@@ -27,6 +27,7 @@ from hmm_proto.v1 import (
     range_pb2,
     session_pb2,
     session_pb2_grpc,
+    userfaultfd_pb2_grpc,
 )
 from hmm_server.config import Config
 from hmm_server.daemon import Daemon
@@ -154,6 +155,7 @@ class Served:
     device: Any = field(init=False)
     hmm: Any = field(init=False)
     session: Any = field(init=False)
+    userfaultfd: Any = field(init=False)
     inspection: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,6 +164,7 @@ class Served:
         self.device = device_pb2_grpc.DeviceServiceStub(self.channel)
         self.hmm = hmm_pb2_grpc.HmmServiceStub(self.channel)
         self.session = session_pb2_grpc.SessionServiceStub(self.channel)
+        self.userfaultfd = userfaultfd_pb2_grpc.UserfaultfdServiceStub(self.channel)
         self.inspection = inspection_pb2_grpc.InspectionServiceStub(self.channel)
 
     async def driver(self, *, token: str = "", **hello: Any) -> Driver:

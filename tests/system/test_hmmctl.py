@@ -189,6 +189,22 @@ async def test_pending_names_the_driver_when_it_does_not_answer(daemon: Daemon, 
     assert (operation["name"], operation["caller"], event["driver_name"]) == ("munmap", "program", "gpu driver")
 
 
+async def test_pending_names_the_handler_when_it_does_not_bring_a_page_in(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Who waits, for which page, and whether its handler knows; maps show what is registered."""
+    program, pager = mirrored.process, daemon.connect("pager").process(mirrored.process.id)
+    page = AddressRange(mirrored.span.start + 3 * 4096, mirrored.span.end)
+    async with pager.userfaultfd() as uffd:
+        await uffd.register(page)
+        reading = asyncio.create_task(program.read(page.start, 1))
+        await uffd.read()
+        done = await hmmctl("pending", "-t", daemon.target)
+        smaps = (await hmmctl("smaps", program.id, "-t", daemon.target)).stdout
+    assert f"waits for the handler of userfaultfd {uffd.id} [{page.start:#x}, {page.end:#x})" in done.stdout
+    assert "  pager has been told and has not brought it in" in done.stdout
+    assert " um " in smaps
+    assert await reading == b"\0"
+
+
 async def test_watch_shows_event_and_answer_when_memory_is_unmapped(daemon: Daemon, mirrored: Mirrored) -> None:
     """One line for what is sent, one for its answer, one for the call that ends; then it has seen enough."""
     watching = asyncio.create_task(hmmctl("watch", "-o", "-n", 3, "-t", daemon.target, "--format", "json"))

@@ -78,8 +78,14 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
         lines.append(f"  at {_ranges(operation.ranges)}")
     lines += [f"  after {names.get(number, 'call')} {number}" for number in operation.blocked_by]
     lines += [f"  {_event(event)}" for event in operation.events]
+    lines += [_userfault(operation.userfault)] if operation.HasField("userfault") else []
     lines += [f"  held by {_hold(operation.held)}"] if operation.HasField("held") else []
     return lines
+
+
+def _userfault(userfault: inspection_pb2.PendingUserfault) -> str:
+    handler = userfault.handler or f"the handler of userfaultfd {userfault.userfaultfd_id}"
+    return f"  {handler} {'has been told and has not brought it in' if userfault.told else 'has not been told yet'}"
 
 
 def _hold(hold: inspection_pb2.HoldStatus) -> str:

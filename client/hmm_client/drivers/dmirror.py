@@ -12,7 +12,7 @@ A `Profile` says how true to the kernel's driver it is.  `LINUX_6_12_CORRECTED` 
 error codes and neighbouring pages, with the two corrections that keep it from following dangling pointers;
 `CLEAN`, the default, is what its author would want.
 
-**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12.
+**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12; READ_UNLOCKED as posted in 2026.
 
 **Invariants**: an access goes through the table; no entry outlives the event that takes it away.
 
@@ -82,6 +82,7 @@ __all__ = [
 
 Observer: TypeAlias = tuple[MirrorId, int]
 """A mirror and its subscription."""
+_RangeFault: TypeAlias = Callable[[AddressRange, int], tuple[Entries, int]]
 
 
 class Hmm(Protocol):
@@ -115,6 +116,11 @@ class Hmm(Protocol):
         self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
     ) -> Entries:
         """hmm_range_fault()."""
+
+    def range_fault_unlocked(
+        self, mirror_id: MirrorId, number: int, span: AddressRange, default_flags: int
+    ) -> tuple[Entries, int]:
+        """hmm_range_fault_unlocked_timeout().  Returns: the words, and the sequence that they hold for."""
 
     def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
         """A mirror with one subscription to everything, which nobody listens to; for `snapshots`."""
@@ -319,13 +325,11 @@ class Handle:
             BadAddressError: a page cannot be had (EFAULT); nothing is read then.
             InvalidRequestError: an address inside a page, or no pages (EINVAL).
         """
-        span = _checked("read", address, npages)
-        parts: list[bytes] = []
-        faults, at = 0, span.start
-        while (at := self._read_mapped(AddressRange(at, span.end), parts)) < span.end:
-            self._fault(AddressRange(at, span.end), write=False)
-            faults += 1
-        return Reply(npages, faults, b"".join(parts))
+        return self._read(_checked("read", address, npages), self._range_fault)
+
+    def read_unlocked(self, address: Address, npages: int) -> Reply:
+        """HMM_DMIRROR_READ_UNLOCKED: as `read`; it waits for pages that a userfaultfd's handler has to bring in."""
+        return self._read(_checked("read", address, npages), self._range_fault_unlocked)
 
     def write(self, address: Address, data: bytes) -> Reply:
         """HMM_DMIRROR_WRITE: the device writes whole pages.
@@ -336,7 +340,7 @@ class Handle:
         span = _checked("write", address, len(data) >> PAGE_SHIFT)
         faults, at = 0, span.start
         while (at := self._write_mapped(AddressRange(at, span.end), data[at - span.start :])) < span.end:
-            self._fault(AddressRange(at, span.end), write=True)
+            self._fault(AddressRange(at, span.end), self._range_fault, write=True)
             faults += 1
         return Reply(span.npages, faults)
 
@@ -416,6 +420,14 @@ class Handle:
     def _store(self, span: AddressRange, pfns: Pfns, tags: npt.NDArray[np.uint64]) -> None:
         self._table.fill(span.start, span.end, _entries(pfns, tags))
 
+    def _read(self, span: AddressRange, fault: _RangeFault) -> Reply:
+        parts: list[bytes] = []
+        faults, at = 0, span.start
+        while (at := self._read_mapped(AddressRange(at, span.end), parts)) < span.end:
+            self._fault(AddressRange(at, span.end), fault, write=False)
+            faults += 1
+        return Reply(span.npages, faults, b"".join(parts))
+
     def _read_mapped(self, span: AddressRange, parts: list[bytes]) -> Address:
         """dmirror_do_read(): up to the first page without an entry.  Returns: its address."""
         with self._lock:
@@ -452,7 +464,7 @@ class Handle:
 
     # ---- faulting
 
-    def _fault(self, span: AddressRange, *, write: bool) -> None:
+    def _fault(self, span: AddressRange, fault: _RangeFault, *, write: bool) -> None:
         """dmirror_fault(): fault a range in, batch by batch.
 
         The kernel's driver never comes to an end when the process has exited; here that is EFAULT.
@@ -460,14 +472,14 @@ class Handle:
         flags = words_of.REQ_FAULT | (words_of.REQ_WRITE if write else 0)
         for batch in self._batches(span):
             try:
-                while not self._fault_batch(batch, flags, write=write):
+                while not self._fault_batch(batch, fault, flags, write=write):
                     pass
             except NoSuchObjectError as error:
                 raise BadAddressError(error.message, address=batch.start) from error
 
-    def _fault_batch(self, batch: AddressRange, flags: int, *, write: bool) -> bool:
+    def _fault_batch(self, batch: AddressRange, fault: _RangeFault, flags: int, *, write: bool) -> bool:
         """Returns: False when the range changed before its pages could be entered."""
-        words, sequence = self._range_fault(batch, flags)
+        words, sequence = fault(batch, flags)
         with self._lock:
             if self._hmm.read_retry(self.id, self._notifier, sequence):
                 return False
@@ -481,6 +493,13 @@ class Handle:
             sequence = self._hmm.read_begin(self.id, self._notifier)
             try:
                 return self._hmm.range_fault(self.id, self._notifier, sequence, span, flags), sequence
+            except RangeBusyError:
+                continue
+
+    def _range_fault_unlocked(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+        while True:
+            try:
+                return self._hmm.range_fault_unlocked(self.id, self._notifier, span, flags)
             except RangeBusyError:
                 continue
 
@@ -498,7 +517,7 @@ class Handle:
         if not self._profile.faults_own_pages_back:
             raise BadAddressError(f"the device's own page at {span.start:#x} is read-only", address=span.start)
         self.migrate_to_system(span.start, 1)
-        self._fault(span, write=True)
+        self._fault(span, self._range_fault, write=True)
 
     # ---- pieces
 

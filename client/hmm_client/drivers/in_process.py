@@ -67,6 +67,13 @@ class InProcessHmm:
         faulted = self._local.call(commands_hmm.range_fault, mirror_id, number, sequence, span, default_flags)
         return faulted.require()
 
+    def range_fault_unlocked(
+        self, mirror_id: MirrorId, number: int, span: AddressRange, default_flags: int
+    ) -> tuple[Entries, int]:
+        """hmm_range_fault_unlocked_timeout()."""
+        faulted = self._local.call(commands_hmm.range_fault_unlocked, mirror_id, number, span, default_flags)
+        return faulted.require(), faulted.notifier_seq
+
     def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
         """A mirror with one subscription to everything, which nobody listens to."""
         mirror_id = self._local.call(commands_hmm.attach, device_id, process_id)

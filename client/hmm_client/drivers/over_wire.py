@@ -87,6 +87,13 @@ class OverWireHmm:
         """hmm_range_fault()."""
         return self._notifiers[mirror_id, number].range_fault(span, sequence, default_flags).words
 
+    def range_fault_unlocked(
+        self, mirror_id: MirrorId, number: int, span: AddressRange, default_flags: int
+    ) -> tuple[Entries, int]:
+        """hmm_range_fault_unlocked_timeout()."""
+        faulted = self._notifiers[mirror_id, number].fault(span, default_flags)
+        return faulted.words, faulted.notifier_seq
+
     def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
         """A mirror with one subscription to everything, which nobody listens to."""
         loop, process = self._client.loop, self._client.process(process_id)

@@ -5,7 +5,7 @@ They run under a daemon with the semantics `linux-7`.
 **Source**: Linux tools/testing/selftests/mm/hmm-tests.c, 2026.
 
 **Absent**: huge pages in device memory (migrate_anon_huge_fault's size bits, and the fallback to single pages when a
-huge one cannot be allocated there): a migration splits them here, as in 6.12; userfaultfd.
+huge one cannot be allocated there): a migration splits them here, as in 6.12.
 """
 
 from __future__ import annotations
@@ -157,6 +157,29 @@ def test_benchmark_thp_migration(hmm: Any, advice: Advice) -> None:
             hmm.mirror.migrate_to_device(a, npages)
             hmm.mirror.migrate_to_system(a, npages)
         hmm.unmap(a, npages)
+
+
+def test_userfaultfd_read(hmm: Any) -> None:
+    """A device reads memory whose pages a handler brings in; the read that keeps the lock cannot wait for one."""
+    a = hmm.map(4)
+    asked: list[int] = []
+
+    def bring(fault: Any) -> bytes:
+        asked.append((fault.address - a) // PAGE_SIZE)
+        return b"\xab" * PAGE_SIZE
+
+    with hmm.process.userfaultfd() as uffd:
+        uffd.register(hmm.span(a, 4))
+        failed(errno.EFAULT, hmm.mirror.read, a, 4)
+        assert asked == []
+        uffd.serve(bring)
+        reply = hmm.mirror.read_unlocked(a, 4)
+        succeeded(reply, 4)
+        assert reply.data == b"\xab" * 4 * PAGE_SIZE
+        assert asked == [0, 1, 2, 3]
+        assert hmm.mirror.heard(a) == []
+        assert hmm.process.read(a, 4 * PAGE_SIZE) == reply.data
+    hmm.unmap(a, 4)
 
 
 def test_exclusive_access_ends_at_a_page_that_is_not_private(hmm: Any) -> None:
