@@ -18,6 +18,7 @@ ones; a function that raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -287,17 +288,26 @@ def _zap_rows(tree: DirectoryTree, rows: Offsets) -> Entries:
             held[at:stop] = block
         else:
             np.take(block, block.nonzero()[0], out=held[at:stop], mode="clip")
+        tree.rows[index] = _ZERO  # while they are in the cache
         at = stop
-    _clear_rows(tree, rows)
+    _drop_rows(tree, rows)
     return held
 
 
 def _clear_view(tree: DirectoryTree, row: int, view: Entries) -> int:
-    used = int(np.count_nonzero(view))
+    used = _used(tree, row, view)
     if used:
         view.fill(_ZERO)
         _lose(tree, row, used)
     return used
+
+
+def _used(tree: DirectoryTree, row: int, view: Entries) -> int:
+    # How many entries of a part of a leaf are in use; nobody has to look at those of a full or an empty one.
+    count = tree.arena.count[row]
+    if count == DIRECTORY_ENTRIES:
+        return view.size
+    return int(np.count_nonzero(view)) if count else 0
 
 
 def _lose(tree: DirectoryTree, row: int, number: int) -> None:
@@ -308,14 +318,17 @@ def _lose(tree: DirectoryTree, row: int, number: int) -> None:
 
 
 def _clear_rows(tree: DirectoryTree, rows: Offsets) -> int:
-    if not rows.size:
-        return 0
     cleared = int(tree.counts.take(rows).sum())
     for _, index in _pieces(rows, _COPY_ROWS):
         tree.rows[index] = _ZERO
+    _drop_rows(tree, rows)
+    return cleared
+
+
+def _drop_rows(tree: DirectoryTree, rows: Offsets) -> None:
+    # Free rows that were cleared.
     tree.counts[rows] = 0
     tree.arena.drop_all_empty(rows)
-    return cleared
 
 
 # -- storing
@@ -359,10 +372,10 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
             return
         leaf = tree.leaf_allocate(page)
     row, view = leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end)
-    if tree.arena.count[row]:
-        used -= int(np.count_nonzero(view))
+    used -= _used(tree, row, view)
     view[:] = source
-    _lose(tree, row, -used)
+    if used:
+        _lose(tree, row, -used)
 
 
 def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) -> None:
@@ -382,9 +395,11 @@ def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
             tree.rows[index] = source
     else:
         block = source.reshape(-1, DIRECTORY_ENTRIES)
-        number = np.count_nonzero(block)
-        for piece, index in _pieces(rows, _COPY_ROWS):
-            tree.rows[index] = block[piece]
+        number = 0
+        for piece, index in _pieces(rows, _PIECE_ROWS):
+            part = block[piece]
+            number += int(np.count_nonzero(part))
+            tree.rows[index] = part
         if number < block.size:
             used = np.count_nonzero(block, axis=1)
             tree.counts[rows] = used
@@ -419,7 +434,7 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
     Returns: how many entries in use were cleared.
     """
-    keep, needed = np.array(mask, np.uint64), np.array(mask & valid, np.uint64)
+    keep, needed = _constant(mask), _constant(mask & valid)
 
     def change(entries: Entries) -> int:
         if entries.ndim > 1 and np.bitwise_and.reduce(entries.reshape(-1)) & needed:
@@ -436,6 +451,12 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
         return lost
 
     return _change_range(tree, page, end, change)
+
+
+@lru_cache(maxsize=64)
+def _constant(word: int) -> Entries:
+    # The few masks that there are; numpy takes an array without dimensions twice as fast as an int.
+    return np.array(word, np.uint64)
 
 
 def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> int:

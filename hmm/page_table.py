@@ -52,6 +52,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_BYTES, PIECE_PAGES, Address, 
 __all__ = ["Cursor", "PageTable", "Run", "TableStatistics"]
 
 _ALL_BITS = (1 << 64) - 1
+_WORD = np.dtype(np.uint64)
 _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
 
@@ -605,14 +606,14 @@ class PageTable:
 
 
 def _check_entries(entries: Entries, number: int) -> None:
-    if entries.shape != (number,) or entries.dtype != np.uint64:
+    if entries.shape != (number,) or entries.dtype != _WORD:
         raise InvalidRequestError(f"entries must be uint64[{number}], not {entries.dtype}{entries.shape}")
 
 
 def _fitting(out: Entries | None, number: int) -> Entries:
     if out is None:
         return np.empty(number, np.uint64)
-    if out.shape != (number,) or out.dtype != np.uint64 or not out.flags.c_contiguous:
+    if out.shape != (number,) or out.dtype != _WORD or not out.flags.c_contiguous:
         raise InvalidRequestError(f"out must be a contiguous uint64[{number}]")
     return out
 
