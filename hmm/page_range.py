@@ -159,8 +159,11 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
 
 def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
     """The bits that all entries of [page, end) have; 0 when a page has no entry."""
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+        leaf = tree.leaf(page)
+        return int(np.bitwise_and.reduce(_view(tree, leaf, page, end))) if leaf else 0
     offset, level = tree.shared_directory(page, end - 1, end - page)
-    if level == tree.geometry.llevel:  # one leaf, or leaves that lie in order
+    if level == tree.geometry.llevel:  # leaves that lie in order are as good as one
         return int(np.bitwise_and.reduce(_view(tree, offset, page, end)))
     ragged, numbers, rows = _split(tree, page, end)
     if numbers.size + len(ragged) < (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) + 1:

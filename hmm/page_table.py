@@ -292,6 +292,8 @@ class PageTable:
         page, stop = self._pages(start, end)
         if stop - page == 1:
             return self.get(start) != 0
+        if page >> DIRECTORY_SHIFT == stop - 1 >> DIRECTORY_SHIFT and not self._tree.leaf(page):
+            return False
         return self._next_populated(page, stop, DIRECTORY_ENTRIES) < stop
 
     def fill(self, start: Address, end: Address, entries: int | Entries) -> None:
