@@ -256,8 +256,9 @@ def fault(
         entries = _entries_of(mirror, target)
     if mirror.unsettled:
         _leave_out_unsettled(mirror, target, entries)
-    if any(isinstance(part.error, OutOfFramesError) for part in parts):
-        machine.frames.fail_allocation(0)  # an injected failure has been met
+    for part in parts:
+        if isinstance(part.error, OutOfFramesError):
+            machine.frames.fail_allocation(0)  # an injected failure has been met
     return DeviceFaulted(tuple(parts), entries, mirror.space.notifier.sequence, mirror.sequence)
 
 
@@ -436,7 +437,7 @@ def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
     if isinstance(target, np.ndarray):
         end = int(target.max(initial=0))
     else:
-        end = max((span.end for span in target), default=0) - PAGE_SIZE
+        end = max([span.end for span in target], default=0) - PAGE_SIZE
     if end >= TASK_SIZE:
         raise InvalidRequestError(f"fault: {end:#x} is beyond the address space", address=end)
 

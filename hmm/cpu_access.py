@@ -170,7 +170,7 @@ def _access(
         rest = piece
         while True:
             stop = yield from bring_in(space, rest, write=write, grow_stack=True)
-            part = AddressRange(rest.start, rest.end if stop is None else stop.address).intersect(span)
+            part = (rest if stop is None else AddressRange(rest.start, stop.address)).intersect(span)
             if part:
                 transfer(part)
                 done = part.end
