@@ -275,10 +275,11 @@ class AddressSpace:
                 free_entries(self.frames, slots_of(entries))
             entries = entries[cpu_pte.holds_frame(entries)]
         pfns = cpu_pte.cpu_pfn(entries)
-        if some & cpu_pte.DIRTY and not self.frames.all_have(pfns, PageFlag.ANON):
+        freed = self.frames.unmap(pfns)
+        if some & cpu_pte.DIRTY and freed.size < pfns.size:
             dirty = pfns[cpu_pte.is_dirty(entries)]
-            self.frames.set_flags(dirty[~self.frames.test_flags(dirty, PageFlag.ANON)], PageFlag.DIRTY)
-        self.frames.unmap(pfns)
+            named = (self.frames.refcount[dirty] > 0) & ~self.frames.test_flags(dirty, PageFlag.ANON)
+            self.frames.set_flags(dirty[named], PageFlag.DIRTY)
 
     def _drop_one(self, entry: int) -> None:
         if cpu_pte.holds_frame(entry):

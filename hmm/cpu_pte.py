@@ -22,6 +22,7 @@ rest of the word is the frame or slot number, so that one shift serves every kin
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
@@ -92,8 +93,7 @@ PFN_MAX = (1 << 52) - 1
 NON_PRESENT = DEVICE | EXCLUSIVE | SWAP | MIGRATION | POISON
 
 # numpy takes an array without dimensions twice as fast as an int
-_SHIFT = np.array(PFN_SHIFT)
-_UNSIGNED_SHIFT = np.array(PFN_SHIFT, np.uint64)
+_SHIFT, _NONE = np.array(PFN_SHIFT, np.uint64), np.array(0, np.uint64)
 
 Entries = npt.NDArray[np.uint64]
 Pfns = npt.NDArray[np.int64]
@@ -115,9 +115,14 @@ def cpu_entry(pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags:
     """
     if isinstance(pfns, int):
         return pfns << PFN_SHIFT | int(flags)
-    entries: Entries = (pfns.view(np.int64) << _SHIFT).view(np.uint64)
-    entries |= np.uint64(flags) if isinstance(flags, int) else flags
+    entries: Entries = pfns.view(np.uint64) << _SHIFT
+    entries |= _word(flags) if isinstance(flags, int) else flags
     return entries
+
+
+@lru_cache(maxsize=64)
+def _word(flags: int) -> Entries:
+    return np.array(flags, np.uint64)  # without dimensions
 
 
 @overload
@@ -128,7 +133,7 @@ def cpu_pfn(entries: int | Entries) -> int | Pfns:
     """Frame numbers of entries, whatever their kind; int for an int, else int64[n] (an index dtype)."""
     if isinstance(entries, int):
         return entries >> PFN_SHIFT
-    return (entries >> _UNSIGNED_SHIFT).view(np.int64)
+    return (entries >> _SHIFT).view(np.int64)
 
 
 @overload
@@ -139,7 +144,7 @@ def cpu_flags(entries: int | Entries) -> int | Entries:
     """Bits 0 to 11 of entries."""
     if isinstance(entries, int):
         return entries & FLAGS
-    return entries & np.uint64(FLAGS)
+    return entries & _word(FLAGS)
 
 
 @overload
@@ -149,7 +154,7 @@ def _any_of(entries: Entries, bits: int) -> Mask: ...
 def _any_of(entries: int | Entries, bits: int) -> bool | Mask:
     if isinstance(entries, int):
         return entries & bits != 0
-    found: Mask = (entries & np.uint64(bits)) != 0
+    found: Mask = (entries & _word(bits)) != _NONE
     return found
 
 

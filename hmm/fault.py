@@ -341,7 +341,7 @@ def _vma_for(attempt: Attempt, address: Address) -> Vma | None:
     vma = attempt.space.vmas.find(address)
     if vma is None:
         attempt.stop = Stop(address, Signal.SEGV_MAPERR)
-    elif not vma.has(VmFlag.WRITE if attempt.write else ACCESS_FLAGS):
+    elif not vma.mapping.flags._value_ & (_WRITE if attempt.write else _ACCESS):
         attempt.stop = Stop(address, Signal.SEGV_ACCERR)
         return None
     return vma

@@ -308,10 +308,7 @@ class Frames(FrameContents):
         return self._put(*_counted(pfns))
 
     def _put(self, pfns: Pfns, where: Pfns | slice) -> Pfns:
-        _subtract(self.refcount, pfns, where)
-        left = self.refcount[where]
-        assert not np.count_nonzero(left < 0), "a frame was put that nobody held"
-        alive = np.count_nonzero(left)
+        left, alive = _subtract(self.refcount, pfns, where, "a frame was put that nobody held")
         if alive == pfns.size:
             return pfns[:0]
         if alive or not isinstance(where, slice):
@@ -378,8 +375,7 @@ class Frames(FrameContents):
         Cost: twice that of `put`.  Source: Linux mm/rmap.c, folio_remove_rmap_ptes().
         """
         pfns, where = _counted(pfns)
-        _subtract(self.mapcount, pfns, where)
-        assert not np.count_nonzero(self.mapcount[where] < 0), "unmapped, and not mapped"
+        _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
         return self._put(pfns, where)
 
     def detach(self, pfns: Pfns) -> None:
@@ -388,8 +384,7 @@ class Frames(FrameContents):
         Cost: as `get`.
         """
         pfns, where = _counted(pfns)
-        _subtract(self.mapcount, pfns, where)
-        assert not np.count_nonzero(self.mapcount[where] < 0), "unmapped, and not mapped"
+        _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
 
     def unmap_one(self, pfn: Pfn) -> bool:
         """`unmap` for one frame.
@@ -420,8 +415,7 @@ class Frames(FrameContents):
         Source: Linux mm/gup.c, unpin_user_pages().
         """
         pfns, where = _counted(pfns)
-        _subtract(self.pincount, pfns, where)
-        assert not np.count_nonzero(self.pincount[where] < 0), "unpinned, and not pinned"
+        _subtract(self.pincount, pfns, where, "unpinned, and not pinned")
         return self._put(pfns, where)
 
     # -- what a frame is
@@ -575,11 +569,22 @@ def _add(counts: npt.NDArray[np.int32], pfns: Pfns, where: Pfns | slice) -> None
         np.add.at(counts, pfns, _ONE)
 
 
-def _subtract(counts: npt.NDArray[np.int32], pfns: Pfns, where: Pfns | slice) -> None:
+def _subtract(
+    counts: npt.NDArray[np.int32], pfns: Pfns, where: Pfns | slice, negative: str
+) -> tuple[npt.NDArray[np.int32], int]:
+    """Count down; `negative` is what it means when a count was 0.
+
+    Returns: int32[n], what is left of each, and how many of these are not 0.
+    """
     if isinstance(where, slice):
-        counts[where] -= _ONE
+        left = counts[where]
+        left -= _ONE
     else:
         np.subtract.at(counts, pfns, _ONE)
+        left = counts[where]
+    number = int(np.count_nonzero(left))
+    assert not number or not np.count_nonzero(left < 0), negative
+    return left, number
 
 
 def _ascending(pfns: Pfns) -> Pfns:
