@@ -116,7 +116,7 @@ lock: install-dev ## Resolve the three lock files anew
 		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
 
 CERTIFY_SEEDS ?= 0:1000
-CERTIFIED := dummy rdma prefetch
+CERTIFIED := dummy rdma prefetch dmirror
 .PHONY: certify
 certify: install-dev ## Certify each of our drivers with a thousand storms; CERTIFY_SEEDS=FIRST:END selects
 	@for driver in $(CERTIFIED); do echo "== $$driver"; $(BIN)/hmmctl certify --seeds $(CERTIFY_SEEDS) -- \

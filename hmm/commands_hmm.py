@@ -42,7 +42,7 @@ from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.range_fault import HmmRange
 from hmm.range_fault import range_fault as fault_range
 from hmm.receiver import DeadlinePolicy, MirrorState
-from hmm.units import PAGE_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
+from hmm.units import Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
 from hmm.zone_device import forget_holder
 
 EXCLUSIVE_PAGES = "exclusive_pages"
@@ -331,22 +331,36 @@ def give_back_exclusive(machine: Machine, mirror_id: MirrorId) -> Operation[int]
 
 @immediate
 def read_frames(
-    machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, since: int | None = None
+    machine: Machine,
+    mirror_id: MirrorId,
+    addresses: Entries,
+    pfns: Pfns,
+    since: int | None = None,
+    *,
+    offset: int = 0,
+    length: int | None = None,
 ) -> bytes:
     """As `frame_access.read_frames`."""
     mirror = _mirror(machine, mirror_id)
-    return frame_access.read_frames(mirror, addresses, pfns, since)
+    return frame_access.read_frames(mirror, addresses, pfns, since, offset=offset, length=length)
 
 
 @immediate
 def write_frames(
-    machine: Machine, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None
+    machine: Machine,
+    mirror_id: MirrorId,
+    addresses: Entries,
+    pfns: Pfns,
+    data: bytes,
+    since: int | None = None,
+    *,
+    offset: int = 0,
 ) -> None:
     """As `frame_access.write_frames`."""
-    if len(data) != addresses.size * PAGE_SIZE or addresses.size != pfns.size:
-        raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
+    if addresses.size != pfns.size:
+        raise InvalidRequestError(f"write frames: {addresses.size} pages and {pfns.size} frames")
     mirror = _mirror(machine, mirror_id)
-    frame_access.write_frames(mirror, addresses, pfns, data, since)
+    frame_access.write_frames(mirror, addresses, pfns, data, since, offset=offset)
 
 
 def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:

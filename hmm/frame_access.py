@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte, pte
-from hmm.errors import AccessDeniedError, BadAddressError, HmmError
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import mark_huge
@@ -32,39 +32,55 @@ from hmm.zone_device import owners
 __all__ = ["read_frames", "write_frames"]
 
 
-def read_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since: int | None = None) -> bytes:
-    """Read whole pages.
+def read_frames(
+    mirror: IntervalMirror,
+    addresses: Entries,
+    pfns: Pfns,
+    since: int | None = None,
+    *,
+    offset: int = 0,
+    length: int | None = None,
+) -> bytes:
+    """Read pages, or a part of them.
 
     Args:
         addresses: uint64[n], page-aligned.
         pfns: int64[n], what the driver believes to be there.
         since: the last event that the driver had heard of when the access began; None: it does not say.
+        offset: the first byte, of the pages one behind the other.
+        length: how many bytes, of every page at least one; None: all that there are.
 
-    Returns: n * 4096 bytes; ones if the access was refused and the mirror is lenient.
+    Returns: the bytes; ones if the access was refused and the mirror is lenient.
 
     Raises:
+        InvalidRequestError: a page without a byte of the part, or a part that is not in them (EINVAL).
         BadAddressError: a page is no longer there (EFAULT), `error.address`; nothing was read.
 
     Cost: O(n), vectorised, and the copying.
     """
+    length = _part("read", addresses.size, offset, length)
     try:
         _require_there(mirror, addresses, pfns, since, write=False)
     except HmmError:
         if mirror.lenient:
-            return b"\xff" * (addresses.size * PAGE_SIZE)
+            return b"\xff" * length
         raise
-    return mirror.space.frames.gather(pfns).tobytes()
+    return mirror.space.frames.gather(pfns).reshape(-1)[offset : offset + length].tobytes()
 
 
-def write_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None) -> None:
-    """Write whole pages, and make their entries dirty.
+def write_frames(
+    mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None, *, offset: int = 0
+) -> None:
+    """Write pages, or a part of them, and make their entries dirty.
 
     Args:
-        data: n * 4096 bytes.
+        data: the bytes, for every page at least one.
+        offset: where they go, in the pages one behind the other.
 
     Raises: as `read_frames`; and
         AccessDeniedError: a page may not be written (EACCES); nothing was written.
     """
+    _part("write", addresses.size, offset, len(data))
     try:
         entries = _require_there(mirror, addresses, pfns, since, write=True)
     except HmmError:
@@ -72,12 +88,28 @@ def write_frames(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: b
             return
         raise
     space = mirror.space
-    space.frames.scatter(pfns, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
+    given = np.frombuffer(data, np.uint8)
+    if given.size < addresses.size * PAGE_SIZE:
+        pages = space.frames.gather(pfns)
+        pages.reshape(-1)[offset : offset + given.size] = given
+    else:
+        pages = given.reshape(-1, PAGE_SIZE)
+    space.frames.scatter(pfns, pages)
     space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
     if space.huge:
         partly = addresses[cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
         for start in np.unique(partly & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
             mark_huge(space, start, cpu_pte.DIRTY)
+
+
+def _part(operation: str, npages: int, offset: int, length: int | None) -> int:
+    """How many bytes from `offset` are accessed: of every page at least one, and none beyond."""
+    size = npages * PAGE_SIZE
+    wanted = size - offset if length is None else length
+    last = size - PAGE_SIZE  # the first byte of the last page
+    if not (0 <= offset < PAGE_SIZE and last < offset + wanted <= size) and size + offset + wanted:
+        raise InvalidRequestError(f"device {operation}: {wanted} bytes from {offset} are no part of {npages} pages")
+    return wanted
 
 
 def _require_there(

@@ -21,6 +21,7 @@ Requests and words are those of `hmm.range_fault` (REQ_FAULT, VALID, WRITE, ...)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,41 +173,55 @@ class IntervalMirror(Receiver):
 
     # ---- what the device does
 
-    async def read_frames(self, addresses: Entries, pfns: Pfns) -> bytes:
-        """The device reads whole pages, by the driver's table; in parts of 256 pages, each of them atomic.
+    async def read_frames(
+        self,
+        addresses: Entries,
+        pfns: Pfns,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        heard: int | None = None,
+    ) -> bytes:
+        """The device reads pages, or a part of them, by the driver's table; in steps of 256 pages, each one atomic.
 
         Args:
             addresses: uint64[n], page-aligned.
             pfns: int64[n], what the driver believes to be there.
+            offset: the first byte, within the first page.
+            length: how many bytes, of every page at least one; None: all to the end of the last page.
+            heard: `mirror.heard` when the driver looked at its table, if that was some time ago; None: now.
 
         Raises:
+            InvalidRequestError: there is no such part of these pages (EINVAL).
             BadAddressError: `error.address` is no longer there (EFAULT).
         """
+        wanted = addresses.size * PAGE_SIZE - offset if length is None else length
         parts = []
-        for pages, frames in _parts(addresses, pfns):
-            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, heard_sequence=self.heard)
+        for pages, frames, at, end in _parts("read", addresses, pfns, offset, wanted):
+            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames)
+            request.heard_sequence = self.heard if heard is None else heard
+            request.offset, request.length = 0 if at else offset, end - at
             parts.append((await self.make("read_frames", request)).data)
         return b"".join(parts)
 
-    async def write_frames(self, addresses: Entries, pfns: Pfns, data: bytes) -> None:
-        """The device writes whole pages, by the driver's table; in parts of 256 pages, each of them atomic.
+    async def write_frames(
+        self, addresses: Entries, pfns: Pfns, data: bytes, *, offset: int = 0, heard: int | None = None
+    ) -> None:
+        """The device writes pages, or a part of them, by the driver's table; in steps of 256 pages, each one atomic.
 
         Args:
-            data: n * 4096 bytes.
+            data: for every page at least one byte.
+            offset: where the data begins, within the first page.
+            heard: as in `read_frames`.
 
         Raises: as `read_frames`; also
             AccessDeniedError: `error.address` may not be written (EACCES).
         """
-        if len(data) != addresses.size * PAGE_SIZE:
-            raise InvalidRequestError(f"write frames: {len(data)} bytes for {addresses.size} pages")
-        at = 0
-        for pages, frames in _parts(addresses, pfns):
-            end = at + len(pages) // 8 * PAGE_SIZE
-            request = hmm_pb2.WriteFramesRequest(
-                mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end], heard_sequence=self.heard
-            )
+        for pages, frames, at, end in _parts("write", addresses, pfns, offset, len(data)):
+            request = hmm_pb2.WriteFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end])
+            request.heard_sequence = self.heard if heard is None else heard
+            request.offset = 0 if at else offset
             await self.make("write_frames", request)
-            at = end
 
 
 class IntervalNotifier:
@@ -337,11 +352,14 @@ class IntervalNotifier:
         return faulted
 
 
-def _parts(addresses: Entries, pfns: Pfns) -> list[tuple[bytes, bytes]]:
-    return [
-        (
-            entries_to_proto(addresses[at : at + ACCESS_PAGES]),
-            entries_to_proto(pfns[at : at + ACCESS_PAGES].view(np.uint64)),
-        )
-        for at in range(0, addresses.size, ACCESS_PAGES)
-    ]
+def _parts(
+    operation: str, addresses: Entries, pfns: Pfns, offset: int, length: int
+) -> Iterator[tuple[bytes, bytes, int, int]]:
+    """Steps of an access: pages, frames, and which of its bytes are theirs, from one to behind another."""
+    size = addresses.size * PAGE_SIZE
+    if not (0 <= offset < PAGE_SIZE and size - PAGE_SIZE < offset + length <= size):
+        raise InvalidRequestError(f"{operation} frames: {length} bytes from {offset} for {addresses.size} pages")
+    for first in range(0, addresses.size, ACCESS_PAGES):
+        pages, frames = addresses[first : first + ACCESS_PAGES], pfns[first : first + ACCESS_PAGES]
+        at, end = first * PAGE_SIZE - offset, (first + pages.size) * PAGE_SIZE - offset
+        yield entries_to_proto(pages), entries_to_proto(frames.view(np.uint64)), max(0, at), min(length, end)

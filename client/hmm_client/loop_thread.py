@@ -26,18 +26,25 @@ class LoopThread:
     _shared: LoopThread | None = None
     _lock = threading.Lock()
 
-    def __init__(self) -> None:
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="hmm_client", daemon=True)
-        self._thread.start()
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        self._loop = loop
+        self._thread = thread
 
     @classmethod
     def shared(cls) -> LoopThread:
         """The loop of this process."""
         with cls._lock:
             if cls._shared is None:
-                cls._shared = cls()
+                loop = uvloop.new_event_loop()
+                thread = threading.Thread(target=loop.run_forever, name="hmm_client", daemon=True)
+                thread.start()
+                cls._shared = cls(loop, thread)
             return cls._shared
+
+    @classmethod
+    def running(cls) -> LoopThread:
+        """The loop of the caller, for what other threads want from it."""
+        return cls(asyncio.get_running_loop(), threading.current_thread())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for its end; an interrupted wait cancels it.

@@ -512,3 +512,12 @@ def connect(
         return aio_client.connect(target, token, name=name, credentials=credentials, credit=credit, executor=executor)
 
     return Client(loop.run(make()), loop)
+
+
+def around(client: aio_client.Client) -> Client:
+    """An asyncio client of the running loop, for other threads; its drivers' plain callbacks run on threads then.
+
+    Closing it is left to whoever made the client.
+    """
+    client.executor = client.executor or ThreadPoolExecutor(CALLBACK_THREADS, "hmm_client callback")
+    return Client(client, LoopThread.running())

@@ -13,7 +13,7 @@ import numpy as np
 from hmm import commands_hmm, commands_process
 from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
 from hmm.machine import Machine
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, is_page_aligned
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import hmm_pb2, types_pb2
@@ -133,11 +133,14 @@ def _heard(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> int | N
     return q.heard_sequence if q.HasField("heard_sequence") else None
 
 
+def _read_frames(q: hmm_pb2.ReadFramesRequest) -> Invocation:
+    part = {"offset": q.offset, "length": q.length or None}
+    return invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q), _heard(q), **part)
+
+
 def _write_frames(q: hmm_pb2.WriteFramesRequest) -> Invocation:
     pages, pfns = _frames(q)
-    if len(q.data) != pages.size * PAGE_SIZE:
-        raise convert.malformed(f"write frames: {len(q.data)} bytes for {pages.size} pages")
-    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data, _heard(q))
+    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data, _heard(q), offset=q.offset)
 
 
 def _pin_pages(q: hmm_pb2.PinPagesRequest) -> Invocation:
@@ -188,7 +191,7 @@ CALLS: Mapping[str, Call[Any, Any]] = {
     ),
     "make_exclusive": Call(_make_exclusive, _make_exclusive_response),
     "read_frames": Call(
-        lambda q: invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q), _heard(q)),
+        _read_frames,
         lambda value, result: hmm_pb2.ReadFramesResponse(result=result, data=value or b""),
     ),
     "write_frames": Call(_write_frames, lambda _, result: hmm_pb2.WriteFramesResponse(result=result)),

@@ -48,6 +48,7 @@ class Breakpoint:
     """Which call, and where.  What is empty or 0 may be anything.
 
     Attributes:
+        operation: the call's name, or several that are separated by `|`.
         space_id: the address space of `process_id` when the hold was placed.
         mirror_id: EVENT_SENT and ACKNOWLEDGED: whose event or answer counts.
     """
@@ -68,7 +69,7 @@ class Breakpoint:
     def matches(self, record: OperationRecord[Any], space_id: SpaceId, mirror_id: MirrorId) -> bool:
         """Whether it is this call, in this address space, with this mirror."""
         return (
-            self.operation in ("", record.name)
+            (not self.operation or record.name in self.operation.split("|"))
             and self.caller in ("", record.caller.name)
             and self.space_id in (0, space_id)
             and self.mirror_id in (0, mirror_id)

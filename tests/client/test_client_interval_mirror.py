@@ -364,7 +364,26 @@ async def test_large_accesses_travel_in_parts(bench: Bench) -> None:
     assert await bench.mirror.read_frames(addresses, pfns) == data
     assert await bench.process.read(mapped.address, len(data)) == data
     with pytest.raises(InvalidRequestError):
-        await bench.mirror.write_frames(addresses, pfns, data[:-1])
+        await bench.mirror.write_frames(addresses, pfns, data[:-PAGE_SIZE])
+
+
+async def test_accesses_reach_a_part_of_their_pages(bench: Bench) -> None:
+    """From within the first page to within the last, in one message or several; the CPU's bytes around it stay."""
+    mapped = await bench.process.mmap(300 * PAGE_SIZE)
+    await bench.process.write(mapped.address, before := np.random.default_rng(2).bytes(300 * PAGE_SIZE))
+    faulted = await bench.notifier.fault(mapped.span, BOTH)
+    addresses = np.arange(mapped.address, mapped.span.end, PAGE_SIZE, dtype=np.uint64)
+    pfns = word_pfns(faulted.words)
+    for count in (1, 2, 300):
+        end = count * PAGE_SIZE - 50
+        await bench.mirror.write_frames(addresses[:count], pfns[:count], written := bytes(end - 100), offset=100)
+        seen = await bench.process.read(mapped.address, end + 50)
+        assert seen == before[:100] + written + before[end : end + 50]
+        part = await bench.mirror.read_frames(addresses[:count], pfns[:count], offset=90, length=end - 80)
+        assert part == seen[90 : end + 10]
+    for offset, length in ((PAGE_SIZE, 10), (4000, 96), (0, PAGE_SIZE), (-1, PAGE_SIZE + 10), (0, 2 * PAGE_SIZE + 1)):
+        with pytest.raises(InvalidRequestError):
+            await bench.mirror.read_frames(addresses[:2], pfns[:2], offset=offset, length=length)
 
 
 async def test_exclusive_pages_go_back_when_their_driver_is_gone(bench: Bench, daemon: Daemon) -> None:

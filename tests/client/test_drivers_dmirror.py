@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
+import hmm_client
 from hmm import commands_process, commands_userfaultfd
+from hmm.commands_hmm import Migrated
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, NoSuchObjectError
 from hmm.local import Local
 from hmm.machine import Limits, Machine
-from hmm.units import PAGE_SIZE, Address, AddressRange, ProcessId
+from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, MirrorId, Pfns, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client.drivers.control import decode, encode
 from hmm_client.drivers.dmirror import CLEAN, LINUX_6_12_CORRECTED, Card, Handle, Profile
+from hmm_client.drivers.dmirror.__main__ import operations
 from hmm_client.drivers.in_process import InProcessHmm
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
 
 BASE = 1 << 40
 RW = Prot.READ | Prot.WRITE
@@ -283,3 +291,72 @@ def test_unlocked_read_waits_for_pages_that_a_handler_brings_in(bench: Bench) ->
     call(commands_process.exit_process, bench.process)
     with pytest.raises(BadAddressError):
         handle.read_unlocked(page(8), 1)
+
+
+def test_accesses_of_bytes_reach_parts_of_pages(bench: Bench) -> None:
+    """What no ioctl does: any bytes, as one access, faulted in where they are missing."""
+    bench.cpu_write(0, b"abcd" * PAGE_SIZE)
+    handle = bench.open()
+    handle.store(page(1) - 3, b"xyz!")
+    assert handle.load(page(1) - 4, 8) == b"axyz!bcd"
+    assert bench.cpu_read(0, 3 * PAGE_SIZE)[PAGE_SIZE - 4 : PAGE_SIZE + 4] == b"axyz!bcd"
+    bench.protect(1, 1, Prot.READ)
+    with pytest.raises(AccessDeniedError):
+        handle.store(page(2) - 1, b"--")
+    assert handle.load(page(2) - 1, 2) == bench.cpu_read(0, 3 * PAGE_SIZE)[2 * PAGE_SIZE - 1 : 2 * PAGE_SIZE + 1]
+    for address, length in ((page(0), 0), (TASK_SIZE - 1, 2)):
+        with pytest.raises(InvalidRequestError):
+            handle.load(address, length)
+
+
+class Overtaking(InProcessHmm):
+    """A world in which the CPU is faster than every reply: it has touched the first page before that is there."""
+
+    process: ProcessId = 0
+
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+        """Move, and let the CPU have the first page back."""
+        moved = super().migrate_to_device(mirror_id, span)
+        self._local.call(commands_process.read_memory, self.process, span.start, 1)
+        return moved
+
+    def make_exclusive(self, mirror_id: MirrorId, span: AddressRange) -> Pfns:
+        """Take, and let the CPU have the first page back."""
+        pfns = super().make_exclusive(mirror_id, span)
+        self._local.call(commands_process.read_memory, self.process, span.start, 1)
+        return pfns
+
+
+@pytest.mark.parametrize("profile", [CLEAN, LINUX_6_12_CORRECTED], ids=lambda profile: profile.name)
+def test_reply_is_not_entered_where_an_event_has_overtaken_it(profile: Profile) -> None:
+    """What the CPU has had back before the reply came is faulted again, and not used as if it were the device's."""
+    bench = Bench(profile)
+    hmm = Overtaking(bench.local)
+    hmm.process = bench.process
+    handle = Card(hmm, "late", pages=16, profile=profile).open(bench.process)
+    bench.cpu_write(0, b"ab" * PAGE_SIZE)
+    for take in (handle.migrate_to_device, handle.exclusive):
+        with pytest.raises(NoSuchObjectError):
+            take(page(0), 2)
+        assert handle.load(page(0), 2) == b"ab"
+        assert handle.load(page(1), 2) == b"ab"
+
+
+async def test_ioctls_of_the_process_do_what_those_of_the_kernel_do(shared_daemon: Daemon) -> None:
+    """By name, as its control socket takes them; of four devices the first has private memory."""
+    async with hmm_client.connect(shared_daemon.target, name="dmirror") as client:
+        process = await client.create_process("application")
+        start = (await process.mmap(4 * PAGE_SIZE)).address
+        await process.write(start, b"hello")
+        ioctls = await operations(client)
+        handle = (await ioctls["open"](device=0, process=process.id))["handle"]
+        read = await ioctls["read"](handle=handle, address=start, npages=1)
+        assert (read["cpages"], read["faults"], decode(read["data"])[:5]) == (1, 1, b"hello")
+        await ioctls["write"](handle=handle, address=start + PAGE_SIZE, data=encode(b"w" * PAGE_SIZE))
+        assert await process.read(start + PAGE_SIZE, 2) == b"ww"
+        await ioctls["migrate_to_device"](handle=handle, address=start, npages=2)
+        shown = await ioctls["snapshot"](handle=handle, address=start, npages=3)
+        assert decode(shown["data"]) == bytes([0x22, 0x22, 0x00])
+        await ioctls["close"](handle=handle)
+        with pytest.raises(NoSuchObjectError):
+            await ioctls["close"](handle=handle)

@@ -68,7 +68,7 @@ async def scene(serve: Any) -> Scene:
 
 async def test_hold_keeps_the_event_back_when_before_event(scene: Scene) -> None:
     """The range is busy, a fault that does not wait gets EBUSY, and no driver has heard."""
-    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_EVENT, "madvise")
+    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_EVENT, "munmap|madvise")
     discarding = scene.discard()
     assert (await stream.read()).operation == "madvise"
     busy = await scene.driver.fault(scene.mirror, BASE, HALF, no_wait=True)

@@ -18,8 +18,11 @@ from hmm_client.certify.storm import Step, draw, shortest
 pytestmark = pytest.mark.slow
 
 WRONG = Path(__file__).with_name("wrong_driver.py")
+WRONG_TODAY = Path(__file__).with_name("wrong_interval_driver.py")
 DEADLINE_S = 0.5
 """Enough for drivers that answer at once, and short for the one that never does."""
+ANSWER_S = 2.0
+"""As long as it takes to say that a driver does not answer its orders."""
 TIMEOUT_S = 120.0
 
 
@@ -30,7 +33,8 @@ def ours(name: str) -> list[str]:
 
 def wrong(kind: str) -> list[str]:
     """The command of a driver that is wrong in one way."""
-    return [sys.executable, str(WRONG), kind, "--certified"]
+    script = WRONG_TODAY if kind.startswith("today-") else WRONG
+    return [sys.executable, str(script), kind, "--certified"]
 
 
 def broken(certificate: Certificate) -> set[str]:
@@ -38,7 +42,7 @@ def broken(certificate: Certificate) -> set[str]:
     return set(certificate.broken)
 
 
-@pytest.mark.parametrize("name", ["dummy", "rdma", "prefetch"])
+@pytest.mark.parametrize("name", ["dummy", "rdma", "prefetch", "dmirror"])
 async def test_our_driver_passes_the_whole_suite(name: str) -> None:
     """Every adversity and some storms, without a report."""
     certificate = await certify(ours(name), seeds=range(3))
@@ -53,7 +57,7 @@ async def test_driver_in_javascript_passes(packages: None) -> None:
     assert certificate.passed, certificate.broken
 
 
-@pytest.mark.parametrize("kind", ["right", "dirty-reported"])
+@pytest.mark.parametrize("kind", ["right", "dirty-reported", "today-right"])
 async def test_right_driver_passes_when_its_device_is_slow(kind: str) -> None:
     """The one that all wrong ones are made of, and one that reports what its device wrote."""
     names = ("mprotect", "fork", "invalidate-under-use", "exit-under-use")
@@ -78,17 +82,32 @@ async def test_right_driver_passes_when_its_device_is_slow(kind: str) -> None:
         ("no-translation", ("plain",)),
         ("wrong-data", ("plain", "munmap", "discard")),
         ("died", ("plain", "munmap", "fork")),
+        ("silent", ("plain",)),
+        ("today-use-after-invalidation", ("plain", "munmap", "discard")),
+        ("today-early-acknowledgement", ("plain", "munmap", "invalidate-under-use")),
+        ("today-write-after-write-protect", ("plain", "munmap", "mprotect")),
+        ("today-unanswered", ("plain", "munmap", "discard")),
     ],
 )
 async def test_wrong_driver_fails_for_what_is_wrong_with_it(kind: str, adversities: Sequence[str]) -> None:
     """One rule is broken, by its name, and no other one is blamed."""
-    certificate = await certify(wrong(kind), adversities=adversities, deadline_s=DEADLINE_S)
-    assert broken(certificate) == {kind}, certificate.trials
+    certificate = await certify(
+        wrong(kind), adversities=adversities, deadline_s=DEADLINE_S, answer_s=ANSWER_S if kind == "silent" else None
+    )
+    assert broken(certificate) == {kind.removeprefix("today-")}, certificate.trials
 
 
-async def test_driver_that_keeps_stale_fault_results_is_found_out() -> None:
+@pytest.mark.parametrize("kind", ["stale-fault", "today-stale-fault"])
+async def test_driver_that_keeps_stale_fault_results_is_found_out(kind: str) -> None:
     """A fault's result that an event took back before it arrived is thrown away by right drivers."""
-    certificate = await certify(wrong("stale-fault"), adversities=("plain", "invalidate-during-fault"))
+    certificate = await certify(wrong(kind), adversities=("plain", "munmap", "invalidate-during-fault"))
+    assert broken(certificate) == {"stale-fault"}, certificate.trials
+
+
+async def test_driver_that_keeps_pages_of_its_memory_is_found_out() -> None:
+    """What migrate_to_ram() took back is the device's no more."""
+    names = ("plain", "discard", "other-device-migrates")
+    certificate = await certify(wrong("today-device-pages-kept"), adversities=names)
     assert broken(certificate) == {"use-after-invalidation"}, certificate.trials
 
 

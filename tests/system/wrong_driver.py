@@ -242,7 +242,7 @@ class LeakedMirror(RightDriver):
 
 
 class StaleFault(RightDriver):
-    """Programs its device with whatever a fault returned, however old: breaks `use-after-invalidation`."""
+    """Programs its device with whatever a fault returned, however old."""
 
     async def fault(self, mirror: Mirror, pages: Entries, *, write: bool) -> Entries:
         """The reply as it came, without looking at what was heard meanwhile."""

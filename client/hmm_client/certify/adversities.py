@@ -5,7 +5,8 @@ chance: a change while a fault is under way, use beneath an invalidation, exit b
 
 **Invariants**: an adversity that a right driver meets ends without a finding, on the slowest machine.
 
-**Absent**: what counts as wrong (`findings`, `stage`); chance (`storm`).
+**Absent**: what counts as wrong (`findings`, `stage`); chance (`storm`); what others than the process do
+(`neighbours`).
 """
 
 from __future__ import annotations
@@ -13,62 +14,32 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from hmm.errors import RangeBusyError
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client.certify.adversity import FIXED, PAGES, RW, Suite, page, use
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError, RefusalError
+from hmm_client.certify.neighbours import NEIGHBOURS
 from hmm_client.certify.stage import Stage, stamp
 from hmm_client.harness import HoldEndedError, HoldPoint
-from hmm_client.process import Process
 
-RW = Prot.READ | Prot.WRITE
-FIXED = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
 COME_BACK_S = 10.0
 """How long a driver may take to end or to come back when its session broke."""
 HELD_S = 0.3
 """How long a fault is waited for, and then kept until an event has come."""
+FAULTS = "fault|range_fault|range_fault_unlocked"
+"""What a driver's faults are called, in either interface."""
 ROUNDS = 40
-PAGES = 8
+
+ADVERSITIES = Suite()
 
 
-@dataclass(frozen=True, slots=True)
-class Adversity:
-    """One of them.
-
-    Attributes:
-        title: what is asked of the driver, in a sentence.
-    """
-
-    name: str
-    title: str
-    run: Callable[[Stage], Awaitable[None]]
-
-
-ADVERSITIES: dict[str, Adversity] = {}
-
-
-def _adversity(title: str) -> Callable[[Callable[[Stage], Awaitable[None]]], Callable[[Stage], Awaitable[None]]]:
-    def add(run: Callable[[Stage], Awaitable[None]]) -> Callable[[Stage], Awaitable[None]]:
-        name = run.__name__.replace("_", "-")
-        ADVERSITIES[name] = Adversity(name, title, run)
-        return run
-
-    return add
-
-
-def page(span: AddressRange, index: int) -> int:
-    """The address of one page of a range."""
-    return span.start + index * PAGE_SIZE
-
-
-@_adversity("the device sees what the CPU sees, and the other way round")
+@ADVERSITIES.add("the device sees what the CPU sees, and the other way round")
 async def plain(stage: Stage) -> None:
     """Reads and writes, across pages and in their middle; memory that nobody mapped."""
     process = await stage.process()
@@ -81,12 +52,12 @@ async def plain(stage: Stage) -> None:
     await stage.device_cannot(process, span.end + (1 << 30))
 
 
-@_adversity("memory that is unmapped and mapped again is new memory")
+@ADVERSITIES.add("memory that is unmapped and mapped again is new memory")
 async def munmap(stage: Stage) -> None:
     """The device has used it for reading and writing; afterwards it is gone, and then it is somebody else's."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     await process.munmap(page(span, 0), 4 * PAGE_SIZE)
     await stage.device_cannot(process, page(span, 1))
     await stage.device_cannot(process, page(span, 2), write=True)
@@ -98,12 +69,12 @@ async def munmap(stage: Stage) -> None:
         await stage.device_writes(process, page(span, index), stamp(300 + index))
 
 
-@_adversity("pages that become read-only are read and not written, until they are writable again")
+@ADVERSITIES.add("pages that become read-only are read and not written, until they are writable again")
 async def mprotect(stage: Stage) -> None:
     """WRITE_PROTECT, and MUNMAP for PROT_NONE."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     await process.mprotect(span.start, 4 * PAGE_SIZE, Prot.READ)
     for index in range(2):
         await stage.device_reads(process, page(span, index), stamp(100 + index))
@@ -115,12 +86,12 @@ async def mprotect(stage: Stage) -> None:
     await stage.device_writes(process, page(span, 1), stamp(201))
 
 
-@_adversity("after fork the device's writes go to the parent alone")
+@ADVERSITIES.add("after fork the device's writes go to the parent alone")
 async def fork(stage: Stage) -> None:
     """FORK: the parent's pages become copy-on-write."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     child = await process.fork()
     await stage.device_reads(process, page(span, 0), stamp(100))
     for index in range(4):
@@ -134,14 +105,14 @@ async def fork(stage: Stage) -> None:
     await stage.cpu_reads(process, page(span, 6), stamp(106))
 
 
-@_adversity("memory that moves is found where it is, and not where it was")
+@ADVERSITIES.add("memory that moves is found where it is, and not where it was")
 async def mremap(stage: Stage) -> None:
     """MIGRATE of the old range; the destination may have been mapped before."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
     target = await stage.region(process, PAGES)
-    await _use(stage, process, span)
-    await _use(stage, process, target)
+    await use(stage, process, span)
+    await use(stage, process, target)
     await process.mremap(
         span.start, 4 * PAGE_SIZE, 4 * PAGE_SIZE, MremapFlag.MAYMOVE | MremapFlag.FIXED, new_address=target.start
     )
@@ -151,14 +122,14 @@ async def mremap(stage: Stage) -> None:
     await stage.device_writes(process, page(target, 0), stamp(200))
 
 
-@_adversity("a file that is truncated has nothing behind its end")
+@ADVERSITIES.add("a file that is truncated has nothing behind its end")
 async def truncate(stage: Stage) -> None:
     """MUNMAP by truncation, with the mapping still there; holes."""
     file = await stage.client.open_file(f"certify-{time.monotonic_ns()}", create=True)
     await file.truncate(PAGES * PAGE_SIZE)
     process = await stage.process()
     span = (await process.mmap(PAGES * PAGE_SIZE, RW, MapFlag.SHARED, file=file)).span
-    await _use(stage, process, span)
+    await use(stage, process, span)
     await file.truncate(4 * PAGE_SIZE)
     await stage.device_reads(process, page(span, 3), stamp(103))
     await stage.device_cannot(process, page(span, 5))
@@ -171,12 +142,12 @@ async def truncate(stage: Stage) -> None:
     await file.close()
 
 
-@_adversity("discarded pages are empty")
+@ADVERSITIES.add("discarded pages are empty")
 async def discard(stage: Stage) -> None:
     """MIGRATE by MADV_DONTNEED: the range stays mapped."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     await process.madvise(page(span, 2), 4 * PAGE_SIZE, Advice.DONTNEED)
     for index in range(2, 6):
         await stage.device_reads(process, page(span, index), bytes(8))
@@ -184,7 +155,7 @@ async def discard(stage: Stage) -> None:
     await stage.device_reads(process, page(span, 6), stamp(106))
 
 
-@_adversity("pages that are taken while the device faults them are faulted again")
+@ADVERSITIES.add("pages that are taken while the device faults them are faulted again")
 async def invalidate_during_fault(stage: Stage) -> None:
     """The result of a fault is outdated before it arrives: by chance, and by holding it until the event has come."""
     process = await stage.process()
@@ -204,16 +175,43 @@ async def invalidate_during_fault(stage: Stage) -> None:
         access: asyncio.Task[None] | None = None
         # A driver that has faulted the page meanwhile does not come to the hold: its lease ends.
         with suppress(HoldEndedError):
-            async with stage.harness.hold(HoldPoint.BEFORE_END, "fault", process=process, lease_s=HELD_S) as hold:
+            async with stage.harness.hold(HoldPoint.BEFORE_END, FAULTS, process=process, lease_s=HELD_S) as hold:
                 access = asyncio.create_task(stage.device_may(process, address, write=bool(index % 2)))
                 await hold.reached()
-                await process.madvise(address, PAGE_SIZE, Advice.DONTNEED)
+                discarded = await process.madvise(address, PAGE_SIZE, Advice.DONTNEED)
+                stage.overtaken.add(discarded.operation_id)
         if access is not None:
             await access
         await stage.device_may(process, address, write=False)
 
 
-@_adversity("a fault that finds no memory left fails, and succeeds when there is some again")
+@ADVERSITIES.add("a fault of what is being taken away ends with what is there afterwards")
+async def fault_during_invalidation(stage: Stage) -> None:
+    """An access that meets a change which the driver has been told of, or has not yet, and which is not made yet."""
+    process = await stage.process()
+    span = await stage.region(process, PAGES)
+    await use(stage, process, span)
+    for index in range(PAGES):
+        point = (HoldPoint.BEFORE_EDIT, HoldPoint.BEFORE_EVENT)[index % 2]
+        access: asyncio.Task[None] | None = None
+        # A driver that keeps nothing has nothing to be told of: the call comes to no hold.
+        with suppress(HoldEndedError):
+            async with stage.harness.hold(point, "madvise", process=process, lease_s=HELD_S) as hold:
+                discarding = asyncio.create_task(process.madvise(page(span, index), PAGE_SIZE, Advice.DONTNEED))
+                await hold.reached()
+                if point is HoldPoint.BEFORE_EDIT:
+                    access = asyncio.create_task(stage.device_reads(process, page(span, index), bytes(8)))
+                else:
+                    access = asyncio.create_task(stage.device_may(process, page(span, index), write=False))
+                await asyncio.wait({access}, timeout=HELD_S / 10)  # it has no end, or ends with the old page
+        await discarding
+        if access is not None:
+            await access
+        await stage.device_reads(process, page(span, index), bytes(8))
+        await stage.device_writes(process, page(span, index), stamp(200 + index))
+
+
+@ADVERSITIES.add("a fault that finds no memory left fails, and succeeds when there is some again")
 async def out_of_frames(stage: Stage) -> None:
     """ENOMEM in the middle of a fault, as when the machine is full."""
     process = await stage.process()
@@ -226,7 +224,7 @@ async def out_of_frames(stage: Stage) -> None:
         await stage.device_writes(process, page(span, index), stamp(200 + index))
 
 
-@_adversity("accesses that are under way have landed when their event is answered")
+@ADVERSITIES.add("accesses that are under way have landed when their event is answered")
 async def invalidate_under_use(stage: Stage) -> None:
     """Reads and writes without a pause, and changes of every kind beneath them."""
     process = await stage.process()
@@ -256,7 +254,7 @@ async def invalidate_under_use(stage: Stage) -> None:
     await stage.device_reads(process, span.start, stamp(1))
 
 
-@_adversity("a storm of events is answered in time, all of it")
+@ADVERSITIES.add("a storm of events is answered in time, all of it")
 async def many_events(stage: Stage) -> None:
     """More changes at a time than a session has credit for."""
     process = await stage.process()
@@ -269,12 +267,12 @@ async def many_events(stage: Stage) -> None:
     await stage.device_reads(process, page(span, 4), bytes(8))
 
 
-@_adversity("two processes on one device do not disturb one another")
+@ADVERSITIES.add("two processes on one device do not disturb one another")
 async def two_processes(stage: Stage) -> None:
     """The same addresses, other pages; one ends."""
     first, second = await stage.process("first"), await stage.process("second")
     here, there = await stage.region(first, PAGES), await stage.region(second, PAGES)
-    await _use(stage, first, here)
+    await use(stage, first, here)
     await second.write(there.start, stamp(77))
     await stage.device_reads(second, there.start, stamp(77))
     await stage.device_reads(first, here.start, stamp(100))
@@ -282,7 +280,7 @@ async def two_processes(stage: Stage) -> None:
     await stage.device_writes(second, there.start, stamp(78))
 
 
-@_adversity("a process that ends beneath its device takes its mirror with it, and nothing else")
+@ADVERSITIES.add("a process that ends beneath its device takes its mirror with it, and nothing else")
 async def exit_under_use(stage: Stage) -> None:
     """MUNMAP of everything, then release; the mirror is unregistered afterwards."""
     for _ in range(4):
@@ -298,12 +296,12 @@ async def exit_under_use(stage: Stage) -> None:
     await stage.device_reads(other, (await stage.region(other, 1)).start, stamp(0))
 
 
-@_adversity("memory that is reaped before its process ends is gone")
+@ADVERSITIES.add("memory that is reaped before its process ends is gone")
 async def reaped(stage: Stage) -> None:
     """process_mrelease() and the OOM reaper: events that do not block, which a driver answers or refuses."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     for _ in range(ROUNDS):
         try:
             await process.mrelease()
@@ -315,12 +313,12 @@ async def reaped(stage: Stage) -> None:
     await stage.device_may(process, page(span, 1), write=False)
 
 
-@_adversity("a driver that was stopped, and has lost its mirror, goes on with others")
+@ADVERSITIES.add("a driver that was stopped, and has lost its mirror, goes on with others")
 async def stopped(stage: Stage) -> None:
     """SIGSTOP beyond the deadline: the mirror is fenced."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     stage.forgiven |= {"unanswered", "access-after-fence"}
     stage.driver.signal(signal.SIGSTOP)
     try:
@@ -334,12 +332,12 @@ async def stopped(stage: Stage) -> None:
     await stage.device_writes(other, fresh.start, stamp(9))
 
 
-@_adversity("a driver whose daemon died ends, or comes back with a new session")
+@ADVERSITIES.add("a driver whose daemon died ends, or comes back with a new session")
 async def lost_session(stage: Stage) -> None:
     """SIGKILL of the daemon, and another one at the same place."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
-    await _use(stage, process, span)
+    await use(stage, process, span)
     await stage.kill_daemon()
     fresh = await stage.client.create_process("fresh")
     deadline_s = time.monotonic() + COME_BACK_S
@@ -357,7 +355,7 @@ async def lost_session(stage: Stage) -> None:
         else:
             stage.keep(fresh)
             again = await stage.region(fresh, PAGES)
-            await _use(stage, fresh, again)
+            await use(stage, fresh, again)
             await fresh.munmap(again.start, PAGE_SIZE)
             return
     stage.find(
@@ -365,8 +363,4 @@ async def lost_session(stage: Stage) -> None:
     )
 
 
-async def _use(stage: Stage, process: Process, span: AddressRange) -> None:
-    """Let the device read and write every page, so that it has a translation of each."""
-    for index in range(span.npages):
-        await stage.device_may(process, page(span, index), write=False)
-        await stage.device_writes(process, page(span, index), stamp(100 + index))
+ADVERSITIES.update(NEIGHBOURS)

@@ -17,8 +17,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hmm_client.certify.adversities import ADVERSITIES, Adversity
-from hmm_client.certify.driver_process import DriverGoneError, DriverProcess, DriverSilentError
+from hmm_client.certify.adversities import ADVERSITIES
+from hmm_client.certify.adversity import Adversity
+from hmm_client.certify.driver_process import ANSWER_S, DriverGoneError, DriverProcess, DriverSilentError
 from hmm_client.certify.findings import Auditor, Finding
 from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, Storm, draw, shortest
@@ -27,6 +28,7 @@ from hmm_client.embedded import EmbeddedDaemon
 
 DEADLINE_S = 2.0
 """How long a driver has for the answer to an event."""
+SWAP_PAGES = 1 << 12
 _ENDING = frozenset({"died", "silent", "unanswered", "lost-session"})
 
 
@@ -73,10 +75,11 @@ class Certificate:
 class Certifier:
     """Runs trials.  Made by `certifying`."""
 
-    def __init__(self, command: Sequence[str], folder: Path, deadline_s: float) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, deadline_s: float, answer_s: float) -> None:
         self._command = command
         self._folder = folder
         self._deadline_s = deadline_s
+        self._answer_s = answer_s
         self._driver: DriverProcess | None = None
         self._daemon: EmbeddedDaemon
         self._client: Client
@@ -85,7 +88,12 @@ class Certifier:
     async def start_daemon(self) -> Client:
         """A daemon of our own, and a client of it: the first one, or another after `kill_daemon`."""
         self._daemon = await asyncio.to_thread(
-            EmbeddedDaemon, self._folder, acknowledgement_s=self._deadline_s, log_level="error", harness=True
+            EmbeddedDaemon,
+            self._folder,
+            acknowledgement_s=self._deadline_s,
+            log_level="error",
+            harness=True,
+            swap_pages=SWAP_PAGES,
         )
         self._client = connect(self._daemon.target, name="certify")
         self._auditor = Auditor(self._client)
@@ -107,7 +115,7 @@ class Certifier:
             DriverGoneError, DriverSilentError: it does not start.
         """
         if self._driver is None:
-            self._driver = await DriverProcess.start(self._command, str(self._daemon.socket))
+            self._driver = await DriverProcess.start(self._command, str(self._daemon.socket), self._answer_s)
         return self._driver
 
     async def end(self) -> bool:
@@ -155,14 +163,14 @@ class Certifier:
 
 
 @asynccontextmanager
-async def certifying(command: Sequence[str], deadline_s: float = DEADLINE_S) -> AsyncIterator[Certifier]:
+async def certifying(command: Sequence[str], deadline_s: float, answer_s: float) -> AsyncIterator[Certifier]:
     """A daemon, and the driver that it is made for, until the block ends.
 
     Raises:
         DriverGoneError, DriverSilentError: the driver does not start.
     """
     with tempfile.TemporaryDirectory(prefix="hmmd-certify-") as folder:
-        certifier = Certifier(command, Path(folder), deadline_s)
+        certifier = Certifier(command, Path(folder), deadline_s, answer_s)
         await certifier.start_daemon()
         try:
             await certifier.start_driver()
@@ -177,6 +185,7 @@ async def certify(
     adversities: Iterable[str] = tuple(ADVERSITIES),
     seeds: Iterable[int] = (),
     deadline_s: float = DEADLINE_S,
+    answer_s: float | None = None,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> Certificate:
     """Put a driver to the test.
@@ -186,6 +195,7 @@ async def certify(
         adversities: names of those to run, in order.
         seeds: of storms.
         deadline_s: for the answer to an event.
+        answer_s: for the answer to an order; None: longer than any deadline.
         told: called after each trial.
 
     Raises:
@@ -197,7 +207,7 @@ async def certify(
         certificate.trials.append(trial)
         told(trial)
 
-    async with certifying(command, deadline_s) as certifier:
+    async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s) as certifier:
         for name in adversities:
             note(await certifier.adversity(ADVERSITIES[name]))
         for seed in seeds:

@@ -38,16 +38,20 @@ class RefusalError(Exception):
 class DriverProcess:
     """A running driver.  Made by `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, answer_s: float = ANSWER_S) -> None:
         self._process = process
+        self._answer_s = answer_s
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, command: Sequence[str], socket: str) -> DriverProcess:
+    async def start(cls, command: Sequence[str], socket: str, answer_s: float = ANSWER_S) -> DriverProcess:
         """Start it, and wait until it says that it is ready.
+
+        Args:
+            answer_s: how long it may take to answer a line.
 
         Raises:
             DriverGoneError: there is no such command, or it ended.
@@ -64,7 +68,7 @@ class DriverProcess:
             )
         except OSError as error:
             raise DriverGoneError(f"{command[0]}: {error.strerror}") from error
-        driver = cls(process)
+        driver = cls(process, answer_s)
         try:
             async with asyncio.timeout(START_S):
                 await driver._ready
@@ -110,10 +114,10 @@ class DriverProcess:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._process.stdin.write(json.dumps({"id": number, "op": op} | arguments).encode() + b"\n")
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 reply = await answer
         except TimeoutError:
-            raise DriverSilentError(f"it has not answered {op!r} within {ANSWER_S:g} s") from None
+            raise DriverSilentError(f"it has not answered {op!r} within {self._answer_s:g} s") from None
         if "error" in reply:
             error = reply["error"]
             raise RefusalError(f"{error.get('errno')}: {error.get('message')}" if isinstance(error, dict) else error)

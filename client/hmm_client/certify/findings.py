@@ -10,7 +10,7 @@ wrong.  Of one trial the consequences are told only when nothing explains them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from hmm.violation import Violation, ViolationKind
@@ -20,6 +20,7 @@ from hmm_proto.violations import violation_from_proto
 
 RULES = {
     "use-after-invalidation": ViolationKind.USE_AFTER_INVALIDATION.rule,
+    "stale-fault": "what a fault has returned is thrown away when an event has taken it back meanwhile",
     "early-acknowledgement": ViolationKind.EARLY_ACKNOWLEDGEMENT.rule,
     "write-after-fork": "after FORK a device writes no page of the parent before it has faulted it for writing again",
     "write-after-write-protect": "after WRITE_PROTECT a device only reads, until it has faulted for writing again",
@@ -80,6 +81,8 @@ def causes_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         first.pop("unanswered", None)  # it was answered, in a way that does not count
     if {"unanswered", "died"}.intersection(first):
         first.pop("access-after-fence", None)  # the driver has not been told yet
+    if "stale-fault" in first:
+        first.pop("use-after-invalidation", None)  # the same, where chance has brought it about
     causes = tuple(finding for rule, finding in first.items() if rule not in CONSEQUENCES)
     return causes or tuple(first.values())
 
@@ -105,8 +108,12 @@ class Auditor:
         answer = await self._client.channel.request(self._client.inspection.ListProcesses, request)
         return frozenset(one.space_id for one in answer.processes if one.process_id in wanted)
 
-    async def reported(self) -> list[Finding]:
-        """What the daemon reports and was not told yet."""
+    async def reported(self, overtaken: Container[int] = ()) -> list[Finding]:
+        """What the daemon reports and was not told yet.
+
+        Args:
+            overtaken: operations whose events came while a fault of the same page was under way.
+        """
         answer: inspection_pb2.GetViolationsResponse = await self._client.channel.request(
             self._client.inspection.GetViolations, inspection_pb2.GetViolationsRequest()
         )
@@ -115,7 +122,7 @@ class Auditor:
             if report.mirror_id not in self._told:
                 self._told.add(report.mirror_id)
                 violations = [violation_from_proto(message) for message in report.violations]
-                findings += [_of_violation(violation) for violation in violations if violation is not None]
+                findings += [_of_violation(one, overtaken) for one in violations if one is not None]
         for rejected in answer.rejected_answers:
             if rejected.time_ns > self._rejections:
                 self._rejections = rejected.time_ns
@@ -123,7 +130,10 @@ class Auditor:
         return findings
 
 
-def _of_violation(violation: Violation) -> Finding:
+def _of_violation(violation: Violation, overtaken: Container[int]) -> Finding:
+    stale = violation.taking is not None and violation.taking.operation_id in overtaken
+    if stale and violation.kind is ViolationKind.USE_AFTER_INVALIDATION:
+        return Finding("stale-fault", str(violation))
     if violation.kind is not ViolationKind.READ_ONLY_WRITE:
         return Finding(_KINDS[violation.kind], str(violation))
     event = violation.taking.event if violation.taking else ""

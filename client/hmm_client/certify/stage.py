@@ -29,6 +29,7 @@ class Stage:
     Attributes:
         harness: holds calls, and makes memory run out.
         forgiven: rules whose breaking is the adversity's own doing.
+        overtaken: operations that took a page away while the driver's fault of it was under way.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Stage:
         self.harness = Harness(client)
         self._replace_daemon = replace_daemon
         self.forgiven: set[str] = set()
+        self.overtaken: set[int] = set()
         self.findings: list[Finding] = []
         self._processes: list[Process] = []
 
@@ -130,7 +132,7 @@ class Stage:
             await self._finish()
         except (DriverGoneError, DriverSilentError) as error:
             self.failed(error)
-        self.findings += await self.auditor.reported()
+        self.findings += await self.auditor.reported(self.overtaken)
         return causes_first(finding for finding in self.findings if finding.rule not in self.forgiven)
 
     def failed(self, error: DriverGoneError | DriverSilentError) -> None:

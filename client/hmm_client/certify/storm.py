@@ -21,7 +21,7 @@ from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import Prot
-from hmm_client.certify.adversities import FIXED, RW, page
+from hmm_client.certify.adversity import FIXED, RW, page
 from hmm_client.certify.findings import Finding
 from hmm_client.certify.stage import Stage, stamp
 from hmm_client.process import Process

@@ -99,13 +99,17 @@ class InProcessHmm:
         """Take pages from the CPU."""
         return self._local.call(commands_hmm.make_exclusive, mirror_id, span)
 
-    def read_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+    def read_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, *, offset: int = 0, length: int | None = None
+    ) -> bytes:
         """The device reads pages."""
-        return self._local.call(commands_hmm.read_frames, mirror_id, addresses, pfns)
+        return self._local.call(commands_hmm.read_frames, mirror_id, addresses, pfns, offset=offset, length=length)
 
-    def write_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+    def write_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, *, offset: int = 0
+    ) -> None:
         """The device writes pages."""
-        self._local.call(commands_hmm.write_frames, mirror_id, addresses, pfns, data)
+        self._local.call(commands_hmm.write_frames, mirror_id, addresses, pfns, data, offset=offset)
 
 
 class _Callback:

@@ -60,8 +60,10 @@ class OverWireHmm:
         return mirror.id
 
     def detach(self, mirror_id: MirrorId) -> None:
-        """Get no more events."""
-        self._mirrors.pop(mirror_id).detach()
+        """Get no more events; a mirror that was lost gets none anyhow."""
+        mirror = self._mirrors.pop(mirror_id)
+        if not mirror.lost:
+            mirror.detach()
 
     def insert_notifier(self, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool) -> int:
         """Subscribe to a range."""
@@ -125,13 +127,17 @@ class OverWireHmm:
         """Take pages from the CPU."""
         return self._mirrors[mirror_id].make_exclusive(span)
 
-    def read_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
+    def read_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, *, offset: int = 0, length: int | None = None
+    ) -> bytes:
         """The device reads pages."""
-        return self._mirrors[mirror_id].read_frames(addresses, pfns)
+        return self._mirrors[mirror_id].read_frames(addresses, pfns, offset=offset, length=length)
 
-    def write_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
+    def write_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, *, offset: int = 0
+    ) -> None:
         """The device writes pages."""
-        self._mirrors[mirror_id].write_frames(addresses, pfns, data)
+        self._mirrors[mirror_id].write_frames(addresses, pfns, data, offset=offset)
 
 
 class _Deaf(IntervalDriver):

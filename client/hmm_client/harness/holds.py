@@ -157,7 +157,7 @@ class Harness:
         """Hold the next call that comes to a point; use the result in `async with`.
 
         Args:
-            operation: the call's name, such as "munmap" or "fault"; empty: any.
+            operation: the call's name, such as "munmap", or several: "fault|range_fault"; empty: any.
             process: whose address space the call is about; None: any.
             mirror: EVENT_SENT and ACKNOWLEDGED: whose event or answer counts; None: the first.
             caller: the name of the client that makes the call; empty: anybody.

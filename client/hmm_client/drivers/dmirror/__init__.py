@@ -7,6 +7,10 @@
 
 A handle keeps a table of its own: for each page the frame, and whether the device may write to it or has it for
 itself.  The table is all that reads and writes look at; what it lacks is faulted in, and every event takes from it.
+Where the kernel's driver enters pages while they are locked, events may overtake a reply: what one has taken meanwhile
+is not entered.
+
+`python -m hmm_client.drivers.dmirror` is the driver as a process (`__main__.py`).
 
 A `Profile` says how true to the kernel's driver it is.  `LINUX_6_12_CORRECTED` repeats what that does with batches,
 error codes and neighbouring pages, with the two corrections that keep it from following dangling pointers;
@@ -24,7 +28,7 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from threading import RLock
 from typing import Protocol, TypeAlias
@@ -49,6 +53,7 @@ from hmm.migrate import MIGRATE, VALID
 from hmm.migrate import PFN_SHIFT as MIGRATE_PFN_SHIFT
 from hmm.migrate import WRITE as MIGRATE_WRITE
 from hmm.page_table import PageTable
+from hmm.spans import Spans, inside
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -140,11 +145,15 @@ class Hmm(Protocol):
     def make_exclusive(self, mirror_id: MirrorId, span: AddressRange) -> Pfns:
         """Take pages from the CPU."""
 
-    def read_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns) -> bytes:
-        """The device reads pages."""
+    def read_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, *, offset: int = 0, length: int | None = None
+    ) -> bytes:
+        """The device reads pages, or the bytes from `offset` in the first."""
 
-    def write_frames(self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes) -> None:
-        """The device writes pages."""
+    def write_frames(
+        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, *, offset: int = 0
+    ) -> None:
+        """The device writes pages, or a part of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,8 @@ class Profile:
         faults_own_pages_back: a device write to a page of its own that is read-only brings the page back and goes on;
             otherwise it fails with EFAULT, as hmm_range_fault() does not enforce writing there.
         exclusive_errno: what every failure of EXCLUSIVE is; 0 for what it really was.
+        ignores_own_migrations: entries stay while their pages move, and whoever uses the handle at the same time
+            reaches pages that are the device's no more; otherwise they go first.
     """
 
     name: str
@@ -164,10 +175,11 @@ class Profile:
     end_included: bool
     faults_own_pages_back: bool
     exclusive_errno: int
+    ignores_own_migrations: bool
 
 
-LINUX_6_12_CORRECTED = Profile("6.12-corrected", 64, True, False, errnos.EBUSY)
-CLEAN = Profile("clean", 512, False, True, 0)
+LINUX_6_12_CORRECTED = Profile("6.12-corrected", 64, True, False, errnos.EBUSY, True)
+CLEAN = Profile("clean", 512, False, True, 0, False)
 
 
 class Tag(IntEnum):
@@ -282,6 +294,33 @@ def load(hmm: Hmm, *, pages: int = 1 << 16, profile: Profile = CLEAN) -> list[Ca
     return cards
 
 
+@dataclass(slots=True, eq=False)
+class _Moving:
+    """A call that moves or takes pages: what others take between its own event and its reply.
+
+    Attributes:
+        reason: of its own event, which comes when nothing has been moved yet.
+        operation_id: of its own event; 0 before it.
+        before: uint64[npages], what the table had when that came.
+    """
+
+    span: AddressRange
+    reason: Reason
+    operation_id: int = 0
+    before: Entries | None = None
+    taken: list[Spans] = field(default_factory=list)
+
+    def hear(self, event: Event, mirror_id: MirrorId, table: PageTable) -> None:
+        """An event comes."""
+        if not self.operation_id:
+            own = event.initiator == mirror_id or self.reason is Reason.EXCLUSIVE  # which names nobody
+            if own and event.reason is self.reason and event.overlaps(self.span):
+                self.operation_id = event.operation_id
+                self.before = table.read(self.span.start, self.span.end)
+        elif event.operation_id != self.operation_id:
+            self.taken.append(event.spans)
+
+
 class Handle:
     """One open file of the device: a mirror of the process that opened it, for as long as it is open."""
 
@@ -291,8 +330,9 @@ class Handle:
         self._profile = card.profile
         self._table = PageTable(TASK_SIZE - 1)
         self._lock = RLock()  # dmirror->mutex; in one process an event comes in the midst of a call of the same thread
+        self._moving: list[_Moving] = []  # calls that move or take pages
         self.id = card.hmm.attach(card.id, process_id, self.update)
-        self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=True)
+        self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=self._profile.ignores_own_migrations)
 
     def close(self) -> None:
         """Close the file: all pages of the device go back to system memory, whoever put them there."""
@@ -308,13 +348,15 @@ class Handle:
             self._update(event)
 
     def _update(self, event: Event) -> None:
-        if event.etype is EventType.COPY_FROM_DEVICE:
-            for span in event.spans:
-                self._table.clear(span.start, span.end)
-        elif event.reason is not Reason.MIGRATE or event.initiator != self.id:
-            beyond = PAGE_SIZE if self._profile.end_included else 0
-            for span in event.spans:
-                self._table.clear(span.start, min(span.end + beyond, TASK_SIZE))
+        for moving in self._moving:
+            moving.hear(event, self.id, self._table)
+        back = event.etype is EventType.COPY_FROM_DEVICE
+        own = event.reason is Reason.MIGRATE and event.initiator == self.id
+        if own and not back and self._profile.ignores_own_migrations:
+            return
+        beyond = PAGE_SIZE if self._profile.end_included and not back else 0
+        for span in event.spans:
+            self._table.clear(span.start, min(span.end + beyond, TASK_SIZE))
 
     # ---- ioctls
 
@@ -354,9 +396,10 @@ class Handle:
         """
         span = _checked("migrate", address, npages)
         for part in self._readable_parts(span):
-            with _alive("migrate"):
-                moved = self._hmm.migrate_to_device(self.id, part)
-            self._enter(part, moved)
+            with self._listening(part, Reason.MIGRATE) as moving:
+                with _alive("migrate"):
+                    moved = self._hmm.migrate_to_device(self.id, part)
+                self._enter(part, moved, moving)
         return self._read_back(span)
 
     def migrate_to_system(self, address: Address, npages: int) -> Reply:
@@ -415,6 +458,42 @@ class Handle:
         self.card.evict()
         return Reply()
 
+    # ---- what no ioctl does: the device accesses any bytes, as one access
+
+    def load(self, address: Address, length: int) -> bytes:
+        """The device reads bytes.
+
+        Raises:
+            BadAddressError: a page cannot be had (EFAULT); nothing is read then.
+            InvalidRequestError: no bytes, or none of the address space (EINVAL).
+        """
+        with self._reachable(address, length, write=False) as (pages, pfns):
+            return self._hmm.read_frames(self.id, pages, pfns, offset=address % PAGE_SIZE, length=length)
+
+    def store(self, address: Address, data: bytes) -> None:
+        """The device writes bytes.
+
+        Raises: as `load`, where nothing is written; also
+            AccessDeniedError: a page may not be written (EPERM).
+        """
+        with self._reachable(address, len(data), write=True) as (pages, pfns):
+            self._hmm.write_frames(self.id, pages, pfns, data, offset=address % PAGE_SIZE)
+
+    @contextmanager
+    def _reachable(self, address: Address, length: int, *, write: bool) -> Iterator[tuple[Entries, Pfns]]:
+        # All pages at a time, and nothing is taken before the block ends.
+        if length <= 0 or not 0 <= address <= TASK_SIZE - length:
+            raise InvalidRequestError(f"device access: {length} bytes at {address:#x}", address=address)
+        span = AddressRange(address, address + length).page_aligned()
+        while True:
+            with self._lock:
+                entries = self._table.read(span.start, span.end)
+                usable = (entries & _TAG) == Tag.WRITE if write else entries != 0
+                if usable.all():
+                    yield _addresses(span, span.npages), _pfns(entries)
+                    return
+            self._fault(span, self._range_fault, write=write)
+
     # ---- the table
 
     def _store(self, span: AddressRange, pfns: Pfns, tags: npt.NDArray[np.uint64]) -> None:
@@ -455,12 +534,36 @@ class Handle:
             raise NoSuchObjectError(f"the device has no page at {at:#x}", errnos.ENOENT, address=at)
         return Reply(span.npages, 0, b"".join(parts))
 
-    def _enter(self, part: AddressRange, moved: Migrated) -> None:
+    @contextmanager
+    def _listening(self, span: AddressRange, reason: Reason) -> Iterator[_Moving]:
+        # Around a call whose reply is entered.
+        moving = _Moving(span, reason)
+        with self._lock:
+            self._moving.append(moving)
+        try:
+            yield moving
+        finally:
+            with self._lock:
+                self._moving.remove(moving)
+
+    def _enter(self, part: AddressRange, moved: Migrated, moving: _Moving) -> None:
         pages = _moved(moved)
         words = moved.dst[pages]
         tags = np.where(words & np.uint64(MIGRATE_WRITE), np.uint64(Tag.WRITE), np.uint64(Tag.NONE))
         pfns = (words >> np.uint64(MIGRATE_PFN_SHIFT)).view(np.int64)
-        self._table.store(_at(part, pages), _entries(pfns, tags))
+        if moving.before is None:
+            return  # the device has them all
+        entries = moving.before
+        entries[pages] = _entries(pfns, tags)
+        pages = np.flatnonzero(entries)
+        self._store_kept(_at(part, pages), entries[pages], moving)
+
+    def _store_kept(self, addresses: Entries, entries: Entries, moving: _Moving) -> None:
+        with self._lock:
+            for spans in moving.taken:
+                kept = ~inside(addresses, spans)
+                addresses, entries = addresses[kept], entries[kept]
+            self._table.store(addresses, entries)
 
     # ---- faulting
 
@@ -539,17 +642,18 @@ class Handle:
 
     def _take(self, batch: AddressRange) -> None:
         """Take one batch from the CPU: make_device_exclusive_range() and dmirror_atomic_map()."""
-        try:
-            with _alive("exclusive"):
-                pfns = self._hmm.make_exclusive(self.id, batch)
-        except (BadAddressError, AccessDeniedError, OutOfFramesError) as error:
-            raise self._not_taken(batch.start, error) from error
-        if pfns.size == batch.npages:
-            taken = np.flatnonzero(pfns)
-            tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
-            self._table.store(_at(batch, taken), _entries(pfns[taken], tags))
-            if taken.size == pfns.size:
-                return
+        with self._listening(batch, Reason.EXCLUSIVE) as moving:
+            try:
+                with _alive("exclusive"):
+                    pfns = self._hmm.make_exclusive(self.id, batch)
+            except (BadAddressError, AccessDeniedError, OutOfFramesError) as error:
+                raise self._not_taken(batch.start, error) from error
+            if pfns.size == batch.npages:
+                taken = np.flatnonzero(pfns)
+                tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
+                self._store_kept(_at(batch, taken), _entries(pfns[taken], tags), moving)
+                if taken.size == pfns.size:
+                    return
         missing = int((pfns == 0).argmax()) if not pfns.all() else pfns.size
         raise self._not_taken(batch.start + (missing << PAGE_SHIFT), None)
 
