@@ -13,13 +13,14 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from hmm import device_access, pte
 from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
-from hmm.device_fault import Faulted, fault_pages, fault_range, fault_whole_range
+from hmm.device_fault import Faulted, fault_pages, fault_range
 from hmm.device_pages import evict, make_room
 from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError, TimedOutError
 from hmm.events import EventType
@@ -35,8 +36,7 @@ from hmm.spans import inside
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFaulted:
+class DeviceFaulted(NamedTuple):
     """The result of a fault call over any number of ranges or pages.
 
     Attributes:
@@ -249,10 +249,9 @@ def fault(
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)
         entries = mirror.table.lookup(target)
     else:
-        one = fault_whole_range if whole else fault_range
         parts = []
         for span in target:
-            parts.append((yield from one(mirror, span, write=write, wait=wait)))
+            parts.append((yield from fault_range(mirror, span, write=write, wait=wait, whole=whole)))
         entries = _entries_of(mirror, target)
     if mirror.unsettled:
         _leave_out_unsettled(mirror, target, entries)
@@ -435,11 +434,12 @@ def inject_allocation_failure(machine: Machine, nth: int) -> None:
 
 def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
     if isinstance(target, np.ndarray):
-        end = int(target.max(initial=0))
+        ends = [int(target.max(initial=0)) + PAGE_SIZE]
     else:
-        end = max([span.end for span in target], default=0) - PAGE_SIZE
-    if end >= TASK_SIZE:
-        raise InvalidRequestError(f"fault: {end:#x} is beyond the address space", address=end)
+        ends = [span.end for span in target]
+    for end in ends:
+        if end > TASK_SIZE:
+            raise InvalidRequestError(f"fault: {end - PAGE_SIZE:#x} is beyond the address space", address=end - PAGE_SIZE)
 
 
 def _entries_of(mirror: Mirror, spans: Sequence[AddressRange]) -> Entries:

@@ -22,10 +22,10 @@ The posted code did not test VM_READ; a mapping without it is EACCES here, as it
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +78,7 @@ _KEPT = pte.DIRTY | pte.DRIVER_MASK
 _PFN, _VALID, _WRITABLE = (np.array(bits, np.uint64) for bits in (_PFN_MASK, pte.VALID_PFN, pte.VALID_PFN | pte.WRITE))
 
 
-@dataclass(frozen=True, slots=True)
-class Faulted:
+class Faulted(NamedTuple):
     """What a device fault did.
 
     Attributes:
@@ -164,16 +163,13 @@ def _numbers(addresses: Entries) -> Pfns:
     return (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One pass over a target: what the CPU's table lacks, or the wish to start over."""
-
-    missing: AddressRange | Entries | None = None
-    retry: bool = False
-
-
-def fault_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True) -> Operation[Faulted]:
+def fault_range(
+    mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True, whole: bool = False
+) -> Operation[Faulted]:
     """Fault one range, up to the end of the VMA that holds its start, as `hmm_mirror_fault` does.
+
+    Args:
+        whole: go on across VMAs: what a driver would do by issuing the fault again from where it stopped.
 
     Raises:
         InvalidRequestError: empty or unaligned (EINVAL).
@@ -185,20 +181,15 @@ def fault_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool =
     if not span or not is_page_aligned(span.start | span.end):
         raise InvalidRequestError(f"fault: {span} is empty or not page-aligned")
     fault = _fault_in_parts if mirror.space.frames.make_room else _fault
-    return (yield from fault(mirror, _Pages(span), write, wait))
-
-
-def fault_whole_range(mirror: Mirror, span: AddressRange, *, write: bool, wait: bool = True) -> Operation[Faulted]:
-    """Fault one range across VMAs: what a driver would do by issuing the fault again from where it stopped."""
-    start, retries = span.start, 0
-    while True:
-        rest = AddressRange(start, span.end) if start > span.start else span
-        done = yield from fault_range(mirror, rest, write=write, wait=wait)
-        retries += done.retries
-        if done.error or done.end >= span.end:
-            return done if rest is span else Faulted(span, done.end, done.error, retries)
-        start = done.end
+    done = yield from fault(mirror, _Pages(span), write, wait)
+    if not whole or done.error or done.end >= span.end:
+        return done
+    retries = done.retries
+    while done.error is None and done.end < span.end:
         yield Pause()
+        done = yield from fault(mirror, _Pages(AddressRange(done.end, span.end)), write, wait)
+        retries += done.retries
+    return Faulted(span, done.end, done.error, retries)
 
 
 def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool = True) -> Operation[list[Faulted]]:
@@ -269,15 +260,10 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
             retries += 1
             continue
-        enlisted = notifier.start_fault(mirror.id, pages)
-        try:
-            attempt = yield from _fill(mirror, enlisted, pages, write)
-        except HmmError as error:
-            return Faulted(asked, asked.start, error, retries)
-        finally:
-            notifier.end_fault(enlisted)
-        if attempt.missing is not None:
-            pages, missing = _narrowed(mirror, pages, attempt.missing, missed)
+        targets = tuple(pages.pieces())
+        missing = _missing(mirror, targets, pages, write)
+        if missing is not None:
+            pages, missing = _narrowed(mirror, pages, missing, missed)
             missed = True
             failed = yield from bring_in(mirror, missing, write=write)
             if failed is not None:
@@ -286,14 +272,22 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
                 # What lies before is there now, and is filled before the failure is reported.
                 failure = failed
                 pages = pages.up_to(failed.address or 0)
-        elif not attempt.retry:
+            continue
+        # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
+        enlisted = notifier.start_fault(mirror.id, pages)
+        try:
+            filled = yield from _fill(mirror, enlisted, targets, pages, write)
+        except HmmError as error:
+            return Faulted(asked, asked.start, error, retries)
+        finally:
+            notifier.end_fault(enlisted)
+        if filled:
             mirror.counters["faulted_pages"] += pages.npages
             end = failure.address if failure is not None else None
             return Faulted(asked, end or pages.whole.end, failure, retries)
-        else:
-            _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
-            retries += 1
-            mirror.counters["retries"] += 1
+        _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
+        retries += 1
+        mirror.counters["retries"] += 1
 
 
 def _narrowed(
@@ -376,29 +370,27 @@ def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) ->
     return vma
 
 
-def _fill(mirror: Mirror, enlisted: DeviceFault, pages: _Pages, write: bool) -> Operation[_Attempt]:
-    # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
-    targets = tuple(pages.pieces())
-    missing = _missing(mirror, targets, pages, write)
-    if missing is not None:
-        return _Attempt(missing)
+def _fill(
+    mirror: Mirror, enlisted: DeviceFault, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool
+) -> Operation[bool]:
+    """Fill the mirror, and let its driver know.  Returns: False when an invalidation wants to go first."""
     for index, target in enumerate(targets):
         if index:
             yield Pause()
             mirror.require_filling("fault")
         if enlisted.backoff:
-            return _Attempt(retry=True)
+            return False
         install(mirror, target, write=write)
     if mirror.update_on_fault:
-        target = pages.target
+        whole = pages.target
         table = mirror.table
-        entries = table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
+        entries = table.read(whole.start, whole.end) if isinstance(whole, AddressRange) else table.lookup(whole)
         yield from update(mirror, enlisted.spans, entries, write=write)
-    return _Attempt()
+    return True
 
 
 def _missing(
-    mirror: Mirror, targets: Iterable[AddressRange | Entries], pages: _Pages, write: bool
+    mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool
 ) -> AddressRange | Entries | None:
     """What has to be faulted in first; None when all is there.
 
@@ -554,7 +546,6 @@ __all__ = [
     "bring_in",
     "fault_pages",
     "fault_range",
-    "fault_whole_range",
     "install",
     "mirrorable_vma",
     "update",

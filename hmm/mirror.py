@@ -75,7 +75,8 @@ class Mirror(Receiver):
 
         Raises: as `require_live`; also NoSuchObjectError: it is about to be released (ENODEV).
         """
-        self.require_live(operation)
+        if self.state is not MirrorState.LIVE:
+            self.require_live(operation)
         if self.leaving:
             raise NoSuchObjectError(f"{operation}: {self} is being released", errnos.ENODEV)
 

@@ -99,6 +99,11 @@ def entries_to_proto(entries: Entries) -> bytes:
     return entries.astype("<u8", copy=False).tobytes()
 
 
+def entries_as_bytes(entries: Entries) -> memoryview:
+    """The same without a copy, if they are contiguous and numbers are little-endian here.  Not for empty arrays."""
+    return memoryview(np.ascontiguousarray(entries, "<u8")).cast("B")
+
+
 def entries_from_proto(data: bytes) -> Entries:
     """Little-endian bytes as uint64[n], read-only and without a copy.
 

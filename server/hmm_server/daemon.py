@@ -35,7 +35,6 @@ from hmm_proto.v1 import (
     process_pb2,
     process_pb2_grpc,
     session_pb2,
-    session_pb2_grpc,
     userfaultfd_pb2,
     userfaultfd_pb2_grpc,
 )
@@ -145,7 +144,7 @@ class Daemon:
         file_pb2_grpc.add_FileServiceServicer_to_server(FileService(self.executor, self.config), handlers)
         device_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(side, self.streams), handlers)
         hmm_pb2_grpc.add_HmmServiceServicer_to_server(HmmService(side), handlers)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(side, self.streams, self.config), handlers)
+        handlers.add_generic_rpc_handlers((SessionService(side, self.streams, self.config).handler(),))
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
             InspectionService(self.executor, self.streams, self.observers, self.config), handlers
         )

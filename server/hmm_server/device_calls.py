@@ -84,32 +84,42 @@ def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entri
     Raises:
         InvalidRequestError: neither or both are given, or they are malformed (EINVAL).
     """
-    spans = convert.page_ranges_from_proto(q.ranges)
-    if bool(spans) == bool(q.pages):
-        raise convert.malformed("fault: either ranges or pages are needed")
-    return spans or convert.pages_from_proto(q.pages)
+    pages = q.pages
+    if not pages:
+        spans = convert.page_ranges_from_proto(q.ranges)
+        if spans:
+            return spans
+    elif not (q.ranges.starts or q.ranges.ends):
+        return convert.pages_from_proto(pages)
+    raise convert.malformed("fault: either ranges or pages are needed")
 
 
 def fault_pages(q: device_pb2.FaultRequest) -> int:
     """How many pages a fault asks for."""
-    ranges = q.ranges
-    return (len(q.pages) >> 3) + ((sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT)
+    pages, ranges = q.pages, q.ranges
+    return len(pages) >> 3 if pages else (sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT
 
 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
     if faulted is None:
         return ArrayReply(device_pb2.FaultResponse(result=result), {})
-    errors = [part.error for part in faulted.parts]
-    failed = next((error for error in errors if error is not None), None)
+    failed, retries = None, 0
+    ends, errnos = [], []
+    for part in faulted.parts:
+        error = part.error
+        failed = failed or error
+        retries += part.retries
+        ends.append(part.end)
+        errnos.append(error.errno if error else 0)
     if failed is not None:
         result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
     response = device_pb2.FaultResponse(
         result=result,
-        range_ends=[part.end for part in faulted.parts],
-        range_errnos=[error.errno if error else 0 for error in errors],
+        range_ends=ends,
+        range_errnos=errnos,
         notifier_seq=faulted.notifier_seq,
         last_event_sequence=faulted.event_sequence,
-        retries=sum([part.retries for part in faulted.parts]),
+        retries=retries,
     )
     return ArrayReply(response, {"entries": faulted.entries})
 

@@ -37,6 +37,8 @@ Result = Any
 CALLS = {**DEVICE_CALLS, **HMM_CALLS}
 _ATTACHING = frozenset({"register_mirror", "attach"})
 _SERVED_BY_A_STREAM = _ATTACHING | {"pin_pages"}
+_PAGES: Mapping[str, Callable[[Any], int]] = {"fault": fault_pages, "range_fault": range_fault_pages}
+"""How many pages a request asks for, where that is limited."""
 _DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
     "register_device": register_device_response,
     "register_mirror": register_mirror_response,
@@ -66,16 +68,14 @@ class DeviceSide:
             DrainingError: the daemon is ending.
         """
         on_session = stream
-        if name == "fault":
-            require_at_most("fault: pages", fault_pages(request), self.config.fault_pages)
-        elif name == "range_fault":
-            require_at_most("range fault: pages", range_fault_pages(request), self.config.fault_pages)
+        if name in _PAGES:
+            require_at_most(f"{name.replace('_', ' ')}: pages", _PAGES[name](request), self.config.fault_pages)
         elif name in _SERVED_BY_A_STREAM and stream is None:
             stream = self.streams.find(request.epoch, caller.token)
         invocation = CALLS[name].invocation(request)
         ended = partial(self._ended, name, request, stream, then)
         record = self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
-        if on_session and not self.executor.is_over(record):
+        if on_session is not None and not self.executor.is_over(record):
             self.executor.running[record.id].epoch = on_session.epoch
         return record
 

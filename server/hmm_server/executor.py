@@ -127,7 +127,8 @@ class Executor:
             self._idle.clear()
             if not record.done:
                 self._advanced(record)
-        self.pump()
+        if self.running:
+            self.pump()
         return record
 
     def is_over(self, record: OperationRecord[Any]) -> bool:

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
-
-from google.protobuf.message import Message
 
 from hmm.events import Event
 from hmm.units import MirrorId
@@ -56,33 +53,23 @@ class Posting:
     remaining: int = 0
 
 
-class Reply(NamedTuple):
-    """The reply to a call, or a part of it, as it waits.
+class Outgoing(NamedTuple):
+    """One message that leaves.
 
     Attributes:
-        name: which field of SessionReply `response` is.
-        arrays: what belongs in these fields of `response`.  Kept apart, for every message that is put into another
-            one is copied.
+        message: everything but the replies.
+        replies: as `replies.encoded` writes them.
     """
 
-    request_id: int
-    name: str
-    response: Message
-    more: bool = False
-    arrays: Mapping[str, bytes] = MappingProxyType({})
+    message: session_pb2.SessionResponse
+    replies: list[bytes]
 
-    @property
-    def size_bytes(self) -> int:
-        """About what it takes in a message."""
-        return self.response.ByteSize() + sum(map(len, self.arrays.values())) + 32
-
-    def put_into(self, message: session_pb2.SessionResponse) -> None:
-        """Write it down."""
-        reply = message.replies.add(request_id=self.request_id, more=self.more)
-        response = getattr(reply, self.name)
-        response.CopyFrom(self.response)
-        for name, array in self.arrays.items():
-            setattr(response, name, array)
+    def encoded(self) -> bytes:
+        """All of it, as it travels; a reply that leaves alone is not copied."""
+        message = self.message.SerializeToString()
+        if not message and len(self.replies) == 1:
+            return self.replies[0]
+        return b"".join((message, *self.replies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +105,7 @@ class Mailbox:
         self.closed = False
         self._send = send
         self._welcome: event_pb2.Welcome | None = None
-        self._replies: deque[tuple[Reply, int]] = deque()
+        self._replies: deque[bytes] = deque()
         self._violations: list[event_pb2.ProtocolViolation] = []
         self._farewell = ""
         self._waiting: asyncio.Future[None] | None = None
@@ -137,12 +124,11 @@ class Mailbox:
             self.events.append(posting)
             self._wake()
 
-    def reply(self, reply: Reply) -> None:
-        """The reply to a call, or a part of it."""
+    def reply(self, reply: bytes) -> None:
+        """The reply to a call, or a part of it, as `replies.encoded` writes it."""
         if not self.closed:
-            size_bytes = reply.size_bytes
-            self._replies.append((reply, size_bytes))
-            self.reply_bytes += size_bytes
+            self._replies.append(reply)
+            self.reply_bytes += len(reply)
             self._wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
@@ -167,45 +153,53 @@ class Mailbox:
         self._wake()
 
     @property
+    def wakes_writer(self) -> bool:
+        """True when the writer has something to write and has not run since."""
+        return self._waiting is not None and self._waiting.done()
+
+    @property
     def is_full(self) -> bool:
         """True when replies wait that the client does not read: nothing large may be added."""
         return self.reply_bytes >= self.window.queue_bytes
 
     # ---- the writer
 
-    async def take(self) -> session_pb2.SessionResponse | None:
+    async def take(self) -> Outgoing | None:
         """The next message, as soon as there is something to tell; None after the farewell."""
         while True:
             if self._has_something():
-                message = session_pb2.SessionResponse()
-                if self._fill(message):
-                    return message
+                outgoing = self._outgoing()
+                if outgoing is not None:
+                    return outgoing
             elif self.closed:
                 return None
             else:
                 self._waiting = asyncio.get_running_loop().create_future()
                 await self._waiting
+                self._waiting = None
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    def _fill(self, message: session_pb2.SessionResponse) -> bool:
-        """Write down what waits.  Returns: whether it is anything."""
-        told = bool(self._welcome or self._violations or self._replies)
+    def _outgoing(self) -> Outgoing | None:
+        """Write down what waits; None when in the end it is nothing."""
+        message = session_pb2.SessionResponse()
         if self._welcome is not None:
             message.welcome.CopyFrom(self._welcome)
             self._welcome = None
+        told = bool(self._violations) or message.HasField("welcome")
         if self._violations:
             message.violations.extend(self._violations)
             self._violations = []
-        self._take_events(message)
-        if self._replies:
-            self._take_replies(message)
+        if self.events:
+            self._take_events(message)
+            told = told or bool(message.events)
+        replies = self._take_replies() if self._replies else []
         if self._farewell and not self._replies:
             message.bye.reason, self._farewell = self._farewell, ""
-            return True
-        return told or bool(message.events)
+            told = True
+        return Outgoing(message, replies) if told or replies else None
 
     async def room(self) -> None:
         """Wait until the client has read enough for something large to be added."""
@@ -238,14 +232,16 @@ class Mailbox:
             taken += 1
             message.events.append(event)
 
-    def _take_replies(self, message: session_pb2.SessionResponse) -> None:
+    def _take_replies(self) -> list[bytes]:
+        replies: list[bytes] = []
         size = 0
-        while self._replies and (not size or size + self._replies[0][1] <= self.window.part_bytes):
-            reply, size_bytes = self._replies.popleft()
-            size += size_bytes
-            reply.put_into(message)
+        while self._replies and (not size or size + len(self._replies[0]) <= self.window.part_bytes):
+            reply = self._replies.popleft()
+            size += len(reply)
+            replies.append(reply)
         self.reply_bytes -= size
         self._room.set()
+        return replies
 
 
 def _size_estimate(posting: Posting) -> int:

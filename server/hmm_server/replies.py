@@ -1,20 +1,45 @@
-"""Replies that carry arrays with a word for each page: copied once, into the message that leaves.
+"""Replies: responses on their way, some with arrays that have a word for each page.
+
+A reply on a session is written down once, when it is given: its arrays are copied once, into the message that leaves.
 
 **Invariants**: all arrays of one reply are equally long; parts put together are the whole.
 
-**Absent**: which calls have such replies (device_calls.py, hmm_calls.py), how parts travel (session.py).
+**Absent**: which calls have such replies (device_calls.py, hmm_calls.py), when they leave (mailbox.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from hmm.units import Entries
-from hmm_proto import convert
+from google.protobuf.message import Message
 
-Arrays = Mapping[str, bytes]
-"""Fields of a response, and what belongs in them."""
+from hmm.units import Entries
+from hmm_proto import convert, wire
+from hmm_proto.v1 import session_pb2
+
+Arrays = Mapping[str, memoryview]
+"""Fields of a response, and the bytes that belong in them."""
+NO_ARRAYS: Arrays = MappingProxyType({})
+_REPLY = wire.tag(session_pb2.SessionResponse, "replies")
+_REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
+_MORE = wire.number_tag(session_pb2.SessionReply, "more") + wire.varint(True)
+
+
+def encoded(
+    request_id: int, name: str, response: Message, arrays: Arrays = NO_ARRAYS, *, more: bool = False
+) -> bytes:
+    """A SessionResponse with one reply in it, as it travels; many of them in a row are one with many replies.
+
+    Args:
+        name: which field of SessionReply `response` is.
+        more: it is a part of the reply, and not the last one.
+
+    Cost: one copy of the arrays.
+    """
+    head = _REQUEST_ID + wire.varint(request_id) + (_MORE if more else b"")
+    return wire.nested(_REPLY, head, wire.tag(session_pb2.SessionReply, name), response, arrays)
 
 
 class ArrayReply(NamedTuple):
@@ -38,12 +63,17 @@ class ArrayReply(NamedTuple):
 
         Yields: a response, its arrays, whether more follow.
         """
-        npages = max((array.size for array in self.arrays.values()), default=0)
-        step = max(1, (part_bytes >> 3) // max(1, len(self.arrays)))
+        if not self.arrays:
+            yield self.response, NO_ARRAYS, False
+            return
+        npages = next(iter(self.arrays.values())).size
+        step = max(1, (part_bytes >> 3) // len(self.arrays))
         last = max(0, npages - 1) // step * step
         for start in range(0, last, step):
             yield type(self.response)(), self._slice(start, start + step), True
         yield self.response, self._slice(last, npages), False
 
     def _slice(self, start: int, end: int) -> Arrays:
-        return {name: convert.entries_to_proto(array[start:end]) for name, array in self.arrays.items()}
+        if start == end:
+            return NO_ARRAYS
+        return {name: convert.entries_as_bytes(array[start:end]) for name, array in self.arrays.items()}

@@ -28,8 +28,7 @@ from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide, Result
-from hmm_server.mailbox import Reply
-from hmm_server.replies import ArrayReply
+from hmm_server.replies import ArrayReply, encoded
 from hmm_server.streams import PROTOCOL_VERSION, Streams
 
 FAREWELL_S = 5.0
@@ -105,8 +104,8 @@ class Session:
 
     async def _write(self, stream: Stream) -> None:
         try:
-            while (message := await stream.mailbox.take()) is not None:
-                await self._context.write(message)
+            while (outgoing := await stream.mailbox.take()) is not None:
+                await self._context.write(outgoing.encoded())
         except (grpc.aio.InternalError, grpc.aio.UsageError):
             return  # the stream has ended beneath us: the reader says why
 
@@ -120,34 +119,38 @@ class Session:
                 self._start(stream, call)
             if message.HasField("bye"):
                 return f"bye: {message.bye.reason}" if message.bye.reason else "bye"
+            if stream.mailbox.wakes_writer:
+                await asyncio.sleep(0)  # the replies leave before the next message is asked for
             message = await self._context.read()
         return "its driver went away without Bye"
 
     # ---- calls
 
     def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
-        name = call.WhichOneof("call") or ""
-        refusal = self._refusal(stream, call.request_id, name)
+        name, request_id = call.WhichOneof("call") or "", call.request_id
+        refusal = self._refusal(stream, request_id, name)
         if refusal is not None:
-            stream.mailbox.reply(Reply(call.request_id, "not_made", not_made(refusal)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(refusal)))
             return
-        under_way = self._calls[call.request_id] = UnderWay(name)
+        under_way = self._calls[request_id] = UnderWay(name)
         request = getattr(call, name)
         if name == "read_table":
-            parts = self._send_table(stream, call.request_id, self._caller_of(call), request)
+            parts = self._send_table(stream, request_id, self._caller_of(call), request)
             under_way.task = asyncio.create_task(parts)
             return
-        then = partial(self._reply, stream, call.request_id)
+        then = partial(self._reply, stream, request_id)
         try:
             record = self._side.start(self._caller_of(call), name, request, stream, then)
         except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
             then(error)
             return
+        if self._side.executor.is_over(record):
+            return
         under_way.record = record
         patience_s = self._side.patience_s(name, request)
-        if patience_s is not None and not self._side.executor.is_over(record):
+        if patience_s is not None:
             under_way.timer = self._loop.call_later(
-                patience_s, self._give_up, stream, call.request_id, record, patience_s
+                patience_s, self._give_up, stream, request_id, record, patience_s
             )
 
     def _give_up(self, stream: Stream, request_id: int, record: OperationRecord[Any], patience_s: float) -> None:
@@ -167,9 +170,10 @@ class Session:
         return None
 
     def _caller_of(self, call: session_pb2.SessionCall) -> Caller:
-        if not call.in_callback_mirror_id:
+        mirror_id = call.in_callback_mirror_id
+        if not mirror_id:
             return self._caller
-        callback = (call.in_callback_mirror_id, call.in_callback_sequence)
+        callback = (mirror_id, call.in_callback_sequence)
         return Caller(self._caller.token, self._caller.name, callback)
 
     def _reply(self, stream: Stream, request_id: int, result: Result) -> None:
@@ -179,24 +183,24 @@ class Session:
         if under_way.timer is not None:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
-            stream.mailbox.reply(Reply(request_id, "not_made", not_made(result)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(result)))
         elif isinstance(result, ArrayReply):
             for response, arrays, more in result.parts(self._config.part_bytes):
-                stream.mailbox.reply(Reply(request_id, under_way.name, response, more, arrays))
+                stream.mailbox.reply(encoded(request_id, under_way.name, response, arrays, more=more))
         else:
-            stream.mailbox.reply(Reply(request_id, under_way.name, result))
+            stream.mailbox.reply(encoded(request_id, under_way.name, result))
 
     async def _send_table(self, stream: Stream, request_id: int, caller: Caller, request: Any) -> None:
         try:
             async for start, entries in self._side.table_parts(caller, request):
                 await stream.mailbox.room()
-                part = device_pb2.ReadTableResponse(start=start)
-                stream.mailbox.reply(Reply(request_id, "read_table", part, True, {"entries": entries}))
+                part = device_pb2.ReadTableResponse(start=start, entries=entries)
+                stream.mailbox.reply(encoded(request_id, "read_table", part, more=True))
         except HmmError as error:
             self._reply(stream, request_id, error)
         else:
             self._calls.pop(request_id, None)
-            stream.mailbox.reply(Reply(request_id, "read_table", device_pb2.ReadTableResponse()))
+            stream.mailbox.reply(encoded(request_id, "read_table", device_pb2.ReadTableResponse()))
 
     def _forget_calls(self) -> None:
         for under_way in list(self._calls.values()):

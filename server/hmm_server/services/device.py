@@ -59,7 +59,8 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         caller = caller_from(context.invocation_metadata())
         name = request.name[:NAME_LENGTH_MAX] or caller.name
         with self._streams.connected(caller.token, name, 0, request.credit) as stream:
-            while (message := await stream.mailbox.take()) is not None:
+            while (outgoing := await stream.mailbox.take()) is not None:
+                message = outgoing.message
                 yield device_pb2.WatchEventsResponse(
                     welcome=message.welcome if message.HasField("welcome") else None, events=message.events
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from hmm_proto.v1 import session_pb2_grpc
+from hmm_proto.v1 import session_pb2
 from hmm_server.callers import caller_from
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide
@@ -19,7 +19,10 @@ from hmm_server.streams import Streams
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class SessionService(session_pb2_grpc.SessionServiceServicer):
+NAME: str = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
+
+
+class SessionService:
     """Sessions."""
 
     def __init__(self, side: DeviceSide, streams: Streams, config: Config) -> None:
@@ -27,7 +30,14 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self._streams = streams
         self._config = config
 
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What the server has to call: as generated, except that responses come serialised."""
+        session = grpc.stream_stream_rpc_method_handler(
+            self._session, request_deserializer=session_pb2.SessionRequest.FromString
+        )
+        return grpc.method_handlers_generic_handler(NAME, {"Session": session})
+
     # read() and write() of the context are a fifth faster than iterators, so this is a coroutine and no generator.
-    async def Session(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
+    async def _session(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - the interface
         caller = caller_from(context.invocation_metadata())
         await Session(self._side, self._streams, self._config, caller, context).run()
