@@ -33,7 +33,17 @@ from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
 from hmm.notifier import Home
 from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.spans import inside
-from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, DeviceId, Entries, MirrorId, ProcessId, is_page_aligned
+from hmm.units import (
+    PAGE_SIZE,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    DeviceId,
+    Entries,
+    MirrorId,
+    ProcessId,
+    is_page_aligned,
+)
 
 
 class DeviceFaulted(NamedTuple):
@@ -434,12 +444,16 @@ def inject_allocation_failure(machine: Machine, nth: int) -> None:
 
 def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
     if isinstance(target, np.ndarray):
-        ends = [int(target.max(initial=0)) + PAGE_SIZE]
-    else:
-        ends = [span.end for span in target]
-    for end in ends:
-        if end > TASK_SIZE:
-            raise InvalidRequestError(f"fault: {end - PAGE_SIZE:#x} is beyond the address space", address=end - PAGE_SIZE)
+        _require_page_inside(int(target.max(initial=0)))
+        return
+    for span in target:
+        if span.end > TASK_SIZE:
+            _require_page_inside(span.end - PAGE_SIZE)
+
+
+def _require_page_inside(page: Address) -> None:
+    if page >= TASK_SIZE:
+        raise InvalidRequestError(f"fault: {page:#x} is beyond the address space", address=page)
 
 
 def _entries_of(mirror: Mirror, spans: Sequence[AddressRange]) -> Entries:

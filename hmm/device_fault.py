@@ -57,7 +57,6 @@ from hmm.units import (
     AddressRange,
     Entries,
     Pfns,
-    is_page_aligned,
     spans_of_pages,
 )
 from hmm.vma import Vma, VmFlag
@@ -178,7 +177,7 @@ def fault_range(
 
     Returns: how far it came; errors of the range itself are in the result, with what was filled before.
     """
-    if not span or not is_page_aligned(span.start | span.end):
+    if span.start >= span.end or (span.start | span.end) & (PAGE_SIZE - 1):
         raise InvalidRequestError(f"fault: {span} is empty or not page-aligned")
     fault = _fault_in_parts if mirror.space.frames.make_room else _fault
     done = yield from fault(mirror, _Pages(span), write, wait)
@@ -249,12 +248,13 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
         if notifier.turns or mirror.unanswered:
             yield from wait_to_start(mirror, pages.spans, wait=wait)
         mirror.require_filling("fault")
-        notifier.require_usable()
+        if notifier.closed or notifier.broken:
+            notifier.require_usable()
         try:
             vma = mirrorable_vma(mirror.space, asked.start, asked.end, write=write)
         except HmmError as error:
             return Faulted(asked, error.address or asked.start, error, retries)
-        if pages.whole.end > vma.end:
+        if asked.end > vma.end:
             pages = pages.up_to(vma.end)
         if notifier.invalidations and notifier.invalidations_overlap(pages.spans):
             yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
@@ -440,8 +440,9 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
     old: Entries | None = None
     if not isinstance(target, AddressRange):
         entries, old = _mirrored(cpu.lookup(target), write), None if table.is_empty else table.lookup(target)
-    elif target.size_bytes == PAGE_SIZE and not domain:
-        table.set(target.start, _mirrored(cpu.get(target.start), write) | table.get(target.start) & _KEPT)
+    elif not domain and target.end - target.start == PAGE_SIZE:
+        page = target.start
+        table.set(page, _mirrored(cpu.get(page), write) | table.get(page) & _KEPT)
         return
     else:
         entries = _mirrored(cpu.read(target.start, target.end), write)

@@ -246,7 +246,8 @@ class Machine:
         An error of the call is kept in the record and not raised here.  A mark that the call is made from inside a
         callback counts only for the caller's own mirrors: it makes others' calls fail.
         """
-        self._note("start", caller, command, *args, **kwargs)
+        if self.inputs is not None:
+            self._note("start", caller, command, *args, **kwargs)
         if caller.callback is not None and not self._owns(caller.token, caller.callback[0]):
             caller = replace(caller, callback=None)
         record: OperationRecord[T] = OperationRecord(
@@ -562,7 +563,8 @@ class Machine:
         receiver = self.receivers.get(mirror_id)
         if receiver is None:
             raise NoSuchObjectError(f"there is no mirror {mirror_id}", errnos.ENODEV)
-        self._require_owner(receiver.owner, receiver)
+        if receiver.owner:
+            self._require_owner(receiver.owner, receiver)
         return receiver
 
     def mirror(self, mirror_id: MirrorId) -> Mirror:

@@ -22,7 +22,7 @@ from hmm.events import Cause, Event, EventState, EventType, Reason
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.receiver import DeadlinePolicy
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, is_page_aligned, spans_of_pages
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, spans_of_pages
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
 
 E = TypeVar("E", bound=Enum)
@@ -66,8 +66,10 @@ def ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRange, .
     starts, ends = message.starts, message.ends
     if len(starts) != len(ends):
         raise malformed(f"{len(starts)} starts and {len(ends)} ends of ranges")
+    if len(starts) == 1:
+        return (_range(starts[0], ends[0]),)
     spans = tuple(map(_range, starts, ends))
-    if len(spans) > 1 and any(left.end > right.start for left, right in pairwise(spans)):
+    if any(left.end > right.start for left, right in pairwise(spans)):
         raise malformed("ranges that overlap or do not ascend")
     return spans
 
@@ -80,7 +82,8 @@ def page_ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRan
     """
     spans = ranges_from_proto(message)
     for span in spans:
-        if not span or not is_page_aligned(span.start | span.end):
+        start, end = span.start, span.end
+        if start >= end or (start | end) & (PAGE_SIZE - 1):
             raise malformed(f"{span} is empty or not page-aligned")
     return spans
 
@@ -101,7 +104,7 @@ def entries_to_proto(entries: Entries) -> bytes:
 
 def entries_as_bytes(entries: Entries) -> memoryview:
     """The same without a copy, if they are contiguous and numbers are little-endian here.  Not for empty arrays."""
-    return memoryview(np.ascontiguousarray(entries, "<u8")).cast("B")
+    return np.ascontiguousarray(entries, "<u8").data.cast("B")
 
 
 def entries_from_proto(data: bytes) -> Entries:

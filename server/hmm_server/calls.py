@@ -61,10 +61,11 @@ class Call(Generic[Q, R]):
         Raises: what the call raised, when it was never made or is no kernel call.
         """
         error = record.error
-        if error is not None and not (self.is_kernel_call and isinstance(error, HmmError) and not is_not_made(error)):
+        if error is None:
+            return self.response(record.value, to_call_result(None, record.id, tuple(record.fenced)))
+        if not (self.is_kernel_call and isinstance(error, HmmError) and not is_not_made(error)):
             raise error
-        result = to_call_result(error, record.id, tuple(record.fenced))
-        return self.response(record.value if error is None else None, result)
+        return self.response(None, to_call_result(error, record.id, tuple(record.fenced)))
 
 
 async def make(executor: Executor, caller: Caller, call: Call[Q, R], request: Q, within_s: float | None = None) -> R:

@@ -118,7 +118,7 @@ class Executor:
         if self.draining:
             raise DrainingError
         started_s = time.monotonic()
-        space_id = self.holds.space_of_call(command, args) if self.holds else 0
+        space_id = self.holds.space_of_call(command, args) if self.holds.placed else 0
         record = self.machine.start(caller, command, *args, **kwargs)
         if record.done and not self._stays(Point.BEFORE_END, record, space_id):
             self._end(record, started_s, then)
@@ -356,7 +356,7 @@ class Executor:
         self.pump()
 
     def _stays(self, point: Point, record: OperationRecord[Any], space_id: SpaceId = 0) -> bool:
-        return bool(self.holds) and self.holds.keeps(point, record, space_id)
+        return bool(self.holds.placed) and self.holds.keeps(point, record, space_id)
 
     # ---- deadlines
 

@@ -27,9 +27,7 @@ _REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
 _MORE = wire.number_tag(session_pb2.SessionReply, "more") + wire.varint(True)
 
 
-def encoded(
-    request_id: int, name: str, response: Message, arrays: Arrays = NO_ARRAYS, *, more: bool = False
-) -> bytes:
+def encoded(request_id: int, name: str, response: Message, arrays: Arrays = NO_ARRAYS, *, more: bool = False) -> bytes:
     """A SessionResponse with one reply in it, as it travels; many of them in a row are one with many replies.
 
     Args:
@@ -63,17 +61,15 @@ class ArrayReply(NamedTuple):
 
         Yields: a response, its arrays, whether more follow.
         """
-        if not self.arrays:
+        npages = next(iter(self.arrays.values())).size if self.arrays else 0
+        if not npages:
             yield self.response, NO_ARRAYS, False
             return
-        npages = next(iter(self.arrays.values())).size
         step = max(1, (part_bytes >> 3) // len(self.arrays))
-        last = max(0, npages - 1) // step * step
+        last = (npages - 1) // step * step
         for start in range(0, last, step):
             yield type(self.response)(), self._slice(start, start + step), True
         yield self.response, self._slice(last, npages), False
 
     def _slice(self, start: int, end: int) -> Arrays:
-        if start == end:
-            return NO_ARRAYS
         return {name: convert.entries_as_bytes(array[start:end]) for name, array in self.arrays.items()}

@@ -149,9 +149,7 @@ class Session:
         under_way.record = record
         patience_s = self._side.patience_s(name, request)
         if patience_s is not None:
-            under_way.timer = self._loop.call_later(
-                patience_s, self._give_up, stream, request_id, record, patience_s
-            )
+            under_way.timer = self._loop.call_later(patience_s, self._give_up, stream, request_id, record, patience_s)
 
     def _give_up(self, stream: Stream, request_id: int, record: OperationRecord[Any], patience_s: float) -> None:
         error = self._side.give_up(record, patience_s)
@@ -165,7 +163,7 @@ class Session:
             return ConflictError(f"request {request_id} is under way already")
         if len(self._calls) >= self._config.session_calls:
             return OutOfFramesError(f"{self._config.session_calls} calls are under way already", reason="LIMIT")
-        if name in LARGE_REPLIES and stream.mailbox.is_full:
+        if stream.mailbox.is_full and name in LARGE_REPLIES:
             return OutOfFramesError("replies wait that were not read: nothing large can be asked for", reason="LIMIT")
         return None
 

@@ -10,7 +10,8 @@ from hmm.events import Event, EventType
 from hmm.units import AddressRange
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
-from hmm_server.mailbox import Mailbox, Posting, Reply, Window
+from hmm_server.mailbox import Mailbox, Posting, Window
+from hmm_server.replies import encoded
 
 PAGE = 4096
 
@@ -33,14 +34,14 @@ def _mailbox(credit: int = 256, queue_bytes: int = 1 << 20, part_bytes: int = 1 
     return Mailbox(Window(credit, queue_bytes, part_bytes), _send)
 
 
-def _reply(request_id: int, size: int = 0) -> Reply:
-    return Reply(request_id, "device_read", device_pb2.DeviceReadResponse(data=bytes(size)))
+def _reply(request_id: int, size: int = 0) -> bytes:
+    return encoded(request_id, "device_read", device_pb2.DeviceReadResponse(data=bytes(size)))
 
 
 async def _take(mailbox: Mailbox) -> session_pb2.SessionResponse:
-    message = await mailbox.take()
-    assert message is not None
-    return message
+    outgoing = await mailbox.take()
+    assert outgoing is not None
+    return session_pb2.SessionResponse.FromString(outgoing.encoded())
 
 
 def _revisions(message: session_pb2.SessionResponse) -> list[int]:
@@ -61,12 +62,26 @@ async def test_take_returns_everything_that_waits_as_one_message() -> None:
     assert not message.HasField("bye")
 
 
-async def test_entries_of_a_reply_are_in_its_response() -> None:
-    """They wait apart, and leave where the protocol has them."""
+async def test_a_reply_that_leaves_alone_is_not_copied() -> None:
+    """It was written down as the message that leaves."""
     mailbox = _mailbox()
-    mailbox.reply(Reply(1, "fault", device_pb2.FaultResponse(retries=2), True, {"entries": b"12345678"}))
-    (reply,) = (await _take(mailbox)).replies
-    assert (reply.more, reply.fault.retries, reply.fault.entries) == (True, 2, b"12345678")
+    reply = _reply(1, 100)
+    mailbox.reply(reply)
+    outgoing = await mailbox.take()
+    assert outgoing is not None
+    assert outgoing.encoded() is reply
+
+
+async def test_writer_is_woken_until_it_runs() -> None:
+    """Whoever gives a reply can tell that the writer is about to write, and let it go first."""
+    mailbox = _mailbox()
+    taking = asyncio.ensure_future(_take(mailbox))
+    await asyncio.sleep(0)
+    assert not mailbox.wakes_writer
+    mailbox.reply(_reply(1))
+    assert mailbox.wakes_writer
+    await taking
+    assert not mailbox.wakes_writer
 
 
 async def test_take_waits_until_there_is_something() -> None:
@@ -168,5 +183,5 @@ async def test_take_ends_after_close_when_nothing_waits(reason: str) -> None:
     await asyncio.sleep(0)
     mailbox.close(reason)
     message = await taking
-    assert (message.bye.reason if message else "") == reason
+    assert (message.message.bye.reason if message else "") == reason
     assert await mailbox.take() is None

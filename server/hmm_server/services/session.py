@@ -32,12 +32,12 @@ class SessionService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What the server has to call: as generated, except that responses come serialised."""
-        session = grpc.stream_stream_rpc_method_handler(
+        session: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
             self._session, request_deserializer=session_pb2.SessionRequest.FromString
         )
         return grpc.method_handlers_generic_handler(NAME, {"Session": session})
 
     # read() and write() of the context are a fifth faster than iterators, so this is a coroutine and no generator.
-    async def _session(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - the interface
+    async def _session(self, request_iterator: object, context: Context) -> None:
         caller = caller_from(context.invocation_metadata())
         await Session(self._side, self._streams, self._config, caller, context).run()
