@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmm import device_access, pte
+from hmm import cpu_pte, device_access, pte
 from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range
@@ -51,8 +51,8 @@ class DeviceFaulted(NamedTuple):
 
     Attributes:
         parts: one Faulted per range asked for, or per VMA of scattered pages.
-        entries: uint64[n], the mirror's entry of every page asked for, in order; 0 where it has none, and where an
-            invalidation has been sent already.
+        entries: uint64[n], the mirror's entry of every page asked for, in order; 0 where it has none, where an
+            invalidation has been sent already, and of pages on their way to or from the device.
         notifier_seq: the address space's notifier sequence when the entries were read.
         event_sequence: the last event sent to the mirror before the entries were read: a later event that overlaps
             makes this result stale.
@@ -263,7 +263,7 @@ def fault(
         for span in target:
             parts.append((yield from fault_range(mirror, span, write=write, wait=wait, whole=whole)))
         entries = _entries_of(mirror, target)
-    if mirror.unsettled:
+    if mirror.unsettled or mirror.space.notifier.copies:
         _leave_out_unsettled(mirror, target, entries)
     for part in parts:
         if isinstance(part.error, OutOfFramesError):
@@ -337,7 +337,7 @@ def migrate_back(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> O
 
 def _migrated(mirror: Mirror, moved: Moved) -> DeviceMigrated:
     entries = _entries_of(mirror, (moved.span,))
-    if mirror.unsettled:
+    if mirror.unsettled or mirror.space.notifier.copies:
         _leave_out_unsettled(mirror, (moved.span,), entries)
     return DeviceMigrated(moved, entries, mirror.space.notifier.sequence, mirror.sequence)
 
@@ -475,6 +475,8 @@ def _leave_out_unsettled(mirror: Mirror, target: Sequence[AddressRange] | Entrie
         addresses = np.concatenate([np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64) for span in target])
     for sent in mirror.unsettled.values():
         entries[inside(addresses, sent.event.spans)] = 0
+    if mirror.space.notifier.copies:
+        entries[cpu_pte.is_migration(mirror.space.table.lookup(addresses))] = 0
 
 
 def _mirror_of_range(machine: Machine, mirror_id: MirrorId, span: AddressRange, operation: str) -> Mirror:

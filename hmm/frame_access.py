@@ -123,7 +123,8 @@ def _require_there(
     if private.any():
         there[private] = owners(space.frames, pfns[private]) == mirror.device.id
     for sent in mirror.unsettled.values():
-        if sent.state is not EventState.SENT and sent.event.initiator != mirror.id:
+        given_up = sent.state is not EventState.SENT and not sent.unfinished
+        if given_up and sent.event.initiator != mirror.id:
             there &= ~inside(addresses, sent.event.spans)
     if not there.all():
         address = int(addresses[~there][0])

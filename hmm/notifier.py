@@ -353,7 +353,8 @@ class Notifier:
                 killed.append(delivery.mirror_id)
         unfinished = tuple([delivery.mirror_id for delivery in deliveries if delivery.unfinished])
         if unfinished:
-            yield from self._finish(event, unfinished)
+            late = yield from self._finish(event, unfinished)
+            abandoned += [] if certain else late
             killed = [mirror_id for mirror_id in killed if mirror_id in self.subscribers]  # or lost meanwhile
         if killed and not certain:
             yield from self.end(tuple(killed), event.operation_id)
@@ -370,17 +371,18 @@ class Notifier:
             )
         return deliveries
 
-    def _finish(self, event: Event, mirror_ids: tuple[MirrorId, ...]) -> Operation[None]:
-        """The second pass: mn_itree_finish_pass()."""
+    def _finish(self, event: Event, mirror_ids: tuple[MirrorId, ...]) -> Operation[list[MirrorId]]:
+        """The second pass: mn_itree_finish_pass().  Returns: those that have not finished in time."""
         living = tuple([mirror_id for mirror_id in mirror_ids if mirror_id in self.subscribers])
         if not living:
-            return
+            return []
         second = replace(event, revision=self.next_revision(), finishes=event.revision)
         deliveries: tuple[Delivery, ...] = yield Deliver(second, living)
         for delivery in deliveries:
             subscriber = self.subscribers.get(delivery.mirror_id)
             if subscriber is not None:
                 subscriber.settle(delivery)
+        return [delivery.mirror_id for delivery in deliveries if delivery.state is EventState.ABANDONED]
 
     def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
         """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.

@@ -285,3 +285,18 @@ def test_pages_come_back_when_system_memory_has_to_be_reclaimed_first() -> None:
         assert local.call(processes.read_memory, pid, START + number * PAGE_SIZE, 1).data == bytes([1 + number])
     machine.check()
     assert not pte.pte_test_valid_dev(np.array(local.call(devices.read_table, mirror, span(0, 16)))).any()
+
+
+def test_fault_leaves_out_pages_that_the_driver_has_brought_back() -> None:
+    """The driver has answered for them, and the mirror still has its entries until the reader goes on."""
+    world = Cards()
+    world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    world.start(devices.migrate, world.mirrors[0], span(1))
+    world.settle()
+    reading = world.start(processes.read_memory, world.pid, span(1).start, 1)
+    world.carry(world.only(EventType.COPY_FROM_DEVICE))
+    fault = world.start(devices.fault, world.mirrors[0], [span(0, 2)], write=False)
+    assert fault.result.parts[0].error is not None  # it ends at the hole, and shows what there is all the same
+    assert not fault.result.entries.any()
+    world.settle()
+    assert reading.result.data == bytes([2])

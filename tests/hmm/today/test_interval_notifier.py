@@ -5,15 +5,26 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+import numpy as np
 import pytest
 from area import BASE
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
-from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, RangeBusyError, Signal, WouldDeadlockError
+from hmm.errors import (
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    RangeBusyError,
+    Signal,
+    TimedOutError,
+    WouldDeadlockError,
+)
 from hmm.events import Reason
 from hmm.machine import Caller
 from hmm.operation import Await, WaitFor
-from hmm.range_fault import REQ_FAULT
+from hmm.range_fault import REQ_FAULT, word_pfns
+from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SIZE, TASK_SIZE
 from hmm.unmapped_area import MapFlag
 
@@ -308,3 +319,45 @@ def test_reaped_memory_is_gone_and_nothing_comes_any_more(bench: Any) -> None:
     assert faulted.error.errno == errno.EFAULT
     bench.call(commands_process.exit_process, bench.process)
     bench.local.machine.check()
+
+
+def test_device_may_use_a_page_until_its_driver_has_finished(bench: Any) -> None:
+    """A start only begins to stop the device; it may use what it has until the second pass is answered."""
+    first, second = two_mirrors(bench, two_pass=(True, False))
+    bench.write(0, b"kept")
+    machine, span = bench.local.machine, bench.span(0)
+    faulted = bench.call(commands_hmm.range_fault_unlocked, first, 1, span, REQ_FAULT)
+    reached = (first, np.array([span.start], np.uint64), word_pfns(faulted.words))
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    machine.take_outbox()
+    machine.answer(first, 1, errno.EINPROGRESS)
+    assert bench.call(commands_hmm.read_frames, *reached)[:4] == b"kept"
+    machine.answer(second, 1)
+    machine.resume(record.id)
+    (finish,) = machine.take_outbox()
+    assert machine.start(Caller(), commands_hmm.read_frames, *reached).result[:4] == b"kept"
+    machine.answer(first, finish.sequence)
+    late = machine.start(Caller(), commands_hmm.read_frames, *reached)
+    assert isinstance(late.error, BadAddressError)
+    machine.resume(record.id)
+    assert record.result == 0
+
+
+def test_nothing_changes_when_a_driver_that_may_fail_the_call_does_not_finish_in_time(bench: Any) -> None:
+    """DeadlinePolicy.FAIL holds for the second pass too: until its answer the device may use the pages."""
+    bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    mirror = bench.call(commands_hmm.attach, bench.device, bench.process, policy=DeadlinePolicy.FAIL)
+    bench.call(commands_hmm.insert_notifier, mirror, 0, TASK_SIZE, two_pass=True)
+    bench.write(0, b"kept")
+    machine, span = bench.local.machine, bench.span(0)
+    record = machine.start(Caller(), commands_process.munmap, bench.process, span.start, span.size_bytes)
+    machine.take_outbox()
+    machine.answer(mirror, 1, errno.EINPROGRESS)
+    machine.resume(record.id)
+    (finish,) = machine.take_outbox()
+    machine.abandon(mirror, finish.sequence)
+    machine.resume(record.id)
+    assert isinstance(record.error, TimedOutError)
+    assert cpu_pte.is_present(bench.entry(0))
+    machine.answer(mirror, finish.sequence)
+    machine.check()
