@@ -70,8 +70,8 @@ class Scheduler:
         workload: the next call to be started, or None when there is nothing more to start.
         finished: called with each operation that ended.
         checking: called after every step, beside the machine's own check.
-        answering: called before a driver's answer to a delivery is given; the driver's model reacts here, and returns
-            the results of a copy.
+        answering: called before a driver's answer to a delivery is given, with its errno; the driver's model reacts
+            here, and returns the results of a copy.
         parallel: how many operations may be under way at once.
         coverage: what happened so far.
     """
@@ -80,7 +80,7 @@ class Scheduler:
     choose: Choose
     workload: Iterator[Call]
     finished: Callable[[OperationRecord[Any]], None] = lambda _: None
-    answering: Callable[[Delivery], bytes] = lambda _: b""
+    answering: Callable[[Delivery, int], bytes] = lambda _, __: b""
     checking: Callable[[], None] = lambda: None
     parallel: int = 4
     odds: Odds = field(default_factory=Odds)
@@ -193,7 +193,7 @@ class Scheduler:
             return
         late = delivery.state is not EventState.SENT
         errno = self._errno(mirror, delivery.event)
-        results = b"" if errno else self.answering(delivery)
+        results = self.answering(delivery, errno)
         self.machine.answer(mirror_id, delivery.sequence, errno, results=results)
         self.coverage.answers["late" if late else errnos.errorcode.get(errno, "done")] += 1
         if self._happens(self.odds.repeat) and mirror_id in self.machine.receivers:

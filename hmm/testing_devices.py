@@ -11,15 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import AddressSpace, Thp
-from hmm.interval_notifier import IntervalMirror
+from hmm.frames import RegionKind
+from hmm.interval_notifier import IntervalMirror, IntervalNotifier
 from hmm.machine import Limits
-from hmm.mirror import DeadlinePolicy
+from hmm.madvise import Advice
+from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
-from hmm.testing import Makers, Town, fork_process, simulate
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
+from hmm.testing import simulate
+from hmm.testing_calls import fork_process
+from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -41,10 +47,11 @@ LARGE_WITH_DEVICES = Limits(frames=4200, device_frames=64, hugetlb_pages=2, proc
 """As much as a few huge pages need, too little for those of all processes."""
 _DEVICE_PAGES = 12
 _REQUESTS = (0, REQ_FAULT, REQ_FAULT | REQ_WRITE)
+_HUGE_ADVICE = (Advice.COLLAPSE, Advice.COLLAPSE, Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.FREE, Advice.PAGEOUT)
 
 
-def _mirrors(town: Town) -> list[MirrorId]:
-    return [receiver.id for receiver in town.machine.receivers.values() if isinstance(receiver, IntervalMirror)]
+def _policy(town: Town) -> DeadlinePolicy:
+    return (DeadlinePolicy.FENCE, DeadlinePolicy.BLOCK, DeadlinePolicy.FAIL)[town.choose(3)]
 
 
 def _device(town: Town) -> DeviceId | None:
@@ -54,7 +61,8 @@ def _device(town: Town) -> DeviceId | None:
 def _register(town: Town) -> Call | None:
     if len(town.machine.devices) > town.devices:
         return None
-    options = {"memory_pages": _DEVICE_PAGES, "evicts": town.choose(2) == 0}
+    kind = RegionKind.DEVICE_PRIVATE if town.choose(4) else RegionKind.DEVICE_COHERENT
+    options = {"memory_pages": _DEVICE_PAGES, "evicts": town.choose(2) == 0, "kind": kind}
     return Call(commands_device.register_device, ("with memory",), options)
 
 
@@ -65,63 +73,113 @@ def _unregister(town: Town) -> Call | None:
 
 def _attach(town: Town) -> Call | None:
     device, process = _device(town), town.process()
-    if device is None or process is None or len(_mirrors(town)) > town.processes:
+    if device is None or process is None or len(town.interval_mirrors()) > town.processes:
         return None
-    return Call(commands_hmm.attach, (device, process))
+    return Call(commands_hmm.attach, (device, process), {"policy": _policy(town)})
 
 
 def _detach(town: Town) -> Call | None:
-    mirror = town.pick(_mirrors(town))
+    mirror = town.pick(town.interval_mirrors())
     return None if mirror is None or town.choose(3) else Call(commands_hmm.detach, (mirror,))
 
 
 def _insert(town: Town) -> Call | None:
-    mirror, span = town.pick(_mirrors(town)), town.span(16)
-    options = {"two_pass": town.choose(2) == 0}
-    return (
-        None if mirror is None else Call(commands_hmm.insert_notifier, (mirror, span.start, span.size_bytes), options)
-    )
+    mirror, span = town.pick(town.interval_mirrors()), town.span(16)
+    if mirror is None:
+        return None
+    if town.choose(3):
+        span = AddressRange(town.start, town.start + town.pages * PAGE_SIZE)
+    options = {"two_pass": town.choose(2) == 0, "filtered": town.choose(4) == 0}
+    return Call(commands_hmm.insert_notifier, (mirror, span.start, span.size_bytes), options)
 
 
 def _subscription(town: Town) -> tuple[MirrorId, int] | None:
-    mirror = town.pick(_mirrors(town))
+    subscribed = [mirror for mirror in town.interval_mirrors() if _notifiers(town, mirror)]
+    mirror = town.pick(subscribed)
     if mirror is None:
         return None
+    number = town.pick(_notifiers(town, mirror))
+    assert number is not None
+    return mirror, number
+
+
+def _notifiers(town: Town, mirror: MirrorId) -> dict[int, IntervalNotifier]:
     receiver = town.machine.receivers[mirror]
     assert isinstance(receiver, IntervalMirror)
-    number = town.pick(receiver.notifiers)
-    return None if number is None else (mirror, number)
+    return receiver.notifiers
 
 
 def _remove(town: Town) -> Call | None:
     subscription = _subscription(town)
-    return None if subscription is None else Call(commands_hmm.remove_notifier, subscription)
+    return None if subscription is None or town.choose(2) else Call(commands_hmm.remove_notifier, subscription)
 
 
-def _read_begin(town: Town) -> Call | None:
+def _read_section(town: Town) -> Call | None:
     subscription = _subscription(town)
-    return None if subscription is None else Call(commands_hmm.read_begin, subscription)
+    if subscription is None:
+        return None
+    if town.choose(2):
+        return Call(commands_hmm.read_begin, subscription)
+    sequence = _notifiers(town, subscription[0])[subscription[1]].sequence
+    return Call(commands_hmm.read_retry, (*subscription, sequence))
 
 
 def _range_fault(town: Town) -> Call | None:
     subscription = _subscription(town)
     if subscription is None:
         return None
-    receiver = town.machine.receivers[subscription[0]]
-    assert isinstance(receiver, IntervalMirror)
-    sequence = receiver.notifiers[subscription[1]].sequence
-    flags = _REQUESTS[town.choose(len(_REQUESTS))]
-    return Call(commands_hmm.range_fault, (*subscription, sequence, town.span(), flags))
+    span, flags = town.mapped(_space(town, subscription[0])), _REQUESTS[town.choose(len(_REQUESTS))]
+    if town.choose(3):
+        return Call(commands_hmm.range_fault_unlocked, (*subscription, span, flags))
+    sequence = _notifiers(town, subscription[0])[subscription[1]].sequence
+    return Call(commands_hmm.range_fault, (*subscription, sequence, span, flags))
+
+
+def _space(town: Town, mirror: MirrorId) -> AddressSpace:
+    return town.machine.receivers[mirror].space
+
+
+def _holder(town: Town) -> MirrorId | None:
+    live = (mirror for mirror in town.interval_mirrors() if town.machine.receivers[mirror].state is MirrorState.LIVE)
+    return town.pick(mirror for mirror in live if town.held.get(mirror))
+
+
+def _reach(town: Town) -> Call | None:
+    mirror = _holder(town)
+    if mirror is None:
+        return None
+    held, writes = town.held[mirror], town.choose(2) == 0
+    pages = [page for page in held if held[page][1] or not writes][: 1 + town.choose(4)]
+    if not pages:
+        return None
+    reached = (np.array(pages, np.uint64), np.array([held[page][0] for page in pages], np.int64))
+    if not writes:
+        return Call(commands_hmm.read_frames, (mirror, *reached))
+    return Call(commands_hmm.write_frames, (mirror, *reached, bytes([1 + town.choose(255)]) * PAGE_SIZE * len(pages)))
+
+
+def _find(town: Town) -> Call | None:
+    mirror = town.pick(town.interval_mirrors())
+    return None if mirror is None else Call(commands_hmm.find_vma, (mirror, town.span().start))
+
+
+def _frames(town: Town) -> Call | None:
+    device = _device(town)
+    return None if device is None else Call(commands_hmm.device_frames, (device,))
 
 
 def _to_device(town: Town) -> Call | None:
-    mirror, span = town.pick(_mirrors(town)), town.span()
-    return None if mirror is None else Call(commands_hmm.migrate_to_device, (mirror, span))
+    mirror = town.pick(town.interval_mirrors())
+    if mirror is None:
+        return None
+    return Call(commands_hmm.migrate_to_device, (mirror, town.mapped(_space(town, mirror), private=True)))
 
 
 def _to_system(town: Town) -> Call | None:
-    mirror, span = town.pick(_mirrors(town)), town.span()
-    return None if mirror is None else Call(commands_hmm.migrate_to_system, (mirror, span))
+    mirror = town.pick(town.interval_mirrors())
+    if mirror is None:
+        return None
+    return Call(commands_hmm.migrate_to_system, (mirror, town.mapped(_space(town, mirror), private=True)))
 
 
 def _evict(town: Town) -> Call | None:
@@ -130,15 +188,25 @@ def _evict(town: Town) -> Call | None:
 
 
 def _exclusive(town: Town) -> Call | None:
-    mirror, span, owned = town.pick(_mirrors(town)), town.span(), town.choose(2) == 0
-    return None if mirror is None else Call(commands_hmm.make_exclusive, (mirror, span), {"owned": owned})
+    mirror, owned = town.pick(town.interval_mirrors()), town.choose(2) == 0
+    if mirror is None:
+        return None
+    span = town.mapped(_space(town, mirror), private=town.choose(8) > 0)
+    return Call(commands_hmm.make_exclusive, (mirror, span), {"owned": owned})
+
+
+def _give_back(town: Town) -> Call | None:
+    mirror = town.pick(town.interval_mirrors())
+    return None if mirror is None or town.choose(2) else Call(commands_hmm.give_back_exclusive, (mirror,))
 
 
 def _pin(town: Town) -> Call | None:
-    process, span, write = town.process(), town.span(3), town.choose(2) == 0
+    process = town.process()
     if process is None or len(town.machine.pins) > town.processes:
         return None
-    return Call(commands_process.pin, (process, span), {"write": write})
+    span = town.mapped(town.machine.processes[process].space, 3)
+    options = {"write": town.choose(2) == 0, "long_term": town.choose(2) == 0}
+    return Call(commands_process.pin, (process, span), options)
 
 
 def _unpin(town: Town) -> Call | None:
@@ -147,10 +215,13 @@ def _unpin(town: Town) -> Call | None:
 
 
 DEVICE_CALLS: Makers = (
-    (_register, 3), (_unregister, 1), (_attach, 4), (_detach, 1), (_insert, 3), (_remove, 1), (_read_begin, 2),
-    (_range_fault, 6), (_to_device, 10), (_to_system, 3), (_evict, 1), (_exclusive, 4), (_pin, 2), (_unpin, 2),
+    (_register, 6), (_unregister, 1), (_attach, 10), (_detach, 1), (_insert, 8), (_remove, 2), (_read_section, 4),
+    (_range_fault, 24), (_reach, 12), (_find, 1), (_frames, 1), (_to_device, 20), (_to_system, 6), (_evict, 2),
+    (_exclusive, 10), (_give_back, 2), (_pin, 4), (_unpin, 4),
 )  # fmt: skip
-"""What makes calls of devices, and how often."""
+"""What makes calls of devices with memory through today's interface, and how often."""
+SUBSCRIBED: tuple[Maker, ...] = (_register, _attach, _insert, _range_fault)
+"""What makes the first ones."""
 
 
 def _block(town: Town) -> AddressRange:
@@ -163,28 +234,40 @@ def _map_block(town: Town) -> Call | None:
     if process is None:
         return None
     flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
-    if town.choose(5) == 0:
+    if town.choose(4) == 0:
         flags = (MapFlag.PRIVATE, MapFlag.SHARED)[town.choose(2)] | MapFlag.FIXED | MapFlag.ANONYMOUS | MapFlag.HUGETLB
     return Call(commands_process.mmap, (process, span.start, span.size_bytes, Prot.READ | Prot.WRITE, flags))
 
 
+def _near(town: Town, block: AddressRange) -> int:
+    place = town.choose(2 * NEAR)
+    return block.start + (place if place < NEAR else PMD_PAGES - 1 - place + NEAR) * PAGE_SIZE
+
+
 def _touch_block(town: Town) -> Call | None:
-    process, span = town.process(), _block(town)
-    page = span.start + town.choose(PMD_PAGES) * PAGE_SIZE
+    process, page = town.process(), _near(town, _block(town))
     if process is None:
         return None
     if town.choose(4):
-        return Call(commands_process.write_memory, (process, page, bytes([1 + town.choose(255)])))
-    return Call(commands_process.read_memory, (process, page, 1))
+        return Call(commands_process.write_memory, (process, page, bytes([1 + town.choose(255)]) * PAGE_SIZE))
+    return Call(commands_process.read_memory, (process, page, PAGE_SIZE))
 
 
-HUGE_CALLS: Makers = ((_map_block, 8), (_touch_block, 16))
+def _advise_block(town: Town) -> Call | None:
+    process, span = town.process(), _block(town)
+    if process is None:
+        return None
+    advice = _HUGE_ADVICE[town.choose(len(_HUGE_ADVICE))]
+    return Call(commands_process.madvise, (process, span.start, span.size_bytes, advice))
+
+
+HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 12))
 """What makes room for huge pages and brings them in, and how often."""
 
 
 def simulate_devices(seed: int) -> Scheduler:
     """As `testing.simulate`, with devices that have memory."""
-    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS)
+    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=DEVICE_CALLS, first=SUBSCRIBED)
 
 
 def _cards(town: Town) -> list[DeviceId]:
@@ -203,46 +286,25 @@ def _mirror_card(town: Town) -> Call | None:
     device, process = town.pick(_cards(town)), town.process()
     if device is None or process is None:
         return None
-    policy = (DeadlinePolicy.FENCE, DeadlinePolicy.BLOCK, DeadlinePolicy.FAIL)[town.choose(3)]
-    options = {"policy": policy, "update_on_fault": town.choose(2) == 0}
-    return Call(commands_device.register_mirror, (device, process), options)
+    return register_mirror(town, device, process)
 
 
 def _homes(town: Town) -> list[MirrorId]:
     return [mirror.id for mirror in town.machine.mirrors.values() if mirror.home is not None]
 
 
-def _private(town: Town, space: AddressSpace) -> AddressRange | None:
-    """Some pages of private memory: most of what is somewhere else cannot move."""
-    vmas = [vma for vma in space.vmas if vma.backing is None and vma.readable]
-    if not vmas:
-        return None
-    vma = vmas[town.choose(len(vmas))]
-    touched = space.table.valid(vma.start, vma.end)[0].tolist()
-    page = touched[town.choose(len(touched))] if touched and town.choose(4) else vma.start
-    first = (page - vma.start) >> PAGE_SHIFT
-    npages = min(1 + town.choose(4), vma.npages - first)
-    return AddressRange(vma.start + first * PAGE_SIZE, vma.start + (first + npages) * PAGE_SIZE)
-
-
 def _migrate(town: Town) -> Call | None:
     mirror = town.pick(_homes(town))
-    span = None if mirror is None else _private(town, town.machine.mirrors[mirror].space)
-    return None if span is None else Call(commands_device.migrate, (mirror, span))
+    if mirror is None:
+        return None
+    return Call(commands_device.migrate, (mirror, town.mapped(_space(town, mirror), 4, private=True)))
 
 
 def _migrate_back(town: Town) -> Call | None:
-    mirror, span = town.pick(_homes(town)), town.span()
-    return None if mirror is None else Call(commands_device.migrate_back, (mirror, span))
-
-
-def _write_page(town: Town) -> Call | None:
-    process = town.process()
-    span = None if process is None else _private(town, town.machine.processes[process].space)
-    if span is None:
+    mirror = town.pick(_homes(town))
+    if mirror is None:
         return None
-    data = bytes([1 + town.choose(255)]) * span.size_bytes
-    return Call(commands_process.write_memory, (process, span.start, data))
+    return Call(commands_device.migrate_back, (mirror, town.mapped(_space(town, mirror), private=True)))
 
 
 def _unregister_home(town: Town) -> Call | None:
@@ -251,10 +313,12 @@ def _unregister_home(town: Town) -> Call | None:
 
 
 MIRROR_CALLS: Makers = (
-    (_register_card, 4), (_mirror_card, 6), (_migrate, 24), (_migrate_back, 2), (_write_page, 12), (_evict, 1),
-    (_unregister_home, 1), (_unregister, 1), (_pin, 1), (_unpin, 1),
+    (_register_card, 8), (_mirror_card, 12), (_migrate, 48), (_migrate_back, 8), (_evict, 2), (_unregister_home, 2),
+    (_unregister, 2), (_pin, 2), (_unpin, 2),
 )  # fmt: skip
-"""What makes calls of mirrors of 2015 whose devices have memory."""
+"""What makes calls of mirrors of 2015 whose devices have memory, and how often."""
+WITH_CARDS: tuple[Maker, ...] = (_register_card, _mirror_card, _migrate)
+"""What makes the first ones."""
 
 
 def simulate_mirror_memory(seed: int) -> Scheduler:
@@ -262,14 +326,13 @@ def simulate_mirror_memory(seed: int) -> Scheduler:
 
     Raises: as `simulate`.
     """
-    first = (_register_card, _mirror_card, _migrate)
-    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, first=first, contents=True)
+    return simulate(seed, ncalls=80, limits=SMALL_WITH_DEVICES, more=MIRROR_CALLS, first=WITH_CARDS)
 
 
 def simulate_huge_pages(seed: int) -> Scheduler:
     """As `simulate_devices`, with huge pages at first touch, on every third seed where MADV_HUGEPAGE was given."""
     thp = Thp.ALWAYS if seed % 3 else Thp.MADVISE
-    first = (_register, _attach, _touch_block, _touch_block, fork_process)
+    first = (*SUBSCRIBED, _touch_block, _touch_block, _to_device, fork_process)
     return simulate(seed, ncalls=80, limits=LARGE_WITH_DEVICES, more=DEVICE_CALLS + HUGE_CALLS, first=first, thp=thp)
 
 

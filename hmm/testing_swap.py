@@ -4,7 +4,7 @@
 
 **Invariants**: those of the machine, which the simulation checks after every step.
 
-**Absent**: contents, which a model of memory compares (tests/simulation/test_memory_model.py).
+**Absent**: what pages hold (testing_contents.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from hmm import commands_file, commands_process, testing_devices
 from hmm.machine import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
-from hmm.testing import Makers, Town, simulate
+from hmm.testing import simulate
+from hmm.testing_calls import munlock_all
+from hmm.testing_town import Makers, Town
 from hmm.units import PAGE_SIZE
 
 __all__ = [
@@ -43,11 +45,6 @@ def _fill(town: Town) -> Call | None:
     return None if process is None else Call(commands_process.touch, (process, span), {"write": write})
 
 
-def _munlock(town: Town) -> Call | None:
-    process = town.process()
-    return None if process is None else Call(commands_process.munlockall, (process,))
-
-
 def _write_file(town: Town) -> Call | None:
     file = town.pick(town.machine.file_names.values())
     offset, data = town.choose(8) * PAGE_SIZE // 2, bytes([1 + town.choose(255)]) * (1 + town.choose(4 * PAGE_SIZE))
@@ -59,7 +56,7 @@ def _read_file(town: Town) -> Call | None:
     return None if file is None else Call(commands_file.read_file, (file, town.choose(PAGE_SIZE), 8 * PAGE_SIZE))
 
 
-SWAP_CALLS: Makers = ((_advise, 12), (_fill, 24), (_munlock, 3), (_write_file, 4), (_read_file, 3))
+SWAP_CALLS: Makers = ((_advise, 24), (_fill, 48), (munlock_all, 6), (_write_file, 8), (_read_file, 6))
 """What makes calls that need memory or give it back, and how often."""
 
 
@@ -77,16 +74,18 @@ def simulate_swap_and_devices(seed: int, *, ncalls: int = 60) -> Scheduler:
     Raises: as there.
     """
     more = SWAP_CALLS + testing_devices.DEVICE_CALLS
-    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more)
+    first = testing_devices.SUBSCRIBED
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, first=first)
 
 
 def simulate_swap_and_mirror_memory(seed: int, *, ncalls: int = 60) -> Scheduler:
-    """`simulate_swap` with pages of mirrors in the memory of their devices, and a look at what pages hold.
+    """`simulate_swap` with pages of mirrors in the memory of their devices.
 
     Raises: as there.
     """
     more = SWAP_CALLS + testing_devices.MIRROR_CALLS
-    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, contents=True)
+    first = testing_devices.WITH_CARDS
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, first=first)
 
 
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {

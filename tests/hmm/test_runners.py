@@ -15,7 +15,7 @@ from hmm.machine import Caller, Limits, Machine
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.scheduler import Call, Odds, Scheduler, StuckError
-from hmm.testing import choices
+from hmm.testing_town import choices
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

@@ -32,12 +32,12 @@ def test_outcome_names_what_a_call_stopped_at_when_it_returns_it() -> None:
 
 def test_coverage_counts_calls_and_events_when_a_seed_runs() -> None:
     """Each call ends once; a second run counts on."""
-    once = simulate(3).coverage
+    once, again = simulate(3).coverage, simulate(3).coverage
     twice = Coverage()
     twice.add(once)
-    twice.add(simulate(3).coverage)
+    twice.add(again)
     assert once.operations > 60
     assert twice.operations == 2 * once.operations
-    assert ("copy on write", "mirror", "MIGRATE") in once.events
+    assert twice.events.total() == 2 * once.events.total() > 0
     assert "mmap" not in once.never_called
-    assert "copy on write" not in once.never_told
+    assert "migrate" in once.never_called

@@ -1,4 +1,7 @@
-"""Seeds that found something once, each in its town; `python tests/simulation SEED TOWN` runs one by itself."""
+"""Seeds that found something once, each in its town; `python tests/simulation SEED TOWN` runs one by itself.
+
+A seed is another run as soon as the workload changes; so what it found has a test of its own as well.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from hmm.testing_swap import TOWNS
         ("memory", 789),
         ("memory", 20028),
         ("memory", 20039),  # a touch inside the last update of a mirror waited for that update
+        ("memory", 947),  # a fault told a driver of pages that it had just brought back
+        ("huge", 1354),  # a driver that had only started, and did not finish in time, was taken for one that had
+        ("swap-devices", 180),  # a device whose driver had only started was refused access
         ("swap-devices", 1092),  # a fault tried again and again while another call held the page
     ],
 )

@@ -1,0 +1,231 @@
+"""Fakes for tests: devices that remember their translations.
+
+`DeviceModel` is the device at the far end of a mirror of 2015: it uses what it was told until its driver answers that
+it no longer does.  `IntervalDrivers` are drivers of today's kernel, with tables of their own: they program what a range
+fault told them if nothing was invalidated meanwhile, and stop using it when they answer an invalidation, or remove the
+notifier that would tell them.  So they see what the model of the daemon cannot see by itself: an event that was never
+sent, or an edit that came before the answer.
+
+**Source**: our own; Linux Documentation/mm/hmm.rst, the pattern of hmm_range_fault() under mmu_interval_read_retry().
+
+**Invariants**: as long as a device may use a translation, the CPU's table has the same frame at that address, with no
+less permission (invariants 1, 3 and 12 of the project, seen from the device).
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hmm import cpu_pte, pte
+from hmm.checked import Checked
+from hmm.commands_device import DeviceFaulted, DeviceMigrated
+from hmm.commands_hmm import RangeFaulted
+from hmm.errors import BadAddressError
+from hmm.events import Delivery, Event, EventState, EventType
+from hmm.interval_notifier import IntervalMirror
+from hmm.machine import Machine, OperationRecord
+from hmm.mirror import Mirror
+from hmm.range_fault import VALID, WRITE, word_pfns
+from hmm.receiver import MirrorState
+from hmm.spans import overlap
+from hmm.testing_memory import CarriedMemory
+from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
+
+__all__ = ["DeviceModel", "IntervalDrivers", "LostTranslationError", "StaleTranslationError"]
+
+
+class LostTranslationError(AssertionError):
+    """A device still uses a translation that the CPU's table no longer has."""
+
+
+@dataclass(slots=True)
+class DeviceModel:
+    """What devices may use at the moment through mirrors of 2015.
+
+    Attributes:
+        translations: mirror -> page address -> (frame, may write).
+        discarded: what a driver discarded by itself, with the last event sent before: it programs none of these
+            pages from an older event that it has still to answer.
+        checked: what was checked already, of the machine too.
+        changes: how often translations of a mirror may have changed.
+    """
+
+    machine: Machine
+    memory: CarriedMemory
+    checked: Checked = field(default_factory=Checked)
+    translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
+    discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
+    changes: Counter[MirrorId] = field(default_factory=Counter)
+
+    def answering(self, delivery: Delivery, errno: int) -> bytes:
+        """The driver handled an event and is about to answer: the device has done what the event asks."""
+        if errno or delivery.mirror_id not in self.machine.mirrors:
+            return b""
+        held = self.translations.setdefault(delivery.mirror_id, {})
+        self.changes[delivery.mirror_id] += 1
+        event = delivery.event
+        if event.etype is EventType.RELEASE:
+            held.clear()
+        elif event.etype in (EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT):
+            self._program(delivery.mirror_id, event.spans, np.frombuffer(event.entries, "<u8"))
+            for sequence, span in self.discarded.get(delivery.mirror_id, ()):
+                if delivery.sequence <= sequence:
+                    for address in range(span.start, span.end, PAGE_SIZE):
+                        held.pop(address, None)
+        else:
+            _give_up(held, event)
+        return self.memory.carry(delivery.mirror_id, event) if event.copy else b""
+
+    def finished(self, record: OperationRecord[Any]) -> None:
+        """A fault of a mirror that gets no update for its own faults tells the device by its result."""
+        result = None if record.error else record.result
+        if record.name == "discard_range" and not record.error:
+            mirror_id, span = record.arguments[0], record.arguments[1]
+            sequence = self.machine.mirrors[mirror_id].sequence
+            self.discarded.setdefault(mirror_id, []).append((sequence, span))
+        if isinstance(result, DeviceFaulted | DeviceMigrated):
+            mirror_id, target = record.arguments[0], record.arguments[1]
+            target = (target,) if isinstance(target, AddressRange) else target
+            mirror = self.machine.mirrors.get(mirror_id)
+            if mirror is not None and not mirror.update_on_fault and not mirror.unanswered:
+                spans = tuple(target) if not isinstance(target, np.ndarray) else _single_pages(target)
+                self._program(mirror_id, spans, result.entries)
+
+    def check(self) -> None:
+        """Raise LostTranslationError when a device could reach a frame that is no longer its page's."""
+        for mirror_id, held in self.translations.items():
+            mirror = self.machine.mirrors.get(mirror_id)
+            if mirror is None or mirror.state is not MirrorState.LIVE:
+                held.clear()  # the daemon lets no access through any more
+                continue
+            table = mirror.space.table
+            state = (self.changes[mirror_id], self.checked.number(table))
+            if held and self.checked.is_new((DeviceModel, mirror_id), *state):
+                _check_mirrored(mirror, held, table.lookup(np.fromiter(held, np.uint64, len(held))))
+
+    def _program(self, mirror_id: MirrorId, spans: tuple[AddressRange, ...], entries: Any) -> None:
+        mirror = self.machine.mirrors[mirror_id]
+        held = self.translations.setdefault(mirror_id, {})
+        self.changes[mirror_id] += 1
+        addresses = [address for span in spans for address in range(span.start, span.end, PAGE_SIZE)]
+        pfns = mirror.pfns(np.asarray(entries, np.uint64)).tolist()
+        for address, entry, pfn in zip(addresses, np.asarray(entries).tolist(), pfns, strict=True):
+            if entry & pte.VALID:
+                held[address] = (pfn, bool(entry & pte.WRITE))
+
+
+def _check_mirrored(mirror: Mirror, held: dict[int, tuple[int, bool]], entries: Entries) -> None:
+    # `entries` are the CPU's of the addresses that are held.
+    pfns, writable = np.array(list(held.values()), np.int64).T
+    on_device = cpu_pte.is_device_private(entries) | cpu_pte.is_migration(entries)
+    good = (cpu_pte.is_present(entries) | on_device) & (cpu_pte.cpu_pfn(entries) == pfns)
+    good &= (writable == 0) | on_device | cpu_pte.is_writable(entries)
+    if not good.all():
+        at = int(good.argmin())
+        raise LostTranslationError(
+            f"{mirror} uses frame {pfns[at]} at {list(held)[at]:#x}{' for writing' if writable[at] else ''}, "
+            f"the CPU's entry is {int(entries[at]):#x}"
+        )
+
+
+def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
+    spans = [(span.start, span.end) for span in event.spans]
+    for address in [address for address in held if any(start <= address < end for start, end in spans)]:
+        if event.pte_mask == pte.MASK_NONE:
+            del held[address]
+        elif event.pte_mask == pte.MASK_WRITE_PROTECT:
+            held[address] = (held[address][0], False)
+
+
+def _single_pages(addresses: Any) -> tuple[AddressRange, ...]:
+    return tuple(AddressRange(address, address + PAGE_SIZE) for address in addresses.tolist())
+
+
+class StaleTranslationError(AssertionError):
+    """A driver that does as it is told has a translation that no longer holds."""
+
+
+@dataclass(slots=True)
+class IntervalDrivers:
+    """The tables of all drivers of today's interface.
+
+    Attributes:
+        held: mirror -> page address -> (frame, may write).
+        by: mirror -> page address -> the notifier that would tell of a change.
+    """
+
+    machine: Machine
+    held: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
+    by: dict[MirrorId, dict[int, int]] = field(default_factory=dict)
+
+    def answering(self, delivery: Delivery, errno: int) -> None:
+        """A driver has stopped to use what an event is about; not yet if it has only started to."""
+        if errno != errnos.EINPROGRESS:
+            self._drop(delivery.mirror_id, lambda page: _meets(delivery, page))
+
+    def finished(self, record: OperationRecord[Any]) -> None:
+        """A range fault gives translations; a notifier that goes takes them."""
+        if record.name in ("read_frames", "write_frames"):
+            self._require_access(record)
+        elif record.error is not None:
+            return
+        elif isinstance(record.result, RangeFaulted) and record.name == "range_fault_unlocked":
+            self._program(record.arguments[0], record.arguments[1], record.arguments[2], record.result)
+        elif record.name == "remove_notifier":
+            mirror_id, number = record.arguments
+            self._drop(mirror_id, lambda page: self.by[mirror_id][page] == number)
+
+    def check(self) -> None:
+        """Raise StaleTranslationError when a device could reach a frame that is no longer its page's."""
+        for mirror_id, held in self.held.items():
+            mirror = self.machine.receivers.get(mirror_id)
+            if mirror is None or mirror.state is not MirrorState.LIVE:
+                held.clear()  # the daemon lets no access through any more
+            elif held:
+                _check_held(mirror_id, held, mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held))))
+
+    def _program(self, mirror_id: MirrorId, number: int, span: AddressRange, faulted: RangeFaulted) -> None:
+        mirror = self.machine.receivers.get(mirror_id)
+        notifier = mirror.notifiers.get(number) if isinstance(mirror, IntervalMirror) else None
+        if mirror is None or notifier is None or faulted.error is not None or notifier.filtered:
+            return
+        if notifier.sequence != faulted.notifier_seq:  # read_retry()
+            return
+        held, by = self.held.setdefault(mirror_id, {}), self.by.setdefault(mirror_id, {})
+        frames = word_pfns(faulted.words).tolist()
+        for page, word, pfn in zip(range(span.start, span.end, PAGE_SIZE), faulted.words.tolist(), frames, strict=True):
+            if word & VALID and notifier.span.start <= page and page + PAGE_SIZE <= notifier.span.end:
+                held[page], by[page] = (pfn, bool(word & WRITE)), number
+
+    def _require_access(self, record: OperationRecord[Any]) -> None:
+        mirror = self.machine.receivers.get(record.arguments[0])
+        if mirror is None or not isinstance(record.error, BadAddressError):
+            return
+        if not any(sent.state is EventState.ABANDONED for sent in mirror.unanswered.values()):
+            raise StaleTranslationError(f"{mirror} may not use what it holds: {record.error}")
+
+    def _drop(self, mirror_id: MirrorId, which: Any) -> None:
+        held = self.held.get(mirror_id, {})
+        for page in [page for page in held if which(page)]:
+            del held[page]
+
+
+def _meets(delivery: Delivery, page: int) -> bool:
+    return overlap((AddressRange(page, page + PAGE_SIZE),), delivery.event.spans)
+
+
+def _check_held(mirror_id: MirrorId, held: dict[int, tuple[int, bool]], entries: Any) -> None:
+    pfns, writable = np.array(list(held.values()), np.int64).T
+    good = cpu_pte.holds_frame(entries) | cpu_pte.is_special(entries)
+    good &= (cpu_pte.cpu_pfn(entries) == pfns) & ((writable == 0) | cpu_pte.is_writable(entries))
+    if not good.all():
+        at = int(good.argmin())
+        raise StaleTranslationError(
+            f"mirror {mirror_id} uses frame {pfns[at]} at {list(held)[at]:#x}{' for writing' if writable[at] else ''}, "
+            f"the CPU's entry is {int(entries[at]):#x}"
+        )
