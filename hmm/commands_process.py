@@ -35,6 +35,7 @@ from hmm.cpu_access import Accessed
 from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
+from hmm.ksm import KsmPass
 from hmm.machine import Machine, Pin, Process
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Deliver, Operation, immediate
@@ -341,6 +342,11 @@ def pagemap(machine: Machine, process_id: ProcessId, span: AddressRange) -> Entr
 def clear_refs(machine: Machine, process_id: ProcessId, what: int) -> Operation[None]:
     """Write to /proc/PID/clear_refs, as `clear_refs.clear_refs`."""
     yield from forgetting.clear_refs(machine.process(process_id).space, what)
+
+
+def scan_ksm(machine: Machine, passes: int = 1) -> Operation[KsmPass]:
+    """Merge equal pages of all processes, as `Ksm.scan`: what the kernel's ksmd does unasked."""
+    return (yield from machine.ksm.scan(passes))
 
 
 # ---- what the CPUs of a process do

@@ -36,7 +36,7 @@ from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.migrate import MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, migrate_vma, run
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.operation import Deliver, Operation, Pause
-from hmm.rmap import Places, anonymous_places
+from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
 from hmm.zone_device import are_remote, owners, used_frames
@@ -296,6 +296,7 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
             backings = {vma.backing.id if vma.backing else 0: vma.backing for vma in space.vmas if vma.anon_vma}
             for backing in backings.values():
                 yield from anonymous_places([space], indices, backing)
+        yield from merged_places(frames, pfns)
 
     frames.get(pfns)
     held, targets = HeldPages(frames, pfns, places), pfns

@@ -326,7 +326,7 @@ class _Part:
         frames = self.space.frames
         framed = protected & ~cpu_pte.is_special(self.entries)
         pfns = np.where(framed, cpu_pte.cpu_pfn(self.entries), ZERO_PFN)
-        alone = (frames.refcount[pfns] == 1) & ~frames.test_flags(pfns, PageFlag.COMPOUND)
+        alone = (frames.refcount[pfns] == 1) & ~frames.test_flags(pfns, PageFlag.COMPOUND | PageFlag.KSM)
         alone |= frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
         reusable: _Mask = alone & frames.test_flags(pfns, PageFlag.ANON)
         return reusable

@@ -35,6 +35,8 @@ ZERO_PFN = 0
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COPY_PAGES = 64
 """Pages copied at once: their 256 KiB of temporaries stay in the second-level cache."""
+_WEIGHTS = np.arange(1, 2 * (PAGE_SIZE // 8), 2, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
+"""Of the words of a page in its checksum: odd, so that each word counts with all its bits."""
 
 
 def anonymous_memory(size_bytes: int) -> mmap.mmap:
@@ -232,6 +234,17 @@ class FrameContents:
             part = held[at : at + _COPY_PAGES]
             found[part] = ~words[pfns[part]].any(axis=1)
         return found
+
+    def checksums(self, pfns: Pfns) -> npt.NDArray[np.uint64]:
+        """A number for what each frame holds: uint64[n]; equal for equal contents, and hardly ever for others.
+
+        Cost: that of reading them, and 0.5 us per page.
+        """
+        sums = np.empty(pfns.size, np.uint64)
+        for at in range(0, pfns.size, _COPY_PAGES):
+            part = slice(at, at + _COPY_PAGES)
+            sums[part] = self.gather(pfns[part]).view(np.uint64) @ _WEIGHTS
+        return sums
 
     def _settle(self, pfns: Pfns) -> None:
         """Zero those of `pfns` that are stale."""

@@ -20,7 +20,7 @@ own counts and flags, also in a large folio, and is free when nobody refers to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any, TypeAlias
@@ -53,7 +53,8 @@ class PageFlag(IntFlag):
     """State of a frame; the kernel's PG_ names, whose bits depend on its configuration.
 
     `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.  `COMPOUND` is PageCompound(): the frame is
-    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.  `HUGETLB` is PageHuge().
+    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.  `HUGETLB` is PageHuge(), `KSM` PageKsm():
+    ksm.py has merged equal pages into it.
     """
 
     NONE = 0
@@ -66,6 +67,7 @@ class PageFlag(IntFlag):
     ANON_EXCLUSIVE = 1 << 6
     SWAPBACKED = 1 << 7
     HWPOISON = 1 << 8
+    KSM = 1 << 10
     COMPOUND = 1 << 12
     HUGETLB = 1 << 13
 
@@ -104,6 +106,7 @@ class Frames(FrameContents):
         lru: int64[n], page->lru: the order of pages of one kind, the oldest first; of frames with PageFlag.LRU, and of
             a device's.
         swap: where contents go while memory is short; None: nowhere.
+        ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
         poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
             again; None when nothing can be reclaimed.
@@ -133,6 +136,7 @@ class Frames(FrameContents):
         self._youngest = 0
         self.swap: SwapArea | None = None
         self.make_room: MakeRoom | None = None
+        self.ksm_places: Callable[[Pfns], Iterator[Any]] | None = None
         self.poisoned = 0
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data

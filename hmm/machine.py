@@ -43,6 +43,7 @@ from hmm.file import File
 from hmm.frame_contents import MemoryProvider, anonymous_memory
 from hmm.frames import Frames
 from hmm.hugetlb import HugetlbPool
+from hmm.ksm import Ksm
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.receiver import Receiver
@@ -232,6 +233,7 @@ class Machine:
         if self.limits.swap_pages:
             self.frames.swap = SwapArea(self.limits.swap_pages, swap_memory)
             self.frames.make_room = self.reclaim.make_room
+        self.ksm = Ksm(self.frames, self.spaces)
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
         self._outbox: list[Delivery] = []

@@ -8,6 +8,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     file       REMOVE punches a hole into the file that is mapped
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     collapse   COLLAPSE makes huge pages of small ones
+    merging    MERGEABLE and UNMERGEABLE are flags too; the second copies what was merged
     failure    HWPOISON takes pages away as if their memory had failed
     reclaim    WILLNEED brings in what is in swap; PAGEOUT puts out what there is swap for, and drops what was freed
                lazily; COLD makes pages the next to go
@@ -17,7 +18,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: page merging, which a hint speaks of; MADV_SOFT_OFFLINE; the guard regions of 6.13.
+**Absent**: when pages are merged (ksm.py); MADV_SOFT_OFFLINE; the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.
 """
@@ -50,6 +51,7 @@ from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
+from hmm.ksm import unmerge
 from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.memory_failure import inject_memory_failure
 from hmm.operation import Operation, Pause
@@ -253,6 +255,8 @@ def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Ope
             continue
         yield from cut(space, (piece,))
         try:
+            if advice is Advice.UNMERGEABLE:
+                yield from unmerge(space, piece)
             modify_flags(space, piece, flags)
         except OutOfFramesError as error:
             raise RangeBusyError(f"madvise: {error.message}", errnos.EAGAIN, address=piece.start) from error

@@ -47,7 +47,7 @@ from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.operation import Operation, Pause
-from hmm.rmap import Places, anonymous_places, file_places
+from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns
 from hmm.vma import Vma, VmFlag
@@ -171,6 +171,7 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
         if anonymous.any():
             relatives = [space.relatives[number] for number in sorted(space.relatives)]
             yield from anonymous_places(relatives, indices, vma.backing)
+            yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 

@@ -43,7 +43,7 @@ from hmm.large_folio import are_compound
 from hmm.migration_entries import HeldPages, entries_of, range_of, replace, stand_in, unmap_everywhere
 from hmm.notifier import Invalidation
 from hmm.operation import Operation
-from hmm.rmap import Places, anonymous_places, file_places
+from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -258,6 +258,10 @@ def _collect(migration: Migration) -> _Positions:
     if np.count_nonzero(pinned):
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
         wanted &= ~(pinned & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
+    if frames.ksm_places is not None:  # of a page that is met again folio_trylock() fails
+        again = np.ones(pfns.size, np.bool_)
+        again[np.unique(pfns, return_index=True)[1]] = False
+        wanted &= ~again
     if np.count_nonzero(wanted) < wanted.size:
         framed, pfns = framed[wanted], pfns[wanted]
     chosen = entries[framed]
@@ -301,6 +305,7 @@ def _held(migration: Migration, taken: _Positions) -> HeldPages:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
         if anonymous.any():
             yield from anonymous_places(relatives, indices, vma.backing)
+            yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 

@@ -40,7 +40,7 @@ _STANDS_IN = np.uint64(cpu_pte.MIGRATION)
 _NAMES = np.uint64((1 << 64) - 1 & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
 """The kind of an entry, and its frame."""
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
-_PAGE_STATE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY)
+_PAGE_STATE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM)
 _Number = TypeVar("_Number", bound=np.generic)
 
 FindPlaces = Callable[[], Iterator[Places]]

@@ -148,7 +148,7 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
     entries = space.table.lookup(addresses)
     pfns = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
     alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)
-    alone &= ~frames.test_flags(pfns, PageFlag.COMPOUND)
+    alone &= ~frames.test_flags(pfns, PageFlag.COMPOUND | PageFlag.KSM)
     frames.set_flags(pfns[alone], PageFlag.ANON_EXCLUSIVE)
     space.claim(pfns[alone])
     pages, addresses = pages[~alone], addresses[~alone]

@@ -243,7 +243,7 @@ class Reclaim:
             barred[part.pfns[_barred(part)]] = True
         refcount, mapcount, flags = frames.refcount[:top], frames.mapcount[:top], frames.flags[:top]
         anonymous, cached = (flags & np.uint32(PageFlag.ANON)) != 0, frames.private[:top] != 0
-        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint32(PageFlag.COMPOUND)) == 0)
+        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint32(PageFlag.COMPOUND | PageFlag.KSM)) == 0)
         if frames.swap is None:
             evictable &= (flags & np.uint32(PageFlag.SWAPBACKED)) == 0
         fresh = np.flatnonzero(evictable & ((flags & _LRU) == 0))
@@ -455,7 +455,7 @@ class Reclaim:
         """Pages of a range that one entry names, and could go."""
         frames = self.frames
         part = _mapped(space, frames.regions[SYSTEM_REGION].top, span)
-        chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND) & (frames.mapcount[part.pfns] == 1)
+        chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND | PageFlag.KSM) & (frames.mapcount[part.pfns] == 1)
         chosen &= (frames.pincount[part.pfns] == 0) & ~_barred(part)
         return part.of(chosen & frames.test_flags(part.pfns, PageFlag.ANON | PageFlag.SWAPBACKED))
 

@@ -4,7 +4,7 @@ A page does not know its page-table entries.  It knows its offset (page->index),
 it at that offset: so the candidates are computed, and the entry that stands there says whether it is so.
 
 Private pages are looked for in the VMAs that have an `anon_vma`, in the address spaces that descend from a common
-ancestor by fork; pages of a file in all VMAs of that file.
+ancestor by fork; pages of a file in all VMAs of that file; merged pages everywhere (ksm.py).
 
 **Source**: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address().
 
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmm.address_space import AddressSpace
+from hmm.frames import Frames, PageFlag
 from hmm.units import PAGE_SHIFT, Entries, Pfns
 from hmm.vma import Backing, Vma
 
-__all__ = ["Places", "anonymous_places", "file_places"]
+__all__ = ["Places", "anonymous_places", "file_places", "merged_places"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,13 @@ class Places:
 
     Attributes:
         addresses: uint64[n], ascending.
-        pages: which of the pages asked for, as a slice of their array.
+        pages: which of the pages asked for, as an index of their array.
     """
 
     space: AddressSpace
     vma: Vma
     addresses: Entries
-    pages: slice
+    pages: slice | Pfns
 
 
 def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None) -> Iterator[Places]:
@@ -73,6 +74,15 @@ def file_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing)
         for vma in space.vmas_with_entries:
             if vma.backing is backing:
                 yield from _in_vma(space, vma, indices)
+
+
+def merged_places(frames: Frames, pfns: Pfns) -> Iterator[Places]:
+    """Where those pages are mapped that page merging gave to processes which are not related.
+
+    Cost: nothing without such pages, else O(everything mapped).
+    """
+    if frames.ksm_places is not None and frames.test_flags(pfns, PageFlag.KSM).any():
+        yield from frames.ksm_places(pfns)
 
 
 def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:

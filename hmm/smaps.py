@@ -5,7 +5,7 @@ smap_gather_stats(), show_smap_vma_flags()), Documentation/filesystems/proc.rst,
 
 **Invariants**: nothing is changed by looking; `rss` is the sum of the four clean and dirty parts.
 
-**Absent**: what is always 0 here: KSM, pages of files mapped by huge entries, hugetlb pages; THPeligible.
+**Absent**: what is always 0 here: pages of files mapped by huge entries, hugetlb pages; THPeligible.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class MemoryUse:
     Attributes:
         pss, pss_dirty: each page divided by the number of entries that map it.
         referenced: used since that was last forgotten.
+        ksm: merged with equal pages (MADV_MERGEABLE).
         lazy_free: may go without being written (MADV_FREE).
         locked: the pss of locked mappings.
     """
@@ -60,6 +61,7 @@ class MemoryUse:
     private_dirty: int = 0
     referenced: int = 0
     anonymous: int = 0
+    ksm: int = 0
     lazy_free: int = 0
     anon_huge: int = 0
     swap: int = 0
@@ -103,6 +105,7 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
         private_dirty=_bytes(private & dirty),
         referenced=_bytes(young | flagged(PageFlag.REFERENCED)),
         anonymous=_bytes(anonymous),
+        ksm=_bytes(flagged(PageFlag.KSM)),
         lazy_free=_bytes(anonymous & ~flagged(PageFlag.SWAPBACKED) & ~dirty),
         anon_huge=_bytes(anonymous & present & ((entries & np.uint64(cpu_pte.HUGE)) != 0)),
         swap=(swapped.size << PAGE_SHIFT) + _swapped_of_file(space, vma),
