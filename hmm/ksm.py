@@ -69,7 +69,7 @@ class KsmPass:
         shared: merged pages.
         sharing: entries that name them, beyond one each: what is saved.
         unshared: pages that were as one pass ago, and nothing equals them.
-        volatile: pages that were not.
+        volatile: pages that were not, and are not merged.
     """
 
     scanned: int
@@ -130,13 +130,18 @@ class Ksm:
         return done
 
     def shared_and_sharing(self) -> tuple[int, int]:
-        """Merged pages, and the entries that name them beyond one each.  Cost: O(frames ever used)."""
+        """Merged pages, and the entries that name them beyond one each.
+
+        Cost: nothing before the first was merged, then O(frames ever used).
+        """
+        if self.frames.ksm_places is None:
+            return 0, 0
         counts = self.frames.mapcount[self._merged()]
         return counts.size, int(np.maximum(counts - 1, 0).sum())
 
     def _merged(self) -> Pfns:
-        flags = self.frames.flags[: self.frames.used_end]
-        return np.flatnonzero(flags & np.uint32(PageFlag.KSM))
+        merged = np.flatnonzero(self.frames.flags[: self.frames.used_end] & np.uint32(PageFlag.KSM))
+        return merged[self.frames.mapcount[merged] > 0]
 
     # ---- one pass
 
@@ -146,6 +151,7 @@ class Ksm:
         sums = [self.frames.checksums(look.pfns) for look in looks]
         steady = [self._steady(look, found) for look, found in zip(looks, sums, strict=True)]
         self.checksums = {look.space.id: (look.addresses, found) for look, found in zip(looks, sums, strict=True)}
+        already = sum(int(np.count_nonzero(self.frames.test_flags(look.pfns, PageFlag.KSM))) for look in looks)
         targets = self._choose(looks, sums, steady)
         for look, aims in zip(looks, targets, strict=True):
             yield from self._split(look.of(aims != 0))
@@ -155,7 +161,9 @@ class Ksm:
         scanned = sum(look.pfns.size for look in looks)
         unchanged = sum(int(np.count_nonzero(one)) for one in steady)
         shared, sharing = self.shared_and_sharing()
-        return KsmPass(scanned, merged_before + merged, shared, sharing, unchanged - merged, scanned - unchanged)
+        return KsmPass(
+            scanned, merged_before + merged, shared, sharing, unchanged - merged, scanned - already - unchanged
+        )
 
     def _steady(self, look: _Pages, sums: Entries) -> _Mask:
         """bool[n]: which pages hold what they did one pass ago, and are not merged yet."""

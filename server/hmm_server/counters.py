@@ -23,6 +23,7 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
     executor = streams.executor
     machine, operations = executor.machine, executor.operations
     system = machine.frames.regions[0]
+    shared, sharing = machine.ksm.shared_and_sharing()
     return inspection_pb2.DaemonStatistics(
         version=VERSION,
         uptime_ms=round(uptime_s * 1000),
@@ -42,6 +43,9 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
         swap_used=machine.frames.swap.used if machine.frames.swap else 0,
         swap_total=machine.limits.swap_pages,
         pages_reclaimed=machine.reclaim.reclaimed,
+        ksm_pages_shared=shared,
+        ksm_pages_sharing=sharing,
+        frames_poisoned=machine.frames.poisoned,
     )
 
 

@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hmm.errors import AccessDeniedError, NoSuchObjectError, OutOfFramesError, RangeBusyError
+from hmm.errors import (
+    AccessDeniedError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    RangeBusyError,
+    SegmentationFault,
+    Signal,
+)
+from hmm.ksm import KsmPass
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, Mirror, Process, TableDriver
 from hmm_client.harness import Harness, HoldEndedError, HoldPoint
 from hmm_client.results import Mapped
+from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -124,6 +133,24 @@ async def test_pending_tells_people_who_holds_what(scene: Scene, harness_daemon:
         rf"^hold {waiting.id} of tests, before the end, [\d.]+ s left: nothing has come, it is for fork of process \d+$"
     )
     assert re.search(awaited, text, re.MULTILINE)
+
+
+async def test_memory_fails_and_pages_are_merged_on_demand(scene: Scene) -> None:
+    """MADV_HWPOISON is permitted, and a pass of page merging is a call; statistics count both."""
+    fresh = await scene.process.mmap(4 * PAGE_SIZE)
+    await scene.process.madvise(fresh.address, 4 * PAGE_SIZE, Advice.MERGEABLE)
+    await scene.process.write(fresh.address, b"abab" * PAGE_SIZE)
+    assert await scene.harness.scan_ksm(1) == KsmPass(4, 0, 0, 0, 0, 4)
+    assert await scene.harness.scan_ksm() == KsmPass(4, 4, 1, 3, 0, 0)
+    (mapping,) = [one for one in await scene.process.smaps() if one.line.start == fresh.address]
+    assert mapping.use.ksm == 4 * PAGE_SIZE
+    await scene.process.madvise(fresh.address, PAGE_SIZE, Advice.HWPOISON)
+    with pytest.raises(SegmentationFault) as caught:
+        await scene.process.read(fresh.address, 1)
+    assert caught.value.signal is Signal.BUS_POISON
+    request = inspection_pb2.GetStatisticsRequest()
+    daemon = (await scene.process.client.channel.request(scene.process.client.inspection.GetStatistics, request)).daemon
+    assert (daemon.ksm_pages_shared, daemon.ksm_pages_sharing, daemon.frames_poisoned) == (0, 0, 1)
 
 
 async def test_injected_failures_are_met_once(scene: Scene) -> None:

@@ -279,6 +279,7 @@ async def test_harness_is_refused_when_the_daemon_does_not_allow_it(served: Any,
         harness.Hold(harness_pb2.HoldRequest(point=harness_pb2.HOLD_POINT_BEFORE_END)).read(),
         harness.ReleaseHold(harness_pb2.ReleaseHoldRequest(hold_id=1)),
         harness.InjectFailure(harness_pb2.InjectFailureRequest(kind=kind, nth=1)),
+        harness.ScanKsm(harness_pb2.ScanKsmRequest()),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call

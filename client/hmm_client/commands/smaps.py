@@ -21,6 +21,7 @@ _FIELDS = (
     ("Private_Dirty", "private_dirty"),
     ("Referenced", "referenced"),
     ("Anonymous", "anonymous"),
+    ("KSM", "ksm"),
     ("LazyFree", "lazy_free"),
     ("AnonHugePages", "anon_huge"),
     ("Swap", "swap"),

@@ -39,6 +39,8 @@ def command(form: str, where: Where) -> None:
             "frames": f"{daemon.frames_used:,} of {daemon.frames_total:,} ({size(daemon.frames_used << 12)})",
             "swap": f"{daemon.swap_used:,} of {daemon.swap_total:,} ({size(daemon.swap_used << 12)})",
             "pages reclaimed": f"{daemon.pages_reclaimed:,}",
+            "pages merged": f"{daemon.ksm_pages_sharing:,} into {daemon.ksm_pages_shared:,}",
+            "frames lost": f"{daemon.frames_poisoned:,}",
             "memory": size(daemon.resident_bytes),
             "calls pending": daemon.operations_pending,
             "answers rejected": daemon.rejected_answers,

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import Enum
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ from typing import Any, Self
 import grpc.aio
 
 from hmm.errors import NoSuchObjectError
+from hmm.ksm import KsmPass
 from hmm_client.channel import as_error
 from hmm_client.client import Client
 from hmm_client.device import Device
@@ -188,6 +190,18 @@ class Harness:
         """Make the nth DMA mapping of a device from now on fail, once; 0: none any more."""
         kind = harness_pb2.FAILURE_KIND_DMA_MAPPING
         await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, device_id=device.id))
+
+    async def scan_ksm(self, passes: int = 2) -> KsmPass:
+        """Merge equal pages of all memory that asked for it (MADV_MERGEABLE), as the kernel's ksmd does unasked.
+
+        Args:
+            passes: a page is merged when it holds what it did one pass ago.
+
+        Returns: what the last pass saw; `merged` of all.
+        """
+        request = harness_pb2.ScanKsmRequest(passes=passes)
+        response = await self._client.channel.request(self._client.harness.ScanKsm, request)
+        return KsmPass(**{field.name: getattr(response, field.name) for field in dataclasses.fields(KsmPass)})
 
     async def _inject(self, request: harness_pb2.InjectFailureRequest) -> None:
         await self._client.channel.request(self._client.harness.InjectFailure, request)

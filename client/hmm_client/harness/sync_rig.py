@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from hmm.errors import HmmError
+from hmm.ksm import KsmPass
 from hmm_client import sync
 from hmm_client.channel import DaemonError
 from hmm_client.harness import holds
@@ -167,6 +168,10 @@ class SyncRig:
     def fail_dma_mapping(self, device: Device, nth: int) -> None:
         """Make the nth DMA mapping of a device from now on fail, once; 0: none any more."""
         self._loop.run(self._harness.fail_dma_mapping(device.aio, nth))
+
+    def scan_ksm(self, passes: int = 2) -> KsmPass:
+        """Merge equal pages of all memory that asked for it, as `Harness.scan_ksm`."""
+        return self._loop.run(self._harness.scan_ksm(passes))
 
     def wait_held(self, script: Misbehaviour, count: int = 1) -> None:
         """Wait until a script holds so many events."""

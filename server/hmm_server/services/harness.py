@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno as errnos
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 
 from hmm.commands_device import inject_allocation_failure, inject_dma_failure
+from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
 from hmm_proto import convert
 from hmm_proto.v1 import harness_pb2, harness_pb2_grpc
@@ -24,6 +26,8 @@ from hmm_server.executor import Executor
 from hmm_server.holds import Breakpoint, Point
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_PASSES = 2
+"""One to see what pages hold, one to see that they still do."""
 POINTS = {
     harness_pb2.HOLD_POINT_BEFORE_EVENT: Point.BEFORE_EVENT,
     harness_pb2.HOLD_POINT_EVENT_SENT: Point.EVENT_SENT,
@@ -103,6 +107,12 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
                 raise convert.malformed("inject failure: a kind is needed")
         assert record.result is None
         return harness_pb2.InjectFailureResponse()
+
+    async def ScanKsm(self, request: harness_pb2.ScanKsmRequest, context: Context) -> harness_pb2.ScanKsmResponse:
+        self._require_allowed()
+        caller = caller_from(context.invocation_metadata())
+        record = await self._executor.call(caller, scan_ksm, request.passes or _PASSES)
+        return harness_pb2.ScanKsmResponse(**dataclasses.asdict(record.result))
 
     def _require_allowed(self) -> None:
         if not self._config.harness:
