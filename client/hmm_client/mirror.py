@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -26,7 +27,7 @@ from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
 from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
 from hmm_proto.status import from_call_result
-from hmm_proto.v1 import device_pb2, range_pb2
+from hmm_proto.v1 import device_pb2
 
 if TYPE_CHECKING:
     from hmm_client.device import Device
@@ -61,17 +62,10 @@ class Migrated:
     error: HmmError | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Faulted:
-    """What a device fault brought in.
+    """What a device fault brought in.  Arrays are made when they are asked for.
 
     Attributes:
-        starts, ends: uint64[k], the ranges asked for; of scattered pages, one range for each page.
-        filled: uint64[k'], for each range (for scattered pages, one in all) where it ended: behind its last page on
-            success.
-        errnos: int32[k'], for each of these 0 or what stopped it.
-        entries: uint64[npages], read-only: the mirror's entry of every page asked for, 0 for a page that failed.
-            Empty if they were not wanted.
         error: what stopped the fault, if it is a partial result.
         notifier_seq: the sequence of the address space when the entries were read.
         event_sequence: the last event of the mirror that the entries include.
@@ -79,16 +73,53 @@ class Faulted:
         operation_id: names the call.
     """
 
-    starts: Entries
-    ends: Entries
-    filled: Entries
-    errnos: npt.NDArray[np.int32]
-    entries: Entries
-    error: HmmError | None
-    notifier_seq: int
-    event_sequence: int
-    retries: int
-    operation_id: int
+    def __init__(self, target: tuple[AddressRange, ...] | Entries, parts: Sequence[device_pb2.FaultResponse]) -> None:
+        """Read a reply.
+
+        Args:
+            target: the ranges or pages that were asked for.
+        """
+        last = parts[-1]
+        result = last.result
+        self.error: HmmError | None = from_call_result(result)
+        self.notifier_seq: int = last.notifier_seq
+        self.event_sequence: int = last.last_event_sequence
+        self.retries: int = last.retries
+        self.operation_id: int = result.operation_id
+        self._target = target
+        self._parts = parts
+
+    @cached_property
+    def starts(self) -> Entries:
+        """uint64[k]: the starts of the ranges asked for; of scattered pages, one range for each page."""
+        if isinstance(self._target, np.ndarray):
+            return self._target
+        return np.array([span.start for span in self._target], np.uint64)
+
+    @cached_property
+    def ends(self) -> Entries:
+        """uint64[k]: the ends of the same ranges."""
+        if isinstance(self._target, np.ndarray):
+            return self._target + np.uint64(PAGE_SIZE)
+        return np.array([span.end for span in self._target], np.uint64)
+
+    @cached_property
+    def filled(self) -> Entries:
+        """uint64[k']: for each range (for scattered pages, one in all) where it ended: on success behind its end."""
+        return np.fromiter(self._parts[-1].range_ends, np.uint64)
+
+    @cached_property
+    def errnos(self) -> npt.NDArray[np.int32]:
+        """int32[k']: for each of these 0 or what stopped it."""
+        return np.fromiter(self._parts[-1].range_errnos, np.int32)
+
+    @cached_property
+    def entries(self) -> Entries:
+        """uint64[npages], read-only: the mirror's entry of every page asked for, 0 for a page that failed.
+
+        Empty if they were not wanted.
+        """
+        return entries_from_proto(b"".join([part.entries for part in self._parts]))
 
     @property
     def pages(self) -> Entries:
@@ -141,7 +172,8 @@ class Mirror(Receiver):
 
         `fault` has looked already; this is for results that were kept for a while, or came to another thread.
         """
-        return self.has_heard_since(faulted.event_sequence, faulted.starts, faulted.ends)
+        sequence = faulted.event_sequence
+        return self.has_news_since(sequence) and self.has_heard_since(sequence, faulted.starts, faulted.ends)
 
     # ---- calls
 
@@ -178,7 +210,8 @@ class Mirror(Receiver):
 
         Cost: one round trip, 10 ns per page.
         """
-        starts, ends = _ranges(target)
+        if not isinstance(target, np.ndarray):
+            target = (target,) if isinstance(target, AddressRange) else tuple(target)
         request = device_pb2.FaultRequest(
             mirror_id=self.id,
             write=write,
@@ -190,16 +223,18 @@ class Mirror(Receiver):
         if isinstance(target, np.ndarray):
             request.pages = entries_to_proto(target)
         else:
-            request.ranges.CopyFrom(range_pb2.AddressRanges(starts=starts.tolist(), ends=ends.tolist()))
+            for span in target:
+                request.ranges.starts.append(span.start)
+                request.ranges.ends.append(span.end)
         for _ in range(STALE_RETRIES):
             self.faults += 1
-            faulted = _faulted(starts, ends, await self.call("fault", request))
+            faulted = Faulted(target, await self.call("fault", request))
             if faulted.error is not None and not (partial and faulted.errnos.any()):
                 self.fail(faulted.error)
             if not self.is_stale(faulted):
                 return faulted
         raise RangeBusyError(
-            f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=int(starts[0])
+            f"fault: the range was invalidated {STALE_RETRIES} times meanwhile", address=_first(target)
         )
 
     async def migrate(self, span: AddressRange, *, partial: bool = False) -> Migrated:
@@ -370,24 +405,5 @@ class Mirror(Receiver):
         self.unbind()
 
 
-def _ranges(target: Target) -> tuple[Entries, Entries]:
-    if isinstance(target, np.ndarray):
-        return target, target + np.uint64(PAGE_SIZE)
-    spans = [target] if isinstance(target, AddressRange) else target
-    return np.array([span.start for span in spans], np.uint64), np.array([span.end for span in spans], np.uint64)
-
-
-def _faulted(starts: Entries, ends: Entries, parts: list[device_pb2.FaultResponse]) -> Faulted:
-    last = parts[-1]
-    return Faulted(
-        starts=starts,
-        ends=ends,
-        filled=np.fromiter(last.range_ends, np.uint64),
-        errnos=np.fromiter(last.range_errnos, np.int32),
-        entries=entries_from_proto(b"".join(part.entries for part in parts)),
-        error=from_call_result(last.result),
-        notifier_seq=last.notifier_seq,
-        event_sequence=last.last_event_sequence,
-        retries=last.retries,
-        operation_id=last.result.operation_id,
-    )
+def _first(target: tuple[AddressRange, ...] | Entries) -> int:
+    return int(target[0]) if isinstance(target, np.ndarray) else target[0].start

@@ -156,6 +156,10 @@ class Receiver:
             except Exception:  # noqa: BLE001 - its other mirrors must be told as well
                 _LOG.exception("%r: the driver failed to take note of its loss", self)
 
+    def has_news_since(self, event_sequence: int) -> bool:
+        """False when it is certain that no event with a higher number has come that took anything back."""
+        return event_sequence < self._forgotten or (bool(self._recent) and self._recent[-1][0] > event_sequence)
+
     def has_heard_since(self, event_sequence: int, starts: Entries, ends: Entries) -> bool:
         """True when an event with a higher number has come that overlaps uint64[n] ascending, disjoint ranges.
 

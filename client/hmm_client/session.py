@@ -23,8 +23,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 import grpc.aio
@@ -36,7 +35,8 @@ from hmm_client.acknowledgements import AcknowledgementLedger
 from hmm_client.callbacks import Callback, waiting
 from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
-from hmm_proto.v1 import event_pb2, session_pb2, session_pb2_grpc
+from hmm_proto import wire
+from hmm_proto.v1 import event_pb2, session_pb2
 
 PROTOCOL_VERSION = 1
 BATCH_BYTES = 1 << 20
@@ -44,6 +44,9 @@ BATCH_BYTES = 1 << 20
 CLOSE_TIMEOUT_S = 5.0
 
 _LOG = logging.getLogger(__name__)
+_METHOD = f"/{session_pb2.DESCRIPTOR.services_by_name['SessionService'].full_name}/Session"
+_CALLS = wire.tag(session_pb2.SessionRequest, "calls")
+_REQUEST_ID = wire.number_tag(session_pb2.SessionCall, "request_id")
 
 
 class Hearer(Protocol):
@@ -62,31 +65,28 @@ class Hearer(Protocol):
         """Nobody waits for what is under way."""
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(NamedTuple):
     """A call under way.
 
     Attributes:
-        name: which field of SessionCall `request` is.
-        callback: the one that it was made in.
         parts: of its reply, so far.
     """
 
-    request_id: int
-    name: str
-    request: Message
-    callback: Callback | None
     future: asyncio.Future[list[Any]]
     on_reply: Callable[[Any], None] | None
-    parts: list[Any] = field(default_factory=list)
+    parts: list[Any]
 
-    def put_into(self, batch: session_pb2.SessionRequest) -> None:
-        """Write it down."""
-        message = batch.calls.add(request_id=self.request_id)
-        if self.callback is not None:
-            message.in_callback_mirror_id = self.callback.event.mirror.id
-            message.in_callback_sequence = self.callback.event.sequence
-        getattr(message, self.name).CopyFrom(self.request)
+
+def _written(request_id: int, name: str, request: Message, callback: Callback | None) -> bytes:
+    """A SessionRequest with one call in it, as it travels; many of them in a row are one with many calls."""
+    if callback is None:
+        head = _REQUEST_ID + wire.varint(request_id)
+    else:
+        event = callback.event
+        head = session_pb2.SessionCall(
+            request_id=request_id, in_callback_mirror_id=event.mirror.id, in_callback_sequence=event.sequence
+        ).SerializeToString()
+    return wire.nested(_CALLS, head, wire.tag(session_pb2.SessionCall, name), request, {})
 
 
 class Session:
@@ -107,10 +107,10 @@ class Session:
         self._hearers: dict[MirrorId, Hearer] = {}
         self._unclaimed: dict[MirrorId, list[tuple[int, Change]]] = {}
         self._waiting: dict[int, _Call] = {}
-        self._outgoing: deque[_Call] = deque()
+        self._outgoing: deque[bytes] = deque()
         self._last_request = 0
         self._sleeping: asyncio.Future[None] | None = None
-        self._bye: session_pb2.SessionRequest | None = None
+        self._bye: bytes | None = None
         self._reads = asyncio.Event()
         self._reads.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -127,11 +127,12 @@ class Session:
             HmmError: the daemon refused it.
             DaemonError: it could not be reached.
         """
-        call = session_pb2_grpc.SessionServiceStub(channel.grpc).Session(metadata=channel.metadata)
+        method: Any = channel.grpc.stream_stream(_METHOD, response_deserializer=session_pb2.SessionResponse.FromString)
+        call = method(metadata=channel.metadata)
         session = cls(call, channel.target)
         hello = session_pb2.Hello(protocol_version=PROTOCOL_VERSION, pid=os.getpid(), name=name, credit=credit)
         try:
-            await call.write(session_pb2.SessionRequest(hello=hello))
+            await call.write(session_pb2.SessionRequest(hello=hello).SerializeToString())
             first = await call.read()
         except grpc.aio.AioRpcError as error:
             raise as_error(error, channel.target) from None
@@ -166,8 +167,8 @@ class Session:
         request_id = self._last_request
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         with waiting() as callback:
-            call = self._waiting[request_id] = _Call(request_id, name, request, callback, future, on_reply)
-            self._outgoing.append(call)
+            self._outgoing.append(_written(request_id, name, request, callback))
+            self._waiting[request_id] = _Call(future, on_reply, [])
             self._wake()
             return await future
 
@@ -224,7 +225,7 @@ class Session:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
         self._reads.set()
         hearers = list(self._hearers.values())
-        self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason))
+        self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason)).SerializeToString()
         self._wake()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
@@ -289,18 +290,18 @@ class Session:
         if self._sleeping is not None and not self._sleeping.done():
             self._sleeping.set_result(None)
 
-    def _next_batch(self) -> session_pb2.SessionRequest | None:
-        if self.lost or not (self.ledger or self._outgoing):
+    def _next_batch(self) -> bytes | None:
+        if self.lost or not (self._outgoing or self.ledger):
             return None
-        batch = session_pb2.SessionRequest()
+        batch: list[bytes] = []
         if self.ledger:
-            batch.acknowledgements.CopyFrom(self.ledger.take())
+            batch.append(session_pb2.SessionRequest(acknowledgements=self.ledger.take()).SerializeToString())
         size = 0
         while self._outgoing and size < BATCH_BYTES:
             call = self._outgoing.popleft()
-            size += call.request.ByteSize()
-            call.put_into(batch)
-        return batch
+            size += len(call)
+            batch.append(call)
+        return b"".join(batch)
 
     def _dispatch(self, message: session_pb2.SessionResponse) -> None:
         for event in message.events:
