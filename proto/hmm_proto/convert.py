@@ -25,6 +25,7 @@ from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, spans_of_pages
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
 
+_LITTLE_ENDIAN = np.dtype("<u8")
 E = TypeVar("E", bound=Enum)
 N = TypeVar("N", bound=int)
 
@@ -104,7 +105,7 @@ def entries_to_proto(entries: Entries) -> bytes:
 
 def entries_as_bytes(entries: Entries) -> memoryview:
     """The same without a copy, if they are contiguous and numbers are little-endian here.  Not for empty arrays."""
-    return np.ascontiguousarray(entries, "<u8").data.cast("B")
+    return np.ascontiguousarray(entries, _LITTLE_ENDIAN).data.cast("B")
 
 
 def entries_from_proto(data: bytes) -> Entries:

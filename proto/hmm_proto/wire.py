@@ -18,6 +18,9 @@ from functools import cache
 
 from google.protobuf.message import Message
 
+from hmm.units import Entries
+from hmm_proto import convert
+
 _LENGTH_DELIMITED = 2
 _ONE_BYTE = tuple(bytes((number,)) for number in range(128))
 
@@ -46,7 +49,7 @@ def number_tag(message: type[Message], field: str) -> bytes:
     return varint(message.DESCRIPTOR.fields_by_name[field].number << 3)
 
 
-def nested(outer: bytes, head: bytes, field: bytes, message: Message, arrays: Mapping[str, memoryview]) -> bytes:
+def nested(outer: bytes, head: bytes, field: bytes, message: Message, arrays: Mapping[str, Entries]) -> bytes:
     """A field that holds a message whose last field holds another message.
 
     Args:
@@ -54,12 +57,18 @@ def nested(outer: bytes, head: bytes, field: bytes, message: Message, arrays: Ma
         head: the other fields of its message, serialised.
         field: the tag of the last one.
         message: what that one holds, without what is in `arrays`.
-        arrays: fields of `message` and the bytes that belong there, none of them empty.
+        arrays: fields of `message` and the words that belong there, at least one each.
+
+    Cost: one copy of the arrays.
     """
-    parts = [message.SerializeToString()]
+    body = message.SerializeToString()
+    size = len(body)
+    parts: list[bytes | memoryview] = [body]
     for name, array in arrays.items():
-        parts += (tag(type(message), name), varint(len(array)), array)  # type: ignore[arg-type]
-    size = sum(map(len, parts))
+        words = convert.entries_as_bytes(array)
+        begin = tag(type(message), name) + varint(len(words))  # type: ignore[arg-type]
+        size += len(begin) + len(words)
+        parts += (begin, words)
     head += field + varint(size)
     return b"".join((outer, varint(len(head) + size), head, *parts))
 

@@ -62,7 +62,10 @@ class Call(Generic[Q, R]):
         """
         error = record.error
         if error is None:
-            return self.response(record.value, to_call_result(None, record.id, tuple(record.fenced)))
+            result = types_pb2.CallResult(operation_id=record.id)
+            if record.fenced:
+                result.fenced_mirrors.extend(record.fenced)
+            return self.response(record.value, result)
         if not (self.is_kernel_call and isinstance(error, HmmError) and not is_not_made(error)):
             raise error
         return self.response(None, to_call_result(error, record.id, tuple(record.fenced)))

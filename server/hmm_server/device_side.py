@@ -37,6 +37,8 @@ Result = Any
 CALLS = {**DEVICE_CALLS, **HMM_CALLS}
 _ATTACHING = frozenset({"register_mirror", "attach"})
 _SERVED_BY_A_STREAM = _ATTACHING | {"pin_pages"}
+_NOTED = _SERVED_BY_A_STREAM | {"unregister_mirror", "detach", "unpin_pages", "register_device", "unregister_device"}
+"""What changes the things that a stream serves or holds."""
 _PAGES: Mapping[str, Callable[[Any], int]] = {"fault": fault_pages, "range_fault": range_fault_pages}
 """How many pages a request asks for, where that is limited."""
 _DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
@@ -134,7 +136,7 @@ class DeviceSide:
         then: Callable[[Result], None],
         record: OperationRecord[Any],
     ) -> None:
-        if record.error is None:
+        if name in _NOTED and record.error is None:
             self._note(name, request, stream, record)
         try:
             response = CALLS[name].respond(record)

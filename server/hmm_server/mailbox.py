@@ -129,7 +129,8 @@ class Mailbox:
         if not self.closed:
             self._replies.append(reply)
             self.reply_bytes += len(reply)
-            self._wake()
+            if self._waiting is not None:
+                self._wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""

@@ -9,9 +9,9 @@ A reply on a session is written down once, when it is given: its arrays are copi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -19,8 +19,8 @@ from hmm.units import Entries
 from hmm_proto import convert, wire
 from hmm_proto.v1 import session_pb2
 
-Arrays = Mapping[str, memoryview]
-"""Fields of a response, and the bytes that belong in them."""
+Arrays: TypeAlias = Mapping[str, Entries]
+"""Fields of a response, and the words that belong in them."""
 NO_ARRAYS: Arrays = MappingProxyType({})
 _REPLY = wire.tag(session_pb2.SessionResponse, "replies")
 _REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
@@ -44,7 +44,7 @@ class ArrayReply(NamedTuple):
     """A response without its arrays, and the arrays, uint64[npages] each, by the names of their fields."""
 
     response: Any
-    arrays: Mapping[str, Entries]
+    arrays: Arrays
 
     def whole(self) -> Any:
         """The response with its arrays."""
@@ -56,20 +56,20 @@ class ArrayReply(NamedTuple):
         """The same for a caller who does not want them."""
         return ArrayReply(self.response, {})
 
-    def parts(self, part_bytes: int) -> Iterator[tuple[Any, Arrays, bool]]:
+    def parts(self, part_bytes: int) -> Sequence[tuple[Any, Arrays, bool]]:
         """Cut a long reply; everything but the arrays is in the last part.
 
-        Yields: a response, its arrays, whether more follow.
+        Returns: for each part a response, its arrays, whether more follow.
         """
         npages = next(iter(self.arrays.values())).size if self.arrays else 0
         if not npages:
-            yield self.response, NO_ARRAYS, False
-            return
+            return ((self.response, NO_ARRAYS, False),)
         step = max(1, (part_bytes >> 3) // len(self.arrays))
+        if npages <= step:
+            return ((self.response, self.arrays, False),)
         last = (npages - 1) // step * step
-        for start in range(0, last, step):
-            yield type(self.response)(), self._slice(start, start + step), True
-        yield self.response, self._slice(last, npages), False
+        parts = [(type(self.response)(), self._slice(start, start + step), True) for start in range(0, last, step)]
+        return (*parts, (self.response, self._slice(last, npages), False))
 
     def _slice(self, start: int, end: int) -> Arrays:
-        return {name: convert.entries_as_bytes(array[start:end]) for name, array in self.arrays.items()}
+        return {name: array[start:end] for name, array in self.arrays.items()}
