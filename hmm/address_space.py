@@ -51,6 +51,7 @@ MMAP_BASE = TASK_SIZE - (1 << 27)
 """Top of the area that mmap fills downwards: below the largest gap kept for the stack's growth (mmap_base())."""
 _ANON = int(PageFlag.ANON)
 _HUGETLB = int(PageFlag.HUGETLB)
+_HUGE_KINDS = cpu_pte.PRESENT | cpu_pte.DEVICE | cpu_pte.MIGRATION
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 
 
@@ -341,7 +342,7 @@ class AddressSpace:
         assert not span.start & ~PMD_MASK, f"{span} is a huge page and not aligned"
         flags, pfns = cpu_pte.cpu_flags(entries), cpu_pte.cpu_pfn(entries)
         assert (flags == flags[0]).all(), f"{span} is a huge page with different flags"
-        assert flags[0] & np.uint64(cpu_pte.PRESENT), f"{span} is a huge page and not present"
+        assert flags[0] & np.uint64(_HUGE_KINDS), f"{span} is a huge page of a kind that is small"
         if flags[0] & np.uint64(cpu_pte.SPECIAL):
             assert not pfns.any(), f"{span} is neither a huge page nor the huge zero page"
         else:

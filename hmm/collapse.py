@@ -89,7 +89,7 @@ def _allowed(vma: Vma | None) -> bool:
 def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | None]:
     entries = space.table.read(block.start, block.end)
     if cpu_pte.is_huge(entries).any():
-        return None
+        return _away(entries)
     failure = _scan(space, block, entries)
     if failure is not None:
         return failure
@@ -105,6 +105,13 @@ def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | 
         with space.notifier.invalidation((block,), Cause.COLLAPSE) as bracket:
             yield from bracket.deliver()
             return _replace(space, block)
+
+
+def _away(entries: Entries) -> _Failure | None:
+    """check_pmd_state() of a huge page: it is there already, or in the memory of a device."""
+    if cpu_pte.is_device_private(int(entries[0])):
+        return _Failure(errnos.EINVAL, "the huge page is in a device's memory")
+    return None
 
 
 def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failure | None:
@@ -133,7 +140,7 @@ def _replace(space: AddressSpace, block: AddressRange) -> _Failure | None:
     frames = space.frames
     entries = space.table.read(block.start, block.end)
     if cpu_pte.is_huge(entries).any():
-        return None
+        return _away(entries)
     failure = _scan(space, block, entries)
     if failure is not None:
         return failure

@@ -37,7 +37,7 @@ from hmm.errors import (
 from hmm.frames import Region
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
-from hmm.migrate import Migration
+from hmm.migration import Migration
 from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.range_fault import HmmRange
 from hmm.range_fault import range_fault as fault_range
@@ -87,10 +87,11 @@ class RangeFaulted:
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """Words of a migration, uint64[npages] each, in the layout of `hmm.migrate`.
+    """Words of a migration, uint64[npages] each, in the layout of `hmm.migration`.
 
     Attributes:
-        src: MIGRATE stands in those of the pages that were moved.
+        src: MIGRATE stands in those of the pages that were moved; of a huge page that moved as one only in the first
+            word, with COMPOUND, and the rest are 0.
         dst: the destinations of these.
     """
 
@@ -257,7 +258,9 @@ def _requests(span: AddressRange, words: Entries | None) -> Entries:
     return np.zeros(span.npages, np.uint64) if words is None else words.copy()
 
 
-def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
+def migrate_to_device(
+    machine: Machine, mirror_id: MirrorId, span: AddressRange, *, compound: bool = False
+) -> Operation[Migrated]:
     """Move what can be moved of a part of one VMA to the mirror's device, as `device_pages.migrate_to_device`.
 
     If the device evicts, pages that went there longest ago make room (`device_pages.make_room`).
@@ -269,20 +272,40 @@ def migrate_to_device(machine: Machine, mirror_id: MirrorId, span: AddressRange)
     if mirror.device.evicts and span.npages > region.free:
         yield from device_pages.make_room(mirror.space, machine.spaces.values(), span, region)
         _live(machine, mirror_id)
-    migration = yield from device_pages.migrate_to_device(mirror.space, span, region, mirror_id)
+    moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound)
+    migration = yield from moving
     if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
         forget_holder(machine.frames, mirror_id)
     return _words(migration)
 
 
-def migrate_to_system(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operation[Migrated]:
+def migrate_to_system(
+    machine: Machine, mirror_id: MirrorId, span: AddressRange, *, compound: bool = False
+) -> Operation[Migrated]:
     """Move what the mirror's device has of a part of one VMA back, as `device_pages.migrate_to_system`.
 
     Raises: as `migrate_to_device`.
     """
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
-    return _words((yield from device_pages.migrate_to_system(mirror.space, span, region, mirror_id)))
+    moving = device_pages.migrate_to_system(mirror.space, span, region, mirror_id, compound=compound)
+    return _words((yield from moving))
+
+
+@immediate
+def inject_migration_failure(machine: Machine, mirror_id: MirrorId, nth: int) -> None:
+    """Make the nth allocation from now on fail that is made to migrate pages for a mirror (1 is the next, 0 is none).
+
+    It is that of a frame, or of a large folio, on the device or on the way back.
+
+    A huge page that was to move as one moves by small pages instead.  A small page on its way to the device stays where
+    it is; on the way back it does, and those behind it too.
+
+    Source: Linux lib/test_hmm.c, HMM_DMIRROR_FLAG_FAIL_ALLOC, 7.0.
+    """
+    if nth < 0:
+        raise InvalidRequestError(f"inject migration failure: {nth} is negative")
+    _mirror(machine, mirror_id).failing_allocation = nth
 
 
 @immediate
@@ -385,4 +408,4 @@ def _region(machine: Machine, device: Device) -> Region:
 
 
 def _words(migration: Migration) -> Migrated:
-    return Migrated(migration.src, migration.dst)
+    return Migrated(*migration.arrays)

@@ -11,8 +11,8 @@ All functions work on uint64 arrays elementwise, and on Python ints one entry at
 device-exclusive, migration and swap entries, hardware poison).
 
 **Invariants** (kept by the address space, which writes the entries): exactly one of `PRESENT`, `DEVICE`,
-`EXCLUSIVE`, `SWAP`, `MIGRATION`, `POISON` is set in an entry that is in use; `SPECIAL` and `HUGE` occur only
-with `PRESENT`, and in swap entries the bit of `ACCESSED` is `SWP_EXCLUSIVE`.
+`EXCLUSIVE`, `SWAP`, `MIGRATION`, `POISON` is set in an entry that is in use; `SPECIAL` occurs only with `PRESENT`,
+`HUGE` with it, `DEVICE` and `MIGRATION`, and in swap entries the bit of `ACCESSED` is `SWP_EXCLUSIVE`.
 
 **Absent**: who may reach a page (that is the VMA's protection), and what a frame number means.
 

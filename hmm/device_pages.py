@@ -33,26 +33,44 @@ from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
-from hmm.migrate import MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, migrate_vma, run
+from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
+from hmm.migrate import migrate_vma, run
+from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
+from hmm.migration_folios import map_by_pages
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
-from hmm.units import PAGE_SHIFT, PIECE_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, spans_of_pages
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PIECE_PAGES,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SIZE,
+    WHOLE_SPACE,
+    AddressRange,
+    Entries,
+    MirrorId,
+    Pfns,
+    spans_of_pages,
+)
 from hmm.zone_device import are_remote, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
 _WRITE = np.uint64(WRITE)
+_COMPOUND = np.uint64(COMPOUND)
 
 
 def migrate_to_device(
-    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId
+    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId, *, compound: bool = False
 ) -> Operation[Migration]:
     """Move what can be moved of a range to a device's memory, in ascending order as far as there is room.
 
     Args:
         mirror_id: who is told when a page has to come back.
+        compound: huge pages move as such, where the kernel that is modelled can do that and a run of frames is free.
 
     Returns, Raises, Cost: as `migrate_vma`.
     """
@@ -60,8 +78,11 @@ def migrate_to_device(
     def copy(migration: Migration) -> Operation[None]:
         pages = np.flatnonzero(migration.src & np.uint64(MIGRATE))
         pages = pages[: region.free]
+        failing = _failing(migration, pages)
+        if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
+            pages = np.delete(pages, failing)
         if pages.size:
-            pfns = _copied(migration, pages, region.number)
+            pfns = _copied(migration, pages, region.number, failing=failing)
             space.frames.zone_device_data[pfns] = mirror_id
             if migration.vma.writable:
                 hole = (migration.src[pages] & np.uint64(VALID)) == 0
@@ -69,21 +90,23 @@ def migrate_to_device(
         return
         yield Pause()  # makes this function a generator
 
-    return (yield from migrate_vma(space, span, copy, select=Select.SYSTEM, owner=region.owner, initiator=mirror_id))
+    select = Select.SYSTEM | Select.COMPOUND if compound else Select.SYSTEM
+    return (yield from migrate_vma(space, span, copy, select=select, owner=region.owner, initiator=mirror_id))
 
 
 def migrate_to_system(
-    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId
+    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId, *, compound: bool = False
 ) -> Operation[Migration]:
     """Move what a device has of a range back to system memory, as far as there is room.
 
     Args:
         mirror_id: who asks.
+        compound: as for `migrate_to_device`.
 
     Returns, Raises, Cost: as `migrate_vma`.
     """
-    select, owner = _select(region), region.owner
-    return (yield from migrate_vma(space, span, _to_system, select=select, owner=owner, initiator=mirror_id))
+    select = _select(region) | Select.COMPOUND if compound else _select(region)
+    return (yield from migrate_vma(space, span, _to_system, select=select, owner=region.owner, initiator=mirror_id))
 
 
 def _select(region: Region) -> Select:
@@ -95,18 +118,65 @@ def _to_system(migration: Migration) -> Operation[None]:
     if frames.available < wanted:
         yield from some_room(frames, wanted)
     pages = migration.pages[: frames.available]
+    failing = _failing(migration, pages)
+    if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
+        pages = pages[:failing]
     if pages.size:
-        _copied(migration, pages, SYSTEM_REGION)
+        _copied(migration, pages, SYSTEM_REGION, failing=failing)
 
 
-def _copied(migration: Migration, pages: np.ndarray[tuple[int, ...], np.dtype[np.intp]], region: int) -> Pfns:
-    """Allocate a destination for each page and copy it; a hole gets zeroes.  Returns: int64[n] frames."""
-    frames = migration.space.frames
-    pfns = frames.allocate(pages.size, region)
-    words = migrate_pfn(pfns) | (migration.src[pages] & _WRITE)
+def _failing(migration: Migration, pages: Positions) -> int | None:
+    """For which of the pages an allocation was made to fail, counted as huge pages and small ones.
+
+    Source: Linux lib/test_hmm.c, HMM_DMIRROR_FLAG_FAIL_ALLOC.
+    """
+    mirror = migration.space.notifier.subscribers.get(migration.initiator)
+    if mirror is None or not mirror.failing_allocation:
+        return None
+    tails = (migration.src[pages] & _COMPOUND != 0) & (migration.addresses[pages] & np.uint64(~PMD_MASK) != 0)
+    units = np.flatnonzero(~tails)
+    nth = mirror.failing_allocation
+    mirror.failing_allocation = max(0, nth - units.size)
+    return int(units[nth - 1]) if nth <= units.size else None
+
+
+def _copied(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
+    """Allocate a destination for each page and copy it; a hole gets zeroes.
+
+    A huge page that moves as one gets small destinations when no run of frames is free.
+
+    Args:
+        failing: as is so by order for the one that begins there.
+
+    Returns: int64[n] frames.
+    """
+    frames, src = migration.space.frames, migration.src[pages]
+    pfns = _folios(migration, pages, region, failing=failing)
+    small = pfns == 0
+    if np.count_nonzero(small) == small.size:
+        pfns = frames.allocate(pages.size, region)
+    else:
+        pfns[small] = frames.allocate(int(np.count_nonzero(small)), region)
+    words = migrate_pfn(pfns) | (src & _WRITE)
+    words[~small] |= _COMPOUND
     migration.dst[pages] = words
-    framed = (migration.src[pages] & np.uint64(VALID)) != 0
+    framed = (src & np.uint64(VALID)) != 0
     frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
+    return pfns
+
+
+def _folios(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
+    """Large folios for what moves as one: int64[n], 0 for pages that get none."""
+    pfns = np.zeros(pages.size, np.int64)
+    for at in np.searchsorted(pages, migration.heads).tolist():
+        if at == failing:
+            continue
+        if at + PMD_PAGES > pages.size:
+            break
+        folio = migration.space.frames.allocate_folio(region)
+        if folio is None:
+            break
+        pfns[at : at + PMD_PAGES] = folio
     return pfns
 
 
@@ -114,7 +184,7 @@ def _copied(migration: Migration, pages: np.ndarray[tuple[int, ...], np.dtype[np
 
 
 def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
-    """migrate_to_ram() for pages of one VMA that were touched.
+    """migrate_to_ram() for pages of one VMA that were touched; of a huge page for all of it.
 
     Raises:
         OutOfFramesError: there is not one frame for them (ENOMEM).
@@ -123,19 +193,31 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
     pfns = cpu_pte.cpu_pfn(touched.entries)
     if are_remote(frames, pfns).any() or any(one.home for one in space.notifier.subscribers.values()):
         touched = yield from _through_homes(space, touched)
-        pfns = cpu_pte.cpu_pfn(touched.entries)
+    if cpu_pte.is_huge(touched.entries).any():
+        touched = _with_blocks(space, touched)
+    pfns = cpu_pte.cpu_pfn(touched.entries)
     devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
     for device_id, mirror_id in np.unique(np.stack((devices, holders), axis=1), axis=0).tolist():
         addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
         if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
         chosen = addresses[: frames.available]
-        migration = Migration(
-            space, touched.vma, chosen, Select.DEVICE_PRIVATE, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id
-        )
+        select = Select.DEVICE_PRIVATE | Select.COMPOUND
+        migration = Migration(space, touched.vma, chosen, select, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
         yield from run(migration, _tell_and_copy)
         if not migration.pages.size:
             yield Pause()  # somebody refers to the pages, who has to go on before they can come back
+
+
+def _with_blocks(space: AddressSpace, touched: Strangers) -> Strangers:
+    """The pages, and all others of the huge pages that some of them belong to: do_huge_pmd_device_private()."""
+    huge = cpu_pte.is_huge(touched.entries)
+    starts = np.unique(touched.addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1))
+    blocks = starts[:, np.newaxis] + np.arange(0, PMD_SIZE, PAGE_SIZE, dtype=np.uint64)
+    addresses = np.union1d(touched.addresses[~huge], blocks.reshape(-1))
+    entries = space.table.lookup(addresses)
+    there = cpu_pte.is_device_private(entries)
+    return Strangers(touched.vma, addresses[there], entries[there])
 
 
 def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strangers]:
@@ -256,6 +338,8 @@ def make_room(
     used = used_frames(frames, region.number)
     used = used[(frames.pincount[used] == 0) & ~np.isin(used, there)]
     oldest = used[np.argsort(frames.lru[used], kind="stable")[:wanted]]
+    if are_compound(frames, oldest).any():
+        oldest = with_folios(frames, oldest)
     try:
         for other in known:
             for subscriber in list(other.notifier.subscribers.values()):
@@ -275,6 +359,8 @@ def make_room(
 def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
     """Move frames of devices to system memory, as far as nobody else uses them; where memory is reclaimed, a batch.
 
+    Large folios stay large where a run of frames is free; otherwise they are split.
+
     Args:
         spaces: those that may map them.
         pfns: int64[n], unique.
@@ -283,12 +369,15 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
 
     Raises: as `evict`.
 
-    Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio().
+    Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio(), which leaves it to the
+    driver to find memory for a large folio.
     """
     if frames.make_room:
         pfns = pfns[: frames.batch_pages]
-    order = np.argsort(frames.index[pfns], kind="stable")
-    pfns = pfns[order]
+    asked = pfns
+    if are_compound(frames, pfns).any():
+        pfns = with_folios(frames, pfns)
+    pfns = pfns[np.argsort(frames.index[pfns], kind="stable")]
     indices = frames.index[pfns]
 
     def places() -> Iterator[Places]:
@@ -300,24 +389,43 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
 
     frames.get(pfns)
     held, targets = HeldPages(frames, pfns, places), pfns
-    room = pfns[:0]
+    room = np.zeros(pfns.size, np.int64)
     with ExitStack() as brackets:
         try:
-            room = yield from _allocate(frames, pfns.size)
+            room = yield from _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
             yield from unmap_everywhere(held, brackets, only_where_mapped=True)
             free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
-            targets = np.where(free, room, pfns)
-            frames.copy(targets[free], pfns[free])
+            for folio in _folios_among(frames, pfns):
+                free[folio] = free[folio].all()
+            map_by_pages(held, free & are_compound(frames, pfns) & ~are_compound(frames, room))
+            targets = np.where(free & (room != 0), room, pfns)
+            moved = targets != pfns
+            frames.copy(targets[moved], pfns[moved])
         finally:
             replace(held, targets)
-            frames.put(room[targets[: room.size] != room])
+            frames.put(room[(room != 0) & (targets != room)])
     return int(np.count_nonzero(targets != pfns))
 
 
-def _allocate(frames: Frames, count: int) -> Operation[Pfns]:
-    # Before anybody is told: while mirrors are waited for, others may take what is free.
+def _folios_among(frames: Frames, pfns: Pfns) -> list[Positions]:
+    """Where the pages of each large folio are."""
+    return [np.flatnonzero(belong_to(frames, pfns, head)) for head in heads_of(frames, pfns)]
+
+
+def _allocate(frames: Frames, pfns: Pfns, asked: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Operation[Pfns]:
+    """Destinations for the pages that are asked for: int64[n], 0 for the others.
+
+    Before anybody is told: while mirrors are waited for, others may take what is free.
+    """
+    count = int(np.count_nonzero(asked))
     if count > frames.available and frames.make_room:
         yield from frames.make_room(count)
     if count > frames.available:
         raise OutOfFramesError(f"evict: {count} pages have to move and {frames.available} frames are free")
-    return frames.allocate(count)
+    room = np.zeros(pfns.size, np.int64)
+    for folio in _folios_among(frames, pfns):
+        if folio.size == PMD_PAGES and asked[folio].all() and (run := frames.allocate_folio()) is not None:
+            room[folio] = run[pfns[folio] % PMD_PAGES]
+    small = asked & (room == 0)
+    room[small] = frames.allocate(int(np.count_nonzero(small)))
+    return room

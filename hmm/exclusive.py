@@ -69,7 +69,8 @@ def make_device_exclusive_range(
         holder: whose pages they are from now on, for `held_exclusively`.
 
     Returns: int64[m], the frames of the pages that were brought in, m < npages when that stopped early; 0 for those
-    that stay the CPU's, because they are not private memory.  Under linux-7 it stops before the first of these.
+    that stay the CPU's, because they are not private memory, or inside a large folio.  Under linux-7 it stops before
+    the first that is not private memory.
 
     Raises:
         InvalidRequestError: an empty, unaligned or too long range (EINVAL); under linux-7 the first page is not private
@@ -86,21 +87,22 @@ def make_device_exclusive_range(
         got = yield from _get_user_pages(space, span)
         yield from split_pmds(space, huge_blocks(space, got))
         pages, pfns = _suitable(space, got)
-        if not space.semantics.exclusive_skips:
+        if not space.semantics.exclusive_ranges:
             got, pages, pfns = _up_to_refusal(got, pages, pfns)
         if not pages.size:
             return np.zeros(got.npages, np.int64)
         taken = yield from _take(space, pages, pfns, owner, initiator)
         if taken is not None:
-            _note_holder(space.frames, pfns, holder)
+            _note_holder(space, pfns, holder)
             result = np.zeros(got.npages, np.int64)
             result[(pages - (got.start >> PAGE_SHIFT))[taken]] = pfns[taken]
             return result
 
 
-def _note_holder(frames: Frames, pfns: Pfns, holder: MirrorId) -> None:
+def _note_holder(space: AddressSpace, pfns: Pfns, holder: MirrorId) -> None:
+    frames = space.frames
     frames.zone_device_data[pfns] = holder
-    for head in heads_of(frames, pfns):
+    for head in heads_of(frames, pfns) if space.semantics.exclusive_ranges else ():
         frames.zone_device_data[members(frames, head)] = holder
 
 
@@ -135,11 +137,16 @@ def give_back(space: AddressSpace, addresses: Entries) -> Operation[None]:
 def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[AddressRange]:
     """Bring pages in for writing, as get_user_pages_remote(FOLL_WRITE | FOLL_SPLIT_PMD).
 
-    Huge pages are split before anybody looks whether they could become writable as they are.
+    Huge pages are split before anybody looks whether they could become writable as they are, but not before they are
+    back from a device.
 
     Returns: the part that is in, by small pages.
     """
     end = _writable_end(space, span)
+    blocks = huge_blocks(space, AddressRange(span.start, end))
+    away = [max(one.start, span.start) for one in blocks if cpu_pte.is_device_private(space.table.get(one.start))]
+    if away:
+        yield from bring_in(space, np.array(away, np.uint64), write=False)
     yield from split_pmds(space, huge_blocks(space, AddressRange(span.start, end)))
     stop = yield from bring_in(space, AddressRange(span.start, end), write=True, may_retry=False)
     done = end if stop is None else stop.address
@@ -169,14 +176,15 @@ def _writable_end(space: AddressSpace, span: AddressRange) -> int:
 
 
 def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
-    """Page numbers and frames of the private pages of a range, the first one of a folio only: int64[n] each."""
+    """Page numbers and frames of the private pages of a range, of a folio maybe the first one only: int64[n] each."""
     entries = space.table.read(span.start, span.end)
     pfns = cpu_pte.cpu_pfn(entries)
     private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
     if space.huge:
         private &= ~cpu_pte.is_huge(entries)  # hugetlb memory, as everything else was split
-        private[private] = ~_are_tails(space.frames, pfns[private])
+        if space.semantics.exclusive_ranges:
+            private[private] = ~_are_tails(space.frames, pfns[private])
     chosen = np.flatnonzero(private)
     return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]
 
@@ -209,15 +217,18 @@ def _take(
     try:
         with space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
             yield from bracket.deliver()
-            yield from _tell_relatives(space, pages, pfns, owner)
-            heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
+            heads: list[int] = []
+            if space.semantics.exclusive_ranges:
+                yield from _tell_relatives(space, pages, pfns, owner)
+                heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
             for at in heads:
                 yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
             entries = space.table.lookup(addresses)
             ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
             if not ours.all() or cpu_pte.is_huge(entries).any():
                 return None
-            taken = ~are_compound(space.frames, pfns)
+            taken = np.ones(pfns.size, np.bool_)
+            taken[heads] = False
             space.table.store(addresses[taken], (entries[taken] & ~_PRESENT) | _EXCLUSIVE)
             for at in heads:
                 taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]))

@@ -235,7 +235,7 @@ def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
 def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[AddressRange, ...]:
     # What comes may be a huge page, for all of its block.
     spans = _spans(target)
-    if not space.thp:
+    if not space.thp and not space.huge:
         return spans
     return tuple(AddressRange(span.start & PMD_MASK, -(-span.end & PMD_MASK)) for span in spans)
 

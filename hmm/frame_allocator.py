@@ -52,6 +52,7 @@ class Region:
         high_water: most frames that were in use at a time.
         failing: the nth page from now on cannot be allocated, nor any behind it; 0: no failure is injected.
         remote: what the frames hold is with the device's driver; the bytes here mean nothing.
+        searched: no run is among the frames on the free stack.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Region:
     high_water: int = 0
     failing: int = 0
     remote: bool = False
+    searched: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind.value} memory" + (f" of device {self.owner}" if self.owner else "")
@@ -120,7 +122,6 @@ class FrameAllocator:
         self.system = Region(SYSTEM_REGION, 0, system_frames, 0, RegionKind.SYSTEM, first, first)
         self._regions = {SYSTEM_REGION: self.system}
         self._next_number = SYSTEM_REGION + 1
-        self._freed_since_search = True
         self._removed_top: Pfn = 0  # of regions that are gone
 
     @property
@@ -145,7 +146,7 @@ class FrameAllocator:
         return region
 
     def add_region(self, frames: int, owner: int, kind: RegionKind, *, remote: bool = False) -> Region:
-        """Reserve consecutive frame numbers, at the lowest place where they fit.
+        """Reserve consecutive frame numbers, at the lowest place where they fit; aligned to PMD_PAGES if it can be.
 
         Raises:
             OutOfFramesError: no such run of frame numbers is left (ENOMEM).
@@ -153,17 +154,24 @@ class FrameAllocator:
         Cost: O(regions).  Source: Linux kernel/resource.c, request_free_mem_region().
         """
         assert frames > 0, frames
-        start = 0
-        for region in sorted(self._regions.values(), key=lambda region: region.start):
-            if region.start - start >= frames:
-                break
-            start = region.end
-        if start + frames > self._nframes:
+        start = self._gap(frames, PMD_PAGES) if frames >= PMD_PAGES else None
+        if start is None:
+            start = self._gap(frames, 1)
+        if start is None:
             raise OutOfFramesError(f"{kind.value} memory: no {frames} consecutive frame numbers are left")
         region = Region(self._next_number, start, start + frames, owner, kind, start, start, remote=remote)
         self._next_number += 1
         self._regions[region.number] = region
         return region
+
+    def _gap(self, frames: int, unit: int) -> Pfn | None:
+        """The lowest multiple of `unit` where so many frame numbers are free."""
+        start = 0
+        for region in sorted(self._regions.values(), key=lambda region: region.start):
+            if region.start - start >= frames:
+                break
+            start = -(-region.end // unit) * unit
+        return start if start + frames <= self._nframes else None
 
     def remove_region(self, number: int) -> Region:
         """Release the frame numbers of a region whose frames are all free.
@@ -240,8 +248,8 @@ class FrameAllocator:
         region.high_water = max(region.high_water, region.used)
         return pfn, reused
 
-    def take_run(self) -> tuple[Pfn, bool] | None:
-        """Allocate a naturally aligned run of PMD_PAGES frames of system memory.
+    def take_run(self, number: int) -> tuple[Pfn, bool] | None:
+        """Allocate a naturally aligned run of PMD_PAGES frames of a region.
 
         Returns: the first frame, and whether the run was used before; None when no such run is free.
 
@@ -250,7 +258,7 @@ class FrameAllocator:
 
         Source: Linux mm/page_alloc.c, alloc_pages() of order HPAGE_PMD_ORDER.
         """
-        region = self.system
+        region = self.region(number)
         first = self._run_on_top(region)
         if first is None:
             first = -(-region.top // PMD_PAGES) * PMD_PAGES
@@ -280,15 +288,15 @@ class FrameAllocator:
 
     def _scattered_run(self, region: Region) -> Pfn | None:
         """Take a run whose frames were freed one by one out of the stack."""
-        if region.nfree < PMD_PAGES or not self._freed_since_search:
+        if region.nfree < PMD_PAGES or region.searched:
             return None
-        self._freed_since_search = False
+        region.searched = True
         stack = self._stack[region.start : region.start + region.nfree]
         blocks, counts = np.unique(stack // PMD_PAGES, return_counts=True)
         whole = blocks[counts == PMD_PAGES]
         if not whole.size:
             return None
-        self._freed_since_search = True  # there may be another one
+        region.searched = False  # there may be another one
         first = int(whole[0]) * PMD_PAGES
         rest = stack[(stack < first) | (stack >= first + PMD_PAGES)]
         region.nfree = rest.size
@@ -312,7 +320,7 @@ class FrameAllocator:
                 self._push(region, pfns[low:high])
 
     def _push(self, region: Region, pfns: Pfns) -> None:
-        self._freed_since_search = True
+        region.searched = False
         bottom = region.start + region.nfree
         # Downwards, so that they are popped upwards.
         self._stack[bottom : bottom + pfns.size] = pfns[::-1]
@@ -321,7 +329,7 @@ class FrameAllocator:
     def give_back_one(self, pfn: Pfn) -> None:
         """Free one frame."""
         region = self.system if pfn < self.system.end else self.region_of(pfn)
-        self._freed_since_search = True
+        region.searched = False
         self._stack_view[region.start + region.nfree] = pfn
         region.nfree += 1
 

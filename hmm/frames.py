@@ -238,25 +238,39 @@ class Frames(FrameContents):
         return pfns
 
     def allocate_huge(self, flags: PageFlag) -> Pfns | None:
-        """Take a naturally aligned run of PMD_PAGES frames of system memory for one entry of a page directory.
+        """Take a large folio of system memory for one entry of a page directory.
 
         Each frame has the one reference and the map count that `allocate_mapped` would give it.
+
+        Returns, Cost: as `allocate_folio`.
+        """
+        pfns = self.allocate_folio()
+        if pfns is not None:
+            where = slice(int(pfns[0]), int(pfns[0]) + PMD_PAGES)
+            self.mapcount[where] = 1
+            self.flags[where] |= np.uint32(flags)
+        return pfns
+
+    def allocate_folio(self, region: int = SYSTEM_REGION) -> Pfns | None:
+        """Take a naturally aligned run of PMD_PAGES frames that are one large folio, with one reference each.
 
         Returns: int64[PMD_PAGES]; None when no such run is free.
 
         Cost: 10 us; O(frames ever used) when all frames have been used before.
         """
-        taken = self._allocator.take_run()
+        taken = self._allocator.take_run(region)
         if taken is None:
             return None
         first, reused = taken
         where = slice(first, first + PMD_PAGES)
         self.refcount[where] = 1
-        self.mapcount[where] = 1
-        self.flags[where] = flags | PageFlag.COMPOUND
+        self.flags[where] = PageFlag.COMPOUND
         if reused:
             self._stale[where] = True
-        return np.arange(first, first + PMD_PAGES)
+        pfns = np.arange(first, first + PMD_PAGES)
+        if region != SYSTEM_REGION:
+            self.rotate(pfns)
+        return pfns
 
     def _take(self, count: int, region: int) -> tuple[Pfns, Pfns | slice]:
         """Frames with a reference each, and the index that selects them."""

@@ -29,7 +29,7 @@ from hmm.frames import PageFlag
 from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["allows_huge", "blocks_of", "fault_huge", "mark_huge", "reuse_huge"]
+__all__ = ["allows_huge", "blocks_of", "fault_huge", "has_table", "mark_huge", "reuse_huge"]
 
 _HUGE_ZERO_PAGE = ZERO_PAGE | cpu_pte.HUGE
 
@@ -50,8 +50,9 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
     for start in blocks_of(target):
         entry = space.table.get(start)
         if entry & cpu_pte.HUGE:
-            _touch(attempt, start, entry)
-        elif allowed and vma.start <= start and start + PMD_SIZE <= vma.end and not _has_table(space, start):
+            if entry & cpu_pte.PRESENT:
+                _touch(attempt, start, entry)
+        elif allowed and vma.start <= start and start + PMD_SIZE <= vma.end and not has_table(space, start):
             if vma.mapping.userfaultfd:
                 prepare_anon_vma(space, vma)  # and the page that is touched is for the handler to bring in
             else:
@@ -73,7 +74,7 @@ def blocks_of(target: AddressRange | Entries) -> list[Address]:
     return starts
 
 
-def _has_table(space: AddressSpace, start: Address) -> bool:
+def has_table(space: AddressSpace, start: Address) -> bool:
     """Whether the block has a page table: its entry in the directory above is not pmd_none()."""
     if start >> PMD_SHIFT in space.tables:
         return True

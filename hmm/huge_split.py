@@ -9,7 +9,7 @@ Mirrors hear of all of it: they may map the block as one.  Of a cut they hear to
 **Source**: Linux mm/huge_memory.c, mm/migrate.c (try_to_map_unused_to_zeropage()), 6.12.
 
 **Invariants**: those of large_folio.py; an entry keeps its frame and permission, but for the pages of a split folio
-that hold nothing but zeroes: they become the zero page.
+that hold nothing but zeroes: they become the zero page, unless they are in a device's private memory.
 
 **Absent**: splitting in the background, when memory runs out; folios of files.
 """
@@ -43,6 +43,7 @@ from hmm.units import (
     spans_of_pages,
 )
 from hmm.vma import Vma, VmFlag
+from hmm.zone_device import are_private
 
 __all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds", "whole_blocks"]
 
@@ -180,7 +181,8 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
             return False
         pfns = members(frames, head)
         zero = np.zeros(PMD_PAGES, np.bool_)
-        zero[pfns - head] = frames.are_zero(pfns)
+        if not are_private(frames, pfns[:1]).any():
+            zero[pfns - head] = frames.are_zero(pfns)
         if frames.poisoned:
             zero[pfns - head] &= ~frames.test_flags(pfns, PageFlag.HWPOISON)
         gone = [(place.space, _remap(place, head, zero)) for place in places]

@@ -21,7 +21,16 @@ import numpy.typing as npt
 from hmm.frames import Frames, PageFlag
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
-__all__ = ["are_compound", "are_pinned", "belong_to", "can_split", "heads_of", "likely_mapped_shared", "members"]
+__all__ = [
+    "are_compound",
+    "are_pinned",
+    "belong_to",
+    "can_split",
+    "heads_of",
+    "likely_mapped_shared",
+    "members",
+    "with_folios",
+]
 
 
 def are_compound(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
@@ -45,6 +54,16 @@ def members(frames: Frames, head: Pfn) -> Pfns:
     """The frames that are still part of a folio: int64[n], ascending."""
     run = np.arange(head, head + PMD_PAGES)
     return run[are_compound(frames, run)]
+
+
+def with_folios(frames: Frames, pfns: Pfns) -> Pfns:
+    """The frames, and all others of the large folios that some of them belong to: int64[n], ascending and unique."""
+    large = pfns[are_compound(frames, pfns)]
+    if not large.size:
+        return np.unique(pfns)
+    runs = (np.unique(large // PMD_PAGES) * PMD_PAGES)[:, np.newaxis] + np.arange(PMD_PAGES)
+    others: Pfns = runs.reshape(-1)
+    return np.union1d(pfns, others[are_compound(frames, others)])
 
 
 def are_pinned(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:

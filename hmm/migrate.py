@@ -9,14 +9,15 @@ Each page has a source word and a destination word, as the kernel's arrays.  A m
 could not be moved has no MIGRATE in its source word when all is done.  The address range is busy throughout.
 
 Only anonymous memory moves: pages of files come back to where they were, copies of them that a process has to
-itself move like any other.  A hole is moved too, as if a page of zeroes were there.
+itself move like any other.  A hole is moved too, as if a page of zeroes were there.  Huge pages move as such, or are
+split (migration_folios.py).
 
-**Source**: Linux mm/migrate_device.c, 6.12; Documentation/mm/hmm.rst.
+**Source**: Linux mm/migrate_device.c, 6.12 and 7.0; Documentation/mm/hmm.rst.
 
 **Invariants**: when the operation ends, however it ends, no migration entry of it is left, and every page taken out
 is back in the tables it was taken from or has been replaced there.
 
-**Absent**: which destinations are chosen (device_pages.py), huge pages as such: they are split first; the swap cache.
+**Absent**: which destinations are chosen (device_pages.py); the swap cache.
 
 Differs: a page that several processes map makes one event per address space, not one per mapping.
 """
@@ -25,8 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from enum import IntFlag
 
 import numpy as np
 import numpy.typing as npt
@@ -38,115 +37,43 @@ from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.file import File
 from hmm.frames import PageFlag
-from hmm.huge_split import huge_blocks, split_folio, split_pmds
-from hmm.large_folio import are_compound
-from hmm.migration_entries import HeldPages, entries_of, range_of, replace, stand_in, unmap_everywhere
+from hmm.large_folio import are_compound, are_pinned
+from hmm.migration import COMPOUND, MIGRATE, WRITE, Migration, Positions, Select, migrate_pfn
+from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
+from hmm.migration_folios import (
+    all_or_none,
+    are_selected,
+    are_whole,
+    have_room,
+    split_large,
+    split_unmapped,
+    split_zero_pages,
+)
 from hmm.notifier import Invalidation
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.units import (
-    PAGE_SHIFT,
     PAGE_SIZE,
-    PMD_MASK,
     AddressRange,
     DeviceId,
     Entries,
     MirrorId,
     Pfns,
     is_page_aligned,
-    spans_of_pages,
 )
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.zone_device import are_private, owners
 
-__all__ = ["MIGRATE", "PFN_SHIFT", "VALID", "WRITE", "Copy", "Migration", "Select", "migrate_pfn", "migrate_vma"]
-
-VALID = 1 << 0
-"""There is a page."""
-MIGRATE = 1 << 1
-"""It is to be moved; behind `pages` it was."""
-WRITE = 1 << 3
-PFN_SHIFT = 6
+__all__ = ["Copy", "migrate_vma", "run"]
 
 _Mask = npt.NDArray[np.bool_]
-_Positions = npt.NDArray[np.intp]
 _MIGRATE_WRITE = np.uint64(MIGRATE | WRITE)
+_COMPOUND = np.uint64(COMPOUND)
 _NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
 
-
-class Select(IntFlag):
-    """MIGRATE_VMA_SELECT_: what of the range is collected, besides holes."""
-
-    SYSTEM = 1
-    DEVICE_PRIVATE = 2
-    DEVICE_COHERENT = 4
-
-
-def migrate_pfn(pfns: Pfns) -> Entries:
-    """Destination words of frames."""
-    words: Entries = (pfns.view(np.uint64) << np.uint64(PFN_SHIFT)) | np.uint64(VALID)
-    return words
-
-
-Copy = Callable[["Migration"], Operation[None]]
-"""Fills `dst` for the pages that it has destinations for, and their contents; holds a reference of each."""
-
-
-@dataclass(slots=True, eq=False)
-class Migration:
-    """`struct migrate_vma`: some pages of one VMA on their way.
-
-    Attributes:
-        addresses: uint64[n], ascending.
-        owner: the device whose pages are selected, and whose drivers know of the migration.
-        initiator: the mirror that asked for it, or that put the pages where they have to come back from.
-        src, dst: uint64[n], words of VALID, MIGRATE, WRITE and a frame number.
-    """
-
-    space: AddressSpace
-    vma: Vma
-    addresses: Entries
-    select: Select
-    owner: DeviceId
-    cause: Cause
-    initiator: MirrorId
-    src: Entries = field(init=False)
-    dst: Entries = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.src = np.zeros(self.addresses.size, np.uint64)
-        self.dst = np.zeros(self.addresses.size, np.uint64)
-
-    @property
-    def pages(self) -> _Positions:
-        """Which of the addresses have a page that is on its way."""
-        wanted = np.uint64(VALID | MIGRATE)
-        return np.flatnonzero((self.src & wanted) == wanted)
-
-    @property
-    def holes(self) -> _Positions:
-        """Which of the addresses have none and are on their way."""
-        return np.flatnonzero((self.src & np.uint64(VALID | MIGRATE)) == MIGRATE)
-
-    def source_pfns(self, which: _Positions) -> Pfns:
-        """int64[n]: the frames of `src`."""
-        return (self.src[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
-
-    def target_pfns(self, which: _Positions) -> Pfns:
-        """int64[n]: the frames of `dst`; 0 where there is none."""
-        return (self.dst[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
-
-    @property
-    def spans(self) -> tuple[AddressRange, ...]:
-        """The pages as ranges."""
-        span = range_of(self.addresses)
-        if span is not None:
-            return (span,)
-        return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
-
-    def indices(self, which: _Positions) -> Pfns:
-        """int64[n]: page->index of pages of this VMA."""
-        return (self.addresses[which] >> np.uint64(PAGE_SHIFT)).view(np.int64) + self.vma.mapping.delta
+Copy = Callable[[Migration], Operation[None]]
+"""Fills `dst` for the pages that it has destinations for, and their contents; holds a reference of each.  A huge page
+that moves as one may get small destinations: it is split then."""
 
 
 def migrate_vma(
@@ -192,15 +119,16 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
     """All steps of a migration whose pages are chosen; nothing is moved if their VMA is gone when mirrors were told."""
     with ExitStack() as brackets:
         yield from brackets.enter_context(_invalidation(migration, migration.spans)).deliver()
-        yield from _split(migration)
-        if not _still_there(migration):
+        left = yield from split_large(migration)
+        if not migration.still_there:
             return
-        taken = _collect(migration)
+        taken = _collect(migration, left)
         held = _held(migration, taken)
         try:
             yield from unmap_everywhere(held, brackets)
             _leave_referenced(migration, taken, held)
             yield from copy(migration)
+            yield from split_unmapped(migration, held)
             _check_destinations(migration)
             yield from _fill_holes(migration)
         except BaseException:
@@ -216,48 +144,28 @@ def _invalidation(migration: Migration, spans: tuple[AddressRange, ...]) -> Inva
     )
 
 
-def _still_there(migration: Migration) -> bool:
-    now = migration.space.vmas.find(int(migration.addresses[0]))
-    was = migration.vma.mapping
-    same = now is not None and now.backing is was.backing and now.mapping.delta == was.delta
-    return same and now is not None and int(migration.addresses[-1]) < now.end
-
-
 # ---- setup
 
 
-def _split(migration: Migration) -> Operation[None]:
-    """Huge pages are split, whether they are selected or not; those that cannot be stay: migrate_vma_collect_pmd()."""
-    space = migration.space
-    for block in _huge_blocks(migration) if space.huge else ():
-        if not _still_there(migration):
-            return
-        entry = space.table.get(block.start)
-        if cpu_pte.is_huge_zero(entry):
-            yield from split_pmds(space, (block,))
-        elif cpu_pte.is_huge(entry):
-            yield from split_folio(space, migration.vma, block.start)
-
-
-def _huge_blocks(migration: Migration) -> list[AddressRange]:
-    starts = np.unique(migration.addresses & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
-    return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
-
-
-def _collect(migration: Migration) -> _Positions:
+def _collect(migration: Migration, left: _Mask) -> Positions:
     """Say what is there, and put migration entries in the place of what is to be moved: migrate_vma_collect_pmd().
+
+    Args:
+        left: bool[n], what is to stay.
 
     Returns: which of the addresses have them.
     """
     space, frames = migration.space, migration.space.frames
     entries = entries_of(space, migration.addresses)
-    framed = _framed(migration, entries)
+    whole = are_whole(migration, entries)
+    framed = _framed(migration, entries, left)
     pfns = cpu_pte.cpu_pfn(entries[framed])
-    wanted = _selected(migration, pfns)
-    pinned = frames.pincount[pfns] > 0
-    if np.count_nonzero(pinned):
+    wanted = are_selected(migration, pfns)
+    if space.huge:
+        wanted &= (whole[framed] | ~are_compound(frames, pfns)) & ~left[framed]
+    if np.count_nonzero(frames.pincount[pfns]):
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
-        wanted &= ~(pinned & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
+        wanted &= ~(are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
     if frames.ksm_places is not None:  # of a page that is met again folio_trylock() fails
         again = np.ones(pfns.size, np.bool_)
         again[np.unique(pfns, return_index=True)[1]] = False
@@ -267,35 +175,24 @@ def _collect(migration: Migration) -> _Positions:
     chosen = entries[framed]
     writable = (chosen & np.uint64(cpu_pte.WRITE)) != 0
     migration.src[framed] = migrate_pfn(pfns) | np.where(writable, _MIGRATE_WRITE, np.uint64(MIGRATE))
+    if np.count_nonzero(whole):
+        migration.src[whole & (migration.src != 0)] |= _COMPOUND
     stand_in(space, migration.addresses[framed], chosen)
     return framed
 
 
-def _framed(migration: Migration, entries: Entries) -> _Positions:
+def _framed(migration: Migration, entries: Entries, left: _Mask) -> Positions:
     """Say which of the entries are holes.  Returns: which of them have a page that could move."""
     if cpu_pte.are_plain(entries):
         return np.arange(entries.size)
     holes = (entries == 0) if migration.vma.backing is None else np.zeros(entries.size, np.bool_)
     if migration.select & Select.SYSTEM:
-        zero = cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0) & ~cpu_pte.is_huge(entries)
-        holes |= zero
-    migration.src[holes] = MIGRATE
+        holes |= cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0)
+    migration.src[holes & ~left] = MIGRATE
     return np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
 
 
-def _selected(migration: Migration, pfns: Pfns) -> _Mask:
-    frames, select, wanted = migration.space.frames, migration.select, np.zeros(pfns.size, np.bool_)
-    of_device = owners(frames, pfns)
-    if Select.SYSTEM in select:
-        wanted |= (of_device == 0) & ~are_compound(frames, pfns)
-    if Select.DEVICE_PRIVATE in select:
-        wanted |= are_private(frames, pfns) & (of_device == migration.owner)
-    if Select.DEVICE_COHERENT in select:
-        wanted |= ~are_private(frames, pfns) & (of_device == migration.owner)
-    return wanted
-
-
-def _held(migration: Migration, taken: _Positions) -> HeldPages:
+def _held(migration: Migration, taken: Positions) -> HeldPages:
     """The collected pages, in the order of their addresses, which is that of their page offsets."""
     space, vma, frames = migration.space, migration.vma, migration.space.frames
     pfns, indices = migration.source_pfns(taken), migration.indices(taken)
@@ -312,13 +209,14 @@ def _held(migration: Migration, taken: _Positions) -> HeldPages:
     return HeldPages(frames, pfns, places)
 
 
-def _leave_referenced(migration: Migration, taken: _Positions, held: HeldPages) -> None:
+def _leave_referenced(migration: Migration, taken: Positions, held: HeldPages) -> None:
     """Leave the pages that somebody else still uses where they are: migrate_vma_check_page()."""
     frames, pfns = held.frames, held.pfns
     mapped, references = frames.mapcount[pfns] > 0, frames.refcount[pfns]
     if np.count_nonzero(mapped) or np.count_nonzero(references == 1) < pfns.size:
-        cached = ~frames.test_flags(pfns, PageFlag.ANON)
-        migration.src[taken[mapped | (references > 1 + cached)]] = 0
+        kept = mapped | (references > 1 + ~frames.test_flags(pfns, PageFlag.ANON))
+        all_or_none(kept, (migration.src[taken] & _COMPOUND) != 0)
+        migration.src[taken[kept]] = 0
 
 
 # ---- pages
@@ -350,19 +248,25 @@ def _fill_holes(migration: Migration) -> Operation[None]:
         return
     with _invalidation(migration, (rest,)) as bracket:
         yield from bracket.deliver()
+        yield from split_zero_pages(migration, holes)
         filled = _insert(migration, holes, migration.target_pfns(holes))
     migration.src[holes[~filled]] = 0
 
 
-def _insert(migration: Migration, holes: _Positions, pfns: Pfns) -> _Mask:
+def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
     space, frames = migration.space, migration.space.frames
     addresses = migration.addresses[holes]
     entries = space.table.lookup(addresses)
-    free: _Mask = (entries == 0) | (cpu_pte.is_special(entries) & ~cpu_pte.is_huge(entries))
+    whole = (migration.src[holes] & _COMPOUND) != 0
+    free: _Mask = (entries == 0) | (cpu_pte.is_special(entries) & (whole | ~cpu_pte.is_huge(entries)))
     private = are_private(frames, pfns)
     flags: Entries = np.where(private, np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT | cpu_pte.DIRTY))
     if migration.vma.writable:
         flags |= np.uint64(cpu_pte.WRITE)
+    if np.count_nonzero(whole):
+        free &= ~whole | have_room(migration, holes, entries)
+        flags[whole] |= np.uint64(cpu_pte.HUGE)
+        space.huge = True
     prepare_anon_vma(space, migration.vma)
     if migration.vma.mapping.userfaultfd:  # what is missing is for its handler to bring in
         return np.zeros(holes.size, np.bool_)
@@ -380,7 +284,7 @@ def _insert(migration: Migration, holes: _Positions, pfns: Pfns) -> _Mask:
 # ---- finalize
 
 
-def _finalize(migration: Migration, taken: _Positions, held: HeldPages) -> None:
+def _finalize(migration: Migration, taken: Positions, held: HeldPages) -> None:
     """Entries of moved pages become entries of their destinations, all others what they were."""
     frames, targets = held.frames, migration.target_pfns(taken)
     stayed = (migration.src & np.uint64(MIGRATE)) == 0

@@ -33,14 +33,24 @@ from hmm.rmap import Places
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, spans_of_pages
 from hmm.zone_device import are_private
 
-__all__ = ["FindPlaces", "HeldPages", "entries_of", "range_of", "replace", "stand_in", "unmap_everywhere"]
+__all__ = [
+    "FindPlaces",
+    "HeldPages",
+    "are_names_of",
+    "entries_of",
+    "range_of",
+    "replace",
+    "stand_in",
+    "unmap_everywhere",
+]
 
-_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE)
 _STANDS_IN = np.uint64(cpu_pte.MIGRATION)
 _NAMES = np.uint64((1 << 64) - 1 & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
 """The kind of an entry, and its frame."""
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
 _PAGE_STATE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM)
+_COMPOUND = np.uint32(PageFlag.COMPOUND)
 _Number = TypeVar("_Number", bound=np.generic)
 
 FindPlaces = Callable[[], Iterator[Places]]
@@ -128,20 +138,21 @@ def unmap_everywhere(
 def replace(held: HeldPages, targets: Pfns) -> None:
     """End the migration: entries of `held.pfns[i]` become entries of `targets[i]`, which may be the same frame.
 
-    What the page was (anonymous, exclusive to one process, dirty) goes with it.  The migration's reference of the old
-    frame is dropped, and that of the new one, if it is another.
+    What the page was (anonymous, exclusive to one process, dirty) goes with it, and huge entries stay huge: the new
+    frames are a large folio there.  The migration's reference of the old frame is dropped, and that of the new one, if
+    it is another.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
     """
     frames, pfns = held.frames, held.pfns
     moved = targets != pfns
     new, old = _selected(targets, moved), _selected(pfns, moved)
-    frames.flags[new] = frames.flags[old] & _PAGE_STATE
+    frames.flags[new] = (frames.flags[new] & _COMPOUND) | (frames.flags[old] & _PAGE_STATE)
     frames.mapping[new] = frames.mapping[old]
     kinds = np.where(are_private(frames, targets), np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT))
     for place in held.places():
         entries = entries_of(place.space, place.addresses)
-        ours = (entries & _NAMES) == cpu_pte.cpu_entry(pfns[place.pages], cpu_pte.MIGRATION)
+        ours = are_names_of(entries, pfns[place.pages])
         if np.count_nonzero(ours):
             targeted = _selected(targets[place.pages], ours)
             flags = (_selected(entries, ours) & _CARRIED) | _selected(kinds[place.pages], ours)
@@ -176,6 +187,12 @@ def range_of(addresses: Entries) -> AddressRange | None:
         return None
     first, last = int(addresses[0]), int(addresses[-1])
     return AddressRange(first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
+
+
+def are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """bool[n]: which entries are the migration entries of these pages."""
+    names: npt.NDArray[np.bool_] = (entries & _NAMES) == cpu_pte.cpu_entry(pfns, cpu_pte.MIGRATION)
+    return names
 
 
 def _names(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:

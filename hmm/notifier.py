@@ -74,7 +74,13 @@ class Home(Protocol):
 
 
 class Subscriber(Protocol):
-    """What the notifier needs of a mirror or an interval subscription."""
+    """What the notifier needs of a mirror or an interval subscription.
+
+    Attributes:
+        failing_allocation: the nth allocation from now on fails that is made to migrate pages for it; 0: none.
+    """
+
+    failing_allocation: int
 
     @property
     def id(self) -> MirrorId:

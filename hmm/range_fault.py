@@ -7,6 +7,8 @@ Each page has one word.  Going in it may say what is wanted (REQ_FAULT, REQ_WRIT
     0          nothing there now, and a fault could succeed
     order      the CPU maps a naturally aligned 2^order pages by one entry
 
+A huge page in the private memory of another device is ERROR as long as it is not wanted, where a small one is 0.
+
 The walk is ascending.  The first page that needs a fault makes the kernel fault everything behind it, up to the end of
 the request, of the VMA or of the directory: pages of the own device that lie there come back to system memory.
 
@@ -250,8 +252,10 @@ def _look(request: HmmRange, span: AddressRange) -> _Look:
     shown = present | own
     words[shown] = pfns[shown].view(np.uint64) | np.uint64(VALID)
     words[shown & writable] |= np.uint64(WRITE)
-    if space.huge:
-        words[cpu_pte.is_huge(entries)] |= _PMD_ORDER
+    huge = cpu_pte.is_huge(entries) if space.huge else None
+    if huge is not None and huge.any():
+        words[huge & shown] |= _PMD_ORDER
+        words[huge & cpu_pte.is_device_private(entries) & ~own] = np.uint64(ERROR)
     need_write = write & ~writable & ~own
     need = np.where(present, need_write, fault & ~own)
     hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)

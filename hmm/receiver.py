@@ -70,6 +70,8 @@ class Receiver(ABC):
         history: what its driver gave up lately.
         reports: what its device did that it must not.
         home: its part of its device's memory.
+        failing_allocation: the nth allocation from now on fails that is made to migrate pages for it; 0: none.  For
+            tests.
     """
 
     id: MirrorId
@@ -91,6 +93,7 @@ class Receiver(ABC):
     history: History = field(default_factory=History)
     reports: Reports = field(default_factory=Reports)
     home: Home | None = None
+    failing_allocation: int = 0
 
     def __str__(self) -> str:
         return f"mirror {self.id} ({self.device.name})"

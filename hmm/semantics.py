@@ -4,10 +4,10 @@
     linux-7      what current drivers are written for
 
 **Source**: Linux 6.12 and 7.0: mm/hmm.c, hmm_vma_fault(); mm/rmap.c, make_device_exclusive_range(), which became
-make_device_exclusive() for one page; fs/userfaultfd.c, userfaultfd_unregister().
+make_device_exclusive() for one page; mm/migrate_device.c, migrate_vma_collect_pmd(); fs/userfaultfd.c,
+userfaultfd_unregister().
 
-**Absent**: huge pages in device memory, which 7.0 has: a migration splits them under either; differences that no
-driver and no program can see.
+**Absent**: differences that no driver and no program can see.
 """
 
 from __future__ import annotations
@@ -25,16 +25,32 @@ class Semantics:
     Attributes:
         fault_oom_errno: what hmm_range_fault() returns when a fault runs out of memory.
         uffd_unregisters_others: UFFDIO_UNREGISTER takes VMAs from other userfaultfds too.
-        exclusive_skips: taking pages from the CPU leaves those alone that are not private memory, and goes on behind
-            them; otherwise it stops there, and such a page alone is EOPNOTSUPP.
+        exclusive_ranges: pages are taken from the CPU in ranges: those that are not private memory, and pages of a
+            large folio behind its first, are left alone, and it goes on behind them.  Otherwise pages are taken one by
+            one, of large folios too, and the first that is not private memory ends it: such a page alone is EOPNOTSUPP.
+        migration_splits: a migration splits every huge page that it meets, and leaves pages of large folios that are
+            mapped by page entries where they are.  Otherwise it splits both, but only those that it selects.
     """
 
     name: str
     fault_oom_errno: int
-    exclusive_skips: bool
     uffd_unregisters_others: bool
+    exclusive_ranges: bool
+    migration_splits: bool
 
 
-LINUX_6_12 = Semantics("linux-6.12", fault_oom_errno=errnos.EFAULT, exclusive_skips=True, uffd_unregisters_others=True)
-LINUX_7 = Semantics("linux-7", fault_oom_errno=errnos.ENOMEM, exclusive_skips=False, uffd_unregisters_others=False)
+LINUX_6_12 = Semantics(
+    "linux-6.12",
+    fault_oom_errno=errnos.EFAULT,
+    uffd_unregisters_others=True,
+    exclusive_ranges=True,
+    migration_splits=True,
+)
+LINUX_7 = Semantics(
+    "linux-7",
+    fault_oom_errno=errnos.ENOMEM,
+    uffd_unregisters_others=False,
+    exclusive_ranges=False,
+    migration_splits=False,
+)
 PROFILES = {semantics.name: semantics for semantics in (LINUX_6_12, LINUX_7)}

@@ -107,7 +107,7 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
         anonymous=_bytes(anonymous),
         ksm=_bytes(flagged(PageFlag.KSM)),
         lazy_free=_bytes(anonymous & ~flagged(PageFlag.SWAPBACKED) & ~dirty),
-        anon_huge=_bytes(anonymous & present & ((entries & np.uint64(cpu_pte.HUGE)) != 0)),
+        anon_huge=_bytes(anonymous & ((entries & np.uint64(cpu_pte.HUGE)) != 0)),
         swap=(swapped.size << PAGE_SHIFT) + _swapped_of_file(space, vma),
         swap_pss=int(((PAGE_SIZE << _PSS_SHIFT) // np.maximum(counts, 1)).sum()) >> _PSS_SHIFT,
         locked=pss if vma.has(VmFlag.LOCKED) else 0,

@@ -23,7 +23,7 @@ from hmm.commands_hmm import Migrated
 from hmm.cpu_access import Accessed
 from hmm.events import Cause, Delivery, Event
 from hmm.machine import OperationRecord
-from hmm.migrate import MIGRATE
+from hmm.migration import MIGRATE
 from hmm.receiver import Receiver
 
 __all__ = ["COMMANDS", "Coverage", "outcome"]

@@ -125,31 +125,35 @@ class IntervalMirror(Receiver):
 
     # ---- moving pages, and taking them
 
-    async def migrate_to_device(self, span: AddressRange) -> Migrated:
+    async def migrate_to_device(self, span: AddressRange, *, compound: bool = False) -> Migrated:
         """Move what can be moved of a part of one mapping to the device, as far as it has room.
 
         More than 512 MiB is moved in parts.
 
+        Args:
+            compound: huge pages move as such (MIGRATE_VMA_SELECT_COMPOUND); under linux-6.12 they are split all the
+                same.
+
         Returns: words, uint64[npages] each: MIGRATE stands in `src` of the pages that were moved, `dst` has their new
-        frames.
+        frames.  With COMPOUND one stands for all of a huge page, and the others of that are 0.
 
         Raises:
             InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in (EINVAL).
             NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
         """
-        return await self._migrate("migrate_to_device", hmm_pb2.MigrateToDeviceRequest, span)
+        return await self._migrate("migrate_to_device", hmm_pb2.MigrateToDeviceRequest, span, compound)
 
-    async def migrate_to_system(self, span: AddressRange) -> Migrated:
+    async def migrate_to_system(self, span: AddressRange, *, compound: bool = False) -> Migrated:
         """Move what the device has of a part of one mapping back to system memory; as `migrate_to_device`."""
-        return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span)
+        return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span, compound)
 
-    async def _migrate(self, name: str, message: Any, span: AddressRange) -> Migrated:
+    async def _migrate(self, name: str, message: Any, span: AddressRange, compound: bool) -> Migrated:
         spans = [
             AddressRange(at, min(at + MIGRATE_BYTES, span.end)) for at in range(span.start, span.end, MIGRATE_BYTES)
         ]
         parts: list[Any] = []
         for part in spans or [span]:
-            replies = await self.call(name, message(mirror_id=self.id, range=range_to_proto(part)))
+            replies = await self.call(name, message(mirror_id=self.id, range=range_to_proto(part), compound=compound))
             self.require(replies[-1])
             parts += replies
         src, dst = (b"".join(getattr(part, array) for part in parts) for array in ("src", "dst"))

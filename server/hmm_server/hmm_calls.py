@@ -90,11 +90,11 @@ def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> Array
 
 
 def _to_device(q: hmm_pb2.MigrateToDeviceRequest) -> Invocation:
-    return invoke(commands_hmm.migrate_to_device, q.mirror_id, _migrated_range(q))
+    return invoke(commands_hmm.migrate_to_device, q.mirror_id, _migrated_range(q), compound=q.compound)
 
 
 def _to_system(q: hmm_pb2.MigrateToSystemRequest) -> Invocation:
-    return invoke(commands_hmm.migrate_to_system, q.mirror_id, _migrated_range(q))
+    return invoke(commands_hmm.migrate_to_system, q.mirror_id, _migrated_range(q), compound=q.compound)
 
 
 def _migrated_range(q: hmm_pb2.MigrateToDeviceRequest | hmm_pb2.MigrateToSystemRequest) -> AddressRange:

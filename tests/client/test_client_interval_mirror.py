@@ -25,7 +25,7 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm.events import Reason
-from hmm.migrate import MIGRATE
+from hmm.migration import MIGRATE
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, VALID, WRITE, word_pfns
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries
 from hmm_client import Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier, Process, Prot

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from hmm.migrate import MIGRATE
+from hmm.migration import MIGRATE
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, types_pb2, violation_pb2
 

@@ -46,7 +46,7 @@ def test_simulate_finds_a_huge_page_in_the_place_of_small_ones(monkeypatch: pyte
 
     Not every time: calls that wait until pages are there would then wait without a pause.
     """
-    has_table = huge_fault._has_table
+    has_table = huge_fault.has_table
     passed: set[tuple[AddressSpace, Address]] = set()
 
     def has_table_at_second_sight(space: AddressSpace, block: Address) -> bool:
@@ -54,5 +54,5 @@ def test_simulate_finds_a_huge_page_in_the_place_of_small_ones(monkeypatch: pyte
         passed.add((space, block))
         return seen and has_table(space, block)
 
-    monkeypatch.setattr(huge_fault, "_has_table", has_table_at_second_sight)
+    monkeypatch.setattr(huge_fault, "has_table", has_table_at_second_sight)
     assert found(range(50))

@@ -83,13 +83,17 @@ class InProcessHmm:
         """What each of them sees of a range."""
         return [self._local.call(commands_hmm.range_fault_unlocked, *one, span).require() for one in observers]
 
-    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move a part of one VMA to the device."""
-        return self._local.call(commands_hmm.migrate_to_device, mirror_id, span)
+        return self._local.call(commands_hmm.migrate_to_device, mirror_id, span, compound=compound)
 
-    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move it back."""
-        return self._local.call(commands_hmm.migrate_to_system, mirror_id, span)
+        return self._local.call(commands_hmm.migrate_to_system, mirror_id, span, compound=compound)
+
+    def fail_migration(self, mirror_id: MirrorId, nth: int) -> None:
+        """Make an allocation fail."""
+        self._local.call(commands_hmm.inject_migration_failure, mirror_id, nth)
 
     def evict_device(self, device_id: DeviceId) -> int:
         """Move everything back."""

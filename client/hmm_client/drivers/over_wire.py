@@ -21,6 +21,7 @@ from hmm.units import TASK_SIZE, Address, AddressRange, DeviceId, Entries, Mirro
 from hmm_client import event as aio_event
 from hmm_client import sync
 from hmm_client.drivers.dmirror import Observer
+from hmm_client.harness.holds import Harness
 from hmm_client.interval_driver import IntervalDriver
 
 __all__ = ["OverWireHmm"]
@@ -111,13 +112,17 @@ class OverWireHmm:
 
         return [faulted.words for faulted in self._client.loop.run(look())]
 
-    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move a part of one VMA to the device."""
-        return self._mirrors[mirror_id].migrate_to_device(span)
+        return self._mirrors[mirror_id].migrate_to_device(span, compound=compound)
 
-    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move it back."""
-        return self._mirrors[mirror_id].migrate_to_system(span)
+        return self._mirrors[mirror_id].migrate_to_system(span, compound=compound)
+
+    def fail_migration(self, mirror_id: MirrorId, nth: int) -> None:
+        """Make an allocation fail: the daemon was started with `harness`."""
+        self._client.loop.run(Harness(self._client.aio).fail_migration(self._mirrors[mirror_id].aio, nth))
 
     def evict_device(self, device_id: DeviceId) -> int:
         """Move everything back."""

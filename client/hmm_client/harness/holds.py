@@ -28,6 +28,7 @@ from hmm.ksm import KsmPass
 from hmm_client.channel import as_error
 from hmm_client.client import Client
 from hmm_client.device import Device
+from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
 from hmm_proto.v1 import harness_pb2
@@ -190,6 +191,14 @@ class Harness:
         """Make the nth DMA mapping of a device from now on fail, once; 0: none any more."""
         kind = harness_pb2.FAILURE_KIND_DMA_MAPPING
         await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, device_id=device.id))
+
+    async def fail_migration(self, mirror: IntervalMirror, nth: int) -> None:
+        """Make the nth allocation from now on fail, once, that is made to migrate pages for a mirror; 0: none any more.
+
+        A huge page moves by small ones instead; a small page stays, and on the way back those behind it too.
+        """
+        kind = harness_pb2.FAILURE_KIND_MIGRATION
+        await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, mirror_id=mirror.id))
 
     async def scan_ksm(self, passes: int = 2) -> KsmPass:
         """Merge equal pages of all memory that asked for it (MADV_MERGEABLE), as the kernel's ksmd does unasked.

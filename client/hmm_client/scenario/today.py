@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmm.migrate import MIGRATE
+from hmm.migration import MIGRATE
 from hmm.range_fault import VALID
 from hmm.units import AddressRange
 from hmm_client.scenario.driver import Driven

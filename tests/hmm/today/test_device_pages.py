@@ -13,7 +13,7 @@ from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, Ou
 from hmm.events import EventType, Reason
 from hmm.frames import RegionKind
 from hmm.madvise import Advice
-from hmm.migrate import MIGRATE, VALID, WRITE
+from hmm.migration import MIGRATE, VALID, WRITE
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 

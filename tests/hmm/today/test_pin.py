@@ -17,7 +17,7 @@ from hmm.errors import (
 )
 from hmm.frames import RegionKind
 from hmm.machine import Caller
-from hmm.migrate import MIGRATE
+from hmm.migration import MIGRATE
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag

@@ -12,15 +12,15 @@ is not entered.
 
 `python -m hmm_client.drivers.dmirror` is the driver as a process (`__main__.py`).
 
-A `Profile` says how true to the kernel's driver it is.  `LINUX_6_12_CORRECTED` repeats what that does with batches,
-error codes and neighbouring pages, with the two corrections that keep it from following dangling pointers;
-`CLEAN`, the default, is what its author would want.
+A `Profile` says how true to the kernel's driver it is.  `LINUX_6_12_CORRECTED` and `LINUX_7_CORRECTED` repeat what
+that does with batches, error codes and neighbouring pages, with the two corrections that keep it from following
+dangling pointers; `CLEAN`, the default, is what its author would want.
 
-**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12; READ_UNLOCKED as posted in 2026.
+**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12 and 7.0; READ_UNLOCKED as posted in 2026.
 
 **Invariants**: an access goes through the table; no entry outlives the event that takes it away.
 
-**Absent**: mapping the device file (its pages are ordinary ones), the FLAGS command of 6.19.
+**Absent**: mapping the device file (its pages are ordinary ones).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import errno as errnos
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from threading import RLock
 from typing import Protocol, TypeAlias
 
@@ -49,14 +49,16 @@ from hmm.errors import (
 )
 from hmm.events import Event, EventType, Reason
 from hmm.frames import RegionKind
-from hmm.migrate import MIGRATE, VALID
-from hmm.migrate import PFN_SHIFT as MIGRATE_PFN_SHIFT
-from hmm.migrate import WRITE as MIGRATE_WRITE
+from hmm.migration import COMPOUND as MIGRATE_COMPOUND
+from hmm.migration import MIGRATE, VALID
+from hmm.migration import PFN_SHIFT as MIGRATE_PFN_SHIFT
+from hmm.migration import WRITE as MIGRATE_WRITE
 from hmm.page_table import PageTable
 from hmm.spans import Spans, inside
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
+    PMD_PAGES,
     PMD_SHIFT,
     TASK_SIZE,
     Address,
@@ -73,7 +75,9 @@ from hmm.units import (
 __all__ = [
     "CLEAN",
     "LINUX_6_12_CORRECTED",
+    "LINUX_7_CORRECTED",
     "Card",
+    "Flag",
     "Handle",
     "Hmm",
     "Observer",
@@ -133,11 +137,14 @@ class Hmm(Protocol):
     def snapshots(self, observers: Sequence[Observer], span: AddressRange) -> list[Entries]:
         """What each of them sees of a range, in one round trip."""
 
-    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move a part of one VMA to the device."""
 
-    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move it back."""
+
+    def fail_migration(self, mirror_id: MirrorId, nth: int) -> None:
+        """Make the nth allocation from now on fail that a migration of this mirror needs; 0: none."""
 
     def evict_device(self, device_id: DeviceId) -> int:
         """Move everything back."""
@@ -161,7 +168,11 @@ class Profile:
     """How the driver behaves where the kernel's is peculiar.
 
     Attributes:
-        batch_pages: how many pages one call of the interface is asked for.
+        batch_pages: how many pages one range fault, snapshot or call for exclusive access is asked for.
+        migrate_pages: and one migration.
+        compound: huge pages are selected as such.
+        tags_holes: pages that were nowhere before they were migrated may be written at once if their VMA may; otherwise
+            the first write faults.
         end_included: an event of [a, b) takes the entry of page b too.
         faults_own_pages_back: a device write to a page of its own that is read-only brings the page back and goes on;
             otherwise it fails with EFAULT, as hmm_range_fault() does not enforce writing there.
@@ -172,14 +183,48 @@ class Profile:
 
     name: str
     batch_pages: int
+    migrate_pages: int
+    compound: bool
+    tags_holes: bool
     end_included: bool
     faults_own_pages_back: bool
     exclusive_errno: int
     ignores_own_migrations: bool
 
 
-LINUX_6_12_CORRECTED = Profile("6.12-corrected", 64, True, False, errnos.EBUSY, True)
-CLEAN = Profile("clean", 512, False, True, 0, False)
+LINUX_6_12_CORRECTED = Profile(
+    "6.12-corrected",
+    batch_pages=64,
+    migrate_pages=64,
+    compound=False,
+    tags_holes=True,
+    end_included=True,
+    faults_own_pages_back=False,
+    exclusive_errno=errnos.EBUSY,
+    ignores_own_migrations=True,
+)
+LINUX_7_CORRECTED = Profile(
+    "7-corrected",
+    batch_pages=32,
+    migrate_pages=512,
+    compound=True,
+    tags_holes=False,
+    end_included=True,
+    faults_own_pages_back=False,
+    exclusive_errno=0,
+    ignores_own_migrations=True,
+)
+CLEAN = Profile(
+    "clean",
+    batch_pages=512,
+    migrate_pages=512,
+    compound=True,
+    tags_holes=True,
+    end_included=False,
+    faults_own_pages_back=True,
+    exclusive_errno=0,
+    ignores_own_migrations=False,
+)
 
 
 class Tag(IntEnum):
@@ -188,6 +233,12 @@ class Tag(IntEnum):
     NONE = 0
     WRITE = 1
     ATOMIC = 2
+
+
+class Flag(IntFlag):
+    """What FLAGS sets: HMM_DMIRROR_FLAG_."""
+
+    FAIL_ALLOC = 1
 
 
 class Snapshot(IntEnum):
@@ -319,6 +370,9 @@ class _Moving:
                 self.before = table.read(self.span.start, self.span.end)
         elif event.operation_id != self.operation_id:
             self.taken.append(event.spans)
+        elif event.reason is not self.reason and self.before is not None:  # a huge page was split
+            pages = np.arange(self.span.start, self.span.end, PAGE_SIZE, dtype=np.uint64)
+            self.before[inside(pages, event.spans)] = 0
 
 
 class Handle:
@@ -398,12 +452,12 @@ class Handle:
         for part in self._readable_parts(span):
             with self._listening(part, Reason.MIGRATE) as moving:
                 with _alive("migrate"):
-                    moved = self._hmm.migrate_to_device(self.id, part)
+                    moved = self._hmm.migrate_to_device(self.id, part, compound=self._profile.compound)
                 self._enter(part, moved, moving)
         return self._read_back(span)
 
     def migrate_to_system(self, address: Address, npages: int) -> Reply:
-        """HMM_DMIRROR_MIGRATE_TO_SYS: move the device's own pages back.
+        """HMM_DMIRROR_MIGRATE_TO_SYS: move the device's own pages back.  A huge page counts as one.
 
         Raises: InvalidRequestError: as `migrate_to_device`.
         """
@@ -411,10 +465,9 @@ class Handle:
         count = 0
         for part in self._readable_parts(span):
             with _alive("migrate"):
-                moved = self._hmm.migrate_to_system(self.id, part)
-            pages = _moved(moved)
-            self._table.clear_many(_at(part, pages))
-            count += pages.size
+                moved = self._hmm.migrate_to_system(self.id, part, compound=self._profile.compound)
+            self._table.clear_many(_at(part, _Moved.of(moved).pages))
+            count += int(np.count_nonzero(_are_moved(moved)))
         return Reply(count)
 
     def snapshot(self, address: Address, npages: int) -> Reply:
@@ -438,7 +491,10 @@ class Handle:
         """
         span = _checked("exclusive", address, npages)
         for batch in self._batches(span):
-            self._take(batch)
+            if self._profile.exclusive_errno:
+                self._take(batch)
+            else:
+                self._take_one_by_one(batch)
         return self._read_back(span)
 
     def check_exclusive(self, address: Address, npages: int) -> Reply:
@@ -456,6 +512,18 @@ class Handle:
         """HMM_DMIRROR_RELEASE: empty the memory of the whole device; the range is only looked at."""
         _checked("release", address, npages)
         self.card.evict()
+        return Reply()
+
+    def flags(self, address: Address, flags: int) -> Reply:
+        """HMM_DMIRROR_FLAGS: what goes wrong from now on; FAIL_ALLOC is over when one allocation has failed.
+
+        Args:
+            flags: in the place of the number of pages, so that none cannot be said.
+
+        Raises: InvalidRequestError: an address inside a page, or no flags (EINVAL).
+        """
+        _checked("flags", address, flags)
+        self._hmm.fail_migration(self.id, 1 if flags & Flag.FAIL_ALLOC else 0)
         return Reply()
 
     # ---- what no ioctl does: the device accesses any bytes, as one access
@@ -547,14 +615,12 @@ class Handle:
                 self._moving.remove(moving)
 
     def _enter(self, part: AddressRange, moved: Migrated, moving: _Moving) -> None:
-        pages = _moved(moved)
-        words = moved.dst[pages]
-        tags = np.where(words & np.uint64(MIGRATE_WRITE), np.uint64(Tag.WRITE), np.uint64(Tag.NONE))
-        pfns = (words >> np.uint64(MIGRATE_PFN_SHIFT)).view(np.int64)
         if moving.before is None:
             return  # the device has them all
-        entries = moving.before
-        entries[pages] = _entries(pfns, tags)
+        entered = _Moved.of(moved)
+        written = entered.writable if self._profile.tags_holes else entered.writable & entered.framed
+        entries = np.zeros(part.npages, np.uint64) if self._profile.ignores_own_migrations else moving.before
+        entries[entered.pages] = _entries(entered.pfns, np.where(written, np.uint64(Tag.WRITE), np.uint64(Tag.NONE)))
         pages = np.flatnonzero(entries)
         self._store_kept(_at(part, pages), entries[pages], moving)
 
@@ -636,7 +702,7 @@ class Handle:
                 vma = self._hmm.find_vma(self.id, at)
             if vma is None or not vma.readable:
                 raise InvalidRequestError(f"migrate: nothing readable is mapped at {at:#x}", address=at)
-            part = AddressRange(at, min(span.end, at + (self._profile.batch_pages << PAGE_SHIFT), vma.end))
+            part = AddressRange(at, min(span.end, at + (self._profile.migrate_pages << PAGE_SHIFT), vma.end))
             yield part
             at = part.end
 
@@ -647,21 +713,37 @@ class Handle:
                 with _alive("exclusive"):
                     pfns = self._hmm.make_exclusive(self.id, batch)
             except (BadAddressError, AccessDeniedError, OutOfFramesError) as error:
-                raise self._not_taken(batch.start, error) from error
-            if pfns.size == batch.npages:
-                taken = np.flatnonzero(pfns)
-                tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
-                self._store_kept(_at(batch, taken), _entries(pfns[taken], tags), moving)
-                if taken.size == pfns.size:
-                    return
+                raise self._not_taken(batch.start, self._profile.exclusive_errno) from error
+            if pfns.size == batch.npages and self._enter_taken(batch, pfns, moving):
+                return
         missing = int((pfns == 0).argmax()) if not pfns.all() else pfns.size
-        raise self._not_taken(batch.start + (missing << PAGE_SHIFT), None)
+        raise self._not_taken(batch.start + (missing << PAGE_SHIFT), self._profile.exclusive_errno)
 
-    def _not_taken(self, address: Address, error: HmmError | None) -> HmmError:
+    def _take_one_by_one(self, batch: AddressRange) -> None:
+        """make_device_exclusive() for each page, up to the first that it refuses."""
+        at = batch.start
+        while at < batch.end:
+            part = AddressRange(at, batch.end)
+            with self._listening(part, Reason.EXCLUSIVE) as moving:
+                with _alive("exclusive"):
+                    pfns = self._hmm.make_exclusive(self.id, part)
+                complete = self._enter_taken(part, pfns, moving)
+            if not complete:
+                raise self._not_taken(at + (int((pfns == 0).argmax()) << PAGE_SHIFT), errnos.EOPNOTSUPP)
+            at += pfns.size << PAGE_SHIFT
+
+    def _enter_taken(self, span: AddressRange, pfns: Pfns, moving: _Moving) -> bool:
+        """Enter pages that were taken, from the start of a range.  Returns: whether they were all."""
+        taken = np.flatnonzero(pfns)
+        tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
+        self._store_kept(_at(span, taken), _entries(pfns[taken], tags), moving)
+        return taken.size == pfns.size
+
+    @staticmethod
+    def _not_taken(address: Address, number: int) -> HmmError:
         message = f"exclusive access: {address:#x} cannot be taken from the CPU"
-        if self._profile.exclusive_errno:
-            return RangeBusyError(message, self._profile.exclusive_errno, address=address)
-        return error or InvalidRequestError(message, errnos.EOPNOTSUPP, address=address)
+        kind = RangeBusyError if number == errnos.EBUSY else InvalidRequestError
+        return kind(message, number, address=address)
 
 
 def _checked(operation: str, address: Address, npages: int) -> AddressRange:
@@ -703,6 +785,40 @@ def _leading(mask: npt.NDArray[np.bool_]) -> int:
     return mask.size if mask.all() else int(mask.argmin())
 
 
-def _moved(moved: Migrated) -> npt.NDArray[np.intp]:
-    """Which pages of a migration have been moved."""
-    return np.flatnonzero((moved.src & np.uint64(MIGRATE) != 0) & (moved.dst & np.uint64(VALID) != 0))
+def _are_moved(moved: Migrated) -> npt.NDArray[np.bool_]:
+    """bool[n]: which words of a migration are of pages that have been moved; of a huge page the first one."""
+    moved_words: npt.NDArray[np.bool_] = (moved.src & np.uint64(MIGRATE) != 0) & (moved.dst & np.uint64(VALID) != 0)
+    return moved_words
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """The pages that a migration has moved, those inside huge ones too.
+
+    Attributes:
+        pages: counted from the start of its range.
+        pfns: where they are now.
+        writable: what the word says.
+        framed: they were somewhere before.
+    """
+
+    pages: npt.NDArray[np.intp]
+    pfns: Pfns
+    writable: npt.NDArray[np.bool_]
+    framed: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, moved: Migrated) -> _Moved:
+        """Give all pages of a huge one what its word says."""
+        first = np.flatnonzero(_are_moved(moved))
+        words = moved.dst[first]
+        counts = np.where(words & np.uint64(MIGRATE_COMPOUND), PMD_PAGES, 1)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        pfns = (words >> np.uint64(MIGRATE_PFN_SHIFT)).view(np.int64)
+        writable, framed = words & np.uint64(MIGRATE_WRITE) != 0, moved.src[first] & np.uint64(VALID) != 0
+        return cls(
+            np.repeat(first, counts) + within,
+            np.repeat(pfns, counts) + within,
+            np.repeat(writable, counts),
+            np.repeat(framed, counts),
+        )

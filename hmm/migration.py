@@ -1,0 +1,146 @@
+"""`struct migrate_vma`: pages of one VMA on their way, a source word and a destination word for each.
+
+    VALID      there is a page                       MIGRATE    it is to be moved; behind `pages` it was
+    WRITE      it may be written                     COMPOUND   it moves with all of its huge page
+
+The kernel gives only the first page of a huge one that moves as one its words; here all have theirs, and
+`Migration.arrays` says it the kernel's way.
+
+**Source**: Linux include/linux/migrate.h; MIGRATE_PFN_COMPOUND and MIGRATE_VMA_SELECT_COMPOUND as of 7.0.
+
+**Invariants**: COMPOUND stands in the words of whole blocks.
+
+**Absent**: what is done with them (migrate.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm.address_space import AddressSpace
+from hmm.events import Cause
+from hmm.migration_entries import range_of
+from hmm.units import (
+    PAGE_SHIFT,
+    PMD_MASK,
+    AddressRange,
+    DeviceId,
+    Entries,
+    MirrorId,
+    Pfns,
+    spans_of_pages,
+)
+from hmm.vma import Vma
+
+__all__ = ["COMPOUND", "MIGRATE", "PFN_SHIFT", "VALID", "WRITE", "Migration", "Positions", "Select", "migrate_pfn"]
+
+VALID = 1 << 0
+"""There is a page."""
+MIGRATE = 1 << 1
+"""It is to be moved; behind `pages` it was."""
+WRITE = 1 << 3
+COMPOUND = 1 << 4
+"""It is part of a huge page that moves as one."""
+PFN_SHIFT = 6
+
+Positions = npt.NDArray[np.intp]
+_INSIDE_BLOCK = np.uint64(~PMD_MASK)
+
+
+class Select(IntFlag):
+    """MIGRATE_VMA_SELECT_: what of the range is collected, besides holes; COMPOUND: huge pages as such."""
+
+    SYSTEM = 1
+    DEVICE_PRIVATE = 2
+    DEVICE_COHERENT = 4
+    COMPOUND = 8
+
+
+def migrate_pfn(pfns: Pfns) -> Entries:
+    """Destination words of frames."""
+    words: Entries = (pfns.view(np.uint64) << np.uint64(PFN_SHIFT)) | np.uint64(VALID)
+    return words
+
+
+@dataclass(slots=True, eq=False)
+class Migration:
+    """Some pages of one VMA on their way.
+
+    Attributes:
+        addresses: uint64[n], ascending.
+        owner: the device whose pages are selected, and whose drivers know of the migration.
+        initiator: the mirror that asked for it, or that put the pages where they have to come back from.
+        src, dst: uint64[n], words.
+    """
+
+    space: AddressSpace
+    vma: Vma
+    addresses: Entries
+    select: Select
+    owner: DeviceId
+    cause: Cause
+    initiator: MirrorId
+    src: Entries = field(init=False)
+    dst: Entries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.src = np.zeros(self.addresses.size, np.uint64)
+        self.dst = np.zeros(self.addresses.size, np.uint64)
+
+    @property
+    def pages(self) -> Positions:
+        """Which of the addresses have a page that is on its way."""
+        wanted = np.uint64(VALID | MIGRATE)
+        return np.flatnonzero((self.src & wanted) == wanted)
+
+    @property
+    def holes(self) -> Positions:
+        """Which of the addresses have none and are on their way."""
+        return np.flatnonzero((self.src & np.uint64(VALID | MIGRATE)) == MIGRATE)
+
+    @property
+    def heads(self) -> Positions:
+        """Where huge pages begin that are on their way as one, and holes as large."""
+        if not Select.COMPOUND & self.select:
+            return np.empty(0, np.intp)
+        wanted = np.uint64(MIGRATE | COMPOUND)
+        return np.flatnonzero(((self.src & wanted) == wanted) & ((self.addresses & _INSIDE_BLOCK) == 0))
+
+    def source_pfns(self, which: Positions) -> Pfns:
+        """int64[n]: the frames of `src`."""
+        return (self.src[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
+
+    def target_pfns(self, which: Positions) -> Pfns:
+        """int64[n]: the frames of `dst`; 0 where there is none."""
+        return (self.dst[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
+
+    @property
+    def spans(self) -> tuple[AddressRange, ...]:
+        """The pages as ranges."""
+        span = range_of(self.addresses)
+        if span is not None:
+            return (span,)
+        return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+
+    def indices(self, which: Positions) -> Pfns:
+        """int64[n]: page->index of pages of this VMA."""
+        return (self.addresses[which] >> np.uint64(PAGE_SHIFT)).view(np.int64) + self.vma.mapping.delta
+
+    @property
+    def still_there(self) -> bool:
+        """Whether the VMA is still where it was."""
+        now, was = self.space.vmas.find(int(self.addresses[0])), self.vma.mapping
+        same = now is not None and now.backing is was.backing and now.mapping.delta == was.delta
+        return same and now is not None and int(self.addresses[-1]) < now.end
+
+    @property
+    def arrays(self) -> tuple[Entries, Entries]:
+        """`src` and `dst` as the kernel's arrays are: of what moves as one only the first word is there."""
+        tails = ((self.src & np.uint64(COMPOUND)) != 0) & ((self.addresses & _INSIDE_BLOCK) != 0)
+        if not tails.any():
+            return self.src, self.dst
+        return np.where(tails, np.uint64(0), self.src), np.where(tails, np.uint64(0), self.dst)

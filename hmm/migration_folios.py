@@ -1,0 +1,273 @@
+"""Large folios in a migration: which of them move as one, and how the others are split.
+
+    what is met                              linux-6.12             linux-7
+    a huge page, selected as one             split                  moves as one
+    a huge page otherwise                    split                  split if it is selected
+    a large folio mapped by page entries     stays                  split if it is selected
+    a huge page with small destinations                             split when it is unmapped already
+    a block without a page table             a hole for each page   a hole for all of it, where selected as one
+    the huge zero page                       split                  a hole; split when small pages take its place
+
+What cannot be split stays, and with it what lies behind it in its block.
+
+**Source**: Linux mm/migrate_device.c, 7.0: migrate_vma_collect_huge_pmd(), migrate_vma_collect_pmd(),
+migrate_vma_collect_hole(), migrate_vma_split_unmapped_folio(); 6.12: migrate_vma_collect_pmd().
+
+**Invariants**: those of huge_split.py.
+
+**Absent**: the destinations (device_pages.py); sizes between a page and a block.
+
+Differs: a huge page of coherent memory is selected as its small pages are, by SELECT_DEVICE_COHERENT and its owner; the
+kernel selects it by SELECT_SYSTEM, and its drivers leave it alone then, so that it never comes back by their request.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmm import cpu_pte
+from hmm.events import Cause
+from hmm.frames import PageFlag
+from hmm.huge_fault import has_table
+from hmm.huge_split import block_of, huge_blocks, split_folio, split_pmds
+from hmm.large_folio import are_compound
+from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
+from hmm.migration_entries import HeldPages, are_names_of, entries_of
+from hmm.operation import Operation
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns
+from hmm.zone_device import are_private, owners
+
+__all__ = [
+    "all_or_none",
+    "are_selected",
+    "are_whole",
+    "have_room",
+    "map_by_pages",
+    "positions_of",
+    "split_large",
+    "split_unmapped",
+    "split_zero_pages",
+]
+
+_Mask = npt.NDArray[np.bool_]
+_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
+_NOT_COMPOUND = np.uint64(~COMPOUND & (1 << 64) - 1)
+_BLOCK = np.uint64(PMD_MASK & (1 << 64) - 1)
+
+
+def are_selected(migration: Migration, pfns: Pfns) -> _Mask:
+    """bool[n]: which frames are of a kind that the migration selects."""
+    frames, select, wanted = migration.space.frames, migration.select, np.zeros(pfns.size, np.bool_)
+    of_device = owners(frames, pfns)
+    if Select.SYSTEM in select:
+        wanted |= of_device == 0
+    if Select.DEVICE_PRIVATE in select:
+        wanted |= are_private(frames, pfns) & (of_device == migration.owner)
+    if Select.DEVICE_COHERENT in select:
+        wanted |= ~are_private(frames, pfns) & (of_device == migration.owner)
+    return wanted
+
+
+def positions_of(heads: Positions) -> Positions:
+    """The positions of all pages of blocks that begin at these: int64[n * PMD_PAGES]."""
+    return (heads[:, np.newaxis] + np.arange(PMD_PAGES)).reshape(-1)
+
+
+def all_or_none(mask: _Mask, whole: _Mask) -> None:
+    """Set `mask` for all pages of what moves as one when it is set for one of them.
+
+    Args:
+        mask: bool[n], changed in place.
+        whole: bool[n], the pages that move as parts of blocks; so many consecutive ones are one block.
+    """
+    parts = np.flatnonzero(whole)
+    if parts.size:
+        mask[parts] = np.repeat(mask[parts].reshape(-1, PMD_PAGES).any(axis=1), PMD_PAGES)
+
+
+# ---- before anything is collected
+
+
+def split_large(migration: Migration) -> Operation[_Mask]:
+    """Split the large folios that are not to move as such.
+
+    Returns: bool[n], the pages that have to stay where they are as a folio could not be split.
+
+    Cost: O(blocks + folios), and that of `split_folio` for each that is split.
+    """
+    left = np.zeros(migration.addresses.size, np.bool_)
+    if not migration.space.huge:
+        return left
+    if migration.space.semantics.migration_splits:
+        yield from _split_all(migration)
+    else:
+        yield from _split_selected(migration, left)
+        yield from _split_mapped_by_pages(migration, left)
+    return left
+
+
+def _split_all(migration: Migration) -> Operation[None]:
+    """Whatever is selected; what cannot be split is left out when pages are collected, as part of a large folio."""
+    space = migration.space
+    for block in _huge_blocks(migration):
+        if not migration.still_there:
+            return
+        entry = space.table.get(block.start)
+        if cpu_pte.is_huge_zero(entry):
+            yield from split_pmds(space, (block,))
+        elif cpu_pte.is_huge(entry):
+            yield from split_folio(space, migration.vma, block.start)
+
+
+def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
+    space = migration.space
+    for block in _huge_blocks(migration):
+        if not migration.still_there:
+            return
+        entry = space.table.get(block.start)
+        if not cpu_pte.is_huge(entry) or not _is_selected(migration, entry):
+            continue
+        if Select.COMPOUND in migration.select and _head_of(migration, block.start) is not None:
+            continue
+        if not (yield from split_folio(space, migration.vma, block.start)):
+            _leave(migration, left, block.start)
+
+
+def _split_mapped_by_pages(migration: Migration, left: _Mask) -> Operation[None]:
+    space, frames = migration.space, migration.space.frames
+    entries = entries_of(space, migration.addresses)
+    movable = cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries) & ~cpu_pte.is_huge(entries)
+    positions = np.flatnonzero(movable)
+    pfns = cpu_pte.cpu_pfn(entries[positions])
+    large = are_compound(frames, pfns)
+    if not large.any():
+        return
+    large &= are_selected(migration, pfns)
+    _, first = np.unique(pfns[large] // PMD_PAGES, return_index=True)
+    for position in np.sort(positions[large][first]).tolist():
+        if not migration.still_there:
+            return
+        address = int(migration.addresses[position])
+        entry = space.table.get(address)
+        large_still = cpu_pte.holds_frame(entry) and frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.COMPOUND
+        if large_still and not left[position] and not (yield from split_folio(space, migration.vma, address)):
+            _leave(migration, left, address)
+
+
+def _leave(migration: Migration, left: _Mask, address: Address) -> None:
+    # migrate_vma_collect_skip(addr, end), up to the end of the block.
+    first, last = np.searchsorted(migration.addresses, (address, (address & PMD_MASK) + PMD_PAGES * PAGE_SIZE))
+    left[first:last] = True
+
+
+def _huge_blocks(migration: Migration) -> list[AddressRange]:
+    starts = np.unique(migration.addresses & _BLOCK).tolist()
+    return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
+
+
+def _head_of(migration: Migration, start: Address) -> int | None:
+    """Where the words of a block begin that all of is to be migrated."""
+    addresses, at = migration.addresses, int(np.searchsorted(migration.addresses, start))
+    last = at + PMD_PAGES - 1
+    there = last < addresses.size and int(addresses[last]) == start + (PMD_PAGES - 1) * PAGE_SIZE
+    return at if there else None
+
+
+def _is_selected(migration: Migration, entry: int) -> bool:
+    return cpu_pte.holds_frame(entry) and bool(are_selected(migration, np.array([cpu_pte.cpu_pfn(entry)]))[0])
+
+
+# ---- when pages are collected
+
+
+def are_whole(migration: Migration, entries: Entries) -> _Mask:
+    """Which pages move as parts of blocks: of huge pages, of the huge zero page, and where a block has no page table.
+
+    Args:
+        entries: uint64[n], what stands at the migration's addresses.
+
+    Returns: bool[n], whole blocks.
+
+    Cost: O(blocks).
+    """
+    found = np.zeros(entries.size, np.bool_)
+    space = migration.space
+    if Select.COMPOUND not in migration.select or space.semantics.migration_splits:
+        return found
+    anonymous = migration.vma.backing is None
+    for start in np.unique(migration.addresses & _BLOCK).tolist():
+        head = _head_of(migration, start)
+        if head is None:
+            continue
+        entry, block = int(entries[head]), slice(head, head + PMD_PAGES)
+        if cpu_pte.is_huge_zero(entry):
+            found[block] = anonymous and Select.SYSTEM in migration.select
+        elif cpu_pte.is_huge(entry):
+            found[block] = _is_selected(migration, entry)
+        else:
+            found[block] = anonymous and not entry and not has_table(space, start)
+    return found
+
+
+# ---- when pages are unmapped
+
+
+def split_unmapped(migration: Migration, held: HeldPages) -> Operation[None]:
+    """Split what was to move as one and got small destinations; mirrors hear of it, as the blocks' mapping changes.
+
+    Args:
+        held: the pages of the migration.
+    """
+    heads = migration.heads
+    heads = heads[(migration.dst[heads] & np.uint64(VALID | COMPOUND)) == VALID]
+    framed = positions_of(heads[(migration.src[heads] & np.uint64(VALID)) != 0])
+    if framed.size:
+        starts = migration.addresses[framed[::PMD_PAGES]].tolist()
+        spans = tuple(AddressRange(start, start + PMD_PAGES * PAGE_SIZE) for start in starts)
+        with migration.space.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT) as bracket:
+            yield from bracket.deliver()
+            map_by_pages(held, np.isin(held.pfns, migration.source_pfns(framed)))
+    migration.src[positions_of(heads)] &= _NOT_COMPOUND
+
+
+def map_by_pages(held: HeldPages, chosen: _Mask) -> None:
+    """Make small pages of large folios that have migration entries only: folio_split_unmapped().
+
+    Args:
+        chosen: bool[n], which of the held pages; all of a folio.
+    """
+    if not np.count_nonzero(chosen):
+        return
+    for place in held.places():
+        entries = entries_of(place.space, place.addresses)
+        ours = are_names_of(entries, held.pfns[place.pages]) & chosen[place.pages]
+        place.space.table.store(place.addresses[ours], entries[ours] & _NOT_HUGE)
+    held.frames.clear_flags(held.pfns[chosen], PageFlag.COMPOUND)
+
+
+# ---- where nothing was
+
+
+def split_zero_pages(migration: Migration, holes: Positions) -> Operation[None]:
+    """Map the huge zero page by page entries where small pages are about to take its place."""
+    if not migration.space.huge:
+        return
+    small = holes[(migration.src[holes] & np.uint64(COMPOUND)) == 0]
+    starts = np.unique(migration.addresses[small] & _BLOCK).tolist()
+    zero = [start for start in starts if cpu_pte.is_huge_zero(migration.space.table.get(start))]
+    yield from split_pmds(migration.space, map(block_of, zero))
+
+
+def have_room(migration: Migration, holes: Positions, entries: Entries) -> _Mask:
+    """For those of the holes that move as parts of blocks: whether nothing has come into their block meanwhile.
+
+    Args:
+        entries: uint64[n], what stands there now.
+    """
+    space, free = migration.space, np.ones(holes.size, np.bool_)
+    for at in np.flatnonzero((migration.src[holes] & np.uint64(COMPOUND)) != 0)[::PMD_PAGES].tolist():
+        start = int(migration.addresses[holes[at]])
+        taken = has_table(space, start) and not cpu_pte.is_huge_zero(int(entries[at]))
+        free[at : at + PMD_PAGES] = not taken
+    return free
