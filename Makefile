@@ -128,6 +128,10 @@ SIMULATE_ARGS ?=
 simulate: install-dev ## Run ten thousand seeded interleavings on all CPUs; SEEDS=FIRST:END and TOWNS select
 	$(BIN)/python tests/simulation $(SEEDS) $(TOWNS) $(SIMULATE_ARGS)
 
+.PHONY: selftest
+selftest: install-dev ## Run the cases of the kernel's own selftest, the largest buffer included
+	SELFTEST_ALL=1 $(BIN)/python $(PYTEST) tests/system/selftest $(PYTEST_ARGS)
+
 TRACES ?= tests/client/data/kernel-traces
 verify: install-dev ## Compare the kernel's traces with a daemon, over the wire; TRACES selects
 	$(BIN)/hmmctl verify $(TRACES)

@@ -12,7 +12,7 @@ import pytest
 from selftest_rig import Rig
 
 from hmm_client import sync
-from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED
+from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED, Profile
 from hmm_client.drivers.over_wire import OverWireHmm
 from hmm_client.embedded import embedded_daemon
 
@@ -22,6 +22,12 @@ def selftest_client() -> Iterator[sync.Client]:
     """A client of a daemon that the cases of 6.12 share, one after the other; with huge pages set aside."""
     with embedded_daemon(hugetlb_pages=4) as target, sync.connect(target, name="selftest") as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def selftest_profile() -> Profile:
+    """How the test driver behaves: as that of 6.12."""
+    return LINUX_6_12_CORRECTED
 
 
 def _rig(client: sync.Client, variant: str, count: int, profile: Any) -> Iterator[Rig]:
@@ -35,12 +41,12 @@ def _rig(client: sync.Client, variant: str, count: int, profile: Any) -> Iterato
 
 
 @pytest.fixture(params=["private", "coherent"])
-def hmm(request: pytest.FixtureRequest, selftest_client: sync.Client) -> Iterator[Rig]:
+def hmm(request: pytest.FixtureRequest, selftest_client: sync.Client, selftest_profile: Profile) -> Iterator[Rig]:
     """One mirror: of device 0, or 2."""
-    yield from _rig(selftest_client, request.param, 1, LINUX_6_12_CORRECTED)
+    yield from _rig(selftest_client, request.param, 1, selftest_profile)
 
 
 @pytest.fixture(params=["private", "coherent"])
-def hmm2(request: pytest.FixtureRequest, selftest_client: sync.Client) -> Iterator[Rig]:
+def hmm2(request: pytest.FixtureRequest, selftest_client: sync.Client, selftest_profile: Profile) -> Iterator[Rig]:
     """Two mirrors of one process: of devices 0 and 1, or 2 and 3."""
-    yield from _rig(selftest_client, request.param, 2, LINUX_6_12_CORRECTED)
+    yield from _rig(selftest_client, request.param, 2, selftest_profile)
