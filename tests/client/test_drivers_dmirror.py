@@ -18,7 +18,7 @@ from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, MirrorId, Pfn
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.drivers.control import decode, encode
-from hmm_client.drivers.dmirror import CLEAN, LINUX_6_12_CORRECTED, Card, Handle, Profile
+from hmm_client.drivers.dmirror import CLEAN, LINUX_6_12_CORRECTED, LINUX_7_CORRECTED, Card, Handle, Profile
 from hmm_client.drivers.dmirror.__main__ import operations
 from hmm_client.drivers.in_process import InProcessHmm
 
@@ -61,7 +61,7 @@ class Bench:
         return self.local.call(commands_process.read_memory, self.process, page(at), length).data
 
 
-@pytest.fixture(params=[CLEAN, LINUX_6_12_CORRECTED], ids=lambda profile: profile.name)
+@pytest.fixture(params=[CLEAN, LINUX_6_12_CORRECTED, LINUX_7_CORRECTED], ids=lambda profile: profile.name)
 def bench(request: pytest.FixtureRequest) -> Bench:
     """A bench in each profile."""
     return Bench(request.param)
@@ -314,9 +314,9 @@ class Overtaking(InProcessHmm):
 
     process: ProcessId = 0
 
-    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange) -> Migrated:
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
         """Move, and let the CPU have the first page back."""
-        moved = super().migrate_to_device(mirror_id, span)
+        moved = super().migrate_to_device(mirror_id, span, compound=compound)
         self._local.call(commands_process.read_memory, self.process, span.start, 1)
         return moved
 
@@ -327,7 +327,7 @@ class Overtaking(InProcessHmm):
         return pfns
 
 
-@pytest.mark.parametrize("profile", [CLEAN, LINUX_6_12_CORRECTED], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("profile", [CLEAN, LINUX_6_12_CORRECTED, LINUX_7_CORRECTED], ids=lambda profile: profile.name)
 def test_reply_is_not_entered_where_an_event_has_overtaken_it(profile: Profile) -> None:
     """What the CPU has had back before the reply came is faulted again, and not used as if it were the device's."""
     bench = Bench(profile)

@@ -514,16 +514,16 @@ class Handle:
         self.card.evict()
         return Reply()
 
-    def flags(self, address: Address, flags: int) -> Reply:
+    def flags(self, address: Address, npages: int) -> Reply:
         """HMM_DMIRROR_FLAGS: what goes wrong from now on; FAIL_ALLOC is over when one allocation has failed.
 
         Args:
-            flags: in the place of the number of pages, so that none cannot be said.
+            npages: the flags, which the ioctl takes there, so that none cannot be said.
 
         Raises: InvalidRequestError: an address inside a page, or no flags (EINVAL).
         """
-        _checked("flags", address, flags)
-        self._hmm.fail_migration(self.id, 1 if flags & Flag.FAIL_ALLOC else 0)
+        _checked("flags", address, npages)
+        self._hmm.fail_migration(self.id, 1 if npages & Flag.FAIL_ALLOC else 0)
         return Reply()
 
     # ---- what no ioctl does: the device accesses any bytes, as one access

@@ -1,9 +1,10 @@
 """The kernel's HMM test driver as a process: today's interface, with a table of the driver's own.
 
 Serves JSON lines, the ioctls of /dev/hmm_dmirror<n>: open, close, read, read_unlocked, write, migrate_to_device,
-migrate_to_system, snapshot, exclusive, check_exclusive, release.  Addresses are bytes, sizes pages.
+migrate_to_system, snapshot, exclusive, check_exclusive, release, flags (given as npages).  Addresses are bytes, sizes
+pages.
 
-**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12.
+**Source**: Linux lib/test_hmm.c, lib/test_hmm_uapi.h, 6.12 and 7.0.
 
 **Invariants**: every ioctl runs on a thread of its own, as a system call does: what waits keeps nobody else waiting.
 
@@ -101,6 +102,7 @@ class Ioctls:
             "exclusive",
             "check_exclusive",
             "release",
+            "flags",
         )
         made = {name: on_range(name) for name in ranges}
         return made | {"open": self.open, "close": self.close, "read": self.read, "write": self.write}
