@@ -664,8 +664,15 @@ class Machine:
         for record in self.operations.values():
             assert record.request is not None
             assert not record.done
+            if _waits_for_handler(record.request):
+                self._check_wait_for_handler(record)
             if isinstance(record.request, Deliver):
                 assert record.remaining == sum(sent.state is EventState.SENT for sent in record.sent)
+
+    def _check_wait_for_handler(self, record: OperationRecord[Any]) -> None:
+        # It lasts as long as somebody outside likes: nobody may have to wait for it in turn.
+        for space in self.spaces.values():
+            assert record.id not in space.notifier.holders, f"{record.name} waits for a handler and holds up others"
 
     def _check_map_counts(self, checked: Checked) -> None:
         mapcount = self.frames.mapcount[: self.frames.used_end]

@@ -529,6 +529,16 @@ class Notifier:
             case _:
                 return []
 
+    @property
+    def holders(self) -> set[int]:
+        """The operations that others may have to wait for."""
+        return (
+            {turn.operation_id for turn in self.turns}
+            | {running.operation_id for running in self.invalidations}
+            | {fault.operation_id for fault in self.faults}
+            | {copying.operation_id for copying in self.copies}
+        )
+
     def check(self) -> None:
         """Assert that what is compared with others is in the form that this takes."""
         for running in self.invalidations:

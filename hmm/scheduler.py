@@ -53,6 +53,7 @@ class Odds:
         repeat: answer once more.
         start_only: only start with an event, where there is a second pass.
         inside: make a call from inside a callback, which is answered when the call has ended.
+        kill: the caller of what waits for a userfaultfd's handler is killed, before that one does anything.
     """
 
     refuse: int = 25
@@ -60,6 +61,7 @@ class Odds:
     repeat: int = 20
     inside: int = 5
     start_only: int = 2
+    kill: int = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +74,8 @@ class Scheduler:
         checking: called after every step, beside the machine's own check.
         answering: called before a driver's answer to a delivery is given, with its errno; the driver's model reacts
             here, and returns the results of a copy.
+        handling: what the handler of a userfaultfd does about an operation that waits for it; None: nothing, and the
+            operation is killed.
         parallel: how many operations may be under way at once.
         coverage: what happened so far.
     """
@@ -81,6 +85,7 @@ class Scheduler:
     workload: Iterator[Call]
     finished: Callable[[OperationRecord[Any]], None] = lambda _: None
     answering: Callable[[Delivery, int], bytes] = lambda _, __: b""
+    handling: Callable[[OperationRecord[Any]], Call | None] = lambda _: None
     checking: Callable[[], None] = lambda: None
     parallel: int = 4
     odds: Odds = field(default_factory=Odds)
@@ -138,6 +143,7 @@ class Scheduler:
         options += [self._resumer(record) for record in self.machine.ready()]
         options += [self._answerer(mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
         options += [self._expirer(record) for record in self.running if self._waits_for_owed_answers(record)]
+        options += [self._handler(record) for record in self.running if self._waits_for_handler(record)]
         return options
 
     def _answerable(self, mirror_id: MirrorId) -> list[Delivery]:
@@ -154,6 +160,11 @@ class Scheduler:
         return bool(owed) and all(
             receivers[mirror_id].unanswered[sequence].state is EventState.ABANDONED for mirror_id, sequence in owed
         )
+
+    def _waits_for_handler(self, record: OperationRecord[Any]) -> bool:
+        request = record.request
+        awaits = isinstance(request, Await) and request.wait_for is WaitFor.USERFAULT
+        return awaits and not self.machine.is_ready(record)
 
     def _start(self) -> None:
         call = next(self.workload, None)
@@ -175,6 +186,17 @@ class Scheduler:
 
     def _expirer(self, record: OperationRecord[Any]) -> Callable[[], None]:
         return lambda: self.machine.expire(record.id)
+
+    def _handler(self, record: OperationRecord[Any]) -> Callable[[], None]:
+        return lambda: self._handle(record)
+
+    def _handle(self, record: OperationRecord[Any]) -> None:
+        call = None if self._happens(self.odds.kill) else self.handling(record)
+        if call is None:
+            self.machine.kill(record.id)
+        else:
+            handler = Caller(name="handler")
+            self.running.append(self.machine.start(handler, call.command, *call.arguments, **call.options))
 
     def _answerer(self, mirror_id: MirrorId) -> Callable[[], None]:
         return lambda: self._answer(mirror_id)

@@ -2,21 +2,23 @@
 
 **Source**: our own.
 
-**Absent**: which calls are made (testing_calls.py, testing_devices.py, testing_swap.py), what has to hold (besides the
+**Absent**: which calls are made (testing_calls.py, and one module for each kind of town), what has to hold (besides the
 machine's own check: testing_drivers.py, testing_contents.py), who goes next (scheduler.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hmm.address_space import Thp
 from hmm.events import Delivery, Event
 from hmm.journal import digest, replay
 from hmm.machine import Limits, Machine, OperationRecord
-from hmm.scheduler import Scheduler
+from hmm.scheduler import Call, Scheduler
 from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.testing_calls import CALLS
 from hmm.testing_contents import Contents
@@ -42,6 +44,7 @@ def simulate(
     more: Makers = (),
     first: tuple[Maker, ...] = (),
     thp: Thp = Thp.NEVER,
+    handling: Callable[[Town, OperationRecord[Any]], Call] | None = None,
 ) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
@@ -52,6 +55,7 @@ def simulate(
     Args:
         more: what makes calls, besides `testing_calls.CALLS`.
         first: what makes calls before all others.
+        handling: what the handler of a userfaultfd does about an operation that waits for it.
 
     Raises:
         SimulationError: something did not hold; names the seed.
@@ -63,6 +67,8 @@ def simulate(
     pages = 2 * PMD_PAGES if thp else 24
     town = Town(machine, choose, pages=pages, makers=CALLS + more, first=first, thp=thp, held=drivers.held)
     scheduler = Scheduler(machine, choose, town.calls(ncalls))
+    if handling is not None:
+        scheduler.handling = partial(handling, town)
     _Watch(scheduler, drivers, Contents(machine, town.tracked)).begin()
     try:
         scheduler.run()

@@ -74,14 +74,16 @@ ALL_FILES = -1
 
 _HARMLESS = frozenset(
     {
-        "attach", "brk", "clear_refs", "clone_thread", "close_file", "create_process", "detach", "device_frames",
-        "device_read", "dirty_range", "discard_range", "evict_device", "fault", "find_vma", "fork",
-        "give_back_exclusive", "inject_allocation_failure", "inject_dma_failure", "insert_notifier", "make_exclusive",
-        "migrate", "migrate_back", "migrate_to_device", "migrate_to_system", "mincore", "mirror_fault", "mlock",
-        "mlockall", "mprotect", "msync", "munlock", "munlockall", "open_file", "pagemap", "pin", "range_fault",
-        "range_fault_unlocked", "read_begin", "read_copy", "read_file", "read_frames", "read_memory", "read_pages",
-        "read_retry", "read_table", "register_device", "register_mirror", "remove_notifier", "set_driver_bits", "touch",
-        "unlink_file", "unpin", "unregister_device", "unregister_mirror", "vfork", "write_copy",
+        "attach", "brk", "clear_refs", "clone_thread", "close_file", "close_userfaultfd", "create_process",
+        "create_userfaultfd", "detach", "device_frames", "device_read", "dirty_range", "discard_range", "evict_device",
+        "fault", "find_vma", "fork", "give_back_exclusive", "inject_allocation_failure", "inject_dma_failure",
+        "insert_notifier", "make_exclusive", "migrate", "migrate_back", "migrate_to_device", "migrate_to_system",
+        "mincore", "mirror_fault", "mlock", "mlockall", "mprotect", "msync", "munlock", "munlockall", "open_file",
+        "pagemap", "pin", "range_fault", "range_fault_unlocked", "read_begin", "read_copy", "read_file", "read_frames",
+        "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults", "register_device",
+        "register_mirror", "remove_notifier", "set_driver_bits", "touch", "uffd_register", "uffd_unregister",
+        "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device", "unregister_mirror", "vfork",
+        "write_copy",
     }
 )  # fmt: skip
 """Calls that leave contents alone."""
@@ -123,6 +125,8 @@ class Contents:
         match record.name:
             case "write_memory" | "device_write" | "write_frames":
                 self._learn_written(record, one, one.space)
+            case "uffd_copy":
+                self._learn_filled(record, one, one.space)
             case "mmap":
                 self._learn_mapped(record, one, one.space)
             case "madvise":
@@ -164,6 +168,8 @@ class Contents:
         if record.name in _OF_MIRRORS:
             receiver = self.machine.receivers.get(record.arguments[0])
             return None if receiver is None else receiver.space
+        if record.name == "uffd_copy":
+            return self.machine.userfaultfds.get(record.arguments[0])
         process = self.machine.processes.get(record.arguments[0])
         return None if process is None else process.space
 
@@ -203,7 +209,7 @@ class Contents:
     def _written(record: OperationRecord[Any]) -> Sequence[Part] | None:
         arguments = record.arguments
         match record.name:
-            case "write_memory":
+            case "write_memory" | "uffd_copy":
                 return ((arguments[1], len(arguments[2])),)
             case "write_pages":
                 return ((arguments[1].start, arguments[1].size_bytes),)
@@ -251,6 +257,11 @@ class Contents:
         if record.name in ("device_write", "write_frames"):
             data = next(argument for argument in record.arguments if isinstance(argument, bytes))
         for page in self._pages(self._written(record) or (), whole=True):
+            self._learn(self._key(space, page), data[0], one)
+
+    def _learn_filled(self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace) -> None:
+        _, address, data, *_ = record.arguments
+        for page in self._pages(((address, record.result.done),)):
             self._learn(self._key(space, page), data[0], one)
 
     def _learn(self, key: Key | None, byte: int, one: _UnderWay) -> None:

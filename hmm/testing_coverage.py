@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hmm import commands_device, commands_file, commands_hmm, commands_process
+from hmm import commands_device, commands_file, commands_hmm, commands_process, commands_userfaultfd
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import Migrated
 from hmm.cpu_access import Accessed
@@ -31,7 +31,7 @@ __all__ = ["COMMANDS", "Coverage", "outcome"]
 COMMANDS = tuple(
     sorted(
         name
-        for module in (commands_process, commands_file, commands_device, commands_hmm)
+        for module in (commands_process, commands_file, commands_device, commands_hmm, commands_userfaultfd)
         for name, function in vars(module).items()
         if isgeneratorfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
     )
