@@ -73,6 +73,8 @@ _TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
 """Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
 _KEPT = pte.DIRTY | pte.DRIVER_MASK
 """What a fault leaves alone in a mirror's entry."""
+_STAYING = _KEPT | pte.VALID_DMA
+"""With one of these an entry is not simply written anew."""
 # numpy takes an array without dimensions twice as fast as an int
 _PFN, _VALID, _WRITABLE = (np.array(bits, np.uint64) for bits in (_PFN_MASK, pte.VALID_PFN, pte.VALID_PFN | pte.WRITE))
 
@@ -446,9 +448,9 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
         return
     else:
         entries = _mirrored(cpu.read(target.start, target.end), write)
-        if table.holds(target.start, target.end):
+        if table.either(target.start, target.end) & _STAYING:
             old = table.read(target.start, target.end)
-    if old is not None and int(np.bitwise_or.reduce(old)) & (_KEPT | pte.VALID_DMA):
+    if old is not None and int(np.bitwise_or.reduce(old)) & _STAYING:
         entries |= old & np.uint64(_KEPT)
         if domain:
             kept = pte.pte_test_valid_dma(old)

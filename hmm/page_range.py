@@ -18,8 +18,9 @@ ones; a function that raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
+from operator import or_
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -31,6 +32,7 @@ from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, Entries
 
 __all__ = [
+    "any_bits",
     "clear_range",
     "common_bits",
     "fill_range",
@@ -174,6 +176,20 @@ def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
     for _, index in _pieces(rows, _COPY_ROWS):
         common &= int(np.bitwise_and.reduce(tree.rows[index], axis=None))
     return common
+
+
+def any_bits(tree: DirectoryTree, page: int, end: int) -> int:
+    """The bits that at least one entry of [page, end) has."""
+    offset, level = tree.shared_directory(page, end - 1, end - page)
+    if level == tree.geometry.llevel:  # one leaf, or leaves that lie in order
+        return int(np.bitwise_or.reduce(_view(tree, offset, page, end)))
+    few = _few_parts(tree, page, end)
+    if few is not None:
+        return reduce(or_, [int(np.bitwise_or.reduce(part.view)) for part in few], 0)
+    ragged, _, rows = _split(tree, page, end)
+    found = [int(np.bitwise_or.reduce(part.view)) for part in ragged]
+    found += [int(np.bitwise_or.reduce(tree.rows[index], axis=None)) for _, index in _pieces(rows, _COPY_ROWS)]
+    return reduce(or_, found, 0)
 
 
 def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, Entries]:

@@ -7,8 +7,8 @@ are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
 
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
                              populated parts holds
-                             read valid common fill clear    done here, at the speed of memory
-                             zap apply_mask update
+                             read valid common either        done here, at the speed of memory
+                             fill clear zap apply_mask update
     scattered pages          lookup store clear_many
     one page                 get set
     several tables at once   cursor
@@ -37,6 +37,7 @@ from hmm.errors import InvalidRequestError
 from hmm.page_batch import clear_pages, lookup_addresses, store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
 from hmm.page_range import (
+    any_bits,
     clear_range,
     common_bits,
     fill_range,
@@ -229,6 +230,16 @@ class PageTable:
         if stop - page <= 1:
             return self.get(start) if page < stop else _ALL_BITS
         return common_bits(self._tree, page, stop)
+
+    def either(self, start: Address, end: Address) -> int:
+        """The bits that at least one entry of a range has.
+
+        Cost: that of reading memory.
+        """
+        page, stop = self._pages(start, end)
+        if stop - page <= 1:
+            return self.get(start) if page < stop else 0
+        return any_bits(self._tree, page, stop)
 
     def valid(self, start: Address, end: Address) -> tuple[Entries, Entries]:
         """The entries in use of a range: uint64[n] addresses in bytes, ascending, and uint64[n] entries.

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import AsyncIterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from hmm_proto.v1 import types_pb2
 MESSAGE_BYTES = 8 << 20
 """Largest message in either direction; what is larger travels in parts."""
 SYSTEM_SOCKET = "/run/hmmd/hmmd.sock"
+KEPT_BUFFER_BYTES = 32 << 20
+"""Freed memory up to this size is used again instead of being given back to the kernel."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -72,6 +78,19 @@ def tls_credentials(
     return grpc.ssl_channel_credentials(*pem)
 
 
+@cache
+def keep_buffers() -> None:
+    """Let malloc keep what a large reply occupied; mapped and faulted in anew, it would cost more than its bytes.
+
+    These are the values that glibc comes to by itself once it has seen a buffer of that size freed.  Nothing is changed
+    when the environment has settings of its own (mallopt(3)), or there is no glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BUFFER_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BUFFER_BYTES)
+
+
 class Channel:
     """A gRPC channel with the options, metadata and errors of hmm.v1.  Belongs to the loop that runs when it is made.
 
@@ -84,6 +103,7 @@ class Channel:
     def __init__(
         self, target: str, *, token: str = "", name: str = "", credentials: grpc.ChannelCredentials | None = None
     ) -> None:
+        keep_buffers()
         self.target = target
         named = {"hmm-token": token, "hmm-caller": name}
         self.metadata: Metadata = tuple((key, value) for key, value in named.items() if value)

@@ -227,6 +227,7 @@ class PageTableMachine(RuleBasedStateMachine):
         snapshot = self.table.read(start, stop)
         assert [(page + int(at), int(snapshot[at])) for at in np.flatnonzero(snapshot)] == expected
         assert self.table.common(start, stop) == int(np.bitwise_and.reduce(snapshot))
+        assert self.table.either(start, stop) == int(np.bitwise_or.reduce(snapshot))
         addressed = [(number << PAGE_SHIFT, word) for number, word in expected]
         assert list(self.table.entries(start, stop)) == addressed
         addresses, entries = self.table.valid(start, stop)
