@@ -20,7 +20,10 @@ from hmm_client.embedded import embedded_daemon
 @pytest.fixture(scope="session")
 def selftest_client() -> Iterator[sync.Client]:
     """A client of a daemon that the cases of 6.12 share, one after the other; with huge pages set aside."""
-    with embedded_daemon(hugetlb_pages=4) as target, sync.connect(target, name="selftest") as client:
+    with (
+        embedded_daemon(hugetlb_pages=4, swap_pages=4096, harness=True) as target,
+        sync.connect(target, name="selftest") as client,
+    ):
         yield client
 
 

@@ -1,9 +1,21 @@
 """What the kernel's own selftest leaves out: cases for its gaps, in both variants.
 
+    the stream of callbacks                         `heard` in all files here
+    non-blockable invalidation                      test_memory_gaps.py, tests/hmm/today/test_interval_notifier.py
+    races of read sections, requests of single      tests/client/test_client_interval_mirror.py,
+      pages, deadlines, errors of insert and remove   tests/hmm/today/test_interval_notifier.py, test_range_fault.py
+    a device uses pages in its own memory           here: its own page
+    migration in part, pins, hugetlb, no room       here: migration is partial
+    MADV_DONTNEED, mremap, death of the process     here
+    swap, KSM, hwpoison, SOFT_DIRTY                 test_memory_gaps.py
+    SIGBUS from migrate_to_ram                      here: the driver cannot bring it back
+    processes that share a device's page            here: shared by fork
+    exclusive access of another device, EPERM       here
+    arguments                                       here
+
 **Source**: Linux lib/test_hmm.c, mm/hmm.c, mm/migrate_device.c, mm/rmap.c, 6.12; seen in recordings of that kernel.
 
-**Absent**: races of read sections, requests of single pages, deadlines, errors of insert and remove: they need no
-test driver (tests/client/test_client_interval_mirror.py).
+**Absent**: helpers that map results for DMA, which the interface of intervals does not have.
 """
 
 from __future__ import annotations
