@@ -432,6 +432,22 @@ def inject_dma_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
 
 
 @immediate
+def inject_touch_failure(machine: Machine, device_id: DeviceId, nth: int) -> None:
+    """Let the nth page from now on that is touched in a device's private memory (1 is the next one, 0 is none) stay.
+
+    Who touches it gets SIGBUS (BUS_ADRERR), once.  Source: Linux mm/memory.c, do_swap_page(); lib/test_hmm.c,
+    dmirror_devmem_fault(), which returns VM_FAULT_SIGBUS.
+
+    Raises:
+        InvalidRequestError: the device has no memory, or `nth` is negative (EINVAL).
+    """
+    device = machine.device(device_id)
+    if not device.region or nth < 0:
+        raise InvalidRequestError(f"inject touch failure: {device} has no memory, or {nth} is negative")
+    machine.frames.region(device.region).failing_touches = nth
+
+
+@immediate
 def inject_allocation_failure(machine: Machine, nth: int) -> None:
     """Make the nth page of system memory from now on (1 is the next one, 0 is none) impossible to allocate.
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import OutOfFramesError
+from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
@@ -50,6 +50,7 @@ from hmm.units import (
     PMD_SIZE,
     WHOLE_SPACE,
     AddressRange,
+    DeviceId,
     Entries,
     MirrorId,
     Pfns,
@@ -188,6 +189,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
 
     Raises:
         OutOfFramesError: there is not one frame for them (ENOMEM).
+        SegmentationFault: an injected failure: the first page stays where it is (EFAULT).
     """
     frames = space.frames
     pfns = cpu_pte.cpu_pfn(touched.entries)
@@ -201,12 +203,29 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
         addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
         if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
-        chosen = addresses[: frames.available]
+        chosen = _before_failure(space, device_id, addresses[: frames.available])
         select = Select.DEVICE_PRIVATE | Select.COMPOUND
         migration = Migration(space, touched.vma, chosen, select, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
         yield from run(migration, _tell_and_copy)
         if not migration.pages.size:
             yield Pause()  # somebody refers to the pages, who has to go on before they can come back
+
+
+def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries) -> Entries:
+    """Those that can come back of some pages of a device; the first of them cannot when it is the one to fail."""
+    for region in space.frames.regions[1:]:
+        if region.owner != device_id or not region.failing_touches:
+            continue
+        count = min(region.failing_touches - 1, addresses.size)
+        region.failing_touches -= count
+        if count < addresses.size and space.table.get(int(addresses[count])) & cpu_pte.HUGE:
+            count = int(addresses.searchsorted(addresses[count] & np.uint64(PMD_MASK & (1 << 64) - 1)))
+        if not count:
+            region.failing_touches = 0
+            address = int(addresses[0])
+            raise SegmentationFault(f"{region}: {address:#x} cannot come back", Signal.BUS_ADRERR, address)
+        addresses = addresses[:count]
+    return addresses
 
 
 def _with_blocks(space: AddressSpace, touched: Strangers) -> Strangers:

@@ -58,7 +58,8 @@ RESOLVERS: dict[int, Resolver] = {}
 """Who resolves entries that are not present, by their kind (`DEVICE`, `EXCLUSIVE`, `SWAP` or `MIGRATION`).
 
 Called with the pages of one kind in one VMA, and whether they are to be written.  When it returns, the pages
-are looked at again.  A lost page (`cpu_pte.POISON`) has no resolver: touching it is a signal.
+are looked at again.  One that cannot bring back the first page raises SegmentationFault.  A lost page
+(`cpu_pte.POISON`) has no resolver: touching it is a signal.
 """
 
 _NOBODY = np.empty(0, np.uint64)
@@ -182,7 +183,10 @@ def bring_in(
             crowded = _crowded(space, attempt.strangers[0], target)
             if crowded is not None:
                 return crowded
-            yield from _resolve(space, attempt.strangers, write)
+            try:
+                yield from _resolve(space, attempt.strangers, write)
+            except SegmentationFault as fault:
+                return Stop(min(int(pages.addresses[0]) for pages in attempt.strangers), fault.signal)
             continue
         stop = attempt.stop
         if stop is not None and stop.userfaultfd and not may_retry:

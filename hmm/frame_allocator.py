@@ -51,6 +51,8 @@ class Region:
         nfree: frames on the free stack.
         high_water: most frames that were in use at a time.
         failing: the nth page from now on cannot be allocated, nor any behind it; 0: no failure is injected.
+        failing_touches: the nth page from now on that is touched here cannot come back (VM_FAULT_SIGBUS of its device's
+            migrate_to_ram()); 0: no failure is injected.
         remote: what the frames hold is with the device's driver; the bytes here mean nothing.
         searched: no run is among the frames on the free stack.
     """
@@ -65,6 +67,7 @@ class Region:
     nfree: int = 0
     high_water: int = 0
     failing: int = 0
+    failing_touches: int = 0
     remote: bool = False
     searched: bool = False
 

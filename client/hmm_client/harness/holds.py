@@ -200,6 +200,14 @@ class Harness:
         kind = harness_pb2.FAILURE_KIND_MIGRATION
         await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, mirror_id=mirror.id))
 
+    async def fail_migrate_to_ram(self, device: Device, nth: int) -> None:
+        """Make the nth page from now on that is touched in a device's private memory stay there; 0: none any more.
+
+        Whoever touches it gets SIGBUS, once.
+        """
+        kind = harness_pb2.FAILURE_KIND_MIGRATE_TO_RAM
+        await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, device_id=device.id))
+
     async def scan_ksm(self, passes: int = 2) -> KsmPass:
         """Merge equal pages of all memory that asked for it (MADV_MERGEABLE), as the kernel's ksmd does unasked.
 

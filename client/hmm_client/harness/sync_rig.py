@@ -169,6 +169,10 @@ class SyncRig:
         """Make the nth DMA mapping of a device from now on fail, once; 0: none any more."""
         self._loop.run(self._harness.fail_dma_mapping(device.aio, nth))
 
+    def fail_migrate_to_ram(self, device: Device, nth: int) -> None:
+        """Make the nth page from now on that is touched in a device's private memory stay there; 0: none any more."""
+        self._loop.run(self._harness.fail_migrate_to_ram(device.aio, nth))
+
     def scan_ksm(self, passes: int = 2) -> KsmPass:
         """Merge equal pages of all memory that asked for it, as `Harness.scan_ksm`."""
         return self._loop.run(self._harness.scan_ksm(passes))

@@ -27,12 +27,14 @@ import numpy as np
 import pytest
 from selftest_rig import DEVICE_PAGES, HUGE, HUGE_PAGES, PRIVATE, RW, SHARED, failed, ints, ramp, succeeded
 
+from hmm.errors import SegmentationFault, Signal
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, TASK_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.drivers.dmirror import CLEAN
+from hmm_client.harness import Harness
 
 
 def on_device(rig: Any, npages: int = 8) -> int:
@@ -164,6 +166,33 @@ def test_page_shared_by_fork_comes_back_for_both(hmm: Any) -> None:
     assert np.array_equal(ints(child.read(a, 8 * PAGE_SIZE)), ramp(8))
     mirror.close()
     child.exit()
+
+
+def test_touch_is_a_bus_error_when_the_driver_cannot_bring_the_page_back(hmm: Any) -> None:
+    """dmirror_devmem_fault() returns VM_FAULT_SIGBUS: pages before it came back, it stays; the next touch succeeds."""
+    a = on_device(hmm)
+    if hmm.coherent:  # there a CPU does not fault
+        hmm.client.loop.run(Harness(hmm.client.aio).fail_migrate_to_ram(hmm.mirror.card, 1))
+        assert np.array_equal(hmm.load(a, 8), ramp(8))
+        return
+    hmm.client.loop.run(Harness(hmm.client.aio).fail_migrate_to_ram(hmm.mirror.card, 3))
+    with pytest.raises(SegmentationFault) as fault:
+        hmm.load(a, 8)
+    assert (fault.value.signal, fault.value.address) == (Signal.BUS_ADRERR, a + 2 * PAGE_SIZE)
+    assert hmm.snapshot(a, 8) == [0x02] * 2 + [local(hmm, 2)] * 6
+    assert np.array_equal(hmm.load(a, 8), ramp(8))
+
+
+def test_device_of_another_driver_fails_where_the_page_cannot_come_back(hmm2: Any) -> None:
+    """hmm_vma_fault(): VM_FAULT_SIGBUS of the owner's migrate_to_ram() is EFAULT for who faults it."""
+    first, second = hmm2.mirrors
+    a = hmm2.map(2)
+    hmm2.store(a, ramp(2))
+    succeeded(first.migrate_to_device(a, 2), 2, ramp(2))
+    if not hmm2.coherent:
+        hmm2.client.loop.run(Harness(hmm2.client.aio).fail_migrate_to_ram(first.card, 1))
+        failed(errno.EFAULT, second.read, a, 2)
+    succeeded(second.read(a, 2), 2, ramp(2))
 
 
 def test_check_exclusive_is_refused_while_a_page_is_held(hmm: Any) -> None:
