@@ -62,6 +62,13 @@ ZERO_PAGE = cpu_pte.cpu_entry(ZERO_PFN, READ_ONLY | cpu_pte.SPECIAL)
 ANON_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED
 """Flags of a private page that one process has to itself."""
 
+_READING = np.array(READ_ONLY, np.uint64)
+_WRITING = np.array(WRITTEN & ~cpu_pte.SOFT_DIRTY, np.uint64)
+"""What the entry of a page that needs no fault has."""
+_WHOSE = np.uint32(PageFlag.ANON | PageFlag.COMPOUND | PageFlag.KSM)
+_SMALL_ANON = np.uint32(PageFlag.ANON)
+_EXCLUSIVE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE)
+
 _Mask = npt.NDArray[np.bool_]
 
 
@@ -173,11 +180,12 @@ class Attempt:
 
         Cost: O(n), vectorised.
         """
-        wanted = np.uint64((WRITTEN if self.write else READ_ONLY) & ~cpu_pte.SOFT_DIRTY)
+        wanted = _WRITING if self.write else _READING
         lacking = (entries & wanted) != wanted
-        if not lacking.any():
+        number = np.count_nonzero(lacking)
+        if not number:
             return
-        if not lacking.all():
+        if number < entries.size:
             addresses, entries = addresses[lacking], entries[lacking]
         part = _Part(self, vma, addresses, entries)
         try:
@@ -187,16 +195,20 @@ class Attempt:
 
 
 class _Kinds(NamedTuple):
-    # bool[n] each, disjoint: what is to be done about each page of a part.
-    empty: _Mask
-    strange: _Mask
-    upgrade: _Mask
-    copy: _Mask
-    waiting: _Mask
-    used: _Mask
+    # bool[n] each, disjoint: what is to be done about each page of a part; None: about no page.
+    empty: _Mask | None
+    strange: _Mask | None
+    upgrade: _Mask | None
+    copy: _Mask | None
+    waiting: _Mask | None
+    used: _Mask | None
 
     def up_to(self, n: int) -> _Kinds:
-        return _Kinds(*(mask[:n] for mask in self))
+        return _Kinds(*(None if mask is None else _some(mask[:n]) for mask in self))
+
+
+def _some(mask: _Mask) -> _Mask | None:
+    return mask if np.count_nonzero(mask) else None
 
 
 @dataclass(slots=True)
@@ -225,20 +237,19 @@ class _Part:
         self._cut_at_signal()
         if self.vma.mapping.userfaultfd:
             self._cut_at_missing()
-        kinds = self._classify()
-        kinds = kinds.up_to(self._cut_at_limit(kinds))
-        if kinds.strange.any():
+        kinds = self._up_to_limit(self._classify())
+        if kinds.strange is not None:
             strangers = Strangers(self.vma, self.addresses[kinds.strange], self.entries[kinds.strange])
             self.attempt.strangers.append(strangers)
-        if kinds.waiting.any():
+        if kinds.waiting is not None:
             self.attempt.copies.append(self.addresses[kinds.waiting])
-        if kinds.empty.any():
+        if kinds.empty is not None:
             self._fill(self.addresses[kinds.empty])
-        if kinds.upgrade.any():
+        if kinds.upgrade is not None:
             self._upgrade(self.addresses[kinds.upgrade], self.entries[kinds.upgrade])
-        if kinds.copy.any():
+        if kinds.copy is not None:
             self._copy(self.addresses[kinds.copy], self.entries[kinds.copy])
-        if kinds.used.any():
+        if kinds.used is not None:
             self._mark(self.addresses[kinds.used], self.entries[kinds.used])
 
     # -- how far it goes
@@ -252,6 +263,8 @@ class _Part:
         self.addresses, self.entries = self.addresses[:at], self.entries[:at]
 
     def _cut_at_signal(self) -> None:
+        if self.file is None and not int(np.bitwise_or.reduce(self.entries)) & cpu_pte.POISON:
+            return
         empty = self.entries == 0
         failing = cpu_pte.is_poison(self.entries)
         behind = None
@@ -291,45 +304,62 @@ class _Part:
         behind: _Mask = self._offsets(self.addresses) >= np.uint64(file.size_bytes)
         return behind
 
-    def _cut_at_limit(self, kinds: _Kinds) -> int:
-        # Pages that there is memory for.
+    def _up_to_limit(self, kinds: _Kinds) -> _Kinds:
+        # The pages that there is memory for.
         available = self.attempt.available
-        if 2 * self.addresses.size > available:
-            costs = (kinds.copy | kinds.waiting).astype(np.int64)
+        if 2 * self.addresses.size <= available:
+            return kinds
+        costs = np.zeros(self.addresses.size, np.int64)
+        for copied in (kinds.copy, kinds.waiting):
+            if copied is not None:
+                costs[copied] = 1
+        if kinds.empty is not None:
             costs[kinds.empty] = self.private_write
-            if self.file is not None and kinds.empty.any():
+            if self.file is not None:
                 costs[kinds.empty] += ~self.file.cached(self._offsets(self.addresses[kinds.empty]))
-            at = int(np.cumsum(costs).searchsorted(available, side="right"))
-            if at < self.addresses.size:
-                self._cut(at, None)
-        return self.addresses.size
+        at = int(np.cumsum(costs).searchsorted(available, side="right"))
+        if at == self.addresses.size:
+            return kinds
+        self._cut(at, None)
+        return kinds.up_to(at)
 
     # -- what is to be done
 
     def _classify(self) -> _Kinds:
-        entries = self.entries
-        empty = entries == 0
-        present = cpu_pte.is_present(entries)
-        nothing = np.zeros(entries.size, np.bool_)
-        protected = present & ~cpu_pte.is_writable(entries) if self.attempt.write else nothing
-        upgrade, copy, waiting = protected, nothing, nothing
-        if not self.vma.shared and protected.any():
-            upgrade = protected & self._reusable(protected)
-            copy = protected & ~upgrade
-            if self.attempt.told is not None:
-                waiting = copy & ~np.isin(self.addresses, self.attempt.told, assume_unique=True)
-                copy = copy & ~waiting
-        return _Kinds(empty, ~(empty | present), upgrade, copy, waiting, present & ~protected)
+        present = cpu_pte.is_present(self.entries)
+        there = np.count_nonzero(present)
+        empty = strange = protected = used = None
+        if there < present.size:
+            nothing = self.entries == 0
+            empty, strange = _some(nothing), _some(~(nothing | present))
+        if there and self.attempt.write:
+            protected = _some(present & ~cpu_pte.is_writable(self.entries))
+        if there:
+            used = _some(present) if protected is None else _some(present & ~protected)
+        if protected is None or self.vma.shared:
+            return _Kinds(empty, strange, protected, None, None, used)
+        return _Kinds(empty, strange, *self._classify_protected(protected), used)
+
+    def _classify_protected(self, protected: _Mask) -> tuple[_Mask | None, _Mask | None, _Mask | None]:
+        # What becomes writable, what is copied, and what is copied when mirrors have been told.
+        upgrade = protected & self._reusable(protected)
+        copy, told = protected & ~upgrade, self.attempt.told
+        if told is None:
+            return _some(upgrade), _some(copy), None
+        if not told.size:
+            return _some(upgrade), None, _some(copy)
+        known = copy & _among(told, self.addresses)
+        return _some(upgrade), _some(known), _some(copy & ~known)
 
     def _reusable(self, protected: _Mask) -> _Mask:
         # PageAnonExclusive() || wp_can_reuse_anon_folio(), which gives pages of large folios back rather.
         frames = self.space.frames
         framed = protected & ~cpu_pte.is_special(self.entries)
         pfns = np.where(framed, cpu_pte.cpu_pfn(self.entries), ZERO_PFN)
-        alone = (frames.refcount[pfns] == 1) & ~frames.test_flags(pfns, PageFlag.COMPOUND | PageFlag.KSM)
-        alone |= frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
-        reusable: _Mask = alone & frames.test_flags(pfns, PageFlag.ANON)
-        return reusable
+        flags = frames.flags[pfns]
+        alone: _Mask = ((flags & _WHOSE) == _SMALL_ANON) & (frames.refcount[pfns] == 1)
+        alone |= (flags & _EXCLUSIVE) == _EXCLUSIVE
+        return alone
 
     # -- what is done
 
@@ -400,6 +430,13 @@ class _Part:
         # What the processor itself does when it uses an entry.
         bits = READ_ONLY | (DIRTIED if self.attempt.write else 0)
         self.space.table.store(addresses, entries | np.uint64(bits))
+
+
+def _among(some: Entries, addresses: Entries) -> _Mask:
+    # bool[n]: which addresses are in `some`, at least one, ascending as they are.
+    at = np.minimum(some.searchsorted(addresses), some.size - 1)
+    among: _Mask = some[at] == addresses
+    return among
 
 
 def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:
