@@ -119,7 +119,10 @@ def spans_of_pages(pages: Pfns) -> tuple[AddressRange, ...]:
     """
     if not pages.size:
         return ()
-    breaks = np.flatnonzero(np.diff(pages) != 1)
+    first, last = int(pages[0]), int(pages[-1])
+    if last - first == pages.size - 1:
+        return (AddressRange(first << PAGE_SHIFT, last + 1 << PAGE_SHIFT),)
+    breaks = np.flatnonzero(pages[1:] - pages[:-1] != 1)
     starts = pages[np.concatenate(([0], breaks + 1))] << PAGE_SHIFT
     ends = (pages[np.concatenate((breaks, [pages.size - 1]))] + 1) << PAGE_SHIFT
-    return tuple(AddressRange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True))
+    return tuple(map(AddressRange, starts.tolist(), ends.tolist()))
