@@ -100,13 +100,12 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     pieces = space.vmas.mapped_pieces(span)
     if not pieces:
         return
-    whole = space.vmas.find(pieces[0].start)
-    assert whole is not None
-    if whole.start < span.start and span.end < whole.end and len(space.vmas) >= space.limits.vmas:
-        raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
-    for piece in (pieces[0], pieces[-1]):
+    if len(space.vmas) >= space.limits.vmas:
+        _require_no_hole(space, span, pieces[0])
+    outer = pieces if len(pieces) == 1 else (pieces[0], pieces[-1])
+    for piece in outer:
         require_whole_pages(piece)
-    yield from cut(space, (pieces[0], pieces[-1]))
+    yield from cut(space, outer)
     with space.restoring(span) as pieces, space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
         assert not space.detached, "VMAs are changed by one call at a time"
         space.detached = pieces  # nobody finds them by address any more; the reverse map still does
@@ -114,15 +113,24 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
         try:
             yield from invalidation.deliver()
             yield from zap(space, span)
-            space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
+            if space.tables:
+                space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
         finally:
             space.detached = ()
     unreserve(space, pieces)
     release_files(pieces)
 
 
+def _require_no_hole(space: AddressSpace, span: AddressRange, piece: Vma) -> None:
+    # A hole in a VMA makes two of it.
+    whole = space.vmas.find(piece.start)
+    assert whole is not None
+    if whole.start < span.start and span.end < whole.end:
+        raise OutOfFramesError(f"no hole {span} in {whole}: the space has {len(space.vmas)} VMAs already")
+
+
 def release_files(vmas: Iterable[Vma]) -> None:
     """Let go of the pages of files that were mapped by VMAs now gone, if nobody else holds them."""
-    files = {vma.backing.id: vma.backing for vma in vmas if isinstance(vma.backing, File)}
-    for file_id in sorted(files):
-        files[file_id].release_unused()
+    files = {file for vma in vmas if isinstance(file := vma.mapping.backing, File)}
+    for file in sorted(files, key=lambda file: file.id):
+        file.release_unused()
