@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import pte
+from hmm.ascending import unique
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
 from hmm.mirror import Mirror, MirrorState
@@ -254,7 +255,7 @@ def _slice(data: Bytes, segments: Sequence[Segment]) -> bytes:
 
 
 def _note_written(mirror: Mirror, pages: Entries, manner: Manner) -> None:
-    addresses = np.unique(mirror.domain.addresses(pages) if manner.dma and mirror.domain else pages)
+    addresses = unique(mirror.domain.addresses(pages) if manner.dma and mirror.domain else pages)
     if manner.untracked:
         mirror.owe(addresses)
     else:

@@ -32,11 +32,12 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import tally
 from hmm.errors import OutOfFramesError
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_SHIFT
 from hmm.units import PAGE_SIZE, Entries
 
-__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets", "distinct", "tally"]
+__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets"]
 
 Offsets = npt.NDArray[np.int64]
 
@@ -48,34 +49,6 @@ ROOT = DIRECTORY_ENTRIES
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COUNT_BYTES = 4
 _OFFSET_BYTES = 8
-
-
-def distinct(values: Offsets) -> Offsets:
-    """The values without repetitions, where equal values are adjacent.
-
-    Cost: O(n); np.unique() hashes, and is ten times slower.
-    """
-    if values.size < 2:
-        return values
-    keep = np.empty(values.size, np.bool_)
-    keep[0] = True
-    np.not_equal(values[1:], values[:-1], out=keep[1:])
-    return values[keep]
-
-
-def tally(values: Offsets) -> tuple[Offsets, npt.NDArray[np.int32]]:
-    """Count values, at least one, of which equal ones are adjacent.
-
-    Returns: int64[k], the distinct values, and int32[k], how often each occurs.
-    """
-    first = np.empty(values.size, np.bool_)
-    first[0] = True
-    np.not_equal(values[1:], values[:-1], out=first[1:])
-    starts = first.nonzero()[0]
-    times = np.empty(starts.size, np.int32)
-    np.subtract(starts[1:], starts[:-1], out=times[:-1], casting="same_kind")
-    times[-1] = values.size - starts[-1]
-    return values[starts], times
 
 
 class DirectoryArena:

@@ -28,7 +28,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hmm.directory_arena import ROOT, DirectoryArena, Offsets, distinct
+from hmm.ascending import distinct
+from hmm.directory_arena import ROOT, DirectoryArena, Offsets
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, Geometry
 from hmm.pte import pde_from_row, pde_row
 from hmm.units import PAGE_SHIFT

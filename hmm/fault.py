@@ -29,6 +29,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, WRITTEN, ZERO_PAGE, Attempt, Stop, Strangers, prepare_anon_vma
@@ -247,7 +248,7 @@ def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[Add
 def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[None]:
     for pages in strangers:
         kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
-        for kind in np.unique(kinds).tolist():
+        for kind in unique(kinds).tolist():
             of_kind = kinds == kind
             chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
             yield from RESOLVERS[kind](space, chosen, write)

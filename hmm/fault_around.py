@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import among
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.units import PAGE_SHIFT, PMD_PAGES, Entries
@@ -64,14 +65,14 @@ def _window_pages(space: AddressSpace, vma: Vma, file: File, pages: _Pages) -> _
     if first & (size - 1) and int(pages[0]) < (first | (size - 1)) + 1:
         head = np.arange(first, _window_end(vma, first, size), dtype=np.int64)
         served = file.cached(((head + vma.mapping.delta) << PAGE_SHIFT).view(np.uint64))
-        pages = pages[(pages > (first | (size - 1))) & ~np.isin(pages, head[served])]
+        pages = pages[(pages > (first | (size - 1))) & ~among(pages, head[served])]
     else:
         head = np.empty(0, np.int64)
     starts = pages & ~(size - 1)
     starts = starts[np.concatenate(([True], starts[1:] != starts[:-1]))] if starts.size else starts
     rest = (starts[:, None] + np.arange(size, dtype=np.int64)).reshape(-1)
     rest = rest[rest < vma.end >> PAGE_SHIFT]
-    return np.concatenate((head, rest[~np.isin(rest, head)])) if head.size else rest
+    return np.concatenate((head, rest[~among(rest, head)])) if head.size else rest
 
 
 def _window_end(vma: Vma, first: int, size: int) -> int:

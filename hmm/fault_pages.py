@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import among
 from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
@@ -346,9 +347,7 @@ class _Part:
         copy, told = protected & ~upgrade, self.attempt.told
         if told is None:
             return _some(upgrade), _some(copy), None
-        if not told.size:
-            return _some(upgrade), None, _some(copy)
-        known = copy & _among(told, self.addresses)
+        known = copy & among(self.addresses, told)
         return _some(upgrade), _some(known), _some(copy & ~known)
 
     def _reusable(self, protected: _Mask) -> _Mask:
@@ -430,13 +429,6 @@ class _Part:
         # What the processor itself does when it uses an entry.
         bits = READ_ONLY | (DIRTIED if self.attempt.write else 0)
         self.space.table.store(addresses, entries | np.uint64(bits))
-
-
-def _among(some: Entries, addresses: Entries) -> _Mask:
-    # bool[n]: which addresses are in `some`, at least one, ascending as they are.
-    at = np.minimum(some.searchsorted(addresses), some.size - 1)
-    among: _Mask = some[at] == addresses
-    return among
 
 
 def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:

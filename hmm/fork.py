@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import among
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, DIRTIED
@@ -210,7 +211,7 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
         pinned = _pinned(parent, entries)
         if pinned.any() and vma.has(VmFlag.HUGETLB):
             blocks = addresses & np.uint64(PMD_MASK & (1 << 64) - 1)
-            pinned = np.isin(blocks, blocks[pinned])
+            pinned = among(blocks, blocks[pinned])
             copy_pinned_pages(parent, child, vma, addresses[pinned])
             addresses, entries = addresses[~pinned], entries[~pinned]
         elif pinned.any():

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte, pte
+from hmm.ascending import unique
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
 from hmm.frames import ZERO_PFN
@@ -98,7 +99,7 @@ def write_frames(
     space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
     if space.huge:
         partly = addresses[cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
-        for start in np.unique(partly & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
+        for start in unique(partly & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
             mark_huge(space, start, cpu_pte.DIRTY)
 
 

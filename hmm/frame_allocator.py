@@ -23,8 +23,9 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import is_ascending
 from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
-from hmm.frame_contents import ZERO_PFN, anonymous_memory, is_ascending
+from hmm.frame_contents import ZERO_PFN, anonymous_memory
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
 SYSTEM_REGION = 0

@@ -23,6 +23,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import is_ascending
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Pfn, Pfns
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -58,12 +59,6 @@ def as_slice(pfns: Pfns) -> slice | None:
     if int(pfns[-1]) - first != count - 1 or not is_ascending(pfns):
         return None
     return slice(first, first + count)
-
-
-def is_ascending(pfns: Pfns) -> bool:
-    """True when every frame number is above the one before."""
-    # count_nonzero() takes a fraction of the time of all() on short arrays.
-    return int(np.count_nonzero(pfns[1:] > pfns[:-1])) >= pfns.size - 1
 
 
 class FrameContents:

@@ -28,8 +28,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import unique
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
-from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice, is_ascending
+from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice
 from hmm.swap_area import SwapArea
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
@@ -330,7 +331,7 @@ class Frames(FrameContents):
         if alive == pfns.size:
             return pfns[:0]
         if alive or not isinstance(where, slice):
-            pfns = _ascending(pfns[left == 0] if alive else pfns)
+            pfns = unique(pfns[left == 0] if alive else pfns)
             where = _where(pfns)
         assert not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
         self.flags[where] = 0
@@ -603,14 +604,3 @@ def _subtract(
     number = int(np.count_nonzero(left))
     assert not number or not np.count_nonzero(left < 0), negative
     return left, number
-
-
-def _ascending(pfns: Pfns) -> Pfns:
-    """Sorted and without repetitions."""
-    if is_ascending(pfns):
-        return pfns
-    pfns = np.sort(pfns)
-    keep = np.empty(pfns.size, np.bool_)
-    keep[0] = True
-    np.not_equal(pfns[1:], pfns[:-1], out=keep[1:])
-    return pfns[keep]

@@ -23,6 +23,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace, Thp
+from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, prepare_anon_vma
 from hmm.frames import PageFlag
@@ -70,7 +71,7 @@ def blocks_of(target: AddressRange | Entries) -> list[Address]:
     """Where the blocks start that hold pages of a target, ascending."""
     if isinstance(target, AddressRange):
         return list(range(target.start & PMD_MASK, target.end, PMD_SIZE))
-    starts: list[Address] = np.unique(target & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
+    starts: list[Address] = unique(target & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
     return starts
 
 

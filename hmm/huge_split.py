@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.events import Cause
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.large_folio import are_compound, can_split, members
@@ -208,7 +209,7 @@ def _concerned(places: list[Places]) -> list[tuple[AddressSpace, tuple[AddressRa
         pages = (place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
         block = np.arange(PMD_PAGES) + (int(pages[0]) & -PMD_PAGES)
         told.setdefault(place.space.id, (place.space, []))[1].extend((pages, block))
-    return [(one, spans_of_pages(np.unique(np.concatenate(parts)))) for one, parts in told.values()]
+    return [(one, spans_of_pages(unique(np.concatenate(parts)))) for one, parts in told.values()]
 
 
 def _remap(place: Places, head: Pfn, zero: npt.NDArray[np.bool_]) -> Entries:

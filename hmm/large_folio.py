@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import unique
 from hmm.frames import Frames, PageFlag
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
@@ -41,7 +42,7 @@ def are_compound(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
 def heads_of(frames: Frames, pfns: Pfns) -> list[Pfn]:
     """The first frame numbers of the large folios that some of the frames belong to, ascending."""
     compound = pfns[are_compound(frames, pfns)]
-    heads: list[Pfn] = np.unique(compound // PMD_PAGES * PMD_PAGES).tolist()
+    heads: list[Pfn] = unique(compound // PMD_PAGES * PMD_PAGES).tolist()
     return heads
 
 

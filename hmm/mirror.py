@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmm import cpu_pte, pte
+from hmm.ascending import unique
 from hmm.checked import Checked
 from hmm.errors import NoSuchObjectError
 from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
@@ -197,7 +198,7 @@ class Mirror(Receiver):
 
     def owe(self, addresses: Entries) -> None:
         """The device wrote these pages, uint64[n], and set no DIRTY: its driver has to report them."""
-        self.owed = np.union1d(self.owed, addresses)
+        self.owed = unique(np.concatenate((self.owed, addresses)))
 
     def _take_owed(self, span: AddressRange) -> Entries:
         if not self.owed.size:

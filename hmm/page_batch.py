@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmm.directory_arena import tally
+from hmm.ascending import tally
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_geometry import DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, Entries

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.device_pages import move_to_system
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
@@ -108,7 +109,7 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
 def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
     """migrate_device_coherent_folio()."""
     relatives = [space.relatives[number] for number in sorted(space.relatives)]
-    if not (yield from move_to_system(space.frames, relatives, np.unique(pfns))):
+    if not (yield from move_to_system(space.frames, relatives, unique(pfns))):
         raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
 
 
@@ -132,7 +133,7 @@ def _keep_huge(
     Returns: whether there were any, so that the pages have to be looked at again.
     """
     pages = np.flatnonzero(shared & cpu_pte.is_huge(entries)) + (piece.start >> PAGE_SHIFT)
-    starts = np.unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
+    starts = unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
     alien = [start for start in starts if not reuse_huge(space, space.table.get(start))]
     yield from split_pmds(space, map(block_of, alien))
     for start in alien:

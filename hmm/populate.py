@@ -17,6 +17,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import (
     BadAddressError,
     OutOfFramesError,
@@ -105,7 +106,7 @@ def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None
     addresses, entries = space.table.valid(span.start, span.end)
     if space.huge:
         huge = cpu_pte.is_huge(entries)
-        for start in np.unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
+        for start in unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
             mark_huge(space, start, cpu_pte.ACCESSED | (cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY if write else 0))
         entries = entries[~huge]
     entries = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]

@@ -42,6 +42,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
@@ -425,7 +426,7 @@ class Reclaim:
 
     def _by_file(self, pfns: Pfns) -> Iterable[tuple[File, Pfns]]:
         owners = self.frames.mapping[pfns]
-        for number in np.unique(owners).tolist():
+        for number in unique(owners).tolist():
             if number in self.files:
                 yield self.files[number], pfns[owners == number]
 

@@ -23,6 +23,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import unique
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator
 from hmm.frame_contents import FrameContents, MemoryProvider, anonymous_memory
 from hmm.units import Pfns
@@ -101,7 +102,7 @@ class SwapArea(FrameContents):
         """
         np.subtract.at(self.counts, slots, _ONE)
         assert not np.count_nonzero(self.counts[slots] < 0), "a swap slot was freed that nothing named"
-        freed: Slots = np.unique(slots[self.counts[slots] == 0])
+        freed: Slots = unique(slots[self.counts[slots] == 0])
         if freed.size:
             self._allocator.give_back(freed)
         return freed

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import DIRTIED, READ_ONLY, Strangers
@@ -130,7 +131,7 @@ def _read_ahead(space: AddressSpace, addresses: Entries) -> Operation[None]:
     if frames.available < addresses.size:
         yield from some_room(frames, addresses.size)
     entries = space.table.lookup(addresses)
-    slots = np.unique(cpu_pte.cpu_pfn(entries[cpu_pte.is_swap(entries)]))
+    slots = unique(cpu_pte.cpu_pfn(entries[cpu_pte.is_swap(entries)]))
     slots = slots[area_of(frames).cached[slots] == 0]
     _cache(frames, slots[: frames.available])
 
