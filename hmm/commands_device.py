@@ -206,7 +206,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     Source: hmm_mirror_unregister(), hmm_mirror_kill().
     """
     mirror = machine.mirror(mirror_id)
-    if mirror.unanswered:
+    if mirror.owes:
         yield _callbacks(mirror)
     if mirror.state is MirrorState.LIVE and not mirror.leaving:
         mirror.leaving = True
@@ -214,7 +214,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
             yield from _write_back(mirror, mirror.home)
         if mirror.state is MirrorState.LIVE:
             yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
-    while mirror_id in machine.mirrors and (mirror.leaving or mirror.unanswered):
+    while mirror_id in machine.mirrors and (mirror.leaving or mirror.owes):
         yield _callbacks(mirror)
     machine.remove_receiver(mirror_id)
 
@@ -263,7 +263,7 @@ def fault(
         for span in target:
             parts.append((yield from fault_range(mirror, span, write=write, wait=wait, whole=whole)))
         entries = _entries_of(mirror, target)
-    if mirror.unsettled or mirror.space.notifier.copies:
+    if mirror.space.notifier.dispatches or mirror.space.notifier.copies:
         _leave_out_unsettled(mirror, target, entries)
     for part in parts:
         if isinstance(part.error, OutOfFramesError):
@@ -337,7 +337,7 @@ def migrate_back(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> O
 
 def _migrated(mirror: Mirror, moved: Moved) -> DeviceMigrated:
     entries = _entries_of(mirror, (moved.span,))
-    if mirror.unsettled or mirror.space.notifier.copies:
+    if mirror.space.notifier.dispatches or mirror.space.notifier.copies:
         _leave_out_unsettled(mirror, (moved.span,), entries)
     return DeviceMigrated(moved, entries, mirror.space.notifier.sequence, mirror.sequence)
 

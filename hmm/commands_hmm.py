@@ -138,7 +138,7 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     for number in list(mirror.notifiers):
         if number in mirror.notifiers:
             yield from mirror.remove(number)
-    while mirror.unanswered and mirror_id in machine.receivers:
+    while mirror.owes and mirror_id in machine.receivers:
         yield Await(WaitFor.CALLBACKS, mirror.space.id, ticket=mirror.sequence, mirror_id=mirror_id)
     mirror.release(MirrorState.RELEASED)
     machine.remove_receiver(mirror_id)

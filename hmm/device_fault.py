@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte, pte
 from hmm.address_space import AddressSpace
+from hmm.dispatch import Dispatch
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
@@ -43,7 +44,7 @@ from hmm.errors import (
     SegmentationFault,
     TimedOutError,
 )
-from hmm.events import Delivery, Event, EventState, EventType
+from hmm.events import Event, EventState, EventType
 from hmm.fault import fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
@@ -247,7 +248,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
     failure, retries, missed = None, 0, False
     mirror.counters["faults"] += 1
     while True:
-        if notifier.turns or mirror.unanswered:
+        if notifier.turns or mirror.owes:
             yield from wait_to_start(mirror, pages.spans, wait=wait)
         mirror.require_filling("fault")
         if notifier.closed or notifier.broken:
@@ -532,9 +533,11 @@ def update(mirror: Mirror, spans: Spans, entries: Entries, *, write: bool) -> Op
         spans=spans,
         entries=entries.astype("<u8", copy=False).tobytes(),
     )
-    deliveries: tuple[Delivery, ...] = yield Deliver(event, (mirror.id,))
-    (told,) = deliveries
+    dispatch: Dispatch = yield Deliver(event, (mirror.id,))
     mirror.require_live("fault")
+    told = dispatch.outcomes.get(mirror.id)
+    if told is None:
+        return  # as most do: done, and nothing more to say
     if told.state is EventState.ABANDONED:
         raise TimedOutError(f"fault: the driver of {mirror} did not acknowledge in time")
     mirror.settle(told)

@@ -64,6 +64,11 @@ _KEEPING = {
 }
 PTE_MASKS = tuple(_KEEPING.get(etype, MASK_ALL) for etype in EventType)
 """`pte_mask` of each type."""
+TAKES = tuple(
+    etype in (EventType.NONE, EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE) or mask != MASK_ALL
+    for etype, mask in zip(EventType, PTE_MASKS, strict=True)
+)
+"""Which types take something from a mirror; NONE has a reason of today, and there it takes everything."""
 
 
 class Reason(IntEnum):

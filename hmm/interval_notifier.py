@@ -164,15 +164,19 @@ class IntervalMirror(Receiver):
             notifier.concerned(event, sequence) for notifier in self.notifiers.values()
         )
 
-    def send(self, event: Event, operation_id: int) -> Delivery:
-        """Number an event for this receiver; from now on read sections over its ranges have to be repeated."""
+    @property
+    def is_selective(self) -> bool:
+        """It hears what concerns its subscriptions."""
+        return True
+
+    def prepare(self, event: Event) -> None:
+        """An event is about to be sent; from now on read sections over its ranges have to be repeated."""
         if event.reason is not None:
             sequence = self.space.notifier.sequence
             for notifier in self.notifiers.values():
                 ignored = notifier.filtered and event.initiator == self.id
                 if notifier.concerned(event, sequence) and not ignored:
                     notifier.sequence = sequence
-        return Receiver.send(self, event, operation_id)
 
     def has_two_passes(self, event: Event) -> bool:
         """Whether a subscription with two passes is concerned, and this is the first."""
@@ -184,7 +188,6 @@ class IntervalMirror(Receiver):
 
     def settle(self, delivery: Delivery) -> bool:
         """An answer has no effect here: a callback that may wait cannot fail."""
-        self.unsettled.pop(delivery.sequence, None)
         if delivery.errno and delivery.state is not EventState.REFUSED:
             self.counters[f"refused_{delivery.event.etype.name.lower()}"] += 1
         return True

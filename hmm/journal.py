@@ -66,7 +66,8 @@ def digest(machine: Machine) -> str:
     for number, pin in machine.pins.items():
         state.update(repr((number, pin.space_id, pin.span, pin.pfns.tolist())).encode())
     for record in machine.operations.values():
-        sent = [(sent.mirror_id, sent.sequence, sent.state) for sent in record.sent]
+        deliveries = record.dispatch.deliveries() if record.dispatch else ()
+        sent = [(sent.mirror_id, sent.sequence, sent.state) for sent in deliveries]
         state.update(repr((record.id, record.name, record.request, sent)).encode())
     return state.hexdigest()
 

@@ -29,6 +29,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace, SpaceLimits
 from hmm.checked import Checked
 from hmm.device import Device
+from hmm.dispatch import Audience, Dispatch
 from hmm.errors import (
     AccessDeniedError,
     HmmError,
@@ -46,7 +47,7 @@ from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
-from hmm.receiver import Receiver
+from hmm.receiver import Receiver, note_answered, send
 from hmm.reclaim import Reclaim
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import slots_of
@@ -144,8 +145,7 @@ class OperationRecord(Generic[T]):
 
     Attributes:
         request: what it waits for; None before the start and when done.
-        sent: the event that it waits for, on its way to each mirror.
-        remaining: of these, how many are not answered.
+        dispatch: the event that it waits for, on its way to mirrors.
         fenced: the mirrors that were lost while it waited for them.
         refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
         timed_out: its caller's patience has ended, and it ends as soon as it can.
@@ -158,8 +158,7 @@ class OperationRecord(Generic[T]):
     caller: Caller
     generator: Operation[T]
     request: Request | None = None
-    remaining: int = 0
-    sent: tuple[Delivery, ...] = ()
+    dispatch: Dispatch | None = None
     fenced: list[MirrorId] = field(default_factory=list)
     refusal: WouldDeadlockError | None = None
     timed_out: bool = False
@@ -236,7 +235,7 @@ class Machine:
         self.ksm = Ksm(self.frames, self.spaces)
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
-        self._outbox: list[Delivery] = []
+        self._outbox: list[Dispatch] = []
         self._caller = _NOBODY
         self._last_id: dict[str, int] = {}
 
@@ -267,11 +266,13 @@ class Machine:
         self._note("resume", operation_id)
         record = self.operations[operation_id]
         assert self.is_ready(record), f"operation {operation_id} ({record.name}) is not ready"
-        reply = None
-        if isinstance(record.request, Deliver):
-            reply, record.sent = record.sent, ()
-            record.fenced += [delivery.mirror_id for delivery in reply if delivery.state is EventState.FENCED]
-        self._advance(record, reply, record.refusal)
+        dispatch, record.dispatch = record.dispatch, None
+        if dispatch is not None:
+            note_answered(dispatch)
+            if dispatch.outcomes:
+                outcomes = dispatch.in_order()
+                record.fenced += [outcome.mirror_id for outcome in outcomes if outcome.state is EventState.FENCED]
+        self._advance(record, dispatch, record.refusal)
 
     def answer(
         self,
@@ -292,9 +293,7 @@ class Machine:
         """
         mirror = self.receiver(mirror_id)
         self._note("answer", mirror_id, sequence, errno, dirty, results)
-        sent = mirror.answer(sequence, errno, dirty, results)
-        if sent is not None:
-            self._settle(sent)
+        mirror.answer(sequence, errno, dirty, results)
 
     def acknowledge(self, answers: Sequence[tuple[MirrorId, int]]) -> None:
         """Drivers' callbacks returned 0: as many `answer`s, (mirror, event sequence) each, without more to say.
@@ -305,24 +304,35 @@ class Machine:
         receivers = self.receivers
         for mirror_id, sequence in answers:
             receiver = receivers.get(mirror_id) or self.receiver(mirror_id)
-            sent = receiver.answer(sequence, 0, ())
-            if sent is not None:
-                self._settle(sent)
+            receiver.answer(sequence, 0, ())
+
+    def acknowledge_together(self, operation_id: int, mirror_ids: Sequence[MirrorId]) -> None:
+        """As many `acknowledge`s of the event that an operation waits for and that several mirrors have heard.
+
+        Args:
+            mirror_ids: those who have not answered it yet, or some of them.
+
+        Cost: O(1) when these are all of them.
+        """
+        self._note("acknowledge_together", operation_id, mirror_ids)
+        dispatch = self.operations[operation_id].dispatch
+        assert dispatch is not None
+        assert len(dispatch.sequences) > 1, "what one alone was sent it answers by number"
+        dispatch.acknowledge(mirror_ids)
 
     def fence(self, mirror_id: MirrorId, why: str) -> None:
         """Give a mirror up: its table is dropped and no operation waits for it any longer."""
         mirror = self.receivers[mirror_id]
         self._note("fence", mirror_id, why)
         mirror.release(MirrorState.LOST, why)
-        for sequence in list(mirror.unanswered):
-            self._finish(mirror, sequence, EventState.FENCED)
-        mirror.unanswered.clear()
-        mirror.low_water = mirror.sequence
+        for sequence in mirror.unanswered:
+            mirror.finish(sequence, EventState.FENCED)
+        mirror.forget_answers()
 
     def abandon(self, mirror_id: MirrorId, sequence: int) -> None:
         """Stop waiting for one answer; the operation fails with ETIMEDOUT (policy FAIL)."""
         self._note("abandon", mirror_id, sequence)
-        self._finish(self.receivers[mirror_id], sequence, EventState.ABANDONED)
+        self.receivers[mirror_id].finish(sequence, EventState.ABANDONED)
 
     def expire(self, operation_id: int) -> None:
         """An operation has waited too long for the answers to abandoned events: it fails with ETIMEDOUT."""
@@ -356,10 +366,14 @@ class Machine:
         if _waits_for_handler(record.request):
             self._advance(record, None, self._out_of_patience(record, record.request))
 
-    def take_outbox(self) -> list[Delivery]:
+    def take_dispatches(self) -> list[Dispatch]:
         """The events to be sent now, in order; each is handed out once."""
         outbox, self._outbox = self._outbox, []
         return outbox
+
+    def take_outbox(self) -> list[Delivery]:
+        """As `take_dispatches`, for each mirror."""
+        return [delivery for dispatch in self.take_dispatches() for delivery in dispatch.deliveries()]
 
     # ---- running operations
 
@@ -371,7 +385,7 @@ class Machine:
         if record.refusal is not None:
             return True
         if isinstance(request, Deliver):
-            return not record.remaining
+            return record.dispatch is not None and not record.dispatch.waiting
         return not isinstance(request, Await) or self._holds(request)
 
     def _holds(self, request: Await) -> bool:
@@ -405,8 +419,8 @@ class Machine:
     def unanswered(self, record: OperationRecord[Any]) -> list[tuple[MirrorId, int]]:
         """The (mirror, event sequence) pairs that the operation waits for directly."""
         request = record.request
-        if isinstance(request, Deliver):
-            return [(sent.mirror_id, sent.sequence) for sent in record.sent if sent.state is EventState.SENT]
+        if record.dispatch is not None:
+            return record.dispatch.unanswered()
         if not isinstance(request, Await) or request.wait_for not in (WaitFor.CALLBACKS, WaitFor.LATE_ANSWERS):
             return []
         receiver = self.receivers.get(request.mirror_id)
@@ -504,21 +518,16 @@ class Machine:
         return False
 
     def _deliver(self, record: OperationRecord[Any], request: Deliver) -> None:
-        receivers, event = self.receivers, request.event
-        record.sent = tuple([receivers[mirror_id].send(event, record.id) for mirror_id in request.mirrors])
-        record.remaining = len(record.sent)
-        self._outbox += record.sent
-
-    def _finish(self, mirror: Receiver, sequence: int, state: EventState) -> None:
-        sent = mirror.finish(sequence, state)
-        if sent is not None:
-            self._settle(sent)
-
-    def _settle(self, sent: Delivery) -> None:
-        record = self.operations[sent.operation_id]
-        assert isinstance(record.request, Deliver)
-        assert record.request.event is sent.event
-        record.remaining -= 1
+        receivers, mirror_ids = self.receivers, request.mirrors
+        first = receivers[mirror_ids[0]]
+        audience = first.alone if len(mirror_ids) == 1 else first.space.notifier.audience_named(mirror_ids)
+        if audience is not None:
+            record.dispatch = send(request.event, audience, record.id)
+        else:
+            audience = Audience(tuple([receivers[mirror_id] for mirror_id in mirror_ids]))
+            record.dispatch = send(request.event, audience, record.id)
+            audience.fold()  # nobody else knows of it
+        self._outbox.append(record.dispatch)
 
     def _note(self, method: str, /, *args: Any, **kwargs: Any) -> None:
         if self.inputs is not None:
@@ -581,7 +590,7 @@ class Machine:
         self.receivers[receiver.id] = receiver
         if isinstance(receiver, Mirror):
             self.mirrors[receiver.id] = receiver
-        receiver.space.notifier.subscribers[receiver.id] = receiver
+        receiver.space.notifier.subscribe(receiver)
 
     def remove_receiver(self, mirror_id: MirrorId) -> None:
         """Forget one that gets no events any more."""
@@ -666,8 +675,9 @@ class Machine:
             assert not record.done
             if _waits_for_handler(record.request):
                 self._check_wait_for_handler(record)
-            if isinstance(record.request, Deliver):
-                assert record.remaining == sum(sent.state is EventState.SENT for sent in record.sent)
+            assert isinstance(record.request, Deliver) == (record.dispatch is not None)
+            if record.dispatch is not None:
+                record.dispatch.check()
 
     def _check_wait_for_handler(self, record: OperationRecord[Any]) -> None:
         # It lasts as long as somebody outside likes: nobody may have to wait for it in turn.

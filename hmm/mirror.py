@@ -74,10 +74,13 @@ class Mirror(Receiver):
     def require_filling(self, operation: str) -> None:
         """Raise unless entries may be added.
 
+        From then on it counts as filled: what it hears may concern its entries.
+
         Raises: as `require_live`; also NoSuchObjectError: it is about to be released (ENODEV).
         """
         if self.state is not MirrorState.LIVE:
             self.require_live(operation)
+        self.space.notifier.filled[self.id] = None
         if self.leaving:
             raise NoSuchObjectError(f"{operation}: {self} is being released", errnos.ENODEV)
 
@@ -103,7 +106,6 @@ class Mirror(Receiver):
         Source: hmm_mirror_update(): the mask is applied whatever the driver answered.
         """
         assert self.state is MirrorState.LIVE, f"{self} hears nothing any more"
-        self.unsettled.pop(delivery.sequence, None)
         if delivery.state is EventState.REFUSED:
             return True
         event = delivery.event
@@ -258,6 +260,8 @@ class Mirror(Receiver):
             self._check_entries(*checked.look(self.table, self.table.in_use))
 
     def _check_entries(self, addresses: Entries, entries: Entries) -> None:
+        filled = self.id in self.space.notifier.filled
+        assert filled or not addresses.size, f"{self} has entries that nobody clears"
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
         valid = (entries & np.uint64(pte.VALID)) != 0

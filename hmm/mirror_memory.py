@@ -39,6 +39,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte, pte
 from hmm.device_pages import lose
+from hmm.dispatch import Dispatch
 from hmm.errors import InvalidRequestError, NoSuchObjectError, OutOfFramesError, TimedOutError
 from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.fault_pages import ANON_PAGE
@@ -349,10 +350,10 @@ class MirrorMemory:
             keeps=keeps,
         )
         try:
-            outcomes: tuple[Delivery, ...] = yield Deliver(event, (mirror.id,))
+            dispatch: Dispatch = yield Deliver(event, (mirror.id,))
         finally:
             self.copies.pop(number, None)
-        (outcome,) = outcomes
+        outcome = dispatch.delivery(mirror.id)
         carried = np.zeros(pfns.size, np.bool_)
         if number and outcome.state is EventState.ACKNOWLEDGED:
             if not outcome.errno:

@@ -30,8 +30,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
+from hmm.dispatch import Audience, Dispatch, Hearer, Past
 from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError
-from hmm.events import Cause, Delivery, Event, EventState, EventType
+from hmm.events import IS_INVALIDATION, TAKES, Cause, Delivery, Event, EventState, EventType
 from hmm.frames import Region
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
@@ -73,7 +74,7 @@ class Home(Protocol):
         """Copy the pages of these ranges for somebody else, who takes addresses and frames (0: lost) part by part."""
 
 
-class Subscriber(Protocol):
+class Subscriber(Hearer, Protocol):
     """What the notifier needs of a mirror or an interval subscription.
 
     Attributes:
@@ -83,12 +84,12 @@ class Subscriber(Protocol):
     failing_allocation: int
 
     @property
-    def id(self) -> MirrorId:
-        """Identifies the subscriber in Deliver and Delivery."""
-
-    @property
     def home(self) -> Home | None:
         """Its part of its device's memory; None when there is none that goes with its table."""
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether it has to be asked about every event; those who are not hear all, but for what they ask for."""
 
     @property
     def may_abandon(self) -> bool:
@@ -104,7 +105,10 @@ class Subscriber(Protocol):
         """Whether an abandoned event is still unanswered, so that nothing new may be sent."""
 
     def settle(self, delivery: Delivery) -> bool:
-        """Apply what the answer means; False when the subscriber's own error is its end."""
+        """Apply what the answer means; False when the subscriber's own error is its end.
+
+        Who answered that it was done, and is not in `Notifier.filled`, need not be settled.
+        """
 
     def kill(self) -> None:
         """Unsubscribe for good: it has been told to give everything up."""
@@ -135,39 +139,37 @@ class Invalidation:
         if not notifier.invalidations and notifier.sequence & 1:
             notifier.sequence += 1
 
-    def deliver(self) -> Operation[tuple[Delivery, ...]]:
+    def deliver(self) -> Operation[None]:
         """Tell every subscriber concerned and wait for all answers.
-
-        Returns: how they answered, one per subscriber told, in order of registration.
 
         Raises:
             TimedOutError: a mirror whose policy is FAIL did not answer (ETIMEDOUT); nothing was changed yet.
 
-        Cost: nothing but a test per subscriber when nobody is concerned.
+        Cost: of mirrors of 2015, some 50 ns each, and what their tables hold of the ranges; of others a test each.
         """
         notifier = self.notifier
         if notifier.copies:
             yield from notifier.wait_for_copies(self.spans)
         if not notifier.subscribers:
-            return ()
+            return
         event = self._event()
-        listeners = notifier.listeners(event)
-        if not listeners:
-            return ()
+        audience = notifier.audience(event)
+        if audience is None:
+            return
         if notifier.faults:
             yield from notifier.back_off(event.spans)
-            listeners = notifier.listeners(event)
-        if any(listener.awaits_late_answer() for listener in listeners):
+            audience = notifier.audience(event)
+        if notifier.owing:
             yield from self._late_answers(event)
-            listeners = notifier.listeners(event)
-        takes = event.etype.pte_mask == MASK_NONE
-        if takes and any(listener.home is not None for listener in listeners):
+            audience = notifier.audience(event)
+        if audience is not None and audience.homes and event.etype.pte_mask == MASK_NONE:
             yield from self._vacate(event)
-            listeners = notifier.listeners(event)
+            audience = notifier.audience(event)
         if notifier.revision != event.revision:
             event = self._event()  # numbered when it is sent, so that revisions ascend
         notifier.mark(event)
-        return (yield from notifier.broadcast(event, listeners, certain=self.certain))
+        if audience is not None:
+            yield from notifier.broadcast(event, audience, certain=self.certain)
 
     def _late_answers(self, event: Event) -> Operation[None]:
         # A death is told in the end even to those who owe an answer; everything else is not told to anybody.
@@ -275,11 +277,22 @@ class Turn:
 
 @dataclass(slots=True, eq=False)
 class Notifier:
-    """The subscribers and running changes of one address space."""
+    """The subscribers and running changes of one address space.
+
+    Attributes:
+        filled: the mirrors of 2015 whose tables ever had entries, so that an answer may mean something for them.
+        owing: the subscribers that owe the answer to an abandoned event.
+        dispatches: events that are under way; of those for a single subscriber only invalidations.
+        past: what took something from many at once.
+    """
 
     space_id: SpaceId
     current: Current
     subscribers: dict[MirrorId, Subscriber] = field(default_factory=dict)
+    filled: dict[MirrorId, None] = field(default_factory=dict)
+    owing: set[MirrorId] = field(default_factory=set)
+    dispatches: list[Dispatch] = field(default_factory=list)
+    past: Past[Dispatch] = field(default_factory=Past)
     invalidations: list[Invalidation] = field(default_factory=list)
     faults: list[DeviceFault] = field(default_factory=list)
     copies: list[Copying] = field(default_factory=list)
@@ -289,12 +302,81 @@ class Notifier:
     closed: bool = False
     broken: str = ""
     _tickets: int = 0
+    _everybody: Audience | None = None
+    _some: Audience | None = None
+    _asks: bool = False
+    _told_revision: int = 0
 
     def require_usable(self) -> None:
         """Raise when the space has gone (ESRCH), or stop at once when an internal error left it half edited."""
         if self.closed:
             raise NoSuchObjectError(f"address space {self.space_id} is gone: its last process exited")
         assert not self.broken, f"address space {self.space_id} is broken: {self.broken}"
+
+    # ---- subscribers
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """From now on this one hears of changes."""
+        self.subscribers[subscriber.id] = subscriber
+        self._forget_audiences()
+
+    def unsubscribe(self, mirror_id: MirrorId) -> None:
+        """It hears nothing any more."""
+        self.subscribers.pop(mirror_id, None)
+        self.filled.pop(mirror_id, None)
+        self._forget_audiences()
+
+    def listeners(self, event: Event) -> list[Subscriber]:
+        """Those who have to hear of `event`, in order of registration."""
+        return [subscriber for subscriber in self.subscribers.values() if subscriber.hears(event)]
+
+    def audience(self, event: Event) -> Audience | None:
+        """As `listeners`, None for nobody.  Cost: O(1) where all are mirrors of 2015, and none of them asked for it."""
+        everybody = self._everybody
+        if everybody is None:
+            if not self.subscribers:
+                return None
+            everybody = self._everybody = Audience(tuple(self.subscribers.values()))
+            self._asks = any(subscriber.is_selective for subscriber in self.subscribers.values())
+        if not self._asks and event.initiator not in everybody.index:
+            return everybody if everybody.receivers[0].hears(event) else None
+        listeners = tuple(self.listeners(event))
+        if listeners == everybody.receivers:
+            return everybody
+        if self._some is None or self._some.receivers != listeners:
+            if self._some is not None:
+                self._some.fold()
+            self._some = Audience(listeners) if listeners else None
+        return self._some
+
+    def audience_named(self, mirror_ids: tuple[MirrorId, ...]) -> Audience | None:
+        """The one that `audience` gave last, if these are its `ids`."""
+        return next((one for one in (self._everybody, self._some) if one is not None and one.ids is mirror_ids), None)
+
+    def fold(self) -> None:
+        """Add what was counted for all of an audience to the counters of each."""
+        for audience in (self._everybody, self._some):
+            if audience is not None:
+                audience.fold()
+
+    def _forget_audiences(self) -> None:
+        self.fold()
+        self._everybody = self._some = None
+
+    # ---- events
+
+    def note_sent(self, dispatch: Dispatch) -> None:
+        """An event is on its way."""
+        event = dispatch.event
+        if event.space_id == self.space_id:
+            assert event.revision > self._told_revision, f"revision {event.revision} after {self._told_revision}"
+            self._told_revision = event.revision
+        if len(dispatch.sequences) > 1:
+            self.dispatches.append(dispatch)
+            if TAKES[event.etype]:
+                self.past.add(dispatch)
+        elif IS_INVALIDATION[event.etype]:
+            self.dispatches.append(dispatch)
 
     # ---- invalidations
 
@@ -316,10 +398,6 @@ class Notifier:
         """
         return Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain, initiator)
 
-    def listeners(self, event: Event) -> list[Subscriber]:
-        """Those who have to hear of `event`, in order of registration."""
-        return [subscriber for subscriber in self.subscribers.values() if subscriber.hears(event)]
-
     def mark(self, event: Event) -> None:
         """Make the sequence odd: from now on a read section over the event's ranges must be repeated."""
         if event.reason is not None:
@@ -333,19 +411,28 @@ class Notifier:
                     fault.backoff = True
             yield Await(WaitFor.FAULTS, self.space_id, spans)
 
-    def broadcast(
-        self, event: Event, listeners: list[Subscriber], *, certain: bool = False
-    ) -> Operation[tuple[Delivery, ...]]:
-        """Send one event to all listeners, wait for all, settle all; then end those whose own error is their end.
+    def broadcast(self, event: Event, audience: Audience, *, certain: bool = False) -> Operation[None]:
+        """Send one event to all of an audience, wait for all, settle all; then end those whose own error is their end.
 
         Those who have only started are called again, when all have started, in the order in which they were told.
 
         Raises:
             RangeBusyError: one refused an event that may not block (EAGAIN); the others have given up the ranges.
         """
-        if not listeners:
-            return ()
-        deliveries: tuple[Delivery, ...] = yield Deliver(event, tuple([listener.id for listener in listeners]))
+        dispatch: Dispatch = yield Deliver(event, audience.ids)
+        if self.filled:
+            self._settle_plain(dispatch)
+        if dispatch.outcomes:
+            yield from self._take_outcomes(dispatch, certain=certain)
+
+    def _settle_plain(self, dispatch: Dispatch) -> None:
+        # Those who had no more to say than that they are done.
+        for mirror_id in list(self.filled):
+            if mirror_id in dispatch.audience.index and mirror_id not in dispatch.outcomes:
+                self.subscribers[mirror_id].settle(dispatch.delivery(mirror_id))
+
+    def _take_outcomes(self, dispatch: Dispatch, *, certain: bool) -> Operation[None]:
+        event, deliveries = dispatch.event, dispatch.in_order()
         killed: list[MirrorId] = []
         abandoned: list[MirrorId] = []
         refused: list[MirrorId] = []
@@ -375,7 +462,6 @@ class Notifier:
                 f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
                 f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
             )
-        return deliveries
 
     def _finish(self, event: Event, mirror_ids: tuple[MirrorId, ...]) -> Operation[list[MirrorId]]:
         """The second pass: mn_itree_finish_pass().  Returns: those that have not finished in time."""
@@ -383,12 +469,12 @@ class Notifier:
         if not living:
             return []
         second = replace(event, revision=self.next_revision(), finishes=event.revision)
-        deliveries: tuple[Delivery, ...] = yield Deliver(second, living)
-        for delivery in deliveries:
+        dispatch: Dispatch = yield Deliver(second, living)
+        for delivery in dispatch.deliveries():
             subscriber = self.subscribers.get(delivery.mirror_id)
             if subscriber is not None:
                 subscriber.settle(delivery)
-        return [delivery.mirror_id for delivery in deliveries if delivery.state is EventState.ABANDONED]
+        return [outcome.mirror_id for outcome in dispatch.in_order() if outcome.state is EventState.ABANDONED]
 
     def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
         """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.
@@ -396,9 +482,9 @@ class Notifier:
         Those who are lost or ended by somebody else meanwhile are not told `release`.  Source: hmm_mirror_kill().
         """
         event = Event(operation_id, self.space_id, self.next_revision(), EventType.MUNMAP, None, None, (WHOLE_SPACE,))
-        deliveries: tuple[Delivery, ...] = yield Deliver(event, mirror_ids)
+        dispatch: Dispatch = yield Deliver(event, mirror_ids)
         killed: list[MirrorId] = []
-        for delivery in deliveries:
+        for delivery in dispatch.deliveries():
             subscriber = self.subscribers.get(delivery.mirror_id)
             if subscriber is not None:
                 subscriber.settle(delivery)

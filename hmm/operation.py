@@ -33,7 +33,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send `event` to all of `mirrors` at once and wait for all; the reply is a tuple of Delivery, one per mirror."""
+    """Send `event` to all of `mirrors` at once and wait for all; the reply is the Dispatch with their answers."""
 
     event: Event
     mirrors: tuple[MirrorId, ...]

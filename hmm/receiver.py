@@ -1,7 +1,9 @@
 """Who receives events: the numbering, the answers and the life of one driver's tie to one address space.
 
 What the mirrors of 2015 (mirror.py) and the interval notifiers of today (interval_notifier.py) have in common.
-Events are numbered densely per receiver; each reaches one final state; `low_water` says up to where all have.
+Events are numbered densely per receiver; each reaches one final state; `low_water` says up to where all have.  What
+was sent to many is kept once for all of them, with the notifier of their address space (dispatch.py); here is what
+was sent to one alone, and what it owes.
 
 **Source**: our own; it stands for the certainty that a function call gives inside one kernel.
 
@@ -23,8 +25,9 @@ from hmm import pte
 from hmm.address_space import AddressSpace
 from hmm.checked import Checked
 from hmm.device import Device
+from hmm.dispatch import Audience, Dispatch
 from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
-from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
+from hmm.events import IS_INVALIDATION, TAKES, Delivery, Event, EventState, EventType
 from hmm.notifier import Home
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.spans import Spans, overlap
@@ -60,11 +63,8 @@ class Receiver(ABC):
     Attributes:
         owner: the token of whoever registered it.
         sequence: of the last event sent.
-        revision: of the last event of this address space that was sent; pages on a device may be touched from others.
-        unanswered: the events that the driver has still to answer, abandoned ones included.
         leaving: about to be released: it still hears of changes and gives up what it has, but gets nothing new.
-        unsettled: the invalidations that were sent and whose effect is not applied yet; others may still have to
-            answer.
+        counters: some of `counted`; see there.
         lenient: a refused access succeeds for the device, which reads ones and whose writes go nowhere, as behind an
             IOMMU; False: it fails.
         history: what its driver gave up lately.
@@ -84,16 +84,14 @@ class Receiver(ABC):
     lost_because: str = ""
     leaving: bool = False
     sequence: int = 0
-    revision: int = 0
-    low_water: int = 0
-    unanswered: dict[int, Delivery] = field(default_factory=dict)
-    unsettled: dict[int, Delivery] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     lenient: bool = False
     history: History = field(default_factory=History)
     reports: Reports = field(default_factory=Reports)
     home: Home | None = None
     failing_allocation: int = 0
+    _owed: dict[int, Dispatch] = field(default_factory=dict)  # sent to it alone, or abandoned
+    _alone: Audience | None = None
 
     def __str__(self) -> str:
         return f"mirror {self.id} ({self.device.name})"
@@ -134,7 +132,7 @@ class Receiver(ABC):
 
     def taken_by(self, address: Address, bits: int) -> Taking | None:
         """What took some of `bits` of the entry of an address last, as `History.last`."""
-        return self.history.last(address, bits, self.unsettled)
+        return self.history.last(self.id, address, bits, self.unsettled, self.space.notifier.past)
 
     def report(
         self, kind: ViolationKind, address: Address, pages: int, *, write: bool, taking: Taking | None
@@ -160,8 +158,7 @@ class Receiver(ABC):
         self.leaving = False
         if self.state is not MirrorState.LIVE:
             return
-        self.space.notifier.subscribers.pop(self.id, None)
-        self.unsettled.clear()
+        self.space.notifier.unsubscribe(self.id)
         self.state = state
         self.lost_because = why
 
@@ -177,7 +174,12 @@ class Receiver(ABC):
 
     def awaits_late_answer(self) -> bool:
         """True while an abandoned event is unanswered: nothing new is sent before that."""
-        return bool(self.unanswered) and any(sent.state is EventState.ABANDONED for sent in self.unanswered.values())
+        return any(sent.state_of(self.id) is EventState.ABANDONED for sent in self._owed.values())
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether it has to be asked about every event."""
+        return False
 
     @property
     def may_abandon(self) -> bool:
@@ -201,22 +203,73 @@ class Receiver(ABC):
 
     # ---- numbering and answers
 
-    def send(self, event: Event, operation_id: int) -> Delivery:
-        """Number an event for this receiver, densely from 1."""
-        self.sequence = sequence = self.sequence + 1
-        if event.space_id == self.space.id:
-            assert event.revision > self.revision, f"{self} hears of revision {event.revision} after {self.revision}"
-            self.revision = event.revision
-        sent = self.unanswered[sequence] = Delivery(self.id, sequence, event, operation_id)
-        if IS_INVALIDATION[event.etype]:
-            self.unsettled[sequence] = sent
-        self.counters[_EVENTS_OF[event.etype]] += 1
-        return sent
+    @property
+    def alone(self) -> Audience:
+        """This one and nobody else."""
+        if self._alone is None:
+            self._alone = Audience((self,))
+        return self._alone
+
+    def prepare(self, event: Event) -> None:  # noqa: B027 - nothing for most
+        """An event is about to be sent to it; called of those who are selective."""
+
+    def note_sent(self, dispatch: Dispatch) -> None:
+        """An event is on its way to it alone."""
+        self._owed[self.sequence] = dispatch
+        self.counters[_EVENTS_OF[dispatch.event.etype]] += 1
+
+    @property
+    def owes(self) -> bool:
+        """Whether the driver has still to answer an event, abandoned ones included."""
+        running = self.space.notifier.dispatches
+        return bool(self._owed) or (bool(running) and any(self.id in sent.waiting for sent in running))
+
+    @property
+    def unanswered(self) -> dict[int, Delivery]:
+        """The events that the driver has still to answer, abandoned ones included, by sequence, ascending."""
+        owed = dict(self._owed)
+        owed.update((sent.sequence_of(self.id), sent) for sent in self._dispatches() if self.id in sent.waiting)
+        return {sequence: owed[sequence].delivery(self.id) for sequence in sorted(owed)}
+
+    @property
+    def unsettled(self) -> dict[int, Delivery]:
+        """The invalidations that were sent and whose effect is not applied yet; others may still have to answer."""
+        if not self.space.notifier.dispatches or self.state is not MirrorState.LIVE:
+            return {}
+        sent = [one.delivery(self.id) for one in self._dispatches() if IS_INVALIDATION[one.event.etype]]
+        return {one.sequence: one for one in sent if one.state not in (EventState.FENCED, EventState.ABANDONED)}
+
+    @property
+    def low_water(self) -> int:
+        """Up to here it has answered everything."""
+        return next(iter(self.unanswered), self.sequence + 1) - 1
+
+    def _dispatches(self) -> list[Dispatch]:
+        return [sent for sent in self.space.notifier.dispatches if self.id in sent.audience.index]
+
+    def _find(self, sequence: int) -> Dispatch | None:
+        """The event of that number, if it is still to be answered."""
+        owed = self._owed.get(sequence)
+        if owed is not None:
+            return owed
+        for sent in self.space.notifier.dispatches:
+            if self.id in sent.waiting and sent.sequence_of(self.id) == sequence:
+                return sent
+        return None
+
+    def counted(self) -> Counter[str]:
+        """Everything that was counted: events by type and by outcome, faults, bytes, ..."""
+        self.space.notifier.fold()
+        counted = Counter(self.counters)
+        waiting = sum(sent.state is EventState.SENT for sent in self.unanswered.values())
+        others = sum(counted[state.value] for state in (EventState.REFUSED, EventState.FENCED, EventState.ABANDONED))
+        counted[EventState.ACKNOWLEDGED.value] = self.sequence - waiting - others
+        return +counted
 
     def answer(
         self, sequence: int, errno: int, dirty: tuple[AddressRange, ...], results: bytes = b""
-    ) -> Delivery | None:
-        """Record a driver's answer.  Returns: the event that it finishes, None when it changes nothing.
+    ) -> Dispatch | None:
+        """Record a driver's answer.  Returns: the event that it answers, None when it changes nothing.
 
         Raises:
             InvalidRequestError: the event was never sent to this receiver, or it wants a result for each page (EINVAL).
@@ -225,51 +278,63 @@ class Receiver(ABC):
             raise InvalidRequestError(
                 f"acknowledge: event {sequence} was never sent to {self}; the last one is {self.sequence}"
             )
-        sent = self.unanswered.get(sequence)
+        sent = self._find(sequence)
         if sent is None:
             self.counters["repeated_answers"] += 1
             return None
-        if sent.state is EventState.ABANDONED:
+        event = sent.event
+        if sent.outcomes and sent.state_of(self.id) is EventState.ABANDONED:
             self.counters["late_answers"] += 1
             self._forget(sequence)
-            self.heard_late(sent.event, dirty)
+            self.heard_late(event, dirty)
             return None
-        wanted = sent.event.npages if sent.event.copy and not errno else 0
+        wanted = event.npages if event.copy and not errno else 0
         if len(results) != wanted and not errno:
             raise InvalidRequestError(
                 f"acknowledge: event {sequence} of {self} wants {wanted} results and got {len(results)}"
             )
-        if errno == errnos.EINPROGRESS and self.has_two_passes(sent.event):
-            sent.state, sent.unfinished = EventState.ACKNOWLEDGED, True
-        elif errno == errnos.EAGAIN and not sent.event.blockable:
+        unfinished = errno == errnos.EINPROGRESS and self.has_two_passes(event)
+        state = EventState.ACKNOWLEDGED
+        if errno == errnos.EAGAIN and not event.blockable:
             # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
-            sent.state, sent.errno = EventState.REFUSED, errno
+            state = EventState.REFUSED
+            self.counters[state._value_] += 1
         elif errno:
-            sent.state, sent.errno = EventState.ACKNOWLEDGED, self._accepted(errno)
-        else:
-            sent.state = EventState.ACKNOWLEDGED
-        sent.dirty, sent.results = dirty, results
-        self.counters[sent.state._value_] += 1
-        self._forget(sequence)
-        if sent.state is EventState.ACKNOWLEDGED and not sent.unfinished:
-            self.history.acknowledged(sent)
+            errno = 0 if unfinished else self._accepted(errno)
+        if state is not EventState.ACKNOWLEDGED or errno or dirty or results or unfinished:
+            sent.outcomes[self.id] = Delivery(
+                self.id, sequence, event, sent.operation_id, state, errno, dirty, results, unfinished
+            )
+        sent.waiting.remove(self.id)
+        self._owed.pop(sequence, None)
+        if len(sent.sequences) == 1 and TAKES[event.etype] and sent.acknowledged_as(self.id):
+            self.history.add(sent.delivery(self.id))
         return sent
 
-    def finish(self, sequence: int, state: EventState) -> Delivery | None:
+    def finish(self, sequence: int, state: EventState) -> Dispatch | None:
         """Give an unanswered event a final state other than a driver's answer (fenced, abandoned)."""
-        sent = self.unanswered.get(sequence)
-        if sent is None or sent.state is not EventState.SENT:
+        sent = self._find(sequence)
+        if sent is None or self.id not in sent.waiting:
             return None
-        sent.state = state
+        sent.waiting.remove(self.id)
+        sent.outcomes[self.id] = Delivery(self.id, sequence, sent.event, sent.operation_id, state)
         self.counters[state._value_] += 1
-        self.unsettled.pop(sequence, None)
-        if state is not EventState.ABANDONED:
-            self._forget(sequence)
+        if state is EventState.ABANDONED:
+            self._owed[sequence] = sent
+            self.space.notifier.owing.add(self.id)
+        else:
+            self._owed.pop(sequence, None)
         return sent
+
+    def forget_answers(self) -> None:
+        """No answer counts any more."""
+        for sequence in list(self._owed):
+            self._forget(sequence)
 
     def _forget(self, sequence: int) -> None:
-        del self.unanswered[sequence]
-        self.low_water = next(iter(self.unanswered)) - 1 if self.unanswered else self.sequence  # they ascend
+        del self._owed[sequence]
+        if not self.awaits_late_answer():
+            self.space.notifier.owing.discard(self.id)
 
     def _accepted(self, errno: int) -> int:
         # hmm_mirror_update(): 0, ENOMEM and EIO are documented; others are warned of and become EIO.
@@ -280,5 +345,32 @@ class Receiver(ABC):
 
     def check(self, _: Checked) -> None:
         """Assert the invariants of the numbering."""
-        assert self.state is MirrorState.LIVE or not self.unsettled, f"{self} is gone and has something to settle"
-        assert self.low_water == min(self.unanswered, default=self.sequence + 1) - 1
+        assert self.state is not MirrorState.LOST or not self.owes, f"{self} is lost and owes answers"
+        assert all(0 < sequence <= self.sequence for sequence in self.unanswered), f"{self} owes what was never sent"
+        assert (self.id in self.space.notifier.owing) == self.awaits_late_answer(), f"{self}: is an answer owed?"
+
+
+def send(event: Event, audience: Audience, operation_id: int) -> Dispatch:
+    """Number an event, for each of an audience densely from 1, and note that it is on its way."""
+    receivers = audience.receivers
+    for receiver in audience.selective:
+        receiver.prepare(event)
+    first = receivers[0]
+    if len(receivers) == 1:
+        first.sequence += 1
+        dispatch = Dispatch(event, operation_id, audience, [first.sequence], {first.id})
+        first.note_sent(dispatch)
+    else:
+        for receiver in receivers:
+            receiver.sequence += 1
+        sequences = [receiver.sequence for receiver in receivers]
+        dispatch = Dispatch(event, operation_id, audience, sequences, set(audience.everybody))
+        audience.counters[_EVENTS_OF[event.etype]] += 1
+    first.space.notifier.note_sent(dispatch)
+    return dispatch
+
+
+def note_answered(dispatch: Dispatch) -> None:
+    """All have answered, and what that means is done before anything else happens."""
+    if len(dispatch.sequences) > 1 or IS_INVALIDATION[dispatch.event.etype]:
+        dispatch.audience.receivers[0].space.notifier.dispatches.remove(dispatch)

@@ -15,72 +15,76 @@ it gave up).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
 
 from hmm import pte
+from hmm.dispatch import Dispatch, Past
 from hmm.events import Delivery, Event, EventType
-from hmm.units import Address, AddressRange
+from hmm.units import Address, AddressRange, MirrorId
 from hmm.violation import Taking, Violation, ViolationKind
 
 __all__ = ["History", "Reports", "kind_of_stale"]
 
-EVENTS_KEPT = 256
-"""Events that a mirror's history goes back."""
-RANGES_KEPT = 1 << 16
-"""Ranges of all these events together; a single event may have more."""
 VIOLATIONS_KEPT = 64
 """Violations of one mirror that are kept in full, the first ones: the others mostly follow from them."""
 
 
-_MOVING = (EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE)
-_TAKES = tuple(etype is EventType.NONE or etype.pte_mask != pte.MASK_ALL or etype in _MOVING for etype in EventType)
-"""Which types of events take something; NONE has a reason of today, and there it takes everything."""
-
-
 class History:
-    """What took translations of one mirror lately: events that its driver acknowledged, ranges that it discarded."""
+    """What took translations of one mirror lately, and of no other: ranges that it discarded, events for it alone."""
 
-    __slots__ = ("_nranges", "_taken")
+    __slots__ = ("_taken",)
 
     def __init__(self) -> None:
-        self._taken: deque[Delivery] = deque()
-        self._nranges = 0
+        self._taken: Past[Delivery] = Past()
 
-    def acknowledged(self, delivery: Delivery) -> None:
-        """The driver has answered an event and uses what it took no more."""
-        if _TAKES[delivery.event.etype]:
-            self._add(delivery)
+    def add(self, delivery: Delivery) -> None:
+        """The driver has answered an event that only it heard, and uses what it took no more."""
+        self._taken.add(delivery)
 
     def discarded(self, sequence: int, span: AddressRange, operation_id: int) -> None:
         """The driver has dropped a range by itself; `sequence` is that of the last event it was sent."""
         event = Event(operation_id, 0, 0, EventType.NONE, None, None, (span,))
-        self._add(Delivery(0, sequence, event, operation_id))
+        self._taken.add(Delivery(0, sequence, event, operation_id))
 
-    def _add(self, taken: Delivery) -> None:
-        self._taken.append(taken)
-        self._nranges += len(taken.event.spans)
-        while len(self._taken) > EVENTS_KEPT or (self._nranges > RANGES_KEPT and len(self._taken) > 1):
-            self._nranges -= len(self._taken.popleft().event.spans)
-
-    def last(self, address: Address, bits: int, unsettled: Container[int]) -> Taking | None:
+    def last(
+        self, mirror_id: MirrorId, address: Address, bits: int, unsettled: Container[int], past: Past[Dispatch]
+    ) -> Taking | None:
         """What took some of `bits` of the entry of an address last; None: nothing that is remembered.
 
         Args:
             bits: of an entry, such as pte.WRITE.
             unsettled: sequences of events whose change was not made yet.
+            past: what others heard as well.
 
         Cost: O(EVENTS_KEPT * log ranges).
         """
-        for taken in reversed(self._taken):
-            event = taken.event
-            mask = pte.MASK_NONE if event.etype is EventType.NONE else event.pte_mask
-            if mask & bits != bits and (span := _holding(event, address)) is not None:
-                name, cause = _in_words(event)
-                settled = taken.sequence not in unsettled
-                return Taking(taken.sequence, name, cause, taken.operation_id, span.start, span.end, settled)
-        return None
+        found: tuple[int, Event, AddressRange] | None = None
+        for taken in self._taken.backwards():
+            if (span := _taken_of(taken.event, address, bits)) is not None:
+                found = taken.sequence, taken.event, span
+                break
+        for dispatch in past.backwards():
+            sequence = dispatch.acknowledged_as(mirror_id)
+            if sequence is None:
+                continue
+            if found is not None and sequence <= found[0]:
+                break
+            if (span := _taken_of(dispatch.event, address, bits)) is not None:
+                found = sequence, dispatch.event, span
+                break
+        if found is None:
+            return None
+        sequence, event, span = found
+        name, cause = _in_words(event)
+        return Taking(sequence, name, cause, event.operation_id, span.start, span.end, sequence not in unsettled)
+
+
+def _taken_of(event: Event, address: Address, bits: int) -> AddressRange | None:
+    """The range of an event that holds an address, if it took some of `bits`."""
+    mask = pte.MASK_NONE if event.etype is EventType.NONE else event.pte_mask
+    return _holding(event, address) if mask & bits != bits else None
 
 
 def _holding(event: Event, address: Address) -> AddressRange | None:

@@ -92,7 +92,7 @@ class DeviceModel:
             mirror_id, target = record.arguments[0], record.arguments[1]
             target = (target,) if isinstance(target, AddressRange) else target
             mirror = self.machine.mirrors.get(mirror_id)
-            if mirror is not None and not mirror.update_on_fault and not mirror.unanswered:
+            if mirror is not None and not mirror.update_on_fault and not mirror.owes:
                 spans = tuple(target) if not isinstance(target, np.ndarray) else _single_pages(target)
                 self._program(mirror_id, spans, result.entries)
 

@@ -8,114 +8,20 @@ the mirror lives; what an answer has to say is never covered by a plain one.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from hmm.errors import HmmError
 from hmm.machine import Machine
-from hmm.receiver import MirrorState, Receiver
-from hmm.sanitizer import EVENTS_KEPT
-from hmm.units import AddressRange, DeviceId, MirrorId
+from hmm.receiver import MirrorState
+from hmm.units import AddressRange, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2
-from hmm_server.mailbox import Mailbox, Posting
-
-LATENCIES_KEPT = 1024
-LATENCY_BOUNDS_S = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
-"""Upper bounds of the buckets that latencies are counted in, seconds."""
+from hmm_server.mailbox import Posting
+from hmm_server.served import ServedMirror, Stream
 
 Spans = tuple[AddressRange, ...]
-Plain: TypeAlias = "list[tuple[ServedMirror, int]]"
-
-
-@dataclass(slots=True, eq=False)
-class ServedMirror:
-    """One mirror as its stream sees it.
-
-    Attributes:
-        receiver: the mirror itself.
-        sent_up_to: the last event that left for it.
-        outstanding: events that left and are not answered, by sequence.
-        latencies_s: from sending to answering, of the last events.
-        latency_buckets: answers by latency: one for each of LATENCY_BOUNDS_S, and one for all beyond.
-        answered_ns: when the last events were answered, nanoseconds since 1970, by sequence.
-    """
-
-    id: MirrorId
-    stream: Stream
-    receiver: Receiver
-    sent_up_to: int = 0
-    outstanding: dict[int, Posting] = field(default_factory=dict)
-    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
-    latency_count: int = 0
-    latency_sum_s: float = 0.0
-    latency_max_s: float = 0.0
-    bytes_sent: int = 0
-    ranges: int = 0
-    pages: int = 0
-    events_by_reason: Counter[str] = field(default_factory=Counter)
-    rejected: int = 0
-    latency_buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
-    answered_ns: dict[int, int] = field(default_factory=dict)
-
-    def note_sent(self, sequence: int, posting: Posting, nranges: int, npages: int, reason: str) -> None:
-        """An event has left for this mirror."""
-        self.sent_up_to = sequence
-        self.outstanding[sequence] = posting
-        self.bytes_sent += posting.size_bytes
-        self.ranges += nranges
-        self.pages += npages
-        if reason:
-            self.events_by_reason[reason] += 1
-
-    def note_answer(self, sequence: int, seconds: float, now_ns: int) -> None:
-        """Count one answer, that came so long after its event was sent; `now_ns` since 1970."""
-        if len(self.answered_ns) >= EVENTS_KEPT:
-            del self.answered_ns[next(iter(self.answered_ns))]
-        self.answered_ns[sequence] = now_ns
-        self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
-        self.latencies_s.append(seconds)
-        self.latency_count += 1
-        self.latency_sum_s += seconds
-        if seconds > self.latency_max_s:  # noqa: PLR1730 - max() would cost more than the rest
-            self.latency_max_s = seconds
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """One open stream of events: a driver process.
-
-    Attributes:
-        epoch: names it; answers that name another are rejected.
-        owner: the token of whoever opened it.
-        devices: registered on it: they go when its lease ends.
-        pins: that it holds: they go with it.
-        heard_s: when something was last heard of the driver, on the monotonic clock.
-    """
-
-    epoch: int
-    owner: str
-    name: str
-    pid: int
-    mailbox: Mailbox
-    heard_s: float
-    mirrors: dict[MirrorId, ServedMirror] = field(default_factory=dict)
-    devices: list[DeviceId] = field(default_factory=list)
-    pins: list[int] = field(default_factory=list)
-    open: bool = True
-
-    @property
-    def fields(self) -> dict[str, object]:
-        """Who it is, as `extra` of a log call."""
-        return {"driver": self.name, "pid": self.pid}
-
-    def __str__(self) -> str:
-        return f"stream {self.epoch} ({self.name or 'unnamed'}, pid {self.pid})"
+Plain: TypeAlias = list[tuple[ServedMirror, int]]
 
 
 class Answers:
@@ -127,17 +33,20 @@ class Answers:
         stream: Stream,
         answered: Callable[[ServedMirror, int, int, Spans, bytes], None],
         acknowledged: Callable[[Plain], None],
+        together: Callable[[Posting], None],
     ) -> None:
         """Prepare to take answers.
 
         Args:
             answered: does what an answer that counts does: mirror, event sequence, errno, dirty ranges, results.
             acknowledged: does it for all that say nothing but that the event was handled.
+            together: does it for an event that all of a group say this of.
         """
         self._machine = machine
         self._stream = stream
         self._answered = answered
         self._acknowledged = acknowledged
+        self._together = together
         self._violations: list[event_pb2.ProtocolViolation] = []
 
     def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
@@ -153,6 +62,8 @@ class Answers:
         return self._violations
 
     def _take(self, message: event_pb2.Acknowledgements) -> None:
+        if len(message.mirror_ids) > 1 and self._stream.postings and self._take_together(message):
+            return
         for answer in message.answers:
             self._take_answer(answer)
         plain: Plain = []
@@ -161,15 +72,36 @@ class Answers:
                 plain.append((served, sequence))
         for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
             served = self._find(mirror_id, up_to)
-            if served is None or not served.outstanding:
+            if served is None:
                 continue
-            for sequence, posting in served.outstanding.items():  # ascending
+            outstanding = served.outstanding if self._stream.postings else served.alone
+            for sequence, posting in outstanding.items():  # ascending
                 if sequence > up_to:
                     break
                 if not posting.event.copy:
                     plain.append((served, sequence))
         if plain:
             self._acknowledged(plain)
+
+    def _take_together(self, message: event_pb2.Acknowledgements) -> bool:
+        """Take the usual message: all of a group have answered the oldest event, and nobody has more to say."""
+        posting = self._stream.postings[0]
+        group = posting.group
+        if (
+            group is None
+            or message.answers
+            or message.single_mirror_ids
+            or self._stream.mailbox.in_flight > 1
+            or len(message.mirror_ids) != len(group.mirror_ids)
+            or len(posting.waiting) != len(group.mirror_ids)
+            or posting.event.copy
+            or message.acknowledged_up_to[:] != posting.sequences
+            or message.mirror_ids[:] != group.mirror_ids
+            or not posting.is_awaited
+        ):
+            return False
+        self._together(posting)
+        return True
 
     def _take_answer(self, answer: event_pb2.Answer) -> None:
         served = self._find(answer.mirror_id, answer.event_sequence)
@@ -185,7 +117,7 @@ class Answers:
 
     def _is_enough(self, served: ServedMirror, sequence: int, results: int) -> bool:
         # An event that asks for results is answered by as many, and by nothing less.
-        posting = served.outstanding.get(sequence)
+        posting = served.find(sequence)
         wanted = posting.event.npages if posting is not None and posting.event.copy else 0
         if results == wanted or posting is None:
             return True
@@ -201,7 +133,7 @@ class Answers:
         mirror = self._machine.receivers[mirror_id]
         if mirror.state is MirrorState.LOST:
             rule = f"DEVICE_LOST: {mirror} was fenced: {mirror.lost_because}"
-        elif sequence > served.sent_up_to:
+        elif sequence > served.last_sent and sequence > served.sent_up_to:
             rule = f"event {sequence} was never sent; the last one is {served.sent_up_to}"
         else:
             return served

@@ -12,8 +12,9 @@ from hmm.events import EventType
 from hmm.receiver import Receiver
 from hmm_proto.v1 import inspection_pb2
 from hmm_server import VERSION
-from hmm_server.answers import ServedMirror
+from hmm_server.served import ServedMirror
 from hmm_server.streams import Streams
+from hmm_server.traffic import Traffic
 
 EVENTS = "events_"
 
@@ -51,7 +52,8 @@ def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.Daemo
 
 def mirror_statistics(mirror: Receiver, served: ServedMirror | None) -> inspection_pb2.MirrorStatistics:
     """Counters of one mirror."""
-    counters = mirror.counters
+    counters = mirror.counted()
+    traffic = served.traffic if served else Traffic()
     return inspection_pb2.MirrorStatistics(
         mirror_id=mirror.id,
         events_by_type={
@@ -59,10 +61,10 @@ def mirror_statistics(mirror: Receiver, served: ServedMirror | None) -> inspecti
             for etype in EventType
             if counters[EVENTS + etype.name.lower()]
         },
-        events_by_reason=served.events_by_reason if served else {},
-        ranges=served.ranges if served else 0,
-        pages=served.pages if served else 0,
-        bytes=served.bytes_sent if served else 0,
+        events_by_reason=traffic.events_by_reason,
+        ranges=traffic.ranges,
+        pages=traffic.pages,
+        bytes=traffic.bytes_sent,
         acknowledged=counters["acknowledged"],
         refused=counters["refused"],
         fenced=counters["fenced"],
@@ -75,16 +77,16 @@ def mirror_statistics(mirror: Receiver, served: ServedMirror | None) -> inspecti
         bytes_read=counters["bytes_read"],
         bytes_written=counters["bytes_written"],
         access_errors=counters["refused_accesses"],
-        acknowledgement=_latencies(served) if served else None,
+        acknowledgement=_latencies(traffic) if served else None,
     )
 
 
-def _latencies(served: ServedMirror) -> inspection_pb2.Latencies:
-    ordered = sorted(served.latencies_s)
+def _latencies(traffic: Traffic) -> inspection_pb2.Latencies:
+    ordered = sorted(traffic.latencies_s)
     return inspection_pb2.Latencies(
-        count=served.latency_count,
-        sum_us=_microseconds(served.latency_sum_s),
-        max_us=_microseconds(served.latency_max_s),
+        count=traffic.latency_count,
+        sum_us=_microseconds(traffic.latency_sum_s),
+        max_us=_microseconds(traffic.latency_max_s),
         p50_us=_microseconds(_quantile(ordered, 50)),
         p99_us=_microseconds(_quantile(ordered, 99)),
     )

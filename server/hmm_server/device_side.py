@@ -19,7 +19,6 @@ from hmm.machine import Caller, Machine, OperationRecord
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2
-from hmm_server.answers import Stream
 from hmm_server.config import Config
 from hmm_server.device_calls import CALLS as DEVICE_CALLS
 from hmm_server.device_calls import fault_pages, register_device_response, register_mirror_response
@@ -29,6 +28,7 @@ from hmm_server.hmm_calls import attach_response, range_fault_pages
 from hmm_server.process_calls import require_at_most
 from hmm_server.replies import ArrayReply
 from hmm_server.reports import complete
+from hmm_server.served import Stream
 from hmm_server.streams import Streams
 
 ACCESSES = frozenset({"device_read", "device_write", "read_frames", "write_frames"})

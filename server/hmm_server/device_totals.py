@@ -14,7 +14,8 @@ from hmm.machine import Machine
 from hmm.receiver import MirrorState, Receiver
 from hmm.units import DeviceId, MirrorId
 from hmm.violation import ViolationKind
-from hmm_server.answers import LATENCY_BOUNDS_S, ServedMirror
+from hmm_server.served import ServedMirror
+from hmm_server.traffic import LATENCY_BOUNDS_S
 
 
 @dataclass(slots=True, eq=False)
@@ -39,14 +40,15 @@ class DeviceTotals:
 
     def add(self, receiver: Receiver, served: ServedMirror | None) -> None:
         """Add the counters of one mirror."""
-        self.counters.update(receiver.counters)
+        self.counters.update(receiver.counted())
         self.violations.update(receiver.reports.counts)
         self.fences += receiver.state is MirrorState.LOST
         if served is not None:
-            self.reasons.update(served.events_by_reason)
-            self.sent.update(ranges=served.ranges, pages=served.pages, bytes=served.bytes_sent)
-            self.latencies = [a + b for a, b in zip(self.latencies, served.latency_buckets, strict=True)]
-            self.latency_sum_s += served.latency_sum_s
+            traffic = served.traffic
+            self.reasons.update(traffic.events_by_reason)
+            self.sent.update(ranges=traffic.ranges, pages=traffic.pages, bytes=traffic.bytes_sent)
+            self.latencies = [a + b for a, b in zip(self.latencies, traffic.latency_buckets, strict=True)]
+            self.latency_sum_s += traffic.latency_sum_s
 
     def merge(self, other: DeviceTotals) -> None:
         """Add what was counted elsewhere."""

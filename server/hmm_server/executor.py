@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+from hmm.dispatch import Dispatch
 from hmm.errors import HmmError, TimedOutError
-from hmm.events import Delivery, EventState
+from hmm.events import EventState
 from hmm.machine import Caller, Command, Machine, OperationRecord
 from hmm.operation import Await, Deliver, Pause, WaitFor
 from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, MirrorId, SpaceId
-from hmm_server.holds import Hold, Holds, Point
+from hmm_server.holds import Going, Hold, Holds, Point
 from hmm_server.logs import about
 from hmm_server.operation_log import Ended, OperationLog
 
@@ -46,8 +47,8 @@ class DrainingError(Exception):
 class Router(Protocol):
     """Whoever brings events to drivers."""
 
-    def route(self, deliveries: Sequence[Delivery]) -> list[MirrorId]:
-        """Send events on their way.  Returns: the mirrors that nobody serves any more."""
+    def route(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
+        """Send an event on its way to some of its audience.  Returns: the mirrors that nobody serves any more."""
 
     def settled(self, mirror_id: MirrorId, sequences: Sequence[int], state: EventState) -> None:
         """These events have ended without an answer: fenced, or abandoned."""
@@ -253,20 +254,23 @@ class Executor:
             self._loop.call_soon(self._continue)
 
     def _deliver(self) -> bool:
-        outbox = self.machine.take_outbox()
-        if self.holds:
-            outbox = self.holds.withhold(outbox)
-        if not outbox:
+        dispatches = self.machine.take_dispatches()
+        if not dispatches:
             return False
-        self._route(outbox)
-        return True
+        going = [(dispatch, dispatch.audience.ids) for dispatch in dispatches]
+        if self.holds:
+            going = self.holds.withhold(dispatches)
+        self._route(going)
+        return bool(going)
 
-    def _route(self, deliveries: Sequence[Delivery]) -> None:
+    def _route(self, going: Sequence[Going]) -> None:
         assert self.router is not None
-        for operation_id in {delivery.operation_id for delivery in deliveries} & self.running.keys():
-            self._set_deadline(self.running[operation_id])
-        for mirror_id in self.router.route(deliveries):
-            self.fence(mirror_id, "nobody serves it")
+        for dispatch, mirror_ids in going:
+            running = self.running.get(dispatch.operation_id)
+            if running is not None:
+                self._set_deadline(running)
+            for mirror_id in self.router.route(dispatch, mirror_ids):
+                self.fence(mirror_id, "nobody serves it")
         if self._impatient:
             self._fence_waited_for()
 
@@ -350,7 +354,7 @@ class Executor:
             log.debug("operation %d (%s) is let go: %s", record.id, record.name, why, extra=about(record))
             if record.done and record.id in self.running:
                 self._leave(record)
-        withheld = [delivery for delivery in hold.withheld if delivery.operation_id in self.machine.operations]
+        withheld = [going for going in hold.withheld if going[0].operation_id in self.machine.operations]
         if withheld:
             self._route(withheld)
         self.pump()

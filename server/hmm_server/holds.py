@@ -24,12 +24,15 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
-from hmm.events import Delivery
+from hmm.dispatch import Dispatch
 from hmm.machine import Command, Machine, OperationRecord
 from hmm.operation import Await, Deliver
 from hmm.units import MirrorId, ProcessId, SpaceId
+
+Going: TypeAlias = tuple[Dispatch, tuple[MirrorId, ...]]
+"""An event, and those of its audience to whom it goes."""
 
 
 class Point(Enum):
@@ -97,7 +100,7 @@ class Hold:
     skip: int
     reached: asyncio.Future[OperationRecord[Any]]
     ended: asyncio.Future[str]
-    withheld: list[Delivery] = field(default_factory=list)
+    withheld: list[Going] = field(default_factory=list)
 
     @property
     def operation_id(self) -> int:
@@ -151,22 +154,29 @@ class Holds:
             return True
         return False
 
-    def withhold(self, outbox: Sequence[Delivery]) -> list[Delivery]:
+    def withhold(self, dispatches: Sequence[Dispatch]) -> list[Going]:
         """Keep the events of calls that are held before them, and those behind them on the way to the same mirror.
 
         Returns: the others.
         """
-        behind = {delivery.mirror_id: hold for hold in self.placed.values() for delivery in hold.withheld}
-        going: list[Delivery] = []
-        for delivery in outbox:
-            hold = behind.get(delivery.mirror_id)
-            if hold is None and self.keeps(Point.BEFORE_EVENT, self._machine.operations[delivery.operation_id]):
-                hold = self.of(delivery.operation_id)
-            if hold is None:
-                going.append(delivery)
-            else:
-                behind[delivery.mirror_id] = hold
-                hold.withheld.append(delivery)
+        withheld = [(going, hold) for hold in self.placed.values() for going in hold.withheld]
+        behind = {mirror_id: hold for (_, mirror_ids), hold in withheld for mirror_id in mirror_ids}
+        going: list[Going] = []
+        for dispatch in dispatches:
+            free = tuple([mirror_id for mirror_id in dispatch.audience.ids if mirror_id not in behind])
+            if free and self.keeps(Point.BEFORE_EVENT, self._machine.operations[dispatch.operation_id]):
+                hold = self.of(dispatch.operation_id)
+                assert hold is not None
+                behind.update(dict.fromkeys(free, hold))
+                free = ()
+            if len(free) == len(dispatch.sequences):
+                going.append((dispatch, dispatch.audience.ids))
+                continue
+            if free:
+                going.append((dispatch, free))
+            for mirror_id in dispatch.audience.ids:
+                if mirror_id not in free:
+                    behind[mirror_id].withheld.append((dispatch, (mirror_id,)))
         return going
 
     def space_of_call(self, command: Command[Any, Any], arguments: tuple[Any, ...]) -> SpaceId:

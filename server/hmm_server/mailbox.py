@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from hmm.dispatch import Dispatch
 from hmm.events import Event
 from hmm.units import MirrorId
 from hmm_proto.v1 import event_pb2, session_pb2
+
+if TYPE_CHECKING:
+    from hmm_server.served import Group
 
 BATCH_EVENTS = 256
 """Events in one message."""
@@ -38,7 +42,9 @@ class Posting:
         made_s: when the core made it, on the monotonic clock.
         sent_s: when it left, on the monotonic clock; 0 while it waits.
         size_bytes: as sent; 0 while it waits.
-        remaining: mirrors that have not answered.
+        dispatch: what it is a part of.
+        group: `mirror_ids`, if they are all of a group.
+        waiting: mirrors for which it left, and that have not answered.
     """
 
     event: Event
@@ -46,11 +52,25 @@ class Posting:
     caller: str
     notifier_seq: int
     made_s: float
-    mirror_ids: list[MirrorId] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)
+    mirror_ids: Sequence[MirrorId]
+    sequences: Sequence[int]
+    dispatch: Dispatch | None = None
+    group: Group | None = None
     sent_s: float = 0.0
     size_bytes: int = 0
-    remaining: int = 0
+    waiting: set[MirrorId] = field(default_factory=set)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the call that made it waits for all of its mirrors."""
+        if self.dispatch is None:
+            return False
+        waiting = self.dispatch.waiting
+        return len(waiting) == len(self.dispatch.sequences) or waiting.issuperset(self.mirror_ids)
+
+    def sequence_of(self, mirror_id: MirrorId) -> int:
+        """The event's number for one of its mirrors."""
+        return self.sequences[self.group.index[mirror_id] if self.group else self.mirror_ids.index(mirror_id)]
 
 
 class Outgoing(NamedTuple):

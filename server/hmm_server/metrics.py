@@ -39,11 +39,11 @@ from prometheus_client.registry import Collector
 from hmm.events import EventType
 from hmm.receiver import MirrorState
 from hmm_server import VERSION
-from hmm_server.answers import LATENCY_BOUNDS_S
 from hmm_server.config import ConfigError
 from hmm_server.device_totals import DeviceTotals
 from hmm_server.endpoint import EndpointError
 from hmm_server.streams import Streams
+from hmm_server.traffic import LATENCY_BOUNDS_S
 
 SCRAPE_S = 5.0
 """How long a scrape waits for the event loop."""

@@ -51,4 +51,4 @@ def complete(streams: Streams, violation: violation_pb2.AccessViolation) -> None
     served = streams.served.get(violation.mirror_id)
     if served is not None:
         taking.acknowledged_by = f"{served.stream.name or 'unnamed'} (pid {served.stream.pid})"
-        taking.acknowledged_ns = served.answered_ns.get(taking.event_sequence, 0)
+        taking.acknowledged_ns = served.when_answered(taking.event_sequence)

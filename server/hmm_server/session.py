@@ -23,12 +23,12 @@ from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.machine import Caller, OperationRecord
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, session_pb2
-from hmm_server.answers import Stream
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide, Result
 from hmm_server.replies import ArrayReply, encoded
+from hmm_server.served import Stream
 from hmm_server.streams import PROTOCOL_VERSION, Streams
 
 FAREWELL_S = 5.0

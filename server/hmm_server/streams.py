@@ -27,14 +27,15 @@ from typing import Any
 from hmm.commands_device import unregister_device, unregister_mirror
 from hmm.commands_hmm import EXCLUSIVE_PAGES, detach, give_back_exclusive
 from hmm.commands_process import unpin
+from hmm.dispatch import Audience, Dispatch
 from hmm.errors import InvalidRequestError, OutOfFramesError
-from hmm.events import Delivery, Event, EventState
+from hmm.events import EventState
 from hmm.machine import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import DeviceId, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import event_pb2, inspection_pb2
-from hmm_server.answers import Answers, Plain, ServedMirror, Spans, Stream
+from hmm_server.answers import Answers, Plain, Spans
 from hmm_server.config import Config
 from hmm_server.device_totals import Totals
 from hmm_server.executor import Executor
@@ -43,9 +44,12 @@ from hmm_server.logs import about
 from hmm_server.mailbox import Mailbox, Posting, Window
 from hmm_server.observers import Observers
 from hmm_server.operation_log import Ended
+from hmm_server.served import Group, ServedMirror, Stream
 from hmm_server.views import operation_status
 
 PROTOCOL_VERSION = 1
+GROUPINGS_KEPT = 256
+"""Audiences of which it is known which streams serve them."""
 REJECTIONS_KEPT = 256
 """Answers that were rejected and can be asked for."""
 log = logging.getLogger(__name__)
@@ -64,6 +68,7 @@ class Streams:
         self.rejected = 0
         self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
         # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
+        self._groups: dict[Audience, list[Group]] = {}
         self._epochs = itertools.count(time.time_ns() >> 10)
         self._loop = asyncio.get_running_loop()
         executor.router = self
@@ -99,6 +104,7 @@ class Streams:
         """A stream has ended: fence its mirrors, and forget what it held when its lease ends."""
         if not stream.open:
             return
+        self._drop_groups()
         stream.open = False
         stream.mailbox.close(why)
         del self.open[stream.epoch]
@@ -135,6 +141,7 @@ class Streams:
     def attach(self, stream: Stream, mirror_id: MirrorId) -> None:
         """Let a stream serve a mirror from now on."""
         receiver = self.executor.machine.receivers[mirror_id]
+        self._drop_groups()
         self.served[mirror_id] = stream.mirrors[mirror_id] = ServedMirror(mirror_id, stream, receiver)
 
     def detach(self, mirror_id: MirrorId) -> None:
@@ -142,6 +149,7 @@ class Streams:
         served = self.served.get(mirror_id)
         if served is not None:
             self._free(mirror_id, list(served.outstanding))
+            self._drop_groups()
             self.totals.keep(served)
             del self.served[mirror_id]
             served.stream.mirrors.pop(mirror_id, None)
@@ -191,83 +199,155 @@ class Streams:
 
     # ---- events out: what the executor asks of a router
 
-    def route(self, deliveries: Sequence[Delivery]) -> list[MirrorId]:
-        """Post every event to the streams that serve its mirrors, once for each stream.
+    def route(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
+        """Post an event to the streams that serve its mirrors, once for each stream.
+
+        Args:
+            mirror_ids: all of the audience, or those of them to whom it goes now.
 
         Returns: the mirrors that no open stream serves.
         """
+        if len(mirror_ids) == 1:
+            served = self.served.get(mirror_ids[0])
+            if served is None or not served.stream.open:
+                return [mirror_ids[0]]
+            self._post(dispatch, served.stream, mirror_ids, [dispatch.sequence_of(mirror_ids[0])])
+            return []
+        groups = self._groups_of(dispatch.audience) if mirror_ids is dispatch.audience.ids else None
+        if groups is None:
+            return self._route_some(dispatch, mirror_ids)
+        sequences = dispatch.sequences
+        for group in groups:
+            own = sequences if group.is_whole else [sequences[position] for position in group.positions]
+            self._post(dispatch, group.stream, group.mirror_ids, own, group if len(own) > 1 else None)
+        return []
+
+    def _route_some(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
         unserved = []
-        postings: list[tuple[Stream, Posting]] = []
-        event: Event | None = None
-        by_stream: dict[Stream, Posting] = {}
-        for delivery in deliveries:
-            mirror_id = delivery.mirror_id
+        by_stream: dict[Stream, list[MirrorId]] = {}
+        for mirror_id in mirror_ids:
             served = self.served.get(mirror_id)
             if served is None or not served.stream.open:
                 unserved.append(mirror_id)
-                continue
-            if delivery.event is not event:  # those of one event come one after the other
-                event = delivery.event
-                by_stream = {}
-            posting = by_stream.get(served.stream)
-            if posting is None:
-                posting = by_stream[served.stream] = self._posting(delivery)
-                postings.append((served.stream, posting))
-            posting.mirror_ids.append(mirror_id)
-            posting.sequences.append(delivery.sequence)
-        for stream, posting in postings:
-            posting.remaining = len(posting.mirror_ids)
-            stream.mailbox.post(posting)
+            else:
+                by_stream.setdefault(served.stream, []).append(mirror_id)
+        for stream, its in by_stream.items():
+            self._post(dispatch, stream, its, [dispatch.sequence_of(mirror_id) for mirror_id in its])
         return unserved
 
-    def _posting(self, delivery: Delivery) -> Posting:
+    def _groups_of(self, audience: Audience) -> list[Group] | None:
+        """Those who hear an event, by stream; None when somebody is not served."""
+        groups = self._groups.get(audience)
+        if groups is not None:
+            return groups
+        by_stream: dict[Stream, list[int]] = {}
+        for position, mirror_id in enumerate(audience.ids):
+            served = self.served.get(mirror_id)
+            if served is None or not served.stream.open:
+                return None
+            by_stream.setdefault(served.stream, []).append(position)
+        if len(self._groups) >= GROUPINGS_KEPT:
+            self._drop_groups()
+        groups = self._groups[audience] = [
+            Group(
+                stream,
+                [self.served[audience.ids[position]] for position in positions],
+                positions,
+                is_whole=len(by_stream) == 1,
+            )
+            for stream, positions in by_stream.items()
+        ]
+        for group in groups:
+            group.stream.groups.append(group)
+        return groups
+
+    def _drop_groups(self) -> None:
+        if self._groups:
+            for stream in self.open.values():
+                stream.drop_groups()
+        self._groups.clear()
+
+    def _post(
+        self,
+        dispatch: Dispatch,
+        stream: Stream,
+        mirror_ids: Sequence[MirrorId],
+        sequences: Sequence[int],
+        group: Group | None = None,
+    ) -> None:
         machine = self.executor.machine
-        record = machine.operations[delivery.operation_id]
-        space = machine.spaces.get(delivery.event.space_id)
-        notifier_seq = space.notifier.sequence if space else 0
-        return Posting(delivery.event, record.name, record.caller.name, notifier_seq, time.monotonic())
+        event, record = dispatch.event, machine.operations[dispatch.operation_id]
+        space = machine.spaces.get(event.space_id)
+        notifier_seq, made_s = space.notifier.sequence if space else 0, time.monotonic()
+        stream.mailbox.post(
+            Posting(
+                event, record.name, record.caller.name, notifier_seq, made_s, mirror_ids, sequences, dispatch, group
+            )
+        )
 
     def _send(self, posting: Posting) -> event_pb2.Event | None:
         # The mailbox calls this as the event leaves: from now on it can be answered.
-        self._leave_out_settled(posting)
-        if not posting.remaining:
-            return None
+        assert posting.dispatch is not None
+        if len(posting.dispatch.waiting) != len(posting.dispatch.sequences):
+            self._leave_out_settled(posting, posting.dispatch)
+            if not posting.mirror_ids:
+                return None
+        group, mirror_ids = posting.group, posting.mirror_ids
         event = convert.event_to_proto(posting.event)
-        event.mirror_ids.extend(posting.mirror_ids)
+        if group is not None:
+            event.MergeFromString(group.encoded)
+        else:
+            event.mirror_ids.extend(mirror_ids)
         event.event_sequences.extend(posting.sequences)
         event.caller = posting.caller
         event.operation = posting.operation
         event.notifier_seq = posting.notifier_seq
         posting.sent_s = time.monotonic()
-        if self._has_deadline(posting.mirror_ids):
+        if group.has_deadline if group is not None else self._has_deadline(mirror_ids):
             left_s = posting.made_s + self.executor.acknowledgement_s - posting.sent_s
             event.deadline_ms = max(1, round(left_s * 1000))
         posting.size_bytes = event.ByteSize()
-        spans, reason = posting.event.spans, posting.event.reason
-        npages = sum([span.npages for span in spans])
-        name = "" if reason is None else reason.name
-        for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True):
-            self.served[mirror_id].note_sent(sequence, posting, len(spans), npages, name)
+        self._note_sent(posting)
         if self.executor.holds:
-            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, posting.mirror_ids)
-        if self.executor.holds:
-            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, posting.mirror_ids)
-        self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
+            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, mirror_ids)
+        if self.observers.watchers:
+            self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
         return event
 
-    def _leave_out_settled(self, posting: Posting) -> None:
+    def _note_sent(self, posting: Posting) -> None:
+        spans, reason = posting.event.spans, posting.event.reason
+        npages = sum([span.npages for span in spans])
+        told = posting.size_bytes, len(spans), npages, "" if reason is None else reason.name
+        group, mirror_ids = posting.group, posting.mirror_ids
+        if group is not None:
+            posting.waiting = set(group.everybody)
+            group.sequences = posting.sequences
+            group.traffic.note_sent(*told)
+            group.stream.postings.append(posting)
+            return
+        posting.waiting = set(mirror_ids)
+        served = [self.served[mirror_id] for mirror_id in mirror_ids]
+        for one, sequence in zip(served, posting.sequences, strict=True):
+            one.last_sent = sequence
+            one.own_traffic.note_sent(*told)
+        if len(served) > 1:
+            served[0].stream.postings.append(posting)
+        else:
+            served[0].alone[posting.sequences[0]] = posting
+
+    def _leave_out_settled(self, posting: Posting, dispatch: Dispatch) -> None:
         # A mirror that was fenced or unregistered while the event waited for the window.
+        if dispatch.waiting.issuperset(posting.mirror_ids):
+            return
         served, receivers = self.served, self.executor.machine.receivers
         pairs = [
             (mirror_id, sequence)
             for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True)
-            if mirror_id in served and sequence in receivers[mirror_id].unanswered
+            if mirror_id in served and sequence in receivers[mirror_id].unanswered  # abandoned ones included
         ]
-        if len(pairs) == posting.remaining:
-            return
         posting.mirror_ids = [mirror_id for mirror_id, _ in pairs]
         posting.sequences = [sequence for _, sequence in pairs]
-        posting.remaining = len(pairs)
+        posting.group = None
 
     def _has_deadline(self, mirror_ids: Iterable[MirrorId]) -> bool:
         mirrors = (self.executor.machine.receivers.get(mirror_id) for mirror_id in mirror_ids)
@@ -282,12 +362,9 @@ class Streams:
 
     def _free(self, mirror_id: MirrorId, sequences: Iterable[int]) -> None:
         served = self.served.get(mirror_id)
-        for sequence in sequences:
-            posting = served.outstanding.pop(sequence, None) if served else None
-            if served and posting:
-                posting.remaining -= 1
-                if not posting.remaining:
-                    served.stream.mailbox.release(posting)
+        if served is not None:
+            for sequence in sequences:
+                served.settle(sequence)
 
     def lost(self, mirror_id: MirrorId, why: str) -> None:
         """A mirror was fenced: what it has to itself goes back."""
@@ -310,7 +387,10 @@ class Streams:
         Returns: those that were rejected; the others count.
         """
         stream.heard_s = time.monotonic()
-        violations = Answers(self.executor.machine, stream, self._answered, self._acknowledged).take(message)
+        answers = Answers(
+            self.executor.machine, stream, self._answered, self._acknowledged, self._acknowledged_together
+        )
+        violations = answers.take(message)
         self.rejected += len(violations)
         self.rejections.extend((stream, violation, time.time_ns()) for violation in violations)
         for violation in violations:
@@ -333,20 +413,35 @@ class Streams:
     def _note_answered(self, answers: Plain, errno: int) -> None:
         now_s, now_ns = time.monotonic(), time.time_ns()
         for served, sequence in answers:
-            posting = served.outstanding.pop(sequence, None)
+            posting = served.settle(sequence)
             if posting is None:
                 continue
             if self.executor.holds:
                 self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
             latency_s = now_s - posting.sent_s
             served.note_answer(sequence, latency_s, now_ns)
-            posting.remaining -= 1
-            if not posting.remaining:
-                served.stream.mailbox.release(posting)
             if self.observers.watchers:
                 self.observers.publish(
                     partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s)
                 )
+
+    def _acknowledged_together(self, posting: Posting) -> None:
+        """All of a group have answered an event, which nobody had answered before."""
+        group, dispatch = posting.group, posting.dispatch
+        assert group is not None
+        assert dispatch is not None
+        self.executor.machine.acknowledge_together(dispatch.operation_id, group.mirror_ids)
+        posting.waiting.clear()
+        group.stream.release(posting)
+        if self.executor.holds:
+            self.executor.come_to(Point.ACKNOWLEDGED, dispatch.operation_id, group.mirror_ids)
+        latency_s = time.monotonic() - posting.sent_s
+        group.traffic.note_answer(latency_s)
+        group.answered.append((posting.sequences, time.time_ns()))
+        if self.observers.watchers:
+            for mirror_id, sequence in zip(group.mirror_ids, posting.sequences, strict=True):
+                told = partial(_settled, mirror_id, sequence, EventState.ACKNOWLEDGED, 0, latency_s)
+                self.observers.publish(told)
 
 
 def _settled(

@@ -25,8 +25,8 @@ from hmm.zone_device import owners
 from hmm_proto import convert
 from hmm_proto.status import INTERNAL_REASON, to_call_result
 from hmm_proto.v1 import inspection_pb2, types_pb2
-from hmm_server.answers import ServedMirror
 from hmm_server.operation_log import Ended
+from hmm_server.served import ServedMirror
 
 _NO_FRAMES = np.empty(0, np.int64)
 DIRECTORIES_IN_PART = 4096

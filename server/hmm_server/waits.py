@@ -17,10 +17,10 @@ from hmm.receiver import DeadlinePolicy
 from hmm.units import MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, types_pb2
-from hmm_server.answers import Stream
 from hmm_server.circles import Edge, circles
 from hmm_server.executor import Executor, Running
 from hmm_server.holds import Hold
+from hmm_server.served import Stream
 from hmm_server.streams import Streams
 
 Sees = Callable[[str], bool]

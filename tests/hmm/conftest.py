@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import pytest
 from area import BASE, PRIVATE, RW
 
 from hmm.address_space import AddressSpace, SpaceLimits
+from hmm.dispatch import Audience, Dispatch
 from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
 from hmm.frames import Frames
@@ -32,6 +34,9 @@ class Listener:
     state: EventState = EventState.ACKNOWLEDGED
     home: Home | None = None
     may_abandon: bool = False
+    is_selective: bool = False
+    sequence: int = 0
+    counters: Counter[str] = field(default_factory=Counter)
 
     def settling(self, _: Spans) -> bool:
         """Never."""
@@ -108,7 +113,7 @@ class World:
     def listen(self, space: AddressSpace) -> Listener:
         """Let a mirror listen to a space."""
         listener = Listener(self.new_id())
-        space.notifier.subscribers[listener.id] = listener
+        space.notifier.subscribe(listener)
         self.listeners[listener.id] = listener
         return listener
 
@@ -131,12 +136,15 @@ class World:
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
-        deliveries = []
-        for mirror_id in request.mirrors:
-            listener = self.listeners[mirror_id]
+        listeners = [self.listeners[mirror_id] for mirror_id in request.mirrors]
+        dispatch = Dispatch(request.event, 0, Audience(tuple(listeners)), [], set())
+        for listener in listeners:
             listener.events.append(request.event)
-            deliveries.append(Delivery(mirror_id, len(listener.events), request.event, 0, listener.state))
-        return tuple(deliveries)
+            dispatch.sequences.append(len(listener.events))
+            if listener.state is not EventState.ACKNOWLEDGED:
+                delivery = Delivery(listener.id, len(listener.events), request.event, 0, listener.state)
+                dispatch.outcomes[listener.id] = delivery
+        return dispatch
 
     def start(self, operation: Operation[Any]) -> Await:
         """Run an operation up to where it waits for others."""

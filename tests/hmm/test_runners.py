@@ -106,7 +106,7 @@ def test_scheduler_keeps_a_lost_answer_for_later_when_the_policy_is_block() -> N
     calls = iter([Call(processes.munmap, (1, START, PAGE_SIZE))])
     scheduler = Scheduler(local.machine, choices(3), calls, odds=Odds(refuse=0, lose=2, repeat=0))
     scheduler.run()
-    assert local.machine.mirrors[1].counters["acknowledged"] == 2
+    assert local.machine.mirrors[1].counted()["acknowledged"] == 2
 
 
 def test_replaying_the_inputs_gives_the_same_state() -> None:

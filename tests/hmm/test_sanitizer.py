@@ -8,7 +8,7 @@ import pytest
 from hmm import commands_device as devices
 from hmm import commands_hmm as today
 from hmm import commands_process as processes
-from hmm import pte, sanitizer
+from hmm import dispatch, pte, sanitizer
 from hmm.device_access import PLAIN, Manner
 from hmm.errors import AccessDeniedError, BadAddressError, DeviceLostError, HmmError, NoSuchObjectError
 from hmm.local import Local
@@ -294,7 +294,7 @@ def test_history_is_bounded_and_an_old_taking_is_forgotten(bench: Bench) -> None
     """So many events later nothing is known of the first, and the access counts as one without a translation."""
     bench.call(processes.munmap, bench.pid, START, PAGE_SIZE)
     second = AddressRange(START + PAGE_SIZE, START + 2 * PAGE_SIZE)
-    for _ in range(sanitizer.EVENTS_KEPT):
+    for _ in range(dispatch.EVENTS_KEPT):
         bench.call(devices.fault, bench.id, [second], write=True)
         bench.call(processes.madvise, bench.pid, second.start, PAGE_SIZE, Advice.DONTNEED)
     with pytest.raises(BadAddressError):

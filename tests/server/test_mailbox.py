@@ -19,11 +19,11 @@ PAGE = 4096
 def _posting(number: int, entries: bytes = b"") -> Posting:
     spans = (AddressRange(number * PAGE, (number + 1) * PAGE),)
     event = Event(number, 1, number, EventType.MUNMAP, None, None, spans, entries=entries)
-    return Posting(event, "munmap", "", 1, 0.0, mirror_ids=[1], sequences=[number], remaining=1)
+    return Posting(event, "munmap", "", 1, 0.0, mirror_ids=[1], sequences=[number])
 
 
 def _send(posting: Posting) -> event_pb2.Event | None:
-    if not posting.remaining:
+    if not posting.mirror_ids:
         return None
     message = convert.event_to_proto(posting.event)
     posting.size_bytes = message.ByteSize()
@@ -127,7 +127,7 @@ async def test_events_are_left_out_when_nobody_has_to_hear_of_them() -> None:
     """An event whose mirrors were fenced while it waited does not leave, and uses no credit."""
     mailbox = _mailbox(credit=1)
     gone = _posting(1)
-    gone.remaining = 0
+    gone.mirror_ids = []
     mailbox.post(gone)
     mailbox.post(_posting(2))
     assert _revisions(await _take(mailbox)) == [2]

@@ -106,7 +106,7 @@ def test_simulate_covers_every_event_and_every_way_to_answer() -> None:
     counted: set[str] = set()
     for seed in range(40):
         for mirror in simulate(seed).machine.mirrors.values():
-            counted |= set(mirror.counters)
+            counted |= set(mirror.counted())
     kinds = {kind for kind in EventType if kind.is_invalidation} - {EventType.ISDIRTY}
     kinds |= {EventType.RELEASE, EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
     assert {f"events_{kind.name.lower()}" for kind in kinds} <= counted
