@@ -460,7 +460,8 @@ def inject_allocation_failure(machine: Machine, nth: int) -> None:
 
 def _require_inside(target: Sequence[AddressRange] | Entries) -> None:
     if isinstance(target, np.ndarray):
-        _require_page_inside(int(target.max(initial=0)))
+        if target.size:
+            _require_page_inside(int(target[-1]))  # they ascend, or are refused for that
         return
     for span in target:
         if span.end > TASK_SIZE:

@@ -204,21 +204,25 @@ def fault_pages(mirror: Mirror, addresses: Entries, *, write: bool, wait: bool =
 
     Cost: O(n) vectorised, plus O(VMAs touched).
     """
-    if not addresses.size or (addresses & np.uint64(PAGE_SIZE - 1)).any() or (addresses[1:] <= addresses[:-1]).any():
+    unaligned = int(np.bitwise_or.reduce(addresses)) & (PAGE_SIZE - 1)
+    if unaligned or not addresses.size or np.count_nonzero(addresses[1:] <= addresses[:-1]):
         raise InvalidRequestError("fault: the addresses must be page-aligned, ascending and unique")
     results = []
-    position = 0
+    position, last = 0, int(addresses[-1])
     while position < addresses.size:
         first = int(addresses[position])
         vma = mirror.space.vmas.find_next(first)
         upto = addresses.size
-        if vma is not None:
-            upto = int(addresses.searchsorted(np.uint64(vma.end if vma.start <= first else vma.start)))
+        end = last + 1 if vma is None else vma.end if vma.start <= first else vma.start
+        if end <= last:
+            upto = int(addresses.searchsorted(np.uint64(end)))
         fault = _fault_in_parts if mirror.space.frames.make_room else _fault
         done = yield from fault(mirror, _Pages(addresses[position:upto]), write, wait)
         results.append(done)
         # A VMA that lost its end while the fault waited leaves pages to be done by the rules of where they are now.
-        position = upto if done.error else int(addresses.searchsorted(np.uint64(done.end)))
+        position = upto
+        if done.error is None and done.end <= last:
+            position = int(addresses.searchsorted(np.uint64(done.end)))
     return results
 
 
@@ -404,8 +408,11 @@ def _missing(
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
     for target in targets:
         if isinstance(target, AddressRange):
-            if not at_home and space.table.get(target.start) & wanted != wanted:
-                return AddressRange(target.start, pages.end_of_range(target.start))
+            if not at_home:
+                if space.table.get(target.start) & wanted != wanted:
+                    return AddressRange(target.start, pages.end_of_range(target.start))
+                if target.end - target.start == PAGE_SIZE:
+                    continue
             if space.table.common(target.start, target.end) & wanted != wanted:
                 entries = space.table.read(target.start, target.end)
                 lacking = (entries & np.uint64(wanted)) != wanted
@@ -418,6 +425,8 @@ def _missing(
                 return AddressRange(first, pages.end_of_range(first))
         else:
             entries = space.table.lookup(target)
+            if int(np.bitwise_and.reduce(entries)) & wanted == wanted:
+                continue
             lacking = (entries & np.uint64(wanted)) != wanted
             if at_home:
                 lacking &= ~_on_own_device(mirror, target, entries)

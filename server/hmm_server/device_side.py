@@ -77,8 +77,9 @@ class DeviceSide:
         invocation = CALLS[name].invocation(request)
         ended = partial(self._ended, name, request, stream, then)
         record = self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
-        if on_session is not None and not self.executor.is_over(record):
-            self.executor.running[record.id].epoch = on_session.epoch
+        running = self.executor.running.get(record.id)
+        if running is not None and on_session is not None:
+            running.epoch = on_session.epoch
         return record
 
     async def make(self, caller: Caller, name: str, request: Any) -> Any:

@@ -121,7 +121,7 @@ class Executor:
         started_s = time.monotonic()
         space_id = self.holds.space_of_call(command, args) if self.holds.placed else 0
         record = self.machine.start(caller, command, *args, **kwargs)
-        if record.done and not self._stays(Point.BEFORE_END, record, space_id):
+        if record.done and not (self.holds.placed and self._stays(Point.BEFORE_END, record, space_id)):
             self._end(record, started_s, then)
         else:
             self.running[record.id] = Running(record, started_s, then, space_id=space_id)

@@ -377,7 +377,8 @@ class Streams:
 
     def ended(self, ended: Ended) -> None:
         """A call has ended."""
-        self.observers.publish(lambda: inspection_pb2.Observation(operation=operation_status(ended)))
+        if self.observers.watchers:
+            self.observers.publish(lambda: inspection_pb2.Observation(operation=operation_status(ended)))
 
     # ---- answers in
 

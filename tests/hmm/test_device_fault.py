@@ -234,6 +234,16 @@ def test_scattered_pages_are_faulted_vma_by_vma(bench: Bench) -> None:
     bench.machine.check()
 
 
+@pytest.mark.parametrize("numbers", [(0, 15, 16), (14, 15, 16, 17), (16,), (15, 40)])
+def test_scattered_pages_behind_the_last_mapping_fail_alone(bench: Bench, numbers: tuple[int, ...]) -> None:
+    """The page right behind a mapping is not the mapping's, and what is behind all mappings is one hole."""
+    result = bench.call(devices.fault, bench.id, np.array([span(n).start for n in numbers], np.uint64), write=True)
+    mapped = [n < 16 for n in numbers]
+    assert (result.entries != 0).tolist() == mapped
+    assert [part.error is None for part in result.parts] == ([True] if any(mapped) else []) + [False]
+    bench.machine.check()
+
+
 def test_many_scattered_pages_take_the_path_of_arrays(bench: Bench) -> None:
     """More than a handful of lone pages are gathered and stored together."""
     bench.map(span(32, 256))
