@@ -56,6 +56,7 @@ __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
+_WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
 
 
 def make_device_exclusive_range(
@@ -224,7 +225,8 @@ def _take(
             for at in heads:
                 yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
             entries = space.table.lookup(addresses)
-            ours = cpu_pte.is_present(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
+            # Who forks meanwhile shares the pages; the kernel's caller holds mmap_lock.
+            ours = (entries & _WRITABLE == _WRITABLE) & (cpu_pte.cpu_pfn(entries) == pfns)
             if not ours.all() or cpu_pte.is_huge(entries).any():
                 return None
             taken = np.ones(pfns.size, np.bool_)

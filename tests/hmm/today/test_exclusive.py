@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from hmm import commands_hmm, commands_process, cpu_pte
+from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
-from hmm.events import Reason
+from hmm.events import Event, Reason
 from hmm.inspection import holdings
 from hmm.mremap import MremapFlag
 from hmm.semantics import LINUX_7
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, PMD_PAGES
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -189,3 +190,32 @@ def test_take_stops_at_the_first_refusal_when_the_kernel_is_new(make_bench: Any)
     old = make_bench()
     old.map(1, Prot.READ | Prot.WRITE, at=2, flags=MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS)
     assert (take(old, 0, 4) == 0).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("thp", [Thp.NEVER, Thp.ALWAYS])
+def test_take_starts_over_when_the_process_forks_meanwhile(make_bench: Any, thp: Thp) -> None:
+    """A child shares what was about to be taken: the process gets pages of its own first.
+
+    Source: the kernel's callers hold mmap_lock from the fault to the taking, and fork waits for it.
+    """
+    bench = make_bench(frames=4200, thp=thp, mapped_pages=2 * PMD_PAGES)
+    bench.write(PMD_PAGES, b"c" * PAGE_SIZE)
+    children: list[int] = []
+
+    class Forking:
+        def update(self, _: int, event: Event) -> int:
+            if event.reason is Reason.EXCLUSIVE and not children:
+                children.append(0)
+                children.append(bench.call(commands_process.fork, bench.process))
+            return 0
+
+        def release(self, _: int) -> None:
+            """Nothing to stop."""
+
+    bench.local.attach(bench.mirror, Forking())
+    (pfn,) = take(bench, PMD_PAGES).tolist()
+    child = children[1]
+    assert cpu_pte.is_device_exclusive(bench.entry(PMD_PAGES))
+    assert cpu_pte.cpu_pfn(bench.entry(PMD_PAGES, child)) != pfn
+    assert bench.read(PMD_PAGES, PAGE_SIZE, child) == b"c" * PAGE_SIZE
+    bench.local.machine.check()
