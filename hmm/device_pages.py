@@ -38,7 +38,7 @@ from hmm.migrate import migrate_vma, run
 from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.migration_folios import map_by_pages
-from hmm.operation import Deliver, Operation, Pause
+from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import (
@@ -203,12 +203,28 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
         addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
         if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
-        chosen = _before_failure(space, device_id, addresses[: frames.available])
+        chosen = addresses[: frames.available]
+        if not chosen.size:
+            yield Pause()  # others were quicker to take what there was
+            continue
+        chosen = _before_failure(space, device_id, chosen)
         select = Select.DEVICE_PRIVATE | Select.COMPOUND
         migration = Migration(space, touched.vma, chosen, select, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
         yield from run(migration, _tell_and_copy)
         if not migration.pages.size:
-            yield Pause()  # somebody refers to the pages, who has to go on before they can come back
+            yield _until_released(space, chosen)
+
+
+def _until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
+    """Somebody refers to pages that are to come back, and has to go on first: who changes a range that they are in."""
+    spans = spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    for number in sorted(space.relatives):
+        notifier = space.relatives[number].notifier
+        busy = Await(WaitFor.INVALIDATIONS, number, spans)
+        blockers = notifier.blockers(busy)
+        if blockers and notifier.current.operation_id not in blockers:
+            return busy
+    return Pause()
 
 
 def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries) -> Entries:

@@ -122,5 +122,5 @@ class _Watch:
 
     def _check(self) -> None:
         self.mirrors.check()
-        self.drivers.check()
+        self.drivers.check(self.scheduler.running)
         self.contents.check(self.scheduler.running)

@@ -19,7 +19,7 @@ from hmm.units import PAGE_SIZE, PMD_MASK, TASK_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
-__all__ = ["CALLS", "fork_process", "munlock_all"]
+__all__ = ["CALLS", "fork_process", "munlock_all", "write_file"]
 
 
 def _create(town: Town) -> Call | None:
@@ -55,7 +55,7 @@ def _mmap(town: Town) -> Call | None:
     if process is None:
         return None
     shared = MapFlag.SHARED if town.choose(3) == 0 else MapFlag.PRIVATE
-    file = town.pick(town.machine.file_names.values()) if town.choose(3) == 0 else None
+    file = town.pick(town.machine.file_names.values()) if town.choose(2) == 0 else None
     flags = shared | MapFlag.FIXED | (MapFlag(0) if file else MapFlag.ANONYMOUS)
     if town.choose(5) == 0:
         flags |= MapFlag.POPULATE
@@ -132,6 +132,18 @@ def _open(town: Town) -> Call | None:
     return Call(commands_file.open_file, (f"file{town.choose(2)}",), {"create": True})
 
 
+def write_file(town: Town) -> Call | None:
+    """Some bytes of a file."""
+    file = town.pick(town.machine.file_names.values())
+    offset, data = town.choose(8) * PAGE_SIZE // 2, bytes([1 + town.choose(255)]) * (1 + town.choose(4 * PAGE_SIZE))
+    return None if file is None else Call(commands_file.write_file, (file, offset, data))
+
+
+def _read_file(town: Town) -> Call | None:
+    file = town.pick(town.machine.file_names.values())
+    return None if file is None else Call(commands_file.read_file, (file, town.choose(PAGE_SIZE), 8 * PAGE_SIZE))
+
+
 def _truncate(town: Town) -> Call | None:
     file = town.pick(town.machine.file_names.values())
     return None if file is None else Call(commands_file.truncate_file, (file, town.choose(12) * PAGE_SIZE // 2))
@@ -159,8 +171,12 @@ def _exec(town: Town) -> Call | None:
 
 
 def _msync(town: Town) -> Call | None:
-    process, span = town.process(), town.span()
-    return None if process is None else Call(commands_process.msync, (process, span.start, span.size_bytes, 4))
+    process = town.process()
+    if process is None:
+        return None
+    vmas = [vma for vma in town.machine.processes[process].space.vmas if vma.backing is not None and vma.shared]
+    span = vmas[town.choose(len(vmas))].span if vmas and town.choose(4) else town.span()
+    return Call(commands_process.msync, (process, span.start, span.size_bytes, 4))
 
 
 def _mlock(town: Town) -> Call | None:
@@ -300,9 +316,9 @@ def _discard(town: Town) -> Call | None:
 CALLS: Makers = (
     (_create, 3), (fork_process, 6), (_exit, 2), (_exec, 2), (_mrelease, 2), (_mmap, 10), (_munmap, 4), (_mprotect, 6),
     (_mremap, 4), (_madvise, 6), (_write, 6), (_write_private, 8), (_read, 8), (_write_each, 2), (_read_each, 2),
-    (_open, 2), (_close, 1), (_unlink, 1), (_truncate, 2), (_punch, 2), (_msync, 3), (_mlock, 2), (_munlock, 2),
-    (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2), (_look, 2), (_fail_allocation, 1), (_fail_dma, 1),
-    (_register_device, 2), (_register_mirror, 8), (_unregister_mirror, 2), (_fault, 22), (_device_write, 8),
-    (_device_read, 4), (_bits, 2), (_dirty, 2), (_discard, 2),
+    (_open, 2), (write_file, 4), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2), (_punch, 2), (_msync, 3),
+    (_mlock, 2), (_munlock, 2), (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2), (_look, 2),
+    (_fail_allocation, 1), (_fail_dma, 1), (_register_device, 2), (_register_mirror, 8), (_unregister_mirror, 2),
+    (_fault, 22), (_device_write, 8), (_device_read, 4), (_bits, 2), (_dirty, 2), (_discard, 2),
 )  # fmt: skip
 """What makes them, and how often."""

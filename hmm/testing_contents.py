@@ -200,7 +200,11 @@ class Contents:
                 yield ALL_FILES, None
         for page in self._pages(mapped or ()):
             yield space.id, page
-        for page in self._pages(written or (), whole=False):
+        parts = written or ()
+        low, high = self.tracked[0], self.tracked[-1] + PAGE_SIZE
+        if any(start < low or start + length > high for start, length in parts):
+            yield ALL_FILES, None  # which may be mapped somewhere else, too
+        for page in self._pages(parts):
             key = self._key(space, page)
             if key is not None:
                 yield key

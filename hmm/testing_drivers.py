@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno as errnos
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ from hmm.range_fault import VALID, WRITE, word_pfns
 from hmm.receiver import MirrorState
 from hmm.spans import overlap
 from hmm.testing_memory import CarriedMemory
-from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId
+from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId, Pfns
 
 __all__ = ["DeviceModel", "IntervalDrivers", "LostTranslationError", "StaleTranslationError"]
 
@@ -157,11 +158,13 @@ class IntervalDrivers:
     Attributes:
         held: mirror -> page address -> (frame, may write).
         by: mirror -> page address -> the notifier that would tell of a change.
+        exclusive: mirror -> the pages that its device has to itself, and may use as long as the CPU does not.
     """
 
     machine: Machine
     held: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     by: dict[MirrorId, dict[int, int]] = field(default_factory=dict)
+    exclusive: dict[MirrorId, set[int]] = field(default_factory=dict)
 
     def answering(self, delivery: Delivery, errno: int) -> None:
         """A driver has stopped to use what an event is about; not yet if it has only started to."""
@@ -176,23 +179,29 @@ class IntervalDrivers:
             return
         elif isinstance(record.result, RangeFaulted) and record.name == "range_fault_unlocked":
             self._program(record.arguments[0], record.arguments[1], record.arguments[2], record.result)
+        elif record.name == "make_exclusive":
+            self._have(record.arguments[0], record.arguments[1], record.result)
         elif record.name == "remove_notifier":
-            mirror_id, number = record.arguments
-            self._drop(mirror_id, lambda page: self.by[mirror_id][page] == number)
+            self._drop_notified(*record.arguments)
 
-    def check(self) -> None:
+    def check(self, running: Iterable[OperationRecord[Any]]) -> None:
         """Raise StaleTranslationError when a device could reach a frame that is no longer its page's."""
+        for record in running:
+            if record.name == "remove_notifier":  # it may hear nothing more before this returns
+                self._drop_notified(*record.arguments)
         for mirror_id, held in self.held.items():
             mirror = self.machine.receivers.get(mirror_id)
             if mirror is None or mirror.state is not MirrorState.LIVE:
                 held.clear()  # the daemon lets no access through any more
             elif held:
-                _check_held(mirror_id, held, mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held))))
+                entries = mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held)))
+                alone = self.exclusive.get(mirror_id, set())
+                _check_held(mirror_id, held, entries, np.array([page in alone for page in held]))
 
     def _program(self, mirror_id: MirrorId, number: int, span: AddressRange, faulted: RangeFaulted) -> None:
         mirror = self.machine.receivers.get(mirror_id)
         notifier = mirror.notifiers.get(number) if isinstance(mirror, IntervalMirror) else None
-        if mirror is None or notifier is None or faulted.error is not None or notifier.filtered:
+        if mirror is None or notifier is None or faulted.error is not None or notifier.filtered or notifier.leaving:
             return
         if notifier.sequence != faulted.notifier_seq:  # read_retry()
             return
@@ -201,6 +210,19 @@ class IntervalDrivers:
         for page, word, pfn in zip(range(span.start, span.end, PAGE_SIZE), faulted.words.tolist(), frames, strict=True):
             if word & VALID and notifier.span.start <= page and page + PAGE_SIZE <= notifier.span.end:
                 held[page], by[page] = (pfn, bool(word & WRITE)), number
+                self.exclusive.get(mirror_id, set()).discard(page)
+
+    def _have(self, mirror_id: MirrorId, span: AddressRange, pfns: Pfns) -> None:
+        # The entries are taken in the step in which the call ends: nothing can have come between.
+        mirror = self.machine.receivers.get(mirror_id)
+        for notifier in mirror.notifiers.values() if isinstance(mirror, IntervalMirror) else ():
+            if notifier.filtered or notifier.leaving or notifier.deferred == notifier.sequence:
+                continue
+            for page, pfn in zip(range(span.start, span.end, PAGE_SIZE), pfns.tolist(), strict=False):
+                if pfn and notifier.span.start <= page and page + PAGE_SIZE <= notifier.span.end:
+                    self.held.setdefault(mirror_id, {})[page] = pfn, True
+                    self.by.setdefault(mirror_id, {})[page] = notifier.id
+                    self.exclusive.setdefault(mirror_id, set()).add(page)
 
     def _require_access(self, record: OperationRecord[Any]) -> None:
         mirror = self.machine.receivers.get(record.arguments[0])
@@ -209,23 +231,29 @@ class IntervalDrivers:
         if not any(sent.state is EventState.ABANDONED for sent in mirror.unanswered.values()):
             raise StaleTranslationError(f"{mirror} may not use what it holds: {record.error}")
 
-    def _drop(self, mirror_id: MirrorId, which: Any) -> None:
+    def _drop_notified(self, mirror_id: MirrorId, number: int) -> None:
+        self._drop(mirror_id, lambda page: self.by[mirror_id][page] == number)
+
+    def _drop(self, mirror_id: MirrorId, which: Callable[[int], bool]) -> None:
         held = self.held.get(mirror_id, {})
         for page in [page for page in held if which(page)]:
             del held[page]
+            self.exclusive.get(mirror_id, set()).discard(page)
 
 
 def _meets(delivery: Delivery, page: int) -> bool:
     return overlap((AddressRange(page, page + PAGE_SIZE),), delivery.event.spans)
 
 
-def _check_held(mirror_id: MirrorId, held: dict[int, tuple[int, bool]], entries: Any) -> None:
+def _check_held(mirror_id: MirrorId, held: dict[int, tuple[int, bool]], entries: Entries, alone: Any) -> None:
     pfns, writable = np.array(list(held.values()), np.int64).T
     good = cpu_pte.holds_frame(entries) | cpu_pte.is_special(entries)
+    good &= ~alone | cpu_pte.is_device_exclusive(entries)
     good &= (cpu_pte.cpu_pfn(entries) == pfns) & ((writable == 0) | cpu_pte.is_writable(entries))
     if not good.all():
         at = int(good.argmin())
+        how = " alone" if alone[at] else " for writing" if writable[at] else ""
         raise StaleTranslationError(
-            f"mirror {mirror_id} uses frame {pfns[at]} at {list(held)[at]:#x}{' for writing' if writable[at] else ''}, "
-            f"the CPU's entry is {int(entries[at]):#x}"
+            f"mirror {mirror_id} uses frame {pfns[at]} at {list(held)[at]:#x}{how}, the CPU's entry is "
+            f"{int(entries[at]):#x}"
         )

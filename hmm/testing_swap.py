@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from hmm import commands_file, commands_process, testing_devices, testing_userfaultfd
+from hmm import commands_process, testing_devices, testing_userfaultfd
 from hmm.machine import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import simulate
-from hmm.testing_calls import munlock_all
+from hmm.testing_calls import munlock_all, write_file
 from hmm.testing_town import Makers, Town
-from hmm.units import PAGE_SIZE
 
 __all__ = [
     "SHORT_OF_MEMORY",
@@ -45,18 +44,7 @@ def _fill(town: Town) -> Call | None:
     return None if process is None else Call(commands_process.touch, (process, span), {"write": write})
 
 
-def _write_file(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    offset, data = town.choose(8) * PAGE_SIZE // 2, bytes([1 + town.choose(255)]) * (1 + town.choose(4 * PAGE_SIZE))
-    return None if file is None else Call(commands_file.write_file, (file, offset, data))
-
-
-def _read_file(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    return None if file is None else Call(commands_file.read_file, (file, town.choose(PAGE_SIZE), 8 * PAGE_SIZE))
-
-
-SWAP_CALLS: Makers = ((_advise, 24), (_fill, 48), (munlock_all, 6), (_write_file, 8), (_read_file, 6))
+SWAP_CALLS: Makers = ((_advise, 24), (_fill, 48), (munlock_all, 6), (write_file, 8))
 """What makes calls that need memory or give it back, and how often."""
 
 

@@ -24,6 +24,8 @@ from hmm.testing_swap import TOWNS
         ("memory", 20039),  # a touch inside the last update of a mirror waited for that update
         ("memory", 947),  # a fault told a driver of pages that it had just brought back
         ("huge", 1354),  # a driver that had only started, and did not finish in time, was taken for one that had
+        ("huge", 3056),  # a call from inside a callback turned round and round for a page that this callback kept
+        ("swap-devices", 3093),  # memory that was made for pages of a device was gone when it was their turn
         ("swap-devices", 180),  # a device whose driver had only started was refused access
         ("swap-devices", 1092),  # a fault tried again and again while another call held the page
     ],

@@ -6,8 +6,8 @@ from area import at, pages
 from machine_world import World, error_of
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
-from hmm.errors import TimedOutError
-from hmm.machine import Limits
+from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.machine import Caller, Limits
 from hmm.mirror import DeadlinePolicy
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
@@ -53,3 +53,30 @@ def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None
     world.settle()
     machine.check()
     assert world.do(commands_process.read_memory, parent, at(0), 4).data == b"page"
+
+
+def test_touch_inside_a_callback_fails_when_the_page_is_referred_to_by_who_waits_for_it() -> None:
+    """An eviction holds the page and waits for the driver, which waits for the page: EDEADLK, and no turning round."""
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine = world.machine
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, world.pid)
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, world.pid, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, world.pid, at(0), b"page")
+    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
+    world.do(commands_hmm.insert_notifier, attached, at(0), PAGE_SIZE)
+    evicting = world.start(commands_hmm.evict_device, card)
+    (told,) = world.sent()
+    caller = Caller(name="driver", callback=(attached, told.sequence))
+    reading = machine.start(caller, commands_process.read_memory, world.pid, at(0), 4)
+    for _ in range(10):
+        for delivery in world.sent():
+            machine.answer(delivery.mirror_id, delivery.sequence)
+        if not reading.done:
+            machine.resume(reading.id)
+    assert isinstance(error_of(reading), WouldDeadlockError)
+    machine.answer(attached, told.sequence)
+    world.settle()
+    assert evicting.result == 1
+    assert world.do(commands_process.read_memory, world.pid, at(0), 4).data == b"page"
