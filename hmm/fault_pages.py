@@ -397,6 +397,8 @@ class _Part:
         else:
             table.store(addresses, cpu_pte.cpu_entry(cached, self._file_flags()))
             frames.map(cached)
+            if self.attempt.write:
+                frames.set_flags(cached, PageFlag.DIRTY)  # fault_dirty_shared_page()
 
     def _install(self, addresses: Entries, sources: Pfns | None) -> Entries:
         # New private pages, with the contents of others or zeroes; returns the entries before.
@@ -417,6 +419,8 @@ class _Part:
         if not self.vma.shared:
             self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.ANON_EXCLUSIVE)
             self.space.claim(cpu_pte.cpu_pfn(entries))
+        else:
+            self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.DIRTY)  # fault_dirty_shared_page()
         self.space.table.store(addresses, entries | np.uint64(WRITTEN))
 
     def _copy(self, addresses: Entries, entries: Entries) -> None:

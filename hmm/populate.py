@@ -101,7 +101,10 @@ def get_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
 
 
 def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None:
-    """Use pages as get_user_pages() does: a page used twice becomes active; those written are dirty themselves."""
+    """Use pages as get_user_pages() does: folio_mark_accessed().
+
+    A page used twice becomes active, unless it is locked; those written are dirty themselves.
+    """
     frames = space.frames
     addresses, entries = space.table.valid(span.start, span.end)
     if space.huge:
@@ -116,5 +119,8 @@ def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None
     referenced = frames.test_flags(pfns, PageFlag.REFERENCED)
     again = pfns[referenced & ~frames.test_flags(pfns, PageFlag.ACTIVE)]
     frames.set_flags(pfns[~referenced], PageFlag.REFERENCED)
+    vma = space.vmas.find(span.start)
+    if vma is not None and vma.has(VmFlag.LOCKED):  # folio_test_unevictable()
+        return
     frames.set_flags(again, PageFlag.ACTIVE)
     frames.clear_flags(again, PageFlag.REFERENCED)

@@ -366,7 +366,9 @@ class Reclaim:
         kept = free & lazy & written  # written since MADV_FREE: not this time
         free &= ~kept
         self._keep_written(now, victims, kept)
-        needs_slot = free & ~lazy & ~cached
+        blank = free & of_file & ~written
+        blank[blank] = frames.are_zero(victims[blank])
+        needs_slot = free & ~lazy & ~cached & ~blank
         free &= ~needs_slot | (np.cumsum(needs_slot) <= free_slots(frames))
         needs_slot &= free
         slots = frames.private[victims]
@@ -377,7 +379,7 @@ class Reclaim:
         for part in now:
             positions = victims.searchsorted(part.pfns)
             self._unmap(part.of(unmapped[positions]), slots, lazy | of_file, positions[unmapped[positions]])
-        self._leave_caches(victims[free & of_file], slots[free & of_file])
+        self._leave_caches(victims[free & of_file], slots[free & of_file], blank[free & of_file])
         self._leave_swap_cache(victims[free & cached], named[free & cached])
         return int(np.count_nonzero(free))
 
@@ -434,11 +436,13 @@ class Reclaim:
         offsets: Entries = (self.frames.index[pfns] << PAGE_SHIFT).view(np.uint64)
         return offsets
 
-    def _leave_caches(self, pfns: Pfns, slots: Slots) -> None:
-        """The page caches of files get swap entries: shmem_delete_from_page_cache()."""
+    def _leave_caches(self, pfns: Pfns, slots: Slots, blank: _Mask) -> None:
+        """Page caches get swap entries, or holes where nothing was written: shmem_delete_from_page_cache()."""
         for file, which in self._by_file(pfns):
-            chosen = slots[pfns.searchsorted(which)]
-            file.pages.store(self._offsets(which), cpu_pte.cpu_entry(chosen, cpu_pte.SWAP))
+            positions = pfns.searchsorted(which)
+            entries = cpu_pte.cpu_entry(slots[positions], cpu_pte.SWAP)
+            entries[blank[positions]] = 0
+            file.pages.store(self._offsets(which), entries)
             self.frames.put(which)
 
     def _leave_swap_cache(self, pfns: Pfns, named: _Counts) -> None:

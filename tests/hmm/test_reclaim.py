@@ -379,6 +379,21 @@ def test_pageout_takes_the_entries_of_files_when_there_is_no_swap() -> None:
     assert memory.read(span(64, 4)) == [5] * 4
 
 
+@pytest.mark.parametrize("swap_pages", [0, 64])
+def test_page_of_a_file_that_nobody_wrote_leaves_a_hole(swap_pages: int) -> None:
+    """shrink_folio_list() writes no clean page of shared memory: __remove_mapping() frees it.  Seen on 6.18."""
+    memory = Memory(Limits(frames=33, swap_pages=swap_pages, device_frames=0, directories=1 << 8))
+    flags = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(64).start, 4 * PAGE_SIZE, RW, flags)
+    memory.read(span(64, 4))
+    memory.write(span(65), 5)
+    memory.advise(span(64, 4), Advice.PAGEOUT)
+    resident = memory.call(processes.mincore, memory.pid, span(64).start, 4 * PAGE_SIZE).tolist()
+    assert resident == [0, int(not swap_pages), 0, 0]
+    assert memory.machine.frames.regions[0].used == int(not swap_pages)
+    assert memory.read(span(64, 4)) == [0, 5, 0, 0]
+
+
 def test_cold_pages_are_old_when_there_is_no_swap() -> None:
     """madvise_cold_or_pageout_pte_range() clears the accessed bit, whatever may become of the page."""
     memory = Memory(NO_SWAP)

@@ -121,6 +121,26 @@ def test_populate_leaves_the_entry_when_the_page_is_there() -> None:
     assert shown == [0, 16 * KIB, 0, 16 * KIB]
 
 
+def test_page_that_somebody_wrote_is_dirty_for_all_who_map_it() -> None:
+    """fault_dirty_shared_page(): the page itself is dirty, also where an entry is clean."""
+    process = Process()
+    flags = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    process.call(processes.mmap, process.pid, span(32).start, 2 * PAGE_SIZE, RW, flags)
+    process.write(32, 1)
+    child = process.call(processes.fork, process.pid)
+    process.call(processes.read_pages, child, span(32, 2), 0)
+    assert (process.use(32, child).shared_dirty, process.use(32, child).private_clean) == (4 * KIB, 4 * KIB)
+
+
+def test_locked_pages_do_not_become_active() -> None:
+    """folio_mark_accessed() has no effect on what is on no list: folio_test_unevictable()."""
+    process = Process()
+    process.call(processes.madvise, process.pid, START, 2 * PAGE_SIZE, Advice.POPULATE_WRITE)
+    process.call(processes.mlock, process.pid, START, 4 * PAGE_SIZE)
+    child = process.call(processes.fork, process.pid)
+    assert process.use(pid=child).referenced == 16 * KIB
+
+
 def test_flags_have_the_kernels_letters() -> None:
     """show_smap_vma_flags()."""
     process = Process()
