@@ -227,6 +227,18 @@ def test_migrate_release(hmm: Any) -> None:
     assert np.array_equal(hmm.load(a, PAGES // 2), ramp(PAGES // 2))
 
 
+def test_close_tells_of_what_it_brings_back(hmm: Any) -> None:
+    """dmirror_fops_release() empties the device, of all its mirrors: CLEAR, and nobody's own."""
+    a = hmm.map(8)
+    hmm.store(a, ramp(8))
+    closing = hmm.open(hmm.mirror.card)
+    succeeded(closing.migrate_to_device(a, 8), 8, ramp(8))
+    hmm.mirror.events.clear()
+    closing.close()
+    assert hmm.mirror.heard(a) == [("CLEAR", [(0, 8)])]
+    assert hmm.snapshot(a, 8) == [0x02] * 8
+
+
 def test_migrate_shared(hmm: Any) -> None:
     """Shared memory never moves; what is tried is told, and nothing more, as its holes are not filled."""
     a = hmm.map(flags=SHARED)
@@ -353,16 +365,23 @@ def test_double_map(hmm2: Any) -> None:
     assert (first.heard(a), second.heard(a)) == ([("MIGRATE", [(0, 6)])], [("MIGRATE own", [(0, 6)])])
     succeeded(first.read(a, 6), 6, ramp(6), faults=1)
     assert first.heard(a) == ([] if hmm2.coherent else [("MIGRATE", [(0, 6)])])
+    assert second.heard(a) == ([] if hmm2.coherent else [("MIGRATE own", [(0, 6)])])
+
+
+def told_of(heard: Any, reason: str) -> list[int]:
+    """The pages that events of one reason told of, in their order; there are no others."""
+    assert {why for why, _ in heard} <= {reason}
+    return [page for _, spans in heard for start, end in spans for page in range(start, end)]
 
 
 def test_exclusive(hmm: Any) -> None:
-    """The CPU's accesses take all pages back, and find what was there."""
+    """The CPU's accesses take all pages back, and find what was there; each page is told of once, both times."""
     a = hmm.map()
     hmm.store(a, ramp())
     succeeded(hmm.mirror.exclusive(a, PAGES), PAGES, ramp())
-    assert {reason for reason, _ in hmm.mirror.heard(a)} == {"EXCLUSIVE"}
+    assert told_of(hmm.mirror.heard(a), "EXCLUSIVE") == list(range(PAGES))
     assert np.array_equal(hmm.load(a), ramp())
-    assert {reason for reason, _ in hmm.mirror.heard(a)} == {"EXCLUSIVE"}
+    assert told_of(hmm.mirror.heard(a), "EXCLUSIVE") == list(range(PAGES))
     hmm.store(a, ramp(offset=1))
     assert np.array_equal(hmm.load(a), ramp(offset=1))
     hmm.mirror.check_exclusive(a, PAGES)
@@ -376,7 +395,7 @@ def test_exclusive_mprotect(hmm: Any) -> None:
     hmm.mirror.events.clear()
     hmm.protect(a, PAGES, Prot.READ)
     failed(errno.EPERM, hmm.mirror.write, a, ramp().tobytes())
-    assert hmm.mirror.heard(a)[0] == ("PROTECTION_VMA", WHOLE)
+    assert hmm.mirror.heard(a) == [("PROTECTION_VMA", WHOLE)]
 
 
 def test_exclusive_cow(hmm: Any) -> None:
@@ -387,10 +406,14 @@ def test_exclusive_cow(hmm: Any) -> None:
     hmm.mirror.events.clear()
     child = hmm.process.fork()
     assert hmm.mirror.heard(a) == [("PROTECTION_PAGE", WHOLE)]
+    mirror = hmm.open(hmm.mirror.card, child)
     for process in (child, hmm.process):
         assert np.array_equal(ints(process.read(a, BUFFER)), ramp())
         process.write(a, ramp(offset=1).tobytes())
         assert np.array_equal(ints(process.read(a, BUFFER)), ramp(offset=1))
+    assert told_of(mirror.heard(a), "CLEAR") == list(range(PAGES))  # the child copies; then the parent is alone
+    assert hmm.mirror.heard(a) == []
+    mirror.close()
     child.exit()
 
 
