@@ -19,6 +19,7 @@ UFFDIO_COPY copies comes with the call and not from the handler's memory, so it 
 from __future__ import annotations
 
 import errno as errnos
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -158,9 +159,12 @@ def close(space: AddressSpace, userfaultfd: Userfaultfd) -> Operation[None]:
     Source: Linux fs/userfaultfd.c, userfaultfd_release().
     """
     if space.users:
-        with space.notifier.turn() as turn:
+        with space.notifier.turn() as turn, suppress(NoSuchObjectError):  # the process may end before it is its turn
             yield from turn.wait()
-            yield from _set(space, [vma for vma in space.vmas if vma.mapping.userfaultfd == userfaultfd.id], 0)
+            yield from _set(space, _registered(space, userfaultfd), 0)
+    else:  # the exit has the turn to its end, and the VMAs will be gone
+        for vma in _registered(space, userfaultfd):
+            space.vmas.set_mapping(vma, vma.mapping.with_userfaultfd(0))
     space.userfaultfds.pop(userfaultfd.id, None)
     userfaultfd.wake_all()
 
@@ -188,6 +192,10 @@ def _require_fit(operation: str, piece: Vma) -> None:
     file = piece.backing
     if isinstance(file, File) and file.kind is not FileKind.SHARED_MEMORY:
         raise InvalidRequestError(f"{operation}: {piece} is neither anonymous nor shared memory", address=piece.start)
+
+
+def _registered(space: AddressSpace, userfaultfd: Userfaultfd) -> list[Vma]:
+    return [vma for vma in space.vmas if vma.mapping.userfaultfd == userfaultfd.id]
 
 
 def _set(space: AddressSpace, pieces: list[Vma], number: int) -> Operation[None]:

@@ -440,6 +440,42 @@ def test_populating_waits_for_the_handler(town: Town, advice: Advice) -> None:
     assert record.done
 
 
+def test_closing_it_leaves_nothing_registered_while_its_process_is_ending() -> None:
+    """The exit waits for a driver, and a device's fault may still come."""
+    world = World()
+    fd = world.do(uffd.create_userfaultfd, world.pid)
+    world.do(uffd.uffd_register, fd, span(0, 16), 1)
+    fault = (world.mirrors[0], [span(0)])
+    world.do(commands_device.fault, *fault, write=False)
+    ending = world.start(processes.exit_process, world.pid)
+    closing = world.start(uffd.close_userfaultfd, fd)
+    assert closing.done
+    assert not ending.done
+    late = world.start(commands_device.fault, *fault, write=True)
+    world.machine.check()
+    world.settle()
+    assert ending.done
+    assert late.done
+    world.machine.check()
+
+
+def test_closing_it_ends_when_the_process_has_ended_before_its_turn(town: Town) -> None:
+    """close(2) cannot fail: what it waited to unregister is gone."""
+    device = town.do(commands_device.register_device, "gpu")
+    mirror = town.do(commands_device.register_mirror, device, town.pid)
+    town.copy(0, "a")
+    town.do(commands_device.fault, mirror, [span(0)], write=False)
+    munmap = town.start(processes.munmap, town.pid, START, PAGE_SIZE)
+    exiting = town.start(processes.exit_process, town.pid)
+    closing = town.start(uffd.close_userfaultfd, town.fd)
+    assert not (munmap.done)
+    assert not (exiting.done)
+    town.settle()
+    assert closing.done
+    assert closing.error is None
+    assert not town.machine.userfaultfds
+
+
 @pytest.mark.parametrize("command", [processes.mlock, processes.pin])
 def test_locking_and_pinning_wait_for_the_handler(town: Town, command: Any) -> None:
     """populate_vma_page_range(), pin_user_pages()."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -97,6 +98,7 @@ class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
         caller = caller_from(context.invocation_metadata())
         command, args = commands.create_userfaultfd, (request.process_id, request.features)
         number = (await self.executor.call(caller, command, *args)).result
+        caller = replace(caller, callback=None)  # the stream may outlive it
         came = self.executor.userfaultfds[number] = asyncio.Event()
         try:
             yield userfaultfd_pb2.OpenUserfaultfdResponse(userfaultfd_id=number)
