@@ -261,7 +261,8 @@ class Contents:
         if record.name in ("device_write", "write_frames"):
             data = next(argument for argument in record.arguments if isinstance(argument, bytes))
         for page in self._pages(self._written(record) or (), whole=True):
-            self._learn(self._key(space, page), data[0], one)
+            if one.is_undisturbed((space.id, page)):  # else it may have gone to what was mapped there before
+                self._learn(self._key(space, page), data[0], one)
 
     def _learn_filled(self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace) -> None:
         _, address, data, *_ = record.arguments
@@ -329,6 +330,8 @@ class Contents:
                 key = self._key(space, page)
                 known = None if key is None else self.known.get(key)
                 if key is None or known is None or one.before.get(key) is not known:
+                    continue
+                if not one.is_undisturbed((space.id, page)):
                     continue
                 at = position + page - start
                 self.compared += 1
