@@ -182,6 +182,13 @@ class DirectoryArena:
         self.counts[parents] += gained
         return offsets
 
+    def new_siblings(self, slot: int, number: int) -> None:
+        """Allocate a directory for each of so many absent entries of one parent, from `slot` on."""
+        offsets = self._take(number)
+        self.index[slot : slot + number] = offsets
+        self._parents[offsets >> DIRECTORY_SHIFT] = np.arange(slot, slot + number)
+        self.count[slot >> DIRECTORY_SHIFT] += number
+
     def _take(self, number: int) -> Offsets:
         reused = min(number, self._nfree)
         fresh = number - reused
@@ -245,6 +252,11 @@ class DirectoryArena:
             self.index[slots] = NULL
             np.left_shift(rows[::-1], DIRECTORY_SHIFT, out=self._free[self._nfree : self._nfree + rows.size])
             self._nfree += rows.size
+            first, last = int(slots[0]) >> DIRECTORY_SHIFT, int(slots[-1]) >> DIRECTORY_SHIFT
+            if first == last:  # all below one directory
+                self.count[first] -= rows.size
+                rows = slots[:1] >> DIRECTORY_SHIFT
+                break
             parents, lost = tally(slots >> DIRECTORY_SHIFT)
             self.counts[parents] -= lost
             rows = parents[self.counts[parents] == 0]

@@ -263,6 +263,27 @@ class DirectoryTree:
             level += 1
         return self._descend(pages, low, offset, level, self._take_or_allocate)
 
+    def leaves_allocate(self, page: int, end: int) -> Offsets:
+        """Offsets of all leaves of [page, end), which begins and ends with a leaf, allocated as needed.
+
+        Args:
+            page, end: of one directory above the leaves. The caller has required the directories.
+
+        Returns: int64[n], a view.
+        """
+        offset = ROOT
+        for shift in self.upper_shifts[:-1]:
+            slot = offset | page >> shift & DIRECTORY_MASK
+            offset = self.words[slot] or self.arena.new_child(slot)
+        first = offset | page >> DIRECTORY_SHIFT & DIRECTORY_MASK
+        offsets = self.index[first : first + (end - page >> DIRECTORY_SHIFT)]
+        there = np.count_nonzero(offsets)
+        if not there:
+            self.arena.new_siblings(first, offsets.size)
+        elif there < offsets.size:
+            self.arena.new_children((offsets == 0).nonzero()[0] + first)
+        return offsets
+
     def _descend(self, pages: Pages, low: int, offset: int, level: int, take: Callable[[Offsets], Offsets]) -> Offsets:
         # From one directory that holds all of the pages down to their entries. The pages agree in the bits
         # above its index, so that one addition puts the index into the directory, with these bits taken away.
