@@ -300,6 +300,7 @@ def _attempt(space: AddressSpace, target: AddressRange | Entries, write: bool, t
 
 def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
     space, at = attempt.space, span.start
+    wanted = _WRITE_BITS if attempt.write else _READ_BITS
     while at < span.end and attempt.stop is None:
         vma = _vma_for(attempt, at)
         if vma is None:
@@ -316,7 +317,7 @@ def _attempt_range(attempt: Attempt, span: AddressRange) -> None:
                 return
         if vma.backing is None and not space.table.holds(part.start, part.end):
             attempt.fill_empty(vma, part)
-        else:
+        elif space.table.common(part.start, part.end) & wanted != wanted:  # else no page lacks anything
             addresses = np.arange(part.start, part.end, PAGE_SIZE, dtype=np.uint64)
             attempt.fault(vma, addresses, space.table.read(part.start, part.end))
         at = part.end
