@@ -285,10 +285,10 @@ class AddressSpace:
     def _drop_one(self, entry: int) -> None:
         if cpu_pte.holds_frame(entry):
             pfn = cpu_pte.cpu_pfn(entry)
-            if cpu_pte.is_dirty(entry) and not self.frames.flags_of(pfn) & _ANON:
+            if entry & cpu_pte.DIRTY and not self.frames.flags_of(pfn) & _ANON:
                 self.frames.set_flags_one(pfn, PageFlag.DIRTY)
             self.frames.unmap_one(pfn)
-        elif cpu_pte.is_swap(entry):
+        elif entry & cpu_pte.SWAP:
             free_entries(self.frames, np.array([cpu_pte.cpu_pfn(entry)]))
 
     def awaits_handler(self, request: Await) -> bool:

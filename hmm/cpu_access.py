@@ -202,7 +202,7 @@ def _load(space: AddressSpace, span: AddressRange) -> bytes:
     pages = span.page_aligned()
     if pages.size_bytes == PAGE_SIZE:
         entry = space.table.get(pages.start)
-        if not cpu_pte.is_special(entry):
+        if not entry & cpu_pte.SPECIAL:
             return space.frames.read(cpu_pte.cpu_pfn(entry), span.start & _OFFSET, span.size_bytes)
     entries = space.table.read(pages.start, pages.end)
     data = copy_from_frames(space.frames, _pfns(entries), span.start & _OFFSET, span.size_bytes)
@@ -217,7 +217,7 @@ def _store(space: AddressSpace, span: AddressRange, data: memoryview) -> None:
     pages = span.page_aligned()
     if pages.size_bytes == PAGE_SIZE:
         entry = space.table.get(pages.start)
-        if not cpu_pte.is_special(entry):
+        if not entry & cpu_pte.SPECIAL:
             space.frames.write(cpu_pte.cpu_pfn(entry), span.start & _OFFSET, data)
         return
     entries = space.table.read(pages.start, pages.end)
