@@ -31,11 +31,12 @@ import numpy as np
 
 from hmm.errors import HmmError
 from hmm.events import EventType
+from hmm.units import MirrorId
+from hmm_client.driver import Driver
 from hmm_proto.convert import entries_to_proto, ranges_to_proto
 from hmm_proto.v1 import event_pb2
 
 if TYPE_CHECKING:
-    from hmm_client.driver import Driver
     from hmm_client.event import Event
 
 _LOG = logging.getLogger(__name__)
@@ -88,12 +89,14 @@ class Callbacks:
 
     Attributes:
         heard: the last event whose callback has begun.
+        driver_is_idle: its `update` is that of the base class: there is nothing to be done.
 
     Args:
         driver: whose `update` and `release` are called.
         finish: called once for each event, with the answer, None for a plain one.
         executor: where plain functions run; None: in the loop itself.
         concurrent: start each event at once, without waiting for those before it.
+        busy: the mirrors whose callbacks are running; this one's is entered there.
     """
 
     def __init__(
@@ -103,7 +106,10 @@ class Callbacks:
         *,
         executor: Executor | None = None,
         concurrent: bool = False,
+        busy: set[MirrorId] | None = None,
     ) -> None:
+        self.driver_is_idle = type(driver).update is Driver.update and "update" not in vars(driver)
+        self._busy = set() if busy is None else busy
         self._driver = driver
         self._finish = finish
         self._executor = None if inspect.iscoroutinefunction(driver.update) else executor
@@ -177,6 +183,7 @@ class Callbacks:
         if isinstance(work, Executor):
             thread_context = context.copy()
             work = loop.run_in_executor(work, lambda: thread_context.run(self._call, event))
+        self._busy.add(event.mirror.id)
         self._running[callback] = loop.create_task(self._run(callback, work), context=context)
 
     async def _run(self, callback: Callback, work: Awaitable[Any]) -> None:
@@ -190,6 +197,8 @@ class Callbacks:
         finally:
             callback.active = False
             del self._running[callback]
+            if not self._running:
+                self._busy.discard(event.mirror.id)
         self._finish(event, answer)
         self.proceed()
 

@@ -35,6 +35,8 @@ class Driver:
     def update(self, event: Event) -> Written | Awaitable[Written]:
         """Make the device stop using what `event` names, or program it after a fault, before returning.
 
+        A class that leaves it as it is need not be called: its mirrors hear an event for many of them together.
+
         Returns: pages that the device wrote by other ways than `Mirror.write`, None for none.
 
         Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 from hmm.errors import DeviceLostError, HmmError
@@ -21,6 +22,7 @@ from hmm_client.callbacks import Callbacks
 from hmm_client.driver import Driver
 from hmm_client.event import Change, Event
 from hmm_client.session import Session
+from hmm_client.together import REMEMBERED_EVENTS, Together
 from hmm_proto.status import from_call_result
 from hmm_proto.v1 import event_pb2
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-REMEMBERED_EVENTS = 256
-"""How far back a mirror can tell whether the result of a fault is stale; older results count as stale."""
 STALE_RETRIES = 100
 """How often a fault whose result was stale is repeated before it ends with EBUSY."""
 
@@ -60,7 +60,6 @@ class Receiver:
         device, process: who mirrors whom.
         session: the stream that serves it.
         space_id: the address space, as events name it.
-        between: who stands between it and its driver; None: nobody.
         lost: why it was fenced; empty while it lives.
         released: True once its address space has ended, or it was unregistered.
     """
@@ -80,14 +79,17 @@ class Receiver:
         self.device = device
         self.process = process
         self.space_id = space_id
-        self.between: Between | None = None
+        self._between: Between | None = None
         self.lost = ""
         self.released = False
         self._driver = driver
         self.session = session
-        self._callbacks = Callbacks(driver, self._finish, executor=device.client.executor, concurrent=concurrent)
+        self._callbacks = Callbacks(
+            driver, self._finish, executor=device.client.executor, concurrent=concurrent, busy=session.busy
+        )
         self._recent: deque[tuple[int, Change]] = deque()
         self._forgotten = 0
+        self._groups: list[Together] = []
 
     def __repr__(self) -> str:
         return f"<mirror {self.id} of process {self.process.id} on {self.device.name}>"
@@ -97,7 +99,38 @@ class Receiver:
     @property
     def heard(self) -> int:
         """The last event that the driver was told of."""
-        return self._callbacks.heard
+        if not self._groups:
+            return self._callbacks.heard
+        return max([self._callbacks.heard, *(group.heard_by(self.id) for group in self._groups)])
+
+    @property
+    def between(self) -> Between | None:
+        """Who stands between it and its driver; None: nobody."""
+        return self._between
+
+    @between.setter
+    def between(self, between: Between | None) -> None:
+        self._between = between
+        self.session.regroup()
+
+    @property
+    def is_idle(self) -> bool:
+        """True when its driver has nothing to do for a change: it is told together with others, and not called."""
+        return self._between is None and self._callbacks.driver_is_idle
+
+    def join(self, group: Together) -> None:
+        """From now on it may also hear with others."""
+        self._groups.append(group)
+
+    def leave(self, group: Together, heard: list[tuple[int, Change]], forgotten: int) -> None:
+        """It hears with these others no more; what it heard with them, ascending, is its own."""
+        self._groups.remove(group)
+        if heard:
+            self._callbacks.heard = max(self._callbacks.heard, heard[-1][0])
+            self._recent = deque(sorted([*self._recent, *heard], key=itemgetter(0)))
+        self._forgotten = max(self._forgotten, forgotten)
+        while len(self._recent) > REMEMBERED_EVENTS:
+            self._forgotten = max(self._forgotten, self._recent.popleft()[0])
 
     def deliver(self, sequence: int, change: Change) -> None:
         """Hand an event over to the driver; called by the session."""
@@ -106,18 +139,18 @@ class Receiver:
             if len(self._recent) > REMEMBERED_EVENTS:
                 self._forgotten = self._recent.popleft()[0]
         event = Event(self, sequence, change)
-        if self.between is None:
+        if self._between is None:
             self._callbacks.deliver(event)
         else:
-            self.between.deliver(event, self._callbacks.deliver, self._answer)
+            self._between.deliver(event, self._callbacks.deliver, self._answer)
 
     def _finish(self, event: Event, answer: event_pb2.Answer | None) -> None:
         if event.type is EventType.RELEASE:
             self.released = True
-        if self.between is None:
+        if self._between is None:
             self._answer(event, answer)
         else:
-            self.between.finish(event, answer, self._answer)
+            self._between.finish(event, answer, self._answer)
 
     def _answer(self, event: Event, answer: event_pb2.Answer | None) -> None:
         if not self.session.lost:
@@ -145,8 +178,8 @@ class Receiver:
         self._forget()
 
     def _forget(self) -> None:
-        if self.between is not None:
-            self.between.forget(self.id)
+        if self._between is not None:
+            self._between.forget(self.id)
 
     def _lose(self, why: str) -> None:
         if not self.lost and not self.released:
@@ -158,7 +191,9 @@ class Receiver:
 
     def has_news_since(self, event_sequence: int) -> bool:
         """False when it is certain that no event with a higher number has come that took anything back."""
-        return event_sequence < self._forgotten or (bool(self._recent) and self._recent[-1][0] > event_sequence)
+        if event_sequence < self._forgotten or (bool(self._recent) and self._recent[-1][0] > event_sequence):
+            return True
+        return any(group.heard_by(self.id) > event_sequence for group in self._groups)
 
     def has_heard_since(self, event_sequence: int, starts: Entries, ends: Entries) -> bool:
         """True when an event with a higher number has come that overlaps uint64[n] ascending, disjoint ranges.
@@ -169,10 +204,10 @@ class Receiver:
             return True
         for sequence, change in reversed(self._recent):
             if sequence <= event_sequence:
-                return False
+                break
             if change.overlaps(starts, ends):
                 return True
-        return False
+        return any(group.has_heard_since(self.id, event_sequence, starts, ends) for group in self._groups)
 
     # ---- calls
 

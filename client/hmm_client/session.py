@@ -22,11 +22,12 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grpc
 import grpc.aio
+import numpy as np
 from google.protobuf.message import Message
 
 from hmm.errors import DeviceLostError
@@ -35,6 +36,7 @@ from hmm_client.acknowledgements import AcknowledgementLedger
 from hmm_client.callbacks import Callback, waiting
 from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
+from hmm_client.together import Together
 from hmm_proto import wire
 from hmm_proto.v1 import event_pb2, session_pb2
 
@@ -42,6 +44,10 @@ PROTOCOL_VERSION = 1
 BATCH_BYTES = 1 << 20
 """A batch of calls is sent when it has grown to this size; a single call may be larger."""
 CLOSE_TIMEOUT_S = 5.0
+FEW_MIRRORS = 8
+"""So many are told one by one: it takes no longer."""
+GROUPS_KEPT = 64
+"""Sets of mirrors that are told together."""
 
 _LOG = logging.getLogger(__name__)
 _METHOD = f"/{session_pb2.DESCRIPTOR.services_by_name['SessionService'].full_name}/Session"
@@ -63,6 +69,16 @@ class Hearer(Protocol):
 
     async def cancel(self) -> None:
         """Nobody waits for what is under way."""
+
+    @property
+    def is_idle(self) -> bool:
+        """True when its driver has nothing to do for a change, so that it may be told together with others."""
+
+    def join(self, group: Together) -> None:
+        """From now on it may also hear with others."""
+
+    def leave(self, group: Together, heard: list[tuple[int, Change]], forgotten: int) -> None:
+        """It hears with these others no more; what it heard with them, ascending, is its own."""
 
 
 class _Call(NamedTuple):
@@ -96,15 +112,18 @@ class Session:
         welcome: what the daemon said first: the epoch, limits and deadlines.
         lost: why the session has ended; empty while it lives.
         ledger: answers that are to be sent.
+        busy: the mirrors whose callbacks are running.
     """
 
     def __init__(self, call: Any, target: str) -> None:
         self.welcome = event_pb2.Welcome()
         self.lost = ""
         self.ledger = AcknowledgementLedger()
+        self.busy: set[MirrorId] = set()
         self._call = call
         self._target = target
         self._hearers: dict[MirrorId, Hearer] = {}
+        self._groups: dict[bytes, Together] = {}
         self._unclaimed: dict[MirrorId, list[tuple[int, Change]]] = {}
         self._waiting: dict[int, _Call] = {}
         self._outgoing: deque[bytes] = deque()
@@ -185,14 +204,22 @@ class Session:
 
     def bind(self, mirror_id: MirrorId, hearer: Hearer) -> None:
         """From now on `hearer` gets the mirror's events, those first that came before it was known."""
+        self.regroup()
         self._hearers[mirror_id] = hearer
         for sequence, change in self._unclaimed.pop(mirror_id, ()):
             hearer.deliver(sequence, change)
 
     def unbind(self, mirror_id: MirrorId) -> None:
         """The mirror is gone."""
+        self.regroup()
         self._hearers.pop(mirror_id, None)
         self.ledger.forget(mirror_id)
+
+    def regroup(self) -> None:
+        """Who may be told together is no longer so."""
+        for group in self._groups.values():
+            group.drop()
+        self._groups.clear()
 
     def answer(self, mirror_id: MirrorId, sequence: int, answer: event_pb2.Answer | None = None) -> None:
         """Tell the daemon, with the next batch, that an event is finished."""
@@ -318,6 +345,8 @@ class Session:
 
     def _deliver(self, message: event_pb2.Event) -> None:
         change = Change(message)
+        if len(message.mirror_ids) > FEW_MIRRORS and self._deliver_together(message, change):
+            return
         hearers = self._hearers
         for mirror_id, sequence in zip(message.mirror_ids, message.event_sequences, strict=True):
             hearer = hearers.get(mirror_id)
@@ -327,6 +356,44 @@ class Session:
                 self._unclaimed.setdefault(mirror_id, []).append((sequence, change))
             else:
                 self.answer(mirror_id, sequence)  # nobody here uses it any more
+
+    def _deliver_together(self, message: event_pb2.Event, change: Change) -> bool:
+        """Tell many mirrors at once, as far as their drivers have nothing to do.  Returns: False: tell each."""
+        if not change.invalidates or change.wants_answer:
+            return False
+        named = np.array(message.mirror_ids, np.int64).tobytes()
+        group = self._groups.get(named) or self._gather(named, list(message.mirror_ids))
+        if not group.members or not self.busy.isdisjoint(group.everybody):
+            return False
+        mirror_ids: Sequence[MirrorId] = message.mirror_ids
+        sequences: Sequence[int] = message.event_sequences
+        numbers = np.array(sequences, np.int64)
+        if group.positions is not None:
+            mirror_ids, numbers = group.ids, numbers[group.positions]
+            sequences = numbers.tolist()
+        if not self.ledger.done_together(group.slots, numbers, mirror_ids, sequences):
+            return False
+        group.note(numbers, change)
+        self._wake()
+        for position in group.others:
+            self._hearers[message.mirror_ids[position]].deliver(message.event_sequences[position], change)
+        return True
+
+    def _gather(self, named: bytes, mirror_ids: list[MirrorId]) -> Together:
+        """Those of some mirrors that can be told together; nobody, as long as one of all is not known here."""
+        hearers = [self._hearers.get(mirror_id) for mirror_id in mirror_ids]
+        if None in hearers:
+            return Together([], [], [], [], len(mirror_ids))
+        if len(self._groups) >= GROUPS_KEPT:
+            self.regroup()
+        idle = {position: one for position, one in enumerate(hearers) if one is not None and one.is_idle}
+        ids = [mirror_ids[position] for position in idle]
+        slots = [self.ledger.slot(mirror_id) for mirror_id in ids]
+        members = list(idle.values())
+        group = self._groups[named] = Together(members, ids, slots, list(idle), len(mirror_ids))
+        for member in members:
+            member.join(group)
+        return group
 
     def _answer_unclaimed(self) -> None:
         for mirror_id, events in self._unclaimed.items():

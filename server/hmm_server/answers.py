@@ -62,15 +62,20 @@ class Answers:
         return self._violations
 
     def _take(self, message: event_pb2.Acknowledgements) -> None:
-        if len(message.mirror_ids) > 1 and self._stream.postings and self._take_together(message):
-            return
         for answer in message.answers:
             self._take_answer(answer)
         plain: Plain = []
         for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
             if (served := self._find(mirror_id, sequence)) and self._is_enough(served, sequence, 0):
                 plain.append((served, sequence))
-        for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
+        mirror_ids, marks = message.mirror_ids[:], message.acknowledged_up_to[:]
+        taken = 0
+        while self._stream.postings and taken < len(mirror_ids):
+            together = self._take_together(mirror_ids, marks, taken)
+            if not together:
+                break
+            taken += together
+        for mirror_id, up_to in zip(mirror_ids[taken:], marks[taken:], strict=True):
             served = self._find(mirror_id, up_to)
             if served is None:
                 continue
@@ -83,25 +88,30 @@ class Answers:
         if plain:
             self._acknowledged(plain)
 
-    def _take_together(self, message: event_pb2.Acknowledgements) -> bool:
-        """Take the usual message: all of a group have answered the oldest event, and nobody has more to say."""
-        posting = self._stream.postings[0]
-        group = posting.group
-        if (
-            group is None
-            or message.answers
-            or message.single_mirror_ids
-            or self._stream.mailbox.in_flight > 1
-            or len(message.mirror_ids) != len(group.mirror_ids)
-            or len(posting.waiting) != len(group.mirror_ids)
-            or posting.event.copy
-            or message.acknowledged_up_to[:] != posting.sequences
-            or message.mirror_ids[:] != group.mirror_ids
-            or not posting.is_awaited
-        ):
-            return False
-        self._together(posting)
-        return True
+    def _take_together(self, mirror_ids: list[MirrorId], marks: list[int], first: int) -> int:
+        """Take what is usual of an event that many have heard: all of a group have finished it, and all before it.
+
+        Returns: how many of the marks, from `first` on, were taken.
+        """
+        earlier: list[Posting] = []
+        for posting in self._stream.postings:
+            group = posting.group
+            number = len(group.mirror_ids) if group is not None else 0
+            if group is None or mirror_ids[first : first + number] != group.mirror_ids:
+                earlier.append(posting)
+            elif (
+                marks[first : first + number] != posting.sequences
+                or len(posting.waiting) != number
+                or posting.event.copy
+                or not posting.is_awaited
+                or not all(other.waiting.isdisjoint(group.everybody) for other in earlier)
+                or (self._stream.mailbox.in_flight > len(self._stream.postings) and group.owes_alone)
+            ):
+                return 0
+            else:
+                self._together(posting)
+                return number
+        return 0
 
     def _take_answer(self, answer: event_pb2.Answer) -> None:
         served = self._find(answer.mirror_id, answer.event_sequence)

@@ -144,6 +144,11 @@ class Group:
         self.sequences: Sequence[int] = ()
         self.answered: deque[tuple[Sequence[int], int]] = deque(maxlen=EVENTS_KEPT)
 
+    @property
+    def owes_alone(self) -> bool:
+        """Whether one of them has still to answer an event that only it heard."""
+        return any(one.alone for one in self.served)
+
     def last_sent(self, mirror_id: MirrorId) -> int:
         """The number that the last event for all has for one of them."""
         return self.sequences[self.index[mirror_id]] if self.sequences else 0

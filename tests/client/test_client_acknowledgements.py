@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as errnos
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,62 @@ def test_take_answers_every_event_once_when_they_end_in_any_order(data: st.DataO
             for one in message.answers:
                 assert seen.setdefault(one.event_sequence, one.errno) == one.errno
     assert seen == {sequence: errnos.EIO * (sequence in refused) for sequence in range(1, count + 1)}
+
+
+@given(st.data())
+def test_done_together_says_what_single_answers_would_say(data: st.DataObject) -> None:
+    """Whatever was finished by one mirror in between, in any order: the daemon is told of the same events."""
+    ledger, other = AcknowledgementLedger(), AcknowledgementLedger()
+    ids = [5, 6, 7]
+    slots = np.array([ledger.slot(mirror_id) for mirror_id in ids])
+    sent = dict.fromkeys(ids, 0)
+    unfinished: list[tuple[int, int]] = []
+    told: dict[AcknowledgementLedger, set[tuple[int, int]]] = {ledger: set(), other: set()}
+    for _ in range(data.draw(st.integers(1, 12))):
+        if data.draw(st.booleans()):
+            sent = {mirror_id: sequence + 1 for mirror_id, sequence in sent.items()}
+            if not ledger.done_together(slots, np.array(list(sent.values())), ids, list(sent.values())):
+                for mirror_id, sequence in sent.items():
+                    ledger.done(mirror_id, sequence)
+            for mirror_id, sequence in sent.items():
+                other.done(mirror_id, sequence)
+        else:
+            mirror_id = data.draw(st.sampled_from(ids))
+            sent[mirror_id] += 1
+            unfinished.append((mirror_id, sent[mirror_id]))
+        if unfinished and data.draw(st.booleans()):
+            one = unfinished.pop(data.draw(st.integers(0, len(unfinished) - 1)))
+            says = answer(*one) if data.draw(st.booleans()) else None
+            for each in (ledger, other):
+                each.done(*one, says)
+        if data.draw(st.booleans()):
+            for each, known in told.items():
+                _hear(known, each.take(), unfinished)
+    for each, known in told.items():
+        _hear(known, each.take(), unfinished)
+    finished = {(mirror_id, number) for mirror_id, last in sent.items() for number in range(1, last + 1)}
+    assert told[ledger] == told[other] == finished.difference(unfinished)
+
+
+def _hear(known: set[tuple[int, int]], message: event_pb2.Acknowledgements, unfinished: list[tuple[int, int]]) -> None:
+    """As the daemon hears a message: nothing may be covered that is not finished."""
+    said = [(one.mirror_id, one.event_sequence) for one in message.answers]
+    said += zip(message.single_mirror_ids, message.single_sequences, strict=True)
+    for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
+        said += [(mirror_id, number) for number in range(1, up_to + 1)]
+    assert known.isdisjoint(unfinished)
+    assert not set(said).intersection(unfinished)
+    known.update(said)
+
+
+def test_forgotten_mirror_is_still_told_of() -> None:
+    """It answers its release and is gone before the message leaves; its place is for another one then."""
+    ledger = AcknowledgementLedger()
+    slot = ledger.slot(9)
+    ledger.done(9, 1)
+    ledger.forget(9)
+    assert list(ledger.take().acknowledged_up_to) == [1]
+    assert ledger.slot(10) == slot
+    ledger.done(10, 1)
+    message = ledger.take()
+    assert (list(message.mirror_ids), list(message.acknowledged_up_to)) == ([10], [1])
