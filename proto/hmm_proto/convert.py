@@ -67,10 +67,8 @@ def ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRange, .
     starts, ends = message.starts, message.ends
     if len(starts) != len(ends):
         raise malformed(f"{len(starts)} starts and {len(ends)} ends of ranges")
-    if len(starts) == 1:
-        return (_range(starts[0], ends[0]),)
     spans = tuple(map(_range, starts, ends))
-    if any(left.end > right.start for left, right in pairwise(spans)):
+    if len(spans) > 1 and any(left.end > right.start for left, right in pairwise(spans)):
         raise malformed("ranges that overlap or do not ascend")
     return spans
 
@@ -81,10 +79,14 @@ def page_ranges_from_proto(message: range_pb2.AddressRanges) -> tuple[AddressRan
     Raises:
         InvalidRequestError: as `ranges_from_proto`; a range is empty or not page-aligned (EINVAL).
     """
+    starts, ends = message.starts, message.ends
+    if len(starts) == 1 == len(ends):  # most are
+        start, end = starts[0], ends[0]
+        if start < end <= TASK_SIZE and not (start | end) & (PAGE_SIZE - 1):
+            return (AddressRange(start, end),)
     spans = ranges_from_proto(message)
     for span in spans:
-        start, end = span.start, span.end
-        if start >= end or (start | end) & (PAGE_SIZE - 1):
+        if not span or (span.start | span.end) & (PAGE_SIZE - 1):
             raise malformed(f"{span} is empty or not page-aligned")
     return spans
 

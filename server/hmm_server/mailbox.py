@@ -73,6 +73,9 @@ class Posting:
         return self.sequences[self.group.index[mirror_id] if self.group else self.mirror_ids.index(mirror_id)]
 
 
+_NOTHING_ELSE = session_pb2.SessionResponse()
+
+
 class Outgoing(NamedTuple):
     """One message that leaves.
 
@@ -205,6 +208,8 @@ class Mailbox:
 
     def _outgoing(self) -> Outgoing | None:
         """Write down what waits; None when in the end it is nothing."""
+        if not (self.events or self._welcome or self._violations or self._farewell):
+            return Outgoing(_NOTHING_ELSE, self._take_replies())
         message = session_pb2.SessionResponse()
         if self._welcome is not None:
             message.welcome.CopyFrom(self._welcome)

@@ -134,13 +134,14 @@ class Session:
             return
         under_way = self._calls[request_id] = UnderWay(name)
         request = getattr(call, name)
+        caller = self._inside(call) if call.in_callback_mirror_id else self._caller
         if name == "read_table":
-            parts = self._send_table(stream, request_id, self._caller_of(call), request)
+            parts = self._send_table(stream, request_id, caller, request)
             under_way.task = asyncio.create_task(parts)
             return
         then = partial(self._reply, stream, request_id)
         try:
-            record = self._side.start(self._caller_of(call), name, request, stream, then)
+            record = self._side.start(caller, name, request, stream, then)
         except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
             then(error)
             return
@@ -167,11 +168,8 @@ class Session:
             return OutOfFramesError("replies wait that were not read: nothing large can be asked for", reason="LIMIT")
         return None
 
-    def _caller_of(self, call: session_pb2.SessionCall) -> Caller:
-        mirror_id = call.in_callback_mirror_id
-        if not mirror_id:
-            return self._caller
-        callback = (mirror_id, call.in_callback_sequence)
+    def _inside(self, call: session_pb2.SessionCall) -> Caller:
+        callback = (call.in_callback_mirror_id, call.in_callback_sequence)
         return Caller(self._caller.token, self._caller.name, callback)
 
     def _reply(self, stream: Stream, request_id: int, result: Result) -> None:
