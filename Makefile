@@ -116,11 +116,10 @@ lock: install-dev ## Resolve the three lock files anew
 		$(LOCK) - -c requirements-dev.lock -o requirements-build.lock
 
 CERTIFY_SEEDS ?= 0:1000
-CERTIFIED := dummy rdma prefetch dmirror
+CERTIFIED ?=
 .PHONY: certify
-certify: install-dev ## Certify each of our drivers with a thousand storms; CERTIFY_SEEDS=FIRST:END selects
-	@for driver in $(CERTIFIED); do echo "== $$driver"; $(BIN)/hmmctl certify --seeds $(CERTIFY_SEEDS) -- \
-		$(BIN)/python -m hmm_client.drivers.$$driver --certified || exit 1; done
+certify: install-dev ## Certify each of our drivers with a thousand storms; CERTIFY_SEEDS=FIRST:END and CERTIFIED select
+	$(BIN)/python tests/certify $(CERTIFY_SEEDS) $(CERTIFIED)
 
 SEEDS ?= 0:10000
 TOWNS ?=

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hmm.commands_hmm import RangeFaulted
 from hmm.errors import HmmError, RangeBusyError
 from hmm.events import Reason
 from hmm.range_fault import REQ_FAULT, REQ_WRITE, WRITE, word_pfns
@@ -118,7 +119,7 @@ class RightDriver(IntervalDriver):
             faulted = await attached.notifier.range_fault(span, sequence, flags)
         except RangeBusyError:
             return
-        if await self.has_changed(attached, sequence):
+        if await self.has_changed(attached, span, sequence, faulted):
             return
         words = faulted.words.tolist()
         if write and not all(word & WRITE for word in words):
@@ -126,9 +127,10 @@ class RightDriver(IntervalDriver):
             return
         attached.table.update(zip(range(span.start, span.end, PAGE_SIZE), words, strict=True))
 
-    async def has_changed(self, attached: Attached, sequence: int) -> bool:
-        """Whether a read section has to be repeated."""
-        return await attached.notifier.read_retry(sequence)
+    async def has_changed(self, attached: Attached, span: AddressRange, sequence: int, faulted: RangeFaulted) -> bool:
+        """Whether a read section has to be repeated: by the daemon, and by what was heard since it said so."""
+        notifier = attached.notifier
+        return await notifier.read_retry(sequence) or notifier.is_stale(span, faulted)
 
 
 # ---- and the wrong ones, each by the rule that it breaks
@@ -137,7 +139,7 @@ class RightDriver(IntervalDriver):
 class StaleFault(RightDriver):
     """Skips mmu_interval_read_retry()."""
 
-    async def has_changed(self, attached: Attached, sequence: int) -> bool:
+    async def has_changed(self, *_: object) -> bool:
         """Never."""
         return False
 

@@ -1,6 +1,7 @@
 """The certificate: every adversity and so many storms, one trial after the other, and what each rule was broken by.
 
-One daemon and one driver serve all trials, each with processes of its own; a driver that died or hangs is started anew.
+One daemon and one driver serve many trials, each with processes of its own; a driver that died or hangs is started
+anew.  Several such pairs share the storms.
 
 **Invariants**: a trial's findings are of that trial; for every rule broken in a storm the shortest storm is looked for.
 
@@ -87,14 +88,15 @@ class Certifier:
 
     async def start_daemon(self) -> Client:
         """A daemon of our own, and a client of it: the first one, or another after `kill_daemon`."""
-        self._daemon = await asyncio.to_thread(
-            EmbeddedDaemon,
-            self._folder,
-            acknowledgement_s=self._deadline_s,
-            log_level="error",
-            harness=True,
-            swap_pages=SWAP_PAGES,
+        settings = {"acknowledgement_s": self._deadline_s, "swap_pages": SWAP_PAGES, "log_level": "error"}
+        starting = asyncio.ensure_future(
+            asyncio.to_thread(EmbeddedDaemon, self._folder, log=None, harness=True, **settings)
         )
+        try:
+            self._daemon = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            (await starting).stop()  # it is a process: nobody else would end it
+            raise
         self._client = connect(self._daemon.target, name="certify")
         self._auditor = Auditor(self._client)
         return self._client
@@ -118,12 +120,15 @@ class Certifier:
             self._driver = await DriverProcess.start(self._command, str(self._daemon.socket), self._answer_s)
         return self._driver
 
-    async def end(self) -> bool:
-        """Let the driver leave.  Returns: whether it did so in good order."""
+    async def leaving(self) -> Trial:
+        """Let the driver leave: the last trial."""
+        began = time.monotonic()
         left = self._driver is None or await self._driver.leave()
         self._driver = None
         await self._client.close()
-        return left
+        detail = "when its standard input ended, it did not leave with exit code 0 within 10 s"
+        wrong = () if left else (Finding("did-not-leave", detail),)
+        return Trial("leave", "the driver leaves when its standard input ends", time.monotonic() - began, wrong)
 
     async def adversity(self, adversity: Adversity) -> Trial:
         """Run one adversity."""
@@ -144,7 +149,8 @@ class Certifier:
 
     async def _storm(self, steps: Sequence[Step]) -> tuple[Finding, ...]:
         async def run(stage: Stage) -> None:
-            await (await Storm.gather(stage)).rage(steps)
+            async with Storm.gathered(stage) as storm:
+                await storm.rage(steps)
 
         return await self._trial(run)
 
@@ -186,6 +192,7 @@ async def certify(
     seeds: Iterable[int] = (),
     deadline_s: float = DEADLINE_S,
     answer_s: float | None = None,
+    jobs: int = 1,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> Certificate:
     """Put a driver to the test.
@@ -196,25 +203,33 @@ async def certify(
         seeds: of storms.
         deadline_s: for the answer to an event.
         answer_s: for the answer to an order; None: longer than any deadline.
-        told: called after each trial.
+        jobs: how many trials run at a time, each against a daemon and a driver of its own.
+        told: called after each trial, in the order in which they end.
 
     Raises:
         DriverGoneError, DriverSilentError: the driver does not start.
     """
-    certificate = Certificate()
+    certificate, left = Certificate(), iter(seeds)
 
     def note(trial: Trial) -> None:
         certificate.trials.append(trial)
         told(trial)
 
-    async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s) as certifier:
-        for name in adversities:
-            note(await certifier.adversity(ADVERSITIES[name]))
-        for seed in seeds:
-            note(await certifier.storm(seed))
-        began = time.monotonic()
-        left = await certifier.end()
-        detail = "when its standard input ended, it did not leave with exit code 0 within 10 s"
-        wrong = () if left else (Finding("did-not-leave", detail),)
-        note(Trial("leave", "the driver leaves when its standard input ends", time.monotonic() - began, wrong))
+    async def work(names: Iterable[str]) -> None:
+        async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s) as certifier:
+            for name in names:
+                note(await certifier.adversity(ADVERSITIES[name]))
+            for seed in left:
+                note(await certifier.storm(seed))
+            leaving = await certifier.leaving()
+            if names or leaving.findings:
+                note(leaving)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in range(jobs):
+                group.create_task(work(tuple(adversities) if not number else ()))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    certificate.trials.sort(key=lambda trial: -1 if trial.seed is None else trial.seed)
     return certificate

@@ -43,6 +43,12 @@ async def other_device(stage: Stage, process: Process) -> AsyncIterator[Interval
         await device.unregister()
 
 
+async def take(other: IntervalMirror, span: AddressRange) -> None:
+    """Take what can be taken of a range."""
+    with suppress(HmmError):  # somebody was faster
+        await other.make_exclusive(span)
+
+
 @NEIGHBOURS.add("pages that another device moves to its memory are had back")
 async def other_device_migrates(stage: Stage) -> None:
     """MIGRATE by somebody else; the device's fault brings the page back."""
@@ -73,13 +79,8 @@ async def other_device_excludes(stage: Stage) -> None:
             await stage.device_writes(process, page(span, index), stamp(200 + index))
         for number in range(ROUNDS):
             accesses = [stage.device_may(process, page(span, index), write=bool(index % 2)) for index in range(PAGES)]
-            await asyncio.gather(*accesses, _take(other, span))
+            await asyncio.gather(*accesses, take(other, span))
             await stage.device_writes(process, page(span, number % PAGES), stamp(300 + number))
-
-
-async def _take(other: IntervalMirror, span: AddressRange) -> None:
-    with suppress(HmmError):  # somebody was faster
-        await other.make_exclusive(span)
 
 
 @NEIGHBOURS.add("pages whose writes are watched anew are faulted for writing again")

@@ -12,18 +12,22 @@ state, so that leaving some out is a storm as well: that is how the shortest one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from hmm.errors import HmmError
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import Prot
 from hmm_client.certify.adversity import FIXED, RW, page
 from hmm_client.certify.findings import Finding
+from hmm_client.certify.neighbours import CLEAR_SOFT_DIRTY, other_device, take
 from hmm_client.certify.stage import Stage, stamp
+from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.process import Process
 
 STEPS = 40
@@ -33,7 +37,7 @@ TRIALS = 40
 """How many shorter storms are tried in search of the shortest, if nobody says."""
 _WEIGHTS = {
     "device reads": 8, "device writes": 8, "CPU writes": 5, "munmap": 3, "mmap": 4, "discard": 3, "protect": 3,
-    "unprotect": 3, "fork": 2, "move": 2, "use": 6, "churn": 5,
+    "unprotect": 3, "fork": 2, "move": 2, "send away": 3, "exclude": 2, "page out": 2, "watch": 1, "use": 6, "churn": 5,
 }  # fmt: skip
 
 
@@ -65,8 +69,11 @@ def draw(seed: int, count: int = STEPS) -> list[Step]:
 class Storm:
     """One storm on a stage."""
 
-    def __init__(self, stage: Stage, process: Process, compared: AddressRange, noisy: AddressRange) -> None:
+    def __init__(
+        self, stage: Stage, process: Process, other: IntervalMirror, compared: AddressRange, noisy: AddressRange
+    ) -> None:
         self._stage = stage
+        self._other = other
         self._process = process
         self._compared = compared
         self._noisy = noisy
@@ -75,10 +82,13 @@ class Storm:
         self._under_way: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def gather(cls, stage: Stage) -> Storm:
-        """Make the process and its memory."""
+    @asynccontextmanager
+    async def gathered(cls, stage: Stage) -> AsyncIterator[Storm]:
+        """With a process, its memory, and another device that mirrors it."""
         process = await stage.process()
-        return cls(stage, process, await stage.region(process, COMPARED), await stage.region(process, NOISY))
+        async with other_device(stage, process) as other:
+            compared = await stage.region(process, COMPARED)
+            yield cls(stage, process, other, compared, await stage.region(process, NOISY))
 
     async def rage(self, steps: Sequence[Step]) -> None:
         """Take all steps."""
@@ -154,6 +164,24 @@ class Storm:
         await self._stage.device_cannot(self._process, here)
         await self._process.mremap(there, PAGE_SIZE, PAGE_SIZE, flags, new_address=here)
 
+    async def _send_away(self, step: Step) -> None:
+        with suppress(HmmError):  # nothing is mapped there, or more than one mapping
+            await self._other.migrate_to_device(self._part(step))
+
+    async def _exclude(self, step: Step) -> None:
+        await take(self._other, self._part(step))
+
+    async def _page_out(self, step: Step) -> None:
+        if self._content[step.page] is not None:
+            await self._process.madvise(page(self._compared, step.page), PAGE_SIZE, Advice.PAGEOUT)
+
+    async def _watch(self, step: Step) -> None:  # noqa: ARG002 - it concerns the whole process
+        await self._process.clear_refs(CLEAR_SOFT_DIRTY)
+
+    def _part(self, step: Step) -> AddressRange:
+        indices = self._range(step)
+        return AddressRange(page(self._compared, indices.start), page(self._compared, indices.stop))
+
     async def _use(self, step: Step) -> None:
         for index in range(step.page, min(NOISY, step.page + step.pages)):
             access = self._stage.device_may(self._process, page(self._noisy, index), write=bool(step.number % 2))
@@ -164,7 +192,7 @@ class Storm:
 
     async def _churn(self, step: Step) -> None:
         address = page(self._noisy, step.page)
-        match step.number % 4:
+        match step.number % 6:
             case 0:
                 await self._process.madvise(address, PAGE_SIZE, Advice.DONTNEED)
             case 1:
@@ -173,6 +201,10 @@ class Storm:
             case 2:
                 await self._process.munmap(address, PAGE_SIZE)
                 await self._process.mmap(PAGE_SIZE, RW, FIXED, address=address)
+            case 3:
+                await take(self._other, AddressRange(address, address + PAGE_SIZE))
+            case 4:
+                await self._other.migrate_to_device(AddressRange(address, address + PAGE_SIZE))
             case _:
                 await (await self._process.fork()).exit()
 

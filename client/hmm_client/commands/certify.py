@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -13,8 +16,9 @@ from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.certificate import DEADLINE_S, Certificate, Trial, certify
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.certify.findings import RULES
-from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
+from hmm_client.commands.connection import INTERRUPTED, OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
 from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.progress import Progress
 
 SEEDS = "0:20"
 
@@ -24,6 +28,10 @@ def _seeds(ctx: click.Context, parameter: click.Parameter, value: str) -> range:
     if not first.isdecimal() or not (end.isdecimal() or (not end and ":" not in value)):
         raise click.BadParameter("write FIRST:END, or one seed")
     return range(int(first), int(end) if end else int(first) + 1)
+
+
+def _all_cpus() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: ARG001 - as above
@@ -47,10 +55,23 @@ def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None: 
     metavar="SECONDS",
     help=f"How long the driver has to answer an event.  [default: {DEADLINE_S:g}]",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=_all_cpus,
+    metavar="N",
+    help="How many storms run at a time, each with a daemon and a driver of its own.  [default: one for each CPU]",
+)
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JUnit XML, too.")
 @format_option
 def command(
-    driver: tuple[str, ...], seeds: range, only: tuple[str, ...], deadline: float, junit: Path | None, form: str
+    driver: tuple[str, ...],
+    seeds: range,
+    only: tuple[str, ...],
+    deadline: float,
+    jobs: int,
+    junit: Path | None,
+    form: str,
 ) -> None:
     """Put a driver to the test: everything that can happen to one happens to it.
 
@@ -58,7 +79,8 @@ def command(
     lines on standard input: mirror a process, read, write, unmirror.  `pydoc hmm_client.certify` says what is asked of
     it.  A daemon is started for the purpose.
 
-    With --only the named adversities run, and storms only if --seeds is given.
+    With --only the named adversities run, and storms only if --seeds is given.  Storms that were stopped can be gone on
+    with: it is said from which seed.
 
     Exit codes: 0 the driver passed; 1 it did not; 2 it did not start.
     """
@@ -67,17 +89,46 @@ def command(
         seeds = range(0)
     told = _print_json_trial if form == JSON else _print_trial
     nowhere = Where(None, "", False, None, None, None, 0.0)
+    began = time.monotonic()
     with failures(nowhere):
         try:
-            certificate = run(
-                certify(driver, adversities=only or ADVERSITIES, seeds=seeds, deadline_s=deadline, told=told)
-            )
+            certificate = _certify(driver, only or tuple(ADVERSITIES), seeds, deadline, jobs, told)
         except (DriverGoneError, DriverSilentError) as error:
             fail(UNUSABLE, f"{' '.join(driver)}: {error}")
     if junit is not None:
         junit.write_bytes(as_junit(certificate, " ".join(driver)))
-    _print_summary(certificate, driver, form)
+    _print_summary(certificate, driver, form, time.monotonic() - began)
     raise SystemExit(OK if certificate.passed else UNEXPECTED)
+
+
+def _certify(
+    driver: tuple[str, ...],
+    names: tuple[str, ...],
+    seeds: range,
+    deadline_s: float,
+    jobs: int,
+    told: Callable[[Trial], None],
+) -> Certificate:
+    left, failed = set(seeds), 0
+
+    def note(trial: Trial) -> None:
+        nonlocal failed
+        told(trial)
+        if trial.seed is not None:
+            left.discard(trial.seed)
+            failed += bool(trial.findings)
+            progress.advance(1, f"{failed} failed" if failed else "")
+
+    with Progress("storms", len(seeds)) as progress:
+        jobs = max(1, min(jobs, len(seeds)))
+        work = certify(driver, adversities=names, seeds=seeds, deadline_s=deadline_s, jobs=jobs, told=note)
+        try:
+            return run(work)
+        except KeyboardInterrupt:
+            if not left:
+                raise
+            how_far = f"{len(seeds) - len(left)} of {len(seeds)} storms, {failed} failed"
+            fail(INTERRUPTED, f"{how_far}; go on with --seeds {min(left)}:{seeds.stop}")
 
 
 def _print_trial(trial: Trial) -> None:
@@ -92,20 +143,22 @@ def _print_trial(trial: Trial) -> None:
     sys.stdout.flush()
 
 
-def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str) -> None:
-    storms = [trial for trial in certificate.trials if trial.seed is not None]
+def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str, took_s: float) -> None:
+    ran = [trial for trial in certificate.trials if trial.seed is not None]
     failed = sum(bool(trial.findings) for trial in certificate.trials)
     if form == JSON:
         rules = {rule: trial.name for rule, trial in certificate.broken.items()}
         print_json({"driver": driver, "trials": len(certificate.trials), "failed": failed, "broken": rules})
         return
-    if storms:
-        bad = sum(bool(trial.findings) for trial in storms)
-        click.echo(f"{'FAIL' if bad else 'ok  '} storms {storms[0].seed}:{(storms[-1].seed or 0) + 1}, {bad} failed")
+    if ran:
+        bad = [str(trial.seed) for trial in ran if trial.findings]
+        which = f": seeds {', '.join(bad)}" if bad else ""
+        span = f"{ran[0].seed}:{(ran[-1].seed or 0) + 1}"
+        click.echo(f"{'FAIL' if bad else 'ok  '} storms {span}, {len(bad)} failed{which}")
     if certificate.passed:
-        click.echo(f"\npassed: {len(certificate.trials)} trials")
+        click.echo(f"\npassed: {len(certificate.trials):,} trials in {took_s:.0f} s")
         return
-    click.echo(f"\nnot passed: {failed} of {len(certificate.trials)} trials failed")
+    click.echo(f"\nnot passed: {failed} of {len(certificate.trials):,} trials failed, in {took_s:.0f} s")
     for rule, trial in certificate.broken.items():
         which = f"--only {trial.name}" if trial.seed is None else f"--seeds {trial.seed}"
         click.echo(f"  {rule}: {RULES[rule]}")
