@@ -56,6 +56,7 @@ from hmm.units import (
     Pfns,
     spans_of_pages,
 )
+from hmm.vma import Backing
 from hmm.zone_device import are_remote, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
@@ -419,7 +420,7 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
         for space in spaces:
             backings = {vma.backing.id if vma.backing else 0: vma.backing for vma in space.vmas if vma.anon_vma}
             for backing in backings.values():
-                yield from anonymous_places([space], indices, backing)
+                yield from _places(space, indices, backing)
         yield from merged_places(frames, pfns)
 
     frames.get(pfns)
@@ -440,6 +441,18 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
             replace(held, targets)
             frames.put(room[(room != 0) & (targets != room)])
     return int(np.count_nonzero(targets != pfns))
+
+
+def _places(space: AddressSpace, indices: Pfns, backing: Backing | None) -> Iterator[Places]:
+    """`anonymous_places` for pages of many processes, of which some have the same offset: those one after the other."""
+    repetition = np.arange(indices.size) - np.searchsorted(indices, indices)
+    if not repetition.any():
+        yield from anonymous_places([space], indices, backing)
+        return
+    for number in range(int(repetition.max()) + 1):
+        chosen = np.flatnonzero(repetition == number)
+        for place in anonymous_places([space], indices[chosen], backing):
+            yield Places(space, place.vma, place.addresses, chosen[place.pages])
 
 
 def _folios_among(frames: Frames, pfns: Pfns) -> list[Positions]:

@@ -16,6 +16,7 @@ from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID, WRITE
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 
 
 def test_migrate_moves_pages_when_they_are_private_memory(bench: Any) -> None:
@@ -178,6 +179,23 @@ def test_evict_brings_everything_back_whoever_has_it(bench: Any) -> None:
     assert bench.heard.events[0].owner == 0
     assert bench.read(0, 4 * PAGE_SIZE, child) == b"e" * 4 * PAGE_SIZE
     bench.local.machine.check()
+
+
+def test_evict_brings_back_pages_of_processes_that_made_them_at_the_same_place(bench: Any) -> None:
+    """Their offsets are alike, and the reverse map of each process is asked for each page once."""
+    other = bench.call(commands_process.create_process, "other")
+    flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS
+    place = (bench.span(0).start, 4 * PAGE_SIZE)
+    bench.call(commands_process.mmap, other, *place, Prot.READ | Prot.WRITE, flags)
+    mirror, _ = bench.attach(bench.device, other)
+    for at in (0, 3):
+        bench.write(at, b"a")
+        bench.write(at, b"b", other)
+        bench.to_device(at, 1)
+        bench.call(commands_hmm.migrate_to_device, mirror, bench.span(at, 1))
+    assert bench.call(commands_hmm.evict_device, bench.device) == 4
+    bench.local.machine.check()
+    assert [bench.read(at, 1, process) for at in (0, 3) for process in (bench.process, other)] == [b"a", b"b"] * 2
 
 
 def test_evict_fails_when_system_memory_is_short(make_bench: Any) -> None:
