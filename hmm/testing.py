@@ -19,7 +19,7 @@ from hmm.events import Delivery, Event
 from hmm.journal import digest, replay
 from hmm.machine import Limits, Machine, OperationRecord
 from hmm.scheduler import Call, Scheduler
-from hmm.semantics import LINUX_6_12, LINUX_7
+from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.testing_calls import CALLS
 from hmm.testing_contents import Contents
 from hmm.testing_drivers import DeviceModel, IntervalDrivers
@@ -45,12 +45,13 @@ def simulate(
     first: tuple[Maker, ...] = (),
     thp: Thp = Thp.NEVER,
     handling: Callable[[Town, OperationRecord[Any]], Call] | None = None,
+    semantics: Semantics | None = None,
 ) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
     Every invariant is checked after every step, that pages hold what was written to them, wherever they are, that no
     device uses what it should have given up, and at the end that replaying the inputs gives the same state.  Every
-    fourth seed follows the rules of `LINUX_7`.
+    fourth seed follows the rules of `LINUX_7`, unless `semantics` says which.
 
     Args:
         more: what makes calls, besides `testing_calls.CALLS`.
@@ -61,7 +62,7 @@ def simulate(
         SimulationError: something did not hold; names the seed.
     """
     choose = choices(seed)
-    semantics = LINUX_6_12 if seed % 4 else LINUX_7
+    semantics = semantics or (LINUX_6_12 if seed % 4 else LINUX_7)
     machine = Machine(limits, semantics=semantics, recording=True)
     drivers = IntervalDrivers(machine)
     pages = 2 * PMD_PAGES if thp else 24

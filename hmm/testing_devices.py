@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
+from hmm.semantics import LINUX_7
 from hmm.testing import simulate
 from hmm.testing_calls import fork_process
 from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
@@ -36,6 +38,7 @@ __all__ = [
     "MIRROR_CALLS",
     "SMALL_WITH_DEVICES",
     "TOWNS",
+    "simulate_compound",
     "simulate_devices",
     "simulate_huge_pages",
     "simulate_mirror_memory",
@@ -45,7 +48,10 @@ SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directori
 """As `testing.SMALL`, with frame numbers for a few small devices."""
 LARGE_WITH_DEVICES = Limits(frames=4200, device_frames=64, hugetlb_pages=2, processes=8, directories=1 << 10)
 """As much as a few huge pages need, too little for those of all processes."""
+COMPOUND = Limits(frames=4200, device_frames=2048, hugetlb_pages=2, processes=8, directories=1 << 10)
+"""With devices that a huge page fits into."""
 _DEVICE_PAGES = 12
+_RUN_AND_A_LITTLE = PMD_PAGES + 100
 _REQUESTS = (0, REQ_FAULT, REQ_FAULT | REQ_WRITE)
 _HUGE_ADVICE = (Advice.COLLAPSE, Advice.COLLAPSE, Advice.HUGEPAGE, Advice.NOHUGEPAGE, Advice.FREE, Advice.PAGEOUT)
 
@@ -261,6 +267,27 @@ def _advise_block(town: Town) -> Call | None:
     return Call(commands_process.madvise, (process, span.start, span.size_bytes, advice))
 
 
+def _register_large(town: Town) -> Call | None:
+    call = _register(town)
+    return call and replace(call, options={**call.options, "memory_pages": _RUN_AND_A_LITTLE})
+
+
+def _move_blocks(town: Town) -> Call | None:
+    mirror, block = town.pick(town.interval_mirrors()), _block(town)
+    if mirror is None:
+        return None
+    span = block if town.choose(3) else town.mapped(_space(town, mirror), private=True)
+    command = commands_hmm.migrate_to_device if town.choose(3) else commands_hmm.migrate_to_system
+    return Call(command, (mirror, span), {"compound": True})
+
+
+def _fail_migration(town: Town) -> Call | None:
+    mirror = town.pick(town.interval_mirrors())
+    return None if mirror is None else Call(commands_hmm.inject_migration_failure, (mirror, town.choose(3)))
+
+
+COMPOUND_CALLS: Makers = ((_register_large, 12), (_move_blocks, 80), (_fail_migration, 10))
+"""What moves huge pages to devices and back as such, and how often."""
 HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 12))
 """What makes room for huge pages and brings them in, and how often."""
 
@@ -336,10 +363,19 @@ def simulate_huge_pages(seed: int) -> Scheduler:
     return simulate(seed, ncalls=80, limits=LARGE_WITH_DEVICES, more=DEVICE_CALLS + HUGE_CALLS, first=first, thp=thp)
 
 
+def simulate_compound(seed: int) -> Scheduler:
+    """As `simulate_huge_pages`, with huge pages that move to devices and back as such, as Linux 7 does."""
+    thp = Thp.ALWAYS if seed % 3 else Thp.MADVISE
+    first = (_register_large, _attach, _insert, _touch_block, _move_blocks, _move_blocks, fork_process)
+    more = DEVICE_CALLS + HUGE_CALLS + COMPOUND_CALLS
+    return simulate(seed, ncalls=80, limits=COMPOUND, more=more, first=first, thp=thp, semantics=LINUX_7)
+
+
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     "mirrors": simulate,
     "devices": simulate_devices,
     "memory": simulate_mirror_memory,
     "huge": simulate_huge_pages,
+    "compound": simulate_compound,
 }
 """What a seed can be run in: by name, all workloads there are."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from hmm import huge_fault
+from hmm import huge_fault, migration_folios
 from hmm.address_space import AddressSpace
 from hmm.testing import SimulationError
-from hmm.testing_devices import simulate_huge_pages
-from hmm.units import Address
+from hmm.testing_devices import simulate_compound, simulate_huge_pages
+from hmm.units import PMD_MASK, Address
 
 SEEDS, BATCH = 40, 10
 
@@ -21,23 +23,38 @@ def test_simulate_holds_every_invariant_when_pages_are_huge(first: int) -> None:
         simulate_huge_pages(seed)
 
 
-def found(seeds: range) -> str:
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS // 2, BATCH))
+def test_simulate_holds_every_invariant_when_huge_pages_move_as_such(first: int) -> None:
+    """To devices and back, by requests, touches and evictions, whole or split on the way."""
+    for seed in range(first, first + BATCH):
+        simulate_compound(seed)
+
+
+def found(seeds: range, town: Callable[[int], object] = simulate_huge_pages) -> str:
     """What the first failing seed says; empty when none fails."""
     for seed in seeds:
         try:
-            simulate_huge_pages(seed)
+            town(seed)
         except SimulationError as error:
             return str(error)
     return ""
 
 
-def test_simulate_finds_a_huge_page_that_is_zapped_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: nothing is split before a part of it goes."""
+def test_simulate_finds_a_huge_page_that_is_changed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a block is not split the first time, before a part of it goes.
 
-    def split_huge_pmd(_: AddressSpace, __: Address) -> None:
-        """Nothing is split."""
+    Not every time: calls that wait until it is split would then wait without a pause.
+    """
+    split = AddressSpace.split_huge_pmd
+    passed: set[tuple[AddressSpace, Address]] = set()
 
-    monkeypatch.setattr(AddressSpace, "split_huge_pmd", split_huge_pmd)
+    def split_at_second_sight(space: AddressSpace, address: Address) -> None:
+        if (space, address & PMD_MASK) in passed:
+            split(space, address)
+        passed.add((space, address & PMD_MASK))
+
+    monkeypatch.setattr(AddressSpace, "split_huge_pmd", split_at_second_sight)
     assert "huge page" in found(range(50))
 
 
@@ -56,3 +73,9 @@ def test_simulate_finds_a_huge_page_in_the_place_of_small_ones(monkeypatch: pyte
 
     monkeypatch.setattr(huge_fault, "has_table", has_table_at_second_sight)
     assert found(range(50))
+
+
+def test_simulate_finds_a_huge_page_that_moved_by_small_ones_and_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: what gets small destinations keeps its huge entry."""
+    monkeypatch.setattr(migration_folios, "map_by_pages", lambda *_: None)
+    assert "huge page" in found(range(50), simulate_compound)
