@@ -146,7 +146,6 @@ FAR = range_pb2.AddressRange(start=0, end=1 << 31)
         ("RangeFault", hmm_pb2.RangeFaultRequest(mirror_id=1, range=FAR), TOO_MUCH),
         ("MigrateToDevice", hmm_pb2.MigrateToDeviceRequest(mirror_id=1, range=FAR), TOO_MUCH),
         ("MigrateToSystem", hmm_pb2.MigrateToSystemRequest(mirror_id=1, range=FAR), TOO_MUCH),
-        ("WriteFrames", _frames(), MALFORMED),
         ("WriteFrames", _frames(pfns=b""), MALFORMED),
         ("WriteFrames", _frames(pages=(1).to_bytes(8, "little")), MALFORMED),
         ("WriteFrames", _frames(pages=(1 << 60).to_bytes(8, "little")), MALFORMED),
@@ -160,6 +159,15 @@ async def test_calls_are_refused_when_they_make_no_sense(
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await getattr(attached.served.hmm, method)(request_)
     assert refused.value.code() is code
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 0), (0, 4097), (4096, 1), (1, 4096)])
+async def test_writing_frames_fails_when_bytes_are_no_part_of_the_pages(
+    attached: Attached, offset: int, nbytes: int
+) -> None:
+    """EINVAL: of every page at least one byte, and none beyond."""
+    answer = await attached.served.hmm.WriteFrames(_frames(offset=offset, data=bytes(nbytes)))
+    assert answer.result.errno == errnos.EINVAL
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ async def test_walk_shows_each_table_when_a_page_is_mirrored(daemon: Daemon, mir
     assert text.count("level 0") == 2
 
 
+@pytest.mark.parametrize("daemon", [{"acknowledgement_s": 60.0}], indirect=True)
 async def test_pending_names_the_driver_when_it_does_not_answer(daemon: Daemon, mirrored: Mirrored) -> None:
     """Who waits, for which event of which driver, and what happens when; exit code 1 with --check."""
     assert (await hmmctl("pending", "-t", daemon.target)).stdout == "nothing is pending\n"
