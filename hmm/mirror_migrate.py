@@ -225,6 +225,8 @@ def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
     space = mirror.space
     entries = space.table.read(span.start, span.end)
     empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
+    if vma.mapping.userfaultfd:
+        empty[:] = False  # as migrate_vma_insert_page(): its handler brings them in
     framed = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     chosen = np.flatnonzero(empty | framed)
     addresses = (np.uint64(span.start) + (chosen << PAGE_SHIFT).view(np.uint64)).astype(np.uint64)

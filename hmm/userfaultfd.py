@@ -14,6 +14,7 @@ Who is woken looks again, and waits anew if the page is still missing.
 
 **Absent**: write-protect and minor faults (their modes are EINVAL), events (EVENT_FORK, EVENT_REMAP, EVENT_REMOVE,
 EVENT_UNMAP: registrations go as they do without), UFFD_FEATURE_THREAD_ID and EXACT_ADDRESS, UFFD_USER_MODE_ONLY.
+The end of one of several processes that share an address space ends no wait; the end of the space ends all.
 
 Differs: a message says how many pages of the access are missing in a row, so that a handler can bring them in at once.
 """

@@ -605,6 +605,21 @@ def test_fault_of_2015_fails_where_pages_are_missing() -> None:
     assert part.error.errno == errno.EFAULT
 
 
+def test_migration_of_2015_leaves_alone_what_is_missing() -> None:
+    """What is there moves, as with migrate_vma_insert_page(); nobody gets pages behind the handler's back."""
+    card = Card()
+    card.call(uffd.uffd_copy, card.fd, span(1).start, b"x" * PAGE_SIZE)
+    card.call(uffd.uffd_zeropage, card.fd, span(2))
+    device = card.call(commands_device.register_device, "old", memory_pages=8)
+    mirror = card.call(commands_device.register_mirror, device, card.pid)
+    migrated = card.call(commands_device.migrate, mirror, span(0, 4))
+    assert (migrated.moved.npages, migrated.moved.error) == (1, None)
+    card.serve()
+    assert card.call(processes.read_memory, card.pid, START, 3 * PAGE_SIZE).data[::PAGE_SIZE] == b"\xabx\0"
+    assert card.asked == [0]
+    card.local.machine.check()
+
+
 def test_waits_and_registrations_are_replayed(town: Town) -> None:
     """The list of inputs gives the same state, with accesses that wait and that were killed."""
     machine = Machine(recording=True)
