@@ -23,6 +23,7 @@ from hmm_client.results import Mapped
 from hmm_client.scenario import today
 from hmm_client.scenario.driver import Driven
 from hmm_client.scenario.model import Step
+from hmm_client.userfaultfd import Userfaultfd
 from hmm_proto.v1 import event_pb2
 
 
@@ -30,7 +31,7 @@ class Actions:
     """The things of a scenario, and what can be done with them.
 
     Attributes:
-        processes, files, driven, holds, pins: by name.
+        processes, files, driven, holds, pins, userfaultfds: by name.
         labels: ranges that were mapped, by name.
     """
 
@@ -40,6 +41,7 @@ class Actions:
         self.driven: dict[str, Driven] = {}
         self.holds: dict[str, Hold] = {}
         self.pins: dict[str, Pin] = {}
+        self.userfaultfds: dict[str, Userfaultfd] = {}
         self.labels: dict[str, AddressRange] = {}
         self._harness = Harness(client)
 
@@ -82,6 +84,14 @@ class Actions:
                 result = await process.write(self._address(given["at"]), given["data"])
             case "unpin":
                 await self.pins.pop(given["pin"]).unpin()
+            case "userfaultfd":
+                userfaultfd = self.userfaultfds[given["as"]] = await process.userfaultfd().open()
+                await userfaultfd.register(self._span(given).page_aligned())
+            case "copy":
+                data = given["data"].ljust(page_up(len(given["data"])), b"\0")
+                await self.userfaultfds[given["userfaultfd"]].copy(self._address(given["at"]), data)
+            case "close":
+                await self.userfaultfds.pop(given["userfaultfd"]).close()
             case _:
                 result = await self._range_call(process, step, self._span(given))
         return result

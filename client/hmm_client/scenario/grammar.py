@@ -55,6 +55,9 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "touch": _RANGE | {"write": (values.flag, False)},
         "pin": _RANGE | {"write": (values.flag, True), "as": (values.text, REQUIRED)},
         "unpin": {"pin": (values.text, REQUIRED)},
+        "userfaultfd": _RANGE | {"as": (values.text, REQUIRED)},
+        "copy": _BYTES | {"userfaultfd": (values.text, REQUIRED)},
+        "close": {"userfaultfd": (values.text, REQUIRED)},
         "fork": {"as": (values.text, REQUIRED)},
         "exit": {},
     },
@@ -98,6 +101,7 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
 }
 """Every call: its arguments, how they are read, and their defaults.  `mirrors` says which process's memory is meant,
 where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`.  From
+`userfaultfd` on, which registers a range, calls are those of whoever brings in what a process misses there.  From
 `subscribe` on they are those of today's interface; a `subscription` that is not named is the last one."""
 
 FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping")})

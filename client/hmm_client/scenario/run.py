@@ -124,6 +124,8 @@ class _Run:
                 await hold.__aexit__(None, None, None)
         for driven in self._actions.driven.values():
             await driven.client.close()
+        for userfaultfd in self._actions.userfaultfds.values():
+            await userfaultfd.close()
         for task, _ in self._background.values():
             task.cancel()
         await asyncio.gather(*(task for task, _ in self._background.values()), return_exceptions=True)
