@@ -225,7 +225,9 @@ def _take(
             for at in heads:
                 yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
             entries = space.table.lookup(addresses)
-            # Who forks meanwhile shares the pages; the kernel's caller holds mmap_lock.
+            # Who forks meanwhile shares the pages, or is about to; the kernel's caller holds mmap_lock.
+            if space.notifier.edits_overlap(spans, space.current.operation_id):
+                return None
             ours = (entries & _WRITABLE == _WRITABLE) & (cpu_pte.cpu_pfn(entries) == pfns)
             if not ours.all() or cpu_pte.is_huge(entries).any():
                 return None

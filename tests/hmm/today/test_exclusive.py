@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from machine_world import START, World, span
 
-from hmm import commands_hmm, commands_process, cpu_pte
+from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Event, Reason
@@ -219,3 +220,25 @@ def test_take_starts_over_when_the_process_forks_meanwhile(make_bench: Any, thp:
     assert cpu_pte.cpu_pfn(bench.entry(PMD_PAGES, child)) != pfn
     assert bench.read(PMD_PAGES, PAGE_SIZE, child) == b"c" * PAGE_SIZE
     bench.local.machine.check()
+
+
+def test_take_waits_for_a_fork_that_was_told_of_meanwhile() -> None:
+    """mmap_lock: fork's event was answered before the pages are taken, so it may not give them back afterwards."""
+    world = World(mirrors=0)
+    device = world.do(commands_device.register_device, "card")
+    mirror = world.do(commands_hmm.attach, device, world.pid)
+    world.do(commands_hmm.insert_notifier, mirror, 0, 1 << 47)
+    world.do(commands_process.write_memory, world.pid, START, b"x")
+    taking = world.start(commands_hmm.make_exclusive, mirror, span(0))
+    (exclusive,) = world.sent()
+    forking = world.start(commands_process.fork, world.pid)
+    (forked,) = world.sent()
+    for delivery in (forked, exclusive):
+        world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(taking)
+    assert not taking.done
+    world.settle()
+    assert forking.done
+    assert taking.result.tolist() == [cpu_pte.cpu_pfn(world.machine.processes[world.pid].space.table.get(START))]
+    assert cpu_pte.is_device_exclusive(world.machine.processes[world.pid].space.table.get(START))
+    world.machine.check()
