@@ -80,7 +80,7 @@ _HARMLESS = frozenset(
         "insert_notifier", "make_exclusive", "migrate", "migrate_back", "migrate_to_device", "migrate_to_system",
         "mincore", "mirror_fault", "mlock", "mlockall", "mprotect", "msync", "munlock", "munlockall", "open_file",
         "pagemap", "pin", "range_fault", "range_fault_unlocked", "read_begin", "read_copy", "read_file", "read_frames",
-        "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults", "register_device",
+        "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults", "register_device", "scan_ksm",
         "register_mirror", "remove_notifier", "set_driver_bits", "touch", "uffd_register", "uffd_unregister",
         "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device", "unregister_mirror", "vfork",
         "write_copy",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from hmm import commands_process, testing_devices, testing_userfaultfd
+from hmm import commands_process, testing_devices, testing_ksm, testing_userfaultfd
 from hmm.machine import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
@@ -79,6 +79,7 @@ def simulate_swap_and_mirror_memory(seed: int, *, ncalls: int = 60) -> Scheduler
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     **testing_devices.TOWNS,
     "userfaultfd": testing_userfaultfd.simulate_userfaultfds,
+    "merging": testing_ksm.simulate_merging,
     "swap": simulate_swap,
     "swap-devices": simulate_swap_and_devices,
     "swap-memory": simulate_swap_and_mirror_memory,
