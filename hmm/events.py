@@ -123,6 +123,8 @@ class Cause(Enum):
     EXIT_MMAP = "exit mmap"  # unmap_vmas() behind RELEASE: those who are still subscribed
     MUNLOCK = "munlock"
 
+    __hash__ = object.__hash__  # that of an Enum is written in Python
+
     @property
     def told(self) -> Told:
         """The row of the table for this cause."""

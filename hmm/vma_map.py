@@ -61,6 +61,7 @@ class VmaMap(IntervalMap[Vma]):
         vmas = self.between(span.start, span.end)
         if vmas:
             vmas[0] = vmas[0].clip(span.start, span.end)
+        if len(vmas) > 1:
             vmas[-1] = vmas[-1].clip(span.start, span.end)
         return vmas
 

@@ -12,6 +12,7 @@ import random
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from statistics import median
 from time import perf_counter_ns
 
 from measurement import Row, compared, print_rows
@@ -22,7 +23,8 @@ from hmm.vma_map import VmaMap
 
 BASE = 1 << 40
 STRIDE = 4 * PAGE_SIZE
-TIMES = 2000
+PARTS, PART = 20, 100
+"""Operations are timed a hundred at a time: what is shorter than a time slice is interrupted seldom."""
 VMAS_MAX = 65530
 """vm.max_map_count."""
 RW = Mapping(VmFlag.READ | VmFlag.WRITE | MAY_FLAGS)
@@ -68,20 +70,23 @@ class FlatLists:
         return None
 
 
-def _each(call: Callable[[], object], times: int) -> float:
-    """Microseconds of one of `times` operations that a call does."""
-    began = perf_counter_ns()
-    call()
-    return (perf_counter_ns() - began) / times / 1000
+def _each(call: Callable[[int], object], times: int) -> float:
+    """Microseconds of one of `times` operations that a call does for one part of the addresses."""
+    figures = []
+    for part in range(PARTS):
+        began = perf_counter_ns()
+        call(part)
+        figures.append((perf_counter_ns() - began) / times / 1000)
+    return median(figures)
 
 
 def _rounds(
-    rounds: int, times: int, ours: Callable[[], object], yardstick: Callable[[], object]
+    rounds: int, times: int, ours: Callable[[int], object], yardstick: Callable[[int], object]
 ) -> tuple[list[float], list[float]]:
     mine, theirs = [], []
     for _ in range(rounds):
-        mine.append(min(_each(ours, times) for _ in range(3)))
-        theirs.append(min(_each(yardstick, times) for _ in range(3)))
+        mine.append(_each(ours, times))
+        theirs.append(_each(yardstick, times))
     return mine, theirs
 
 
@@ -95,48 +100,49 @@ class Work:
             self.flat.assign(at, at + STRIDE - PAGE_SIZE, RW.perms)
         self.end = BASE + count * STRIDE - PAGE_SIZE
         chance = random.Random(count)
-        self.addresses = [BASE + chance.randrange(count) * STRIDE + PAGE_SIZE for _ in range(TIMES)]
-        self.spans = [AddressRange(at, at + PAGE_SIZE) for at in self.addresses]
+        addresses = [BASE + chance.randrange(count) * STRIDE + PAGE_SIZE for _ in range(PARTS * PART)]
+        self.addresses = [addresses[at : at + PART] for at in range(0, PARTS * PART, PART)]
+        self.spans = [[AddressRange(at, at + PAGE_SIZE) for at in part] for part in self.addresses]
 
-    def find(self) -> None:
+    def find(self, part: int) -> None:
         """One look-up per address."""
-        for address in self.addresses:
+        for address in self.addresses[part]:
             self.vmas.find(address)
 
-    def find_flat(self) -> None:
+    def find_flat(self, part: int) -> None:
         """The same in the flat lists."""
-        for address in self.addresses:
+        for address in self.addresses[part]:
             self.flat.find(address)
 
-    def protect(self) -> None:
+    def protect(self, part: int) -> None:
         """A split and a merge per address."""
-        for span in self.spans:
+        for span in self.spans[part]:
             self.vmas.assign(span, READ)
             self.vmas.assign(span, RW)
 
-    def protect_flat(self) -> None:
+    def protect_flat(self, part: int) -> None:
         """The same in the flat lists."""
-        for address in self.addresses:
+        for address in self.addresses[part]:
             self.flat.assign(address, address + PAGE_SIZE, READ.perms)
             self.flat.assign(address, address + PAGE_SIZE, RW.perms)
 
-    def unmap(self) -> None:
+    def unmap(self, part: int) -> None:
         """A hole made and filled per address."""
-        for span in self.spans:
+        for span in self.spans[part]:
             self.vmas.erase(span)
             self.vmas.assign(span, RW)
 
-    def unmap_flat(self) -> None:
+    def unmap_flat(self, part: int) -> None:
         """The same in the flat lists."""
-        for address in self.addresses:
+        for address in self.addresses[part]:
             self.flat.assign(address, address + PAGE_SIZE, None)
             self.flat.assign(address, address + PAGE_SIZE, RW.perms)
 
-    def search(self) -> None:
+    def search(self, _: int) -> None:
         """A search for two pages, which fit below all VMAs only."""
         assert self.vmas.unmapped_area_topdown(2 * PAGE_SIZE, PAGE_SIZE, self.end) == BASE - 2 * PAGE_SIZE
 
-    def search_flat(self) -> None:
+    def search_flat(self, _: int) -> None:
         """The same in the flat lists."""
         assert self.flat.highest_hole(2 * PAGE_SIZE, self.end) == BASE - 2 * PAGE_SIZE
 
@@ -147,9 +153,9 @@ def measure(quick: bool) -> Iterator[Row]:
     for count in (10, 1000, VMAS_MAX):
         work = Work(count)
         for name, times, ours, yardstick, target in (
-            ("find", TIMES, work.find, work.find_flat, 1.25),
-            ("split, merge", 2 * TIMES, work.protect, work.protect_flat, 0.5),
-            ("munmap, mmap in the middle", 2 * TIMES, work.unmap, work.unmap_flat, 0.5),
+            ("find", PART, work.find, work.find_flat, 1.25),
+            ("split, merge", 2 * PART, work.protect, work.protect_flat, 0.5),
+            ("munmap, mmap in the middle", 2 * PART, work.unmap, work.unmap_flat, 0.5),
             ("top-down search, no gap between", 1, work.search, work.search_flat, 0.05),
         ):
             figures = _rounds(rounds, times, ours, yardstick)
