@@ -272,24 +272,33 @@ def memory_kind_from_proto(number: int) -> RegionKind:
 
 def event_to_proto(event: Event) -> event_pb2.Event:
     """What the core knows of an event; who hears of it, under which numbers and until when, is the daemon's to add."""
-    return event_pb2.Event(
+    message = event_pb2.Event(
         operation_id=event.operation_id,
         space_id=event.space_id,
         revision=event.revision,
         type=event_type_to_proto(event.etype),
         pte_mask=event.pte_mask & _MASK,
         reason=reason_to_proto(event.reason),
-        owner=event.owner,
-        non_blockable=not event.blockable,
-        ranges=ranges_to_proto(event.spans),
-        entries=event.entries,
         cause=event.cause.value if event.cause else "",
-        initiator=event.initiator,
-        copy=event.copy,
-        keeps=event.keeps,
-        wants_answer=event.copy != 0,
-        finishes=event.finishes,
     )
+    ranges = message.ranges
+    ranges.starts.extend([span.start for span in event.spans])
+    ranges.ends.extend([span.end for span in event.spans])
+    # Most events have nothing of what follows, and a test costs less than a field.
+    if event.entries:
+        message.entries = event.entries
+    if event.copy:
+        message.copy = event.copy
+        message.wants_answer = True
+    if event.keeps:
+        message.keeps = True
+    if event.owner or event.initiator:
+        message.owner, message.initiator = event.owner, event.initiator
+    if event.finishes:
+        message.finishes = event.finishes
+    if not event.blockable:
+        message.non_blockable = True
+    return message
 
 
 _MASK = (1 << 64) - 1

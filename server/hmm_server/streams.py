@@ -350,8 +350,12 @@ class Streams:
         posting.group = None
 
     def _has_deadline(self, mirror_ids: Iterable[MirrorId]) -> bool:
-        mirrors = (self.executor.machine.receivers.get(mirror_id) for mirror_id in mirror_ids)
-        return any(mirror is not None and mirror.policy is not DeadlinePolicy.BLOCK for mirror in mirrors)
+        receivers = self.executor.machine.receivers
+        for mirror_id in mirror_ids:
+            mirror = receivers.get(mirror_id)
+            if mirror is not None and mirror.policy is not DeadlinePolicy.BLOCK:
+                return True
+        return False
 
     def settled(self, mirror_id: MirrorId, sequences: Sequence[int], state: EventState) -> None:
         """These events have ended without an answer.  Fenced ones free their part of the window."""

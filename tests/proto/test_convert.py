@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,3 +131,23 @@ def test_event_returns_equal_value_when_decoded(cause: Cause | None) -> None:
     message = convert.event_to_proto(event)
     assert convert.event_from_proto(message) == event
     assert message.pte_mask == event.etype.pte_mask & (1 << 64) - 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"owner": 5},
+        {"initiator": 6},
+        {"copy": 7},
+        {"keeps": True},
+        {"finishes": 8},
+        {"blockable": False},
+        {"spans": ()},
+    ],
+)
+def test_event_returns_equal_value_when_one_field_is_set(field: dict[str, Any]) -> None:
+    """What most events do not have travels alone as well."""
+    event = replace(Event(9, 3, 17, EventType.MUNMAP, None, None, SPANS), **field)
+    message = convert.event_to_proto(event)
+    assert convert.event_from_proto(message) == event
+    assert message.wants_answer == bool(event.copy)
