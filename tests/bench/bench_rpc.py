@@ -3,6 +3,8 @@
 The client and the drivers run on one CPU, the daemon and the bare servers on another ("two CPUs") or on the same one
 ("one CPU"): a wake-up of another CPU costs more than many a message, so both are told apart.  Times are microseconds
 unless the unit says otherwise; medians of a round, ratios within a round.
+
+Whatever travels on a session costs at least what a bare gRPC stream costs; its rows say where that floor is.
 """
 
 from __future__ import annotations
@@ -299,6 +301,7 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
 
     trip, event, unary = figures["fault"], figures["event 1"], figures["unary"]
     yield ratio("bare gRPC stream / bare socket", figures["stream"], figures["socket"])
+    yield ratio("65,536 words on a bare gRPC stream / on a bare socket", figures["stream bytes"], figures["bytes"])
     yield ratio("fault of one page / bare socket", trip, figures["socket"], 2.5 if split else 15.0)
     yield ratio("fault of one page / bare gRPC stream", trip, figures["stream"])
     yield ratio("unary call / fault of one page", unary, trip)
