@@ -110,7 +110,7 @@ class AddressSpace:
         thp: where a first touch may bring in a huge page.
         huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
         tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
-            a huge page comes only where there is none.  Kept where `thp` is not NEVER.
+            a huge page comes only where there is none.  Kept where `keeps_tables`.
         unstable: a part of it was reaped: nothing can be brought in any more (MMF_UNSTABLE).
         semantics: the kernel whose rules hold, where kernels differ.
         tracks_writes: what was written has been forgotten once (clear_refs.py): from then on VmFlag.SOFTDIRTY marks new
@@ -201,6 +201,11 @@ class AddressSpace:
         """Whether all of a VMA counts as written: it is new since that was last forgotten."""
         return not self.tracks_writes or vma.has(VmFlag.SOFTDIRTY)
 
+    @property
+    def keeps_tables(self) -> bool:
+        """Whether a huge page may come: at a first touch, or from a migration that fills holes."""
+        return self.thp is not Thp.NEVER or not self.semantics.migration_splits
+
     def zap(self, start: Address, end: Address) -> int:
         """Drop every entry of [start, end) and the frames that only it held.
 
@@ -210,7 +215,7 @@ class AddressSpace:
         """
         if self.huge:
             self.split_edges(start, end)
-        if self.thp:
+        if self.keeps_tables:
             self.keep_tables(start, end)
         if end - start == PAGE_SIZE:
             entry = self.table.set(start, 0)

@@ -152,28 +152,29 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
 
     Returns: int64[n] frames.
     """
-    frames, src = migration.space.frames, migration.src[pages]
-    pfns = _folios(migration, pages, region, failing=failing)
-    small = pfns == 0
-    if np.count_nonzero(small) == small.size:
-        pfns = frames.allocate(pages.size, region)
-    else:
+    frames, src, heads = migration.space.frames, migration.src[pages], migration.heads
+    if heads.size:
+        pfns = _folios(migration, np.searchsorted(pages, heads), pages.size, region, failing=failing)
+        small = pfns == 0
         pfns[small] = frames.allocate(int(np.count_nonzero(small)), region)
-    words = migrate_pfn(pfns) | (src & _WRITE)
-    words[~small] |= _COMPOUND
+        words = migrate_pfn(pfns) | (src & _WRITE)
+        words[~small] |= _COMPOUND
+    else:
+        pfns = frames.allocate(pages.size, region)
+        words = migrate_pfn(pfns) | (src & _WRITE)
     migration.dst[pages] = words
     framed = (src & np.uint64(VALID)) != 0
     frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
     return pfns
 
 
-def _folios(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
-    """Large folios for what moves as one: int64[n], 0 for pages that get none."""
-    pfns = np.zeros(pages.size, np.int64)
-    for at in np.searchsorted(pages, migration.heads).tolist():
+def _folios(migration: Migration, heads: Positions, npages: int, region: int, *, failing: int | None) -> Pfns:
+    """Large folios for what moves as one and begins at `heads`: int64[npages], 0 for pages that get none."""
+    pfns = np.zeros(npages, np.int64)
+    for at in heads.tolist():
         if at == failing:
             continue
-        if at + PMD_PAGES > pages.size:
+        if at + PMD_PAGES > npages:
             break
         folio = migration.space.frames.allocate_folio(region)
         if folio is None:

@@ -175,7 +175,7 @@ def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
 
 def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> None:
     """Where the parent has a page table the child gets one, even if it stays empty: copy_pmd_range()."""
-    if not parent.thp:
+    if not parent.keeps_tables:
         return
     parent.keep_tables(*whole_blocks(vma.span))
     first, end = vma.start >> PMD_SHIFT, (vma.end - 1 >> PMD_SHIFT) + 1

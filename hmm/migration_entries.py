@@ -49,8 +49,9 @@ _STANDS_IN = np.uint64(cpu_pte.MIGRATION)
 _NAMES = np.uint64((1 << 64) - 1 & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
 """The kind of an entry, and its frame."""
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
-_PAGE_STATE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM)
-_COMPOUND = np.uint32(PageFlag.COMPOUND)
+_PAGE_STATE = np.uint32(
+    PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND
+)
 _Number = TypeVar("_Number", bound=np.generic)
 
 FindPlaces = Callable[[], Iterator[Places]]
@@ -138,8 +139,8 @@ def unmap_everywhere(
 def replace(held: HeldPages, targets: Pfns) -> None:
     """End the migration: entries of `held.pfns[i]` become entries of `targets[i]`, which may be the same frame.
 
-    What the page was (anonymous, exclusive to one process, dirty) goes with it, and huge entries stay huge: the new
-    frames are a large folio there.  The migration's reference of the old frame is dropped, and that of the new one, if
+    What the page was (anonymous, exclusive to one process, dirty, part of a large folio) goes with it: of large folios
+    the new frames are one too.  The migration's reference of the old frame is dropped, and that of the new one, if
     it is another.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
@@ -147,7 +148,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
     frames, pfns = held.frames, held.pfns
     moved = targets != pfns
     new, old = _selected(targets, moved), _selected(pfns, moved)
-    frames.flags[new] = (frames.flags[new] & _COMPOUND) | (frames.flags[old] & _PAGE_STATE)
+    frames.flags[new] = frames.flags[old] & _PAGE_STATE
     frames.mapping[new] = frames.mapping[old]
     kinds = np.where(are_private(frames, targets), np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT))
     for place in held.places():

@@ -291,7 +291,7 @@ def _moves_whole(space: AddressSpace, block: AddressRange, old: AddressRange, ne
 
 def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -> Operation[None]:
     """Move the entries; when directories run out half-way, back to where they were, and the new VMA goes."""
-    if space.thp:
+    if space.keeps_tables:
         _move_tables(space, old, new)
     try:
         yield from _move_entries(space, old, new.start)

@@ -26,10 +26,12 @@ from measurement import Row, alone, compared, keep_memory, print_rows
 from hmm import commands_device as devices
 from hmm import commands_hmm as today
 from hmm import commands_process as processes
+from hmm.address_space import Thp
 from hmm.frame_contents import FrameContents
 from hmm.local import Local
 from hmm.machine import Limits, Machine
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
+from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Pfns
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -65,11 +67,13 @@ class Memcpy:
 class Model:
     """One process, a device with memory, and its mirror, which hears of everything and answers at once."""
 
-    def __init__(self, npages: int, memory_pages: int) -> None:
-        self.local = Local(Machine(Limits(frames=2 * npages + 1024, device_frames=memory_pages)))
+    def __init__(self, npages: int, memory_pages: int, *, huge: bool = False) -> None:
+        limits = Limits(frames=2 * npages + 1024, device_frames=memory_pages)
+        self.local = Local(Machine(limits, semantics=LINUX_7 if huge else LINUX_6_12))
         self.frames = self.local.machine.frames
-        self._shuffle()
-        self.process = self.local.call(processes.create_process)
+        if not huge:
+            self._shuffle()
+        self.process = self.local.call(processes.create_process, thp=Thp.ALWAYS if huge else Thp.NEVER)
         device = self.local.call(devices.register_device, "card", memory_pages=memory_pages)
         self.mirror = self.local.call(today.attach, device, self.process)
         self.whole = AddressRange(START, START + (npages << PAGE_SHIFT))
@@ -89,18 +93,18 @@ class Model:
         step = BLOCK << PAGE_SHIFT
         return [AddressRange(start, start + step) for start in range(self.whole.start, self.whole.end, step)]
 
-    def timed(self, command: Callable[..., Any], *arguments: Any) -> float:
+    def timed(self, command: Callable[..., Any], *arguments: Any, **options: bool) -> float:
         """Nanoseconds of a call."""
         began = thread_time_ns()
-        self.local.call(command, *arguments)
+        self.local.call(command, *arguments, **options)
         return thread_time_ns() - began
 
-    def there_and_back(self) -> tuple[float, float]:
+    def there_and_back(self, **options: bool) -> tuple[float, float]:
         """Nanoseconds of migrating 2 MiB to the device, and back."""
         there, back = [], []
         for span in self.blocks():
-            there.append(self.timed(today.migrate_to_device, self.mirror, span))
-            back.append(self.timed(today.migrate_to_system, self.mirror, span))
+            there.append(self.timed(today.migrate_to_device, self.mirror, span, **options))
+            back.append(self.timed(today.migrate_to_system, self.mirror, span, **options))
         return median(there), median(back)
 
     def range_fault(self, span: AddressRange, flags: int) -> float:
@@ -119,8 +123,8 @@ def _no_copy(_: FrameContents, __: Pfns, ___: Pfns) -> None:
 
 def _migration(rounds: int) -> Iterator[Row]:
     npages = 64 * BLOCK
-    memcpy, model = Memcpy(npages), Model(npages, npages)
-    there, back, copied, bookkeeping = [], [], [], []
+    memcpy, model, huge = Memcpy(npages), Model(npages, npages), Model(npages, npages, huge=True)
+    there, back, copied, bookkeeping, as_one = [], [], [], [], []
     copy = FrameContents.copy
     for _ in range(rounds):
         to_device, to_system = model.there_and_back()
@@ -129,11 +133,14 @@ def _migration(rounds: int) -> Iterator[Row]:
         copied.append(median(memcpy.nanoseconds(at, BLOCK) for at in range(0, npages, BLOCK)))
         FrameContents.copy = _no_copy  # type: ignore[method-assign]
         bookkeeping.append(model.there_and_back()[0] / 1000)
+        as_one.append(huge.there_and_back(compound=True)[0] / 1000)
         FrameContents.copy = copy  # type: ignore[method-assign]
     model.local.machine.check()
+    huge.local.machine.check()
     yield compared("migrate 2 MiB to the device / memcpy", "ns", there, copied, 1.3)
     yield compared("migrate 2 MiB back / memcpy", "ns", back, copied, 1.3)
     yield alone("migrate 2 MiB to the device, without the bytes", "us", bookkeeping, 30.0)
+    yield compared("the same of a huge page / of small ones", "us", as_one, bookkeeping, 1.3)
 
 
 def _pagemap(npages: int) -> Callable[[], float]:

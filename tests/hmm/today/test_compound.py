@@ -166,6 +166,19 @@ def test_migration_makes_small_pages_where_a_block_has_a_page_table(bench: Any) 
     assert shown(bench) == "d512 .512"
 
 
+def test_migration_makes_huge_pages_of_holes_whatever_the_setting_for_first_touches_is(
+    make_bench: Callable[..., Any],
+) -> None:
+    """migrate_vma_collect_hole() asks for the page table alone, which stays when the pages are discarded."""
+    bench = make_bench(frames=4 * BLOCK, memory_pages=2 * BLOCK, mapped_pages=2 * BLOCK, semantics=LINUX_7)
+    bench.write(0, b"x")
+    advise(bench, 0, 1, Advice.DONTNEED)
+    to_device(bench, 0, 2 * BLOCK)
+    assert shown(bench) == "d512 D512"
+    bench.read(BLOCK, 1)
+    assert shown(bench) == "d512 W512"
+
+
 def test_migration_takes_the_huge_zero_page_for_a_hole(bench: Any) -> None:
     """As one it is replaced; small pages split it first, and those that are not asked for stay zero pages."""
     bench.read(0, 1)
