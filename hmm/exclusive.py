@@ -33,8 +33,9 @@ from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
-from hmm.operation import Operation
+from hmm.operation import Await, Operation, WaitFor
 from hmm.rmap import Places, anonymous_places
+from hmm.spans import overlap
 from hmm.units import (
     PAGE_SHIFT,
     PIECE_PAGES,
@@ -93,6 +94,8 @@ def make_device_exclusive_range(
         if not pages.size:
             return np.zeros(got.npages, np.int64)
         taken = yield from _take(space, pages, pfns, owner, initiator)
+        if taken is None and space.notifier.invalidations_overlap((got,)):
+            yield Await(WaitFor.INVALIDATIONS, space.id, (got,))
         if taken is not None:
             _note_holder(space, pfns, holder)
             result = np.zeros(got.npages, np.int64)
@@ -229,7 +232,7 @@ def _take(
             if space.notifier.edits_overlap(spans, space.current.operation_id):
                 return None
             ours = (entries & _WRITABLE == _WRITABLE) & (cpu_pte.cpu_pfn(entries) == pfns)
-            if not ours.all() or cpu_pte.is_huge(entries).any():
+            if _is_taken_back(space, spans) or not ours.all() or cpu_pte.is_huge(entries).any():
                 return None
             taken = np.ones(pfns.size, np.bool_)
             taken[heads] = False
@@ -239,6 +242,15 @@ def _take(
             return taken
     finally:
         space.frames.put(pfns)
+
+
+def _is_taken_back(space: AddressSpace, spans: tuple[AddressRange, ...]) -> bool:
+    """Whether somebody else is changing these pages: the device's driver has been told already, for the last time.
+
+    The kernel holds the lock of the page from here until the driver has it, and there until the page is back.
+    """
+    mine = space.current.operation_id
+    return any(one.operation_id != mine and overlap(one.spans, spans) for one in space.notifier.invalidations)
 
 
 def _folio_places(space: AddressSpace, page: int, head: Pfn) -> list[Places]:

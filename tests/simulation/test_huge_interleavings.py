@@ -12,24 +12,6 @@ from hmm.testing import SimulationError
 from hmm.testing_devices import simulate_compound, simulate_huge_pages
 from hmm.units import PMD_MASK, Address
 
-SEEDS, BATCH = 40, 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
-def test_simulate_holds_every_invariant_when_pages_are_huge(first: int) -> None:
-    """No interleaving leaves a part of a huge page, or one across VMAs; replay agrees."""
-    for seed in range(first, first + BATCH):
-        simulate_huge_pages(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS // 2, BATCH))
-def test_simulate_holds_every_invariant_when_huge_pages_move_as_such(first: int) -> None:
-    """To devices and back, by requests, touches and evictions, whole or split on the way."""
-    for seed in range(first, first + BATCH):
-        simulate_compound(seed)
-
 
 def found(seeds: range, town: Callable[[int], object] = simulate_huge_pages) -> str:
     """What the first failing seed says; empty when none fails."""

@@ -14,6 +14,7 @@ from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Event, Reason
 from hmm.inspection import holdings
+from hmm.machine import Caller
 from hmm.mremap import MremapFlag
 from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE, PMD_PAGES
@@ -242,3 +243,31 @@ def test_take_waits_for_a_fork_that_was_told_of_meanwhile() -> None:
     assert taking.result.tolist() == [cpu_pte.cpu_pfn(world.machine.processes[world.pid].space.table.get(START))]
     assert cpu_pte.is_device_exclusive(world.machine.processes[world.pid].space.table.get(START))
     world.machine.check()
+
+
+def test_take_waits_until_the_cpu_has_a_page_that_it_is_taking_back(bench: Any) -> None:
+    """The driver has answered for it: it would not hear again that what it got meanwhile is gone.
+
+    Source: the kernel's callers keep the page locked until their driver has it; do_swap_page() waits for that lock.
+    """
+    machine = bench.local.machine
+    take(bench, 0)
+    touching = machine.start(Caller(), commands_process.touch, bench.process, bench.span(0), write=False)
+    (told,) = machine.take_outbox()
+    machine.answer(told.mirror_id, told.sequence)
+    taking = machine.start(Caller(), commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+
+    def go_on() -> None:
+        for _ in range(10):
+            for told in machine.take_outbox():
+                machine.answer(told.mirror_id, told.sequence)
+            if machine.is_ready(taking):
+                machine.resume(taking.id)
+
+    go_on()
+    assert not taking.done
+    machine.resume(touching.id)
+    assert touching.done
+    go_on()
+    assert taking.done
+    assert cpu_pte.is_device_exclusive(bench.entry(0))

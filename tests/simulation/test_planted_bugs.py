@@ -1,0 +1,334 @@
+"""Bugs planted on purpose, each of a kind that somebody could make, in the towns whose seeds have to find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmm import (
+    cpu_pte,
+    device_pages,
+    directory_tree,
+    exclusive,
+    fork,
+    huge_split,
+    mirror_memory,
+    reclaim,
+    swap_in,
+    vma_edit,
+)
+from hmm.address_space import AddressSpace
+from hmm.dispatch import Audience
+from hmm.events import Cause, Event
+from hmm.fault import RESOLVERS
+from hmm.fault_pages import Strangers
+from hmm.frame_contents import FrameContents
+from hmm.interval_notifier import IntervalMirror
+from hmm.machine import Machine
+from hmm.mirror import Mirror, MirrorState
+from hmm.mirror_memory import MirrorMemory
+from hmm.notifier import Invalidation, Notifier
+from hmm.operation import Operation, Pause
+from hmm.receiver import Receiver
+from hmm.reclaim import Reclaim
+from hmm.swap_area import Slots, SwapArea
+from hmm.testing import SimulationError
+from hmm.testing_swap import TOWNS
+from hmm.units import PMD_MASK, Address, Entries, Pfns
+
+pytestmark = pytest.mark.slow
+SEEDS = 120
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def found(town: str) -> str:
+    """What the first seed that fails says; empty when none does."""
+    for seed in range(SEEDS):
+        try:
+            TOWNS[town](seed)
+        except SimulationError as error:
+            return str(error)
+    return ""
+
+
+class But:
+    """A module, but for some of its names."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        self.__dict__.update(vars(module), **names)
+
+
+def copies_on_write_are_empty(patch: pytest.MonkeyPatch) -> None:
+    """A page copied on write has a frame, and not what the other one has."""
+    patch.setattr(FrameContents, "copy", lambda *_: None)
+
+
+def fork_leaves_pages_writable(patch: pytest.MonkeyPatch) -> None:
+    """The parent goes on writing to what its child has now, too."""
+    patch.setattr(fork, "_read_only", lambda entries: entries)
+
+
+def fault_ignores_invalidations(patch: pytest.MonkeyPatch) -> None:
+    """A device fault is not told to start over by an invalidation that began meanwhile."""
+
+    def back_off(*_: object) -> Operation[None]:
+        return
+        yield Pause()
+
+    patch.setattr(Notifier, "back_off", back_off)
+
+
+def second_pass_is_left_out(patch: pytest.MonkeyPatch) -> None:
+    """Who has only started is taken to have finished."""
+
+    def finish(*_: object) -> Operation[list[int]]:
+        return []
+        yield Pause()
+
+    patch.setattr(Notifier, "_finish", finish)
+
+
+def exclusive_pages_come_back_in_silence(patch: pytest.MonkeyPatch) -> None:
+    """The CPU touches what a device has to itself, and nobody tells the device."""
+
+    def revoke(space: AddressSpace, touched: Strangers, _: bool) -> Operation[None]:
+        entries = space.table.lookup(touched.addresses)
+        held = cpu_pte.is_device_exclusive(entries)
+        given = exclusive._restored(space, touched.addresses[held], entries[held])
+        space.table.store(touched.addresses[held], given)
+        return
+        yield Pause()
+
+    patch.setitem(RESOLVERS, cpu_pte.EXCLUSIVE, revoke)
+
+
+def pages_are_taken_although_shared(patch: pytest.MonkeyPatch) -> None:
+    """A fork between the fault and the taking goes unseen."""
+    patch.setattr(exclusive, "_WRITABLE", np.uint64(cpu_pte.PRESENT))
+
+
+def pages_move_without_their_contents(patch: pytest.MonkeyPatch) -> None:
+    """A migration has frames for its pages, and copies nothing into them."""
+    copied = device_pages._copied
+
+    def forgetful(migration: Any, *arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.setattr(FrameContents, "copy", lambda *_: None)
+            return copied(migration, *arguments, **options)
+
+    patch.setattr(device_pages, "_copied", forgetful)
+
+
+def split_loses_a_page(patch: pytest.MonkeyPatch) -> None:
+    """The first entry of a huge page is gone when it is split, its frame is not."""
+    split = AddressSpace.split_huge_pmd
+
+    def lossy(space: AddressSpace, address: Address) -> None:
+        was = space.table.get(address)
+        split(space, address)
+        if was & cpu_pte.HUGE and not space.table.get(address) & cpu_pte.HUGE:
+            space.table.set(address & PMD_MASK, 0)
+
+    patch.setattr(AddressSpace, "split_huge_pmd", lossy)
+
+
+def split_folios_keep_only_their_zeroes(patch: pytest.MonkeyPatch) -> None:
+    """Every page of a split folio is taken for one that was never written."""
+    remap = huge_split._remap
+    patch.setattr(huge_split, "_remap", lambda place, head, zero: remap(place, head, np.ones_like(zero)))
+
+
+def written_pages_are_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Reclaim drops lazily freed pages that were written since."""
+    patch.setattr(reclaim, "cpu_pte", But(cpu_pte, is_dirty=lambda entries: np.zeros(entries.size, np.bool_)))
+
+
+def slots_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    """Of several pages that come back from swap each gets what another one had."""
+    read_in = swap_in.read_in
+
+    def mixed(frames: Any, slots: Pfns) -> Pfns:
+        return read_in(frames, slots[::-1])
+
+    patch.setattr(swap_in, "read_in", mixed)
+
+
+def reclaim_tells_nobody(patch: pytest.MonkeyPatch) -> None:
+    """Frames go to others while devices use them."""
+
+    def tell(_: Reclaim, mapped: list[object], __: object) -> Operation[list[object]]:
+        return mapped
+        yield Pause()
+
+    patch.setattr(Reclaim, "_tell", tell)
+
+
+def drivers_are_not_asked_for_pages(patch: pytest.MonkeyPatch) -> None:
+    """What a driver was to bring is taken as brought."""
+    carry = MirrorMemory.carry
+
+    def careless(self: MirrorMemory, *arguments: Any, **options: Any) -> Any:
+        outcome, carried = yield from carry(self, *arguments, **options)
+        return outcome, np.ones_like(carried)
+
+    patch.setattr(MirrorMemory, "carry", careless)
+
+
+def last_mirror_is_not_told(patch: pytest.MonkeyPatch) -> None:
+    """The last mirror is missing from every list of those to be told."""
+    audience = Notifier.audience
+
+    def forgetful(notifier: Notifier, event: Event) -> Audience | None:
+        everybody = audience(notifier, event)
+        some = everybody.receivers[:-1] if everybody is not None else ()
+        return Audience(some) if some else None
+
+    patch.setattr(Notifier, "audience", forgetful)
+
+
+def frames_are_freed_before_the_acknowledgement(patch: pytest.MonkeyPatch) -> None:
+    """munmap zaps first and tells the mirrors afterwards."""
+    spaces: dict[int, AddressSpace] = {}
+    new_space, deliver = Machine.new_space, Invalidation.deliver
+
+    def remembering(machine: Machine) -> AddressSpace:
+        space = new_space(machine)
+        spaces[id(space.notifier)] = space
+        return space
+
+    def hasty(invalidation: Invalidation) -> Operation[object]:
+        if invalidation.cause is Cause.MUNMAP:
+            for span in invalidation.spans:
+                spaces[id(invalidation.notifier)].zap(span.start, span.end)
+        return (yield from deliver(invalidation))
+
+    patch.setattr(Machine, "new_space", remembering)
+    patch.setattr(Invalidation, "deliver", hasty)
+
+
+def walks_skip_live_directories(patch: pytest.MonkeyPatch) -> None:
+    """A missing entry makes a walk go on behind the directory that holds it (hmm_pt v3)."""
+
+    def behind_the_directory(page: int, shift: int, _: int) -> int:
+        return ((page >> (shift + 9)) + 1) << (shift + 9)
+
+    patch.setattr(directory_tree, "after_hole", behind_the_directory)
+
+
+def values_cross_a_yield(patch: pytest.MonkeyPatch) -> None:
+    """Entries looked up before the mirrors are told are what is dropped afterwards."""
+
+    def remembering_zap(space: AddressSpace, span: object) -> Iterator[object]:
+        entries = space.table.zap(span.start, span.end)  # type: ignore[attr-defined]
+        yield from ()
+        space.drop(entries)
+        space.drop(entries[:1])
+
+    patch.setattr(vma_edit, "zap", remembering_zap)
+
+
+def pages_name_drivers_that_are_gone(patch: pytest.MonkeyPatch) -> None:
+    """Pages of a lost mirror still name it as the one to be told; somebody waits for ever."""
+
+    def release(self: IntervalMirror, state: MirrorState, why: str = "") -> None:
+        Receiver.release(self, state, why)
+
+    patch.setattr(IntervalMirror, "release", release)
+
+
+def evictions_leave_their_entries(patch: pytest.MonkeyPatch) -> None:
+    """An eviction forgets to put its pages back; their map counts are wrong, or they are lost."""
+    patch.setattr(device_pages, "replace", lambda *_: None)
+
+
+def lost_pages_read_as_zeroes(patch: pytest.MonkeyPatch) -> None:
+    """Pages of a driver that is gone are dropped instead of poisoned."""
+
+    def drop(space: AddressSpace, addresses: Entries) -> None:
+        space.drop(space.table.clear_many(addresses))
+
+    patch.setattr(mirror_memory, "lose", drop)
+
+
+def pages_are_not_brought_back_first(patch: pytest.MonkeyPatch) -> None:
+    """mremap and mprotect go on although pages are on a device, whose driver frees them when it hears."""
+
+    def vacate(*_: object) -> Operation[int]:
+        return 0
+        yield Pause()
+
+    patch.setattr(MirrorMemory, "vacate", vacate)
+    patch.setattr(MirrorMemory, "has_pages", lambda *_: False)
+
+
+def others_are_not_told_of_a_migration(patch: pytest.MonkeyPatch) -> None:
+    """Other mirrors go on using pages that have moved to a device."""
+    hears = Mirror.hears
+
+    def hears_less(self: Mirror, event: Event) -> bool:
+        return hears(self, event) and event.cause is not Cause.MIGRATE_TO_DEVICE
+
+    patch.setattr(Mirror, "hears", hears_less)
+
+
+def slots_are_freed_too_early(patch: pytest.MonkeyPatch) -> None:
+    """The first entry that goes takes the slot with it."""
+    put = SwapArea.put
+
+    def eager(area: SwapArea, slots: Slots) -> Slots:
+        area.counts[slots] = 1
+        return put(area, slots)
+
+    patch.setattr(SwapArea, "put", eager)
+
+
+def fork_does_not_count_swap_entries(patch: pytest.MonkeyPatch) -> None:
+    """The child's entries name slots that go with the parent's."""
+    patch.setattr(SwapArea, "duplicate", lambda *_: None)
+
+
+WRONG_BYTES, STALE, LOST = "WrongContentsError", "StaleTranslationError", "LostTranslationError"
+BUGS: list[tuple[str, Plant, str]] = [
+    ("mirrors", last_mirror_is_not_told, ""),
+    ("mirrors", frames_are_freed_before_the_acknowledgement, "reaches pages"),
+    ("mirrors", walks_skip_live_directories, ""),
+    ("mirrors", values_cross_a_yield, ""),
+    ("mirrors", copies_on_write_are_empty, WRONG_BYTES),
+    ("mirrors", fork_leaves_pages_writable, WRONG_BYTES),
+    ("mirrors", fault_ignores_invalidations, LOST),
+    ("devices", pages_name_drivers_that_are_gone, ""),
+    ("devices", evictions_leave_their_entries, ""),
+    ("devices", second_pass_is_left_out, STALE),
+    ("devices", exclusive_pages_come_back_in_silence, STALE),
+    ("devices", pages_are_taken_although_shared, STALE),
+    ("devices", pages_move_without_their_contents, WRONG_BYTES),
+    ("huge", split_loses_a_page, "is mapped 0 times"),
+    ("huge", split_folios_keep_only_their_zeroes, WRONG_BYTES),
+    ("memory", lost_pages_read_as_zeroes, "holds"),
+    ("memory", drivers_are_not_asked_for_pages, ""),
+    ("memory", pages_are_not_brought_back_first, ""),
+    ("memory", others_are_not_told_of_a_migration, ""),
+    ("swap", reclaim_tells_nobody, ""),
+    ("swap", slots_are_freed_too_early, ""),
+    ("swap", fork_does_not_count_swap_entries, ""),
+    ("swap", written_pages_are_dropped, WRONG_BYTES),
+    ("swap", slots_are_mixed_up, WRONG_BYTES),
+    ("swap-devices", exclusive_pages_come_back_in_silence, STALE),
+    ("swap-devices", written_pages_are_dropped, WRONG_BYTES),
+    ("swap-memory", drivers_are_not_asked_for_pages, ""),
+    ("swap-memory", reclaim_tells_nobody, "reaches pages"),
+]
+
+
+@pytest.mark.parametrize(("town", "plant", "shown"), BUGS, ids=[f"{town}-{plant.__name__}" for town, plant, _ in BUGS])
+def test_simulate_finds_a_planted_bug(monkeypatch: pytest.MonkeyPatch, town: str, plant: Plant, shown: str) -> None:
+    """A seed of the town fails, by what the bug does."""
+    plant(monkeypatch)
+    said = found(town)
+    assert "seed" in said
+    assert shown in said

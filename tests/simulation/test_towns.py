@@ -1,0 +1,60 @@
+"""Seeds of every town: all that has to hold, holds after every step.  `make simulate` runs ten thousand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from hmm.events import EventType
+from hmm.journal import digest
+from hmm.testing import simulate
+from hmm.testing_coverage import Coverage
+from hmm.testing_swap import TOWNS, simulate_swap
+
+SEEDS = 24
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("town", TOWNS)
+def test_simulate_holds_every_invariant_for_every_seed(town: str) -> None:
+    """No interleaving breaks an invariant, loses a page or shows other bytes than the last ones; inputs replay."""
+    coverage = Coverage()
+    for seed in range(SEEDS):
+        coverage.add(TOWNS[town](seed).coverage)
+    assert coverage.operations > 60 * SEEDS
+    assert coverage.answers["done"] > coverage.answers["EIO"] > 0
+    assert {"mmap", "fork", "fault", "process_mrelease", "read_memory"} <= {name for name, _ in coverage.calls}
+
+
+def test_simulate_does_the_same_when_the_seed_is_the_same() -> None:
+    """A seed is a whole run."""
+    once, again = simulate(7), simulate(7)
+    assert once.steps == again.steps
+    assert digest(once.machine) == digest(again.machine)
+
+
+def test_simulate_comes_to_every_event_and_every_way_to_answer() -> None:
+    """The workload reaches all 2015 event types of this model and all final states of an event."""
+    counted: set[str] = set()
+    for seed in range(24):
+        for mirror in simulate(seed).machine.mirrors.values():
+            counted |= set(mirror.counters)
+    kinds = {kind for kind in EventType if kind.is_invalidation} - {EventType.ISDIRTY}
+    kinds |= {EventType.RELEASE, EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
+    assert {f"events_{kind.name.lower()}" for kind in kinds} <= counted
+    assert {"fenced", "abandoned", "late_answers", "repeated_answers", "retries"} <= counted
+
+
+def test_simulate_reclaims_pages_that_devices_use() -> None:
+    """Where memory is short the workload reaches reclaim, and fills the swap area."""
+    seen: Counter[str] = Counter()
+    for seed in range(10):
+        machine = simulate_swap(seed).machine
+        assert machine.reclaim is not None
+        assert machine.frames.swap is not None
+        seen["pages"] += machine.reclaim.reclaimed
+        seen["slots"] = max(seen["slots"], machine.frames.swap.high_water)
+    assert seen["pages"] > 50
+    assert seen["slots"] > 15
