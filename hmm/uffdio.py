@@ -105,6 +105,7 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
         AccessDeniedError: a mapping that may never be written (EPERM); nothing was changed.
         ConflictError: a VMA is registered with another userfaultfd (EBUSY); nothing was changed.
         OutOfFramesError: the process has ended, or too many VMAs (ENOMEM); VMAs below that one are registered.
+        TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT); nothing was changed.
 
     Cost: O(VMAs).  Source: Linux fs/userfaultfd.c, userfaultfd_register().
     """
@@ -135,6 +136,7 @@ def unregister(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange
         InvalidRequestError: no range, nothing mapped there, or a VMA that could not be registered, or, under linux-7,
             one that is registered with another userfaultfd (EINVAL); nothing was changed.
         OutOfFramesError: the process has ended, or too many VMAs (ENOMEM); those below that one are unregistered.
+        TimedOutError: as `register`.
 
     Cost: O(VMAs).  Source: Linux fs/userfaultfd.c, userfaultfd_unregister().
     """

@@ -285,7 +285,8 @@ class IntervalNotifier:
 
         Raises:
             RangeBusyError: an invalidation came since: begin again (EBUSY).
-            BadAddressError: a page that is wanted cannot be had (EFAULT), `error.address`.
+            BadAddressError: a page that is wanted cannot be had, or only by a userfaultfd's handler, for which `fault`
+                can wait (EFAULT), `error.address`.
             AccessDeniedError: a page is wanted for writing and its mapping does not permit it (EPERM).
         """
         request = self._request(span, default_flags, pfn_flags_mask, words)
@@ -307,7 +308,8 @@ class IntervalNotifier:
         Args: as `range_fault`; and
             deadline_s: seconds until it gives up; None: the daemon's default.
 
-        Raises: as `range_fault`, where EBUSY means that the range was invalidated until the deadline; also
+        Raises: as `range_fault`, where EBUSY means that the range was invalidated, or the handler of a userfaultfd did
+            not bring a page in, until the deadline; also
             TimedOutError: another driver did not answer until the deadline (ETIMEDOUT).
             WouldDeadlockError: made inside a callback that it would have to wait for (EDEADLK).
         """

@@ -4,7 +4,8 @@ Everything happens on the loop's thread, one input at a time, so there are no lo
 what has become ready, until nothing is; operations that only pause between two pieces of their work go on in the
 loop's next turn, so that one long call does not stop anybody's heartbeat.
 
-A caller that gives up does not end its operation: it runs to its end, and `OperationLog` remembers how that was.
+A caller that gives up does not end its operation: it runs to its end, and `OperationLog` remembers how that was.  Only
+for the handler of a userfaultfd it does not wait any longer, as nothing bounds that.
 
 **Invariants**: every event handed to the router is answered, fenced or abandoned at the latest when its deadline
 passes, unless the mirror's policy is BLOCK; every started operation is pending or in the log.
