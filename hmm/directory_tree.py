@@ -59,6 +59,7 @@ class DirectoryTree:
 
     Attributes:
         arena: their memory. Its arrays are repeated here, for they never move and are used everywhere.
+        llevel: the level of page entries.
         upper_shifts: per level above the leaves, log2 of the pages that an entry covers; root first.
     """
 
@@ -70,6 +71,7 @@ class DirectoryTree:
         "four_levels",
         "geometry",
         "index",
+        "llevel",
         "rows",
         "upper_shifts",
         "words",
@@ -81,6 +83,7 @@ class DirectoryTree:
         self.upper_shifts = tuple(shift - PAGE_SHIFT for shift in geometry.shifts[:-1])
         self._shifts = tuple(np.array(shift) for shift in self.upper_shifts)
         self.four_levels = geometry.levels == 4
+        self.llevel = geometry.llevel
         self.counts = self.arena.counts
         self.entries = self.arena.entries
         self.index = self.arena.index
@@ -230,10 +233,10 @@ class DirectoryTree:
                 break
             offset = self.words[offset | low >> shift & DIRECTORY_MASK]
             level += 1
-        if level == self.geometry.llevel - 1 and number >= _IN_ORDER_PAGES:
+        if level == self.llevel - 1 and number >= _IN_ORDER_PAGES:
             first, last = (offset | page >> DIRECTORY_SHIFT & DIRECTORY_MASK for page in (low, high))
             if self._are_in_order(first, last):
-                return self.words[first], self.geometry.llevel
+                return self.words[first], self.llevel
         return offset, level
 
     def _are_in_order(self, first: int, last: int) -> bool:
@@ -241,7 +244,7 @@ class DirectoryTree:
         if not self.words[first] or self.words[last] - self.words[first] != pde_from_row(last - first):
             return False
         leaves = self.index[first : last + 1]
-        return bool((leaves[1:] - leaves[:-1] == DIRECTORY_ENTRIES).all())
+        return int(np.count_nonzero(leaves[1:] - leaves[:-1] == DIRECTORY_ENTRIES)) == last - first
 
     def descend(self, pages: Pages, low: int, offset: int, level: int) -> Offsets:
         """The slots of pages, int64[n], all of them in the directory at `offset` and `level`, as is `low`."""
@@ -288,7 +291,7 @@ class DirectoryTree:
         # From one directory that holds all of the pages down to their entries. The pages agree in the bits
         # above its index, so that one addition puts the index into the directory, with these bits taken away.
         above = offset - (low >> (*self.upper_shifts, 0)[level] & ~DIRECTORY_MASK)
-        if level == self.geometry.llevel:
+        if level == self.llevel:
             return _shifted(pages, above)
         slots = _shifted(pages >> self._shifts[level], above)
         for shift in self._shifts[level + 1 :]:

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _FEW_LEAVES = 8  # up to here leaf by leaf is faster
+_PARENT_PAGES = DIRECTORY_ENTRIES << DIRECTORY_SHIFT  # below one directory of leaves
 _PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
 _CHANGE_ROWS = 128  # changed, mostly without temporaries
 _COPY_ROWS = 512  # stored or copied, without temporaries
@@ -137,9 +138,21 @@ def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
         out[at - page :] = _ZERO
         return
     offset, level = tree.shared_directory(page, end - 1, end - page)
-    if level == tree.geometry.llevel:  # leaves that lie in order are as good as one
+    if level == tree.llevel:  # leaves that lie in order are as good as one
         out[:] = _view(tree, offset, page, end)
         return
+    if level < tree.llevel - 1:  # of one directory of leaves after the other: what lies in order does so below one
+        at = page
+        while at < end:
+            stop = min((at // _PARENT_PAGES + 1) * _PARENT_PAGES, end)
+            read_range(tree, at, stop, out[at - page : stop - page])
+            at = stop
+        return
+    _gather(tree, page, end, out)
+
+
+def _gather(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
+    # Copy entries of many leaves, wherever these lie.
     ragged, numbers, rows = _split(tree, page, end)
     first, stop = page + DIRECTORY_MASK >> DIRECTORY_SHIFT, end >> DIRECTORY_SHIFT
     before, behind = (first << DIRECTORY_SHIFT) - page, (stop << DIRECTORY_SHIFT) - page
@@ -166,7 +179,7 @@ def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
         leaf = tree.leaf(page)
         return int(np.bitwise_and.reduce(_view(tree, leaf, page, end))) if leaf else 0
     offset, level = tree.shared_directory(page, end - 1, end - page)
-    if level == tree.geometry.llevel:  # leaves that lie in order are as good as one
+    if level == tree.llevel:  # leaves that lie in order are as good as one
         return int(np.bitwise_and.reduce(_view(tree, offset, page, end)))
     ragged, numbers, rows = _split(tree, page, end)
     if numbers.size + len(ragged) < (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) + 1:
@@ -182,7 +195,7 @@ def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
 def any_bits(tree: DirectoryTree, page: int, end: int) -> int:
     """The bits that at least one entry of [page, end) has."""
     offset, level = tree.shared_directory(page, end - 1, end - page)
-    if level == tree.geometry.llevel:  # one leaf, or leaves that lie in order
+    if level == tree.llevel:  # one leaf, or leaves that lie in order
         return int(np.bitwise_or.reduce(_view(tree, offset, page, end)))
     few = _few_parts(tree, page, end)
     if few is not None:

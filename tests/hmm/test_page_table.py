@@ -284,6 +284,21 @@ class TestDirectories:
 class TestRanges:
     """`read`, `valid`, `fill`, `clear`, `zap`, `update`, `apply_mask`."""
 
+    def test_read_gives_zeros_for_holes_when_it_goes_over_directories_of_leaves(self, table: PageTable) -> None:
+        """Leaves in order, out of order and absent, below three directories of leaves and one that is absent."""
+        held = [(UPPER - 20 * LEAF, 20), (UPPER, 3), (UPPER + 40 * LEAF, 1), (UPPER + 30 * LEAF, 2), (3 * UPPER, 12)]
+        expected = np.zeros(4 * UPPER // PAGE, np.uint64)
+        for number, (start, leaves) in enumerate(held, 1):
+            entries = _numbers(number, leaves * 512)
+            table.fill(start, start + leaves * LEAF, entries)
+            expected[start // PAGE : start // PAGE + entries.size] = entries
+        for start, end in (
+            (UPPER - 9 * LEAF, UPPER + 9 * LEAF),
+            (UPPER - LEAF + PAGE, 3 * UPPER + 11 * LEAF + PAGE),
+            (0, 4 * UPPER),
+        ):
+            assert np.array_equal(table.read(start, end), expected[start // PAGE : end // PAGE])
+
     @pytest.mark.parametrize(("start", "end"), SPANS)
     def test_fill_stores_array_that_read_gives_back(self, table: PageTable, start: int, end: int) -> None:
         """A range written is the range read, and its neighbours stay empty."""
