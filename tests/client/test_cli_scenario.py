@@ -109,7 +109,7 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
     assert fault.expectation.fenced == {"gpu"}
     assert fault.expectation.events == {"gpu": ("MUNMAP",)}
     assert (unmap.background, unmap.note, wait.subject) == ("unmap", "a word", "unmap")
-    assert pending.arguments == {"drivers": {"gpu"}, "operations": ("munmap",)}
+    assert pending.arguments == {"owing": {"gpu"}, "operations": ("munmap",)}
     assert (mirror.kind, mirror.arguments["process"]) == ("driver", "child")
     assert (held.kind, held.subject, held.arguments["point"]) == ("hold", "end", HoldPoint.BEFORE_END)
     assert (str(release), str(fail), fail.arguments["nth"]) == ("release end", "fail allocation", 3)
@@ -146,7 +146,7 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
             'pending = ["gpu"]',
             'attending = ["gpu"]',
             36,
-            "a step has a call of one of process, driver, file, or",
+            "a step has a call of one of process, driver, program, file, or",
         ),
         ('operations = ["munmap"]', 'operation = ["munmap"]', 36, "pending: 'operation' is not known"),
         ("before the end", "before the beginning", 49, "point: 'before the beginning' is none of before the event"),
@@ -164,4 +164,54 @@ def test_read_scenario_names_file_and_line_when_it_is_wrong(
     assert old in GOOD
     with pytest.raises(ScenarioError) as caught:
         read(tmp_path, GOOD.replace(old, new, 1))
+    assert str(caught.value).startswith(f"{tmp_path}/scenario.toml:{line}: {message}")
+
+
+PROGRAM = """\
+[processes.app]
+
+[programs.gpu]
+command = ["python", "driver.py"]
+
+[[steps]]
+program = "gpu"
+call = "mirror"
+background = "tie"
+
+[[steps]]
+give_up = "tie"
+
+[[steps]]
+pending = ["gpu"]
+"""
+
+
+def test_read_scenario_takes_programs(tmp_path: Path) -> None:
+    """Drivers that are processes of their own; what they are asked for may go on in the background and be given up."""
+    scenario = read(tmp_path, PROGRAM)
+    assert scenario.programs["gpu"].command == ("python", "driver.py")
+    assert [(step.kind, step.subject, step.call) for step in scenario.steps] == [
+        ("program", "gpu", "mirror"), ("give_up", "tie", ""), ("pending", "gpu", ""),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ('command = ["python", "driver.py"]', "", 3, "program gpu: 'command' is missing"),
+        ('["python", "driver.py"]', '"python driver.py"', 3, "command: 'python driver.py' is no list"),
+        ('program = "gpu"', 'program = "tpu"', 6, "there is no program 'tpu'; there is gpu"),
+        ('"mirror"', '"fault"', 6, "call: 'fault' is none of mirror, unmirror, read, write, kill, stop, go_on, end"),
+        ('give_up = "tie"', 'give_up = "bow"', 11, "there is no step in the background 'bow'; there is tie"),
+        ('pending = ["gpu"]', 'pending = ["tpu"]', 14, "there is no driver 'tpu'; there is gpu"),
+        ("[programs.gpu]", "[drivers.gpu]\n[programs.gpu]", 4, "there is a driver 'gpu' already"),
+    ],
+)
+def test_read_scenario_names_the_line_of_what_is_wrong_with_a_program(
+    tmp_path: Path, old: str, new: str, line: int, message: str
+) -> None:
+    """As of everything else."""
+    assert old in PROGRAM
+    with pytest.raises(ScenarioError) as caught:
+        read(tmp_path, PROGRAM.replace(old, new, 1))
     assert str(caught.value).startswith(f"{tmp_path}/scenario.toml:{line}: {message}")

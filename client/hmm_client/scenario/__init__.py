@@ -22,6 +22,9 @@ A scenario is a TOML file:
     memory = "0 pages"                # of the device's own
     inside = "nothing"                # in its callbacks, before it answers: fault, fault elsewhere, munmap
 
+    [programs.dummy]                  # drivers that are processes of their own, and take orders; optional
+    command = ["python", "-m", "hmm_client.drivers.dummy", "--certified"]
+
     [[steps]]                         # one after the other
     process = "app"
     call = "mmap"
@@ -68,6 +71,10 @@ stop_reading, `refuse ERRNO`, `delay SECONDS`.  A list is used up one event at a
 
 Points: before the event, event sent, acknowledged, before the edit, after waiting, before the end.
 
+`give_up = "unmap"` ends the waiting for a step in the background as its caller would, by Ctrl-C; what it has begun may
+go on.  A program is asked to `mirror`, `read`, `write` and `unmirror` (`pydoc hmm_client.certify`), and can be made to
+`kill`, `stop`, `go_on` and `end`; a call of one that has ended is the error "gone".
+
 `fail = "allocation"` with `nth = 3` makes the third page from now on impossible to allocate, `fail = "dma mapping"` a
 mapping of `driver`.
 
@@ -75,7 +82,8 @@ mapping of `driver`.
 retry, fenced, events, counters, within_s.
 
 `format` reads a file and says with its line what is wrong with it; `run` takes the steps, `actions` and, for today's
-interface, `today` do what they say; `driver` is how drivers behave; `library` has those that come with hmmd.
+interface, `today` do what they say; `driver` is how drivers behave, `program` one in a process of its own; `library`
+has those that come with hmmd.
 
 **Absent**: loops and variables; whoever needs them writes Python.
 """

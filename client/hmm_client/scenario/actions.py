@@ -16,6 +16,7 @@ from hmm.unmapped_area import MapFlag
 from hmm_client.client import Client
 from hmm_client.file import File
 from hmm_client.harness.holds import Harness, Hold
+from hmm_client.interval_driver import IntervalDriver
 from hmm_client.mirror import Mirror
 from hmm_client.pin import Pin
 from hmm_client.process import Process
@@ -23,6 +24,7 @@ from hmm_client.results import Mapped
 from hmm_client.scenario import today
 from hmm_client.scenario.driver import Driven
 from hmm_client.scenario.model import Step
+from hmm_client.scenario.program import Program
 from hmm_client.userfaultfd import Userfaultfd
 from hmm_proto.v1 import event_pb2
 
@@ -31,7 +33,7 @@ class Actions:
     """The things of a scenario, and what can be done with them.
 
     Attributes:
-        processes, files, driven, holds, pins, userfaultfds: by name.
+        processes, files, driven, programs, holds, pins, userfaultfds: by name.
         labels: ranges that were mapped, by name.
     """
 
@@ -39,6 +41,7 @@ class Actions:
         self.processes: dict[str, Process] = {}
         self.files: dict[str, File] = {}
         self.driven: dict[str, Driven] = {}
+        self.programs: dict[str, Program] = {}
         self.holds: dict[str, Hold] = {}
         self.pins: dict[str, Pin] = {}
         self.userfaultfds: dict[str, Userfaultfd] = {}
@@ -52,6 +55,7 @@ class Actions:
 
         Raises:
             HmmError: how the call ended.
+            ProgramError: how what a program was asked for ended.
             HoldEndedError: a hold had ended before its time.
         """
         match step.kind:
@@ -59,6 +63,8 @@ class Actions:
                 return self._process_call(self.processes[step.subject], step)
             case "driver":
                 return self._driver_call(self.driven[step.subject], step)
+            case "program":
+                return self._program_call(self.programs[step.subject], step)
             case "file":
                 return self._file_call(self.files[step.subject], step)
             case "fail":
@@ -80,6 +86,10 @@ class Actions:
                 self.processes[given["as"]] = await process.fork()
             case "exit":
                 result = await process.exit()
+            case "mrelease":
+                result = await process.mrelease()
+            case "clear_refs":
+                result = await process.clear_refs(given["what"])
             case "write":
                 result = await process.write(self._address(given["at"]), given["data"])
             case "unpin":
@@ -142,6 +152,11 @@ class Actions:
                 driven.mirrors[given["process"]] = await driven.device.mirror(
                     process, driven.driver, policy=given["policy"], misbehaviour=driven.script
                 )
+            case "attach":
+                process = self.processes[given["process"]]
+                driven.attached[given["process"]] = await driven.device.attach(
+                    process, IntervalDriver(), misbehaviour=driven.script
+                )
             case "behave":
                 driven.behave(given["on_update"], given["on_fault"])
                 driven.driver.inside = given["inside"] or driven.driver.inside
@@ -191,6 +206,26 @@ class Actions:
                 await mirror.discard(span.page_aligned())
             case _:
                 return await mirror.read([(span.start, span.size_bytes)])
+        return None
+
+    # ---- programs
+
+    async def _program_call(self, program: Program, step: Step) -> object:
+        given = step.arguments
+        if step.call in ("kill", "stop", "go_on", "end"):
+            await getattr(program, step.call)()
+            return None
+        process = self.processes[given["process"] or next(iter(self.processes))]
+        match step.call:
+            case "mirror":
+                await program.mirror(process)
+            case "unmirror":
+                await program.unmirror(process)
+            case "read":
+                span = self._span(given)
+                return await program.read(process, span.start, span.size_bytes)
+            case _:
+                await program.write(process, self._address(given["at"]), given["data"])
         return None
 
     # ---- files, holds, failures

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 from hmm.events import EventType, Reason
 from hmm_client.scenario import grammar, values
 from hmm_client.scenario.grammar import CALLS, REQUIRED, STEPS, Arguments
-from hmm_client.scenario.model import DriverSpec, Expectation, Scenario, ScenarioError, Step
+from hmm_client.scenario.model import DriverSpec, Expectation, ProgramSpec, Scenario, ScenarioError, Step
 from hmm_proto.v1 import inspection_pb2
 
-TABLES = frozenset({"title", "rule", "daemon", "processes", "files", "drivers", "steps"})
+TABLES = frozenset({"title", "rule", "daemon", "processes", "files", "drivers", "programs", "steps"})
 
 
 def read_scenario(path: Path | str) -> Scenario:
@@ -48,6 +48,7 @@ class _Reader:
         self._lines = lines
         self._tables = tables
         self._drivers: dict[str, DriverSpec] = {}
+        self._programs: dict[str, ProgramSpec] = {}
         self._processes: list[str] = []
         self._files: dict[str, int] = {}
         self._labels: set[str] = set()
@@ -65,6 +66,11 @@ class _Reader:
             self._files[name] = self._arguments(line, f"file {name}", table, grammar.FILE)["size"]
         for name, table in self._table("drivers").items():
             self._drivers[name] = self._driver(name, table)
+        for name, table in self._table("programs").items():
+            line = self._line_of(f"programs.{name}")
+            self._programs[name] = ProgramSpec(**self._arguments(line, f"program {name}", table, grammar.PROGRAM))
+            if name in self._drivers:
+                self._fail(line, f"there is a driver {name!r} already")
         tables = self._tables.get("steps", [])
         lines = [number for number, line in enumerate(self._lines, 1) if re.match(r"\s*\[\[\s*steps\s*\]\]", line)]
         if not isinstance(tables, list) or len(tables) != len(lines):
@@ -78,6 +84,7 @@ class _Reader:
             processes=processes,
             files=self._files,
             drivers=self._drivers,
+            programs=self._programs,
             steps=tuple(self._step(line, dict(table)) for line, table in zip(lines, tables, strict=True)),
         )
 
@@ -99,7 +106,9 @@ class _Reader:
             subject = self._value(line, kind, parse, written)
             arguments = self._arguments(line, kind, table, known)
             if kind == "pending":
-                arguments["drivers"], subject = frozenset(subject), " ".join(subject) or "nobody"
+                for name in subject:
+                    self._known(line, "driver", name, self._who)
+                arguments["owing"], subject = frozenset(subject), " ".join(subject) or "nobody"
             call = ""
         else:
             subject = self._value(line, kind, values.text, written)
@@ -113,22 +122,26 @@ class _Reader:
 
     def _kind(self, line: int, table: dict[str, Any]) -> str:
         # What a step is about comes before its arguments, some of which have the names of other kinds.
-        order = ("driver", "process", "file") if "call" in table else tuple(STEPS)
+        order = ("program", "driver", "process", "file") if "call" in table else tuple(STEPS)
         kind = next((kind for kind in order if kind in table), None)
         if kind is None:
             self._fail(line, f"a step has a call of one of {', '.join(CALLS)}, or one of {', '.join(STEPS)}")
         return kind
 
+    @property
+    def _who(self) -> list[str]:
+        """All who may owe an answer."""
+        return [*self._drivers, *self._programs]
+
     def _subjects(self, kind: str) -> list[str]:
-        return {"process": self._processes, "driver": list(self._drivers), "file": list(self._files)}[kind]
+        programs, drivers, files = list(self._programs), list(self._drivers), list(self._files)
+        return {"process": self._processes, "program": programs, "driver": drivers, "file": files}[kind]
 
     def _require_known(self, line: int, kind: str, subject: str, arguments: dict[str, Any]) -> None:
-        if kind == "wait":
+        if kind in ("wait", "give_up"):
             self._known(line, "step in the background", subject, sorted(self._background))
         elif kind in ("reached", "release"):
             self._known(line, "hold", subject, sorted(self._holds))
-        for name in arguments.get("drivers", ()):
-            self._known(line, "driver", name, self._drivers)
         places = (("process", self._processes), ("mirrors", self._processes), ("file", self._files))
         for key, names in (*places, ("driver", self._drivers)):
             if arguments.get(key) is not None:
@@ -156,7 +169,7 @@ class _Reader:
     def _expectation(self, line: int, table: Any) -> Expectation:
         given = self._arguments(line, "expect", table, grammar.EXPECT)
         for name in given["fenced"]:
-            self._known(line, "driver", name, self._drivers)
+            self._known(line, "driver", name, self._who)
         events = {}
         for name, types in given["events"].items():
             self._known(line, "driver", name, self._drivers)

@@ -34,6 +34,8 @@ _RANGE: Arguments = {"at": (values.text, REQUIRED), "length": (values.size, None
 _MIRRORS: Arguments = {"mirrors": (values.text, None)}
 _BYTES: Arguments = {"at": (values.text, REQUIRED), "data": (values.data, REQUIRED)}
 
+_OF: Arguments = {"process": (values.text, None)}
+
 CALLS: Mapping[str, Mapping[str, Arguments]] = {
     "process": {
         "mmap": {
@@ -59,6 +61,8 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "copy": _BYTES | {"userfaultfd": (values.text, REQUIRED)},
         "close": {"userfaultfd": (values.text, REQUIRED)},
         "fork": {"as": (values.text, REQUIRED)},
+        "mrelease": {},
+        "clear_refs": {"what": (values.number, 4)},
         "exit": {},
     },
     "driver": {
@@ -83,6 +87,7 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "counters": _MIRRORS,
         "die": {},
         "leave": {},
+        "attach": {"process": (values.text, REQUIRED)},
         "subscribe": _RANGE | _MIRRORS | {"as": (values.text, REQUIRED)},
         "unsubscribe": _SUBSCRIPTION,
         "read_begin": _SUBSCRIPTION,
@@ -93,6 +98,16 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "exclusive": _RANGE | _MIRRORS,
         "detach": _MIRRORS,
     },
+    "program": {
+        "mirror": _OF,
+        "unmirror": _OF,
+        "read": _RANGE | _OF,
+        "write": _BYTES | _OF,
+        "kill": {},
+        "stop": {},
+        "go_on": {},
+        "end": {},
+    },
     "file": {
         "truncate": {"size": (values.size, REQUIRED)},
         "punch": {"offset": (values.size, REQUIRED), "length": (values.size, REQUIRED)},
@@ -102,7 +117,8 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
 """Every call: its arguments, how they are read, and their defaults.  `mirrors` says which process's memory is meant,
 where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`.  From
 `userfaultfd` on, which registers a range, calls are those of whoever brings in what a process misses there.  From
-`subscribe` on they are those of today's interface; a `subscription` that is not named is the last one."""
+`attach` on they are those of today's interface; a `subscription` that is not named is the last one.  A program is
+asked for what `hmm_client.certify` asks of a driver; a `process` that is not named is the first."""
 
 FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping")})
 STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
@@ -120,6 +136,7 @@ STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
     "release": (values.text, {}),
     "fail": (FAILURES, {"nth": (values.number, REQUIRED), "driver": (values.text, None)}),
     "wait": (values.text, {}),
+    "give_up": (values.text, {}),
     "pending": (values.names, {"operations": (values.names, None)}),
 }
 """Every kind of step that is no call: what stands behind its name, and its arguments."""
@@ -145,4 +162,5 @@ DRIVER: Arguments = {
     "interface": (_INTERFACE, Interface.MIRROR_2015),
     "memory": (values.size, 0),
 }
+PROGRAM: Arguments = {"command": (values.names, REQUIRED)}
 FILE: Arguments = {"size": (values.size, 0)}

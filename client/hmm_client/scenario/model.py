@@ -66,11 +66,22 @@ class DriverSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """A driver that is a process of its own.
+
+    Attributes:
+        command: starts it; `python` is the interpreter that runs the scenario.
+    """
+
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Expectation:
     """What must come of a step.
 
     Attributes:
-        error: name of the errno that it ends with; "" for success.
+        error: name of the errno that it ends with, "gone" when a program has ended; "" for success.
         signal: that a CPU gets, by its si_code; "" for none.
         data: that is read; None: any.
         entries: valid entries that `table` finds, pages that a fault brought in, or that moved; None: any.
@@ -99,9 +110,9 @@ class Step:
 
     Attributes:
         line: of its `[[steps]]`.
-        kind: process, driver, file, wait, pending, hold, reached, release or fail.
-        subject: name of the process, driver, file, background step or hold, or what fails.
-        call: what a process, driver or file does; "" for other kinds.
+        kind: process, driver, program, file, wait, give_up, pending, hold, reached, release or fail.
+        subject: name of the process, driver, program, file, background step or hold, or what fails.
+        call: what a process, driver, program or file does; "" for other kinds.
         background: the name by which a later step waits for it; "" for a step that is waited for at once.
         note: what it is there for, in words.
     """
@@ -137,6 +148,7 @@ class Scenario:
     processes: tuple[str, ...]
     files: Mapping[str, int]
     drivers: Mapping[str, DriverSpec]
+    programs: Mapping[str, ProgramSpec]
     steps: tuple[Step, ...]
 
     @property

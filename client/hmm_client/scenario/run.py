@@ -26,6 +26,7 @@ from hmm_client.results import Completed
 from hmm_client.scenario.actions import Actions
 from hmm_client.scenario.driver import FAULT_NAMES, Driven, ScenarioDriver, Script
 from hmm_client.scenario.model import DriverSpec, Expectation, Interface, Scenario, Step
+from hmm_client.scenario.program import Program, ProgramError
 from hmm_proto.v1 import inspection_pb2
 
 EVENTUALLY_S = 5.0
@@ -106,6 +107,8 @@ class _Run:
             driven.behave(spec.on_update, spec.on_fault)
             for process in spec.mirrors:
                 await self._tie(driven, process, spec)
+        for name, program in scenario.programs.items():
+            self._actions.programs[name] = await Program.start(program.command, self._client)
 
     async def _tie(self, driven: Driven, name: str, spec: DriverSpec) -> None:
         process = self._actions.processes[name]
@@ -122,6 +125,8 @@ class _Run:
         for hold in self._actions.holds.values():
             with suppress(HoldEndedError):
                 await hold.__aexit__(None, None, None)
+        for program in self._actions.programs.values():
+            await program.kill()
         for driven in self._actions.driven.values():
             await driven.client.close()
         for userfaultfd in self._actions.userfaultfds.values():
@@ -144,6 +149,11 @@ class _Run:
         if step.call == "counters":
             found, wrong = await self._eventually(step, self._counters)
             return StepReport(step, time.monotonic() - began, found, wrong)
+        if step.kind == "give_up":
+            given_up, _ = self._background.pop(step.subject)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+            return StepReport(step, time.monotonic() - began, "nobody waits for it any more", ())
         if step.kind == "wait":
             task, heard = self._background.pop(step.subject)
         else:
@@ -168,6 +178,8 @@ class _Run:
             return _Outcome(signal=error.signal.value)
         except HmmError as error:
             return _Outcome(error=errno_name(error.errno))
+        except ProgramError as error:
+            return _Outcome(error=error.errno)
         except HoldEndedError as error:
             return _Outcome(error=str(error))
         return self._result(step, result)
@@ -186,7 +198,8 @@ class _Run:
                 return _Outcome()
 
     def _names(self, mirror_ids: tuple[int, ...]) -> frozenset[str]:
-        return frozenset(name for name, driven in self._actions.driven.items() if driven.ids & set(mirror_ids))
+        known = self._actions.driven | self._actions.programs
+        return frozenset(name for name, one in known.items() if one.ids & set(mirror_ids))
 
     def _events(self, expected: Expectation, heard: dict[str, int]) -> dict[str, list[str]]:
         events = {}
@@ -217,7 +230,7 @@ class _Run:
         names = [operation.name for operation in mine]
         words = " ".join(sorted(owing)) or "nobody"
         wrong = []
-        if owing != step.arguments["drivers"]:
+        if owing != step.arguments["owing"]:
             wrong.append(f"an answer is owed by {words}")
         if step.arguments["operations"] is not None and names != list(step.arguments["operations"]):
             wrong.append(f"pending are {names} instead of {list(step.arguments['operations'])}")
