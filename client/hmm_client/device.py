@@ -176,11 +176,6 @@ class Device:
         """
         await self._call("unregister_device", device_pb2.UnregisterDeviceRequest(device_id=self.id))
 
-    async def inject_dma_failure(self, nth: int) -> None:
-        """Make the nth DMA mapping from now on fail, once; 0: none any more.  For tests of drivers."""
-        request = device_pb2.InjectDmaFailureRequest(device_id=self.id, nth=nth)
-        await self.client.channel.request(self.client.devices.InjectDmaFailure, request)
-
     async def _call(self, name: str, request: Any) -> Any:
         session: Session = await self.client.session()
         return (await session.call(name, request))[-1]

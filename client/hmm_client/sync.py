@@ -424,7 +424,6 @@ class Device(_Handle[aio_device.Device]):
 
     evict = blocking(aio_device.Device.evict)
     unregister = blocking(aio_device.Device.unregister)
-    inject_dma_failure = blocking(aio_device.Device.inject_dma_failure)
 
 
 class Client(_Handle[aio_client.Client]):

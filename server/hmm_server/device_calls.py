@@ -225,9 +225,4 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         lambda _, __: device_pb2.SetDriverBitsResponse(),
         is_kernel_call=False,
     ),
-    "inject_dma_failure": Call(
-        lambda q: invoke(commands_device.inject_dma_failure, q.device_id, q.nth),
-        lambda _, __: device_pb2.InjectDmaFailureResponse(),
-        is_kernel_call=False,
-    ),
 }

@@ -151,7 +151,12 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
         ('operations = ["munmap"]', 'operation = ["munmap"]', 36, "pending: 'operation' is not known"),
         ("before the end", "before the beginning", 49, "point: 'before the beginning' is none of before the event"),
         ('release = "end"', 'release = "start"', 55, "there is no hold 'start'; there is end"),
-        ('fail = "allocation"', 'fail = "everything"', 57, "fail: 'everything' is none of allocation, dma mapping"),
+        (
+            'fail = "allocation"',
+            'fail = "everything"',
+            57,
+            "fail: 'everything' is none of allocation, dma mapping, migrate to ram",
+        ),
         ("nth = 3", "nth = -3", 57, "nth: -3 is no number"),
         ("stale_answers", "stolen_answers", 60, "there is no counter 'stolen_answers'"),
     ],

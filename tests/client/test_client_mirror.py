@@ -151,14 +151,11 @@ async def test_range_of_the_table_is_managed_by_the_driver(device: Device, proce
 
 
 async def test_dma_device_reads_by_dma_address(client: hmm_client.Client, process: Process) -> None:
-    """A DMA device's entries are bus addresses; a mapping failure is ENOMEM and harms nothing."""
+    """A DMA device's entries are bus addresses."""
     device = await client.register_device("dma of a test", dma=True)
     mirror = await device.mirror(process, Driver())
     mapped = await process.mmap(2 * PAGE_SIZE)
     await process.write(mapped.address, b"x" * PAGE_SIZE + b"y" * PAGE_SIZE)
-    await device.inject_dma_failure(1)
-    with pytest.raises(hmm_client.mirror.HmmError, match="ENOMEM"):
-        await mirror.fault(mapped.span)
     addresses = (await mirror.fault(mapped.span)).dma_addresses.tolist()
     assert await mirror.read([(addresses[1], 1), (addresses[0], 1)], dma=True) == b"yx"
     await mirror.unregister()

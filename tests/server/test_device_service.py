@@ -116,8 +116,8 @@ async def test_unary_calls_do_what_those_of_a_session_do(watched: Any) -> None:
     assert seen.data == b"hello"
 
 
-async def test_dma_addresses_reach_memory_until_mapping_fails(watched: Any) -> None:
-    """A device that does DMA has DMA addresses in its table, and reads by them; a failed mapping is ENOMEM."""
+async def test_dma_addresses_reach_memory(watched: Any) -> None:
+    """A device that does DMA has DMA addresses in its table, and reads by them."""
     served, _, epoch, pid, _ = watched
     device = await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="dma0", dma=True))
     registered = await served.device.RegisterMirror(
@@ -127,8 +127,6 @@ async def test_dma_addresses_reach_memory_until_mapping_fails(watched: Any) -> N
     fault = device_pb2.FaultRequest(
         mirror_id=registered.mirror_id, ranges=range_pb2.AddressRanges(starts=[BASE], ends=[BASE + PAGE])
     )
-    await served.device.InjectDmaFailure(device_pb2.InjectDmaFailureRequest(device_id=device.device_id, nth=1))
-    assert (await served.device.Fault(fault)).result.errno == errnos.ENOMEM
     faulted = await served.device.Fault(fault)
     address = int(pte.pte_dma_addr(np.frombuffer(faulted.entries, "<u8"))[0])
     read = await served.device.DeviceRead(
@@ -180,13 +178,8 @@ async def test_register_mirror_tells_policy_and_space(watched: Any) -> None:
             device_pb2.DeviceReadRequest(mirror_id=1, addresses=[BASE], lengths=[(1 << 20) + 1]),
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         ),
-        (
-            "InjectDmaFailure",
-            device_pb2.InjectDmaFailureRequest(device_id=1, nth=1),
-            grpc.StatusCode.INVALID_ARGUMENT,
-        ),
     ],
-    ids=["no name", "long name", "busy", "no mirror", "empty range", "lengths", "too long", "no dma"],
+    ids=["no name", "long name", "busy", "no mirror", "empty range", "lengths", "too long"],
 )
 async def test_call_ends_with_status_when_it_cannot_be_made(
     watched: Any, method: str, request_: Any, code: grpc.StatusCode

@@ -267,7 +267,9 @@ class Actions:
             await self._harness.fail_allocation(given["nth"])
         else:
             driven = self.driven[given["driver"] or next(iter(self.driven))]
-            await self._harness.fail_dma_mapping(driven.device, given["nth"])
+            migrates = step.subject == "migrate to ram"
+            fail = self._harness.fail_migrate_to_ram if migrates else self._harness.fail_dma_mapping
+            await fail(driven.device, given["nth"])
 
     # ---- places
 

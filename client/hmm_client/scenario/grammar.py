@@ -120,7 +120,7 @@ where a driver mirrors several; a `length` that is not given reaches to the end 
 `attach` on they are those of today's interface; a `subscription` that is not named is the last one.  A program is
 asked for what `hmm_client.certify` asks of a driver; a `process` that is not named is the first."""
 
-FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping")})
+FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping", "migrate to ram")})
 STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
     "hold": (
         values.text,

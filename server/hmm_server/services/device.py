@@ -45,7 +45,6 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
     DirtyRange = _rpc("dirty_range")
     DiscardRange = _rpc("discard_range")
     SetDriverBits = _rpc("set_driver_bits")
-    InjectDmaFailure = _rpc("inject_dma_failure")
 
     async def ReadTable(
         self, request: device_pb2.ReadTableRequest, context: Context
