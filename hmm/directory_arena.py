@@ -227,6 +227,13 @@ class DirectoryArena:
         for row in self.held:
             self.count[row] = int(np.count_nonzero(self.rows[row]))
 
+    def lose(self, row: int, number: int) -> None:
+        """Count so many entries in use less of a directory, and free it if none is left and nobody holds it."""
+        count = self.count
+        count[row] -= number
+        if not count[row]:
+            self.drop_if_empty(row)
+
     def drop_if_empty(self, row: int) -> None:
         """Free a directory that has no entry in use and is not held, and so on towards the root."""
         count, held = self.count, self.held

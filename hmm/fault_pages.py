@@ -443,7 +443,7 @@ def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:
 
     Source: Linux mm/rmap.c, __anon_vma_prepare().
     """
-    if vma.anon_vma:
+    if vma.mapping.anon_vma:
         return
     now = space.vmas.find(vma.start)
     assert now is not None

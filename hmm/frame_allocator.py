@@ -249,7 +249,9 @@ class FrameAllocator:
             region.top = pfn + 1
         else:
             raise OutOfFramesError(f"{region}: none of {region.total} frames is free")
-        region.high_water = max(region.high_water, region.used)
+        used = region.top - region.first - region.nfree
+        if used > region.high_water:  # noqa: PLR1730 - max() would cost as much as the rest
+            region.high_water = used
         return pfn, reused
 
     def take_run(self, number: int) -> tuple[Pfn, bool] | None:

@@ -331,7 +331,7 @@ def _clear_view(tree: DirectoryTree, row: int, view: Entries) -> int:
     used = _used(tree, row, view)
     if used:
         view.fill(_ZERO)
-        _lose(tree, row, used)
+        tree.arena.lose(row, used)
     return used
 
 
@@ -341,13 +341,6 @@ def _used(tree: DirectoryTree, row: int, view: Entries) -> int:
     if count == DIRECTORY_ENTRIES:
         return view.size
     return int(np.count_nonzero(view)) if count else 0
-
-
-def _lose(tree: DirectoryTree, row: int, number: int) -> None:
-    count = tree.arena.count
-    count[row] -= number
-    if not count[row]:
-        tree.arena.drop_if_empty(row)
 
 
 def _clear_rows(tree: DirectoryTree, rows: Offsets) -> int:
@@ -408,7 +401,7 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
     used -= _used(tree, row, view)
     view[:] = source
     if used:
-        _lose(tree, row, -used)
+        tree.arena.lose(row, -used)
 
 
 def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) -> None:
@@ -521,5 +514,5 @@ def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> i
 def _change_view(tree: DirectoryTree, row: int, view: Entries, change: Change) -> int:
     lost = change(view)
     if lost:
-        _lose(tree, row, lost)
+        tree.arena.lose(row, lost)
     return lost

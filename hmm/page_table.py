@@ -531,7 +531,8 @@ class PageTable:
             InvalidRequestError: `address` is not in the table (EINVAL).
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
-        self._check_address(address)
+        if not 0 <= address <= self._last:
+            self._check_address(address)
         page = address >> PAGE_SHIFT
         tree = self._tree
         leaf = tree.leaf(page)
@@ -543,11 +544,11 @@ class PageTable:
         words = self._words
         old = words[slot]
         words[slot] = entry
-        if bool(old) != bool(entry):
-            arena = tree.arena
-            arena.count[leaf >> DIRECTORY_SHIFT] += 1 if entry else -1
-            if not entry:
-                arena.drop_if_empty(leaf >> DIRECTORY_SHIFT)
+        if entry:
+            if not old:
+                tree.arena.count[leaf >> DIRECTORY_SHIFT] += 1
+        elif old:
+            tree.arena.lose(leaf >> DIRECTORY_SHIFT, 1)
         return old
 
     # -- size and checking
