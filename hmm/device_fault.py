@@ -255,6 +255,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
         if notifier.turns or mirror.owes:
             yield from wait_to_start(mirror, pages.spans, wait=wait)
         mirror.require_filling("fault")
+        notifier.note_filling(mirror.id, asked)
         if notifier.closed or notifier.broken:
             notifier.require_usable()
         try:

@@ -32,6 +32,7 @@ from hmm.errors import NoSuchObjectError
 from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
+from hmm.notifier import FILLED_SHIFT, filled_blocks
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver
 from hmm.spans import Spans, inside
@@ -74,13 +75,10 @@ class Mirror(Receiver):
     def require_filling(self, operation: str) -> None:
         """Raise unless entries may be added.
 
-        From then on it counts as filled: what it hears may concern its entries.
-
         Raises: as `require_live`; also NoSuchObjectError: it is about to be released (ENODEV).
         """
         if self.state is not MirrorState.LIVE:
             self.require_live(operation)
-        self.space.notifier.filled[self.id] = None
         if self.leaving:
             raise NoSuchObjectError(f"{operation}: {self} is being released", errnos.ENODEV)
 
@@ -99,6 +97,14 @@ class Mirror(Receiver):
     def hears(self, event: Event) -> bool:
         """A 2015 mirror hears every change of its space that has a 2015 type, but not its own migrations."""
         return event.etype is not EventType.NONE and event.initiator != self.id
+
+    def holds(self, spans: Spans) -> bool:
+        """Whether it has entries in these ranges, or between them where they are many, or owes reports."""
+        if self.owed.size:
+            return True
+        if len(spans) > _FEW:
+            return self.table.holds(spans[0].start, spans[-1].end)
+        return any(self.table.holds(span.start, span.end) for span in spans)
 
     def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when it is an error, which is the end of the mirror.
@@ -260,8 +266,11 @@ class Mirror(Receiver):
             self._check_entries(*checked.look(self.table, self.table.in_use))
 
     def _check_entries(self, addresses: Entries, entries: Entries) -> None:
-        filled = self.id in self.space.notifier.filled
-        assert filled or not addresses.size, f"{self} has entries that nobody clears"
+        filled = self.space.notifier.filled.get(self.id, 0)
+        blocks = np.unique(addresses >> np.uint64(FILLED_SHIFT)).tolist()
+        assert all(filled_blocks(block << FILLED_SHIFT, block + 1 << FILLED_SHIFT) & filled for block in blocks), (
+            f"{self} has entries that nobody clears"
+        )
         if self.state is not MirrorState.LIVE:
             assert not addresses.size, f"{self} is {self.state.value} and still has entries"
         valid = (entries & np.uint64(pte.VALID)) != 0

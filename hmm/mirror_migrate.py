@@ -114,6 +114,7 @@ def migrate_range(memory: MirrorMemory, span: AddressRange, make_room: MakeRoom 
     while True:
         yield from wait_to_start(mirror, (span,), wait=True)
         mirror.require_filling("migrate")
+        notifier.note_filling(mirror.id, span)
         notifier.require_usable()
         vma = _movable_vma(mirror.space, span)
         part = AddressRange(span.start, min(span.end, vma.end))

@@ -37,7 +37,7 @@ from hmm.frames import Region
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
 from hmm.spans import Spans, are_ascending, overlap
-from hmm.units import WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, SpaceId
+from hmm.units import WHOLE_SPACE, Address, AddressRange, Entries, MirrorId, Pfns, SpaceId
 
 
 class HasSpans(Protocol):
@@ -110,8 +110,23 @@ class Subscriber(Hearer, Protocol):
         Who answered that it was done, and is not in `Notifier.filled`, need not be settled.
         """
 
+    def holds(self, spans: Spans) -> bool:
+        """Whether there is anything that a change of these ranges may concern."""
+
     def kill(self) -> None:
         """Unsubscribe for good: it has been told to give everything up."""
+
+
+FILLED_SHIFT = 30
+"""log2 of the size of the blocks that are told apart where mirrors have entries: 1 GiB."""
+
+
+def filled_blocks(start: Address, end: Address) -> int:
+    """The blocks of a range as bits, those 64 blocks apart as the same: without a bit in common nothing overlaps."""
+    first, last = start >> FILLED_SHIFT, end - 1 >> FILLED_SHIFT
+    if last - first >= 63:
+        return (1 << 64) - 1
+    return sum([1 << (block & 63) for block in range(first, last + 1)])
 
 
 @dataclass(slots=True, eq=False)
@@ -280,7 +295,8 @@ class Notifier:
     """The subscribers and running changes of one address space.
 
     Attributes:
-        filled: the mirrors of 2015 whose tables ever had entries, so that an answer may mean something for them.
+        filled: the mirrors of 2015 whose tables ever had entries, so that an answer may mean something for them; and
+            where, as `filled_blocks`.
         owing: the subscribers that owe the answer to an abandoned event.
         dispatches: events that are under way; of those for a single subscriber only invalidations.
         past: what took something from many at once.
@@ -289,7 +305,7 @@ class Notifier:
     space_id: SpaceId
     current: Current
     subscribers: dict[MirrorId, Subscriber] = field(default_factory=dict)
-    filled: dict[MirrorId, None] = field(default_factory=dict)
+    filled: dict[MirrorId, int] = field(default_factory=dict)
     owing: set[MirrorId] = field(default_factory=set)
     dispatches: list[Dispatch] = field(default_factory=list)
     past: Past[Dispatch] = field(default_factory=Past)
@@ -420,16 +436,21 @@ class Notifier:
             RangeBusyError: one refused an event that may not block (EAGAIN); the others have given up the ranges.
         """
         dispatch: Dispatch = yield Deliver(event, audience.ids)
-        if self.filled:
+        if self.filled and event.spans:
             self._settle_plain(dispatch)
         if dispatch.outcomes:
             yield from self._take_outcomes(dispatch, certain=certain)
 
     def _settle_plain(self, dispatch: Dispatch) -> None:
-        # Those who had no more to say than that they are done.
-        for mirror_id in list(self.filled):
-            if mirror_id in dispatch.audience.index and mirror_id not in dispatch.outcomes:
-                self.subscribers[mirror_id].settle(dispatch.delivery(mirror_id))
+        # Those who had no more to say than that they are done.  Of many most have nothing there.
+        told, outcomes, spans = dispatch.audience.index, dispatch.outcomes, dispatch.event.spans
+        changed, looks = filled_blocks(spans[0].start, spans[-1].end), len(told) > 1
+        for mirror_id in [mirror_id for mirror_id, filled in self.filled.items() if filled & changed]:
+            if mirror_id not in told or mirror_id in outcomes:
+                continue
+            subscriber = self.subscribers[mirror_id]
+            if not looks or subscriber.holds(spans):
+                subscriber.settle(dispatch.delivery(mirror_id))
 
     def _take_outcomes(self, dispatch: Dispatch, *, certain: bool) -> Operation[None]:
         event, deliveries = dispatch.event, dispatch.in_order()
@@ -503,6 +524,12 @@ class Notifier:
         return self.revision
 
     # ---- device faults
+
+    def note_filling(self, mirror_id: MirrorId, span: AddressRange) -> None:
+        """A mirror's table is about to get entries: from now on what it hears of may concern them."""
+        start, behind = span.start >> FILLED_SHIFT, span.end - 1 >> FILLED_SHIFT
+        blocks = 1 << (start & 63) if start == behind else filled_blocks(span.start, span.end)
+        self.filled[mirror_id] = self.filled.get(mirror_id, 0) | blocks
 
     def start_fault(self, mirror_id: MirrorId, target: HasSpans) -> DeviceFault:
         """Enlist a device fault; the caller has seen that nothing overlaps, and yields nothing in between."""

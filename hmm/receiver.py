@@ -194,6 +194,10 @@ class Receiver(ABC):
         """Whether the driver may only start with what `event` asks for, and finish when all have started."""
         return False
 
+    def holds(self, spans: Spans) -> bool:  # noqa: ARG002 - for those who keep a table
+        """Whether there is anything that a change of these ranges may concern."""
+        return True
+
     @abstractmethod
     def settle(self, delivery: Delivery) -> bool:
         """Apply a final state; False when the driver's own error is its end."""

@@ -43,6 +43,8 @@ FURTHER = 3
 GIB_PAGES = 1 << 18
 ENTRIES = 1 << 16
 MESSAGE_BYTES = 32
+ID_BYTES = 4
+"""Of a mirror in an event: its number and the event's."""
 Figures = dict[str, list[float]]
 
 
@@ -278,6 +280,7 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                     figures.clear()  # the first round warms up
                 note("socket", await yardsticks.socket(MESSAGE_BYTES, times))
                 note("stream", await yardsticks.stream(MESSAGE_BYTES, times))
+                note("stream of ids", await yardsticks.stream(max(MIRRORS) * ID_BYTES, times))
                 note("fault", await model.fault(1, times))
                 note("scattered", await model.scattered_fault(256, few))
                 note("unary", await model.unary(times))
@@ -310,6 +313,10 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
     for count in MIRRORS[1:]:
         target = 1.5 if count == max(MIRRORS) else None
         yield ratio(f"event and answer, {count} mirrors / 1 mirror", figures[f"event {count}"], event, target)
+    many = figures[f"event {max(MIRRORS)}"]
+    yield ratio(f"event and answer, {max(MIRRORS)} mirrors / bare gRPC stream", many, figures["stream of ids"])
+    apiece = [(all_ - one) * 1000 / (max(MIRRORS) - 1) for all_, one in zip(many, event, strict=True)]
+    yield alone(f"each further mirror in one process, {where}", "ns", apiece)
     further = [
         (more - one) / FURTHER for more, one in zip(figures["more processes"], figures["one process"], strict=True)
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno as errnos
 
 import pytest
-from machine_world import START, World, span
+from hypothesis import given
+from hypothesis import strategies as st
+from machine_world import FIXED, RW, START, World, span
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
@@ -14,7 +16,8 @@ from hmm.events import Cause, Event, EventState, EventType
 from hmm.journal import digest
 from hmm.machine import OperationRecord
 from hmm.mirror import DeadlinePolicy
-from hmm.units import PAGE_SIZE
+from hmm.notifier import FILLED_SHIFT, filled_blocks
+from hmm.units import PAGE_SIZE, AddressRange
 
 
 def _unmapping(world: World, page: int = 0) -> OperationRecord[int]:
@@ -166,6 +169,38 @@ def test_audience_is_everybody_but_the_mirror_that_asked(cause: Cause) -> None:
     changed = notifier.audience(event)
     assert changed is not None
     assert changed.ids == tuple(world.mirrors[1:])
+
+
+def test_entries_go_only_from_mirrors_that_have_them_when_many_hear() -> None:
+    """In the range, beside it, 64 blocks away, and in several blocks of it: who has nothing there loses nothing."""
+    world = World(mirrors=5)
+    block = 1 << FILLED_SHIFT
+    for address in (START + 64 * block, START + block, START + 3 * block):
+        world.do(processes.mmap, world.pid, address, PAGE_SIZE, RW, FIXED)
+    pages = [[START], [START + 8 * PAGE_SIZE], [START + 64 * block], [START + block, START + 3 * block], []]
+    for mirror, addresses in zip(world.mirrors, pages, strict=True):
+        for address in addresses:
+            world.do(devices.fault, mirror, [AddressRange(address, address + PAGE_SIZE)], write=True)
+
+    def counts() -> list[int]:
+        return [world.machine.mirrors[mirror].table.count for mirror in world.mirrors]
+
+    assert counts() == [1, 1, 1, 2, 0]
+    world.do(processes.munmap, world.pid, START, PAGE_SIZE)
+    assert counts() == [0, 1, 1, 2, 0]
+    world.do(processes.munmap, world.pid, START + block, 3 * block)
+    assert counts() == [0, 1, 1, 0, 0]
+    world.do(processes.munmap, world.pid, START, 65 * block)
+    assert counts() == [0, 0, 0, 0, 0]
+    world.machine.check()
+
+
+@given(st.integers(0, 1 << 45), st.integers(1, 1 << 40), st.integers(0, 1 << 45), st.integers(1, 1 << 40))
+def test_filled_blocks_share_a_bit_when_ranges_overlap(start: int, length: int, other: int, other_length: int) -> None:
+    """Two ranges, however far and long."""
+    shared = filled_blocks(start, start + length) & filled_blocks(other, other + other_length)
+    assert shared or start + length <= other or other + other_length <= start
+    assert filled_blocks(start, start + length) < 1 << 64
 
 
 def test_past_forgets_the_oldest_when_it_is_full() -> None:
