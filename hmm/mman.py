@@ -63,8 +63,10 @@ _VM_FLAGS = (
 _MAY, _ACCOUNT, _WRITE = int(MAY_FLAGS), int(VmFlag.ACCOUNT), int(VmFlag.WRITE)
 _ACCOUNTING = int(VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB)
 _SPECIAL, _LOCKED = int(SPECIAL_FLAGS), int(LOCKED_FLAGS)
-_PRIVATE, _SHARED, _SHARED_VALIDATE = 0x2, 0x1, 0x3
+_PRIVATE, _SHARED = int(MapFlag.PRIVATE), int(MapFlag.SHARED)
+_SHARED_VALIDATE = int(MapFlag.SHARED_VALIDATE)
 _VM_SHARED = int(VmFlag.SHARED | VmFlag.MAYSHARE)
+_HEAP_FLAGS = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT
 
 
 def mmap(
@@ -243,9 +245,9 @@ def brk(space: AddressSpace, address: Address) -> Operation[Address]:
         if old < new:
             if not _can_grow_heap(space, AddressRange(old, new)):
                 return space.brk_end
-            flags = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT | space.new_flags
+            mapping = Mapping(_HEAP_FLAGS | space.new_flags)
             # The first piece of heap never joins a VMA that only happens to end there.
-            space.vmas.assign(AddressRange(old, new), Mapping(flags), merge=old > page_up(space.brk_start))
+            space.vmas.assign(AddressRange(old, new), mapping, merge=old > page_up(space.brk_start))
         elif new < old:
             if not space.vmas.overlapping(AddressRange(new, old)):
                 return space.brk_end

@@ -48,7 +48,6 @@ _PARENT_PAGES = DIRECTORY_ENTRIES << DIRECTORY_SHIFT  # below one directory of l
 _PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
 _CHANGE_ROWS = 128  # changed, mostly without temporaries
 _COPY_ROWS = 512  # stored or copied, without temporaries
-_SIBLING_PAGES = DIRECTORY_ENTRIES << DIRECTORY_SHIFT  # below one directory above the leaves
 _RUN_ROWS = 8  # rows in order that make it worth to treat them as one
 _ALL_BITS = (1 << 64) - 1
 _ZERO = np.uint64(0)
@@ -384,7 +383,7 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         if at & DIRECTORY_MASK or stop & DIRECTORY_MASK:
             _fill_part(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
         else:
-            stop = min((at | _SIBLING_PAGES - 1) + 1, end & ~DIRECTORY_MASK)
+            stop = min((at | _PARENT_PAGES - 1) + 1, end & ~DIRECTORY_MASK)
             _fill_rows(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
         at = stop
 
