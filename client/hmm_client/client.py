@@ -77,6 +77,7 @@ class Client:
         channel: for calls that have no method here, with the stubs below.
         processes, files, devices, userfaultfds, inspection, harness: stubs of the services.
         executor: where drivers' plain functions run; None: in the loop.
+        credit: how many events its session, once it is opened, may owe an answer to; 0: what the daemon gives.
     """
 
     def __init__(self, channel: Channel, *, name: str = "", credit: int = 0, executor: Executor | None = None) -> None:
@@ -89,7 +90,7 @@ class Client:
         self.inspection = inspection_pb2_grpc.InspectionServiceStub(channel.grpc)
         self.harness = harness_pb2_grpc.HarnessServiceStub(channel.grpc)
         self._name = name
-        self._credit = credit
+        self.credit = credit
         self._session: Session | None = None
         self._opening = asyncio.Lock()
 
@@ -202,7 +203,7 @@ class Client:
         """The session of this client's drivers; a new one if there is none or the last one was lost."""
         async with self._opening:
             if self._session is None or self._session.lost:
-                self._session = await Session.open(self.channel, name=self._name, credit=self._credit)
+                self._session = await Session.open(self.channel, name=self._name, credit=self.credit)
             return self._session
 
     # ---- calls of processes

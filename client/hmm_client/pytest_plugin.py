@@ -17,7 +17,8 @@
     hmm_mirror         function  makes mirrors of hmm_process on hmm_device: `hmm_mirror(MyDriver())`
 
 Both daemons are started with `harness`.  `hmm_aio` needs pytest-asyncio (`pip install 'hmmd[pytest]'`).  A test that
-fails is reported with its seed, what was pending on its daemons at that moment, and their logs.
+fails is reported with its seed, what was pending on its daemons at that moment, and their logs.  The summary says how
+long daemons took to start.
 
 **Source**: pytest's hooks.
 
@@ -50,6 +51,8 @@ ASK_S = 10.0
 """How long a daemon may take to say what is pending."""
 DAEMONS = pytest.StashKey[list[tuple["EmbeddedDaemon", int]]]()
 SEED = pytest.StashKey[int]()
+STARTED = pytest.StashKey[list[float]]()
+"""How long each daemon took to serve, seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,10 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
 # ---- daemons
 
 
-def _start(folder: Path, settings: dict[str, Any]) -> EmbeddedDaemon:
+def _start(config: pytest.Config, folder: Path, settings: dict[str, Any]) -> EmbeddedDaemon:
     from hmm_client.embedded import EmbeddedDaemon  # noqa: PLC0415 - who uses no fixture does not pay
 
-    return EmbeddedDaemon(folder, log=folder / "hmmd.log", **{"harness": True, "drain_s": 0.5} | settings)
+    daemon = EmbeddedDaemon(folder, log=folder / "hmmd.log", **{"harness": True, "drain_s": 0.5} | settings)
+    config.stash.setdefault(STARTED, []).append(daemon.started_s)
+    return daemon
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def hmm_daemon(request: pytest.FixtureRequest) -> Iterator[EmbeddedDaemon]:
     """A daemon of the test's own."""
     marker = request.node.get_closest_marker("hmm_daemon")
     with tempfile.TemporaryDirectory(prefix="hmmd-") as folder:  # the path of a socket must be short
-        daemon = _start(Path(folder), dict(marker.kwargs) if marker else {})
+        daemon = _start(request.config, Path(folder), dict(marker.kwargs) if marker else {})
         _watch(request.node, daemon, 0)
         yield daemon
         daemon.stop()
@@ -90,9 +95,9 @@ def hmm_shared_settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def _hmm_session_daemon(hmm_shared_settings: dict[str, Any]) -> Iterator[EmbeddedDaemon]:
+def _hmm_session_daemon(pytestconfig: pytest.Config, hmm_shared_settings: dict[str, Any]) -> Iterator[EmbeddedDaemon]:
     with tempfile.TemporaryDirectory(prefix="hmmd-") as folder:
-        daemon = _start(Path(folder), hmm_shared_settings)
+        daemon = _start(pytestconfig, Path(folder), hmm_shared_settings)
         yield daemon
         daemon.stop()
 
@@ -198,8 +203,21 @@ def pytest_runtest_makereport(
             report.sections.append(("hmm seed", f"run it again with --hmm-seed={item.stash[SEED]}"))
         for daemon, start in item.stash.get(DAEMONS, []):
             report.sections.append(("hmmd pending", _pending(daemon)))
-            report.sections.append(("hmmd log", daemon.read_log(start)[-LOG_BYTES:]))
+            title = f"hmmd log (it served after {daemon.started_s:.2f} s)"
+            report.sections.append((title, daemon.read_log(start)[-LOG_BYTES:]))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how long daemons took to start, unless tests are to be quiet."""
+    started: list[float] = config.stash.get(STARTED, [])
+    started.sort()
+    if started and config.get_verbosity() >= 0:
+        median_s, count = started[len(started) // 2], len(started)
+        daemons = "daemon" if count == 1 else "daemons"
+        terminalreporter.write_line(
+            f"hmmd: {count} {daemons}, served after {median_s:.2f} s, the slowest after {started[-1]:.2f} s"
+        )
 
 
 def _pending(daemon: EmbeddedDaemon) -> str:

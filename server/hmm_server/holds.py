@@ -13,8 +13,12 @@ here before it delivers, resumes or ends one.
 
 **Invariants**: a hold keeps at most one call, a call is kept by at most one hold; a hold that was released is gone.
 
-**Absent**: the clock of the lease and the stream that owns a hold (services/harness.py).  BEFORE_END is behind the
-bracket, not inside it: the core edits and ends an invalidation in one step.
+**Absent**: the clock of the lease and the stream that owns a hold (services/harness.py).  A point between the edit and
+the end of its bracket: a call can be kept only where it yields, and from the edit to the end of the bracket it does not
+(`hmm/operation.py`: between two yields it is atomic).  A yield there would cost every change a turn of the executor,
+and let others in while a call that changes several mappings is half done.  Nor is there anything that a driver could
+see: until the end faults of the range wait, and read sections have to be repeated, as they do at BEFORE_EDIT; what its
+table loses it has lost with its answer.  The CPU's table alone differs, and that is seen at BEFORE_END.
 """
 
 from __future__ import annotations

@@ -146,8 +146,9 @@ def test_report_names_seed_pending_and_log_when_a_test_fails(pytester: pytest.Py
             "*hmmd pending*",
             "munmap * of process 1 by program under way for *",
             "  laggard (pid *) has not answered MUNMAP #2 of mirror 1: sent *",
-            "*hmmd log*",
+            "*hmmd log (it served after *.* s)*",
             "*INFO hmm_server.daemon: serving unix:*",
+            "hmmd: 1 daemon, served after *.* s, the slowest after *.* s",
         ]
     )
 

@@ -20,6 +20,7 @@ A scenario is a TOML file:
     on_fault = "answer"               # and with the events that its own faults end in
     interface = "2015"                # or "today": interval notifiers, range faults, migration
     memory = "0 pages"                # of the device's own
+    credit = 0                        # events that it may owe an answer to; 0: what the daemon gives
     inside = "nothing"                # in its callbacks, before it answers: fault, fault elsewhere, munmap
 
     [programs.dummy]                  # drivers that are processes of their own, and take orders; optional

@@ -161,6 +161,7 @@ DRIVER: Arguments = {
     "dma": (values.flag, False),
     "interface": (_INTERFACE, Interface.MIRROR_2015),
     "memory": (values.size, 0),
+    "credit": (values.number, 0),
 }
 PROGRAM: Arguments = {"command": (values.names, REQUIRED)}
 FILE: Arguments = {"size": (values.size, 0)}

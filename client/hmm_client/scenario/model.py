@@ -53,6 +53,7 @@ class DriverSpec:
         dma: its table holds DMA addresses.
         interface: the mirror of 2015, or today's interval notifiers.
         memory: bytes of its device's own.
+        credit: how many events it may owe an answer to; 0: what the daemon gives.
     """
 
     mirrors: tuple[str, ...]
@@ -63,6 +64,7 @@ class DriverSpec:
     dma: bool
     interface: Interface
     memory: int
+    credit: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ class _Run:
             await file.truncate(size_bytes)
         for name, spec in scenario.drivers.items():
             client = await self._stack.enter_async_context(self._connect(name))
+            client.credit = spec.credit
             device = await client.register_device(name, dma=spec.dma, memory_pages=spec.memory >> PAGE_SHIFT)
             script = Script(spec.interface)
             driven = self._actions.driven[name] = Driven(client, device, ScenarioDriver(spec.inside), script)
