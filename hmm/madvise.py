@@ -56,7 +56,7 @@ from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.memory_failure import inject_memory_failure
 from hmm.operation import Operation, Pause
 from hmm.populate import get_user_pages
-from hmm.reclaim import Reclaim
+from hmm.reclaim import Reclaim, is_lazily_free
 from hmm.swap_in import read_ahead
 from hmm.truncate import punch
 from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
@@ -286,8 +286,8 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
 def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, out: bool) -> Operation[None]:
     """madvise_cold_or_pageout_pte_range(): large folios are split even where there is no swap to put pages into.
 
-    COLD leaves those whole that lie in the range; PAGEOUT splits them as well: shrink_folio_list() does, when no run of
-    slots can be had (add_to_swap()).
+    COLD leaves those whole that lie in the range; PAGEOUT splits them as well, unless they were freed lazily:
+    shrink_folio_list() does, when no run of slots can be had (add_to_swap()).
     """
     for piece in pieces if space.huge else ():
         for part in space.table.populated(piece.start, piece.end, PMD_PAGES):
@@ -308,11 +308,13 @@ def _split_folios(space: AddressSpace, vma: Vma, part: AddressRange, *, whole: b
         whole: those as well that the part maps all of.
     """
     frames = space.frames
-    pfns = _framed(space.table.read(part.start, part.end))
+    entries = space.table.read(part.start, part.end)
+    pfns = _framed(entries)
     for head in heads_of(frames, pfns):
         mapped = np.flatnonzero(belong_to(frames, pfns, head))
         if mapped.size == PMD_PAGES:
-            chosen = whole and int(frames.mapcount[pfns[mapped]].sum()) == PMD_PAGES
+            alone = int(frames.mapcount[pfns[mapped]].sum()) == PMD_PAGES
+            chosen = whole and alone and not is_lazily_free(frames, entries[mapped])
         else:
             chosen = not likely_mapped_shared(frames, head)
         if chosen:
@@ -356,7 +358,10 @@ def _free_lazily(
     entries[chosen] &= _CLEAN
     entries[cpu_pte.is_swap(entries) | cpu_pte.is_poison(entries)] = 0
     space.table.fill(span.start, span.end, entries)
-    space.frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.REFERENCED | PageFlag.ACTIVE)
+    frames = space.frames
+    frames.clear_flags(pfns, PageFlag.DIRTY)
+    pfns = pfns[frames.test_flags(pfns, PageFlag.SWAPBACKED)]  # others are on the list of such pages already
+    frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
 
 
 def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:

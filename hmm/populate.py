@@ -26,10 +26,12 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm.fault import fault_in, pieces
-from hmm.frames import PageFlag
+from hmm.fault_pages import DIRTIED, READ_ONLY
+from hmm.frames import Frames, PageFlag
 from hmm.huge_fault import mark_huge
+from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation, Pause
-from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange
+from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Pfns
 from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "populate"]
@@ -109,18 +111,29 @@ def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None
     addresses, entries = space.table.valid(span.start, span.end)
     if space.huge:
         huge = cpu_pte.is_huge(entries)
-        for start in unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
-            mark_huge(space, start, cpu_pte.ACCESSED | (cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY if write else 0))
+        # touch_pmd(): pmdp_set_access_flags() does nothing for a read.
+        for start in unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist() if write else ():
+            mark_huge(space, start, READ_ONLY | DIRTIED)
         entries = entries[~huge]
     entries = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
     pfns = cpu_pte.cpu_pfn(entries)
-    if write:
-        frames.set_flags(pfns[~cpu_pte.is_dirty(entries)], PageFlag.DIRTY)
-    referenced = frames.test_flags(pfns, PageFlag.REFERENCED)
-    again = pfns[referenced & ~frames.test_flags(pfns, PageFlag.ACTIVE)]
-    frames.set_flags(pfns[~referenced], PageFlag.REFERENCED)
+    clean = ~cpu_pte.is_dirty(entries) if write else np.zeros(pfns.size, np.bool_)
     vma = space.vmas.find(span.start)
-    if vma is not None and vma.has(VmFlag.LOCKED):  # folio_test_unevictable()
-        return
-    frames.set_flags(again, PageFlag.ACTIVE)
-    frames.clear_flags(again, PageFlag.REFERENCED)
+    locked = vma is not None and vma.has(VmFlag.LOCKED)
+    for head in heads_of(frames, pfns) if space.huge else ():  # what is said of a page is said of its folio
+        mine = belong_to(frames, pfns, head)
+        _use(frames, members(frames, head), int(np.count_nonzero(mine)), dirty=bool(clean[mine].any()), locked=locked)
+        pfns, clean = pfns[~mine], clean[~mine]
+    _use(frames, pfns[clean], 0, dirty=True, locked=locked)
+    _use(frames, pfns, 1, dirty=False, locked=locked)
+
+
+def _use(frames: Frames, pfns: Pfns, times: int, *, dirty: bool, locked: bool) -> None:
+    """Mark pages as used so often: referenced, active, both, and then no more; those on no list only referenced."""
+    if dirty:
+        frames.set_flags(pfns, PageFlag.DIRTY)
+    state = frames.test_flags(pfns, PageFlag.REFERENCED) + 2 * frames.test_flags(pfns, PageFlag.ACTIVE)
+    state = np.maximum(state, min(times, 1)) if locked else np.minimum(state + times, 3)
+    frames.clear_flags(pfns, PageFlag.REFERENCED | PageFlag.ACTIVE)
+    frames.set_flags(pfns[(state & 1) != 0], PageFlag.REFERENCED)
+    frames.set_flags(pfns[(state & 2) != 0], PageFlag.ACTIVE)

@@ -48,13 +48,26 @@ from hmm.events import Cause
 from hmm.file import File
 from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
+from hmm.large_folio import belong_to, heads_of
 from hmm.operation import Await, Current, Operation, WaitFor
 from hmm.swap import area_of, free_slots
 from hmm.swap_area import Slots
-from hmm.units import PAGE_SHIFT, PMD_PAGES, WHOLE_SPACE, AddressRange, Entries, MirrorId, Pfns, SpaceId, spans_of_pages
+from hmm.units import (
+    PAGE_SHIFT,
+    PIECE_PAGES,
+    PMD_PAGES,
+    PMD_SHIFT,
+    WHOLE_SPACE,
+    AddressRange,
+    Entries,
+    MirrorId,
+    Pfns,
+    SpaceId,
+    spans_of_pages,
+)
 from hmm.vma import VmFlag
 
-__all__ = ["Reclaim"]
+__all__ = ["Reclaim", "is_lazily_free"]
 
 _CLUSTER = 32
 """SWAP_CLUSTER_MAX: no fewer pages are reclaimed at once, unless memory is tiny."""
@@ -180,8 +193,14 @@ class Reclaim:
         """
         freed = 0
         for span in spans:
-            for piece in space.table.populated(span.start, span.end):
+            for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
                 mapped = self._mapped_once(space, piece)
+                self.frames.clear_flags(mapped.pfns, PageFlag.REFERENCED)
+                for folio in self._whole_folios(space, piece):
+                    if is_lazily_free(self.frames, folio.entries):
+                        freed += yield from self._put_out([folio], folio.pfns)
+                        if space.thp:  # its page table stays, as it went page by page: seen on 6.18
+                            space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
                 pfns = np.sort(mapped.pfns)
                 stays = ~np.isin(pfns, self._affordable(pfns))
                 self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
@@ -192,10 +211,10 @@ class Reclaim:
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
         """Make pages of ranges that no other process maps the next to go, unless they are used: MADV_COLD."""
         for span in spans:
-            for piece in space.table.populated(span.start, span.end):
-                mapped = self._mapped_once(space, piece)
-                space.table.store(mapped.addresses, mapped.entries & _NOT_ACCESSED)
-                self.frames.clear_flags(mapped.pfns, PageFlag.ACTIVE | PageFlag.REFERENCED)
+            for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
+                for mapped in (self._mapped_once(space, piece), *self._whole_folios(space, piece)):
+                    space.table.store(mapped.addresses, mapped.entries & _NOT_ACCESSED)
+                    self.frames.clear_flags(mapped.pfns, PageFlag.ACTIVE | PageFlag.REFERENCED)
 
     # ---- one batch
 
@@ -463,6 +482,21 @@ class Reclaim:
         chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND | PageFlag.KSM) & (frames.mapcount[part.pfns] == 1)
         chosen &= (frames.pincount[part.pfns] == 0) & ~_barred(part)
         return part.of(chosen & frames.test_flags(part.pfns, PageFlag.ANON | PageFlag.SWAPBACKED))
+
+    def _whole_folios(self, space: AddressSpace, span: AddressRange) -> list[_Mapped]:
+        """Huge pages that a part of a block maps all of, and nobody else any."""
+        if not space.huge:
+            return []
+        frames = self.frames
+        part = _mapped(space, frames.regions[SYSTEM_REGION].top, span)
+        folios = [part.of(belong_to(frames, part.pfns, head)) for head in heads_of(frames, part.pfns)]
+        return [one for one in folios if one.pfns.size == PMD_PAGES == int(frames.mapcount[one.pfns].sum())]
+
+
+def is_lazily_free(frames: Frames, entries: Entries) -> bool:
+    """Whether entries map a huge page as one that may go without being written: __discard_anon_folio_pmd_locked()."""
+    pfn, flags = cpu_pte.cpu_pfn(int(entries[0])), int(entries[0]) & (cpu_pte.HUGE | cpu_pte.DIRTY)
+    return flags == cpu_pte.HUGE and not frames.flags_of(pfn) & (PageFlag.SWAPBACKED | PageFlag.DIRTY)
 
 
 def _mapped(space: AddressSpace, top: int, span: AddressRange = WHOLE_SPACE) -> _Mapped:

@@ -16,6 +16,7 @@ from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm import cpu_pte
 from hmm.address_space import Thp
+from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.frames import PageFlag
@@ -392,6 +393,27 @@ def test_page_of_a_file_that_nobody_wrote_leaves_a_hole(swap_pages: int) -> None
     assert resident == [0, int(not swap_pages), 0, 0]
     assert memory.machine.frames.regions[0].used == int(not swap_pages)
     assert memory.read(span(64, 4)) == [0, 5, 0, 0]
+
+
+def test_page_that_was_freed_lazily_already_stays_as_used_as_it_was() -> None:
+    """folio_mark_lazyfree() does nothing to what is not backed by swap (any more).  Seen on 6.18."""
+    memory = Memory(NO_SWAP)
+    memory.write(span(0, 2), 8)
+    memory.advise(span(0, 2), Advice.FREE)
+    memory.advise(span(0), Advice.POPULATE_READ)
+    memory.advise(span(0, 2), Advice.FREE)
+    assert memory.use().referenced == PAGE_SIZE
+
+
+def test_pageout_forgets_that_pages_were_used() -> None:
+    """madvise_cold_or_pageout_pte_range(): folio_clear_referenced(), whatever becomes of the page then."""
+    memory = Memory(NO_SWAP)
+    memory.advise(span(0, 2), Advice.POPULATE_WRITE)
+    memory.call(processes.clear_refs, memory.pid, ClearRefs.ALL)
+    memory.advise(span(0, 2), Advice.POPULATE_WRITE)
+    assert memory.use().referenced == 2 * PAGE_SIZE
+    memory.advise(span(0), Advice.PAGEOUT)
+    assert memory.use().referenced == PAGE_SIZE
 
 
 def test_cold_pages_are_old_when_there_is_no_swap() -> None:

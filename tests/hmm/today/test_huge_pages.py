@@ -20,7 +20,8 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.pagemap import FILE, pagemap
-from hmm.units import PAGE_SIZE, PMD_SHIFT
+from hmm.smaps import MemoryUse, memory_use
+from hmm.units import PAGE_SIZE, PMD_SHIFT, PMD_SIZE
 from hmm.vma import Prot
 
 
@@ -597,3 +598,52 @@ def test_collapse_may_be_tried_again_when_a_page_is_pinned(bench: Any) -> None:
     small(bench)
     bench.call(commands_process.pin, bench.process, bench.span(3), write=True)
     assert refused(bench, 0, BLOCK) == errno.EAGAIN
+
+
+def use(bench: Any) -> MemoryUse:
+    """What smaps says of the window."""
+    vma = space(bench).vmas.find(bench.span(0).start)
+    assert vma is not None
+    return memory_use(space(bench), vma)
+
+
+def test_cold_huge_page_is_old_and_whole(bench: Any) -> None:
+    """madvise_cold_or_pageout_pte_range(): pmd_mkold() where all of it is cold and nobody else maps it."""
+    bench.write(0, b"x")
+    bench.write(BLOCK, b"x")
+    advise(bench, 0, BLOCK, Advice.COLD)
+    assert shown(bench) == f"W{2 * BLOCK}"
+    assert use(bench).referenced == PMD_SIZE
+
+
+def test_huge_page_that_was_freed_lazily_is_dropped_as_one(bench: Any) -> None:
+    """try_to_unmap_one() of a clean one; its page table stays, so that small pages come next.  Seen on 6.18."""
+    bench.write(0, b"x")
+    advise(bench, 0, BLOCK, Advice.FREE)
+    bench.heard.events.clear()
+    advise(bench, 0, BLOCK, Advice.PAGEOUT)
+    assert shown(bench) == f".{2 * BLOCK}"
+    assert [(event.reason, event.spans) for event in bench.heard.events] == [(Reason.CLEAR, (bench.span(0, BLOCK),))]
+    bench.write(0, b"y")
+    assert shown(bench, 2) == "w1 .1"
+
+
+def test_populate_makes_no_huge_page_young_that_is_only_read(bench: Any) -> None:
+    """touch_pmd(): pmdp_set_access_flags() does nothing unless it is for a write.  Seen on 6.18."""
+    bench.write(0, b"x")
+    for advice, referenced in ((None, 0), (Advice.POPULATE_READ, 0), (Advice.POPULATE_WRITE, PMD_SIZE)):
+        if advice is None:
+            bench.call(commands_process.clear_refs, bench.process, 1)
+        else:
+            advise(bench, 0, BLOCK, advice)
+        assert use(bench).referenced == referenced
+
+
+def test_populate_uses_a_large_folio_as_one(bench: Any) -> None:
+    """folio_mark_accessed() of one of its pages marks all that it has, and so does set_page_dirty()."""
+    bench.write(0, b"x")
+    protect(bench, 0, 1, Prot.READ)
+    protect(bench, 0, 1, RW)
+    bench.call(commands_process.clear_refs, bench.process, 1)
+    advise(bench, 5, 1, Advice.POPULATE_READ)
+    assert use(bench).referenced == PMD_SIZE
