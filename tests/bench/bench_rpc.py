@@ -69,24 +69,32 @@ def running(arguments: Sequence[str], cpu: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the bare servers and the daemon listen."""
+    """Where the bare servers and the daemon listen, and the pids of those that speak gRPC."""
 
     raw: str
     grpc: str
     daemon: str
+    grpc_pid: int
+    daemon_pid: int
 
 
 @contextmanager
 def serving(server_cpu: int, directory: Path) -> Iterator[Servers]:
     """The daemon and the bare servers, all on one CPU."""
-    servers = Servers(f"{directory}/raw", f"{directory}/grpc", f"unix:{directory}/hmmd")
+    raw, bare, target = f"{directory}/raw", f"{directory}/grpc", f"unix:{directory}/hmmd"
     peer = str(Path(peers.__file__))
     daemon = ["-m", "hmm_server", f"--socket={directory}/hmmd", "--log-level=warning", "--fault-s=60", "--devices=1024"]
     with ExitStack() as stack:
-        stack.enter_context(running([peer, "raw", servers.raw], server_cpu))
-        stack.enter_context(running([peer, "grpc", servers.grpc], server_cpu))
-        stack.enter_context(running(daemon, server_cpu))
-        yield servers
+        stack.enter_context(running([peer, "raw", raw], server_cpu))
+        bare_pid = stack.enter_context(running([peer, "grpc", bare], server_cpu))
+        daemon_pid = stack.enter_context(running(daemon, server_cpu))
+        yield Servers(raw, bare, target, bare_pid, daemon_pid)
+
+
+def cpu_us(pid: int) -> float:
+    """What all threads of a process have used of its CPU, in microseconds."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1000
 
 
 # ---- yardsticks
@@ -279,9 +287,15 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                 if number == 1:
                     figures.clear()  # the first round warms up
                 note("socket", await yardsticks.socket(MESSAGE_BYTES, times))
-                note("stream", await yardsticks.stream(MESSAGE_BYTES, times))
+                for what, pid, call in (
+                    ("stream", servers.grpc_pid, yardsticks.stream(MESSAGE_BYTES, times)),
+                    ("fault", servers.daemon_pid, model.fault(1, times)),
+                ):
+                    before = cpu_us(pid), cpu_us(os.getpid())
+                    note(what, await call)
+                    note(f"{what}: server", (cpu_us(pid) - before[0]) / times)
+                    note(f"{what}: client", (cpu_us(os.getpid()) - before[1]) / times)
                 note("stream of ids", await yardsticks.stream(max(MIRRORS) * ID_BYTES, times))
-                note("fault", await model.fault(1, times))
                 note("scattered", await model.scattered_fault(256, few))
                 note("unary", await model.unary(times))
                 for count in MIRRORS:
@@ -304,9 +318,12 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
 
     trip, event, unary = figures["fault"], figures["event 1"], figures["unary"]
     yield ratio("bare gRPC stream / bare socket", figures["stream"], figures["socket"])
-    yield ratio("65,536 words on a bare gRPC stream / on a bare socket", figures["stream bytes"], figures["bytes"])
+    yield ratio("65,536 words, bare gRPC stream / bare socket", figures["stream bytes"], figures["bytes"])
     yield ratio("fault of one page / bare socket", trip, figures["socket"], 2.5 if split else 15.0)
     yield ratio("fault of one page / bare gRPC stream", trip, figures["stream"])
+    for side in ("server", "client"):
+        cost = figures[f"fault: {side}"], figures[f"stream: {side}"]
+        yield ratio(f"CPU of the {side}, fault / bare gRPC message", *cost)
     yield ratio("unary call / fault of one page", unary, trip)
     yield ratio("event and answer, 1 mirror / fault of one page", event, trip, 1.5)
     yield ratio("event and answer, 1 mirror / bare gRPC stream", event, figures["stream"])
