@@ -26,7 +26,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.ascending import unique
 from hmm.events import Cause
-from hmm.frames import ZERO_PFN, Frames, PageFlag
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.large_folio import are_compound, can_split, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places
@@ -49,6 +49,7 @@ from hmm.zone_device import are_private
 __all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds", "whole_blocks"]
 
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
+_NOT_EXCLUSIVE = np.uint64(~(cpu_pte.EXCLUSIVE | cpu_pte.WRITE) & (1 << 64) - 1)
 _PUD_SIZE = 1 << 30
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
 
@@ -172,13 +173,13 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
     head = pfn // PMD_PAGES * PMD_PAGES
     index = vma.page_offset(address) - (pfn - head)
     places = folio_places(space, vma, head, index)
-    if not _can_split(frames, places, head):
+    if not _can_split(space, places, head):
         return False
     with ExitStack() as brackets:
         for relative, spans in _concerned(places):
             yield from brackets.enter_context(relative.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT)).deliver()
         places = folio_places(space, vma, head, index)
-        if not _can_split(frames, places, head):
+        if not _can_split(space, places, head):
             return False
         pfns = members(frames, head)
         zero = np.zeros(PMD_PAGES, np.bool_)
@@ -193,11 +194,11 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
     return True
 
 
-def _can_split(frames: Frames, places: list[Places], head: Pfn) -> bool:
-    # What a device has to itself is referenced and not mapped.
-    if not can_split(frames, head):
+def _can_split(space: AddressSpace, places: list[Places], head: Pfn) -> bool:
+    if not can_split(space.frames, head):
         return False
-    return not any(
+    # What a device has to itself is referenced and not mapped, in 6.12.
+    return not space.semantics.exclusive_ranges or not any(
         (cpu_pte.is_device_exclusive(entries) & own).any() for entries, own in (ours(p, head) for p in places)
     )
 
@@ -213,10 +214,15 @@ def _concerned(places: list[Places]) -> list[tuple[AddressSpace, tuple[AddressRa
 
 
 def _remap(place: Places, head: Pfn, zero: npt.NDArray[np.bool_]) -> Entries:
-    """remap_page() for one VMA.  Returns: entries that became the zero page, whose frames are to be let go of."""
+    """remap_page() for one VMA: the CPU gets back what devices had to themselves, to read it until it faults.
+
+    Returns: entries that became the zero page, whose frames are to be let go of.
+    """
     entries, own = ours(place, head)
     addresses, entries = place.addresses[own], entries[own]
     small = entries & _NOT_HUGE
+    taken = cpu_pte.is_device_exclusive(small)
+    small[taken] = (small[taken] & _NOT_EXCLUSIVE) | np.uint64(cpu_pte.PRESENT)
     empty = zero[cpu_pte.cpu_pfn(entries) - head]
     if place.vma.has(VmFlag.LOCKED):
         empty[:] = False

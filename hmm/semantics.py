@@ -29,7 +29,8 @@ class Semantics:
         uffd_unregisters_others: UFFDIO_UNREGISTER takes VMAs from other userfaultfds too.
         exclusive_ranges: pages are taken from the CPU in ranges: those that are not private memory, and pages of a
             large folio behind its first, are left alone, and it goes on behind them.  Otherwise pages are taken one by
-            one, of large folios too, and the first that is not private memory ends it: such a page alone is EOPNOTSUPP.
+            one, of large folios too, and the first that is not private memory ends it: such a page alone is EOPNOTSUPP;
+            and they stay mapped, so that their folios can be split, which gives them back.
         migration_splits: a migration splits every huge page that it meets, and leaves pages of large folios that are
             mapped by page entries where they are.  Otherwise it splits both, but only those that it selects.
     """

@@ -454,6 +454,19 @@ def test_exclusive_access_brings_all_of_it_back(bench: Any) -> None:
     assert bench.used == 0
 
 
+def test_splitting_a_folio_gives_back_what_a_device_has_to_itself(bench: Any) -> None:
+    """try_to_migrate_one() of today takes exclusive entries too, and they come back read-only, as mapped entries."""
+    bench.write(0, DATA)
+    assert bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(10, 4)).all()
+    bench.heard.events.clear()
+    to_device(bench, 0, 2)
+    assert shown(bench) == "d2 w8 r4 w498 .512"
+    assert heard(bench) == [(TO_DEVICE, [(0, 2)]), (SPLIT, [(0, 512)])]
+    bench.write(11, DATA[11 * PAGE_SIZE :][:8])
+    assert heard(bench) == []
+    assert bench.read(0, len(DATA)) == DATA
+
+
 def test_collapse_is_refused(bench: Any) -> None:
     """check_pmd_state(): SCAN_NO_PTE_TABLE."""
     huge_on_device(bench)
