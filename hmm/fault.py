@@ -178,7 +178,7 @@ def bring_in(
             continue
         if attempt.copies:
             attempt = yield from _tell(attempt, target)
-        if attempt.copies:
+        if attempt.copies or attempt.splits:
             continue
         if attempt.strangers:
             crowded = _crowded(space, attempt.strangers[0], target)

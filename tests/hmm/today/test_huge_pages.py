@@ -66,6 +66,28 @@ def test_write_splits_the_huge_zero_page_and_copies_one_page(bench: Any) -> None
     assert heard(bench) == [(Cause.HUGE_PAGE_SPLIT, [(0, 512)]), (Cause.COPY_ON_WRITE, [(3, 4)])]
 
 
+def test_write_splits_the_huge_zero_page_that_came_while_mirrors_were_told_of_a_copy(bench: Any) -> None:
+    """What is looked at again after the wait is looked at as a whole, and no page is passed over."""
+    bench.write(0, b"x")
+    advise(bench, BLOCK - 1, 1, Advice.DONTNEED)
+    bench.read(BLOCK - 1, 1)
+    assert shown(bench) == "w511 z1 .512"
+    bench.call(commands_hmm.detach, bench.mirror)
+    mirror = bench.call(commands_hmm.attach, bench.device, bench.process)
+    bench.local.attach(mirror, bench.heard)
+    span = bench.span(0, BLOCK)
+    bench.call(commands_hmm.insert_notifier, mirror, span.start, span.size_bytes)
+
+    def meanwhile(_: Any) -> None:
+        advise(bench, BLOCK, BLOCK, Advice.DONTNEED)
+        bench.read(BLOCK, 1)
+
+    bench.heard.meanwhile = meanwhile
+    bench.write(BLOCK - 1, b"y" * 2 * PAGE_SIZE)
+    assert shown(bench) == "w513 z511"
+    assert bench.read(BLOCK - 1, 2 * PAGE_SIZE) == b"y" * 2 * PAGE_SIZE
+
+
 def test_small_pages_come_when_the_vma_does_not_cover_the_block(make_bench: Callable[..., Any]) -> None:
     """thp_vma_suitable_order()."""
     bench = make_bench(frames=8 * BLOCK, thp=Thp.ALWAYS, mapped_pages=2 * BLOCK - 1)
