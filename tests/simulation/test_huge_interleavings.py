@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from hmm import huge_fault, migration_folios
+from hmm import huge_fault, migration_folios, mprotect
 from hmm.address_space import AddressSpace
 from hmm.testing import SimulationError
 from hmm.testing_devices import simulate_compound, simulate_huge_pages
-from hmm.units import PMD_MASK, Address
+from hmm.units import Address
 
 
 def found(seeds: range, town: Callable[[int], object] = simulate_huge_pages) -> str:
@@ -24,19 +24,8 @@ def found(seeds: range, town: Callable[[int], object] = simulate_huge_pages) -> 
 
 
 def test_simulate_finds_a_huge_page_that_is_changed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: a block is not split the first time, before a part of it goes.
-
-    Not every time: calls that wait until it is split would then wait without a pause.
-    """
-    split = AddressSpace.split_huge_pmd
-    passed: set[tuple[AddressSpace, Address]] = set()
-
-    def split_at_second_sight(space: AddressSpace, address: Address) -> None:
-        if (space, address & PMD_MASK) in passed:
-            split(space, address)
-        passed.add((space, address & PMD_MASK))
-
-    monkeypatch.setattr(AddressSpace, "split_huge_pmd", split_at_second_sight)
+    """Planted: mprotect cuts VMAs inside a block, and the block stays."""
+    monkeypatch.setattr(mprotect, "cut", lambda *_: iter(()))
     assert "huge page" in found(range(50))
 
 
