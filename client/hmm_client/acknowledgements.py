@@ -110,24 +110,29 @@ class AcknowledgementLedger:
         numbers: npt.NDArray[np.int64],
         mirror_ids: Sequence[MirrorId],
         sequences: Sequence[int],
+    ) -> None:
+        """Note that mirrors have finished an event each, which for all of them `is_next`.
+
+        Args:
+            slots, numbers: as there.
+            mirror_ids, sequences: the same two, as they are to be written down.
+        """
+        self._marks[slots] = numbers
+        self._told[slots] = numbers
+        self._together.append((mirror_ids, sequences))
+
+    def is_next(
+        self, slots: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64], mirror_ids: frozenset[MirrorId]
     ) -> bool:
-        """Note that mirrors have finished an event each, if they have finished all that came before it.
+        """Whether mirrors have finished all that came before an event, and have no more to say.
 
         Args:
             slots: int64[n], of the mirrors.
             numbers: int64[n], the event's number for each.
-            mirror_ids, sequences: the same two, as they are to be written down.
-
-        Returns: False when one of them has not, or has more to say; then nothing was noted.
         """
         if self._irregular and not self._irregular.keys().isdisjoint(mirror_ids):
             return False
-        if not np.array_equal(self._marks[slots] + 1, numbers):
-            return False
-        self._marks[slots] = numbers
-        self._told[slots] = numbers
-        self._together.append((mirror_ids, sequences))
-        return True
+        return np.array_equal(self._marks[slots] + 1, numbers)
 
     def take(self) -> event_pb2.Acknowledgements:
         """Everything that was noted since the last time, as one message."""

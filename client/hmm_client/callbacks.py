@@ -90,6 +90,7 @@ class Callbacks:
     Attributes:
         heard: the last event whose callback has begun.
         driver_is_idle: its `update` is that of the base class: there is nothing to be done.
+        is_direct: its `update` is a plain function that runs in the loop, or there is nothing to be done.
 
     Args:
         driver: whose `update` and `release` are called.
@@ -114,6 +115,8 @@ class Callbacks:
         self._finish = finish
         self._executor = None if inspect.iscoroutinefunction(driver.update) else executor
         self._concurrent = concurrent
+        in_the_loop = self._executor is None and not inspect.iscoroutinefunction(driver.update)
+        self.is_direct = self.driver_is_idle or in_the_loop
         self._queue: deque[Event] = deque()
         self._running: dict[Callback, asyncio.Task[None]] = {}
         self.heard = 0
@@ -124,6 +127,21 @@ class Callbacks:
             self._queue.append(event)
         else:
             self._start(event)
+
+    def run(self, event: Event) -> bool:
+        """Let the driver handle a change at once; nothing of its mirror is under way.
+
+        Returns: True when it is done with nothing to say, which is not told to `finish`.
+        """
+        try:
+            result = self._driver.update(event)
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises is its answer
+            self._finish(event, _refusal(event, error))
+            return False
+        if result is None:
+            return True
+        self._conclude(event, result)
+        return False
 
     def proceed(self) -> None:
         """Start what may be started: something has ended or waits."""
@@ -155,6 +173,9 @@ class Callbacks:
             self.heard = event.sequence
             self._finish(event, _refusal(event, error))
             return
+        self._conclude(event, result)
+
+    def _conclude(self, event: Event, result: Any) -> None:
         if result is not None and inspect.isawaitable(result):
             self._start_task(event, result)
             return

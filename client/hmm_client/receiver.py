@@ -114,9 +114,21 @@ class Receiver:
         self.session.regroup()
 
     @property
+    def is_direct(self) -> bool:
+        """True when it may be told together with others: nobody is between, and its driver is done when it returns."""
+        return self._between is None and self._callbacks.is_direct
+
+    @property
     def is_idle(self) -> bool:
-        """True when its driver has nothing to do for a change: it is told together with others, and not called."""
-        return self._between is None and self._callbacks.driver_is_idle
+        """True when its driver has nothing to do for a change, and need not be called."""
+        return self._callbacks.driver_is_idle
+
+    def hear(self, sequence: int, change: Change) -> bool:
+        """Let the driver handle a change that it is told of together with others.
+
+        Returns: True when it is done with nothing to say; then its answer is the caller's to give.
+        """
+        return self._callbacks.run(Event(self, sequence, change))
 
     def join(self, group: Together) -> None:
         """From now on it may also hear with others."""

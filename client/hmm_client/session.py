@@ -71,8 +71,15 @@ class Hearer(Protocol):
         """Nobody waits for what is under way."""
 
     @property
+    def is_direct(self) -> bool:
+        """True when it may be told together with others: its driver is done when it returns."""
+
+    @property
     def is_idle(self) -> bool:
-        """True when its driver has nothing to do for a change, so that it may be told together with others."""
+        """True when its driver has nothing to do for a change, and need not be called."""
+
+    def hear(self, sequence: int, change: Change) -> bool:
+        """Let the driver handle a change; True when it is done with nothing to say, which the caller has to tell."""
 
     def join(self, group: Together) -> None:
         """From now on it may also hear with others."""
@@ -358,7 +365,7 @@ class Session:
                 self.answer(mirror_id, sequence)  # nobody here uses it any more
 
     def _deliver_together(self, message: event_pb2.Event, change: Change) -> bool:
-        """Tell many mirrors at once, as far as their drivers have nothing to do.  Returns: False: tell each."""
+        """Tell many mirrors at once, as far as their drivers are done when they return.  Returns: False: tell each."""
         if not change.invalidates or change.wants_answer:
             return False
         named = np.array(message.mirror_ids, np.int64).tobytes()
@@ -371,9 +378,14 @@ class Session:
         if group.positions is not None:
             mirror_ids, numbers = group.ids, numbers[group.positions]
             sequences = numbers.tolist()
-        if not self.ledger.done_together(group.slots, numbers, mirror_ids, sequences):
+        if not self.ledger.is_next(group.slots, numbers, group.everybody):
             return False
         group.note(numbers, change)
+        slots, unfinished = group.slots, group.call(numbers, change)
+        if unfinished:
+            slots, numbers = np.delete(slots, unfinished), np.delete(numbers, unfinished)
+            mirror_ids, sequences = np.delete(group.ids, unfinished).tolist(), numbers.tolist()
+        self.ledger.done_together(slots, numbers, mirror_ids, sequences)
         self._wake()
         for position in group.others:
             self._hearers[message.mirror_ids[position]].deliver(message.event_sequences[position], change)
@@ -386,11 +398,11 @@ class Session:
             return Together([], [], [], [], len(mirror_ids))
         if len(self._groups) >= GROUPS_KEPT:
             self.regroup()
-        idle = {position: one for position, one in enumerate(hearers) if one is not None and one.is_idle}
-        ids = [mirror_ids[position] for position in idle]
+        direct = {position: one for position, one in enumerate(hearers) if one is not None and one.is_direct}
+        ids = [mirror_ids[position] for position in direct]
         slots = [self.ledger.slot(mirror_id) for mirror_id in ids]
-        members = list(idle.values())
-        group = self._groups[named] = Together(members, ids, slots, list(idle), len(mirror_ids))
+        members = list(direct.values())
+        group = self._groups[named] = Together(members, ids, slots, list(direct), len(mirror_ids))
         for member in members:
             member.join(group)
         return group

@@ -1,7 +1,8 @@
-"""Mirrors of one session that hear the same events, and whose drivers need not be called for them.
+"""Mirrors of one session that hear the same events, and whose drivers are done when they return.
 
-A driver that leaves `Driver.update` as it is has nothing to stop.  An event for many of its mirrors is then noted once,
-and answered once; what each of them has heard is looked up when somebody asks.
+An event for many of them is noted once, and answered once; what each of them has heard is looked up when somebody asks.
+A driver that leaves `Driver.update` as it is has nothing to stop, and is not called; the others are called for each of
+their mirrors, one after the other, and who has more to say than that it is done says it for itself.
 
 **Source**: our own; the daemon's half is `hmm_server/served.py`.
 
@@ -31,6 +32,13 @@ REMEMBERED_EVENTS = 256
 class Member(Protocol):
     """What is needed of a mirror."""
 
+    @property
+    def is_idle(self) -> bool:
+        """True when its driver has nothing to do for a change, and need not be called."""
+
+    def hear(self, sequence: int, change: Change) -> bool:
+        """Let the driver handle a change; True when it is done with nothing to say."""
+
     def leave(self, group: Together, heard: list[tuple[int, Change]], forgotten: int) -> None:
         """It hears with these others no more; what it heard with them, ascending, is its own."""
 
@@ -42,11 +50,14 @@ class Together:
         ids: theirs.
         everybody: `ids` as a set.
         positions: where they are in the events that concern them; None: these name nobody else.
-        others: where those are whose drivers have to be called.
+        others: where those are that have to be told by themselves.
         slots: where the ledger has their marks.
     """
 
-    __slots__ = ("_forgotten", "_index", "_recent", "everybody", "ids", "members", "others", "positions", "slots")
+    __slots__ = (
+        *("_callers", "_forgotten", "_index", "_recent"),
+        *("everybody", "ids", "members", "others", "positions", "slots"),
+    )
 
     def __init__(
         self, members: Sequence[Member], ids: list[MirrorId], slots: list[int], positions: list[int], named: int
@@ -62,6 +73,7 @@ class Together:
         self.positions = np.array(positions, np.int64) if len(positions) < named else None
         self.others = sorted(set(range(named)).difference(positions))
         self.everybody = frozenset(ids)
+        self._callers = [(position, member) for position, member in enumerate(members) if not member.is_idle]
         self._index = {mirror_id: position for position, mirror_id in enumerate(ids)}
         self._recent: deque[tuple[Numbers, Change]] = deque()
         self._forgotten = np.zeros(len(ids), np.int64)
@@ -71,6 +83,13 @@ class Together:
         self._recent.append((sequences, change))
         if len(self._recent) > REMEMBERED_EVENTS:
             self._forgotten = self._recent.popleft()[0]
+
+    def call(self, sequences: Numbers, change: Change) -> list[int]:
+        """Call the drivers that have something to do.  Returns: who is not done, or has more to say, by position."""
+        if not self._callers:
+            return []
+        numbers = sequences.tolist()
+        return [position for position, member in self._callers if not member.hear(numbers[position], change)]
 
     def heard_by(self, mirror_id: MirrorId) -> int:
         """The last event that a member has heard with the others."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -142,6 +144,38 @@ async def test_update_is_called_of_those_drivers_that_have_one(scripted: Scripte
         scene.tell([turn] * MANY)
         assert await scene.answered() == dict.fromkeys(scene.ids, turn)
     assert counting.heard == [(FIRST + 1, 1), (FIRST + 4, 1), (FIRST + 1, 2), (FIRST + 4, 2)]
+
+
+async def test_driver_answers_for_itself_when_it_has_more_to_say(scripted: Scripted) -> None:
+    """One fails, one reports pages, one has to wait; the others are answered for at once, and the next event too."""
+    scene, go_on = Scene(scripted), asyncio.Event()
+
+    class Failing(Driver):
+        def update(self, event: Event) -> None:
+            raise OSError(errnos.ENOMEM, "no memory")
+
+    class Reporting(Driver):
+        def update(self, event: Event) -> tuple[AddressRange, ...]:
+            return event.spans
+
+    class Waiting(Driver):
+        def update(self, event: Event) -> Awaitable[None]:
+            return self._wait()
+
+        async def _wait(self) -> None:
+            await go_on.wait()
+
+    await scene.set_up(Failing(), Reporting(), Waiting(), *(Counting() for _ in range(MANY - 3)))
+    scene.tell([1] * MANY)
+    message = await scene.daemon.acknowledged()
+    assert dict(zip(message.mirror_ids, message.acknowledged_up_to, strict=True)) == dict.fromkeys(scene.ids[3:], 1)
+    assert [(one.mirror_id, one.errno, len(one.dirty.starts)) for one in message.answers] == [
+        (FIRST, errnos.ENOMEM, 0),
+        (FIRST + 1, 0, 1),
+    ]
+    assert [mirror.heard for mirror in scene.mirrors] == [1] * MANY
+    go_on.set()
+    assert await scene.answered() == {FIRST + 2: 1}
 
 
 async def test_event_waits_for_the_callback_before_it_when_one_is_running(scripted: Scripted) -> None:
