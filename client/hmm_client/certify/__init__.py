@@ -23,10 +23,12 @@ in any order; bytes travel as base64.  Requests come while others are under way.
     unmirror  the process is gone, or the device has no more business with it: unregister the mirror
 
 An access that the process's mappings do not permit is an error, any errno.  A driver that keeps translations keeps
-them from one access to the next; that is what is put to the test.  What else it prints on standard output is ignored.
+them from one access to the next; that is what is put to the test.  Either interface will do, the mirror of 2015 or
+interval notifiers, and memory of the device's own: pages may be moved there before they are used, or not.
+What else it prints on standard output is ignored.
 
-`adversities` is what happens to it, `storm` the same at random and from a seed, `findings` what counts as wrong.
-In Python `hmm_client.drivers.control` serves these lines.
+`adversities` is what happens to it, `neighbours` what others than its process do, `storm` all that at random and from
+a seed, `findings` what counts as wrong.  In Python `hmm_client.drivers.control` serves these lines.
 
 **Absent**: measuring how fast a driver is.
 """
