@@ -28,6 +28,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
@@ -249,9 +250,10 @@ def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries
 def _with_blocks(space: AddressSpace, touched: Strangers) -> Strangers:
     """The pages, and all others of the huge pages that some of them belong to: do_huge_pmd_device_private()."""
     huge = cpu_pte.is_huge(touched.entries)
-    starts = np.unique(touched.addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1))
+    starts = unique(touched.addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1))
     blocks = starts[:, np.newaxis] + np.arange(0, PMD_SIZE, PAGE_SIZE, dtype=np.uint64)
-    addresses = np.union1d(touched.addresses[~huge], blocks.reshape(-1))
+    addresses: Entries = np.concatenate((touched.addresses[~huge], blocks.reshape(-1)))
+    addresses = unique(addresses)
     entries = space.table.lookup(addresses)
     there = cpu_pte.is_device_private(entries)
     return Strangers(touched.vma, addresses[there], entries[there])
@@ -263,7 +265,7 @@ def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strange
     pfns = cpu_pte.cpu_pfn(touched.entries)
     holders, remote = frames.zone_device_data[pfns], are_remote(frames, pfns)
     rest = np.ones(pfns.size, np.bool_)
-    for holder in np.unique(holders).tolist():
+    for holder in unique(holders).tolist():
         subscriber = subscribers.get(holder)
         mine = holders == holder
         if subscriber is not None and subscriber.home is not None:

@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.errors import InvalidRequestError, OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, READ_ONLY
@@ -228,7 +229,7 @@ class Ksm:
         frames = self.frames
         now = [_as_they_are(pages, targets) for pages, targets in told]
         makers = [pages.pfns[targets == pages.pfns] for pages, targets in now]
-        fresh = np.unique(np.concatenate(makers)) if makers else np.empty(0, np.int64)
+        fresh = unique(np.concatenate(makers)) if makers else np.empty(0, np.int64)
         usable = np.concatenate((fresh, self._merged()))
         now = [(pages.of(one), targets[one]) for pages, targets in now for one in (np.isin(targets, usable),)]
         now = [

@@ -61,10 +61,10 @@ def with_folios(frames: Frames, pfns: Pfns) -> Pfns:
     """The frames, and all others of the large folios that some of them belong to: int64[n], ascending and unique."""
     large = pfns[are_compound(frames, pfns)]
     if not large.size:
-        return np.unique(pfns)
-    runs = (np.unique(large // PMD_PAGES) * PMD_PAGES)[:, np.newaxis] + np.arange(PMD_PAGES)
+        return unique(pfns)
+    runs = (unique(large // PMD_PAGES) * PMD_PAGES)[:, np.newaxis] + np.arange(PMD_PAGES)
     others: Pfns = runs.reshape(-1)
-    return np.union1d(pfns, others[are_compound(frames, others)])
+    return unique(np.concatenate((pfns, others[are_compound(frames, others)])))
 
 
 def are_pinned(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:

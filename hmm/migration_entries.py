@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.ascending import unique
 from hmm.events import Cause
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
@@ -125,7 +126,7 @@ def unmap_everywhere(
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
     for space, parts in told.values():
-        pages = np.unique((np.concatenate(parts) >> np.uint64(PAGE_SHIFT)).view(np.int64))
+        pages = unique((np.concatenate(parts) >> np.uint64(PAGE_SHIFT)).view(np.int64))
         notifier = space.notifier
         bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(pages), cause, certain=certain))
         yield from bracket.deliver()

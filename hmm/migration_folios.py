@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
+from hmm.ascending import unique
 from hmm.events import Cause
 from hmm.frames import PageFlag
 from hmm.huge_fault import has_table
@@ -162,7 +163,7 @@ def _leave(migration: Migration, left: _Mask, address: Address) -> None:
 
 
 def _huge_blocks(migration: Migration) -> list[AddressRange]:
-    starts = np.unique(migration.addresses & _BLOCK).tolist()
+    starts = unique(migration.addresses & _BLOCK).tolist()
     return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
 
 
@@ -196,7 +197,7 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
     if Select.COMPOUND not in migration.select or space.semantics.migration_splits:
         return found
     anonymous = migration.vma.backing is None
-    for start in np.unique(migration.addresses & _BLOCK).tolist():
+    for start in unique(migration.addresses & _BLOCK).tolist():
         head = _head_of(migration, start)
         if head is None:
             continue
@@ -254,7 +255,7 @@ def split_zero_pages(migration: Migration, holes: Positions) -> Operation[None]:
     if not migration.space.huge:
         return
     small = holes[(migration.src[holes] & np.uint64(COMPOUND)) == 0]
-    starts = np.unique(migration.addresses[small] & _BLOCK).tolist()
+    starts = unique(migration.addresses[small] & _BLOCK).tolist()
     zero = [start for start in starts if cpu_pte.is_huge_zero(migration.space.table.get(start))]
     yield from split_pmds(migration.space, map(block_of, zero))
 

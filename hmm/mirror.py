@@ -267,7 +267,7 @@ class Mirror(Receiver):
 
     def _check_entries(self, addresses: Entries, entries: Entries) -> None:
         filled = self.space.notifier.filled.get(self.id, 0)
-        blocks = np.unique(addresses >> np.uint64(FILLED_SHIFT)).tolist()
+        blocks = unique(addresses >> np.uint64(FILLED_SHIFT)).tolist()
         assert all(filled_blocks(block << FILLED_SHIFT, block + 1 << FILLED_SHIFT) & filled for block in blocks), (
             f"{self} has entries that nobody clears"
         )
