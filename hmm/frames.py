@@ -554,6 +554,8 @@ class Frames(FrameContents):
             exclusive = (flags & np.uint32(PageFlag.ANON_EXCLUSIVE)) != 0
             anonymous = (flags & np.uint32(PageFlag.ANON)) != 0
             assert not (exclusive & ~anonymous).any(), f"{region}: exclusive and not anonymous"
+            merged = (flags & np.uint32(PageFlag.KSM)) != 0
+            assert not (exclusive & merged).any(), f"{region}: a merged page is somebody's alone"
             poisoned = (flags & np.uint32(PageFlag.HWPOISON)) != 0
             assert not mapcount[poisoned].any(), f"{region}: a page is mapped whose contents are lost"
 

@@ -42,7 +42,7 @@ from hmm.errors import (
 from hmm.events import Delivery, EventState
 from hmm.file import File
 from hmm.frame_contents import MemoryProvider, anonymous_memory
-from hmm.frames import Frames
+from hmm.frames import Frames, PageFlag
 from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.mirror import Mirror, MirrorState
@@ -691,7 +691,11 @@ class Machine:
             _, entries = checked.look(space.table, space.table.in_use)
             migrating = bool(cpu_pte.is_migration(entries).any())
             assert self.operations or not migrating, f"space {space.id} has migration entries and nothing migrates"
-            np.add.at(counted, cpu_pte.cpu_pfn(entries[cpu_pte.holds_frame(entries)]), np.int32(1))
+            held = entries[cpu_pte.holds_frame(entries)]
+            np.add.at(counted, cpu_pte.cpu_pfn(held), np.int32(1))
+            writable = cpu_pte.cpu_pfn(held[cpu_pte.is_writable(held)])
+            merged = self.frames.test_flags(writable, PageFlag.KSM)
+            assert not merged.any(), f"space {space.id} may write merged page {writable[merged][0]}"
         wrong = np.flatnonzero(counted != mapcount)
         assert not wrong.size, f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {mapcount[wrong[0]]}"
 
