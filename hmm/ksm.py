@@ -120,7 +120,7 @@ class Ksm:
         Raises:
             InvalidRequestError: no passes (EINVAL).
 
-        Cost: 1 us per page, its bytes are read; mirrors of what is merged are waited for.
+        Cost: 2 us per page, as its bytes are read, and twice that if it is merged; mirrors are waited for.
         """
         if passes < 1:
             raise InvalidRequestError(f"ksm: {passes} passes")
