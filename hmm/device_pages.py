@@ -9,14 +9,21 @@
 The frames of devices have bytes like all others, so a copy is made here and not by the driver.  Before a page leaves
 because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
 
+A huge page goes there as one where that is asked for, comes back as one when it is touched, and by small pages where no
+run of frames is free.
+
 What a mirror of 2015 has put on its device comes back by way of that mirror (mirror_memory.py).
 
-**Source**: Linux mm/migrate_device.c, mm/memory.c (do_swap_page()), lib/test_hmm.c (dmirror_devmem_fault()), 6.12.
+**Source**: Linux mm/migrate_device.c, mm/memory.c (do_swap_page()), lib/test_hmm.c (dmirror_devmem_fault()), 6.12;
+mm/huge_memory.c (do_huge_pmd_device_private()), 7.0.
 
 **Invariants**: a device's frame in use is mapped as a device's page or held by a migration; nothing is lost when a
 page cannot be moved: it stays where it is.
 
 **Absent**: the steps of a migration (migrate.py), swap.
+
+Differs: a large folio that a device has no memory left for, or system memory on its eviction, moves by small pages as
+far as there is room, where the kernel's test driver follows a null pointer.
 """
 
 from __future__ import annotations
