@@ -94,6 +94,7 @@ class Scheduler:
     running: list[OperationRecord[Any]] = field(default_factory=list)
     checked: Checked = field(default_factory=Checked)
     _exhausted: bool = False
+    _abandoned: set[tuple[MirrorId, int]] = field(default_factory=set)
 
     def run(self, limit: int = 100_000) -> None:
         """Run until the workload is exhausted and every operation has ended.
@@ -213,7 +214,7 @@ class Scheduler:
             self.coverage.answers[f"lost, {mirror.policy.value}"] += 1
             self._lose(delivery, mirror.policy)
             return
-        late = delivery.state is not EventState.SENT
+        late = (mirror_id, delivery.sequence) in self._abandoned
         errno = self._errno(mirror, delivery.event)
         results = self.answering(delivery, errno)
         self.machine.answer(mirror_id, delivery.sequence, errno, results=results)
@@ -233,6 +234,7 @@ class Scheduler:
             self.machine.fence(delivery.mirror_id, "no answer in time")
         elif policy is DeadlinePolicy.FAIL:
             self.machine.abandon(delivery.mirror_id, delivery.sequence)
+            self._abandoned.add((delivery.mirror_id, delivery.sequence))
             self.mailboxes[delivery.mirror_id].append(delivery)
         else:
             self.mailboxes[delivery.mirror_id].append(delivery)

@@ -112,6 +112,20 @@ def _write_private(town: Town) -> Call | None:
     return Call(commands_process.write_memory, (process, span.start, data))
 
 
+def _write_shared(town: Town) -> Call | None:
+    process = town.process()
+    if process is None:
+        return None
+    vmas = [vma for vma in town.machine.processes[process].space.vmas if vma.shared and vma.writable]
+    if not vmas:
+        return None
+    vma = vmas[town.choose(len(vmas))]
+    npages = min(1 + town.choose(3), vma.npages)
+    return Call(
+        commands_process.write_memory, (process, vma.start, bytes([1 + town.choose(255)]) * (npages * PAGE_SIZE))
+    )
+
+
 def _write_each(town: Town) -> Call | None:
     process, span = town.process(), town.span()
     values = bytes([1 + town.choose(255)]) * span.npages
@@ -315,10 +329,11 @@ def _discard(town: Town) -> Call | None:
 
 CALLS: Makers = (
     (_create, 3), (fork_process, 6), (_exit, 2), (_exec, 2), (_mrelease, 2), (_mmap, 10), (_munmap, 4), (_mprotect, 6),
-    (_mremap, 4), (_madvise, 6), (_write, 6), (_write_private, 8), (_read, 8), (_write_each, 2), (_read_each, 2),
-    (_open, 2), (write_file, 4), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2), (_punch, 2), (_msync, 3),
-    (_mlock, 2), (_munlock, 2), (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2), (_look, 2),
-    (_fail_allocation, 1), (_fail_dma, 1), (_register_device, 2), (_register_mirror, 8), (_unregister_mirror, 2),
-    (_fault, 22), (_device_write, 8), (_device_read, 4), (_bits, 2), (_dirty, 2), (_discard, 2),
+    (_mremap, 4), (_madvise, 6), (_write, 6), (_write_private, 8), (_write_shared, 6), (_read, 8), (_write_each, 2),
+    (_read_each, 2), (_open, 4), (write_file, 8), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2),
+    (_punch, 2), (_msync, 5), (_mlock, 2), (_munlock, 2), (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2),
+    (_look, 2), (_fail_allocation, 1), (_fail_dma, 1), (_register_device, 2), (_register_mirror, 8),
+    (_unregister_mirror, 2), (_fault, 22), (_device_write, 8), (_device_read, 4), (_bits, 2), (_dirty, 2),
+    (_discard, 2),
 )  # fmt: skip
 """What makes them, and how often."""

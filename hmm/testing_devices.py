@@ -288,7 +288,7 @@ def _fail_migration(town: Town) -> Call | None:
 
 COMPOUND_CALLS: Makers = ((_register_large, 12), (_move_blocks, 80), (_fail_migration, 10))
 """What moves huge pages to devices and back as such, and how often."""
-HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 12))
+HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 20), (fork_process, 4))
 """What makes room for huge pages and brings them in, and how often."""
 
 

@@ -107,11 +107,6 @@ def exclusive_pages_come_back_in_silence(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(RESOLVERS, cpu_pte.EXCLUSIVE, revoke)
 
 
-def pages_are_taken_although_shared(patch: pytest.MonkeyPatch) -> None:
-    """A fork between the fault and the taking goes unseen."""
-    patch.setattr(exclusive, "_WRITABLE", np.uint64(cpu_pte.PRESENT))
-
-
 def pages_move_without_their_contents(patch: pytest.MonkeyPatch) -> None:
     """A migration has frames for its pages, and copies nothing into them."""
     copied = device_pages._copied
@@ -305,7 +300,6 @@ BUGS: list[tuple[str, Plant, str]] = [
     ("devices", evictions_leave_their_entries, ""),
     ("devices", second_pass_is_left_out, STALE),
     ("devices", exclusive_pages_come_back_in_silence, STALE),
-    ("devices", pages_are_taken_although_shared, STALE),
     ("devices", pages_move_without_their_contents, WRONG_BYTES),
     ("huge", split_loses_a_page, "is mapped 0 times"),
     ("huge", split_folios_keep_only_their_zeroes, WRONG_BYTES),
