@@ -81,7 +81,6 @@ _COPY_PAGES = 64
 _ON_LISTS = np.uint32(PageFlag.ANON | PageFlag.SWAPBACKED)
 _LRU = np.uint32(PageFlag.LRU)
 _ACTIVE = np.uint32(PageFlag.ACTIVE)
-_REFERENCED = np.uint32(PageFlag.REFERENCED)
 _NOT_ACCESSED = np.uint64(~cpu_pte.ACCESSED & (1 << 64) - 1)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _SWAPPED = np.uint64(cpu_pte.SWAP)

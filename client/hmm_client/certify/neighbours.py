@@ -11,9 +11,11 @@ mm/khugepaged.c, collapse_file() and collapse_huge_page(); mm/vmscan.c, shrink_f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import TypeAlias
 
+from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError
 from hmm.madvise import Advice
 from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
@@ -23,8 +25,8 @@ from hmm_client.interval_driver import IntervalDriver
 from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.process import Process
 
-CLEAR_SOFT_DIRTY = 4
 ROUNDS = 12
+Taking: TypeAlias = Callable[[IntervalMirror, AddressRange], Awaitable[object]]
 
 NEIGHBOURS = Suite()
 
@@ -43,44 +45,38 @@ async def other_device(stage: Stage, process: Process) -> AsyncIterator[Interval
         await device.unregister()
 
 
-async def take(other: IntervalMirror, span: AddressRange) -> None:
+async def exclude_some(other: IntervalMirror, span: AddressRange) -> None:
     """Take what can be taken of a range."""
     with suppress(HmmError):  # somebody was faster
         await other.make_exclusive(span)
 
 
-@NEIGHBOURS.add("pages that another device moves to its memory are had back")
-async def other_device_migrates(stage: Stage) -> None:
-    """MIGRATE by somebody else; the device's fault brings the page back."""
+async def have_back(stage: Stage, take: Taking, meanwhile: Taking) -> None:
+    """Another device takes pages, which the driver's device uses then, and others while it uses them."""
     process = await stage.process()
     span = await stage.region(process, PAGES)
     await use(stage, process, span)
     async with other_device(stage, process) as other:
-        await other.migrate_to_device(AddressRange(span.start, page(span, 4)))
+        await take(other, AddressRange(span.start, page(span, 4)))
         for index in range(4):
             await stage.device_reads(process, page(span, index), stamp(100 + index))
             await stage.device_writes(process, page(span, index), stamp(200 + index))
         for number in range(ROUNDS):
             accesses = [stage.device_may(process, page(span, index), write=bool(index % 2)) for index in range(PAGES)]
-            await asyncio.gather(*accesses, other.migrate_to_device(span))
+            await asyncio.gather(*accesses, meanwhile(other, span))
             await stage.device_writes(process, page(span, number % PAGES), stamp(300 + number))
+
+
+@NEIGHBOURS.add("pages that another device moves to its memory are had back")
+async def other_device_migrates(stage: Stage) -> None:
+    """MIGRATE by somebody else; the device's fault brings the page back."""
+    await have_back(stage, IntervalMirror.migrate_to_device, IntervalMirror.migrate_to_device)
 
 
 @NEIGHBOURS.add("pages that another device takes for itself are had back")
 async def other_device_excludes(stage: Stage) -> None:
     """EXCLUSIVE: atomic access of somebody else, until the CPU or a device touches the page."""
-    process = await stage.process()
-    span = await stage.region(process, PAGES)
-    await use(stage, process, span)
-    async with other_device(stage, process) as other:
-        await other.make_exclusive(AddressRange(span.start, page(span, 4)))
-        for index in range(4):
-            await stage.device_reads(process, page(span, index), stamp(100 + index))
-            await stage.device_writes(process, page(span, index), stamp(200 + index))
-        for number in range(ROUNDS):
-            accesses = [stage.device_may(process, page(span, index), write=bool(index % 2)) for index in range(PAGES)]
-            await asyncio.gather(*accesses, take(other, span))
-            await stage.device_writes(process, page(span, number % PAGES), stamp(300 + number))
+    await have_back(stage, IntervalMirror.make_exclusive, exclude_some)
 
 
 @NEIGHBOURS.add("pages whose writes are watched anew are faulted for writing again")
@@ -90,7 +86,7 @@ async def clear_refs(stage: Stage) -> None:
     span = await stage.region(process, PAGES)
     await use(stage, process, span)
     for number in range(3):
-        await process.clear_refs(CLEAR_SOFT_DIRTY)
+        await process.clear_refs(ClearRefs.SOFT_DIRTY)
         for index in range(PAGES):
             await stage.device_writes(process, page(span, index), stamp(200 + 10 * number + index))
 

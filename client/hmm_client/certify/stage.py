@@ -20,8 +20,6 @@ from hmm_client.client import Client
 from hmm_client.harness import Harness
 from hmm_client.process import Process
 
-UNMIRROR_S = 5.0
-
 
 class Stage:
     """One trial.

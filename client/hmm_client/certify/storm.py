@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
@@ -25,7 +26,7 @@ from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import Prot
 from hmm_client.certify.adversity import FIXED, RW, page
 from hmm_client.certify.findings import Finding
-from hmm_client.certify.neighbours import CLEAR_SOFT_DIRTY, other_device, take
+from hmm_client.certify.neighbours import exclude_some, other_device
 from hmm_client.certify.stage import Stage, stamp
 from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.process import Process
@@ -169,14 +170,14 @@ class Storm:
             await self._other.migrate_to_device(self._part(step))
 
     async def _exclude(self, step: Step) -> None:
-        await take(self._other, self._part(step))
+        await exclude_some(self._other, self._part(step))
 
     async def _page_out(self, step: Step) -> None:
         if self._content[step.page] is not None:
             await self._process.madvise(page(self._compared, step.page), PAGE_SIZE, Advice.PAGEOUT)
 
     async def _watch(self, step: Step) -> None:  # noqa: ARG002 - it concerns the whole process
-        await self._process.clear_refs(CLEAR_SOFT_DIRTY)
+        await self._process.clear_refs(ClearRefs.SOFT_DIRTY)
 
     def _part(self, step: Step) -> AddressRange:
         indices = self._range(step)
@@ -202,7 +203,7 @@ class Storm:
                 await self._process.munmap(address, PAGE_SIZE)
                 await self._process.mmap(PAGE_SIZE, RW, FIXED, address=address)
             case 3:
-                await take(self._other, AddressRange(address, address + PAGE_SIZE))
+                await exclude_some(self._other, AddressRange(address, address + PAGE_SIZE))
             case 4:
                 await self._other.migrate_to_device(AddressRange(address, address + PAGE_SIZE))
             case _:
