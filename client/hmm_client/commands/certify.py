@@ -22,6 +22,8 @@ from hmm_client.commands.progress import Progress
 
 SEEDS = "0:20"
 
+_WIDTH = max(map(len, ADVERSITIES))
+
 
 def _seeds(ctx: click.Context, parameter: click.Parameter, value: str) -> range:  # noqa: ARG001 - click's interface
     first, _, end = value.partition(":")
@@ -37,7 +39,7 @@ def _all_cpus() -> int:
 def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: ARG001 - as above
     if value:
         for adversity in ADVERSITIES.values():
-            click.echo(f"{adversity.name:24}  {adversity.title}")
+            click.echo(f"{adversity.name:{_WIDTH}}  {adversity.title}")
         ctx.exit()
 
 
@@ -135,7 +137,7 @@ def _print_trial(trial: Trial) -> None:
     if trial.seed is not None and not trial.findings:
         return
     mark = "FAIL" if trial.findings else "ok  "
-    click.echo(f"{mark} {trial.name:24} {trial.seconds:6.2f} s  {trial.title}")
+    click.echo(f"{mark} {trial.name:{_WIDTH}} {trial.seconds:6.2f} s  {trial.title}")
     for finding in trial.findings:
         click.echo(f"       {finding}")
     if trial.shortest:
