@@ -22,8 +22,9 @@ from hmm.commands_hmm import EXCLUSIVE_PAGES
 from hmm.events import Event
 from hmm.exclusive import held_exclusively
 from hmm.interval_notifier import IntervalMirror
-from hmm.machine import Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.operation import Await, Deliver, Pause
+from hmm.operation_record import OperationRecord
 from hmm.page_table import PageTable
 from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
 from hmm.userfaultfd import Userfault, Userfaultfd

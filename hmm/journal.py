@@ -22,8 +22,10 @@ from hmm.address_space import AddressSpace
 from hmm.errors import HmmError
 from hmm.frames import Frames
 from hmm.interval_notifier import IntervalMirror
-from hmm.machine import Input, Limits, Machine
+from hmm.limits import Limits
+from hmm.machine import Machine
 from hmm.mirror import Mirror
+from hmm.operation_record import Input
 from hmm.receiver import Receiver
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import area_of, slots_of

@@ -16,7 +16,8 @@ from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 from hmm.commands_userfaultfd import UserfaultMessage, read_userfaults
 from hmm.events import Delivery, Event, EventType
-from hmm.machine import Caller, Command, Machine, OperationRecord
+from hmm.machine import Command, Machine
+from hmm.operation_record import Caller, OperationRecord
 from hmm.units import MirrorId
 
 T = TypeVar("T")

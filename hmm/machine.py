@@ -20,8 +20,8 @@ from __future__ import annotations
 import errno as errnos
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -45,14 +45,17 @@ from hmm.frame_contents import MemoryProvider, anonymous_memory
 from hmm.frames import Frames, PageFlag
 from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
+from hmm.limits import Limits
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
+from hmm.operation_record import Caller, Input, OperationRecord
+from hmm.pin import Pin
 from hmm.receiver import Receiver, note_answered, send
 from hmm.reclaim import Reclaim
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import slots_of
 from hmm.swap_area import SwapArea
-from hmm.units import AddressRange, DeviceId, MirrorId, Pfns, ProcessId, SpaceId
+from hmm.units import AddressRange, DeviceId, MirrorId, ProcessId, SpaceId
 from hmm.userfaultfd import Userfaultfd
 from hmm.zone_device import used_frames
 
@@ -60,49 +63,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 PAST_RECEIVERS = 256
 """Receivers that are gone and whose violations can still be asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one machine may hold; each is an ENOMEM when exceeded.
-
-    Attributes:
-        frames: of system memory, the zero page included.
-        swap_pages: slots of the swap area; 0 for none: pages stay where they are, and memory runs out.
-        device_frames: frame numbers kept for the memory of devices.
-        hugetlb_pages: huge pages of system memory set aside for MAP_HUGETLB (vm.nr_hugepages).
-        dma_pages: that one device's IOMMU can map at a time.
-        directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
-    """
-
-    frames: int = 1 << 20
-    swap_pages: int = 0
-    device_frames: int = 1 << 20
-    hugetlb_pages: int = 0
-    processes: int = 4096
-    devices: int = 256
-    mirrors: int = 4096
-    files: int = 65536
-    userfaultfds: int = 4096
-    vmas: int = 65530
-    dma_pages: int = 1 << 24
-    directories: int = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who makes a call.
-
-    Attributes:
-        token: owner of what the call creates; the empty token belongs to everybody.
-        name: for people: what `pending` and events show.
-        callback: (mirror, event sequence) when the call is made from inside that driver callback.
-    """
-
-    token: str = ""
-    name: str = ""
-    callback: tuple[MirrorId, int] | None = None
-
 
 _NOBODY = Caller()
 _MAY_BE_CUT_SHORT = frozenset({WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS, WaitFor.USERFAULT})
@@ -120,73 +80,6 @@ class Process:
 
     def __str__(self) -> str:
         return f"process {self.id} ({self.name})"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pin:
-    """Pages that stay where they are until they are unpinned, whatever becomes of their process.
-
-    Attributes:
-        pfns: int64[n], their frames.
-        owner: the token of whoever pinned them.
-        long_term: they were moved out of memory that has to stay movable first.
-    """
-
-    pfns: Pfns
-    space_id: SpaceId
-    span: AddressRange
-    owner: str
-    long_term: bool
-
-
-@dataclass(slots=True, eq=False)
-class OperationRecord(Generic[T]):
-    """A call from its start to its result.
-
-    Attributes:
-        request: what it waits for; None before the start and when done.
-        dispatch: the event that it waits for, on its way to mirrors.
-        fenced: the mirrors that were lost while it waited for them.
-        refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
-        timed_out: its caller's patience has ended, and it ends as soon as it can.
-        killed: its caller has gone, and it waits for nobody's userfaultfd any more.
-    """
-
-    id: int
-    name: str
-    arguments: tuple[Any, ...]
-    caller: Caller
-    generator: Operation[T]
-    request: Request | None = None
-    dispatch: Dispatch | None = None
-    fenced: list[MirrorId] = field(default_factory=list)
-    refusal: WouldDeadlockError | None = None
-    timed_out: bool = False
-    killed: bool = False
-    done: bool = False
-    error: BaseException | None = None
-    value: T | None = None
-
-    @property
-    def result(self) -> T:
-        """The value the call returned; raises what it raised."""
-        if self.error is not None:
-            raise self.error
-        assert self.done
-        return self.value  # type: ignore[return-value]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One input as written down: the name of a method of the machine and its arguments."""
-
-    method: str
-    arguments: tuple[Any, ...]
-    keywords: tuple[tuple[str, Any], ...] = ()
-
-
-def _waits_for_handler(request: Request | None) -> bool:
-    return isinstance(request, Await) and request.wait_for is WaitFor.USERFAULT
 
 
 Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
@@ -363,7 +256,7 @@ class Machine:
         self._note("kill", operation_id)
         record = self.operations[operation_id]
         record.killed = True
-        if _waits_for_handler(record.request):
+        if record.waits_for_handler:
             self._advance(record, None, self._out_of_patience(record, record.request))
 
     def take_dispatches(self) -> list[Dispatch]:
@@ -471,7 +364,7 @@ class Machine:
         request = record.request
         if isinstance(request, Deliver):
             return None
-        if (record.killed or record.timed_out) and _waits_for_handler(request):
+        if (record.killed or record.timed_out) and record.waits_for_handler:
             return self._out_of_patience(record, request)
         if record.caller.callback is not None and self.waits_for_itself(record):
             return self._deadlock(record)
@@ -673,7 +566,7 @@ class Machine:
         for record in self.operations.values():
             assert record.request is not None
             assert not record.done
-            if _waits_for_handler(record.request):
+            if record.waits_for_handler:
                 self._check_wait_for_handler(record)
             assert isinstance(record.request, Deliver) == (record.dispatch is not None)
             if record.dispatch is not None:

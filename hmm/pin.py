@@ -16,6 +16,8 @@ migrate_longterm_unpinnable_folios()), mm/memory.c (wp_page_copy() for FAULT_FLA
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,11 +33,28 @@ from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, split_pmds
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, is_page_aligned, spans_of_pages
+from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, SpaceId, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
-__all__ = ["pin_user_pages"]
+__all__ = ["Pin", "pin_user_pages"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """Pages that stay where they are until they are unpinned, whatever becomes of their process.
+
+    Attributes:
+        pfns: int64[n], their frames.
+        owner: the token of whoever pinned them.
+        long_term: they were moved out of memory that has to stay movable first.
+    """
+
+    pfns: Pfns
+    space_id: SpaceId
+    span: AddressRange
+    owner: str
+    long_term: bool
 
 
 def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool, long_term: bool = True) -> Operation[Pfns]:

@@ -20,9 +20,10 @@ from typing import Any
 
 from hmm.checked import Checked
 from hmm.events import Delivery, Event, EventState, EventType
-from hmm.machine import Caller, Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Await, WaitFor
+from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import Receiver
 from hmm.testing_coverage import Coverage
 from hmm.units import MirrorId

@@ -17,7 +17,9 @@ from typing import Any
 from hmm.address_space import Thp
 from hmm.events import Delivery, Event
 from hmm.journal import digest, replay
-from hmm.machine import Limits, Machine, OperationRecord
+from hmm.limits import Limits
+from hmm.machine import Machine
+from hmm.operation_record import OperationRecord
 from hmm.scheduler import Call, Scheduler
 from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.testing_calls import CALLS

@@ -25,9 +25,10 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.file import File
-from hmm.machine import Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mirror import MirrorState
+from hmm.operation_record import OperationRecord
 from hmm.swap import area_of, slots_of
 from hmm.testing_memory import CarriedMemory
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Entries, page_down, page_up

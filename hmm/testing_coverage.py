@@ -22,8 +22,8 @@ from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import Migrated
 from hmm.cpu_access import Accessed
 from hmm.events import Cause, Delivery, Event
-from hmm.machine import OperationRecord
 from hmm.migration import MIGRATE
+from hmm.operation_record import OperationRecord
 from hmm.receiver import Receiver
 
 __all__ = ["COMMANDS", "Coverage", "outcome"]

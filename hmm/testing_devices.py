@@ -18,7 +18,7 @@ from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import AddressSpace, Thp
 from hmm.frames import RegionKind
 from hmm.interval_notifier import IntervalMirror, IntervalNotifier
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.range_fault import REQ_FAULT, REQ_WRITE

@@ -29,8 +29,9 @@ from hmm.commands_hmm import RangeFaulted
 from hmm.errors import BadAddressError
 from hmm.events import Delivery, Event, EventState, EventType
 from hmm.interval_notifier import IntervalMirror
-from hmm.machine import Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.mirror import Mirror
+from hmm.operation_record import OperationRecord
 from hmm.range_fault import VALID, WRITE, word_pfns
 from hmm.receiver import MirrorState
 from hmm.spans import overlap

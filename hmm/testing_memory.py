@@ -18,7 +18,8 @@ import numpy as np
 
 from hmm import commands_device, pte
 from hmm.events import Event, EventType
-from hmm.machine import Caller, Machine
+from hmm.machine import Machine
+from hmm.operation_record import Caller
 from hmm.testing_coverage import Coverage
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, MirrorId
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hmm import commands_process, testing_devices, testing_ksm, testing_userfaultfd
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import simulate

@@ -13,9 +13,9 @@ from typing import Any
 
 from hmm import commands_process, commands_userfaultfd, testing_devices
 from hmm.address_space import Thp
-from hmm.machine import OperationRecord
 from hmm.madvise import Advice
 from hmm.operation import Await
+from hmm.operation_record import OperationRecord
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import simulate
 from hmm.testing_town import Makers, Town

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from hmm.machine import Caller
+from hmm.operation_record import Caller
 from hmm_proto.convert import malformed
 from hmm_server.config import ConfigError
 

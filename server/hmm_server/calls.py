@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from hmm.errors import HmmError
-from hmm.machine import Caller, OperationRecord
+from hmm.operation_record import Caller, OperationRecord
 from hmm_proto.status import DRAINING_REASON, INTERNAL_REASON, is_not_made, to_call_result
 from hmm_proto.v1 import types_pb2
 from hmm_server.executor import DrainingError, Executor

@@ -9,7 +9,7 @@ the same names, without sections:
 **Invariants**: every queue, table and message of the daemon has its limit here; a name or a value that is not
 understood is an error and not ignored (in the environment only names listed here are looked at).
 
-**Absent**: what the limits mean to the core (`hmm.machine.Limits`).
+**Absent**: what the limits mean to the core (`hmm.limits.Limits`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.semantics import PROFILES
 
 ENVIRONMENT_PREFIX = "HMMD_"

@@ -15,7 +15,8 @@ from typing import Any
 
 from hmm import commands_device, commands_hmm
 from hmm.errors import TimedOutError
-from hmm.machine import Caller, Machine, OperationRecord
+from hmm.machine import Machine
+from hmm.operation_record import Caller, OperationRecord
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2

@@ -25,8 +25,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from hmm.dispatch import Dispatch
 from hmm.errors import HmmError, TimedOutError
 from hmm.events import EventState
-from hmm.machine import Caller, Command, Machine, OperationRecord
+from hmm.machine import Command, Machine
 from hmm.operation import Await, Deliver, Pause, WaitFor
+from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import AddressRange, MirrorId, SpaceId
 from hmm_server.holds import Going, Hold, Holds, Point

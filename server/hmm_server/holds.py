@@ -31,8 +31,9 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from hmm.dispatch import Dispatch
-from hmm.machine import Command, Machine, OperationRecord
+from hmm.machine import Command, Machine
 from hmm.operation import Await, Deliver
+from hmm.operation_record import OperationRecord
 from hmm.units import MirrorId, ProcessId, SpaceId
 
 Going: TypeAlias = tuple[Dispatch, tuple[MirrorId, ...]]

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any
 
-from hmm.machine import OperationRecord
+from hmm.operation_record import OperationRecord
 from hmm.receiver import Receiver
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
 from hmm.errors import HmmError
-from hmm.machine import OperationRecord
+from hmm.operation_record import OperationRecord
 from hmm.units import MirrorId
 from hmm_proto.status import INTERNAL_REASON
 

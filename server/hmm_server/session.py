@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from hmm.errors import ConflictError, HmmError, OutOfFramesError
-from hmm.machine import Caller, OperationRecord
+from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, session_pb2
 from hmm_server.callers import NAME_LENGTH_MAX

@@ -30,7 +30,7 @@ from hmm.commands_process import unpin
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import EventState
-from hmm.machine import Caller, OperationRecord
+from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import DeviceId, MirrorId
 from hmm_proto import convert

@@ -28,8 +28,9 @@ from hmm import commands_hmm as today
 from hmm import commands_process as processes
 from hmm.address_space import Thp
 from hmm.frame_contents import FrameContents
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Pfns

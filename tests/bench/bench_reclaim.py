@@ -16,8 +16,9 @@ import numpy as np
 from measurement import Row, compared, keep_memory, print_rows
 
 from hmm import commands_device, commands_hmm, commands_process
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

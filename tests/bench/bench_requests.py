@@ -26,8 +26,9 @@ from measurement import Row, alone, compared, keep_memory, print_rows
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.units import PAGE_SHIFT, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

@@ -12,8 +12,9 @@ import hmm_client
 from hmm import commands_process, commands_userfaultfd
 from hmm.commands_hmm import Migrated
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, NoSuchObjectError
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, MirrorId, Pfns, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

@@ -9,8 +9,10 @@ from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm.errors import HmmError
 from hmm.events import Delivery
-from hmm.machine import Caller, Limits, Machine, OperationRecord
+from hmm.limits import Limits
+from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy
+from hmm.operation_record import Caller, OperationRecord
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

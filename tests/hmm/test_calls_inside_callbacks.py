@@ -17,8 +17,8 @@ from hmm.errors import WouldDeadlockError
 from hmm.events import Delivery
 from hmm.inspection import pending
 from hmm.journal import digest
-from hmm.machine import Caller
 from hmm.madvise import Advice
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

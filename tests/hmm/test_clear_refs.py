@@ -13,7 +13,7 @@ from hmm.address_space import Thp
 from hmm.clear_refs import ClearRefs
 from hmm.errors import AccessDeniedError, InvalidRequestError
 from hmm.events import EventType, Reason
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE

@@ -13,8 +13,9 @@ from hmm import commands_process as processes
 from hmm.address_space import Thp
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.file import FileKind
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag

@@ -13,9 +13,9 @@ from hmm import commands_process as processes
 from hmm import pte
 from hmm.errors import TimedOutError
 from hmm.events import Delivery, EventType
-from hmm.machine import OperationRecord
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, WaitFor
+from hmm.operation_record import OperationRecord
 from hmm.units import PAGE_SIZE
 
 

@@ -13,8 +13,10 @@ from hmm import commands_process as processes
 from hmm import pte
 from hmm.device_access import Manner
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Caller, Limits, Machine
+from hmm.machine import Machine
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

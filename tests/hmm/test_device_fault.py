@@ -26,8 +26,9 @@ from hmm.errors import (
 )
 from hmm.events import Event, EventType
 from hmm.frames import PageFlag
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.mirror import MirrorState
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag

@@ -14,9 +14,9 @@ from hmm import commands_process as processes
 from hmm.dispatch import EVENTS_KEPT, Past
 from hmm.events import Cause, Event, EventState, EventType
 from hmm.journal import digest
-from hmm.machine import OperationRecord
 from hmm.mirror import DeadlinePolicy
 from hmm.notifier import FILLED_SHIFT, filled_blocks
+from hmm.operation_record import OperationRecord
 from hmm.units import PAGE_SIZE, AddressRange
 
 

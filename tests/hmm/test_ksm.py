@@ -15,7 +15,7 @@ from hmm.errors import InvalidRequestError
 from hmm.events import EventType, Reason
 from hmm.frames import PageFlag
 from hmm.ksm import MAX_PAGE_SHARING, KsmPass
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.smaps import memory_use

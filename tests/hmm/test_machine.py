@@ -26,9 +26,10 @@ from hmm.errors import (
 from hmm.events import EventType
 from hmm.frames import PageFlag
 from hmm.inspection import pending
-from hmm.machine import Caller, Limits
+from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation import Deliver
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE, WHOLE_SPACE, AddressRange
 from hmm.unmapped_area import MapFlag
 

@@ -17,7 +17,7 @@ from hmm.address_space import Thp
 from hmm.errors import EHWPOISON, Signal
 from hmm.events import EventType, Reason
 from hmm.frames import PageFlag, RegionKind
-from hmm.machine import Limits
+from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use

@@ -32,8 +32,9 @@ from hmm.errors import (
 )
 from hmm.events import Cause, Event, EventType
 from hmm.frames import RegionKind
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mirror import MirrorState
 from hmm.testing_memory import CarriedMemory

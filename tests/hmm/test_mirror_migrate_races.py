@@ -16,10 +16,12 @@ from hmm import cpu_pte, pte
 from hmm.address_space import Thp
 from hmm.errors import OutOfFramesError
 from hmm.events import Delivery, EventType
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
+from hmm.operation_record import OperationRecord
 from hmm.testing_memory import CarriedMemory
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange
 

@@ -21,10 +21,12 @@ from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.frames import PageFlag
 from hmm.interval_notifier import IntervalMirror
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Caller, Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.operation import Await, WaitFor
+from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.receiver import DeadlinePolicy
 from hmm.smaps import MemoryUse, memory_use

@@ -10,10 +10,12 @@ from hmm.errors import InvalidRequestError, NoSuchObjectError
 from hmm.events import Event
 from hmm.inspection import directories, pending, processes_of, walk
 from hmm.journal import digest, replay
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Caller, Limits, Machine
+from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, Operation, Pause, WaitFor
+from hmm.operation_record import Caller
 from hmm.scheduler import Call, Odds, Scheduler, StuckError
 from hmm.testing_town import choices
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange

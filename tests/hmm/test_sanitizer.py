@@ -11,9 +11,11 @@ from hmm import commands_process as processes
 from hmm import dispatch, pte, sanitizer
 from hmm.device_access import PLAIN, Manner
 from hmm.errors import AccessDeniedError, BadAddressError, DeviceLostError, HmmError, NoSuchObjectError
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Caller, Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm.unmapped_area import MapFlag
 from hmm.violation import Violation, ViolationKind

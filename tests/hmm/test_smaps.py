@@ -7,8 +7,9 @@ from machine_world import FIXED, RW, START, span
 from hmm import commands_file as files
 from hmm import commands_process as processes
 from hmm.clear_refs import ClearRefs
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.smaps import MemoryUse, memory_use, vm_flag_letters
 from hmm.units import PAGE_SIZE

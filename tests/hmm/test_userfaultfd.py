@@ -18,10 +18,12 @@ from hmm import commands_userfaultfd as uffd
 from hmm.address_space import Thp
 from hmm.errors import HmmError, Signal
 from hmm.journal import digest, replay
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Caller, Limits, Machine, OperationRecord
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
+from hmm.operation_record import Caller, OperationRecord
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.uffdio import IOCTLS, CopyMode, Filled

@@ -6,7 +6,7 @@ from machine_world import World, span
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
-from hmm.machine import Caller
+from hmm.operation_record import Caller
 from hmm.testing import simulate
 from hmm.testing_coverage import COMMANDS, Coverage, outcome
 

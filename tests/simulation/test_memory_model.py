@@ -25,8 +25,9 @@ from hypothesis.stateful import (
 from hmm import commands_device as devices
 from hmm import commands_process as processes
 from hmm.errors import HmmError
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.reclaim import Reclaim
 from hmm.swap import area_of

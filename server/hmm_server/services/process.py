@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from hmm import commands_process
-from hmm.machine import Caller
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
 from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2

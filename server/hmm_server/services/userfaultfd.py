@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from hmm import commands_userfaultfd as commands
-from hmm.machine import Caller
+from hmm.operation_record import Caller
 from hmm.uffdio import Filled
 from hmm_proto import convert
 from hmm_proto.status import to_call_result

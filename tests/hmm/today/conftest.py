@@ -11,8 +11,9 @@ from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import Thp
 from hmm.commands_hmm import Migrated
 from hmm.events import Event, Reason
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.units import PAGE_SIZE, AddressRange, ProcessId
 from hmm.unmapped_area import MapFlag

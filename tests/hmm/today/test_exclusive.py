@@ -14,8 +14,8 @@ from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Event, Reason
 from hmm.inspection import holdings
-from hmm.machine import Caller
 from hmm.mremap import MremapFlag
+from hmm.operation_record import Caller
 from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE, PMD_PAGES
 from hmm.unmapped_area import MapFlag

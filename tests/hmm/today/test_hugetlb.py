@@ -12,8 +12,9 @@ import pytest
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.errors import HmmError, Signal
 from hmm.events import Cause
+from hmm.limits import Limits
 from hmm.local import Local
-from hmm.machine import Limits, Machine
+from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE

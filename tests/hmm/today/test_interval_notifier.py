@@ -21,8 +21,8 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm.events import Reason
-from hmm.machine import Caller
 from hmm.operation import Await, WaitFor
+from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, word_pfns
 from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SIZE, TASK_SIZE

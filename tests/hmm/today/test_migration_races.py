@@ -7,8 +7,9 @@ from machine_world import World, error_of
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import TimedOutError, WouldDeadlockError
-from hmm.machine import Caller, Limits
+from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot

@@ -16,8 +16,8 @@ from hmm.errors import (
     RangeBusyError,
 )
 from hmm.frames import RegionKind
-from hmm.machine import Caller
 from hmm.migration import MIGRATE
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag

@@ -11,7 +11,7 @@ import pytest
 from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
 from hmm.interval_notifier import IntervalMirror
-from hmm.machine import Caller
+from hmm.operation_record import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
 from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.units import PAGE_SIZE
