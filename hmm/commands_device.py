@@ -30,9 +30,9 @@ from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.mirror_memory import MirrorMemory
 from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
-from hmm.notifier import Home
 from hmm.operation import Await, Operation, WaitFor, immediate
 from hmm.spans import inside
+from hmm.subscriber import Home
 from hmm.units import (
     PAGE_SIZE,
     TASK_SIZE,

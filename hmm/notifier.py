@@ -26,96 +26,17 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Self
 
-from hmm.dispatch import Audience, Dispatch, Hearer, Past
+from hmm.dispatch import Audience, Dispatch, Past
 from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError
-from hmm.events import IS_INVALIDATION, TAKES, Cause, Delivery, Event, EventState, EventType
-from hmm.frames import Region
+from hmm.events import IS_INVALIDATION, TAKES, Cause, Event, EventState, EventType
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
 from hmm.spans import Spans, are_ascending, overlap
-from hmm.units import WHOLE_SPACE, Address, AddressRange, Entries, MirrorId, Pfns, SpaceId
-
-
-class HasSpans(Protocol):
-    """Ranges that are worked out when somebody asks for them: many pages here and there are as many objects."""
-
-    @property
-    def spans(self) -> Spans:
-        """Ascending and disjoint."""
-
-
-class Home(Protocol):
-    """Where a mirror's pages are that its device has in its memory (mirror_memory.py)."""
-
-    @property
-    def region(self) -> Region:
-        """The memory."""
-
-    def leave(self) -> None:
-        """The mirror ends: what its driver alone has is lost, what the daemon has stays where it is."""
-
-    def has_pages(self, spans: Spans) -> bool:
-        """Whether a page of these ranges is there."""
-
-    def vacate(self, spans: Spans) -> Operation[int]:
-        """Bring back all that is there of these ranges.  Returns: number of pages."""
-
-    def give_up(self, pfns: Pfns) -> Operation[int]:
-        """Bring back the pages that are in frames of the memory, int64[n].  Returns: number of pages."""
-
-    def bring_back(self, addresses: Entries) -> Operation[None]:
-        """Bring pages back, as far as they are there: uint64[n] addresses, ascending."""
-
-    def copy_out(self, spans: Spans, take: Callable[[Entries, Pfns], None]) -> Operation[None]:
-        """Copy the pages of these ranges for somebody else, who takes addresses and frames (0: lost) part by part."""
-
-
-class Subscriber(Hearer, Protocol):
-    """What the notifier needs of a mirror or an interval subscription.
-
-    Attributes:
-        failing_allocation: the nth allocation from now on fails that is made to migrate pages for it; 0: none.
-    """
-
-    failing_allocation: int
-
-    @property
-    def home(self) -> Home | None:
-        """Its part of its device's memory; None when there is none that goes with its table."""
-
-    @property
-    def is_selective(self) -> bool:
-        """Whether it has to be asked about every event; those who are not hear all, but for what they ask for."""
-
-    @property
-    def may_abandon(self) -> bool:
-        """Whether a change that it does not answer in time is not made."""
-
-    def settling(self, spans: Spans) -> list[int]:
-        """The operations that have told it of a change of these ranges that has not been made yet."""
-
-    def hears(self, event: Event) -> bool:
-        """Whether this event has to be delivered to this subscriber."""
-
-    def awaits_late_answer(self) -> bool:
-        """Whether an abandoned event is still unanswered, so that nothing new may be sent."""
-
-    def settle(self, delivery: Delivery) -> bool:
-        """Apply what the answer means; False when the subscriber's own error is its end.
-
-        Who answered that it was done, and is not in `Notifier.filled`, need not be settled.
-        """
-
-    def holds(self, spans: Spans) -> bool:
-        """Whether there is anything that a change of these ranges may concern."""
-
-    def kill(self) -> None:
-        """Unsubscribe for good: it has been told to give everything up."""
-
+from hmm.subscriber import HasSpans, Subscriber
+from hmm.units import WHOLE_SPACE, Address, AddressRange, MirrorId, SpaceId
 
 FILLED_SHIFT = 30
 """log2 of the size of the blocks that are told apart where mirrors have entries: 1 GiB."""

@@ -28,9 +28,9 @@ from hmm.device import Device
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.events import IS_INVALIDATION, TAKES, Delivery, Event, EventState, EventType
-from hmm.notifier import Home
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.spans import Spans, overlap
+from hmm.subscriber import Home
 from hmm.units import TASK_SIZE, Address, AddressRange, MirrorId, ProcessId
 from hmm.violation import Taking, Violation, ViolationKind
 

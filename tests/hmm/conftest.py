@@ -16,9 +16,9 @@ from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
 from hmm.frames import Frames
 from hmm.mman import MapFlag, mmap
-from hmm.notifier import Home
 from hmm.operation import Await, Current, Deliver, Operation, Pause
 from hmm.spans import Spans
+from hmm.subscriber import Home
 from hmm.units import PAGE_SIZE, Address
 from hmm.vma import Prot, VmFlag
 

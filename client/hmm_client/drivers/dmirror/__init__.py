@@ -20,7 +20,8 @@ dangling pointers; `CLEAN`, the default, is what its author would want.
 
 **Invariants**: an access goes through the table; no entry outlives the event that takes it away.
 
-**Absent**: mapping the device file (its pages are ordinary ones).
+**Absent**: mapping the device file (its pages are ordinary ones); what is needed of the model (`interface.py`), what
+the ioctls give (`uapi.py`), what a profile says (`profile.py`).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ import errno as errnos
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from threading import RLock
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hmm import range_fault as words_of
-from hmm.commands_hmm import Migrated, VmaView
+from hmm.commands_hmm import Migrated
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
@@ -63,14 +64,15 @@ from hmm.units import (
     TASK_SIZE,
     Address,
     AddressRange,
-    DeviceId,
     Entries,
     MirrorId,
-    Pfn,
     Pfns,
     ProcessId,
     is_page_aligned,
 )
+from hmm_client.drivers.dmirror.interface import Hmm, Observer
+from hmm_client.drivers.dmirror.profile import CLEAN, LINUX_6_12_CORRECTED, LINUX_7_CORRECTED, Profile
+from hmm_client.drivers.dmirror.uapi import Flag, Reply, Snapshot
 
 __all__ = [
     "CLEAN",
@@ -89,142 +91,7 @@ __all__ = [
 ]
 
 
-Observer: TypeAlias = tuple[MirrorId, int]
-"""A mirror and its subscription."""
 _RangeFault: TypeAlias = Callable[[AddressRange, int], tuple[Entries, int]]
-
-
-class Hmm(Protocol):
-    """What the driver needs of today's interface; the commands of `hmm.commands_hmm`."""
-
-    def register_device(self, name: str, memory_pages: int, kind: RegionKind) -> DeviceId:
-        """A device with memory of its own."""
-
-    def device_frames(self, device_id: DeviceId) -> tuple[Pfn, Pfn]:
-        """The frames of its memory, from the first to behind the last."""
-
-    def attach(self, device_id: DeviceId, process_id: ProcessId, update: Callable[[Event], None]) -> MirrorId:
-        """Get the events of a process; `update` is called for each and has handled it when it returns."""
-
-    def detach(self, mirror_id: MirrorId) -> None:
-        """Get no more events."""
-
-    def insert_notifier(self, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool) -> int:
-        """Subscribe to a range."""
-
-    def read_begin(self, mirror_id: MirrorId, number: int) -> int:
-        """Begin a read section."""
-
-    def read_retry(self, mirror_id: MirrorId, number: int, sequence: int) -> bool:
-        """Whether it has to be repeated."""
-
-    def find_vma(self, mirror_id: MirrorId, address: Address) -> VmaView | None:
-        """The VMA at an address."""
-
-    def range_fault(
-        self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
-    ) -> Entries:
-        """hmm_range_fault()."""
-
-    def range_fault_unlocked(
-        self, mirror_id: MirrorId, number: int, span: AddressRange, default_flags: int
-    ) -> tuple[Entries, int]:
-        """hmm_range_fault_unlocked_timeout().  Returns: the words, and the sequence that they hold for."""
-
-    def observe(self, device_id: DeviceId, process_id: ProcessId) -> Observer:
-        """A mirror with one subscription to everything, which nobody listens to; for `snapshots`."""
-
-    def snapshots(self, observers: Sequence[Observer], span: AddressRange) -> list[Entries]:
-        """What each of them sees of a range, in one round trip."""
-
-    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
-        """Move a part of one VMA to the device."""
-
-    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
-        """Move it back."""
-
-    def fail_migration(self, mirror_id: MirrorId, nth: int) -> None:
-        """Make the nth allocation from now on fail that a migration of this mirror needs; 0: none."""
-
-    def evict_device(self, device_id: DeviceId) -> int:
-        """Move everything back."""
-
-    def make_exclusive(self, mirror_id: MirrorId, span: AddressRange) -> Pfns:
-        """Take pages from the CPU."""
-
-    def read_frames(
-        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, *, offset: int = 0, length: int | None = None
-    ) -> bytes:
-        """The device reads pages, or the bytes from `offset` in the first."""
-
-    def write_frames(
-        self, mirror_id: MirrorId, addresses: Entries, pfns: Pfns, data: bytes, *, offset: int = 0
-    ) -> None:
-        """The device writes pages, or a part of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """How the driver behaves where the kernel's is peculiar.
-
-    Attributes:
-        batch_pages: how many pages one range fault, snapshot or call for exclusive access is asked for.
-        migrate_pages: and one migration.
-        compound: huge pages are selected as such.
-        tags_holes: pages that were nowhere before they were migrated may be written at once if their VMA may; otherwise
-            the first write faults.
-        end_included: an event of [a, b) takes the entry of page b too.
-        faults_own_pages_back: a device write to a page of its own that is read-only brings the page back and goes on;
-            otherwise it fails with EFAULT, as hmm_range_fault() does not enforce writing there.
-        exclusive_errno: what every failure of EXCLUSIVE is; 0 for what it really was.
-        ignores_own_migrations: entries stay while their pages move, and whoever uses the handle at the same time
-            reaches pages that are the device's no more; otherwise they go first.
-    """
-
-    name: str
-    batch_pages: int
-    migrate_pages: int
-    compound: bool
-    tags_holes: bool
-    end_included: bool
-    faults_own_pages_back: bool
-    exclusive_errno: int
-    ignores_own_migrations: bool
-
-
-LINUX_6_12_CORRECTED = Profile(
-    "6.12-corrected",
-    batch_pages=64,
-    migrate_pages=64,
-    compound=False,
-    tags_holes=True,
-    end_included=True,
-    faults_own_pages_back=False,
-    exclusive_errno=errnos.EBUSY,
-    ignores_own_migrations=True,
-)
-LINUX_7_CORRECTED = Profile(
-    "7-corrected",
-    batch_pages=32,
-    migrate_pages=512,
-    compound=True,
-    tags_holes=False,
-    end_included=True,
-    faults_own_pages_back=False,
-    exclusive_errno=0,
-    ignores_own_migrations=True,
-)
-CLEAN = Profile(
-    "clean",
-    batch_pages=512,
-    migrate_pages=512,
-    compound=True,
-    tags_holes=True,
-    end_included=False,
-    faults_own_pages_back=True,
-    exclusive_errno=0,
-    ignores_own_migrations=False,
-)
 
 
 class Tag(IntEnum):
@@ -235,45 +102,10 @@ class Tag(IntEnum):
     ATOMIC = 2
 
 
-class Flag(IntFlag):
-    """What FLAGS sets: HMM_DMIRROR_FLAG_."""
-
-    FAIL_ALLOC = 1
-
-
-class Snapshot(IntEnum):
-    """Bytes of a snapshot: HMM_DMIRROR_PROT_."""
-
-    ERROR = 0xFF
-    NONE = 0x00
-    READ = 0x01
-    WRITE = 0x02
-    PMD = 0x04
-    ZERO = 0x10
-    DEV_PRIVATE_LOCAL = 0x20
-    DEV_COHERENT_LOCAL = 0x40
-    DEV_COHERENT_REMOTE = 0x50
-
-
 _LOCAL = {
     RegionKind.DEVICE_PRIVATE: Snapshot.DEV_PRIVATE_LOCAL,
     RegionKind.DEVICE_COHERENT: Snapshot.DEV_COHERENT_LOCAL,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What an ioctl gives back when it succeeds.
-
-    Attributes:
-        cpages: pages copied, or moved.
-        faults: how often something had to be faulted in.
-        data: the bytes read; of a snapshot one byte per page.
-    """
-
-    cpages: int = 0
-    faults: int = 0
-    data: bytes = b""
 
 
 _IN_USE = 1 << 2
