@@ -68,6 +68,7 @@ class Config:
     devices: int = _limit(256, "devices")
     mirrors: int = _limit(4096, "mirrors")
     files: int = _limit(65536, "files")
+    userfaultfds: int = _limit(4096, "userfaultfds that are open")
     vmas: int = _limit(65530, "mappings of one address space")
     dma_pages: int = _limit(1 << 24, "pages that one device can have mapped for DMA")
     directories: int = _limit(1 << 16, "directories of one page table")
@@ -132,19 +133,7 @@ class Config:
     @property
     def limits(self) -> Limits:
         """What the core needs of it."""
-        return Limits(
-            frames=self.frames,
-            swap_pages=self.swap_pages,
-            device_frames=self.device_frames,
-            hugetlb_pages=self.hugetlb_pages,
-            processes=self.processes,
-            devices=self.devices,
-            mirrors=self.mirrors,
-            files=self.files,
-            vmas=self.vmas,
-            dma_pages=self.dma_pages,
-            directories=self.directories,
-        )
+        return Limits(**{limit.name: getattr(self, limit.name) for limit in fields(Limits)})
 
     @property
     def socket_path(self) -> Path:

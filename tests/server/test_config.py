@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from hmm.limits import Limits
 from hmm_server.config import SETTINGS, Config, ConfigError, load
 
 
@@ -89,6 +91,13 @@ def test_value_is_refused_when_out_of_bounds(settings: dict[str, object]) -> Non
     """Limits are positive, parts fit into messages, TCP has TLS unless told otherwise."""
     with pytest.raises(ConfigError):
         Config(**settings)  # type: ignore[arg-type]
+
+
+def test_every_limit_of_the_core_is_a_setting() -> None:
+    """With the same default, so that a daemon holds as much as a machine by itself."""
+    assert Config().limits == Limits()
+    bounded = load({limit.name: 7 for limit in fields(Limits)}, {}, None).limits
+    assert all(getattr(bounded, limit.name) == 7 for limit in fields(Limits))
 
 
 def test_every_setting_explains_itself() -> None:

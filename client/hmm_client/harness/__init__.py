@@ -1,8 +1,9 @@
 """A test harness: drivers that misbehave on purpose, and calls that are held so that a race happens every time.
 
 `Misbehaviour` stands between a mirror and its driver.  `Harness` asks a daemon that was started with `harness` to hold
-calls, or to make an allocation fail.  `Rig` and `SyncRig` make processes, devices and mirrors that end with a test,
-`DriverProcess` runs a driver as a process of its own.  `hmm_client.pytest_plugin` has them as fixtures of pytest.
+calls, to make allocations, mappings and migrations fail, or to merge equal pages.  `Rig` and `SyncRig` make processes,
+devices and mirrors that end with a test, `DriverProcess` runs a driver as a process of its own.
+`hmm_client.pytest_plugin` has them as fixtures of pytest.
 
 **Absent**: what a driver must do; proto/README.md has the protocol as a sequence.
 """

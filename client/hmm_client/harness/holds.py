@@ -1,4 +1,4 @@
-"""Holding calls at a point, and failures of memory and mappings: what `hmmd --harness` can do for a test.
+"""Holding calls at a point, failures on demand, merging: what `hmmd --harness` can do for a test.
 
     harness = Harness(client)
     async with harness.hold(HoldPoint.BEFORE_EDIT, "madvise", process=process) as hold:

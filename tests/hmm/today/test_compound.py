@@ -318,7 +318,7 @@ def test_eviction_keeps_a_huge_page_whole(bench: Any) -> None:
 
 
 def test_eviction_splits_when_no_run_is_free(make_bench: Callable[..., Any]) -> None:
-    """The kernel's driver cannot: it has a TODO there."""
+    """The kernel's driver cannot yet; ours moves the pages one by one."""
     bench = make_linux_7(make_bench, 2 * BLOCK, BLOCK)
     bench.write(0, DATA)
     to_device(bench)

@@ -232,6 +232,8 @@ def test_benchmark_thp_migration(hmm: Any, size: int, advice: Advice) -> None:
     for _ in range(1 + ROUNDS):
         hmm.mirror.migrate_to_device(a, npages)
         hmm.mirror.migrate_to_system(a, npages)
+    first = min(size, len(filling))
+    assert hmm.process.read(a, first) == filling[:first]
     hmm.unmap(a, npages)
 
 
