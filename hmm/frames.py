@@ -339,12 +339,6 @@ class Frames(FrameContents):
         self._allocator.give_back(pfns)
         return pfns
 
-    def get_one(self, pfn: Pfn) -> None:
-        """Take a reference."""
-        if pfn != ZERO_PFN:
-            assert self._refcount[pfn], f"a reference to free frame {pfn:#x}"
-            self._refcount[pfn] += 1
-
     def put_one(self, pfn: Pfn) -> bool:
         """Drop a reference.
 

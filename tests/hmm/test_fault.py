@@ -182,7 +182,7 @@ def test_fault_in_copies_when_somebody_else_holds_a_reference(world: Any, space:
     world.run(write_memory(space, start, b"a"))
     child = forked(world, space)
     before = pfn(space, start)
-    world.frames.get_one(before)
+    world.frames.get(np.array([before]))
     world.run(exit_mmap(child))
     world.run(fault_in(space, pages(start), write=True))
     assert pfn(space, start) != before

@@ -114,16 +114,12 @@ class FramesMachine(RuleBasedStateMachine):
         except OutOfFramesError:
             assert free == 0
 
-    @rule(picks=PICKS, zero=st.booleans(), entry=st.booleans(), one=st.booleans())
-    def take_references(self, picks: list[int], zero: bool, entry: bool, one: bool) -> None:
-        """get, scalar or by array, or map of frames in use; repetitions count."""
+    @rule(picks=PICKS, zero=st.booleans(), entry=st.booleans())
+    def take_references(self, picks: list[int], zero: bool, entry: bool) -> None:
+        """get or map of frames in use; repetitions count."""
         pfns = self.pick(picks, sorted(self.references))
         named = [*pfns, ZERO_PFN] if zero else pfns
-        if one and not entry:
-            for pfn in named:
-                self.frames.get_one(pfn)
-        else:
-            (self.frames.map if entry else self.frames.get)(array(named))
+        (self.frames.map if entry else self.frames.get)(array(named))
         self.references.update(pfns)
         if entry:
             self.entries.update(pfns)
