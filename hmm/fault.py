@@ -52,7 +52,7 @@ from hmm.units import (
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
-__all__ = ["RESOLVERS", "Resolver", "bring_in", "continues", "fault_in", "pieces", "raise_stop", "rest_of"]
+__all__ = ["RESOLVERS", "Resolver", "bring_in", "continues", "fault_in", "pieces", "raise_stop"]
 
 Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
 RESOLVERS: dict[int, Resolver] = {}
@@ -98,7 +98,7 @@ def fault_in(
         while (stop := (yield from bring_in(space, rest, write=write, may_retry=may_retry))) is not None:
             if not continues(space, rest, stop):
                 raise_stop(stop, write=write)
-            rest = rest_of(rest, stop)
+            rest = _rest_of(rest, stop)
 
 
 def raise_stop(stop: Stop, *, write: bool) -> None:
@@ -118,7 +118,7 @@ def continues(space: AddressSpace, target: AddressRange | Entries, stop: Stop) -
     return stop.signal is None and bool(may_come) and stop.address > _first(target)
 
 
-def rest_of(target: AddressRange | Entries, stop: Stop) -> AddressRange | Entries:
+def _rest_of(target: AddressRange | Entries, stop: Stop) -> AddressRange | Entries:
     """What is left of `target` from the page on where `bring_in` stopped."""
     if isinstance(target, AddressRange):
         return AddressRange(stop.address, target.end)

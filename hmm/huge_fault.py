@@ -30,7 +30,7 @@ from hmm.frames import PageFlag
 from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["allows_huge", "blocks_of", "fault_huge", "has_table", "mark_huge", "reuse_huge"]
+__all__ = ["blocks_of", "fault_huge", "has_table", "mark_huge", "reuse_huge"]
 
 _HUGE_ZERO_PAGE = ZERO_PAGE | cpu_pte.HUGE
 
@@ -45,7 +45,7 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
     Cost: O(blocks), some 20 us for each that gets a huge page.
     """
     space = attempt.space
-    allowed = allows_huge(space, vma)
+    allowed = _allows_huge(space, vma)
     if not allowed and not space.huge:
         return
     for start in blocks_of(target):
@@ -60,7 +60,7 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
                 _install(space, vma, start, attempt.write)
 
 
-def allows_huge(space: AddressSpace, vma: Vma) -> bool:
+def _allows_huge(space: AddressSpace, vma: Vma) -> bool:
     """Whether a first touch in this VMA may bring in huge pages: thp_vma_allowable_order()."""
     if not space.thp or vma.backing is not None or vma.has(VmFlag.NOHUGEPAGE):
         return False

@@ -45,7 +45,6 @@ __all__ = [
     "are_whole",
     "have_room",
     "map_by_pages",
-    "positions_of",
     "split_large",
     "split_unmapped",
     "split_zero_pages",
@@ -70,7 +69,7 @@ def are_selected(migration: Migration, pfns: Pfns) -> _Mask:
     return wanted
 
 
-def positions_of(heads: Positions) -> Positions:
+def _positions_of(heads: Positions) -> Positions:
     """The positions of all pages of blocks that begin at these: int64[n * PMD_PAGES]."""
     return (heads[:, np.newaxis] + np.arange(PMD_PAGES)).reshape(-1)
 
@@ -222,14 +221,14 @@ def split_unmapped(migration: Migration, held: HeldPages) -> Operation[None]:
     """
     heads = migration.heads
     heads = heads[(migration.dst[heads] & np.uint64(VALID | COMPOUND)) == VALID]
-    framed = positions_of(heads[(migration.src[heads] & np.uint64(VALID)) != 0])
+    framed = _positions_of(heads[(migration.src[heads] & np.uint64(VALID)) != 0])
     if framed.size:
         starts = migration.addresses[framed[::PMD_PAGES]].tolist()
         spans = tuple(AddressRange(start, start + PMD_PAGES * PAGE_SIZE) for start in starts)
         with migration.space.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT) as bracket:
             yield from bracket.deliver()
             map_by_pages(held, np.isin(held.pfns, migration.source_pfns(framed)))
-    migration.src[positions_of(heads)] &= _NOT_COMPOUND
+    migration.src[_positions_of(heads)] &= _NOT_COMPOUND
 
 
 def map_by_pages(held: HeldPages, chosen: _Mask) -> None:

@@ -33,7 +33,6 @@ from hmm.vma import Prot
 
 __all__ = [
     "DEVICE_CALLS",
-    "HUGE_CALLS",
     "LARGE_WITH_DEVICES",
     "MIRROR_CALLS",
     "SMALL_WITH_DEVICES",
@@ -41,7 +40,6 @@ __all__ = [
     "simulate_compound",
     "simulate_devices",
     "simulate_huge_pages",
-    "simulate_mirror_memory",
 ]
 
 SMALL_WITH_DEVICES = Limits(frames=400, device_frames=64, processes=8, directories=1 << 10)

@@ -20,12 +20,8 @@ from hmm.testing_calls import munlock_all, write_file
 from hmm.testing_town import Makers, Town
 
 __all__ = [
-    "SHORT_OF_MEMORY",
-    "SWAP_CALLS",
     "TOWNS",
     "simulate_swap",
-    "simulate_swap_and_devices",
-    "simulate_swap_and_mirror_memory",
 ]
 
 SHORT_OF_MEMORY = Limits(frames=25, swap_pages=48, device_frames=64, processes=8, directories=1 << 10)

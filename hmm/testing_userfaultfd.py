@@ -22,7 +22,7 @@ from hmm.testing_town import Makers, Town
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.userfaultfd import UserfaultFeature
 
-__all__ = ["USERFAULTFD_CALLS", "handle", "simulate_userfaultfds"]
+__all__ = ["handle", "simulate_userfaultfds"]
 
 _USERFAULTFDS = 3
 _POPULATE = (Advice.POPULATE_READ, Advice.POPULATE_WRITE)

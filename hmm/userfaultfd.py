@@ -27,7 +27,7 @@ from enum import IntFlag
 from hmm.operation import Await, Current, Operation, WaitFor
 from hmm.units import PAGE_SIZE, Address, AddressRange, SpaceId
 
-__all__ = ["NO_FEATURES", "Userfault", "UserfaultFeature", "Userfaultfd"]
+__all__ = ["Userfault", "UserfaultFeature", "Userfaultfd"]
 
 
 class UserfaultFeature(IntFlag):
@@ -37,7 +37,7 @@ class UserfaultFeature(IntFlag):
     SIGBUS = 1 << 7
 
 
-NO_FEATURES = UserfaultFeature(0)
+_NO_FEATURES = UserfaultFeature(0)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +75,7 @@ class Userfaultfd:
     current: Current
     owner: str = ""
     handler: str = ""
-    features: UserfaultFeature = NO_FEATURES
+    features: UserfaultFeature = _NO_FEATURES
     faults: dict[int, Userfault] = field(default_factory=dict)
     _tickets: int = 0
 
