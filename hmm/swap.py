@@ -19,7 +19,7 @@ half of swap is used; here it leaves at once, and is written again when it goes 
 from __future__ import annotations
 
 from hmm import cpu_pte
-from hmm.frames import Frames
+from hmm.frames import Frames, PageFlag
 from hmm.operation import Operation
 from hmm.swap_area import Slots, SwapArea
 from hmm.units import Entries, Pfns
@@ -67,6 +67,7 @@ def free_entries(frames: Frames, slots: Slots) -> None:
     if pfns.size:
         area.cached[freed] = 0
         frames.private[pfns] = 0
+        frames.set_flags(pfns, PageFlag.DIRTY)  # nowhere else is what they hold: folio_free_swap()
         frames.put(pfns)
 
 

@@ -24,6 +24,7 @@ from hmm.testing_swap import TOWNS
         ("memory", 20039),  # a touch inside the last update of a mirror waited for that update
         ("memory", 947),  # a fault told a driver of pages that it had just brought back
         ("huge", 1354),  # a driver that had only started, and did not finish in time, was taken for one that had
+        ("swap-memory", 132089),  # what had left the swap cache was taken for unwritten when a relative freed it lazily
         ("swap-devices", 12),  # a page that the CPU was taking back was given to a device once more meanwhile
         ("huge", 110203),
         ("huge", 3056),  # a call from inside a callback turned round and round for a page that this callback kept
