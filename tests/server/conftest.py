@@ -80,7 +80,10 @@ class Driver:
         for reply in message.replies:
             self.parts.setdefault(reply.request_id, []).append(reply)
             if not reply.more:
-                self._replies[reply.request_id].set_result(reply)
+                expected = self._replies[reply.request_id]
+                assert not expected.done() or expected.cancelled(), f"answered twice: {reply}"
+                if not expected.cancelled():  # somebody still waits for it
+                    expected.set_result(reply)
         if message.HasField("bye") and not self.ended.done():
             self.ended.set_result(message.bye.reason)
 
