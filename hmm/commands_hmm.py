@@ -4,7 +4,8 @@
     looking and faulting find_vma range_fault range_fault_unlocked
     moving               migrate_to_device migrate_to_system evict_device
     exclusive access     make_exclusive give_back_exclusive
-    the device itself    read_frames write_frames
+    DMA                  dma_map dma_unmap
+    the device itself    read_frames write_frames read_dma write_dma
 
 A driver attaches a device to a process once and gets one numbered stream of events for it; it inserts as many
 interval notifiers there as it likes.
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hmm import device_pages, exclusive, frame_access
+from hmm import device_pages, exclusive, frame_access, hmm_dma
 from hmm.device import Device
 from hmm.errors import (
     AccessDeniedError,
@@ -97,6 +98,19 @@ class Migrated:
 
     src: Entries
     dst: Entries
+
+
+@dataclass(frozen=True, slots=True)
+class DmaMapped:
+    """Pages that are mapped for DMA.
+
+    Attributes:
+        words: uint64[n], with DMA_MAPPED.
+        dma_addresses: uint64[n], in bytes.
+    """
+
+    words: Entries
+    dma_addresses: Entries
 
 
 @immediate
@@ -350,6 +364,42 @@ def give_back_exclusive(machine: Machine, mirror_id: MirrorId) -> Operation[int]
     addresses = exclusive.held_exclusively(mirror.space, mirror_id)
     yield from exclusive.give_back(mirror.space, addresses)
     return int(addresses.size)
+
+
+@immediate
+def dma_map(
+    machine: Machine, mirror_id: MirrorId, addresses: Entries, words: Entries, since: int | None = None
+) -> DmaMapped:
+    """As `hmm_dma.dma_map_pfns`."""
+    return DmaMapped(*hmm_dma.dma_map_pfns(_live(machine, mirror_id), addresses, words, since))
+
+
+@immediate
+def dma_unmap(machine: Machine, mirror_id: MirrorId, addresses: Entries, words: Entries) -> Entries:
+    """As `hmm_dma.dma_unmap_pfns`; also when the process has exited."""
+    return hmm_dma.dma_unmap_pfns(_mirror(machine, mirror_id), addresses, words)
+
+
+@immediate
+def read_dma(
+    machine: Machine,
+    mirror_id: MirrorId,
+    pages: Entries,
+    since: int | None = None,
+    *,
+    offset: int = 0,
+    length: int | None = None,
+) -> bytes:
+    """As `hmm_dma.read_dma`."""
+    return hmm_dma.read_dma(_mirror(machine, mirror_id), pages, since, offset=offset, length=length)
+
+
+@immediate
+def write_dma(
+    machine: Machine, mirror_id: MirrorId, pages: Entries, data: bytes, since: int | None = None, *, offset: int = 0
+) -> None:
+    """As `hmm_dma.write_dma`."""
+    hmm_dma.write_dma(_mirror(machine, mirror_id), pages, data, since, offset=offset)
 
 
 @immediate

@@ -30,7 +30,7 @@ from hmm.units import PAGE_SIZE, PMD_MASK, Entries, Pfns
 from hmm.violation import Violation, ViolationKind
 from hmm.zone_device import owners
 
-__all__ = ["read_frames", "write_frames"]
+__all__ = ["read_frames", "require_there", "write_frames"]
 
 
 def read_frames(
@@ -61,7 +61,7 @@ def read_frames(
     """
     length = _part("read", addresses.size, offset, length)
     try:
-        _require_there(mirror, addresses, pfns, since, write=False)
+        require_there(mirror, addresses, pfns, since, write=False)
     except HmmError:
         if mirror.lenient:
             return b"\xff" * length
@@ -83,7 +83,7 @@ def write_frames(
     """
     _part("write", addresses.size, offset, len(data))
     try:
-        entries = _require_there(mirror, addresses, pfns, since, write=True)
+        entries = require_there(mirror, addresses, pfns, since, write=True)
     except HmmError:
         if mirror.lenient:
             return
@@ -113,9 +113,11 @@ def _part(operation: str, npages: int, offset: int, length: int | None) -> int:
     return wanted
 
 
-def _require_there(
-    mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since: int | None, *, write: bool
-) -> Entries:
+def require_there(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since: int | None, *, write: bool) -> Entries:
+    """The CPU's entries, uint64[n], of pages that a device uses; refused where they are not what the driver believes.
+
+    Args, Raises: as `read_frames`; to write, as `write_frames`.
+    """
     space = mirror.space
     entries = space.table.lookup(addresses)
     zero = cpu_pte.is_special(entries) & (pfns == ZERO_PFN)

@@ -8,7 +8,7 @@ repeated when that has moved:
     ... look at the page table ...
     if read_retry(sequence): start over, else program the device
 
-The driver keeps its own table: of it nothing is known here.
+The driver keeps its own table: of it nothing is known here, but what is mapped for DMA.
 
 A subscription may have two passes: its driver answers that it has only started (EINPROGRESS), and is called once more
 when all drivers have started, so that many devices stop at the same time.
@@ -30,12 +30,16 @@ from __future__ import annotations
 import errno as errnos
 from dataclasses import dataclass, field
 
+from hmm import pte
 from hmm.checked import Checked
+from hmm.dma_map import DmaMap
 from hmm.errors import InvalidRequestError, NoSuchObjectError, WouldDeadlockError
-from hmm.events import Delivery, Event, EventState
+from hmm.events import Delivery, Event, EventState, Reason
+from hmm.iommu import Domain
 from hmm.operation import Await, Operation, WaitFor
 from hmm.receiver import MirrorState, Receiver
-from hmm.units import Address, AddressRange
+from hmm.units import PAGE_SIZE, Address, AddressRange, Entries
+from hmm.violation import ViolationKind
 from hmm.zone_device import forget_holder
 
 __all__ = ["IntervalMirror", "IntervalNotifier"]
@@ -70,13 +74,23 @@ class IntervalNotifier:
 
 @dataclass(slots=True, eq=False)
 class IntervalMirror(Receiver):
-    """A driver's interval notifiers in one address space, called back through one stream."""
+    """A driver's interval notifiers in one address space, called back through one stream.
+
+    Attributes:
+        dma: what it has mapped for DMA; None when its device does none.
+    """
 
     notifiers: dict[int, IntervalNotifier] = field(default_factory=dict)
     last_notifier: int = 0
+    dma: DmaMap | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dma = DmaMap(Domain(self.device.iommu)) if self.device.iommu else None
 
     def release(self, state: MirrorState, why: str = "") -> None:
-        """Hear nothing any more; pages that it put on its device come back without it."""
+        """Hear nothing any more; pages that it put on its device come back without it, nothing stays mapped for DMA."""
+        if self.dma is not None:
+            self.dma.unmap_all()
         forget_holder(self.space.frames, self.id)
         Receiver.release(self, state, why)
 
@@ -187,14 +201,40 @@ class IntervalMirror(Receiver):
         )
 
     def settle(self, delivery: Delivery) -> bool:
-        """An answer has no effect here: a callback that may wait cannot fail."""
+        """Look whether the driver has unmapped what was taken; else an answer has no effect, and is no error here."""
+        if self.dma is not None and delivery.state is EventState.ACKNOWLEDGED and not delivery.unfinished:
+            self._require_unmapped(self.dma, delivery)
         if delivery.errno and delivery.state is not EventState.REFUSED:
             self.counters[f"refused_{delivery.event.etype.name.lower()}"] += 1
         return True
 
+    def note_mapping(self, addresses: Entries) -> None:
+        """Pages, uint64[n], are about to be mapped for DMA: from now on its answers are looked at."""
+        if addresses.size:
+            span = AddressRange(int(addresses.min()), int(addresses.max()) + PAGE_SIZE)
+            self.space.notifier.note_filling(self.id, span)
+
+    def _require_unmapped(self, dma: DmaMap, delivery: Delivery) -> None:
+        # Its own migration is for its driver to sort out; after RELEASE comes UNMAP.  Where pages stay, mappings may.
+        event = delivery.event
+        mapped = dma.within(event.spans)
+        if not mapped.size or event.initiator == self.id or event.reason is Reason.RELEASE:
+            return
+        if event.pte_mask != pte.MASK_NONE:
+            dma.write_protect(mapped)
+            return
+        address = int(mapped[0])
+        taking = self.taken_by(address, pte.VALID)
+        self.report(ViolationKind.DMA_MAPPING_KEPT, address, mapped.size, write=False, taking=taking)
+
     def check(self, checked: Checked) -> None:
-        """Assert the invariants of the subscriptions."""
+        """Assert the invariants of the subscriptions and DMA mappings."""
         Receiver.check(self, checked)
+        if self.dma is not None:
+            tables = (self.dma.table, *self.dma.domain.tables)
+            if checked.is_new(self, self.state, *(checked.number(table) for table in tables)):
+                self.dma.check()
+                assert self.state is MirrorState.LIVE or self.dma.table.is_empty, f"{self} is gone and maps for DMA"
         for notifier in self.notifiers.values():
             assert notifier.sequence & 1, f"{self}: an even sequence"
             assert notifier.sequence <= self.space.notifier.sequence, f"{self}: a sequence of the future"

@@ -16,7 +16,7 @@ the request, of the VMA or of the directory: pages of the own device that lie th
 
 **Invariants**: when an error is raised, words below the failing address are outputs and all others still inputs.
 
-**Absent**: DMA mapping of the result.
+**Absent**: DMA mapping of the result (hmm_dma.py).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
 __all__ = [
+    "DMA_MAPPED",
     "ERROR",
     "ORDER_SHIFT",
     "REQ_FAULT",
@@ -67,6 +68,7 @@ WRITE = 1 << 62
 ERROR = 1 << 61
 REQ_FAULT = VALID
 REQ_WRITE = WRITE
+DMA_MAPPED = 1 << 60
 STICKY = 0b111 << 58
 """DMA_MAPPED, P2PDMA, P2PDMA_BUS: they survive from input to output."""
 ORDER_SHIFT = 53

@@ -8,8 +8,9 @@ make_device_exclusive() for one page; mm/migrate_device.c, migrate_vma_collect_p
 userfaultfd_unregister().
 
 **Absent**: what drivers may use under either: invalidations with two passes, range faults that take the lock
-themselves, the words of 6.16; page locks, so that nobody finds a page of a device busy; a subscription that keeps huge
-pages away, which was proposed and refused; differences that no driver and no program can see.
+themselves, the words of 6.16 and its helpers for DMA; page locks, so that nobody finds a page of a device busy; a
+subscription that keeps huge pages away, which was proposed and refused; differences that no driver and no program can
+see.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class ViolationKind(Enum):
     NO_TRANSLATION = "no translation"
     ACCESS_AFTER_FENCE = "access after fence"
     DIRTY_NOT_REPORTED = "dirty not reported"
+    DMA_MAPPING_KEPT = "DMA mapping kept"
 
     @property
     def rule(self) -> str:
@@ -42,7 +43,11 @@ _RULES = {
     ViolationKind.NO_TRANSLATION: "a device accesses only what was faulted in before",
     ViolationKind.ACCESS_AFTER_FENCE: "a mirror that was fenced has nothing any more",
     ViolationKind.DIRTY_NOT_REPORTED: "what a device wrote is reported at the latest with the answer that gives it up",
+    ViolationKind.DMA_MAPPING_KEPT: "what an event takes is unmapped for DMA before the event is answered",
 }
+
+
+_OF_ANSWERS = (ViolationKind.DIRTY_NOT_REPORTED, ViolationKind.DMA_MAPPING_KEPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class Violation:
     taking: Taking | None = None
 
     def __str__(self) -> str:
-        access = "answer" if self.kind is ViolationKind.DIRTY_NOT_REPORTED else "write" if self.write else "read"
+        access = "answer" if self.kind in _OF_ANSWERS else "write" if self.write else "read"
         more = f" and {self.pages - 1:,} more pages" if self.pages > 1 else ""
         after = f"; acknowledged was {self.taking}" if self.taking else ""
         where = f"{self.address:#x}{more} in mirror {self.mirror_id} ({self.device})"

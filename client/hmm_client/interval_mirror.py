@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
+from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
 from hmm.errors import InvalidRequestError, RangeBusyError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns
 from hmm_client.interval_driver import Adapter, IntervalDriver
@@ -175,6 +175,61 @@ class IntervalMirror(Receiver):
         request = hmm_pb2.MakeExclusiveRequest(mirror_id=self.id, range=range_to_proto(span), owned=owned)
         return entries_from_proto((await self.make("make_exclusive", request)).pfns).view(np.int64)
 
+    # ---- DMA
+
+    async def dma_map(self, addresses: Entries, words: Entries, *, heard: int | None = None) -> DmaMapped:
+        """Map pages of a range fault for DMA (`hmm_dma_map_pfn()`); all of them or none.
+
+        Pages that are mapped keep their DMA address, and may be written from now on as their word says.
+
+        Args:
+            addresses: uint64[n], each another page; at most 65,536.
+            words: uint64[n], what a range fault said of them; not changed.
+            heard: `mirror.heard` when the driver looked at the words, if that was some time ago; None: now.
+
+        Returns: the words with DMA_MAPPED, to be given to the next range fault and to `dma_unmap`; uint64[n] DMA
+        addresses.
+
+        Raises:
+            InvalidRequestError: the device does no DMA (EOPNOTSUPP); a page twice, a word without VALID, one with
+                DMA_MAPPED of a page that is not mapped, or a page whose last mapping reaches another frame (EINVAL).
+            BadAddressError: the word of `error.address` is out of date, or it is in private memory of the device
+                (EFAULT).
+            OutOfFramesError: the IOMMU maps no more (ENOMEM).
+        """
+        request = hmm_pb2.DmaMapRequest(
+            mirror_id=self.id,
+            pages=entries_to_proto(addresses),
+            words=entries_to_proto(words),
+            heard_sequence=self.heard if heard is None else heard,
+        )
+        parts = await self.call("dma_map", request)
+        self.require(parts[-1])
+        mapped, dma_addresses = (b"".join(getattr(part, name) for part in parts) for name in ("words", "dma_addresses"))
+        return DmaMapped(entries_from_proto(mapped), entries_from_proto(dma_addresses))
+
+    async def dma_unmap(self, addresses: Entries, words: Entries) -> Entries:
+        """Unmap the pages whose word has VALID and DMA_MAPPED (`hmm_dma_unmap_pfn()`); others are left alone.
+
+        A driver does that with what an event takes, before it returns from its callback.
+
+        Args:
+            addresses: uint64[n], each another page; at most 65,536.
+            words: uint64[n]; not changed.
+
+        Returns: the words; DMA_MAPPED is gone from those of the pages that were unmapped.
+
+        Raises:
+            InvalidRequestError: the device does no DMA (EOPNOTSUPP); a page is not mapped whose word says so (EINVAL);
+                nothing was unmapped.
+        """
+        request = hmm_pb2.DmaUnmapRequest(
+            mirror_id=self.id, pages=entries_to_proto(addresses), words=entries_to_proto(words)
+        )
+        parts = await self.call("dma_unmap", request)
+        self.require(parts[-1])
+        return entries_from_proto(b"".join(part.words for part in parts))
+
     # ---- what the device does
 
     async def read_frames(
@@ -199,10 +254,24 @@ class IntervalMirror(Receiver):
             InvalidRequestError: there is no such part of these pages (EINVAL).
             BadAddressError: `error.address` is no longer there (EFAULT).
         """
+        return await self._read(addresses, pfns, offset, length, heard)
+
+    async def read_dma(
+        self, pages: Entries, *, offset: int = 0, length: int | None = None, heard: int | None = None
+    ) -> bytes:
+        """As `read_frames`, of pages named by DMA address, uint64[n].
+
+        Raises: as `read_frames`, where `error.address` is a DMA address at which nothing is mapped (any more).
+        """
+        return await self._read(pages, None, offset, length, heard)
+
+    async def _read(
+        self, addresses: Entries, pfns: Pfns | None, offset: int, length: int | None, heard: int | None
+    ) -> bytes:
         wanted = addresses.size * PAGE_SIZE - offset if length is None else length
         parts = []
         for pages, frames, at, end in _parts("read", addresses, pfns, offset, wanted):
-            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames)
+            request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, dma=pfns is None)
             request.heard_sequence = self.heard if heard is None else heard
             request.offset, request.length = 0 if at else offset, end - at
             parts.append((await self.make("read_frames", request)).data)
@@ -221,8 +290,21 @@ class IntervalMirror(Receiver):
         Raises: as `read_frames`; also
             AccessDeniedError: `error.address` may not be written (EACCES).
         """
+        await self._write(addresses, pfns, data, offset, heard)
+
+    async def write_dma(self, pages: Entries, data: bytes, *, offset: int = 0, heard: int | None = None) -> None:
+        """As `write_frames`, of pages named by DMA address, uint64[n].
+
+        Raises: as `read_dma`; also
+            AccessDeniedError: `error.address` was not mapped for writing (EACCES).
+        """
+        await self._write(pages, None, data, offset, heard)
+
+    async def _write(self, addresses: Entries, pfns: Pfns | None, data: bytes, offset: int, heard: int | None) -> None:
         for pages, frames, at, end in _parts("write", addresses, pfns, offset, len(data)):
-            request = hmm_pb2.WriteFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end])
+            request = hmm_pb2.WriteFramesRequest(
+                mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end], dma=pfns is None
+            )
             request.heard_sequence = self.heard if heard is None else heard
             request.offset = 0 if at else offset
             await self.make("write_frames", request)
@@ -359,13 +441,14 @@ class IntervalNotifier:
 
 
 def _parts(
-    operation: str, addresses: Entries, pfns: Pfns, offset: int, length: int
+    operation: str, addresses: Entries, pfns: Pfns | None, offset: int, length: int
 ) -> Iterator[tuple[bytes, bytes, int, int]]:
-    """Steps of an access: pages, frames, and which of its bytes are theirs, from one to behind another."""
+    """Steps of an access: pages, frames if they are named, and which of its bytes are theirs, from one to behind."""
     size = addresses.size * PAGE_SIZE
     if not (0 <= offset < PAGE_SIZE and size - PAGE_SIZE < offset + length <= size):
         raise InvalidRequestError(f"{operation} frames: {length} bytes from {offset} for {addresses.size} pages")
     for first in range(0, addresses.size, ACCESS_PAGES):
-        pages, frames = addresses[first : first + ACCESS_PAGES], pfns[first : first + ACCESS_PAGES]
+        pages = addresses[first : first + ACCESS_PAGES]
+        frames = b"" if pfns is None else entries_to_proto(pfns[first : first + ACCESS_PAGES].view(np.uint64))
         at, end = first * PAGE_SIZE - offset, (first + pages.size) * PAGE_SIZE - offset
-        yield entries_to_proto(pages), entries_to_proto(frames.view(np.uint64)), max(0, at), min(length, end)
+        yield entries_to_proto(pages), frames, max(0, at), min(length, end)

@@ -275,8 +275,12 @@ class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
     migrate_to_device = blocking(aio_interval.IntervalMirror.migrate_to_device)
     migrate_to_system = blocking(aio_interval.IntervalMirror.migrate_to_system)
     make_exclusive = blocking(aio_interval.IntervalMirror.make_exclusive)
+    dma_map = blocking(aio_interval.IntervalMirror.dma_map)
+    dma_unmap = blocking(aio_interval.IntervalMirror.dma_unmap)
     read_frames = blocking(aio_interval.IntervalMirror.read_frames)
     write_frames = blocking(aio_interval.IntervalMirror.write_frames)
+    read_dma = blocking(aio_interval.IntervalMirror.read_dma)
+    write_dma = blocking(aio_interval.IntervalMirror.write_dma)
     detach = blocking(aio_interval.IntervalMirror.detach)
 
 

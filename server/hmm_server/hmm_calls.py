@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hmm import commands_hmm, commands_process
-from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
+from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
+from hmm.iommu import IOVA_LAST
 from hmm.machine import Machine
 from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, is_page_aligned
 from hmm_proto import convert
@@ -24,6 +25,7 @@ from hmm_server.replies import ArrayReply
 Result = types_pb2.CallResult
 MIGRATE_PAGES_MAX = 1 << 17
 FRAMES_MAX = DATA_BYTES_MAX >> PAGE_SHIFT
+DMA_PAGES_MAX = 1 << 16
 
 
 def attach_response(machine: Machine, mirror_id: int) -> hmm_pb2.AttachResponse:
@@ -116,31 +118,54 @@ def _make_exclusive_response(pfns: Any, result: Result) -> hmm_pb2.MakeExclusive
     return hmm_pb2.MakeExclusiveResponse(result=result, pfns=packed)
 
 
+# ---- DMA
+
+
+def _pages(what: str, packed: bytes, limit: int, end: int = TASK_SIZE) -> Entries:
+    pages = convert.entries_from_proto(packed)
+    require_at_most(f"{what}: pages", pages.size, limit)
+    if pages.size and (not is_page_aligned(int(np.bitwise_or.reduce(pages))) or int(pages.max()) >= end):
+        raise convert.malformed(f"{what}: addresses that are no pages of the address space")
+    return pages
+
+
+def _mapped(q: hmm_pb2.DmaMapRequest | hmm_pb2.DmaUnmapRequest) -> tuple[Entries, Entries]:
+    return _pages("DMA", q.pages, DMA_PAGES_MAX), convert.entries_from_proto(q.words)
+
+
+def _dma_map_response(mapped: DmaMapped | None, result: Result) -> ArrayReply:
+    arrays = {} if mapped is None else {"words": mapped.words, "dma_addresses": mapped.dma_addresses}
+    return ArrayReply(hmm_pb2.DmaMapResponse(result=result), arrays)
+
+
+def _dma_unmap_response(words: Entries | None, result: Result) -> ArrayReply:
+    return ArrayReply(hmm_pb2.DmaUnmapResponse(result=result), {} if words is None else {"words": words})
+
+
 # ---- what the device does
 
 
-def _frames(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> tuple[Entries, Any]:
-    pages, pfns = convert.entries_from_proto(q.pages), convert.entries_from_proto(q.pfns)
-    require_at_most("device access: pages", pages.size, FRAMES_MAX)
-    if pages.size != pfns.size:
-        raise convert.malformed(f"device access: {pages.size} pages and {pfns.size} frames")
-    if pages.size and (not is_page_aligned(int(np.bitwise_or.reduce(pages))) or int(pages.max()) >= TASK_SIZE):
-        raise convert.malformed("device access: addresses that are no pages of the address space")
-    return pages, pfns.view(np.int64)
+def _frames(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> tuple[Entries, ...]:
+    """The pages, and their frames unless they are named by DMA address."""
+    pages = _pages("device access", q.pages, FRAMES_MAX, IOVA_LAST if q.dma else TASK_SIZE)
+    pfns = convert.entries_from_proto(q.pfns)
+    if pfns.size != (0 if q.dma else pages.size):
+        raise convert.malformed(f"device access: {pages.size} pages{' for DMA' * q.dma} and {pfns.size} frames")
+    return (pages,) if q.dma else (pages, pfns.view(np.int64))
 
 
-def _heard(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> int | None:
+def _heard(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest | hmm_pb2.DmaMapRequest) -> int | None:
     return q.heard_sequence if q.HasField("heard_sequence") else None
 
 
 def _read_frames(q: hmm_pb2.ReadFramesRequest) -> Invocation:
-    part = {"offset": q.offset, "length": q.length or None}
-    return invoke(commands_hmm.read_frames, q.mirror_id, *_frames(q), _heard(q), **part)
+    command = commands_hmm.read_dma if q.dma else commands_hmm.read_frames
+    return invoke(command, q.mirror_id, *_frames(q), _heard(q), offset=q.offset, length=q.length or None)
 
 
 def _write_frames(q: hmm_pb2.WriteFramesRequest) -> Invocation:
-    pages, pfns = _frames(q)
-    return invoke(commands_hmm.write_frames, q.mirror_id, pages, pfns, q.data, _heard(q), offset=q.offset)
+    command = commands_hmm.write_dma if q.dma else commands_hmm.write_frames
+    return invoke(command, q.mirror_id, *_frames(q), q.data, _heard(q), offset=q.offset)
 
 
 def _pin_pages(q: hmm_pb2.PinPagesRequest) -> Invocation:
@@ -190,6 +215,14 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         lambda value, result: hmm_pb2.EvictDeviceResponse(result=result, page_count=value or 0),
     ),
     "make_exclusive": Call(_make_exclusive, _make_exclusive_response),
+    "dma_map": Call(
+        lambda q: invoke(commands_hmm.dma_map, q.mirror_id, *_mapped(q), _heard(q)),
+        _dma_map_response,
+    ),
+    "dma_unmap": Call(
+        lambda q: invoke(commands_hmm.dma_unmap, q.mirror_id, *_mapped(q)),
+        _dma_unmap_response,
+    ),
     "read_frames": Call(
         _read_frames,
         lambda value, result: hmm_pb2.ReadFramesResponse(result=result, data=value or b""),

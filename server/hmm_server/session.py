@@ -36,7 +36,7 @@ FAREWELL_S = 5.0
 LARGE_REPLIES = frozenset(
     {
         *("fault", "device_read", "read_table", "migrate", "read_copy"),
-        *("range_fault", "migrate_to_device", "migrate_to_system", "read_frames"),
+        *("range_fault", "migrate_to_device", "migrate_to_system", "read_frames", "dma_map", "dma_unmap"),
     }
 )
 

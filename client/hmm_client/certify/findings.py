@@ -29,6 +29,7 @@ RULES = {
     "no-translation": ViolationKind.NO_TRANSLATION.rule,
     "access-after-fence": ViolationKind.ACCESS_AFTER_FENCE.rule,
     "dirty-not-reported": ViolationKind.DIRTY_NOT_REPORTED.rule,
+    "dma-mapping-kept": ViolationKind.DMA_MAPPING_KEPT.rule,
     "unanswered": "every event is answered within the deadline",
     "refused": "an invalidation is not refused: whatever the driver answers, the page goes, and the mirror with it",
     "never-sent": "only events that were sent are answered",
@@ -53,6 +54,7 @@ _KINDS = {
     ViolationKind.NO_TRANSLATION: "no-translation",
     ViolationKind.ACCESS_AFTER_FENCE: "access-after-fence",
     ViolationKind.DIRTY_NOT_REPORTED: "dirty-not-reported",
+    ViolationKind.DMA_MAPPING_KEPT: "dma-mapping-kept",
 }
 
 

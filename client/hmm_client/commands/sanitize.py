@@ -66,10 +66,16 @@ def _lines(answer: inspection_pb2.GetViolationsResponse) -> list[str]:
     return lines
 
 
+_ANSWERED = {
+    violation_pb2.VIOLATION_KIND_DIRTY_NOT_REPORTED: "written and not reported",
+    violation_pb2.VIOLATION_KIND_DMA_MAPPING_KEPT: "still mapped for DMA",
+}
+"""What was found at an answer, and not at an access."""
+
+
 def _violation(violation: violation_pb2.AccessViolation) -> list[str]:
     kind = word(violation_pb2.ViolationKind.DESCRIPTOR, violation.kind)
-    answered = violation.kind == violation_pb2.VIOLATION_KIND_DIRTY_NOT_REPORTED
-    access = "written and not reported" if answered else "write" if violation.write else "read"
+    access = _ANSWERED.get(violation.kind, "write" if violation.write else "read")
     more = f" and {violation.pages - 1:,} more pages" if violation.pages > 1 else ""
     lines = [f"{access} at {violation.address:#x}{more}, operation {violation.operation_id} ({kind.lower()})"]
     if violation.HasField("taking"):

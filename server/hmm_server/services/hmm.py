@@ -25,7 +25,7 @@ def _rpc(name: str) -> Any:
 
 
 class HmmService(hmm_pb2_grpc.HmmServiceServicer):
-    """Interval notifiers, range faults, migration, exclusive access, pins."""
+    """Interval notifiers, range faults, migration, exclusive access, DMA, pins."""
 
     def __init__(self, side: DeviceSide) -> None:
         self.side = side
@@ -42,6 +42,8 @@ class HmmService(hmm_pb2_grpc.HmmServiceServicer):
     MigrateToSystem = _rpc("migrate_to_system")
     EvictDevice = _rpc("evict_device")
     MakeExclusive = _rpc("make_exclusive")
+    DmaMap = _rpc("dma_map")
+    DmaUnmap = _rpc("dma_unmap")
     ReadFrames = _rpc("read_frames")
     WriteFrames = _rpc("write_frames")
     PinPages = _rpc("pin_pages")
