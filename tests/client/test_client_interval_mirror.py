@@ -26,7 +26,7 @@ from hmm.errors import (
 )
 from hmm.events import Reason
 from hmm.migration import MIGRATE
-from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, VALID, WRITE, word_pfns
+from hmm.range_fault import DMA_MAPPED, ERROR, REQ_FAULT, REQ_WRITE, VALID, WRITE, word_pfns
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries
 from hmm_client import Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier, Process, Prot
 from hmm_client.results import Mapped
@@ -517,3 +517,54 @@ async def test_reaping_is_tried_again_when_a_driver_refuses(bench: Bench) -> Non
     with pytest.raises(SegmentationFault):
         await bench.process.read(bench.mapped.address, 1)
     await bench.process.exit()
+
+
+async def test_pages_are_mapped_for_dma_and_unmapped_in_the_callback(bench: Bench) -> None:
+    """The device works by DMA address until the driver, told that a page goes, has unmapped it."""
+    device = await bench.client.register_device("nic", dma=True)
+    driver = Witness()
+    mirror = await device.attach(bench.process, driver)
+    notifier = await mirror.insert(0, mirror.address_end)
+    addresses = bench.addresses(0, 16)
+    mapped = await mirror.dma_map(addresses, (await notifier.fault(bench.span(0, 16), BOTH)).words)
+    again = await notifier.fault(bench.span(0, 16), BOTH, words=mapped.words)
+    assert again.words.tolist() == mapped.words.tolist()
+    assert (await mirror.dma_map(addresses, again.words)).dma_addresses.tolist() == mapped.dma_addresses.tolist()
+    await mirror.write_dma(mapped.dma_addresses[1:3], b"one" + bytes(PAGE_SIZE - 3) + b"two")
+    assert await bench.process.read(bench.span(2).start, 3) == b"two"
+    await bench.process.write(bench.span(1).start, b"ONE")
+    assert await mirror.read_dma(mapped.dma_addresses[1:], length=14 * PAGE_SIZE + 1, offset=1) == (
+        b"NE" + bytes(PAGE_SIZE - 3) + b"two" + bytes(13 * PAGE_SIZE - 1)
+    )
+    left: list[Entries] = []
+
+    async def inside(_: Event) -> None:
+        left.append(await mirror.dma_unmap(addresses[:4], mapped.words[:4]))
+
+    driver.inside = inside
+    await bench.process.munmap(bench.mapped.address, 4 * PAGE_SIZE)
+    assert not (left[0] & np.uint64(DMA_MAPPED)).any()
+    with pytest.raises(BadAddressError) as gone:
+        await mirror.read_dma(mapped.dma_addresses[:1])
+    assert gone.value.address == int(mapped.dma_addresses[0])
+    assert await mirror.read_dma(mapped.dma_addresses[4:], length=12 * PAGE_SIZE) == bytes(12 * PAGE_SIZE)
+    with pytest.raises(InvalidRequestError):
+        await mirror.dma_unmap(addresses[:4], mapped.words[:4])
+
+
+async def test_long_mappings_come_whole(bench: Bench) -> None:
+    """65,536 pages are two parts on the way back; one more is refused, as no message may be longer."""
+    device = await bench.client.register_device("nic", dma=True)
+    mirror = await device.attach(bench.process, Witness())
+    notifier = await mirror.insert(0, mirror.address_end)
+    npages = (1 << 16) + 1
+    mapped = await bench.process.mmap(npages * PAGE_SIZE)
+    words = (await notifier.fault(mapped.span, REQ_FAULT)).words
+    addresses = np.uint64(mapped.address) + (np.arange(npages, dtype=np.uint64) << np.uint64(PAGE_SHIFT))
+    with pytest.raises(OutOfFramesError) as too_many:
+        await mirror.dma_map(addresses, words)
+    assert too_many.value.errno == errnos.E2BIG
+    done = await mirror.dma_map(addresses[1:], words[1:])
+    assert np.unique(done.dma_addresses).size == done.words.size == npages - 1
+    assert not (await mirror.dma_unmap(addresses[1:], done.words) & np.uint64(DMA_MAPPED)).any()
+    await mirror.detach()

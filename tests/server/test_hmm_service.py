@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 
 from hmm.migration import MIGRATE
-from hmm.range_fault import REQ_FAULT, VALID
-from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, types_pb2, violation_pb2
+from hmm.range_fault import DMA_MAPPED, REQ_FAULT, REQ_WRITE, VALID
+from hmm_proto.v1 import (
+    device_pb2,
+    event_pb2,
+    hmm_pb2,
+    inspection_pb2,
+    process_pb2,
+    range_pb2,
+    types_pb2,
+    violation_pb2,
+)
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -102,6 +111,43 @@ async def test_driver_needs_nothing_but_unary_calls_and_a_stream(attached: Attac
     assert detached.result.errno == 0
 
 
+async def test_driver_maps_for_dma_and_is_reported_when_it_forgets_to_unmap(attached: Attached) -> None:
+    """hmm_dma_map_pfn() and hmm_dma_unmap_pfn() by unary calls; a kept mapping is found at the answer, and named."""
+    served, hmm = attached.served, attached.served.hmm
+    device = await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="nic", dma=True))
+    attach = hmm_pb2.AttachRequest(device_id=device.device_id, process_id=attached.pid, epoch=attached.epoch)
+    mirror = (await hmm.Attach(attach)).mirror_id
+    insert = hmm_pb2.InsertNotifierRequest(mirror_id=mirror, start=BASE, length=END - BASE)
+    notifier = (await hmm.InsertNotifier(insert)).notifier_id
+    fault = hmm_pb2.RangeFaultRequest(
+        mirror_id=mirror, notifier_id=notifier, range=WHOLE, default_flags=REQ_FAULT | REQ_WRITE
+    )
+    words = (await hmm.RangeFault(fault)).words
+    pages = np.arange(BASE, END, PAGE, dtype="<u8").tobytes()
+    mapped = await hmm.DmaMap(hmm_pb2.DmaMapRequest(mirror_id=mirror, pages=pages, words=words))
+    assert (np.frombuffer(mapped.words, "<u8") & np.uint64(DMA_MAPPED)).all()
+    where = {"mirror_id": mirror, "dma": True}
+    write = hmm_pb2.WriteFramesRequest(**where, pages=mapped.dma_addresses[:16], data=b"d", offset=PAGE - 1)
+    assert (await hmm.WriteFrames(write)).result.errno == errnos.EINVAL  # the second page would get none
+    write.data = b"da"
+    assert (await hmm.WriteFrames(write)).result.errno == 0
+    read = hmm_pb2.ReadFramesRequest(**where, pages=mapped.dma_addresses[8:16], length=1)
+    assert (await hmm.ReadFrames(read)).data == b"a"
+    unmap = hmm_pb2.DmaUnmapRequest(mirror_id=mirror, pages=pages[:8], words=mapped.words[:8])
+    left = (await hmm.DmaUnmap(unmap)).words
+    assert not int.from_bytes(left, "little") & DMA_MAPPED
+    gone = hmm_pb2.ReadFramesRequest(**where, pages=mapped.dma_addresses[:8], length=1)
+    assert (await hmm.ReadFrames(gone)).result.errno == errnos.EFAULT
+    unmapping = served.munmap(attached.pid, BASE, END)
+    event = await attached.event()
+    await attached.acknowledge(event)
+    await unmapping
+    answer = await served.inspection.GetViolations(inspection_pb2.GetViolationsRequest(mirror_id=mirror))
+    kept = answer.mirrors[0].violations[-1]
+    assert (kept.kind, kept.address, kept.pages) == (violation_pb2.VIOLATION_KIND_DMA_MAPPING_KEPT, BASE + PAGE, 3)
+    assert kept.taking.operation == "munmap"
+
+
 async def test_pin_ends_with_the_stream_that_holds_it(attached: Attached, decode: Any) -> None:
     """Whoever calls says by which stream it lives; when that ends the pages may move again."""
     served = attached.served
@@ -149,6 +195,9 @@ FAR = range_pb2.AddressRange(start=0, end=1 << 31)
         ("WriteFrames", _frames(pfns=b""), MALFORMED),
         ("WriteFrames", _frames(pages=(1).to_bytes(8, "little")), MALFORMED),
         ("WriteFrames", _frames(pages=(1 << 60).to_bytes(8, "little")), MALFORMED),
+        ("WriteFrames", _frames(dma=True), MALFORMED),
+        ("DmaMap", hmm_pb2.DmaMapRequest(mirror_id=1, pages=(1).to_bytes(8, "little"), words=bytes(8)), MALFORMED),
+        ("DmaMap", hmm_pb2.DmaMapRequest(mirror_id=1, pages=bytes(8 << 17), words=bytes(8 << 17)), TOO_MUCH),
         ("WriteFrames", _frames(pages=bytes(8 * 257), pfns=bytes(8 * 257)), TOO_MUCH),
     ],
 )

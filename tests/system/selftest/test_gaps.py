@@ -11,30 +11,42 @@
     SIGBUS from migrate_to_ram                      here: the driver cannot bring it back
     processes that share a device's page            here: shared by fork
     exclusive access of another device, EPERM       here
+    helpers for DMA                                 here: mapped for DMA
     arguments                                       here
 
 **Source**: Linux lib/test_hmm.c, mm/hmm.c, mm/migrate_device.c, mm/rmap.c, 6.12; seen in recordings of that kernel.
-
-**Absent**: helpers that map results for DMA, which the interface of intervals does not have.
+The helpers for DMA are of 6.16, mm/hmm.c; the kernel's test driver does not call them.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from selftest_rig import DEVICE_PAGES, HUGE, HUGE_PAGES, PRIVATE, RW, SHARED, failed, ints, ramp, succeeded
 
-from hmm.errors import SegmentationFault, Signal
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    InvalidRequestError,
+    OutOfFramesError,
+    SegmentationFault,
+    Signal,
+)
+from hmm.frames import RegionKind
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
-from hmm.units import PAGE_SIZE, TASK_SIZE
+from hmm.range_fault import DMA_MAPPED, REQ_FAULT, REQ_WRITE
+from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client import sync
 from hmm_client.drivers.dmirror import CLEAN
 from hmm_client.harness import Harness
+from hmm_proto.v1 import inspection_pb2, violation_pb2
 
 
 def on_device(rig: Any, npages: int = 8) -> int:
@@ -261,3 +273,116 @@ def test_hugetlb_page_is_copied_whole_when_a_device_writes_it_after_fork(hmm: An
     assert np.array_equal(hmm.load(a, HUGE_PAGES), ramp(HUGE_PAGES))
     mirror.close()
     child.exit()
+
+
+class Nic(sync.IntervalDriver):
+    """The driver of a device that does DMA: it unmaps what an event takes, before it answers.
+
+    Attributes:
+        words: uint64[8], of the pages from `start` on.
+    """
+
+    def __init__(self, rig: Any, npages: int = 8) -> None:
+        self.rig, self.start = rig, rig.map(npages)
+        rig.store(self.start, ramp(npages))
+        kind = RegionKind.DEVICE_COHERENT if rig.coherent else RegionKind.DEVICE_PRIVATE
+        self.device = rig.client.register_device("nic", dma=True, memory_pages=16, kind=kind)
+        self.mirror = self.device.attach(rig.process, self)
+        self.notifier = self.mirror.insert(0, TASK_SIZE)
+        self.span = AddressRange(self.start, self.start + npages * PAGE_SIZE)
+        self.addresses = np.arange(self.start, self.span.end, PAGE_SIZE, dtype=np.uint64)
+        self.words = np.zeros(npages, np.uint64)
+        self.forgetful = False
+
+    def invalidate(self, event: sync.Event) -> None:
+        """hmm_dma_unmap_pfn() for each page, as drivers/infiniband/core/umem_odp.c does."""
+        taken = np.zeros(self.words.size, np.bool_)
+        for span in event.spans:
+            taken |= (self.addresses >= span.start) & (self.addresses < span.end)
+        if not self.forgetful and taken.any():
+            self.mirror.dma_unmap(self.addresses[taken], self.words[taken])
+            self.words[taken] = 0
+
+    def have(self, flags: int) -> Any:
+        """Fault all pages, and map them.  Returns: uint64[8], their DMA addresses."""
+        words = self.notifier.fault(self.span, flags, words=self.words).words
+        mapped = self.mirror.dma_map(self.addresses, words)
+        self.words[:] = mapped.words
+        return mapped.dma_addresses
+
+    def reported(self) -> list[int]:
+        """The kinds of what its device did that it must not."""
+        aio = self.rig.client.aio
+        request = inspection_pb2.GetViolationsRequest(mirror_id=self.mirror.id)
+        answer = self.rig.client.loop.run(aio.channel.request(aio.inspection.GetViolations, request))
+        return [violation.kind for mirror in answer.mirrors for violation in mirror.violations]
+
+
+@pytest.fixture
+def nic(hmm: Any) -> Iterator[Nic]:
+    """One of these, with eight pages that hold a ramp."""
+    nic = Nic(hmm)
+    yield nic
+    nic.mirror.detach()
+
+
+def test_pages_mapped_for_dma_keep_their_addresses_when_they_are_faulted_for_writing(nic: Any) -> None:
+    """hmm_dma_map_pfn(): DMA_MAPPED is sticky, so that READ becomes WRITE without a new mapping."""
+    nic.rig.protect(nic.start, 8, Prot.READ)
+    before = nic.have(REQ_FAULT)
+    assert np.array_equal(ints(nic.mirror.read_dma(before)), ramp(8))
+    with pytest.raises(AccessDeniedError):
+        nic.mirror.write_dma(before, ramp(8, 5).tobytes())
+    nic.forgetful = True  # more may be done with pages that stay
+    nic.rig.protect(nic.start, 8, RW)
+    assert np.array_equal(nic.have(REQ_FAULT | REQ_WRITE), before)
+    nic.mirror.write_dma(before, ramp(8, 5).tobytes())
+    assert np.array_equal(nic.rig.load(nic.start, 8), ramp(8, 5))
+    assert nic.reported() == [violation_pb2.VIOLATION_KIND_READ_ONLY_WRITE]
+
+
+def test_pages_mapped_for_dma_are_unmapped_before_they_go(nic: Any) -> None:
+    """hmm_dma_unmap_pfn(): false for what is not mapped; a DMA address is never another page's."""
+    before = nic.have(REQ_FAULT)
+    nic.rig.process.madvise(nic.start, 4 * PAGE_SIZE, Advice.DONTNEED)
+    assert np.array_equal((nic.words & np.uint64(DMA_MAPPED)) != 0, [False] * 4 + [True] * 4)
+    assert np.array_equal(nic.mirror.dma_unmap(nic.addresses, nic.words) & np.uint64(DMA_MAPPED), [0] * 8)
+    nic.words &= ~np.uint64(DMA_MAPPED)
+    assert nic.reported() == []
+    assert not np.isin(nic.have(REQ_FAULT | REQ_WRITE), before).any()
+    with pytest.raises(BadAddressError):
+        nic.mirror.read_dma(before[:1])
+    assert nic.reported() == [violation_pb2.VIOLATION_KIND_USE_AFTER_INVALIDATION]
+
+
+def test_page_mapped_for_dma_is_reported_when_its_driver_forgets_it(nic: Any) -> None:
+    """The device would go on writing to a page of somebody else: the daemon finds that at the answer, and refuses."""
+    before = nic.have(REQ_FAULT | REQ_WRITE)
+    nic.forgetful = True
+    nic.rig.process.madvise(nic.start, PAGE_SIZE, Advice.DONTNEED)
+    assert nic.reported() == [violation_pb2.VIOLATION_KIND_DMA_MAPPING_KEPT]
+    with pytest.raises(BadAddressError):
+        nic.mirror.write_dma(before, ramp(8).tobytes())
+    with pytest.raises(InvalidRequestError):
+        nic.have(REQ_FAULT)
+    nic.words[:] = nic.mirror.dma_unmap(nic.addresses, nic.words)
+    assert nic.have(REQ_FAULT).size == 8
+
+
+def test_mapping_for_dma_fails_when_the_iommu_does_and_leaves_nothing(nic: Any) -> None:
+    """DMA_MAPPING_ERROR; the next time it succeeds."""
+    nic.rig.client.loop.run(Harness(nic.rig.client.aio).fail_dma_mapping(nic.device.aio, 1))
+    with pytest.raises(OutOfFramesError):
+        nic.have(REQ_FAULT)
+    assert not (nic.words & np.uint64(DMA_MAPPED)).any()
+    assert np.array_equal(ints(nic.mirror.read_dma(nic.have(REQ_FAULT))), ramp(8))
+
+
+def test_page_in_memory_of_the_device_is_mapped_for_dma_when_the_cpu_can_reach_it(nic: Any) -> None:
+    """Coherent memory has addresses on the bus; private memory has none."""
+    nic.mirror.migrate_to_device(nic.span)
+    if not nic.rig.coherent:
+        with pytest.raises(BadAddressError):
+            nic.have(REQ_FAULT)
+        return
+    assert np.array_equal(ints(nic.mirror.read_dma(nic.have(REQ_FAULT))), ramp(8))
