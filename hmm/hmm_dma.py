@@ -111,7 +111,9 @@ def read_dma(
 ) -> bytes:
     """As `frame_access.read_frames`, of pages named by DMA address, uint64[n].
 
-    Raises: also BadAddressError: nothing is mapped at a DMA address, or not any more (EFAULT), `error.address`.
+    Raises: also
+        InvalidRequestError: the device does no DMA (EOPNOTSUPP).
+        BadAddressError: nothing is mapped, or no more, at the DMA address `error.address` (EFAULT).
     """
     addresses, pfns = _translate(mirror, pages, since, write=False)
     return read_frames(mirror, addresses, pfns, since, offset=offset, length=length)
@@ -122,7 +124,7 @@ def write_dma(
 ) -> None:
     """As `frame_access.write_frames`, of pages named by DMA address, uint64[n].
 
-    Raises: as `read_dma`; also AccessDeniedError: a page was not mapped for writing (EACCES), `error.address`.
+    Raises: as `read_dma`; also AccessDeniedError: the DMA address `error.address` was not mapped for writing (EACCES).
     """
     addresses, pfns = _translate(mirror, pages, since, write=True)
     write_frames(mirror, addresses, pfns, data, since, offset=offset)

@@ -184,7 +184,7 @@ class IntervalMirror(Receiver):
 
         Args:
             addresses: uint64[n], each another page; at most 65,536.
-            words: uint64[n], what a range fault said of them; not changed.
+            words: uint64[n], what a range fault said of them.
             heard: `mirror.heard` when the driver looked at the words, if that was some time ago; None: now.
 
         Returns: the words with DMA_MAPPED, to be given to the next range fault and to `dma_unmap`; uint64[n] DMA
@@ -215,9 +215,9 @@ class IntervalMirror(Receiver):
 
         Args:
             addresses: uint64[n], each another page; at most 65,536.
-            words: uint64[n]; not changed.
+            words: uint64[n], as `dma_map` returned them.
 
-        Returns: the words; DMA_MAPPED is gone from those of the pages that were unmapped.
+        Returns: the words anew; DMA_MAPPED is gone from those of the pages that were unmapped.
 
         Raises:
             InvalidRequestError: the device does no DMA (EOPNOTSUPP); a page is not mapped whose word says so (EINVAL);
@@ -261,7 +261,9 @@ class IntervalMirror(Receiver):
     ) -> bytes:
         """As `read_frames`, of pages named by DMA address, uint64[n].
 
-        Raises: as `read_frames`, where `error.address` is a DMA address at which nothing is mapped (any more).
+        Raises: as `read_frames`; also
+            InvalidRequestError: the device does no DMA (EOPNOTSUPP).
+            BadAddressError: nothing is mapped, or no more, at the DMA address `error.address` (EFAULT).
         """
         return await self._read(pages, None, offset, length, heard)
 
@@ -296,7 +298,7 @@ class IntervalMirror(Receiver):
         """As `write_frames`, of pages named by DMA address, uint64[n].
 
         Raises: as `read_dma`; also
-            AccessDeniedError: `error.address` was not mapped for writing (EACCES).
+            AccessDeniedError: the DMA address `error.address` was not mapped for writing (EACCES).
         """
         await self._write(pages, None, data, offset, heard)
 
