@@ -448,6 +448,37 @@ def inject_touch_failure(machine: Machine, device_id: DeviceId, nth: int) -> Non
 
 
 @immediate
+def inject_copy_failure(machine: Machine, mirror_id: MirrorId, nth: int) -> None:
+    """Let the copy of the nth page from now on (1 is the next one, 0 is none) fail, to a mirror's device or back.
+
+    Pages count that are filled for the mirror on its device, zeroes too, and those that come back from where its driver
+    has put them, for whatever reason.  It fails once, and what becomes of the page is what became of it when a driver's
+    own copy fails:
+
+    - 2015: on its way to the device it stays where it is; on the way back, and for the child of a fork, it is lost.
+    - Today: it stays where it is, and so does all of a huge page that was to move as one.  Where a CPU or another
+      device touched it, that is SIGBUS (BUS_ADRERR), or EFAULT to a range fault.
+
+    Source: linux-mm, "HMM: new callback for copying memory from and to device memory"; Linux
+    drivers/gpu/drm/nouveau/nouveau_dmem.c, nouveau_dmem_migrate_copy_one(), nouveau_dmem_migrate_to_ram().
+
+    Raises:
+        InvalidRequestError: its device has no memory, or its driver carries the copies, or `nth` is negative (EINVAL).
+        DeviceLostError, NoSuchObjectError: the mirror is gone (ENODEV).
+    """
+    mirror = machine.receiver(mirror_id)
+    mirror.require_live("inject copy failure")
+    region = machine.frames.region(mirror.device.region) if mirror.device.region else None
+    if region is None or region.remote or nth < 0:
+        raise InvalidRequestError(
+            f"inject copy failure: {mirror.device} has no memory that pages are copied to here, or {nth} is negative"
+        )
+    machine.frames.failing_copies.pop(mirror_id, None)
+    if nth:
+        machine.frames.failing_copies[mirror_id] = nth
+
+
+@immediate
 def inject_allocation_failure(machine: Machine, nth: int) -> None:
     """Make the nth page of system memory from now on (1 is the next one, 0 is none) impossible to allocate.
 

@@ -12,10 +12,14 @@ because it was touched, the mirror that put it there is told to stop using it (C
 A huge page goes there as one where that is asked for, comes back as one when it is touched, and by small pages where no
 run of frames is free.
 
+A copy fails where that was injected: the page stays where it is, and the huge page that it is part of.  Whoever
+touched it gets SIGBUS.
+
 What a mirror of 2015 has put on its device comes back by way of that mirror (mirror_memory.py).
 
 **Source**: Linux mm/migrate_device.c, mm/memory.c (do_swap_page()), lib/test_hmm.c (dmirror_devmem_fault()), 6.12;
-mm/huge_memory.c (do_huge_pmd_device_private()), 7.0.
+drivers/gpu/drm/nouveau/nouveau_dmem.c (nouveau_dmem_migrate_copy_one(), nouveau_dmem_migrate_to_ram()) for copies that
+fail; mm/huge_memory.c (do_huge_pmd_device_private()), 7.0.
 
 **Invariants**: a device's frame in use is mapped as a device's page or held by a migration; nothing is lost when a
 page cannot be moved: it stays where it is.
@@ -43,7 +47,7 @@ from hmm.fault_pages import Strangers
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
-from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
+from hmm.migration import COMPOUND, MIGRATE, NOT_MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.migration_folios import map_by_pages
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
@@ -65,7 +69,7 @@ from hmm.units import (
     spans_of_pages,
 )
 from hmm.vma import Backing
-from hmm.zone_device import are_remote, owners, used_frames
+from hmm.zone_device import are_remote, failing_copies, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
@@ -94,6 +98,7 @@ def migrate_to_device(
         if pages.size:
             pfns = _copied(migration, pages, region.number, failing=failing)
             space.frames.zone_device_data[pfns] = mirror_id
+            _leave_failed(migration, pages, pfns)
             if migration.vma.writable:
                 hole = (migration.src[pages] & np.uint64(VALID)) == 0
                 migration.dst[pages[hole]] |= _WRITE
@@ -133,6 +138,7 @@ def _to_system(migration: Migration) -> Operation[None]:
         pages = pages[:failing]
     if pages.size:
         _copied(migration, pages, SYSTEM_REGION, failing=failing)
+        _leave_failed(migration, pages, migration.source_pfns(pages))
 
 
 def _failing(migration: Migration, pages: Positions) -> int | None:
@@ -148,6 +154,24 @@ def _failing(migration: Migration, pages: Positions) -> int | None:
     nth = mirror.failing_allocation
     mirror.failing_allocation = max(0, nth - units.size)
     return int(units[nth - 1]) if nth <= units.size else None
+
+
+def _leave_failed(migration: Migration, pages: Positions, homes: Pfns) -> None:
+    """Leave pages where they are whose copy, or clearing of a hole, failed, and all of a huge page with one of them.
+
+    Args:
+        homes: int64[n], the frames of the pages on the device.
+    """
+    frames = migration.space.frames
+    if not frames.failing_copies:
+        return
+    for at in pages[failing_copies(frames, frames.zone_device_data[homes])].tolist():
+        first, end = at, at + 1
+        if migration.src[at] & _COMPOUND:
+            first = at - (int(migration.addresses[at]) & ~PMD_MASK) // PAGE_SIZE
+            end = first + PMD_PAGES
+        migration.src[first:end] &= NOT_MIGRATE
+        migration.failed = first if migration.failed is None else migration.failed
 
 
 def _copied(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
@@ -199,7 +223,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
 
     Raises:
         OutOfFramesError: there is not one frame for them (ENOMEM).
-        SegmentationFault: an injected failure: the first page stays where it is (EFAULT).
+        SegmentationFault: an injected failure: the first page, or its copy, fails; it stays where it is (EFAULT).
     """
     frames = space.frames
     pfns = cpu_pte.cpu_pfn(touched.entries)
@@ -221,7 +245,12 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
         select = Select.DEVICE_PRIVATE | Select.COMPOUND
         migration = Migration(space, touched.vma, chosen, select, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
         yield from run(migration, _tell_and_copy)
-        if not migration.pages.size:
+        if migration.failed is not None:
+            address = int(migration.addresses[migration.failed])
+            if address == touched.addresses[0]:
+                raise SegmentationFault(f"the copy of {address:#x} from the device failed", Signal.BUS_ADRERR, address)
+            frames.failing_copies[mirror_id] = 1  # a CPU comes to those before it first
+        elif not migration.pages.size:
             yield _until_released(space, chosen)
 
 
@@ -304,6 +333,8 @@ def _tell_and_copy(migration: Migration) -> Operation[None]:
     if migration.initiator and held.size:
         yield Deliver(_copy_event(migration, migration.addresses[held]), (migration.initiator,))
     yield from _to_system(migration)
+    if migration.failed is not None:  # and not to those behind it
+        migration.src[migration.failed :] &= NOT_MIGRATE
 
 
 def _copy_event(migration: Migration, addresses: Entries) -> Event:
@@ -447,6 +478,9 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
             targets = np.where(free & (room != 0), room, pfns)
             moved = targets != pfns
             frames.copy(targets[moved], pfns[moved])
+            failed = pfns[moved][failing_copies(frames, frames.zone_device_data[pfns[moved]])]
+            stays = np.isin(pfns, with_folios(frames, failed))
+            targets[stays] = pfns[stays]
         finally:
             replace(held, targets)
             frames.put(room[(room != 0) & (targets != room)])

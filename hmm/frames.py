@@ -32,7 +32,7 @@ from hmm.ascending import unique
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice
 from hmm.swap_area import SwapArea
-from hmm.units import PMD_PAGES, Pfn, Pfns
+from hmm.units import PMD_PAGES, MirrorId, Pfn, Pfns
 
 __all__ = [
     "SYSTEM_REGION",
@@ -107,6 +107,7 @@ class Frames(FrameContents):
         lru: int64[n], page->lru: the order of pages of one kind, the oldest first; of frames with PageFlag.LRU, and of
             a device's.
         swap: where contents go while memory is short; None: nowhere.
+        failing_copies: by mirror, that the copy of the nth page from now on fails, to its device or back; once.
         ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
         poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
@@ -136,6 +137,7 @@ class Frames(FrameContents):
         self.lru: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self._youngest = 0
         self.swap: SwapArea | None = None
+        self.failing_copies: dict[MirrorId, int] = {}
         self.make_room: MakeRoom | None = None
         self.ksm_places: Callable[[Pfns], Iterator[Any]] | None = None
         self.poisoned = 0

@@ -38,7 +38,7 @@ from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.large_folio import are_compound, are_pinned
-from hmm.migration import COMPOUND, MIGRATE, WRITE, Migration, Positions, Select, migrate_pfn
+from hmm.migration import COMPOUND, MIGRATE, NOT_MIGRATE, WRITE, Migration, Positions, Select, migrate_pfn
 from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
 from hmm.migration_folios import (
     all_or_none,
@@ -69,7 +69,6 @@ __all__ = ["Copy", "migrate_vma", "run"]
 _Mask = npt.NDArray[np.bool_]
 _MIGRATE_WRITE = np.uint64(MIGRATE | WRITE)
 _COMPOUND = np.uint64(COMPOUND)
-_NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
 
 Copy = Callable[[Migration], Operation[None]]
 """Fills `dst` for the pages that it has destinations for, and their contents; holds a reference of each.  A huge page
@@ -132,7 +131,7 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
             _check_destinations(migration)
             yield from _fill_holes(migration)
         except BaseException:
-            migration.src &= _NOT_MIGRATE
+            migration.src &= NOT_MIGRATE
             raise
         finally:
             _finalize(migration, taken, held)
@@ -229,7 +228,7 @@ def _check_destinations(migration: Migration) -> None:
     frames, pages = migration.space.frames, migration.pages
     sources, targets = migration.source_pfns(pages), migration.target_pfns(pages)
     refused = (targets == 0) | ((owners(frames, targets) != 0) & ~frames.test_flags(sources, PageFlag.ANON))
-    migration.src[pages[refused]] &= _NOT_MIGRATE
+    migration.src[pages[refused]] &= NOT_MIGRATE
 
 
 def _fill_holes(migration: Migration) -> Operation[None]:

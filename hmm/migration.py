@@ -36,7 +36,18 @@ from hmm.units import (
 )
 from hmm.vma import Vma
 
-__all__ = ["COMPOUND", "MIGRATE", "PFN_SHIFT", "VALID", "WRITE", "Migration", "Positions", "Select", "migrate_pfn"]
+__all__ = [
+    "COMPOUND",
+    "MIGRATE",
+    "NOT_MIGRATE",
+    "PFN_SHIFT",
+    "VALID",
+    "WRITE",
+    "Migration",
+    "Positions",
+    "Select",
+    "migrate_pfn",
+]
 
 VALID = 1 << 0
 """There is a page."""
@@ -46,6 +57,8 @@ WRITE = 1 << 3
 COMPOUND = 1 << 4
 """It is part of a huge page that moves as one."""
 PFN_SHIFT = 6
+NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
+"""All of a word but MIGRATE."""
 
 Positions = npt.NDArray[np.intp]
 _INSIDE_BLOCK = np.uint64(~PMD_MASK)
@@ -75,6 +88,7 @@ class Migration:
         owner: the device whose pages are selected, and whose drivers know of the migration.
         initiator: the mirror that asked for it, or that put the pages where they have to come back from.
         src, dst: uint64[n], words.
+        failed: the first of the addresses that stays because its copy failed.
     """
 
     space: AddressSpace
@@ -86,6 +100,7 @@ class Migration:
     initiator: MirrorId
     src: Entries = field(init=False)
     dst: Entries = field(init=False)
+    failed: int | None = None
 
     def __post_init__(self) -> None:
         self.src = np.zeros(self.addresses.size, np.uint64)

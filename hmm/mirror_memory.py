@@ -49,7 +49,7 @@ from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, AddressRange, Entries, Pfns, spans_of_pages
-from hmm.zone_device import forget_holder
+from hmm.zone_device import failing_copies, forget_holder
 
 __all__ = ["COPY_PAGES", "Copy", "MirrorMemory", "spans_of"]
 
@@ -232,8 +232,7 @@ class MirrorMemory:
         if outcome.errno:
             yield from self._kill()  # before anything else gets these pages: it may not have stopped using them
         if not self.region.remote and outcome.state is not EventState.ABANDONED:
-            self.mirror.space.frames.copy(targets, homes)
-            came = np.ones(targets.size, np.bool_)
+            came = self.copy_pages(targets, homes)
         return outcome, came
 
     def _unlock(self, addresses: Entries, homes: Pfns, now: Pfns) -> None:
@@ -300,8 +299,9 @@ class MirrorMemory:
             return None
         homes, targets = self.mirror.pfns(own), frames.allocate(addresses.size)
         if not self.region.remote:
-            frames.copy(targets, homes)
-            take(addresses, targets)
+            came = self.copy_pages(targets, homes)
+            frames.put(targets[~came])
+            take(addresses, np.where(came, targets, 0))
             return None
         try:
             outcome, came = yield from self.carry(EventType.COPY_FROM_DEVICE, addresses, homes, targets, keeps=True)
@@ -314,6 +314,17 @@ class MirrorMemory:
         frames.put(targets[~came])
         take(addresses, np.where(came, targets, 0))
         return outcome
+
+    def copy_pages(self, targets: Pfns, sources: Pfns) -> Mask:
+        """Copy pages to the device's memory or back, where the driver does not carry them.
+
+        Returns: bool[n], those that were copied: all but the ones made to fail (`Frames.failing_copies`).
+        """
+        frames = self.mirror.space.frames
+        frames.copy(targets, sources)
+        copied = np.ones(targets.size, np.bool_)
+        copied[failing_copies(frames, np.full(targets.size, self.mirror.id, np.int64))] = False
+        return copied
 
     # ---- what the driver does
 

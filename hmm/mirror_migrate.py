@@ -295,10 +295,8 @@ def _carry(
             error = OutOfFramesError(f"migrate: the driver of {mirror} answered ENOMEM", reason="DEVICE_MEMORY")
         elif outcome.errno:
             error = BadAddressError(f"migrate: the driver of {mirror} answered EIO", errnos.EIO)
-        elif not memory.region.remote:
-            carried[:] = True
     if not memory.region.remote and error is None:
-        mirror.space.frames.copy(homes, pfns)
+        carried = memory.copy_pages(homes, pfns)
     return carried, error
 
 

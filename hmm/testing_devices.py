@@ -218,10 +218,18 @@ def _unpin(town: Town) -> Call | None:
     return None if number is None else Call(commands_process.unpin, (number,))
 
 
+def _fail_copy(town: Town) -> Call | None:
+    machine = town.machine
+    regions = {device.id: machine.frames.region(device.region) for device in machine.devices.values() if device.region}
+    copied = {number for number, region in regions.items() if not region.remote}
+    mirror = town.pick(number for number, one in machine.receivers.items() if one.device.id in copied)
+    return None if mirror is None else Call(commands_device.inject_copy_failure, (mirror, town.choose(6)))
+
+
 DEVICE_CALLS: Makers = (
     (_register, 6), (_unregister, 1), (_attach, 10), (_detach, 1), (_insert, 8), (_remove, 2), (_read_section, 4),
     (_range_fault, 24), (_reach, 12), (_find, 1), (_frames, 1), (_to_device, 20), (_to_system, 6), (_evict, 2),
-    (_exclusive, 10), (_give_back, 2), (_pin, 4), (_unpin, 4),
+    (_exclusive, 10), (_give_back, 2), (_pin, 4), (_unpin, 4), (_fail_copy, 3),
 )  # fmt: skip
 """What makes calls of devices with memory through today's interface, and how often."""
 SUBSCRIBED: tuple[Maker, ...] = (_register, _attach, _insert, _range_fault)
@@ -339,7 +347,7 @@ def _unregister_home(town: Town) -> Call | None:
 
 MIRROR_CALLS: Makers = (
     (_register_card, 8), (_mirror_card, 12), (_migrate, 48), (_migrate_back, 8), (_evict, 2), (_unregister_home, 2),
-    (_unregister, 2), (_pin, 2), (_unpin, 2),
+    (_unregister, 2), (_pin, 2), (_unpin, 2), (_fail_copy, 4),
 )  # fmt: skip
 """What makes calls of mirrors of 2015 whose devices have memory, and how often."""
 WITH_CARDS: tuple[Maker, ...] = (_register_card, _mirror_card, _migrate)

@@ -1,4 +1,4 @@
-"""Frames that belong to devices: which of some frames do, and to whom.
+"""Frames that belong to devices: which of some frames do, to whom, and which copies of pages there and back fail.
 
 **Source**: Linux include/linux/memremap.h: is_zone_device_page(), is_device_private_page(), page->pgmap->owner.
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.units import MirrorId, Pfns
 
-__all__ = ["are_private", "are_remote", "forget_holder", "owners", "used_frames"]
+__all__ = ["are_private", "are_remote", "failing_copies", "forget_holder", "owners", "used_frames"]
 
 
 def owners(frames: Frames, pfns: Pfns) -> Pfns:
@@ -74,3 +74,25 @@ def forget_holder(frames: Frames, mirror_id: MirrorId) -> None:
     for region in frames.regions[1:]:
         holders = frames.zone_device_data[region.first : region.top]
         holders[holders == mirror_id] = 0
+    frames.failing_copies.pop(mirror_id, None)
+
+
+def failing_copies(frames: Frames, holders: Pfns) -> npt.NDArray[np.intp]:
+    """Count pages that are copied to devices or back.
+
+    Args:
+        holders: int64[n], for whose mirror: whose driver puts the page on its device, or has put it there.
+
+    Returns: intp[m], ascending, those of them whose copy was made to fail (`Frames.failing_copies`).
+
+    Cost: O(n) for each mirror that has a failure to come.
+    """
+    failed = np.zeros(holders.size, np.bool_)
+    for mirror_id, nth in list(frames.failing_copies.items()):
+        pages = np.flatnonzero(holders == mirror_id)
+        if pages.size < nth:
+            frames.failing_copies[mirror_id] = nth - pages.size
+        else:
+            failed[pages[nth - 1]] = True
+            del frames.failing_copies[mirror_id]
+    return np.flatnonzero(failed)

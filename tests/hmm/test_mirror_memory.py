@@ -768,6 +768,55 @@ def test_mirror_is_killed_when_its_copy_is_answered_with_an_error(carried: Bench
     assert (carried.where(0, 3), carried.used()) == ("xxs", 0)
 
 
+def test_page_stays_when_the_daemons_copy_to_the_device_fails() -> None:
+    """A page that copy_to_device gives no destination has the entry that it had; it is no error, and happens once."""
+    bench = Bench(copies=False)
+    bench.write(0, 3)
+    bench.call(devices.fault, bench.mirrors[0], [span(0, 3)], write=True)
+    bench.call(devices.inject_copy_failure, bench.mirrors[0], 2)
+    result = bench.migrate(0, 4)
+    assert (result.moved.npages, result.moved.error, bench.where(0, 4), bench.used()) == (3, None, "dsdd", 3)
+    assert pte.pte_test_valid_pfn(result.entries).tolist() == [False, True, False, False]
+    assert pte.pte_test_write(result.entries).all()
+    assert bench.migrate(0, 4).moved.npages == 1
+    assert bench.read(0, 4) == [1, 2, 3, 0]
+    bench.machine.check()
+
+
+@pytest.mark.parametrize("touched", [True, False])
+def test_page_is_poison_when_the_daemons_copy_back_fails(touched: bool) -> None:
+    """As where the driver clears VALID of a page: that one is lost, the others are back, and the mirror lives."""
+    bench = Bench(copies=False)
+    bench.write(0, 3)
+    bench.call(devices.inject_copy_failure, bench.mirrors[0], 3 + 2)
+    bench.migrate(0, 3)
+    if touched:
+        assert bench.read(0) == [1]
+        assert lost(bench, 1)
+        assert bench.read(2) == [3]
+    else:
+        bench.back(0, 3)
+        assert lost(bench, 1)
+    assert (bench.where(0, 3), bench.used()) == ("sxs", 0)
+    assert bench.machine.mirrors[bench.mirrors[0]].state is MirrorState.LIVE
+    bench.machine.check()
+
+
+def test_fork_poisons_the_childs_page_alone_when_the_daemons_copy_fails() -> None:
+    """As where the driver's copy fails."""
+    bench = Bench(copies=False)
+    bench.write(0, 2)
+    bench.migrate(0, 2)
+    bench.call(devices.inject_copy_failure, bench.mirrors[0], 2)
+    child = bench.call(processes.fork, bench.pid)
+    assert bench.read(0, pid=child) == [1]
+    with pytest.raises(SegmentationFault) as caught:
+        bench.read(1, pid=child)
+    assert caught.value.signal is Signal.BUS_POISON
+    bench.machine.check()
+    assert bench.read(0, 2) == [1, 2]
+
+
 def test_page_is_back_when_an_error_answers_what_the_daemon_copied() -> None:
     """By frames the bytes are here: the mirror is killed and nothing is lost."""
     bench = Bench(copies=False)
