@@ -78,13 +78,13 @@ _HARMLESS = frozenset(
         "attach", "brk", "clear_refs", "clone_thread", "close_file", "close_userfaultfd", "create_process",
         "create_userfaultfd", "detach", "device_frames", "device_read", "dirty_range", "discard_range", "evict_device",
         "fault", "find_vma", "fork", "give_back_exclusive", "inject_allocation_failure", "inject_copy_failure",
-        "inject_dma_failure", "insert_notifier", "make_exclusive", "migrate", "migrate_back", "migrate_to_device", "migrate_to_system",
-        "mincore", "mirror_fault", "mlock", "mlockall", "mprotect", "msync", "munlock", "munlockall", "open_file",
-        "pagemap", "pin", "range_fault", "range_fault_unlocked", "read_begin", "read_copy", "read_file", "read_frames",
-        "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults", "register_device", "scan_ksm",
-        "register_mirror", "remove_notifier", "set_driver_bits", "touch", "uffd_register", "uffd_unregister",
-        "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device", "unregister_mirror", "vfork",
-        "write_copy",
+        "inject_dma_failure", "insert_notifier", "make_exclusive", "migrate", "migrate_back", "migrate_to_device",
+        "migrate_to_system", "mincore", "mirror_fault", "mlock", "mlockall", "mprotect", "msync", "munlock",
+        "munlockall", "open_file", "pagemap", "pin", "range_fault", "range_fault_unlocked", "read_begin", "read_copy",
+        "read_file", "read_frames", "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults",
+        "register_device", "scan_ksm", "register_mirror", "remove_notifier", "set_driver_bits", "touch",
+        "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device",
+        "unregister_mirror", "vfork", "write_copy",
     }
 )  # fmt: skip
 """Calls that leave contents alone."""

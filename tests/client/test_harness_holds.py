@@ -9,10 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from hmm.errors import (
     AccessDeniedError,
+    InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
     RangeBusyError,
@@ -20,8 +22,9 @@ from hmm.errors import (
     Signal,
 )
 from hmm.ksm import KsmPass
+from hmm.migration import MIGRATE
 from hmm.units import PAGE_SIZE
-from hmm_client import Advice, Mirror, Process, TableDriver
+from hmm_client import Advice, IntervalDriver, Mirror, Process, TableDriver
 from hmm_client.harness import Harness, HoldEndedError, HoldPoint
 from hmm_client.results import Mapped
 from hmm_proto.v1 import inspection_pb2
@@ -151,6 +154,34 @@ async def test_memory_fails_and_pages_are_merged_on_demand(scene: Scene) -> None
     request = inspection_pb2.GetStatisticsRequest()
     daemon = (await scene.process.client.channel.request(scene.process.client.inspection.GetStatistics, request)).daemon
     assert (daemon.ksm_pages_shared, daemon.ksm_pages_sharing, daemon.frames_poisoned) == (0, 0, 1)
+
+
+async def test_copy_fails_once_for_mirrors_of_both_interfaces(scene: Scene) -> None:
+    """The second page of today's migration stays; what a mirror of 2015 cannot bring back is lost."""
+    fresh = await scene.process.mmap(4 * PAGE_SIZE)
+    await scene.process.write(fresh.address, b"copy" * PAGE_SIZE)
+    client = scene.process.client
+    card = await client.register_device("card", memory_pages=8)
+    tie = await card.attach(scene.process, IntervalDriver())
+    await scene.harness.fail_copy(tie, 2)
+    moved = await tie.migrate_to_device(fresh.span)
+    assert ((moved.src & np.uint64(MIGRATE)) != 0).tolist() == [True, False, True, True]
+    await scene.harness.fail_copy(tie, 1)
+    with pytest.raises(SegmentationFault) as caught:
+        await scene.process.read(fresh.address, 4 * PAGE_SIZE)
+    assert (caught.value.signal, caught.value.address) == (Signal.BUS_ADRERR, fresh.address)
+    assert await scene.process.read(fresh.address, 4 * PAGE_SIZE) == b"copy" * PAGE_SIZE
+
+    mirror = await (await client.register_device("old", memory_pages=8)).mirror(scene.process, TableDriver())
+    assert (await mirror.migrate(fresh.span)).npages == 4
+    await scene.harness.fail_copy(mirror, 3)
+    assert (await mirror.migrate_back(fresh.span)).npages == 4
+    assert await scene.process.read(fresh.address, 2 * PAGE_SIZE) == b"copy" * (PAGE_SIZE // 2)
+    with pytest.raises(SegmentationFault) as caught:
+        await scene.process.read(fresh.address + 2 * PAGE_SIZE, 1)
+    assert caught.value.signal is Signal.BUS_POISON
+    with pytest.raises(InvalidRequestError, match="no memory that pages are copied to here"):
+        await scene.harness.fail_copy(scene.mirror, 1)
 
 
 async def test_injected_failures_are_met_once(scene: Scene) -> None:

@@ -208,6 +208,19 @@ class Harness:
         kind = harness_pb2.FAILURE_KIND_MIGRATE_TO_RAM
         await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, device_id=device.id))
 
+    async def fail_copy(self, mirror: Mirror | IntervalMirror, nth: int) -> None:
+        """Make the copy of the nth page from now on fail, once, to a mirror's device or back; 0: none any more.
+
+        Zeroes that the device is given count, and pages that others touch or evict.  Today such a page stays where it
+        is, and a touch is SIGBUS; a mirror of 2015 keeps it in system memory, and loses it on the way back (SIGBUS).
+
+        Raises:
+            InvalidRequestError: the device has no memory, or its driver makes the copies and can refuse one (EINVAL).
+            DeviceLostError, NoSuchObjectError: the mirror is gone (ENODEV).
+        """
+        kind = harness_pb2.FAILURE_KIND_COPY
+        await self._inject(harness_pb2.InjectFailureRequest(kind=kind, nth=nth, mirror_id=mirror.id))
+
     async def scan_ksm(self, passes: int = 2) -> KsmPass:
         """Merge equal pages of all memory that asked for it (MADV_MERGEABLE), as the kernel's ksmd does unasked.
 

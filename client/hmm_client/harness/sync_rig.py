@@ -32,7 +32,7 @@ from hmm_client.harness import holds
 from hmm_client.harness.holds import HoldPoint
 from hmm_client.harness.misbehaviour import Misbehaviour
 from hmm_client.loop_thread import LoopThread
-from hmm_client.sync import Client, Device, Driver, Mirror, Process
+from hmm_client.sync import Client, Device, Driver, IntervalMirror, Mirror, Process
 from hmm_proto.v1 import inspection_pb2
 
 P = ParamSpec("P")
@@ -172,6 +172,10 @@ class SyncRig:
     def fail_migrate_to_ram(self, device: Device, nth: int) -> None:
         """Make the nth page from now on that is touched in a device's private memory stay there; 0: none any more."""
         self._loop.run(self._harness.fail_migrate_to_ram(device.aio, nth))
+
+    def fail_copy(self, mirror: Mirror | IntervalMirror, nth: int) -> None:
+        """Make the copy of the nth page from now on fail, once, to a mirror's device or back; 0: none any more."""
+        self._loop.run(self._harness.fail_copy(mirror.aio, nth))
 
     def scan_ksm(self, passes: int = 2) -> KsmPass:
         """Merge equal pages of all memory that asked for it, as `Harness.scan_ksm`."""

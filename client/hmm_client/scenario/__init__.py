@@ -77,7 +77,8 @@ go on.  A program is asked to `mirror`, `read`, `write` and `unmirror` (`pydoc h
 `kill`, `stop`, `go_on` and `end`; a call of one that has ended is the error "gone".
 
 `fail = "allocation"` with `nth = 3` makes the third page from now on impossible to allocate, `fail = "dma mapping"` a
-mapping of `driver`, `fail = "migrate to ram"` a page on its way back to a CPU that touches it.
+mapping of `driver`, `fail = "migrate to ram"` a page on its way back to a CPU that touches it, `fail = "copy"` the copy
+of a page to the device of `driver` or back, for the process that `mirrors` names.
 
 `hmm_client.scenario.grammar` lists every call with its arguments, and every expectation: error, signal, data, entries,
 retry, fenced, events, counters, within_s.

@@ -144,7 +144,7 @@ class Actions:
 
     async def _driver_call(self, driven: Driven, step: Step) -> object:
         given = step.arguments
-        if step.call in today.CALLS:
+        if step.call in today.CALLS and not (driven.mirrors and step.call in today.MIGRATIONS):
             return await today.today_call(driven, step, self._span(given) if "at" in given else None)
         match step.call:
             case "mirror":
@@ -200,6 +200,10 @@ class Actions:
                 return int((faulted.entries != 0).sum())
             case "table":
                 return int(((await mirror.read_table(span.page_aligned())) != 0).sum())
+            case "to_device":
+                return (await mirror.migrate(span.page_aligned())).npages
+            case "to_system":
+                return (await mirror.migrate_back(span.page_aligned())).npages
             case "dirty":
                 await mirror.dirty(span.page_aligned())
             case "discard":
@@ -266,10 +270,14 @@ class Actions:
         if step.subject == "allocation":
             await self._harness.fail_allocation(given["nth"])
         else:
-            driven = self.driven[given["driver"] or next(iter(self.driven))]
-            migrates = step.subject == "migrate to ram"
-            fail = self._harness.fail_migrate_to_ram if migrates else self._harness.fail_dma_mapping
-            await fail(driven.device, given["nth"])
+            driven, nth = self.driven[given["driver"] or next(iter(self.driven))], given["nth"]
+            match step.subject:
+                case "copy":
+                    await self._harness.fail_copy(driven.of(given["mirrors"]), nth)
+                case "migrate to ram":
+                    await self._harness.fail_migrate_to_ram(driven.device, nth)
+                case _:
+                    await self._harness.fail_dma_mapping(driven.device, nth)
 
     # ---- places
 

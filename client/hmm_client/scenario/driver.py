@@ -110,6 +110,10 @@ class Driven:
         """Its tie of today's interface to a process; None: its first."""
         return self.attached[process or next(iter(self.attached))]
 
+    def of(self, process: str | None = None) -> Mirror | IntervalMirror:
+        """Its mirror of a process, of whichever interface; None: its first."""
+        return self.mirror(process) if self.mirrors else self.tie(process)
+
     @property
     def ids(self) -> set[int]:
         """What it is known by in events, whatever its interface."""

@@ -87,14 +87,14 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "counters": _MIRRORS,
         "die": {},
         "leave": {},
+        "to_device": _RANGE | _MIRRORS,
+        "to_system": _RANGE | _MIRRORS,
         "attach": {"process": (values.text, REQUIRED)},
         "subscribe": _RANGE | _MIRRORS | {"as": (values.text, REQUIRED)},
         "unsubscribe": _SUBSCRIPTION,
         "read_begin": _SUBSCRIPTION,
         "read_retry": _SUBSCRIPTION,
-        "range_fault": _RANGE | _SUBSCRIPTION | {"want": (_WANTED, REQ_FAULT)},
-        "to_device": _RANGE | _MIRRORS,
-        "to_system": _RANGE | _MIRRORS,
+        "range_fault": _RANGE | _SUBSCRIPTION | {"want": (_WANTED, REQ_FAULT), "deadline_s": (values.seconds, None)},
         "exclusive": _RANGE | _MIRRORS,
         "detach": _MIRRORS,
     },
@@ -117,10 +117,11 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
 """Every call: its arguments, how they are read, and their defaults.  `mirrors` says which process's memory is meant,
 where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`.  From
 `userfaultfd` on, which registers a range, calls are those of whoever brings in what a process misses there.  From
-`attach` on they are those of today's interface; a `subscription` that is not named is the last one.  A program is
-asked for what `hmm_client.certify` asks of a driver; a `process` that is not named is the first."""
+`attach` on they are those of today's interface; a `subscription` that is not named is the last one, and a range fault
+with a `deadline_s` begins and retries by itself until then.  A program is asked for what `hmm_client.certify` asks of a
+driver; a `process` that is not named is the first."""
 
-FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping", "migrate to ram")})
+FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping", "migrate to ram", "copy")})
 STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
     "hold": (
         values.text,
@@ -134,7 +135,7 @@ STEPS: Mapping[str, tuple[values.Parse, Arguments]] = {
     ),
     "reached": (values.text, {}),
     "release": (values.text, {}),
-    "fail": (FAILURES, {"nth": (values.number, REQUIRED), "driver": (values.text, None)}),
+    "fail": (FAILURES, {"nth": (values.number, REQUIRED), "driver": (values.text, None)} | _MIRRORS),
     "wait": (values.text, {}),
     "give_up": (values.text, {}),
     "pending": (values.names, {"operations": (values.names, None)}),

@@ -7,15 +7,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+from hmm.commands_hmm import RangeFaulted
 from hmm.migration import MIGRATE
 from hmm.range_fault import VALID
 from hmm.units import AddressRange
 from hmm_client.scenario.driver import Driven
 from hmm_client.scenario.model import Step
 
-RANGED = frozenset({"to_device", "to_system", "exclusive"})
+MIGRATIONS = frozenset({"to_device", "to_system"})
+"""Calls of drivers with the mirror of 2015 as well."""
+RANGED = MIGRATIONS | {"exclusive"}
 CALLS = frozenset({"subscribe", "unsubscribe", "read_begin", "read_retry", "range_fault", "detach"}) | RANGED
 
 
@@ -68,5 +74,12 @@ async def _read_section(driven: Driven, step: Step, span: AddressRange | None) -
             return await notifier.read_retry(driven.sequences[name])
         case _:
             assert span is not None
-            faulted = await notifier.range_fault(span.page_aligned(), driven.sequences[name], step.arguments["want"])
+            faulted = await _range_fault(driven, name, step.arguments, span.page_aligned())
             return int(((faulted.words & np.uint64(VALID)) != 0).sum())
+
+
+async def _range_fault(driven: Driven, name: str, given: Mapping[str, Any], span: AddressRange) -> RangeFaulted:
+    notifier = driven.subscriptions[name]
+    if given["deadline_s"] is not None:
+        return await notifier.fault(span, given["want"], deadline_s=given["deadline_s"])
+    return await notifier.range_fault(span, driven.sequences[name], given["want"])

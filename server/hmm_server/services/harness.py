@@ -14,7 +14,12 @@ from typing import Any
 
 import grpc
 
-from hmm.commands_device import inject_allocation_failure, inject_dma_failure, inject_touch_failure
+from hmm.commands_device import (
+    inject_allocation_failure,
+    inject_copy_failure,
+    inject_dma_failure,
+    inject_touch_failure,
+)
 from hmm.commands_hmm import inject_migration_failure
 from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
@@ -108,6 +113,8 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
                 record = await self._executor.call(caller, inject_migration_failure, request.mirror_id, request.nth)
             case harness_pb2.FAILURE_KIND_MIGRATE_TO_RAM:
                 record = await self._executor.call(caller, inject_touch_failure, request.device_id, request.nth)
+            case harness_pb2.FAILURE_KIND_COPY:
+                record = await self._executor.call(caller, inject_copy_failure, request.mirror_id, request.nth)
             case _:
                 raise convert.malformed("inject failure: a kind is needed")
         assert record.result is None
