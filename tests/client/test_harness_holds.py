@@ -25,7 +25,7 @@ from hmm.ksm import KsmPass
 from hmm.migration import MIGRATE
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, IntervalDriver, Mirror, Process, TableDriver
-from hmm_client.harness import Harness, HoldEndedError, HoldPoint
+from hmm_client.harness import Harness, HoldEndedError, HoldPoint, SyncRig
 from hmm_client.results import Mapped
 from hmm_proto.v1 import inspection_pb2
 
@@ -182,6 +182,16 @@ async def test_copy_fails_once_for_mirrors_of_both_interfaces(scene: Scene) -> N
     assert caught.value.signal is Signal.BUS_POISON
     with pytest.raises(InvalidRequestError, match="no memory that pages are copied to here"):
         await scene.harness.fail_copy(scene.mirror, 1)
+
+
+def test_copy_fails_once_when_the_rig_says_so(harness_daemon: Daemon) -> None:
+    """The same without asyncio: the page stays, and the next migration takes it along."""
+    with SyncRig(harness_daemon.target) as rig:
+        process = rig.process()
+        heap = process.mmap(2 * PAGE_SIZE)
+        mirror = rig.mirror(process, device=rig.device(memory_pages=8))
+        rig.fail_copy(mirror, 2)
+        assert [mirror.migrate(heap.span).npages for _ in range(3)] == [1, 1, 0]
 
 
 async def test_injected_failures_are_met_once(scene: Scene) -> None:
