@@ -184,10 +184,9 @@ def bring_in(
             crowded = _crowded(space, attempt.strangers[0], target)
             if crowded is not None:
                 return crowded
-            try:
-                yield from _resolve(space, attempt.strangers, write)
-            except SegmentationFault as fault:
-                return Stop(min(int(pages.addresses[0]) for pages in attempt.strangers), fault.signal)
+            stuck = yield from _resolve(space, attempt.strangers, write)
+            if stuck is not None:
+                return stuck
             continue
         stop = attempt.stop
         if stop is not None and stop.userfaultfd and not may_retry:
@@ -211,7 +210,7 @@ def _overcome(
 
 
 def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
-    """Where an access gets SIGBUS in a reaped address space: check_stable_address_space()."""
+    """The first page that is not there to be used, and SIGBUS for it: check_stable_address_space()."""
     if isinstance(target, AddressRange):
         target = np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
     entries = space.table.lookup(target)
@@ -245,13 +244,19 @@ def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[Add
     return tuple(AddressRange(span.start & PMD_MASK, -(-span.end & PMD_MASK)) for span in spans)
 
 
-def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[None]:
-    for pages in strangers:
-        kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
-        for kind in unique(kinds).tolist():
-            of_kind = kinds == kind
-            chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
-            yield from RESOLVERS[kind](space, chosen, write)
+def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[Stop | None]:
+    """Returns: the first page that cannot be had; those of mappings before it may have come."""
+    try:
+        for pages in strangers:
+            kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
+            for kind in unique(kinds).tolist():
+                of_kind = kinds == kind
+                chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
+                yield from RESOLVERS[kind](space, chosen, write)
+    except SegmentationFault as fault:
+        missing = _first_missing(space, np.concatenate([pages.addresses for pages in strangers]), write)
+        return missing and Stop(missing.address, fault.signal)
+    return None
 
 
 def _first(target: AddressRange | Entries) -> Address:

@@ -101,7 +101,7 @@ class Contents:
     Attributes:
         tracked: the pages that are looked at, by address.
         memory: what drivers that carry pages have.
-        losing: spaces with a mirror that was lost or killed, or failed to copy a page: there pages may be poison.
+        losing: spaces with a mirror that was lost or killed, or whose copies may fail: there pages may be poison.
         compared: how many pages were compared, and how many pages that calls read.
     """
 
@@ -144,7 +144,7 @@ class Contents:
         for record in running:
             self._forget(record, self._begin(record))
         for mirror in self.machine.mirrors.values():
-            if mirror.state is not MirrorState.LIVE:
+            if mirror.state is not MirrorState.LIVE or mirror.id in self.machine.frames.failing_copies:
                 self.losing.add(mirror.space.id)
         places: dict[int, list[int]] = {}
         for number, page in self.known:

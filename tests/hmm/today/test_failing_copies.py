@@ -18,6 +18,7 @@ from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import Thp
 from hmm.errors import BadAddressError, DeviceLostError, HmmError, InvalidRequestError, RangeBusyError, Signal
 from hmm.frames import RegionKind
+from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID
 from hmm.range_fault import REQ_FAULT
 from hmm.semantics import LINUX_7
@@ -99,6 +100,23 @@ def test_touch_is_sigbus_at_the_page_when_others_lie_between(bench: Any) -> None
     fail(bench, 2)
     assert touch(bench, 0, 4) == (2, Signal.BUS_ADRERR)
     assert shown(bench, 3) == "w2 d1"
+    assert bench.read(0, 4 * PAGE_SIZE) == data
+
+
+@pytest.mark.parametrize("injected", ["copy", "touch"])
+def test_touch_is_sigbus_at_the_page_when_it_is_in_the_second_mapping(bench: Any, injected: str) -> None:
+    """handle_mm_fault() comes to one page after the other: those of the first mapping have come back."""
+    data = written(bench, 4)
+    second = bench.span(2)
+    bench.call(commands_process.madvise, bench.process, second.start, 2 * PAGE_SIZE, Advice.DONTFORK)
+    bench.to_device(0, 2)
+    bench.to_device(2, 2)
+    if injected == "copy":
+        fail(bench, 3)
+    else:
+        bench.call(commands_device.inject_touch_failure, bench.device, 3)
+    assert touch(bench, 0, 4) == (2, Signal.BUS_ADRERR)
+    assert shown(bench, 4) == "w2 d2"
     assert bench.read(0, 4 * PAGE_SIZE) == data
 
 
