@@ -84,7 +84,7 @@ _HARMLESS = frozenset(
         "read_file", "read_frames", "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults",
         "register_device", "scan_ksm", "register_mirror", "remove_notifier", "set_driver_bits", "touch",
         "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device",
-        "unregister_mirror", "vfork", "write_copy",
+        "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "read_dma",
     }
 )  # fmt: skip
 """Calls that leave contents alone."""

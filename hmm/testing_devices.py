@@ -16,18 +16,19 @@ import numpy as np
 
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import AddressSpace, Thp
+from hmm.dma_map import DmaMap
 from hmm.frames import RegionKind
 from hmm.interval_notifier import IntervalMirror, IntervalNotifier
 from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
-from hmm.range_fault import REQ_FAULT, REQ_WRITE
+from hmm.range_fault import DMA_MAPPED, REQ_FAULT, REQ_WRITE, VALID, WRITE
 from hmm.scheduler import Call, Scheduler
 from hmm.semantics import LINUX_7
 from hmm.testing import simulate
 from hmm.testing_calls import fork_process
 from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
-from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, Entries, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -162,6 +163,37 @@ def _reach(town: Town) -> Call | None:
     return Call(commands_hmm.write_frames, (mirror, *reached, bytes([1 + town.choose(255)]) * PAGE_SIZE * len(pages)))
 
 
+def _dma_map(town: Town) -> Call | None:
+    mirror = _holder(town)
+    if mirror is None or _dma(town, mirror) is None:
+        return None
+    held = list(town.held[mirror].items())
+    some = held[town.choose(len(held)) :][: 1 + town.choose(4)]
+    words = [VALID | (WRITE if writable else 0) | pfn for _, (pfn, writable) in some]
+    return Call(commands_hmm.dma_map, (mirror, np.array([page for page, _ in some], np.uint64), _words(words)))
+
+
+def _dma_use(town: Town) -> Call | None:
+    mirror = town.pick(mirror for mirror in town.interval_mirrors() if _dma(town, mirror) is not None)
+    dma = None if mirror is None else _dma(town, mirror)
+    if mirror is None or dma is None or dma.table.is_empty:
+        return None
+    mapped = dma.table.in_use()[0]
+    some = mapped[town.choose(mapped.size) :][: 1 + town.choose(4)]
+    if town.choose(2):
+        return Call(commands_hmm.read_dma, (mirror, dma.lookup(some)))
+    return Call(commands_hmm.dma_unmap, (mirror, some, _words([VALID | DMA_MAPPED] * some.size)))
+
+
+def _dma(town: Town, mirror: MirrorId) -> DmaMap | None:
+    receiver = town.machine.receivers[mirror]
+    return receiver.dma if isinstance(receiver, IntervalMirror) and receiver.state is MirrorState.LIVE else None
+
+
+def _words(words: list[int]) -> Entries:
+    return np.array(words, np.uint64)
+
+
 def _find(town: Town) -> Call | None:
     mirror = town.pick(town.interval_mirrors())
     return None if mirror is None else Call(commands_hmm.find_vma, (mirror, town.span().start))
@@ -275,7 +307,7 @@ def _advise_block(town: Town) -> Call | None:
 
 def _register_large(town: Town) -> Call | None:
     call = _register(town)
-    return call and replace(call, options={**call.options, "memory_pages": _RUN_AND_A_LITTLE})
+    return call and replace(call, options={**call.options, "memory_pages": _RUN_AND_A_LITTLE, "dma": True})
 
 
 def _move_blocks(town: Town) -> Call | None:
@@ -292,8 +324,10 @@ def _fail_migration(town: Town) -> Call | None:
     return None if mirror is None else Call(commands_hmm.inject_migration_failure, (mirror, town.choose(3)))
 
 
-COMPOUND_CALLS: Makers = ((_register_large, 12), (_move_blocks, 80), (_fail_migration, 10))
-"""What moves huge pages to devices and back as such, and how often."""
+COMPOUND_CALLS: Makers = (
+    (_register_large, 12), (_move_blocks, 80), (_fail_migration, 10), (_dma_map, 20), (_dma_use, 20),
+)  # fmt: skip
+"""What moves huge pages to devices and back as such, and maps for DMA, and how often."""
 HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 20), (fork_process, 4))
 """What makes room for huge pages and brings them in, and how often."""
 
