@@ -30,7 +30,7 @@ from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.mirror_memory import MirrorMemory
 from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
-from hmm.operation import Await, Operation, WaitFor, immediate
+from hmm.operation import Operation, immediate
 from hmm.spans import inside
 from hmm.subscriber import Home
 from hmm.units import (
@@ -207,7 +207,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     """
     mirror = machine.mirror(mirror_id)
     if mirror.owes:
-        yield _callbacks(mirror)
+        yield mirror.callbacks()
     if mirror.state is MirrorState.LIVE and not mirror.leaving:
         mirror.leaving = True
         if mirror.home is not None:
@@ -215,7 +215,7 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         if mirror.state is MirrorState.LIVE:
             yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
     while mirror_id in machine.mirrors and (mirror.leaving or mirror.owes):
-        yield _callbacks(mirror)
+        yield mirror.callbacks()
     machine.remove_receiver(mirror_id)
 
 
@@ -225,11 +225,6 @@ def _write_back(mirror: Mirror, home: Home) -> Operation[None]:
     except HmmError:
         mirror.leaving = False
         raise
-
-
-def _callbacks(mirror: Mirror) -> Await:
-    # Not those that come later: a busy process would keep its mirror for ever.
-    return Await(WaitFor.CALLBACKS, mirror.space.id, ticket=mirror.sequence, mirror_id=mirror.id)
 
 
 def fault(

@@ -39,7 +39,7 @@ from hmm.frames import Region
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
 from hmm.migration import Migration
-from hmm.operation import Await, Operation, WaitFor, immediate
+from hmm.operation import Operation, immediate
 from hmm.range_fault import HmmRange
 from hmm.range_fault import range_fault as fault_range
 from hmm.receiver import DeadlinePolicy, MirrorState
@@ -144,16 +144,20 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     Pages that it put on its device stay there.
 
     Raises:
-        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+        WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
+        TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT); nothing was
+            changed, unless that event came after the notifiers had begun to go: then they are gone.
     """
     mirror = machine.receiver(mirror_id)
     if not isinstance(mirror, IntervalMirror):
         raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
+    if mirror.owes:  # where this fails, it has to hear what comes after
+        yield mirror.callbacks()
     for number in list(mirror.notifiers):
         if number in mirror.notifiers:
             yield from mirror.remove(number)
     while mirror.owes and mirror_id in machine.receivers:
-        yield Await(WaitFor.CALLBACKS, mirror.space.id, ticket=mirror.sequence, mirror_id=mirror_id)
+        yield mirror.callbacks()
     mirror.release(MirrorState.RELEASED)
     machine.remove_receiver(mirror_id)
 

@@ -234,7 +234,7 @@ class Machine:
         assert isinstance(record.request, Await), record.request
         assert record.request.wait_for in (WaitFor.LATE_ANSWERS, WaitFor.CALLBACKS), record.request
         late = ", ".join(f"mirror {mirror_id}" for mirror_id, _ in self.unanswered(record))
-        error = TimedOutError(f"{record.name}: {late} still owes the answer to an abandoned event; nothing was changed")
+        error = TimedOutError(f"{record.name}: {late} still owes the answer to an abandoned event")
         self._advance(record, None, error)
 
     def time_out(self, operation_id: int) -> None:

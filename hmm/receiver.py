@@ -28,6 +28,7 @@ from hmm.device import Device
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.events import IS_INVALIDATION, TAKES, Delivery, Event, EventState, EventType
+from hmm.operation import Await, WaitFor
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.spans import Spans, overlap
 from hmm.subscriber import Home
@@ -227,6 +228,10 @@ class Receiver(ABC):
         """Whether the driver has still to answer an event, abandoned ones included."""
         running = self.space.notifier.dispatches
         return bool(self._owed) or (bool(running) and any(self.id in sent.waiting for sent in running))
+
+    def callbacks(self) -> Await:
+        """The wait for its callbacks that run.  Not for later ones: a busy process would keep its mirror for ever."""
+        return Await(WaitFor.CALLBACKS, self.space.id, ticket=self.sequence, mirror_id=self.id)
 
     @property
     def unanswered(self) -> dict[int, Delivery]:

@@ -105,6 +105,7 @@ class IntervalMirror(Receiver):
 
         Raises:
             WouldDeadlockError: called from inside a callback of this mirror (EDEADLK).
+            TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT).
         """
         await self.make("detach", hmm_pb2.DetachRequest(mirror_id=self.id))
         self.released = True

@@ -31,6 +31,7 @@ from hmm.testing_swap import TOWNS
         ("swap-devices", 3093),  # memory that was made for pages of a device was gone when it was their turn
         ("swap-devices", 180),  # a device whose driver had only started was refused access
         ("swap-devices", 1092),  # a fault tried again and again while another call held the page
+        ("swap-devices", 2056),  # a detach that failed had removed the notifiers: a driver was not told of an mprotect
         ("memory", 2068),  # a page whose copy back was made to fail was expected to hold what it did
     ],
 )

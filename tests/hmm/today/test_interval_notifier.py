@@ -173,6 +173,25 @@ def test_exit_releases_unmaps_and_keeps_the_subscription(bench: Any) -> None:
     assert not bench.local.machine.receivers
 
 
+def test_detach_changes_nothing_when_an_owed_answer_does_not_come(bench: Any) -> None:
+    """The driver is still there, and has to be told: mmu_interval_notifier_remove() comes when nothing is owed."""
+    machine = bench.local.machine
+    mirror = bench.call(commands_hmm.attach, bench.device, bench.process, policy=DeadlinePolicy.FAIL)
+    number = bench.call(commands_hmm.insert_notifier, mirror, 0, TASK_SIZE)
+    unmapping = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    told, owed = machine.take_outbox()
+    machine.answer(told.mirror_id, told.sequence)
+    machine.abandon(mirror, owed.sequence)
+    machine.resume(unmapping.id)
+    leaving = machine.start(Caller(), commands_hmm.detach, mirror)
+    machine.expire(leaving.id)
+    assert isinstance(leaving.error, TimedOutError)
+    assert list(machine.receivers[mirror].notifiers) == [number]
+    machine.answer(mirror, owed.sequence)
+    machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    assert [delivery.mirror_id for delivery in machine.take_outbox()] == [bench.mirror, mirror]
+
+
 def test_own_migration_does_not_disturb_a_filtered_section(bench: Any) -> None:
     """A driver that filters its own migrations is not made to repeat its read sections by them."""
     bench.write(0, b"x")
