@@ -187,9 +187,11 @@ class IntervalDrivers:
 
     def check(self, running: Iterable[OperationRecord[Any]]) -> None:
         """Raise StaleTranslationError when a device could reach a frame that is no longer its page's."""
-        for record in running:
-            if record.name == "remove_notifier":  # it may hear nothing more before this returns
+        for record in running:  # it may hear nothing more before these return
+            if record.name == "remove_notifier":
                 self._drop_notified(*record.arguments)
+            elif record.name == "detach":
+                self._drop_leaving(*record.arguments)
         for mirror_id, held in self.held.items():
             mirror = self.machine.receivers.get(mirror_id)
             if mirror is None or mirror.state is not MirrorState.LIVE:
@@ -234,6 +236,12 @@ class IntervalDrivers:
 
     def _drop_notified(self, mirror_id: MirrorId, number: int) -> None:
         self._drop(mirror_id, lambda page: self.by[mirror_id][page] == number)
+
+    def _drop_leaving(self, mirror_id: MirrorId) -> None:
+        mirror = self.machine.receivers.get(mirror_id)
+        notifiers = mirror.notifiers.values() if isinstance(mirror, IntervalMirror) else ()
+        staying = {notifier.id for notifier in notifiers if not notifier.leaving}
+        self._drop(mirror_id, lambda page: self.by[mirror_id][page] not in staying)
 
     def _drop(self, mirror_id: MirrorId, which: Callable[[int], bool]) -> None:
         held = self.held.get(mirror_id, {})

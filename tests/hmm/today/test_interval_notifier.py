@@ -25,6 +25,7 @@ from hmm.operation import Await, WaitFor
 from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, word_pfns
 from hmm.receiver import DeadlinePolicy
+from hmm.testing_drivers import IntervalDrivers
 from hmm.units import PAGE_SIZE, TASK_SIZE
 from hmm.unmapped_area import MapFlag
 
@@ -190,6 +191,35 @@ def test_detach_changes_nothing_when_an_owed_answer_does_not_come(bench: Any) ->
     machine.answer(mirror, owed.sequence)
     machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
     assert [delivery.mirror_id for delivery in machine.take_outbox()] == [bench.mirror, mirror]
+
+
+def test_device_has_stopped_when_its_driver_detaches(bench: Any) -> None:
+    """It hears nothing of what begins after running invalidations have ended, even before detach returns."""
+    machine = bench.local.machine
+    drivers = IntervalDrivers(machine)
+    other = bench.call(commands_hmm.attach, bench.device, bench.process)
+    bench.call(commands_hmm.insert_notifier, other, 0, TASK_SIZE)
+    bench.write(0, b"x")
+    drivers.finished(
+        machine.start(
+            Caller(), commands_hmm.range_fault_unlocked, bench.mirror, bench.notifier, bench.span(0), REQ_FAULT
+        )
+    )
+    leaving, heard = None, []
+    for at in (1, 0):
+        unmapping = machine.start(Caller(), commands_process.munmap, bench.process, BASE + at * PAGE_SIZE, PAGE_SIZE)
+        told = machine.take_outbox()
+        heard.append([delivery.mirror_id for delivery in told])
+        machine.answer(told[0].mirror_id, told[0].sequence)
+        leaving = leaving or machine.start(Caller(), commands_hmm.detach, bench.mirror)
+        drivers.check([leaving])
+        for delivery in told[1:]:
+            machine.answer(delivery.mirror_id, delivery.sequence)
+        machine.resume(unmapping.id)
+    assert heard == [[bench.mirror, other], [other]]
+    assert leaving is not None
+    assert not leaving.done
+    drivers.check([leaving])
 
 
 def test_own_migration_does_not_disturb_a_filtered_section(bench: Any) -> None:
