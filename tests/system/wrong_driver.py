@@ -30,6 +30,8 @@ LATENCY_S = 0.002
 class RightDriver(TableDriver):
     """Does everything right."""
 
+    latency_s = LATENCY_S
+
     def __init__(self, client: Client, device: Device) -> None:
         super().__init__()
         self.client = client
@@ -91,7 +93,7 @@ class RightDriver(TableDriver):
         span = AddressRange(address, address + length).page_aligned()
         entries, heard = table.pages.read(span.start, span.end), mirror.heard
         with self.accesses_of(mirror).to(address, length):
-            await asyncio.sleep(LATENCY_S)
+            await asyncio.sleep(self.latency_s)
             return await self.transfer(mirror, address, length, data, entries, heard)
 
     async def fault(self, mirror: Mirror, pages: Entries, *, write: bool) -> Entries:
@@ -112,7 +114,9 @@ class RightDriver(TableDriver):
 
 
 class EarlyAcknowledgement(RightDriver):
-    """Answers while accesses are under way."""
+    """Answers while accesses are under way, which take so long that events come meanwhile."""
+
+    latency_s = 25 * LATENCY_S
 
     async def update(self, event: Event) -> Any:
         """Change the table only."""

@@ -43,6 +43,8 @@ class Attached:
 class RightDriver(IntervalDriver):
     """Does everything right."""
 
+    latency_s = LATENCY_S
+
     def __init__(self, client: Client, device: Device) -> None:
         self.client = client
         self.device = device
@@ -97,7 +99,7 @@ class RightDriver(IntervalDriver):
         mirror, heard = attached.mirror, attached.mirror.heard
         pfns = word_pfns(np.array([attached.table[page] for page in pages], np.uint64))
         with attached.accesses.to(address, length):
-            await asyncio.sleep(LATENCY_S)
+            await asyncio.sleep(self.latency_s)
             addresses, offset = np.array(pages, np.uint64), address % PAGE_SIZE
             if data is None:
                 return await mirror.read_frames(addresses, pfns, offset=offset, length=length, heard=heard)
@@ -174,7 +176,9 @@ class DevicePagesKept(RightDriver):
 
 
 class EarlyAcknowledgement(RightDriver):
-    """Answers while accesses are under way."""
+    """Answers while accesses are under way, which take so long that events come meanwhile."""
+
+    latency_s = 25 * LATENCY_S
 
     async def invalidate(self, event: Event) -> None:
         """Change the table only."""
