@@ -197,8 +197,9 @@ class Reclaim:
                 self.frames.clear_flags(mapped.pfns, PageFlag.REFERENCED)
                 for folio in self._whole_folios(space, piece):
                     if is_lazily_free(self.frames, folio.entries):
-                        freed += yield from self._put_out([folio], folio.pfns)
-                        if space.thp:  # its page table stays, as it went page by page: seen on 6.18
+                        gone = yield from self._put_out([folio], folio.pfns)
+                        freed += gone
+                        if gone and space.thp:  # its page table stays, as it went page by page: seen on 6.18
                             space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
                 pfns = np.sort(mapped.pfns)
                 stays = ~np.isin(pfns, self._affordable(pfns))
@@ -329,7 +330,7 @@ class Reclaim:
 
         Args:
             mapped: the entries that name the victims.
-            victims: int64[n], ascending.
+            victims: int64[n], ascending; a large folio comes by itself.
         """
         if not victims.size:
             return 0
@@ -367,7 +368,11 @@ class Reclaim:
         return [part for part in told if self.spaces.get(part.space.id) is part.space]
 
     def _swap_out(self, told: list[_Mapped], victims: Pfns) -> int:
-        """Free what nobody else has come to use meanwhile: shrink_folio_list(), try_to_unmap_one()."""
+        """Free what nobody else has come to use meanwhile: shrink_folio_list(), try_to_unmap_one().
+
+        A large folio goes, or stays, as one: what is written or held of it is all of it, as flags and references are
+        the folio's.  Source: Linux mm/huge_memory.c, __discard_anon_folio_pmd_locked().
+        """
         frames = self.frames
         now = [_as_it_is(part) for part in told]
         named, written = np.zeros(victims.size, np.int64), frames.test_flags(victims, PageFlag.DIRTY)
@@ -375,10 +380,15 @@ class Reclaim:
             positions = victims.searchsorted(part.pfns)
             named += np.bincount(positions, minlength=victims.size)
             written[positions[cpu_pte.is_dirty(part.entries)]] = True
+        folio = frames.test_flags(victims, PageFlag.COMPOUND)
+        if (folio & written).any():
+            frames.set_flags(victims[folio], PageFlag.DIRTY)
+            written |= folio
         anonymous = frames.test_flags(victims, PageFlag.ANON)
         cached, of_file = frames.private[victims] != 0, self._of_files(victims)
         free = (named == frames.mapcount[victims]) & (frames.pincount[victims] == 0)
         free &= frames.refcount[victims] == named + cached + of_file + 1
+        free &= ~folio | free[folio].all()
         free &= np.where(anonymous, (named > 0) | cached, of_file)  # whose last entry went meanwhile is free anyway
         lazy = anonymous & ~frames.test_flags(victims, PageFlag.SWAPBACKED)
         kept = free & lazy & written  # written since MADV_FREE: not this time

@@ -650,6 +650,33 @@ def test_huge_page_that_was_freed_lazily_is_dropped_as_one(bench: Any) -> None:
     assert shown(bench, 2) == "w1 .1"
 
 
+def test_huge_page_that_was_freed_lazily_stays_whole_when_a_page_of_it_is_pinned(bench: Any) -> None:
+    """__discard_anon_folio_pmd_locked(): references are the folio's, so it goes as one or not at all."""
+    bench.write(3, b"x")
+    advise(bench, 0, BLOCK, Advice.FREE)
+    pin = bench.call(commands_process.pin, bench.process, bench.span(3), write=False)
+    advise(bench, 0, BLOCK, Advice.PAGEOUT)
+    assert shown(bench) == "W512 .512"
+    assert not space(bench).tables  # nothing went page by page
+    bench.call(commands_process.unpin, pin)
+    advise(bench, 0, BLOCK, Advice.PAGEOUT)
+    assert shown(bench) == f".{2 * BLOCK}"
+
+
+def test_huge_page_that_was_freed_lazily_stays_whole_when_a_page_of_it_is_set_dirty(bench: Any) -> None:
+    """__discard_anon_folio_pmd_locked(): a driver's set_page_dirty() while it is told makes the folio dirty."""
+    bench.write(3, b"x")
+    advise(bench, 0, BLOCK, Advice.FREE)
+    frames, pfn = bench.local.machine.frames, cpu_pte.cpu_pfn(bench.entry(3))
+    bench.heard.meanwhile = lambda _: frames.set_flags_one(pfn, PageFlag.DIRTY)
+    advise(bench, 0, BLOCK, Advice.PAGEOUT)
+    assert shown(bench) == "W512 .512"
+    assert bench.read(3, 1) == b"x"
+    pfns = cpu_pte.cpu_pfn(space(bench).table.read(*edges(bench.span(0, BLOCK))))
+    assert frames.test_flags(pfns, PageFlag.DIRTY).all()
+    assert frames.test_flags(pfns, PageFlag.SWAPBACKED).all()
+
+
 def test_populate_makes_no_huge_page_young_that_is_only_read(bench: Any) -> None:
     """touch_pmd(): pmdp_set_access_flags() does nothing unless it is for a write.  Seen on 6.18."""
     bench.write(0, b"x")
