@@ -181,6 +181,12 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     with ExitStack() as brackets:
         try:
             yield from unmap_everywhere(held, brackets, cause=Cause.MEMORY_FAILURE, certain=True)
+            while frames.mapcount[pfns].any():  # mremap or fork took them along meanwhile, to where nobody was told
+                found = yield from unmap_everywhere(
+                    held, brackets, only_where_mapped=True, cause=Cause.MEMORY_FAILURE, certain=True
+                )
+                if not found:
+                    break
         except BaseException:
             frames.unpoison(pfns)
             replace(held, pfns)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.ascending import unique
+from hmm.ascending import among, unique
 from hmm.events import Cause
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
@@ -98,14 +98,17 @@ def unmap_everywhere(
     only_where_mapped: bool = False,
     cause: Cause = Cause.MIGRATE_SHARED,
     certain: bool = False,
-) -> Operation[None]:
+) -> Operation[bool]:
     """Replace every entry that maps one of the pages, in all address spaces, after their mirrors were told.
 
-    Only pages that are mapped are looked for.  The ranges stay busy until `brackets` is closed.
+    Only pages that are mapped are looked for.  The ranges stay busy until `brackets` is closed.  An entry that came
+    meanwhile where nobody was told stays, and with it the page.
 
     Args:
         only_where_mapped: do not tell those who could map a page and do not.
         cause, certain: of the events, as for `Notifier.invalidation`.
+
+    Returns: whether there was anything to be replaced.
 
     Raises: TimedOutError: a mirror with policy FAIL did not answer; some entries were replaced already.
 
@@ -115,7 +118,7 @@ def unmap_everywhere(
     frames = held.frames
     mapped = frames.mapcount[held.pfns] > 0
     if not mapped.any():
-        return
+        return False
     of_file = ~frames.test_flags(held.pfns, PageFlag.ANON)
     told: dict[int, tuple[AddressSpace, list[Entries]]] = {}
     for place in held.places():
@@ -133,8 +136,10 @@ def unmap_everywhere(
         for place in [place for place in held.places() if place.space is space]:
             entries = space.table.lookup(place.addresses)
             naming = _names(entries, held.pfns[place.pages])
+            naming &= among((place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64), pages)
             stand_in(space, place.addresses[naming], entries[naming])
             frames.put(held.pfns[place.pages][naming])
+    return bool(told)
 
 
 def replace(held: HeldPages, targets: Pfns) -> None:

@@ -19,6 +19,7 @@ from hmm.events import EventType, Reason
 from hmm.frames import PageFlag, RegionKind
 from hmm.limits import Limits
 from hmm.madvise import Advice
+from hmm.mremap import MremapFlag
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
@@ -286,3 +287,25 @@ def test_pinned_page_is_lost_to_its_process(world: World) -> None:
     world.machine.check()
     assert world.machine.frames.refcount[pfn] == 1
     assert world.machine.frames.test_flags(np.array([pfn]), PageFlag.HWPOISON).all()
+
+
+def test_page_is_lost_where_mremap_took_it_while_drivers_were_told(world: World) -> None:
+    """The reverse map meets the old place before the new one, and each is told: mm/rmap.c, try_to_unmap_one()."""
+    (mirror,) = world.mirrors
+    there = span(20)
+    world.do(processes.write_memory, world.pid, START, b"x")
+    failing = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.HWPOISON)
+    (told,) = world.sent()
+    moving = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.do(processes.mremap, world.pid, START, PAGE_SIZE, PAGE_SIZE, moving, there.start)
+    world.do(devices.fault, mirror, [there], write=True)
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.resume(failing)
+    (told,) = world.sent()
+    assert (told.mirror_id, told.event.spans) == (mirror, (there,))
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert failing.result == 0
+    world.machine.check()
+    assert cpu_pte.is_poison(world.machine.processes[world.pid].space.table.get(there.start))
+    assert world.machine.mirrors[mirror].table.is_empty

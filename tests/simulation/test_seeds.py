@@ -32,6 +32,7 @@ from hmm.testing_swap import TOWNS
         ("swap-devices", 180),  # a device whose driver had only started was refused access
         ("swap-devices", 1092),  # a fault tried again and again while another call held the page
         ("swap-devices", 2056),  # a detach that failed had removed the notifiers: a driver was not told of an mprotect
+        ("swap-devices", 518),  # an eviction moved a page that was mapped again where it had told nobody
         ("memory", 2068),  # a page whose copy back was made to fail was expected to hold what it did
         ("compound", 1354),  # a huge page that was freed lazily went in part, as pages of it were pinned
     ],

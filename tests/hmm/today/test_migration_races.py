@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from area import at, pages
-from machine_world import World, error_of
+from machine_world import START, World, error_of, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.frames import RegionKind
 from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy
 from hmm.operation_record import Caller
@@ -54,6 +55,33 @@ def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None
     world.settle()
     machine.check()
     assert world.do(commands_process.read_memory, parent, at(0), 4).data == b"page"
+
+
+def test_eviction_leaves_a_page_that_was_mapped_again_when_its_mirror_was_not_told_of_it() -> None:
+    """What is exclusive is mapped nowhere, and nobody is told of it; it stays when it is given back meanwhile.
+
+    Source: Linux mm/rmap.c: try_to_migrate_one() replaces an entry between the notifier's start and end alone.
+    """
+    world = World(limits=Limits(frames=64, device_frames=16))
+    machine, (mirror,) = world.machine, world.mirrors
+    card = world.do(commands_device.register_device, "card", memory_pages=8, kind=RegionKind.DEVICE_COHERENT)
+    attached = world.do(commands_hmm.attach, card, world.pid)
+    world.do(commands_process.write_memory, world.pid, START, b"a" * 2 * PAGE_SIZE)
+    world.do(commands_hmm.migrate_to_device, attached, span(0, 2))
+    world.do(commands_hmm.make_exclusive, attached, span(1))
+    evicting = world.start(commands_hmm.evict_device, card)
+    (told,) = world.sent()
+    assert (told.mirror_id, told.event.spans) == (mirror, (span(0),))
+
+    world.do(commands_device.fault, mirror, [span(1)], write=True)
+    machine.answer(told.mirror_id, told.sequence)
+    world.resume(evicting)
+    machine.check()
+    world.settle()
+    assert evicting.result == 1
+    assert world.do(commands_hmm.evict_device, card) == 1
+    assert world.do(commands_process.read_memory, world.pid, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
+    machine.check()
 
 
 def test_touch_inside_a_callback_fails_when_the_page_is_referred_to_by_who_waits_for_it() -> None:
