@@ -8,9 +8,9 @@ import pytest
 from coverage import Coverage
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(scope="module")
 def untraced() -> Iterator[None]:
-    """Coverage is that of tests/hmm: tracing makes seeded runs three times as long, and tells nothing more."""
+    """Coverage is that of the other tests: tracing makes these runs three times as long, and tells nothing more."""
     measured = Coverage.current()
     if measured is None:
         yield

@@ -40,7 +40,7 @@ from hmm.testing import SimulationError
 from hmm.testing_swap import TOWNS
 from hmm.units import PMD_MASK, Address, Entries, Pfns
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("untraced")]
 SEEDS = 120
 
 Plant = Callable[[pytest.MonkeyPatch], None]

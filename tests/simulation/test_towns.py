@@ -12,7 +12,7 @@ from hmm.testing import simulate
 from hmm.testing_coverage import Coverage
 from hmm.testing_swap import TOWNS, simulate_swap
 
-SEEDS = 16
+SEEDS = 12
 
 pytestmark = pytest.mark.slow
 
