@@ -30,7 +30,7 @@ from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy, Mirror, MirrorState
 from hmm.mirror_memory import MirrorMemory
 from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
-from hmm.operation import Operation, immediate
+from hmm.operation import Operation, Pause, immediate
 from hmm.spans import inside
 from hmm.subscriber import Home
 from hmm.units import (
@@ -44,6 +44,9 @@ from hmm.units import (
     ProcessId,
     is_page_aligned,
 )
+
+RANGES_IN_STEP = 64
+"""Ranges that a fault brings in before others may go on."""
 
 
 class DeviceFaulted(NamedTuple):
@@ -256,6 +259,8 @@ def fault(
     else:
         parts = []
         for span in target:
+            if len(parts) % RANGES_IN_STEP == RANGES_IN_STEP - 1:
+                yield Pause()
             parts.append((yield from fault_range(mirror, span, write=write, wait=wait, whole=whole)))
         entries = _entries_of(mirror, target)
     if mirror.space.notifier.dispatches or mirror.space.notifier.copies:

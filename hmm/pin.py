@@ -32,7 +32,7 @@ from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, split_pmds
-from hmm.operation import Operation
+from hmm.operation import Operation, Pause
 from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, SpaceId, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
@@ -81,12 +81,14 @@ def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool, long
     try:
         at = span.start
         while at < span.end:
-            vma = _permitting(space, at, write)
-            for piece in pieces(AddressRange(at, min(span.end, vma.end))):
-                assert isinstance(piece, AddressRange)
-                while at < piece.end:
-                    pinned.append((yield from _pin(space, AddressRange(at, piece.end), write, long_term)))
-                    at += pinned[-1].size << PAGE_SHIFT
+            end = min(span.end, _permitting(space, at, write).end)
+            piece = next(iter(pieces(AddressRange(at, end))))
+            assert isinstance(piece, AddressRange)
+            while at < piece.end:
+                pinned.append((yield from _pin(space, AddressRange(at, piece.end), write, long_term)))
+                at += pinned[-1].size << PAGE_SHIFT
+            if at < end:
+                yield Pause()
     except BaseException:
         for pfns in pinned:
             space.frames.unpin(pfns)

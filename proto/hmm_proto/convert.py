@@ -97,6 +97,23 @@ def _range(start: int, end: int) -> AddressRange:
     return AddressRange(start, end)
 
 
+# ---- numbers in texts
+
+
+def number_from_text(text: str) -> int:
+    """A number of 64 bits, in decimal digits.
+
+    Raises:
+        InvalidRequestError: it is none (EINVAL).
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX):
+        raise malformed(f"{text[:32]!r} is no number of 64 bits")
+    return int(text)
+
+
+_DIGITS_MAX = len(str((1 << 64) - 1))
+
+
 # ---- arrays
 
 

@@ -20,12 +20,20 @@ from hmm_proto.v1 import event_pb2
 from hmm_server.mailbox import Posting
 from hmm_server.served import ServedMirror, Stream
 
+ANSWERS_MAX = 1 << 16
+"""Answers in one message, and the ranges in them."""
+REJECTIONS_TOLD = 64
+"""Rejected answers of one message that are told one by one."""
 Spans = tuple[AddressRange, ...]
 Plain: TypeAlias = list[tuple[ServedMirror, int]]
 
 
 class Answers:
-    """The answers of one message."""
+    """The answers of one message.
+
+    Attributes:
+        rejected: how many do not count.
+    """
 
     def __init__(
         self,
@@ -47,6 +55,7 @@ class Answers:
         self._answered = answered
         self._acknowledged = acknowledged
         self._together = together
+        self.rejected = 0
         self._violations: list[event_pb2.ProtocolViolation] = []
 
     def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
@@ -57,8 +66,13 @@ class Answers:
             len(message.single_mirror_ids) != len(message.single_sequences)
         ):
             self._reject(0, 0, "as many mirrors as event sequences are needed")
+        elif (number := _size(message)) > ANSWERS_MAX:
+            self._reject(0, 0, f"{number} answers and ranges are more than {ANSWERS_MAX} at a time; none was taken")
         else:
             self._take(message)
+        if self.rejected > REJECTIONS_TOLD:
+            more = f"{self.rejected - REJECTIONS_TOLD} more answers of the same message were rejected"
+            self._violations.append(event_pb2.ProtocolViolation(rule=more))
         return self._violations
 
     def _take(self, message: event_pb2.Acknowledgements) -> None:
@@ -152,4 +166,12 @@ class Answers:
         return None
 
     def _reject(self, mirror_id: MirrorId, sequence: int, rule: str) -> None:
-        self._violations.append(event_pb2.ProtocolViolation(mirror_id=mirror_id, event_sequence=sequence, rule=rule))
+        self.rejected += 1
+        if self.rejected <= REJECTIONS_TOLD:
+            violation = event_pb2.ProtocolViolation(mirror_id=mirror_id, event_sequence=sequence, rule=rule)
+            self._violations.append(violation)
+
+
+def _size(message: event_pb2.Acknowledgements) -> int:
+    ranges = sum([len(answer.dirty.starts) for answer in message.answers])
+    return len(message.mirror_ids) + len(message.single_mirror_ids) + len(message.answers) + ranges

@@ -13,8 +13,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from hmm.errors import InvalidRequestError
 from hmm.operation_record import Caller
-from hmm_proto.convert import malformed
+from hmm_proto.convert import malformed, number_from_text
 from hmm_server.config import ConfigError
 
 NAME_LENGTH_MAX = 64
@@ -48,9 +49,10 @@ def caller_from(metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
 
 def _callback(text: str) -> tuple[int, int]:
     mirror_id, _, sequence = text.partition(":")
-    if not (mirror_id.isdecimal() and sequence.isdecimal()):
-        raise malformed(f"hmm-in-callback is {text[:NAME_LENGTH_MAX]!r}; it must be MIRROR:SEQUENCE")
-    return int(mirror_id), int(sequence)
+    try:
+        return number_from_text(mirror_id), number_from_text(sequence)
+    except InvalidRequestError:
+        raise malformed(f"hmm-in-callback is {text[:NAME_LENGTH_MAX]!r}; it must be MIRROR:SEQUENCE") from None
 
 
 class Tokens:

@@ -16,17 +16,17 @@ from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import device_pb2, types_pb2
-from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import Call, Invocation, invoke
-from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
+from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most, require_name
 from hmm_server.replies import ArrayReply
 
 Result = types_pb2.CallResult
+PIECES_MAX = 4096
+"""Ranges of one fault, pieces of one access: each takes a step of its own, and may touch a page of its own."""
 
 
 def _register_device(q: device_pb2.RegisterDeviceRequest) -> Invocation:
-    if len(q.name) > NAME_LENGTH_MAX:
-        raise convert.malformed(f"register device: the name has more than {NAME_LENGTH_MAX} characters")
+    require_name("register device", q.name)
     return invoke(
         commands_device.register_device,
         q.name,
@@ -86,6 +86,7 @@ def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entri
     """
     pages = q.pages
     if not pages:
+        require_at_most("fault: ranges", len(q.ranges.starts), PIECES_MAX)
         spans = convert.page_ranges_from_proto(q.ranges)
         if spans:
             return spans
@@ -158,6 +159,7 @@ def _write_copy(q: device_pb2.WriteCopyRequest) -> Invocation:
 def _segments(q: device_pb2.DeviceReadRequest | device_pb2.DeviceWriteRequest) -> list[Segment]:
     if len(q.addresses) != len(q.lengths):
         raise convert.malformed(f"device access: {len(q.addresses)} addresses and {len(q.lengths)} lengths")
+    require_at_most("device access: pieces", len(q.addresses), PIECES_MAX)
     require_at_most("device access: bytes", sum(q.lengths), DATA_BYTES_MAX)
     return list(zip(q.addresses, q.lengths, strict=True))
 

@@ -1,7 +1,8 @@
 """The guard round every RPC: tokens in, errors out, one log line and one count for each.
 
 An HmmError becomes its google.rpc.Status.  Anything else is a bug: the client sees INTERNAL without text, the log
-has the traceback (gRPC's own default is UNKNOWN with the exception's text).
+has the traceback (gRPC's own default is UNKNOWN with the exception's text).  Bytes that are no message reach a handler
+as the error that they are, to be raised by `require_read`: one message at a time where requests come in a stream.
 
 **Invariants**: no exception of a service reaches gRPC.
 
@@ -21,10 +22,12 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hmm.errors import HmmError
+from hmm_proto import convert
 from hmm_proto.status import DOMAIN, DRAINING_REASON, INTERNAL_REASON, to_status
 from hmm_server.callers import Tokens, UnknownTokenError, caller_from
 from hmm_server.executor import DrainingError
@@ -73,7 +76,7 @@ class Guard(grpc.aio.ServerInterceptor):
         make = getattr(grpc, f"{'_'.join(kind)}_rpc_method_handler")
         guarded: Handler = make(
             wrap(method, behaviour),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_reading(method, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
@@ -81,15 +84,18 @@ class Guard(grpc.aio.ServerInterceptor):
     def _wrap_coroutine(self, method: str, behaviour: Any) -> Any:
         async def guarded(request: Any, context: Context) -> Any:
             async with self._watching(method, context):
+                require_read(request)
                 return await behaviour(request, context)
 
         return guarded
 
     def _wrap_generator(self, method: str, behaviour: Any) -> Any:
         async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._watching(method, context), aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
+            async with self._watching(method, context):
+                require_read(request)
+                async with aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        yield response
 
         return guarded
 
@@ -125,6 +131,23 @@ class Guard(grpc.aio.ServerInterceptor):
             await context.abort_with_status(rpc_status.to_status(status))
         milliseconds = round((time.perf_counter() - started_s) * 1e3, 3)
         log.debug("%s: %.3f ms", method, milliseconds, extra=fields | {"duration_ms": milliseconds})
+
+
+def _reading(method: str, deserialize: Any) -> Any:
+    # What is raised while a message is read never reaches the handler; what is read does.
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return convert.malformed(f"{method}: {error}")
+
+    return read
+
+
+def require_read(request: Any) -> None:
+    """Raises: InvalidRequestError when what came is no message of its type."""
+    if isinstance(request, HmmError):
+        raise request
 
 
 def _status(code: int, reason: str, message: str) -> status_pb2.Status:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BATCH_EVENTS = 256
 """Events in one message."""
+VIOLATIONS_MAX = 256
+"""Rejected answers that wait; further ones are only counted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +160,7 @@ class Mailbox:
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""
         if violations and not self.closed:
-            self._violations += violations
+            self._violations += violations[: VIOLATIONS_MAX - len(self._violations)]
             self._wake()
 
     def close(self, why: str) -> None:
@@ -185,6 +187,11 @@ class Mailbox:
     def is_full(self) -> bool:
         """True when replies wait that the client does not read: nothing large may be added."""
         return self.reply_bytes >= self.window.queue_bytes
+
+    @property
+    def is_overfull(self) -> bool:
+        """True when small replies have filled as much again: nothing more may be asked for until some are read."""
+        return self.reply_bytes >= 2 * self.window.queue_bytes
 
     # ---- the writer
 

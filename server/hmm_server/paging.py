@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from hmm_proto.convert import malformed
+from hmm.errors import InvalidRequestError
+from hmm_proto.convert import malformed, number_from_text
 
 
 class ListRequest(Protocol):
@@ -34,9 +35,14 @@ def page_of(keys: Iterable[int], request: ListRequest, entries_max: int) -> Page
     Raises:
         InvalidRequestError: the token is none that was given out (EINVAL).
     """
-    if request.page_token and not request.page_token.isdecimal():
-        raise malformed(f"page token {request.page_token[:32]!r} was not given out here")
     ordered = sorted(keys)
-    start = bisect_right(ordered, int(request.page_token or 0))
+    start = bisect_right(ordered, _last_of(request.page_token)) if request.page_token else 0
     end = start + min(request.page_size or entries_max, entries_max)
     return Page(ordered[start:end], str(ordered[end - 1]) if end < len(ordered) else "")
+
+
+def _last_of(page_token: str) -> int:
+    try:
+        return number_from_text(page_token)
+    except InvalidRequestError:
+        raise malformed(f"page token {page_token[:32]!r} was not given out here") from None

@@ -16,6 +16,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, page_down
 from hmm.unmapped_area import MapFlag
 from hmm_proto import convert
 from hmm_proto.v1 import process_pb2, types_pb2
+from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import Call, Invocation, invoke
 
 DATA_BYTES_MAX = 1 << 20
@@ -59,7 +60,14 @@ def _place(q: process_pb2.PlaceRequest) -> Invocation:
     return invoke(commands_process.mmap, q.process_id, q.start, length, q.prot, flags, q.file_id, q.offset)
 
 
+def require_name(what: str, name: str) -> None:
+    """Raises: InvalidRequestError when a name that a client gives is too long (EINVAL)."""
+    if len(name) > NAME_LENGTH_MAX:
+        raise convert.malformed(f"{what}: the name has more than {NAME_LENGTH_MAX} characters")
+
+
 def _exec(q: process_pb2.ExecRequest) -> Invocation:
+    require_name("exec", q.name)
     return invoke(commands_process.exec_process, q.process_id, q.name, mmap_base=q.mmap_base, brk_start=q.brk_start)
 
 

@@ -22,17 +22,20 @@ import grpc
 from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
-from hmm_proto.v1 import device_pb2, session_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide, Result
+from hmm_server.interceptors import require_read
 from hmm_server.replies import ArrayReply, encoded
 from hmm_server.served import Stream
 from hmm_server.streams import PROTOCOL_VERSION, Streams
 
 FAREWELL_S = 5.0
 """Time for the last replies to be written after Bye."""
+REASON_LENGTH_MAX = 256
+"""Characters of a farewell that are kept."""
 LARGE_REPLIES = frozenset(
     {
         *("fault", "device_read", "read_table", "migrate", "read_copy"),
@@ -79,9 +82,10 @@ class Session:
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if reader.done():
-                why = reader.result()
+                why = _why_ended(reader)
                 self._streams.disconnect(stream, why)
                 await asyncio.wait({writer}, timeout=FAREWELL_S)
+                reader.result()  # what made no sense is its caller's error
             else:
                 why = "the daemon ended it"
         finally:
@@ -91,6 +95,7 @@ class Session:
             self._forget_calls()
 
     def _open(self, first: Any) -> Stream:
+        require_read(first)
         if not isinstance(first, session_pb2.SessionRequest) or not first.HasField("hello"):
             raise convert.malformed("a session begins with Hello")
         hello = first.hello
@@ -113,14 +118,19 @@ class Session:
         message: Any = first
         while message is not grpc.aio.EOF:
             stream.heard_s = time.monotonic()
+            require_read(message)
+            if message.HasField("hello") and message is not first:
+                stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
             if message.HasField("acknowledgements"):
                 stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
             for call in message.calls:
                 self._start(stream, call)
             if message.HasField("bye"):
-                return f"bye: {message.bye.reason}" if message.bye.reason else "bye"
+                return f"bye: {message.bye.reason[:REASON_LENGTH_MAX]}" if message.bye.reason else "bye"
             if stream.mailbox.wakes_writer:
                 await asyncio.sleep(0)  # the replies leave before the next message is asked for
+            if stream.mailbox.is_overfull:
+                await stream.mailbox.room()  # not even small replies are read
             message = await self._context.read()
         return "its driver went away without Bye"
 
@@ -192,7 +202,7 @@ class Session:
                 await stream.mailbox.room()
                 part = device_pb2.ReadTableResponse(start=start, entries=entries)
                 stream.mailbox.reply(encoded(request_id, "read_table", part, more=True))
-        except HmmError as error:
+        except Exception as error:  # noqa: BLE001 - as in _start()
             self._reply(stream, request_id, error)
         else:
             self._calls.pop(request_id, None)
@@ -207,3 +217,8 @@ class Session:
             if under_way.task is not None:
                 under_way.task.cancel()
         self._calls.clear()
+
+
+def _why_ended(reader: asyncio.Task[str]) -> str:
+    error = reader.exception()
+    return reader.result() if error is None else f"it could not be read: {error}"

@@ -15,6 +15,7 @@ answered everything.
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
 import itertools
 import logging
 import time
@@ -28,7 +29,7 @@ from hmm.commands_device import unregister_device, unregister_mirror
 from hmm.commands_hmm import EXCLUSIVE_PAGES, detach, give_back_exclusive
 from hmm.commands_process import unpin
 from hmm.dispatch import Audience, Dispatch
-from hmm.errors import InvalidRequestError, OutOfFramesError
+from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
 from hmm.events import EventState
 from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
@@ -131,11 +132,14 @@ class Streams:
         """Look an open stream up by its epoch.
 
         Raises:
-            InvalidRequestError: there is none, or it is not the caller's (EINVAL).
+            InvalidRequestError: there is none (EINVAL).
+            AccessDeniedError: it belongs to another owner (EPERM).
         """
         stream = self.open.get(epoch)
-        if stream is None or stream.owner != owner:
-            raise InvalidRequestError(f"epoch {epoch} names no stream that is open and yours")
+        if stream is None:
+            raise InvalidRequestError(f"epoch {epoch} names no stream that is open")
+        if stream.owner != owner:
+            raise AccessDeniedError(f"stream {epoch} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
         return stream
 
     def attach(self, stream: Stream, mirror_id: MirrorId) -> None:
@@ -396,7 +400,7 @@ class Streams:
             self.executor.machine, stream, self._answered, self._acknowledged, self._acknowledged_together
         )
         violations = answers.take(message)
-        self.rejected += len(violations)
+        self.rejected += answers.rejected
         self.rejections.extend((stream, violation, time.time_ns()) for violation in violations)
         for violation in violations:
             log.warning(

@@ -30,10 +30,12 @@ from hmm_server.callers import caller_from
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.holds import Breakpoint, Point
+from hmm_server.process_calls import require_at_most
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _PASSES = 2
 """One to see what pages hold, one to see that they still do."""
+PASSES_MAX = 100
 POINTS = {
     harness_pb2.HOLD_POINT_BEFORE_EVENT: Point.BEFORE_EVENT,
     harness_pb2.HOLD_POINT_EVENT_SENT: Point.EVENT_SENT,
@@ -76,6 +78,8 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
         process = self._executor.machine.processes.get(request.process_id)
         if request.process_id and process is None:
             raise NoSuchObjectError(f"hold: there is no process {request.process_id}", errnos.ESRCH)
+        if process is not None and process.owner not in ("", caller.token):
+            raise AccessDeniedError(f"hold: {process} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
         where = Breakpoint(
             POINTS[request.point],
             request.operation,
@@ -123,6 +127,7 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
     async def ScanKsm(self, request: harness_pb2.ScanKsmRequest, context: Context) -> harness_pb2.ScanKsmResponse:
         self._require_allowed()
         caller = caller_from(context.invocation_metadata())
+        require_at_most("scan ksm: passes", request.passes, PASSES_MAX)
         record = await self._executor.call(caller, scan_ksm, request.passes or _PASSES)
         return harness_pb2.ScanKsmResponse(**dataclasses.asdict(record.result))
 

@@ -26,6 +26,7 @@ from hmm_server.config import Config
 from hmm_server.executor import Executor, Running
 from hmm_server.observers import Observers
 from hmm_server.paging import page_of
+from hmm_server.process_calls import require_at_most
 from hmm_server.streams import Streams
 from hmm_server.waits import Sees, Waits
 
@@ -134,9 +135,13 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
     async def Watch(
         self, request: inspection_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[inspection_pb2.WatchResponse]:
+        named = len(request.process_ids) + len(request.mirror_ids)
+        require_at_most("watch: processes and mirrors", named, self._config.list_entries)
         if len(self._observers.watchers) >= self._config.watchers:
             raise OutOfFramesError(f"watch: the limit of {self._config.watchers} is reached", reason="LIMIT")
         spaces = {self._process(process_id, context).space.id for process_id in request.process_ids}
+        for mirror_id in request.mirror_ids:
+            self._require_mirror(mirror_id, context)
         with self._observers.watch(self._filter(request, spaces, _sees(context))) as watcher:
             yield inspection_pb2.WatchResponse()
             while (message := await watcher.take()) is not None:
@@ -168,6 +173,10 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         self, request: inspection_pb2.GetViolationsRequest, context: Context
     ) -> inspection_pb2.GetViolationsResponse:
         sees = _sees(context)
+        self._require_mirror(request.mirror_id, context)
+        device = self._machine.devices.get(request.device_id)
+        if device is not None:
+            _require(sees, device.owner, str(device))
         chosen = [
             (receiver, gone)
             for receiver, gone in reports.receivers(self._machine)
@@ -217,6 +226,12 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         process = self._machine.process(process_id)
         _require(_sees(context), process.owner, str(process))
         return process
+
+    def _require_mirror(self, mirror_id: int, context: Context) -> None:
+        # One that is gone, or is still to come, is nobody's.
+        receiver = self._machine.receivers.get(mirror_id)
+        if receiver is not None:
+            _require(_sees(context), receiver.owner, str(receiver))
 
     def _mirror(self, mirror_id: int, context: Context) -> Mirror:
         mirror = self._machine.mirror(mirror_id)

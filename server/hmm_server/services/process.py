@@ -17,11 +17,12 @@ from hmm.operation_record import Caller
 from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
 from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
-from hmm_server.callers import NAME_LENGTH_MAX, caller_from
+from hmm_server.callers import caller_from
 from hmm_server.calls import attempt, make, not_made
 from hmm_server.config import Config
 from hmm_server.executor import Executor
-from hmm_server.process_calls import CALLS, require_at_most
+from hmm_server.interceptors import require_read
+from hmm_server.process_calls import CALLS, require_at_most, require_name
 
 BREATH_S = 0.005
 """A batch lets others run at the latest after this time."""
@@ -50,8 +51,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     async def CreateProcess(
         self, request: process_pb2.CreateProcessRequest, context: Context
     ) -> process_pb2.CreateProcessResponse:
-        if len(request.name) > NAME_LENGTH_MAX:
-            raise convert.malformed(f"create process: the name has more than {NAME_LENGTH_MAX} characters")
+        require_name("create process", request.name)
         record = await self._executor.call(
             caller_from(context.invocation_metadata()),
             commands_process.create_process,
@@ -89,6 +89,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         total = process_pb2.FillMemoryResponse()
         process_id = address = 0
         async for request in request_iterator:
+            require_read(request)
             process_id, address = request.process_id or process_id, request.address or address
             part = process_pb2.WriteMemoryRequest(process_id=process_id, address=address, data=request.data)
             wrote: process_pb2.WriteMemoryResponse = await make(self._executor, caller, CALLS["write_memory"], part)
@@ -161,7 +162,7 @@ def _bytes_read(request: process_pb2.ExecuteRequest) -> int:
         call.read_memory.length
         + call.access_pages.page_count
         + (call.mincore.length >> PAGE_SHIFT)
-        + ((call.pagemap.range.end - call.pagemap.range.start) >> PAGE_SHIFT << 3)
+        + max(0, (call.pagemap.range.end - call.pagemap.range.start) >> PAGE_SHIFT << 3)
         for call in request.calls
     )
 
