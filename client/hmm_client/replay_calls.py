@@ -4,25 +4,30 @@ Addresses are the recorded ones.  A mapping that the kernel found a place for is
 MAP_FIXED_NOREPLACE, so that the place must be free here too; an area that the kernel moved is moved there with
 MREMAP_FIXED.
 
-**Source**: mmap(2), mremap(2), brk(2), remap_file_pages(2).
+**Source**: mmap(2), mremap(2), brk(2), remap_file_pages(2), shmat(2); Linux kernel/events/core.c, perf_mmap().
 
-**Absent**: which process, in which order (`replay`).
+**Absent**: which process, in which order (`replay`); what a call means on the layout it meets (`replay_layouts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
+from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError, RangeBusyError
+from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, AddressRange, page_down, page_up
-from hmm.unmapped_area import MapFlag
+from hmm.unmapped_area import MMAP_MIN_ADDR, MapFlag
 from hmm_client.file import File
 from hmm_client.process import Process
 from hmm_client.recordings import (
     Advise,
     Brk,
+    Detach,
     GrowStack,
+    Interrupted,
     Lock,
     LockAll,
     Map,
@@ -35,9 +40,13 @@ from hmm_client.recordings import (
     UnlockAll,
     Unmap,
 )
+from hmm_client.replay_layouts import attached, changed, gap_above, mapped, moved_pieces, prot_of
+from hmm_client.results import MapsLine
 
 _FIXED = MapFlag.FIXED | MapFlag.FIXED_NOREPLACE
 _NOWHERE = AddressRange(0, 0)
+_NOT_INHERITED = "anon_inode:[perf_event]"
+"""Files whose mappings a forked child does not get: perf_mmap() sets VM_DONTCOPY."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,8 @@ def reached(step: Step) -> tuple[AddressRange, AddressRange]:
         case Map(recorded=start, length=length) | Remap(recorded=start, new_length=length):
             after = AddressRange(start, page_up(start + length))
             return (_span(step.address, step.length) if isinstance(step, Remap) else _NOWHERE), after
+        case Interrupted(attempt=attempt):
+            return _span(attempt.address, attempt.length), _NOWHERE
         case Unmap() | Protect() | Advise() | Sync():
             return _span(step.address, step.length), _NOWHERE
         case Brk(address=address, recorded=recorded) if address == recorded:
@@ -92,10 +103,27 @@ async def make(process: Process, step: Step, files: Mapping[str, File]) -> Made:
             made = await _brk(process, step)
         case RemapFile():
             await _remap_file(process, step, files)
+        case Detach(address=address):
+            for piece in attached((await process.maps()).lines, address):
+                await process.munmap(piece.start, piece.end - piece.start)
+        case Interrupted():
+            await _protect_in_part(process, step)
+        case Lock() | Unlock() | LockAll() | UnlockAll():
+            await _lock(process, step)
+        case _:
+            await _change(process, step)
+    return made
+
+
+async def _change(process: Process, step: Step) -> None:
+    match step:
         case Unmap(address=address, length=length):
             await process.munmap(address, length)
         case Protect(address=address, length=length, prot=prot):
             await process.mprotect(address, length, prot)
+        case Advise(address=address, length=length, advice=Advice.COLLAPSE):
+            with suppress(InvalidRequestError, RangeBusyError, OutOfFramesError):  # contents decide: not recorded
+                await process.madvise(address, length, Advice.COLLAPSE)
         case Advise(address=address, length=length, advice=advice):
             await process.madvise(address, length, advice)
         case Sync(address=address, length=length, flags=flags):
@@ -103,11 +131,10 @@ async def make(process: Process, step: Step, files: Mapping[str, File]) -> Made:
         case GrowStack(start=start):
             await process.touch(start, 1, write=True)
         case _:
-            await _lock(process, step)
-    return made
+            raise AssertionError(f"a step that is no call: {step}")
 
 
-async def _lock(process: Process, step: Step) -> None:
+async def _lock(process: Process, step: Lock | Unlock | LockAll | UnlockAll) -> None:
     match step:
         case Lock(address=address, length=length, flags=flags):
             await process.mlock(address, length, flags)
@@ -117,12 +144,13 @@ async def _lock(process: Process, step: Step) -> None:
             await process.mlockall(flags)
         case UnlockAll():
             await process.munlockall()
-        case _:
-            raise AssertionError(f"a step that is no call: {step}")
 
 
 async def _map(process: Process, step: Map, files: Mapping[str, File]) -> Made:
     flags = MapFlag(step.flags)
+    file = files.get(step.source or "")
+    if not step.length and file is not None:
+        step = await _with_length(process, step, file)
     chosen = bool(step.recorded) and not flags & _FIXED
     if chosen:  # a layout that is not known in full cannot tell whether a place is free
         flags |= MapFlag.FIXED if step.partial else MapFlag.FIXED_NOREPLACE
@@ -131,16 +159,25 @@ async def _map(process: Process, step: Map, files: Mapping[str, File]) -> Made:
         step.prot,
         flags,
         address=step.recorded or step.address,
-        file=files.get(step.source or ""),
+        file=file,
         offset=step.offset,
     )
-    hinted = bool(step.address) and page_down(step.address) == step.recorded
+    if step.source == _NOT_INHERITED:
+        await process.madvise(mapped.address, page_up(step.length), Advice.DONTFORK)
+    hinted = bool(step.address) and max(page_down(step.address), MMAP_MIN_ADDR) == step.recorded
     elsewhere = chosen and not hinted and mapped.placement != step.recorded
     return Made(placement=mapped.placement if elsewhere else 0)
 
 
 async def _remap(process: Process, step: Remap) -> Made:
     flags, target = MremapFlag(step.flags), step.target
+    if step.recorded and flags & MremapFlag.FIXED and step.length == step.new_length:
+        pieces = list(moved_pieces((await process.maps()).lines, _span(step.address, step.length)))
+        if len(pieces) > 1:
+            for piece in pieces:
+                length, distance = piece.end - piece.start, piece.start - step.address
+                await process.mremap(piece.start, length, length, flags, new_address=step.recorded + distance)
+            return Made()
     if step.recorded not in (0, step.address):
         flags, target = flags | MremapFlag.MAYMOVE | MremapFlag.FIXED, step.recorded
     moved = await process.mremap(step.address, step.length, step.new_length, flags, new_address=target)
@@ -156,12 +193,48 @@ async def _brk(process: Process, step: Brk) -> Made:
     return Made(f"{page_up(step.recorded):#x}", f"{page_up(found):#x}")
 
 
+async def _with_length(process: Process, step: Map, segment: File) -> Map:
+    """A System V segment of which the recording does not say how large it is."""
+    maps = await process.maps()
+    length = PAGE_SIZE if step.address else gap_above(maps.lines, maps.mmap_base, step.recorded) or PAGE_SIZE
+    if (await segment.status()).size_bytes < length:
+        await segment.truncate(length)
+    return replace(step, length=length)
+
+
+async def _protect_in_part(process: Process, step: Interrupted) -> None:
+    """An mprotect that failed, as far as it came."""
+    attempt = step.attempt
+    span = _span(attempt.address, attempt.length)
+    lines = (await process.maps()).lines
+    pieces = list(mapped(lines, span))
+    if step.errno == "ENOMEM" and (not pieces or pieces[-1].end < span.end):
+        with suppress(BadAddressError):  # which it must meet, at the hole
+            await process.mprotect(attempt.address, attempt.length, attempt.prot)
+    elif (end := changed(lines, step)) > attempt.address:
+        await process.mprotect(attempt.address, end - attempt.address, attempt.prot)
+
+
 async def _remap_file(process: Process, step: RemapFile, files: Mapping[str, File]) -> None:
     """remap_file_pages() is emulated, as in Linux since 4.0: mm/mmap.c, SYSCALL_DEFINE5(remap_file_pages)."""
-    area = next(line for line in (await process.maps()).lines if step.address in line.span)
-    prot = sum(bit for bit, letter in zip((1, 2, 4), area.permissions, strict=False) if letter != "-")
-    flags = MapFlag.SHARED | MapFlag.FIXED
-    length = page_up(step.length) or PAGE_SIZE
-    await process.mmap(
-        length, prot, flags, address=page_down(step.address), file=files[area.file_name], offset=step.offset
-    )
+    lines = (await process.maps()).lines
+    area = next(line for line in lines if step.address in line.span)
+    start, length = page_down(step.address), page_up(step.length) or PAGE_SIZE
+    file = files.get(area.file_name)
+    if file is not None:
+        flags = MapFlag.SHARED | MapFlag.FIXED
+        await process.mmap(length, prot_of(area), flags, address=start, file=file, offset=step.offset)
+        return
+    # Unnamed memory: mremap() of length 0 maps once more what is mapped somewhere.
+    source = _where(lines, area.file_id, step.offset)
+    second = await process.mremap(source, 0, length, MremapFlag.MAYMOVE)
+    await process.mprotect(second.address, length, prot_of(area))
+    await process.mremap(second.address, length, length, MremapFlag.MAYMOVE | MremapFlag.FIXED, new_address=start)
+
+
+def _where(lines: Sequence[MapsLine], file_id: int, offset: int) -> int:
+    """An address where a byte of a file is mapped."""
+    for line in lines:
+        if line.file_id == file_id and line.offset <= offset < line.offset + line.end - line.start:
+            return line.start + offset - line.offset
+    raise BadAddressError(f"remap_file_pages: byte {offset} of unnamed memory is mapped nowhere")

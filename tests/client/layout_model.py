@@ -19,12 +19,14 @@ from hmm_client.recordings import (
     Appear,
     Area,
     Brk,
+    Detach,
     Exec,
     Exit,
     Failed,
     Fork,
     GrowStack,
     Ignored,
+    Interrupted,
     Map,
     Protect,
     Recording,
@@ -129,7 +131,8 @@ class LayoutModel:
         match step:
             case Fork(child=child):
                 parent = self.spaces[step.process]
-                kept = [area for area in parent.areas if area.start not in parent.dontfork]
+                left = {area.start for area in parent.areas if area.name == "anon_inode:[perf_event]"} | parent.dontfork
+                kept = [area for area in parent.areas if area.start not in left]
                 self.spaces[child] = Space(kept, parent.brk, parent.dontfork)
             case Vfork(child=child):
                 self.spaces[child] = self.spaces[step.process]
@@ -168,13 +171,24 @@ class LayoutModel:
                 errno = space.change(page_down(step.address), page_up(step.address + step.length), lambda area: area)
             case Brk():
                 self._set_break(space, step)
+            case GrowStack(start=start, end=end):
+                stack = next(area for area in space.areas if area.start == end)
+                space.put(start, stack.end, [replace(stack, start=start)])
+            case _:
+                self._apply_rarer(space, step)
+        return errno
+
+    def _apply_rarer(self, space: Space, step: Step) -> None:
+        match step:
             case RemapFile(address=start, offset=offset):
                 end = page_up(start + step.length)
                 space.change(start, end, lambda area: replace(area, offset=offset + area.start - start))
-            case GrowStack(start=start, end=end):
-                stack = next(area for area in space.areas if area.start == end)
-                space.put(start, end, [replace(stack, start=start, end=end)])
-        return errno
+            case Detach(address=address):
+                for area in list(space.areas):
+                    if area.name.startswith("/SYSV") and area.start - address == area.offset:
+                        space.put(area.start, area.end, [])
+            case Interrupted():
+                self._protect_in_part(space, step)
 
     def _unmap(self, space: Space, step: Unmap) -> str | None:
         if step.length == 0 or step.address != page_down(step.address):
@@ -187,6 +201,8 @@ class LayoutModel:
         fixed = step.flags & (_FIXED | MAP["MAP_FIXED_NOREPLACE"])
         start = step.recorded or step.address
         end = page_up(start + step.length)
+        if not step.length:  # a segment: what lies above it ends it
+            end = min(area.start for area in space.areas if area.start > start)
         if step.flags & MAP["MAP_FIXED_NOREPLACE"] and space.split(start, end)[1]:
             return "EEXIST"
         if not fixed:
@@ -194,6 +210,21 @@ class LayoutModel:
         name = step.source or (SHARED_ANONYMOUS if shared else "")
         space.put(start, end, [Area(start, end, perms_of(step.prot, shared=shared), step.offset, name)])
         return None
+
+    def _protect_in_part(self, space: Space, step: Interrupted) -> None:
+        start, end = step.attempt.address, page_up(step.attempt.address + step.attempt.length)
+        for area in space.split(start, end)[1]:
+            if area.start != start:
+                break
+            sealed = [seal[0] for seal in step.sealed if seal[0] < area.end and area.start < seal[1]]
+            write = "w" not in area.perms and step.attempt.prot & PROT["PROT_WRITE"]
+            if write and ("p" if step.errno == "ENOMEM" else "s") in area.perms and step.errno != "EPERM":
+                break
+            start = min([area.end, *sealed])
+            if sealed:
+                break
+        if start > step.attempt.address:
+            self._protect(space, replace(step.attempt, length=start - step.attempt.address))
 
     def _protect(self, space: Space, step: Protect) -> str | None:
         start, end = step.address, page_up(step.address + step.length)
@@ -205,6 +236,11 @@ class LayoutModel:
         old, old_end = step.address, page_up(step.address + step.length)
         new, new_end = step.recorded, page_up(step.recorded + step.new_length)
         _, inside, _ = space.split(old, max(old_end, old + 1))
+        if len(inside) > 1 and step.length == step.new_length and step.flags & MREMAP["MREMAP_FIXED"]:
+            for area in inside:  # Linux 6.17 moves each for itself, and leaves the holes
+                space.put(area.start, area.end, [])
+                space.put(area.start - old + new, area.end - old + new, [moved_to(area, area.start - old + new)])
+            return None
         if not inside or inside[0].start != old or any(a.end != b.start for a, b in pairwise(inside)):
             return "EFAULT"
         if new == old:
@@ -242,6 +278,11 @@ class LayoutModel:
             else:
                 space.put(after, before, [])
         space.brk = step.recorded
+
+
+def moved_to(area: Area, start: int) -> Area:
+    """The area at another address."""
+    return replace(area, start=start, end=start + area.length)
 
 
 def resize(area: Area, end: int) -> Area:

@@ -11,12 +11,14 @@ from hmm_client.recordings import (
     Appear,
     Area,
     Brk,
+    Detach,
     Exec,
     Exit,
     Failed,
     Fork,
     GrowStack,
     Ignored,
+    Interrupted,
     Lock,
     LockAll,
     Map,
@@ -148,12 +150,12 @@ def test_every_memory_call_is_its_step_when_it_succeeds() -> None:
 @pytest.mark.parametrize(
     ("line", "attempt"),
     [
-        ("mprotect(0x1000, 8192, PROT_READ) = -1 ENOMEM (x)", Protect),
         ("madvise(0x1000, 8192, MADV_DONTNEED) = -1 ENOMEM (x)", Advise),
         ("mmap(0x1000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_FIXED_NOREPLACE, -1, 0) = -1 EEXIST (x)", Map),
-        ("mremap(0x1000, 4096, 8192, 0) = -1 EFAULT (x)", Remap),
+        ("mremap(0x1000, 4096, 8192, 0) = -1 EFAULT (x)", None),
         ("munmap(0x1001, 8192) = -1 EINVAL (x)", Unmap),
-        ("mprotect(0x1000, 8192, PROT_WRITE) = -1 EACCES (x)", None),
+        ("mprotect(0x1000, 8192, PROT_WRITE) = -1 EINVAL (x)", None),
+        ("madvise(0x1000, 8192, MADV_HWPOISON) = -1 ENOMEM (x)", None),
         ("mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = -1 ENODEV (x)", None),
         ("munmap(0x1000, 8192) = -1 EPERM (x)", None),
         ("mremap(0x1000, 4096, 8192, 0) = -1 ENOMEM (x)", None),
@@ -164,11 +166,44 @@ def test_every_memory_call_is_its_step_when_it_succeeds() -> None:
     ],
 )
 def test_failed_call_is_attempted_when_its_error_follows_from_the_layout(line: str, attempt: type[Step] | None) -> None:
-    """mprotect(2): ENOMEM comes after what lies before the hole has changed; limits and modes change nothing."""
+    """madvise(2): ENOMEM comes with the rest of the range done; limits and modes change nothing."""
     step = only_step(line)
     assert isinstance(step, Failed)
     assert step.errno == line.split(" = -1 ")[1].split(maxsplit=1)[0]
     assert type(step.attempt) is (attempt or type(None))
+
+
+@pytest.mark.parametrize("errno", ["ENOMEM", "EACCES", "EPERM"])
+def test_mprotect_is_interrupted_when_it_fails_at_a_mapping(errno: str) -> None:
+    """mm/mprotect.c, do_mprotect_pkey(): the mappings below have changed; fork copies seals, exec ends them."""
+    steps = plan(
+        f"""
+        1 mseal(0x3000, 0x1001, 0) = 0
+        1 fork() = 2
+        2 pkey_mprotect(0x1000, 0x8000, PROT_READ, 1) = -1 {errno} (x)
+        1 execve("/bin/b", ["b"], 0x7ffd) = 0
+        1 mprotect(0x1000, 8192, PROT_READ) = -1 {errno} (x)
+        """
+    ).steps
+    interrupted = [step for step in steps if isinstance(step, Interrupted)]
+    assert [step.sealed for step in interrupted] == [((0x3000, 0x5000),), ()]
+    assert interrupted[0].errno == errno
+    assert interrupted[0].attempt == Protect(interrupted[0].origin, 0x1000, 0x8000, 1)
+
+
+@pytest.mark.parametrize(
+    ("advice", "kind"),
+    [
+        ("MADV_FREE", Advise),
+        ("0x66 /* MADV_??? */", Ignored),
+        ("MADV_GUARD_REMOVE", Ignored),
+        ("MADV_SOFT_OFFLINE", Ignored),
+        ("0x77 /* MADV_??? */", Unknown),
+    ],
+)
+def test_advice_is_replayed_when_it_concerns_the_layout(advice: str, kind: type[Step]) -> None:
+    """Guard pages and failures of memory show in no layout; what nobody knows is reported."""
+    assert type(only_step(f"madvise(0x1000, 4096, {advice}) = 0")) is kind
 
 
 def test_call_is_unknown_when_nothing_is_known_about_it() -> None:
@@ -480,29 +515,55 @@ def test_stack_grows_before_the_end_when_its_lines_say_so(lines: str) -> None:
     assert not plan(lines, initial, []).counts()["GrowStack"]
 
 
+def test_stack_grows_before_a_call_that_names_what_it_gained() -> None:
+    """The call succeeded, so the stack had grown by then; and it grows once."""
+    initial = [Area(0x9000, 0xA000, "rw-p", name="[stack]")]
+    final = [Area(0x6000, 0xA000, "rw-p", name="[stack]")]
+    steps = plan("1 mlock(0x9000, 4096) = 0\n1 mlock(0x7000, 4096) = 0\n1 exit_group(0) = ?", initial, final)
+    assert kinds(steps) == ["Lock(0)", "GrowStack(0)", "Lock(0)", "Exit(0)"]
+    assert steps.steps[1] == GrowStack(steps.steps[2].origin, 0x6000, 0x9000)
+
+
+def test_area_grows_before_its_protection_changes_when_it_was_mapped_to_grow() -> None:
+    """mprotect with PROT_GROWSDOWN begins where the area begins by then."""
+    text = """
+        1 mmap(0x7000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_GROWSDOWN, -1, 0) = 0x7000
+        1 mprotect(0x8000, 4096, PROT_NONE|PROT_GROWSDOWN) = 0
+        """
+    steps = plan(text, [], [Area(0x5000, 0x9000, "---p")])
+    assert kinds(steps) == ["Map(0)", "GrowStack(0)", "Protect(0)"]
+    assert steps.steps[1] == GrowStack(steps.steps[2].origin, 0x5000, 0x7000)
+    assert kinds(plan(text, [], [Area(0x7000, 0x9000, "---p")])) == ["Map(0)", "Protect(0)"]
+
+
 def test_segment_has_its_length_when_shmget_was_recorded() -> None:
-    """shmat and shmdt say no length; a fork inherits what is attached."""
+    """shmat says no length; pages of hugetlb are larger."""
     steps = plan(
         """
         1 shmget(0x1234, 12293, IPC_CREAT|0600) = 5
         1 shmget(0x1234, 0, 0) = 5
+        1 shmget(IPC_PRIVATE, 5, IPC_CREAT|SHM_HUGETLB|0600) = 6
         1 shmat(5, NULL, 0) = 0x7000
         1 shmat(5, 0x20123, SHM_RDONLY|SHM_RND|SHM_REMAP|SHM_EXEC) = 0x20000
+        1 shmat(6, NULL, 0) = 0x400000
         1 fork() = 2
         2 shmdt(0x7000) = 0
         """
     ).steps
-    assert steps[2] == Map(steps[2].origin, 0, 0x4000, 3, 0x01, "/SYSV00001234", 0, 0x7000)
-    assert steps[3] == Map(steps[3].origin, 0x20000, 0x4000, 5, 0x11, "/SYSV00001234", 0, 0x20000)
-    assert steps[5] == Unmap(steps[5].origin, 0x7000, 0x4000)
+    assert steps[3] == Map(steps[3].origin, 0, 0x4000, 3, 0x01, "/SYSV00001234", 0, 0x7000)
+    assert steps[4] == Map(steps[4].origin, 0x20000, 0x4000, 5, 0x11, "/SYSV00001234", 0, 0x20000)
+    assert steps[5] == Map(steps[5].origin, 0, 2 << 20, 3, 0x01, "/SYSV00000000", 0, 0x400000)
+    assert steps[7] == Detach(steps[7].origin, 0x7000)
 
 
 def test_segment_has_the_length_of_its_area_when_shmget_was_not_recorded() -> None:
-    """The final layout shows it; where nothing does, a page marks the place."""
-    final = [Area(0x7000, 0xA000, "rw-s", name="/SYSV00000007 (deleted)")]
-    steps = plan("1 shmat(5, NULL, 0) = 0x7000\n1 shmat(6, NULL, 0) = 0x30000\n1 shmdt(0x7000) = 0", [], final).steps
+    """ipc/shm.c, newseg(): the inode in a layout is the segment's id; where no layout shows it, its length is open."""
+    final = [
+        Area(0x7000, 0x8000, "rw-s", 0, "/SYSV00000007 (deleted)", inode=5),
+        Area(0x9000, 0xA000, "r--s", 0x2000, "/SYSV00000007 (deleted)", inode=5),
+    ]
+    steps = plan("1 shmat(5, NULL, 0) = 0x7000\n1 shmat(6, NULL, 0) = 0x30000", [], final).steps
     assert [(step.source, step.length) for step in steps if isinstance(step, Map)] == [
         ("/SYSV00000007", 0x3000),
-        ("/SYSV00000000", 0x1000),
+        ("/SYSV00000000", 0),
     ]
-    assert steps[2] == Unmap(steps[2].origin, 0x7000, 0x3000)

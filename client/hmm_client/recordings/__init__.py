@@ -26,6 +26,7 @@ replays must know these rules:
   recorded): its calls may fail, and nothing of it is compared.  When that befalls process 0, `plan.incomparable` says
   why.
 - `Failed.attempt` is to be replayed and must fail in the same way; without one there is nothing to replay.
+- `Interrupted` has effects that depend on the layout it meets; see there.
 - `Unknown` must be reported.
 
 The modules below know no transport: `strace` and `arguments` read the log, `order` and `plan` (with `decode` and
@@ -42,12 +43,14 @@ from hmm_client.recordings.steps import (
     Advise,
     Appear,
     Brk,
+    Detach,
     Exec,
     Exit,
     Failed,
     Fork,
     GrowStack,
     Ignored,
+    Interrupted,
     Lock,
     LockAll,
     Map,
@@ -75,6 +78,7 @@ __all__ = [
     "Area",
     "Brk",
     "Call",
+    "Detach",
     "Difference",
     "Exec",
     "Exit",
@@ -83,6 +87,7 @@ __all__ = [
     "GrowStack",
     "Ignored",
     "InputError",
+    "Interrupted",
     "Lock",
     "LockAll",
     "Log",

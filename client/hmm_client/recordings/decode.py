@@ -17,6 +17,7 @@ from hmm_client.recordings.arguments import ArgumentError, descriptor, flags, nu
 from hmm_client.recordings.steps import (
     Advise,
     Brk,
+    Ignored,
     Lock,
     LockAll,
     Map,
@@ -26,6 +27,7 @@ from hmm_client.recordings.steps import (
     RemapFile,
     Step,
     Sync,
+    Unknown,
     Unlock,
     UnlockAll,
     Unmap,
@@ -94,7 +96,19 @@ def _mremap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
 
 def _madvise(origin: Origin, arguments: tuple[str, ...], _result: int) -> Step:
     address, length, advice = arguments
-    return Advise(origin, number(address), number(length), flags(advice, kernel.MADV))
+    value = flags(advice, kernel.MADV)
+    if value not in kernel.MADV.values():
+        return Unknown(origin)
+    reason = _ADVICE_WITHOUT_LAYOUT.get(value)
+    return Ignored(origin, reason) if reason else Advise(origin, number(address), number(length), value)
+
+
+_ADVICE_WITHOUT_LAYOUT = {
+    kernel.MADV["MADV_HWPOISON"]: "it concerns frames of the machine that was recorded",
+    kernel.MADV["MADV_SOFT_OFFLINE"]: "it concerns frames of the machine that was recorded",
+    kernel.MADV["MADV_GUARD_INSTALL"]: "it forbids accesses, and maps shows nothing of it",
+    kernel.MADV["MADV_GUARD_REMOVE"]: "it allows accesses again, and maps shows nothing of it",
+}
 
 
 def _brk(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
@@ -156,14 +170,13 @@ REPLAYED_ERRORS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "mmap": frozenset({"EEXIST"}),
         "munmap": frozenset({"EINVAL"}),
-        "mprotect": frozenset({"ENOMEM"}),
-        "pkey_mprotect": frozenset({"ENOMEM"}),
-        "mremap": frozenset({"EFAULT"}),
+        "mprotect": frozenset({"ENOMEM", "EACCES", "EPERM"}),
+        "pkey_mprotect": frozenset({"ENOMEM", "EACCES", "EPERM"}),
         "madvise": frozenset({"ENOMEM"}),
         "msync": frozenset({"ENOMEM"}),
     }
 )
-"""Errors that follow from layout and arguments alone, with whatever the call did before it met them."""
+"""Errors that follow from layout and arguments, with whatever the call did before it met them."""
 
 _REASONS = {
     "it asks, and changes nothing": "mincore get_mempolicy cachestat shmctl membarrier process_vm_readv",

@@ -19,22 +19,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hmm.units import page_up
 from hmm_client.recordings.arguments import ArgumentError, descriptor, fields, flag_names, number, string
 from hmm_client.recordings.decode import DECODERS, IGNORED, REPLAYED_ERRORS
 from hmm_client.recordings.errors import RecordingError
-from hmm_client.recordings.maps import STACK, Area
+from hmm_client.recordings.growth import Growth
+from hmm_client.recordings.maps import Area
 from hmm_client.recordings.order import CREATING, EXECUTING, EXITING, Effect, effects
 from hmm_client.recordings.segments import Segments
 from hmm_client.recordings.steps import (
     Appear,
+    Detach,
     Exec,
     Exit,
     Failed,
     Fork,
     GrowStack,
     Ignored,
+    Interrupted,
+    Map,
     Origin,
     ProcessIndex,
+    Protect,
     Step,
     Thread,
     ThreadExit,
@@ -97,24 +103,10 @@ def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()
     calls = log.calls
     if not calls:
         raise RecordingError("no system call was recorded", log.path)
-    planner = _Planner(log.path, calls, Segments(final), _stack_growth(initial, final))
+    planner = _Planner(log.path, calls, Segments([*initial, *final]), Growth(initial, final))
     for effect in effects(log):
         planner.take(effect)
     return planner.finish()
-
-
-def _stack_growth(initial: Sequence[Area], final: Sequence[Area]) -> tuple[int, int] | None:
-    """The addresses that the stack gained; None when it did not grow."""
-    before = [area.start for area in initial if area.name == STACK]
-    after = [index for index, area in enumerate(final) if area.name == STACK]
-    if not before or not after:
-        return None
-    index = after[0]
-    # mprotect may have split the stack; the kernel names only the part where it began.
-    while index and final[index - 1].end == final[index].start and not final[index - 1].name:
-        index -= 1
-    start = final[index].start
-    return (start, before[0]) if start < before[0] else None
 
 
 @dataclass(slots=True)
@@ -131,7 +123,7 @@ class _Planner:
     path: Path | None
     calls: tuple[Call, ...]
     segments: Segments
-    stack_growth: tuple[int, int] | None
+    growth: Growth
     first: Call = field(init=False)
     steps: list[Step] = field(default_factory=list)
     processes: list[ProcessInfo] = field(default_factory=list)
@@ -140,6 +132,7 @@ class _Planner:
     partial: set[ProcessIndex] = field(default_factory=set)
     memory_calls: dict[int, list[Call]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
+    sealed: dict[ProcessIndex, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     incomparable: str | None = None
 
     def __post_init__(self) -> None:
@@ -151,7 +144,7 @@ class _Planner:
 
     def finish(self) -> Plan:
         if FIRST in self.threads:  # the log ends before the process
-            self.grow_stack(self.calls[-1])
+            self.grow(self.calls[-1], self.growth.rest())
         return Plan(tuple(self.steps), tuple(self.processes), self.incomparable)
 
     def take(self, effect: Effect) -> None:
@@ -181,11 +174,18 @@ class _Planner:
             elif child is not None:
                 self.create(call, child, origin)
             else:
-                self.steps.append(self.step(call, origin))
+                self.take_step(self.step(call, origin))
         except ValueError as error:  # ArgumentError, or a number of arguments that the call does not have
             raise RecordingError(f"{call.name}: {error}", self.path, call.line) from error
         except IndexError:
             raise RecordingError(f"{call.name}: too few arguments", self.path, call.line) from None
+
+    def take_step(self, step: Step) -> None:
+        if step.process == FIRST:
+            self.grow(step.call, self.growth.before(step))
+            if isinstance(step, Map):
+                self.growth.mapped(step)
+        self.steps.append(step)
 
     def step(self, call: Call, origin: Origin) -> Step:
         """The step of a call that neither makes nor ends anybody."""
@@ -195,20 +195,32 @@ class _Planner:
             return Ignored(origin, "it did not return")
         decoder = DECODERS.get(call.name)
         if call.errno is not None:
-            replayed = call.errno in REPLAYED_ERRORS.get(call.name, ())
-            return Failed(origin, call.errno, decoder(origin, call.arguments, 0) if replayed and decoder else None)
+            return self.failed_step(call, origin, call.errno)
         if decoder is not None:
             return decoder(origin, call.arguments, call.result)
-        return self.segment_step(call, origin, call.result)
+        return self.other_step(call, origin, call.result)
 
-    def segment_step(self, call: Call, origin: Origin, result: int) -> Step:
+    def failed_step(self, call: Call, origin: Origin, errno: str) -> Step:
+        """The step of a call that failed."""
+        decoder = DECODERS.get(call.name)
+        if decoder is None or errno not in REPLAYED_ERRORS.get(call.name, ()):
+            return Failed(origin, errno, None)
+        attempt = decoder(origin, call.arguments, 0)
+        if isinstance(attempt, Protect):
+            return Interrupted(origin, errno, attempt, self.sealed.get(origin.process, ()))
+        return Failed(origin, errno, None if isinstance(attempt, Ignored | Unknown) else attempt)
+
+    def other_step(self, call: Call, origin: Origin, result: int) -> Step:
         """The step of a successful call without decoder."""
         if call.name == "shmat":
             return self.segments.attach(origin, call, result)
         if call.name == "shmdt":
-            return self.segments.detach(origin, call)
+            return Detach(origin, number(call.arguments[0]))
         if call.name == "shmget":
             self.segments.created(call, result)
+        if call.name == "mseal":
+            start, length = number(call.arguments[0]), number(call.arguments[1])
+            self.sealed[origin.process] = (*self.sealed.get(origin.process, ()), (start, page_up(start + length)))
         return Ignored(origin, IGNORED.get(call.name, "it made nobody"))
 
     def create(self, call: Call, pid: int, origin: Origin) -> None:
@@ -222,7 +234,7 @@ class _Planner:
         child = self.new_process(pid, origin.process, call)
         if origin.partial or ("CLONE_VM" not in names and self.others_act(call, origin.process)):
             self.partial.add(child)
-        self.segments.inherit(origin.process, child)
+        self.sealed[child] = self.sealed.get(origin.process, ())
         if "CLONE_VM" in names:
             self.steps.append(Vfork(origin, child))
         else:
@@ -243,6 +255,7 @@ class _Planner:
         if process == FIRST:
             self.incomparable = f"line {call.line}: the first process starts another program, whose layout is unknown"
         self.partial.add(process)
+        self.sealed.pop(process, None)
         self.retire(process)
         task.retired = False
         self.threads[process] = {call.pid}
@@ -280,7 +293,7 @@ class _Planner:
 
     def end_process(self, task: _Task, status: int | None) -> None:
         if task.process == FIRST:
-            self.grow_stack(task.call)
+            self.grow(task.call, self.growth.rest())
         self.steps.append(Exit(self.origin(task), status))
         self.retire(task.process)
         del self.threads[task.process]
@@ -289,10 +302,9 @@ class _Planner:
         for pid in self.threads[process]:
             self.tasks[pid].retired = True
 
-    def grow_stack(self, call: Call) -> None:
-        if self.stack_growth is not None and self.incomparable is None:
-            start, end = self.stack_growth
-            self.steps.append(GrowStack(Origin(FIRST, call), start, end))
+    def grow(self, call: Call, grown: list[tuple[int, int]]) -> None:
+        if self.incomparable is None:
+            self.steps += [GrowStack(Origin(FIRST, call), start, end) for start, end in grown]
 
     def appear(self, call: Call) -> _Task:
         """A process whose making the log does not show."""

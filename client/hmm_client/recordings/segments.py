@@ -1,9 +1,9 @@
-"""System V shared memory: how long what shmat maps is, and how much shmdt takes away.
+"""System V shared memory: how long what shmat maps is.
 
-Neither call says a length.  It is that of the segment, which shmget tells if it was recorded too; else what the
-final layout shows at that address; else a page, which at least marks the place.
+shmat does not say.  It is as long as the segment, which shmget tells if it was recorded too; else as long as a layout
+shows it (the inode that maps shows of a segment is its id); else the layout that the call meets has to tell.
 
-Source: Linux ipc/shm.c, do_shmat(), ksys_shmdt().
+Source: Linux ipc/shm.c, newseg(), do_shmat().
 Absent: permissions and lifetime of segments.
 """
 
@@ -16,10 +16,13 @@ from hmm.units import PAGE_SIZE, page_up
 from hmm_client.recordings import flags as kernel
 from hmm_client.recordings.arguments import flags, number
 from hmm_client.recordings.maps import Area
-from hmm_client.recordings.steps import Map, Origin, ProcessIndex, Unmap
+from hmm_client.recordings.steps import Map, Origin
 from hmm_client.recordings.strace import Call
 
+NAME = "/SYSV"
+"""What the names of segments begin with."""
 _SHMLBA = PAGE_SIZE
+_HUGE_PAGE = 1 << kernel.HUGE_PAGE_SHIFT_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +33,29 @@ class _Segment:
 
 @dataclass(slots=True)
 class Segments:
-    """The segments of a recording, and where each process has attached them.
+    """The segments of a recording.
 
     Attributes:
-        final: the final layout of the first process.
+        layouts: the areas of the first process at the start and at the end.
+        known: segments by id.
     """
 
-    final: Iterable[Area]
+    layouts: Iterable[Area]
     known: dict[int, _Segment] = field(default_factory=dict)
-    attached: dict[ProcessIndex, dict[int, int]] = field(default_factory=dict)
 
     def created(self, call: Call, result: int) -> None:
         """Take note of a successful shmget(key, size, flags)."""
         key = 0 if call.arguments[0] == "IPC_PRIVATE" else number(call.arguments[0]) & 0xFFFF_FFFF
         size = number(call.arguments[1])
         if size or result not in self.known:  # size 0 finds a segment that exists
-            self.known[result] = _Segment(f"/SYSV{key:08x}", page_up(size) or PAGE_SIZE)
+            unit = _HUGE_PAGE if "SHM_HUGETLB" in call.text else PAGE_SIZE
+            self.known[result] = _Segment(f"{NAME}{key:08x}", -(-size // unit) * unit)
 
     def attach(self, origin: Origin, call: Call, result: int) -> Map:
         """The step of a successful shmat(id, address, flags)."""
         wanted = number(call.arguments[1])
         flag_bits = flags(call.arguments[2], kernel.SHM)
-        segment = self.known.get(number(call.arguments[0])) or self._guess(result)
-        self.attached.setdefault(origin.process, {})[result] = segment.length
+        segment = self._segment(number(call.arguments[0]))
         prot = kernel.PROT["PROT_READ"]
         prot |= 0 if flag_bits & kernel.SHM["SHM_RDONLY"] else kernel.PROT["PROT_WRITE"]
         prot |= kernel.PROT["PROT_EXEC"] if flag_bits & kernel.SHM["SHM_EXEC"] else 0
@@ -63,19 +66,7 @@ class Segments:
             wanted -= wanted % _SHMLBA
         return Map(origin, wanted, segment.length, prot, map_flags, segment.name, 0, result)
 
-    def detach(self, origin: Origin, call: Call) -> Unmap:
-        """The step of a successful shmdt(address)."""
-        address = number(call.arguments[0])
-        length = self.attached.get(origin.process, {}).pop(address, PAGE_SIZE)
-        return Unmap(origin, address, length)
-
-    def inherit(self, parent: ProcessIndex, child: ProcessIndex) -> None:
-        """A forked child has attached what its parent had."""
-        if parent in self.attached:
-            self.attached[child] = dict(self.attached[parent])
-
-    def _guess(self, address: int) -> _Segment:
-        for area in self.final:
-            if area.start == address and (area.source or "").startswith("/SYSV"):
-                return _Segment(area.source or "", area.length)
-        return _Segment("/SYSV00000000", PAGE_SIZE)
+    def _segment(self, identity: int) -> _Segment:
+        shown = [area for area in self.layouts if area.inode == identity and (area.source or "").startswith(NAME)]
+        known = self.known.get(identity, _Segment((shown[0].source or "") if shown else f"{NAME}00000000", 0))
+        return _Segment(known.name, known.length or max((page_up(a.offset + a.length) for a in shown), default=0))

@@ -64,7 +64,8 @@ class Map(Step):
 
     Attributes:
         address: the hint or demand; 0 for none.
-        length: bytes as asked; already rounded to huge pages where MAP_HUGETLB does so.
+        length: bytes as asked; already rounded to huge pages where MAP_HUGETLB does so; 0 for a System V segment of
+            which the recording does not say how large it is.
         flags: MAP_ flags of an equivalent mmap.
         source: name of the file or object; None for anonymous memory.
         offset: bytes into the source.
@@ -91,10 +92,17 @@ class RemapFile(Step):
 
 @dataclass(frozen=True, slots=True)
 class Unmap(Step):
-    """munmap or shmdt succeeded."""
+    """munmap succeeded."""
 
     address: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Step):
+    """shmdt succeeded: what is left of the segment attached at `address` goes, and nothing that lies between."""
+
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +239,7 @@ class Exec(Step):
 
 @dataclass(frozen=True, slots=True)
 class GrowStack(Step):
-    """The stack grew from `end` down to `start` by faults, without a call, at some time before this step.
+    """The stack, or a MAP_GROWSDOWN area, grew from `end` down to `start` by faults, without a call, before this step.
 
     A write to the byte at `start` has the same effect.
     """
@@ -260,6 +268,21 @@ class Failed(Step):
 
     errno: str
     attempt: Step | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted(Step):
+    """mprotect or pkey_mprotect failed; the mappings below the one that stopped it have been changed.
+
+    Attributes:
+        errno: name of the error: ENOMEM (a hole, or a limit), EACCES (the file does not permit it), EPERM (sealed).
+        attempt: the whole call.
+        sealed: [start, end) of everything that the process has sealed.
+    """
+
+    errno: str
+    attempt: Protect
+    sealed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
