@@ -9,15 +9,14 @@ it stays (MREMAP_DONTUNMAP), moves the entries and removes the old VMA.  So a mi
 everything as it was.
 
 **Source**: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables(),
-move_soft_dirty_pte(), move_normal_pmd()), mm/vma.c (copy_vma(), vma_merge_extend()), 6.12.
+move_soft_dirty_pte(), move_normal_pmd()), mm/vma.c (copy_vma(), vma_merge_extend()), 6.12.117.
 
 **Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
 
 **Absent**: RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
 Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
-moves.  What MREMAP_DONTUNMAP leaves of a VMA that nobody touched merges with its copy beside it, as in 6.18; 6.12 has
-been seen to keep two.
+moves.
 """
 
 from __future__ import annotations
@@ -241,13 +240,16 @@ def _move_vma(space: AddressSpace, turn: Turn, vma: Vma, request: _Remap, map_fl
         raise OutOfFramesError(f"{request}: the space has {len(space.vmas)} VMAs already")
     old, new = request.old, AddressRange(start, start + request.new_length)
     turn.hold(old, new)
+    if request.dontunmap and vma.has(LOCKED_FLAGS):
+        space.vmas.assign(old, vma.mapping, merge=False)  # what stays locked is a VMA of its own
+        vma = vma.clip(old.start, old.end)
     with space.restoring(new):
-        space.vmas.assign(new, _copied(vma, start - request.start))
+        space.vmas.assign(new, _copied(vma, start - request.start), apart_from=vma if request.dontunmap else None)
         if old:
             yield from _tell_and_move(space, old, new, dontunmap=request.dontunmap)
     _forget_userfaultfd(space, new)
     if request.dontunmap:
-        _left_behind(space, old, new)
+        _left_behind(space, old)
     return start
 
 
@@ -380,14 +382,16 @@ def _forget_userfaultfd(space: AddressSpace, new: AddressRange) -> None:
         space.vmas.set_mapping(vma, vma.mapping.with_userfaultfd(0))
 
 
-def _left_behind(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:
-    """What MREMAP_DONTUNMAP leaves at the old place: not locked, and without private pages if all of it moved."""
+def _left_behind(space: AddressSpace, old: AddressRange) -> None:
+    """What MREMAP_DONTUNMAP leaves at the old place: not locked, and as if never touched if all of it moved."""
     vma = space.vmas.find(old.start)
     assert vma is not None
     mapping = vma.mapping
     if mapping.has(LOCKED_FLAGS):
         mapping = mapping.with_flags(mapping.flags & ~LOCKED_FLAGS)
-    if mapping.anon_vma and vma.span == old and new.start not in vma.span:
+    if mapping.anon_vma and vma.span == old:
         mapping = mapping.with_anon_vma(0)
+        if mapping.anonymous:
+            mapping = mapping.moved(mapping.delta << PAGE_SHIFT)
     if mapping is not vma.mapping:
         space.vmas.set_mapping(vma, mapping)

@@ -90,16 +90,23 @@ class VmaMap(IntervalMap[Vma]):
         above = self.find_next(at)
         return AddressRange(at, above.start if above else max(span.end, self._limit))
 
-    def assign(self, span: AddressRange, mapping: Mapping, *, merge: bool = True) -> None:
+    def assign(
+        self, span: AddressRange, mapping: Mapping, *, merge: bool = True, apart_from: Vma | None = None
+    ) -> None:
         """Map `span` anew, whatever was there; see `replace`."""
-        self.replace(span, ((span.start, span.end, mapping),), merge=merge)
+        self.replace(span, ((span.start, span.end, mapping),), merge=merge, apart_from=apart_from)
 
     def erase(self, span: AddressRange) -> None:
         """Unmap `span`; VMAs that reach out of it keep their outer parts."""
         self.replace(span, ())
 
     def replace(
-        self, span: AddressRange, vmas: Sequence[tuple[Address, Address, Mapping]], *, merge: bool = True
+        self,
+        span: AddressRange,
+        vmas: Sequence[tuple[Address, Address, Mapping]],
+        *,
+        merge: bool = True,
+        apart_from: Vma | None = None,
     ) -> None:
         """Make `vmas`, ascending and inside `span`, all that is mapped there.
 
@@ -110,6 +117,7 @@ class VmaMap(IntervalMap[Vma]):
         Args:
             span: page-aligned, not empty.
             merge: False to keep the given cuts, so that `span` begins and ends a VMA.
+            apart_from: the one neighbour that is not merged with.
 
         Cost: O(log n) plus the VMAs replaced.
         Source: Linux mm/vma.c, vma_merge_new_range(), vma_merge_existing_range().
@@ -119,22 +127,25 @@ class VmaMap(IntervalMap[Vma]):
         slot = self._touching(start, end)
         touched = self._items(slot)
         result: list[Vma] = []
+        joins_below = merge and not (apart_from and apart_from.end == start)
+        joins_above = merge and not (apart_from and apart_from.start == end)
         # The VMA that may still grow upwards; it becomes an object when it cannot.
         low = high = 0
         grown = added = None
         if touched and touched[0].start < start:
             low, high, grown = touched[0].start, start, touched[0].mapping
         for piece_start, piece_end, added in vmas:
-            if grown and merge and high == piece_start and mergeable(grown, added):
+            if grown and joins_below and high == piece_start and mergeable(grown, added):
                 grown = merged(grown, added)
             else:
                 if grown:
                     result.append(new_vma((low, high, grown)))
                 low, grown = piece_start, added
             high = piece_end
+            joins_below = merge
         if touched and touched[-1].end > end:
             above = touched[-1].mapping
-            if grown and added and merge and high == end and merges_upwards(grown, added, above):
+            if grown and added and joins_above and high == end and merges_upwards(grown, added, above):
                 grown = merged(grown, above)
             else:
                 if grown:

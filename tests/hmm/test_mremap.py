@@ -268,10 +268,39 @@ def test_mremap_keeps_the_family_when_only_a_part_moved(world: Any, space: Addre
 
 
 def test_mremap_unlocks_what_it_leaves_behind(world: Any, space: AddressSpace) -> None:
-    """VM_LOCKED goes with the pages; all of the old VMA loses it."""
+    """VM_LOCKED goes with the pages; what does not move is split off first and stays locked (move_vma(), 6.12.117)."""
     world.map(space, 3, flags=PRIVATE | MapFlag.LOCKED)
     remap(world, space, (0, 2), 2, FIXED | DONTUNMAP, 6)
-    assert [vma.has(VmFlag.LOCKED) for vma in space.vmas] == [False, True]
+    assert layout(space) == "0-2:rw-p 2-3:rw-p 6-8:rw-p"
+    assert [vma.has(VmFlag.LOCKED) for vma in space.vmas] == [False, True, True]
+
+
+@pytest.mark.parametrize("to", [2, 6])
+def test_mremap_keeps_the_copy_apart_when_it_is_beside_its_source(world: Any, space: AddressSpace, to: int) -> None:
+    """With MREMAP_DONTUNMAP no VMA merges with itself, touched or not (copy_vma(), 6.12.117)."""
+    world.map(space, 2, at=4)
+    remap(world, space, (4, 6), 2, FIXED | DONTUNMAP, to)
+    assert layout(space) == f"{min(4, to)}-{min(4, to) + 2}:rw-p {max(4, to)}-{max(4, to) + 2}:rw-p"
+
+
+def test_mremap_joins_the_copy_with_its_other_neighbour_when_untouched(world: Any, space: AddressSpace) -> None:
+    """Only the source is no partner for a merge."""
+    world.map(space, 2, at=0)
+    world.map(space, 2, at=4)
+    remap(world, space, (0, 2), 2, FIXED | DONTUNMAP, 2)
+    assert layout(space) == "0-2:rw-p 2-6:rw-p"
+
+
+def test_mremap_leaves_the_linear_index_of_the_address_when_all_of_a_touched_vma_moved(
+    world: Any, space: AddressSpace
+) -> None:
+    """What is left was never touched, so vm_pgoff is that of its address, and it merges (move_vma(), 6.12.117)."""
+    world.map(space, 2, at=8)
+    fill(world, space, 8, "ab")
+    remap(world, space, (8, 10), 2, FIXED, 0)
+    remap(world, space, (0, 2), 2, FIXED | DONTUNMAP, 6)
+    world.map(space, 1, at=2)
+    assert layout(space) == "0-3:rw-p 6-8:rw-p"
 
 
 # ---- errors
