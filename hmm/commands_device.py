@@ -211,22 +211,29 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     mirror = machine.mirror(mirror_id)
     if mirror.owes:
         yield mirror.callbacks()
-    if mirror.state is MirrorState.LIVE and not mirror.leaving:
-        mirror.leaving = True
-        if mirror.home is not None:
-            yield from _write_back(mirror, mirror.home)
-        if mirror.state is MirrorState.LIVE:
-            yield from mirror.space.notifier.end((mirror_id,), machine.current.operation_id)
-    while mirror_id in machine.mirrors and (mirror.leaving or mirror.owes):
+    while mirror.state is MirrorState.LIVE:
+        if mirror.leaving:  # another call ends it, unless that one fails
+            yield mirror.callbacks()
+        else:
+            yield from _end_mirror(mirror, machine.current.operation_id)
+    while mirror_id in machine.mirrors and mirror.owes:
         yield mirror.callbacks()
     machine.remove_receiver(mirror_id)
+
+
+def _end_mirror(mirror: Mirror, operation_id: int) -> Operation[None]:
+    mirror.leaving = operation_id
+    if mirror.home is not None:
+        yield from _write_back(mirror, mirror.home)
+    if mirror.state is MirrorState.LIVE:
+        yield from mirror.space.notifier.end((mirror.id,), operation_id)
 
 
 def _write_back(mirror: Mirror, home: Home) -> Operation[None]:
     try:
         yield from home.vacate((mirror.span,))
     except HmmError:
-        mirror.leaving = False
+        mirror.leaving = 0
         raise
 
 

@@ -302,8 +302,11 @@ class Machine:
     def blockers(self, record: OperationRecord[Any]) -> list[int]:
         """The operations that this one waits for directly, not counting drivers' answers."""
         request = record.request
-        if not isinstance(request, Await) or request.wait_for is WaitFor.CALLBACKS:
+        if not isinstance(request, Await):
             return []
+        if request.wait_for is WaitFor.CALLBACKS:
+            receiver = self.receivers.get(request.mirror_id)
+            return [] if receiver is None or receiver.leaving in (0, record.id) else [receiver.leaving]
         if request.wait_for is WaitFor.MEMORY:
             return list(self.reclaim.running)
         space = self.spaces.get(request.space_id)
@@ -589,6 +592,8 @@ class Machine:
             writable = cpu_pte.cpu_pfn(held[cpu_pte.is_writable(held)])
             merged = self.frames.test_flags(writable, PageFlag.KSM)
             assert not merged.any(), f"space {space.id} may write merged page {writable[merged][0]}"
+        lost = self.frames.test_flags(np.arange(mapcount.size), PageFlag.HWPOISON)
+        assert self.operations or not mapcount[lost].any(), "a page is mapped whose contents are lost"
         wrong = np.flatnonzero(counted != mapcount)
         assert not wrong.size, f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {mapcount[wrong[0]]}"
 

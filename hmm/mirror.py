@@ -122,7 +122,7 @@ class Mirror(Receiver):
                 self._require_reported(event.spans, delivery.sequence)
             self._apply_all(event.spans, event.etype.pte_mask, on_device=_reaches_device(event))
         if delivery.errno and IS_INVALIDATION[event.etype]:
-            self.leaving = True
+            self.leaving = self.space.notifier.current.operation_id
             return False
         return True
 

@@ -260,9 +260,9 @@ class MirrorMemory:
 
     def _kill(self) -> Operation[None]:
         if self.mirror.state is MirrorState.LIVE:
-            self.mirror.leaving = True
             notifier = self.mirror.space.notifier
-            yield from notifier.end((self.mirror.id,), notifier.current.operation_id)
+            self.mirror.leaving = notifier.current.operation_id
+            yield from notifier.end((self.mirror.id,), self.mirror.leaving)
 
     # ---- copies for others
 

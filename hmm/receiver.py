@@ -64,7 +64,8 @@ class Receiver(ABC):
     Attributes:
         owner: the token of whoever registered it.
         sequence: of the last event sent.
-        leaving: about to be released: it still hears of changes and gives up what it has, but gets nothing new.
+        leaving: the operation that is about to release it: it still hears of changes and gives up what it has, but gets
+            nothing new.  0: none.
         counters: some of `counted`; see there.
         lenient: a refused access succeeds for the device, which reads ones and whose writes go nowhere, as behind an
             IOMMU; False: it fails.
@@ -83,7 +84,7 @@ class Receiver(ABC):
     policy: DeadlinePolicy = DeadlinePolicy.FENCE
     state: MirrorState = MirrorState.LIVE
     lost_because: str = ""
-    leaving: bool = False
+    leaving: int = 0
     sequence: int = 0
     counters: Counter[str] = field(default_factory=Counter)
     lenient: bool = False
@@ -156,7 +157,7 @@ class Receiver(ABC):
 
     def release(self, state: MirrorState, why: str = "") -> None:
         """Stop hearing: no further events."""
-        self.leaving = False
+        self.leaving = 0
         if self.state is not MirrorState.LIVE:
             return
         self.space.notifier.unsubscribe(self.id)

@@ -12,6 +12,7 @@ from machine_world import RW, START, World, error_of, span
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
+from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm.errors import WouldDeadlockError
 from hmm.events import Delivery
@@ -134,6 +135,26 @@ def test_waiting_call_is_refused_when_another_call_closes_the_circle() -> None:
     world.machine.answer(update.mirror_id, update.sequence)
     world.settle()
     assert second.result == 0
+
+
+def test_unregister_is_refused_when_who_ends_the_mirror_waits_for_the_callback(world: World) -> None:
+    """A mirror whose error is its end is waited for by its name: who ends it waits for the second pass of others."""
+    (mirror,), machine = world.mirrors, world.machine
+    today = world.do(hmm.attach, world.do(devices.register_device, "npu"), world.pid)
+    world.do(hmm.insert_notifier, today, START, PAGE_SIZE, two_pass=True)
+    unmapping = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    for sent in world.sent():
+        machine.answer(sent.mirror_id, sent.sequence, errno.EIO if sent.mirror_id == mirror else errno.EINPROGRESS)
+    machine.resume(unmapping.id)
+    (second,) = world.sent()
+    refused = world.start(devices.unregister_mirror, mirror, caller=inside(second))
+    assert error_of(refused).errno == errno.EDEADLK
+    waiting = world.start(devices.unregister_mirror, mirror)
+    assert machine.blockers(waiting) == [unmapping.id]
+    machine.answer(second.mirror_id, second.sequence)
+    world.settle()
+    assert unmapping.done
+    assert waiting.result is None
 
 
 def test_exec_that_is_refused_lets_go_of_what_others_mapped_meanwhile() -> None:

@@ -28,6 +28,7 @@ from hmm.errors import (
     OutOfFramesError,
     SegmentationFault,
     Signal,
+    TimedOutError,
     WouldDeadlockError,
 )
 from hmm.events import Cause, Event, EventType
@@ -36,7 +37,8 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.madvise import Advice
-from hmm.mirror import MirrorState
+from hmm.mirror import DeadlinePolicy, MirrorState
+from hmm.operation_record import Caller
 from hmm.testing_memory import CarriedMemory
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -648,6 +650,28 @@ def test_unregister_mirror_fails_when_there_is_no_room(bench: Bench) -> None:
     bench.call(processes.exit_process, filler)
     assert bench.migrate(5).moved.npages == 1
     assert bench.read(0, 4) == [1, 2, 3, 4]
+
+
+def test_unregister_mirror_is_tried_again_by_who_waits_when_it_fails(carried: Bench) -> None:
+    """Somebody else's call may fail: then the one that waited for it ends the mirror, whose pages come back."""
+    machine, mirror = carried.machine, carried.mirrors[0]
+    machine.mirrors[mirror].policy = DeadlinePolicy.FAIL
+    carried.write(0)
+    assert carried.migrate(0).moved.npages == 1
+    first = machine.start(Caller(), devices.unregister_mirror, mirror)
+    (copy,) = machine.take_outbox()
+    machine.abandon(mirror, copy.sequence)
+    machine.answer(mirror, copy.sequence, errno.EIO)  # late
+    second = machine.start(Caller(), devices.unregister_mirror, mirror)
+    assert (machine.blockers(second), machine.unanswered(second)) == ([first.id], [])
+    machine.resume(first.id)
+    assert isinstance(first.error, TimedOutError)
+    while not second.done:
+        machine.resume(second.id)
+        for sent in machine.take_outbox():
+            results = carried.memory.carry(mirror, sent.event) if sent.event.copy else b""
+            machine.answer(mirror, sent.sequence, results=results)
+    assert (second.result, mirror in machine.mirrors, carried.read(0)) == (None, False, [1])
 
 
 def test_evict_device_brings_the_pages_of_mirrors_back(bench: Bench) -> None:
