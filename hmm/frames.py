@@ -552,8 +552,6 @@ class Frames(FrameContents):
             assert not (exclusive & ~anonymous).any(), f"{region}: exclusive and not anonymous"
             merged = (flags & np.uint32(PageFlag.KSM)) != 0
             assert not (exclusive & merged).any(), f"{region}: a merged page is somebody's alone"
-            poisoned = (flags & np.uint32(PageFlag.HWPOISON)) != 0
-            assert not mapcount[poisoned].any(), f"{region}: a page is mapped whose contents are lost"
 
 
 def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:

@@ -391,7 +391,7 @@ class Notifier:
             late = yield from self._finish(event, unfinished)
             abandoned += [] if certain else late
             killed = [mirror_id for mirror_id in killed if mirror_id in self.subscribers]  # or lost meanwhile
-        if killed and not certain:
+        if killed and event.cause is not Cause.EXIT:  # which ends all of them
             yield from self.end(tuple(killed), event.operation_id)
         if refused:
             raise RangeBusyError(

@@ -19,6 +19,7 @@ from hmm.events import EventType, Reason
 from hmm.frames import PageFlag, RegionKind
 from hmm.limits import Limits
 from hmm.madvise import Advice
+from hmm.mirror import MirrorState
 from hmm.mremap import MremapFlag
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use
@@ -94,6 +95,19 @@ def test_every_process_loses_the_page_and_its_child_gets_the_entry(world: World)
     grandchild = world.do(processes.fork, child)
     assert signals(world, 1, pid=grandchild) == [Signal.BUS_POISON]
     assert cpu_pte.cpu_pfn(entry(world, 0, grandchild)) == cpu_pte.cpu_pfn(entry(world, 0))
+
+
+def test_mirror_is_ended_when_its_driver_fails_to_give_the_page_up(world: World) -> None:
+    """hmm_mirror_update(): an error is the end of the mirror, also where the change cannot be taken back."""
+    write(world, 0)
+    world.do(devices.fault, world.mirrors[0], [span(0)], write=True)
+    record = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.HWPOISON)
+    (delivery,) = world.sent()
+    world.machine.answer(delivery.mirror_id, delivery.sequence, errno.EIO)
+    world.settle()
+    assert record.done
+    assert world.machine.mirrors[world.mirrors[0]].state is MirrorState.RELEASED
+    assert signals(world, 1) == [Signal.BUS_POISON]
 
 
 def test_mirrors_are_told_before_the_page_goes(world: World) -> None:
