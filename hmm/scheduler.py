@@ -1,8 +1,8 @@
 """The seeded scheduler: interleaves operations and drivers' answers, checks every invariant after every step.
 
 Each step is one choice among everything that could happen next: start a call, resume an operation that is ready,
-let a driver answer one of the events it has, or lose a driver.  Choices come in through `choose(n)`, a number from
-0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
+let a driver answer one of the events it has, lose a driver, or let a caller go.  Choices come in through `choose(n)`,
+a number from 0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
 
 **Source**: our own; the idea is that of deterministic simulation testing.
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hmm import commands_hmm
 from hmm.checked import Checked
 from hmm.events import Delivery, Event, EventState, EventType
 from hmm.machine import Machine
@@ -54,7 +55,10 @@ class Odds:
         repeat: answer once more.
         start_only: only start with an event, where there is a second pass.
         inside: make a call from inside a callback, which is answered when the call has ended.
+        deny: refuse what may be refused, an event that must not block.
         kill: the caller of what waits for a userfaultfd's handler is killed, before that one does anything.
+        leave: the caller of a call that did not end at once is killed some time.
+        impatient: the caller of a range fault that did not end at once has a deadline.
     """
 
     refuse: int = 25
@@ -62,7 +66,10 @@ class Odds:
     repeat: int = 20
     inside: int = 5
     start_only: int = 2
+    deny: int = 3
     kill: int = 10
+    leave: int = 15
+    impatient: int = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +79,7 @@ class Scheduler:
     Attributes:
         workload: the next call to be started, or None when there is nothing more to start.
         finished: called with each operation that ended.
+        sending: called with each event on its way to a driver.
         checking: called after every step, beside the machine's own check.
         answering: called before a driver's answer to a delivery is given, with its errno; the driver's model reacts
             here, and returns the results of a copy.
@@ -85,6 +93,7 @@ class Scheduler:
     choose: Choose
     workload: Iterator[Call]
     finished: Callable[[OperationRecord[Any]], None] = lambda _: None
+    sending: Callable[[Delivery], None] = lambda _: None
     answering: Callable[[Delivery, int], bytes] = lambda _, __: b""
     handling: Callable[[OperationRecord[Any]], Call | None] = lambda _: None
     checking: Callable[[], None] = lambda: None
@@ -96,6 +105,7 @@ class Scheduler:
     checked: Checked = field(default_factory=Checked)
     _exhausted: bool = False
     _abandoned: set[tuple[MirrorId, int]] = field(default_factory=set)
+    _leaving: list[OperationRecord[Any]] = field(default_factory=list)
 
     def run(self, limit: int = 100_000) -> None:
         """Run until the workload is exhausted and every operation has ended.
@@ -131,6 +141,7 @@ class Scheduler:
         for delivery in self.machine.take_outbox():
             self.mailboxes.setdefault(delivery.mirror_id, []).append(delivery)
             self.coverage.sent(delivery, self.machine.receivers.get(delivery.mirror_id))
+            self.sending(delivery)
         for record in [record for record in self.running if record.done]:
             self.running.remove(record)
             if record.error is not None and not hasattr(record.error, "errno"):
@@ -146,6 +157,7 @@ class Scheduler:
         options += [self._answerer(mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
         options += [self._expirer(record) for record in self.running if self._waits_for_owed_answers(record)]
         options += [self._handler(record) for record in self.running if self._waits_for_handler(record)]
+        options += [self._leaver(record) for record in self._leaving if not record.done]
         return options
 
     def _answerable(self, mirror_id: MirrorId) -> list[Delivery]:
@@ -174,7 +186,11 @@ class Scheduler:
             self._exhausted = True
             return
         caller = Caller(name="simulation", callback=self._callback())
-        self.running.append(self.machine.start(caller, call.command, *call.arguments, **call.options))
+        record = self.machine.start(caller, call.command, *call.arguments, **call.options)
+        self.running.append(record)
+        has_deadline = call.command is commands_hmm.range_fault_unlocked
+        if not record.done and self._happens(self.odds.impatient if has_deadline else self.odds.leave):
+            self._leaving.append(record)
 
     def _callback(self) -> tuple[MirrorId, int] | None:
         handled = [delivery for waiting in self.mailboxes.values() for delivery in waiting]
@@ -195,10 +211,23 @@ class Scheduler:
     def _handle(self, record: OperationRecord[Any]) -> None:
         call = None if self._happens(self.odds.kill) else self.handling(record)
         if call is None:
+            self.coverage.callers["killed as it waited for a handler"] += 1
             self.machine.kill(record.id)
         else:
             handler = Caller(name="handler")
             self.running.append(self.machine.start(handler, call.command, *call.arguments, **call.options))
+
+    def _leaver(self, record: OperationRecord[Any]) -> Callable[[], None]:
+        return lambda: self._leave(record)
+
+    def _leave(self, record: OperationRecord[Any]) -> None:
+        self._leaving.remove(record)
+        if record.name == commands_hmm.range_fault_unlocked.__name__:
+            self.coverage.callers["out of patience"] += 1
+            self.machine.time_out(record.id)
+        else:
+            self.coverage.callers["killed"] += 1
+            self.machine.kill(record.id)
 
     def _answerer(self, mirror_id: MirrorId) -> Callable[[], None]:
         return lambda: self._answer(mirror_id)
@@ -227,6 +256,8 @@ class Scheduler:
     def _errno(self, mirror: Receiver, event: Event) -> int:
         if mirror.has_two_passes(event) and self._happens(self.odds.start_only):
             return errnos.EINPROGRESS
+        if not event.blockable and self._happens(self.odds.deny):
+            return errnos.EAGAIN
         refusing = event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
         return errnos.EIO if refusing else 0
 

@@ -3,15 +3,16 @@
 **Source**: our own.
 
 **Absent**: which calls are made (testing_calls.py, and one module for each kind of town), what has to hold (besides the
-machine's own check: testing_drivers.py, testing_contents.py), who goes next (scheduler.py).
+machine's own check: testing_drivers.py, testing_contents.py, testing_streams.py), who goes next (scheduler.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from hmm.address_space import Thp
@@ -25,6 +26,8 @@ from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.testing_calls import CALLS
 from hmm.testing_contents import Contents
 from hmm.testing_drivers import DeviceModel, IntervalDrivers
+from hmm.testing_endings import check_nothing_is_left, endings
+from hmm.testing_streams import Streams
 from hmm.testing_town import Maker, Makers, Town, choices
 from hmm.units import PMD_PAGES
 
@@ -51,9 +54,10 @@ def simulate(
 ) -> Scheduler:
     """One seeded run: random calls by several processes and devices, drivers that delay, refuse and lose answers.
 
-    Every invariant is checked after every step, that pages hold what was written to them, wherever they are, that no
-    device uses what it should have given up, and at the end that replaying the inputs gives the same state.  Every
-    fourth seed follows the rules of `LINUX_7`, unless `semantics` says which.
+    Every invariant is checked after every step, that pages hold what was written to them, wherever they are, and that
+    no device uses what it should have given up; after the last call, that replaying the inputs gives the same state.
+    Then everything is ended, and nothing may be left.  Every fourth seed follows the rules of `LINUX_7`, unless
+    `semantics` says which.
 
     Args:
         more: what makes calls, besides `testing_calls.CALLS`.
@@ -65,23 +69,31 @@ def simulate(
     """
     choose = choices(seed)
     semantics = semantics or (LINUX_6_12 if seed % 4 else LINUX_7)
-    machine = Machine(limits, semantics=semantics, recording=True)
+    machine = Machine(limits, semantics=semantics, recording=True, capable=True)
     drivers = IntervalDrivers(machine)
     pages = 2 * PMD_PAGES if thp else 24
     town = Town(machine, choose, pages=pages, makers=CALLS + more, first=first, thp=thp, held=drivers.held)
-    scheduler = Scheduler(machine, choose, town.calls(ncalls))
+    used_frames = machine.frames.regions[0].used
+    scheduler = Scheduler(machine, choose, chain(town.calls(ncalls), _replayed(machine), endings(town)))
     if handling is not None:
         scheduler.handling = partial(handling, town)
     _Watch(scheduler, drivers, Contents(machine, town.tracked)).begin()
     try:
         scheduler.run()
-        assert machine.inputs is not None
-        again = replay(machine.inputs, limits, semantics)
-        assert digest(again) == digest(machine), "replaying the inputs gives another state"
+        check_nothing_is_left(machine, used_frames)
     except Exception as error:
         _give_up(machine)
         raise SimulationError(f"seed {seed} after {scheduler.steps} steps: {error!r}") from error
     return scheduler
+
+
+def _replayed(machine: Machine) -> Iterator[Call]:
+    """No calls.  Raises: AssertionError: a machine that got the same inputs is in another state."""
+    assert machine.inputs is not None
+    again = replay(machine.inputs, machine.limits, machine.semantics, capable=machine.capable)
+    assert digest(again) == digest(machine), "replaying the inputs gives another state"
+    _give_up(again)
+    yield from ()
 
 
 def _give_up(machine: Machine) -> None:
@@ -99,14 +111,18 @@ class _Watch:
     drivers: IntervalDrivers
     contents: Contents
     mirrors: DeviceModel = field(init=False)
+    streams: Streams = field(init=False)
 
     def begin(self) -> None:
         """From now on."""
         scheduler = self.scheduler
+        self.streams = Streams(scheduler.machine)
         self.mirrors = DeviceModel(scheduler.machine, self.contents.memory, scheduler.checked)
         self.contents.memory.fails = self._fails
-        self.contents.memory.coverage = scheduler.coverage
+        self.contents.memory.coverage = self.drivers.coverage = scheduler.coverage
+        self.drivers.forgets = lambda: scheduler.choose(8) == 0
         scheduler.finished, scheduler.answering, scheduler.checking = self._finished, self._answering, self._check
+        scheduler.sending = self.streams.sent
 
     def _fails(self, event: Event, _: int) -> bool:
         failing = self.scheduler.choose(20) == 0
@@ -127,3 +143,4 @@ class _Watch:
         self.mirrors.check()
         self.drivers.check(self.scheduler.running)
         self.contents.check(self.scheduler.running)
+        self.streams.check()

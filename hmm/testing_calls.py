@@ -2,24 +2,26 @@
 
 **Source**: our own.
 
-**Absent**: where they take place (testing_town.py), devices with memory (testing_devices.py), little memory
-(testing_swap.py).
+**Absent**: where they take place (testing_town.py), files (testing_files.py), what goes wrong (testing_failures.py),
+devices with memory (testing_devices.py), little memory (testing_swap.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hmm import commands_device, commands_file, commands_process
+from hmm import commands_device, commands_process
 from hmm.events import EventType
 from hmm.madvise import Advice
 from hmm.scheduler import Call
+from hmm.testing_failures import FAILURES
+from hmm.testing_files import FILE_CALLS
 from hmm.testing_town import Makers, Town, register_mirror
 from hmm.units import PAGE_SIZE, PMD_MASK, TASK_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
-__all__ = ["CALLS", "fork_process", "munlock_all", "write_file"]
+__all__ = ["CALLS", "fork_process", "munlock_all"]
 
 
 def _create(town: Town) -> Call | None:
@@ -142,55 +144,9 @@ def _read(town: Town) -> Call | None:
     return None if process is None else Call(commands_process.read_memory, (process, span.start, span.size_bytes))
 
 
-def _open(town: Town) -> Call | None:
-    return Call(commands_file.open_file, (f"file{town.choose(2)}",), {"create": True})
-
-
-def write_file(town: Town) -> Call | None:
-    """Some bytes of a file."""
-    file = town.pick(town.machine.file_names.values())
-    offset, data = town.choose(8) * PAGE_SIZE // 2, bytes([1 + town.choose(255)]) * (1 + town.choose(4 * PAGE_SIZE))
-    return None if file is None else Call(commands_file.write_file, (file, offset, data))
-
-
-def _read_file(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    return None if file is None else Call(commands_file.read_file, (file, town.choose(PAGE_SIZE), 8 * PAGE_SIZE))
-
-
-def _truncate(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    return None if file is None else Call(commands_file.truncate_file, (file, town.choose(12) * PAGE_SIZE // 2))
-
-
-def _close(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    return None if file is None or town.choose(2) else Call(commands_file.close_file, (file,))
-
-
-def _unlink(town: Town) -> Call | None:
-    names = list(town.machine.file_names)
-    return None if not names or town.choose(2) else Call(commands_file.unlink_file, (names[town.choose(len(names))],))
-
-
-def _punch(town: Town) -> Call | None:
-    file = town.pick(town.machine.file_names.values())
-    offset = town.choose(6) * PAGE_SIZE
-    return None if file is None else Call(commands_file.punch_file, (file, offset, (1 + town.choose(3)) * PAGE_SIZE))
-
-
 def _exec(town: Town) -> Call | None:
     process = town.process()
     return None if process is None or town.choose(4) else Call(commands_process.exec_process, (process, "other"))
-
-
-def _msync(town: Town) -> Call | None:
-    process = town.process()
-    if process is None:
-        return None
-    vmas = [vma for vma in town.machine.processes[process].space.vmas if vma.backing is not None and vma.shared]
-    span = vmas[town.choose(len(vmas))].span if vmas and town.choose(4) else town.span()
-    return Call(commands_process.msync, (process, span.start, span.size_bytes, 4))
 
 
 def _mlock(town: Town) -> Call | None:
@@ -236,17 +192,6 @@ def _look(town: Town) -> Call | None:
     if town.choose(2):
         return Call(commands_process.pagemap, (process, span))
     return Call(commands_process.mincore, (process, span.start, span.size_bytes))
-
-
-def _fail_allocation(town: Town) -> Call | None:
-    return None if town.choose(3) else Call(commands_device.inject_allocation_failure, (1 + town.choose(6),))
-
-
-def _fail_dma(town: Town) -> Call | None:
-    device = town.pick(device.id for device in town.machine.devices.values() if device.iommu is not None)
-    if device is None or town.choose(3):
-        return None
-    return Call(commands_device.inject_dma_failure, (device, 1 + town.choose(3)))
 
 
 def _register_device(town: Town) -> Call | None:
@@ -327,13 +272,25 @@ def _discard(town: Town) -> Call | None:
     return None if mirror is None or town.choose(3) else Call(commands_device.discard_range, (mirror, span))
 
 
+def _pin(town: Town) -> Call | None:
+    process = town.process()
+    if process is None or len(town.machine.pins) > town.processes:
+        return None
+    span = town.mapped(town.machine.processes[process].space, 3)
+    options = {"write": town.choose(2) == 0, "long_term": town.choose(2) == 0}
+    return Call(commands_process.pin, (process, span), options)
+
+
+def _unpin(town: Town) -> Call | None:
+    number = town.pick(town.machine.pins)
+    return None if number is None else Call(commands_process.unpin, (number,))
+
+
 CALLS: Makers = (
     (_create, 3), (fork_process, 6), (_exit, 2), (_exec, 2), (_mrelease, 2), (_mmap, 10), (_munmap, 4), (_mprotect, 6),
     (_mremap, 4), (_madvise, 6), (_write, 6), (_write_private, 8), (_write_shared, 6), (_read, 8), (_write_each, 2),
-    (_read_each, 2), (_open, 4), (write_file, 8), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2),
-    (_punch, 2), (_msync, 5), (_mlock, 2), (_munlock, 2), (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2),
-    (_look, 2), (_fail_allocation, 1), (_fail_dma, 1), (_register_device, 2), (_register_mirror, 8),
-    (_unregister_mirror, 2), (_fault, 22), (_device_write, 8), (_device_read, 4), (_bits, 2), (_dirty, 2),
-    (_discard, 2),
+    (_read_each, 2), (_mlock, 2), (_munlock, 2), (_mlockall, 1), (munlock_all, 1), (_brk, 1), (_clear_refs, 2),
+    (_look, 2), (_pin, 3), (_unpin, 3), (_register_device, 2), (_register_mirror, 8), (_unregister_mirror, 2),
+    (_fault, 22), (_device_write, 8), (_device_read, 4), (_bits, 2), (_dirty, 2), (_discard, 2), *FILE_CALLS, *FAILURES,
 )  # fmt: skip
 """What makes them, and how often."""

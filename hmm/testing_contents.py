@@ -9,7 +9,8 @@ device, reads that byte.  A call that may change it makes it unknown, until it i
 
 **Source**: our own.
 
-**Invariants**: a known page holds its byte after every step; a read during which a page did not change returns it.
+**Invariants**: a known page holds its byte after every step; a read during which a page did not change returns it; a
+pinned private page stays in its frame.
 
 **Absent**: private mappings of files; how calls do what they do.
 """
@@ -24,14 +25,16 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.file import File
+from hmm.file import File, FileKind
+from hmm.frames import PageFlag
+from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mirror import MirrorState
 from hmm.operation_record import OperationRecord
 from hmm.swap import area_of, slots_of
 from hmm.testing_memory import CarriedMemory
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Entries, page_down, page_up
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, AddressRange, Entries, page_down, page_up
 from hmm.vma import Vma, VmFlag
 
 Key: TypeAlias = tuple[int, int]
@@ -42,6 +45,10 @@ Part: TypeAlias = tuple[int, int]
 
 class WrongContentsError(AssertionError):
     """A page does not hold, or a read did not return, what was written last."""
+
+
+class MovedPageError(AssertionError):
+    """A pinned page is not where it was pinned."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,10 +88,12 @@ _HARMLESS = frozenset(
         "inject_dma_failure", "insert_notifier", "make_exclusive", "migrate", "migrate_back", "migrate_to_device",
         "migrate_to_system", "mincore", "mirror_fault", "mlock", "mlockall", "mprotect", "msync", "munlock",
         "munlockall", "open_file", "pagemap", "pin", "range_fault", "range_fault_unlocked", "read_begin", "read_copy",
-        "read_file", "read_frames", "read_memory", "read_pages", "read_retry", "read_table", "read_userfaults",
-        "register_device", "scan_ksm", "register_mirror", "remove_notifier", "set_driver_bits", "touch",
+        "read_dma", "read_file", "read_frames", "read_memory", "read_pages", "read_retry", "read_table",
+        "read_userfaults", "register_device", "scan_ksm", "register_mirror", "remove_notifier", "set_driver_bits",
+        "touch",
         "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device",
-        "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "read_dma",
+        "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "inject_touch_failure",
+        "inject_migration_failure", "open_device_file",
     }
 )  # fmt: skip
 """Calls that leave contents alone."""
@@ -103,6 +112,7 @@ class Contents:
         memory: what drivers that carry pages have.
         losing: spaces with a mirror that was lost or killed, or whose copies may fail: there pages may be poison.
         compared: how many pages were compared, and how many pages that calls read.
+        pinned: pin -> private page -> the frame where it stays, as long as nothing else is mapped there.
     """
 
     machine: Machine
@@ -110,6 +120,7 @@ class Contents:
     known: dict[Key, Known] = field(default_factory=dict)
     losing: set[int] = field(default_factory=set)
     compared: int = 0
+    pinned: dict[int, dict[Key, int]] = field(default_factory=dict)
     memory: CarriedMemory = field(init=False)
     _under_way: dict[int, _UnderWay] = field(default_factory=dict)
 
@@ -124,7 +135,7 @@ class Contents:
         if record.error is not None or one.space is None:
             return
         match record.name:
-            case "write_memory" | "device_write" | "write_frames":
+            case "write_memory" | "device_write" | "write_frames" | "write_dma":
                 self._learn_written(record, one, one.space)
             case "uffd_copy":
                 self._learn_filled(record, one, one.space)
@@ -136,7 +147,9 @@ class Contents:
                 self._learn_moved(record, one, one.space)
             case "fork":
                 self._learn_forked(record, one, one.space)
-            case "read_memory" | "device_read" | "read_frames":
+            case "pin":
+                self._learn_pinned(record, one, one.space)
+            case "read_memory" | "device_read" | "read_frames" | "read_dma":
                 self._look_at_read(record, one, one.space)
 
     def check(self, running: Iterable[OperationRecord[Any]]) -> None:
@@ -154,6 +167,9 @@ class Contents:
                 self._check_space(number, pages)
             else:
                 self._check_file(number, pages)
+        for pin, frames in self.pinned.items():
+            if pin in self.machine.pins:
+                self._check_pinned(pin, frames)
 
     # ---- what calls change
 
@@ -182,6 +198,10 @@ class Contents:
             if number != record.id:
                 other.changed |= changed
         whole = {number for number, page in changed if page is None}
+        gone = set() if one.space is None else {(one.space.id, p) for p in self._pages(self._remapped(record) or ())}
+        for frames in self.pinned.values():
+            for key in [key for key in frames if key[0] in whole or key in gone]:
+                del frames[key]
         for key in [key for key in self.known if key in changed or _group(key) in whole]:
             del self.known[key]
 
@@ -209,9 +229,25 @@ class Contents:
             key = self._key(space, page)
             if key is not None:
                 yield key
+        if self.is_sparse:
+            yield from self._shared_pages(space, parts)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are pages between those that are tracked."""
+        return len(self.tracked) << PAGE_SHIFT < self.tracked[-1] + PAGE_SIZE - self.tracked[0]
 
     @staticmethod
-    def _written(record: OperationRecord[Any]) -> Sequence[Part] | None:
+    def _shared_pages(space: AddressSpace, parts: Sequence[Part]) -> Iterator[Key]:
+        """Pages of files at addresses that are not tracked; they may be mapped where they are."""
+        for start, length in parts:
+            span = AddressRange(start, start + length)
+            for vma in [*space.vmas.overlapping(span), *space.detached]:
+                if vma.shared and isinstance(vma.backing, File) and vma.start < span.end and span.start < vma.end:
+                    first, last = (vma.page_offset(at) for at in (max(start, vma.start), min(span.end, vma.end) - 1))
+                    yield from ((-1 - vma.backing.id, number) for number in range(first, last + 1))
+
+    def _written(self, record: OperationRecord[Any]) -> Sequence[Part] | None:  # noqa: PLR0911 - one for each call
         arguments = record.arguments
         match record.name:
             case "write_memory" | "uffd_copy":
@@ -222,9 +258,17 @@ class Contents:
                 return tuple(arguments[1])
             case "write_frames":
                 return tuple((address, PAGE_SIZE) for address in arguments[1].tolist())
+            case "write_dma":
+                return self._mapped_for_dma(record)
             case "madvise":
                 return ((arguments[1], arguments[2]),) if arguments[3] is Advice.REMOVE else ()
         return None
+
+    def _mapped_for_dma(self, record: OperationRecord[Any]) -> list[Part]:
+        mirror = self.machine.receivers.get(record.arguments[0])
+        dma = mirror.dma if isinstance(mirror, IntervalMirror) else None
+        pages = [] if dma is None else dma.domain.addresses(record.arguments[1]).tolist()
+        return [(page, PAGE_SIZE) for page in pages]
 
     def _remapped(self, record: OperationRecord[Any]) -> Sequence[Part] | None:
         arguments = record.arguments
@@ -251,6 +295,8 @@ class Contents:
             return None
         if vma.backing is None:
             return space.id, page
+        if isinstance(vma.backing, File) and vma.backing.kind is FileKind.DEVICE:
+            return None  # its driver's pages are mapped anew each time
         return -1 - vma.backing.id, vma.page_offset(page)
 
     # ---- what calls make known
@@ -259,7 +305,7 @@ class Contents:
         if record.name == "write_memory" and record.result.signal is not None:
             return
         data = record.arguments[-1]
-        if record.name in ("device_write", "write_frames"):
+        if record.name in ("device_write", "write_frames", "write_dma"):
             data = next(argument for argument in record.arguments if isinstance(argument, bytes))
         for page in self._pages(self._written(record) or (), whole=True):
             if one.is_undisturbed((space.id, page)):  # else it may have gone to what was mapped there before
@@ -310,6 +356,16 @@ class Contents:
                 continue
             self.known[child.id, page] = Known(0 if vma.flags & VmFlag.WIPEONFORK else known.byte)
 
+    def _learn_pinned(self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace) -> None:
+        """A private page is its process's alone now, and stays where it is."""
+        _, span, *_ = record.arguments
+        pfns = self.machine.pins[record.result].pfns.tolist()
+        frames = self.pinned[record.result] = {}
+        for page in self._pages(((span.start, span.size_bytes),)):
+            vma = _vma(space, page)
+            if vma is not None and vma.backing is None and one.is_undisturbed((space.id, page)):
+                frames[space.id, page] = pfns[(page - span.start) >> PAGE_SHIFT]
+
     # ---- what calls read
 
     def _look_at_read(self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace) -> None:
@@ -321,6 +377,8 @@ class Contents:
         elif record.name == "read_frames":
             parts = [(address, PAGE_SIZE) for address in arguments[1].tolist()]
             self._compare_read(record, one, space, parts, result)
+        elif record.name == "read_dma":
+            self._compare_read(record, one, space, self._mapped_for_dma(record), result)
 
     def _compare_read(
         self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace, parts: Iterable[Part], data: bytes
@@ -349,12 +407,21 @@ class Contents:
                 del self.known[number, page]
             return
         entries = space.table.lookup(np.array(pages, np.uint64))
-        poisoned = cpu_pte.is_poison(entries)
-        if poisoned.any() and number in self.losing:
-            for page in np.array(pages)[poisoned].tolist():
-                del self.known[number, page]
-        looked_at = ~(cpu_pte.is_migration(entries) | (poisoned & (number in self.losing)))
+        lost = cpu_pte.is_poison(entries)
+        if lost.any() and number not in self.losing:
+            lost[lost] = self.machine.frames.test_flags(cpu_pte.cpu_pfn(entries[lost]), PageFlag.HWPOISON)
+        for page in np.array(pages)[lost].tolist():
+            del self.known[number, page]
+        looked_at = ~(cpu_pte.is_migration(entries) | lost)
         self._compare(number, np.array(pages)[looked_at].tolist(), entries[looked_at])
+
+    def _check_pinned(self, pin: int, frames: dict[Key, int]) -> None:
+        for (number, page), pfn in frames.items():
+            space = self.machine.spaces.get(number)
+            entry = None if space is None or space.notifier.closed else space.table.get(page)
+            if entry is None or (_is_there(entry) and cpu_pte.cpu_pfn(entry) == pfn):
+                continue
+            raise MovedPageError(f"pin {pin}: {page:#x} of space {number} was in frame {pfn}, and is {entry:#x}")
 
     def _check_file(self, number: int, pages: list[int]) -> None:
         file = self.machine.files.get(-1 - number)
@@ -394,7 +461,12 @@ class Contents:
         return held
 
 
-_OF_MIRRORS = frozenset({"device_write", "device_read", "read_frames", "write_frames"})
+_OF_MIRRORS = frozenset({"device_write", "device_read", "read_frames", "write_frames", "read_dma", "write_dma"})
+
+
+def _is_there(entry: int) -> bool:
+    # Migrations look whether a page is pinned when they have taken it.
+    return cpu_pte.holds_frame(entry) or cpu_pte.is_migration(entry)
 
 
 def _maps(space: AddressSpace, file: File) -> bool:

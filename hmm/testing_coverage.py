@@ -48,6 +48,7 @@ class Coverage:
         inside: the same of the calls that were made from inside callbacks, which are in `calls` too.
         events: (what happened, "mirror" or "interval notifier", what that heard).
         answers: how events were answered, and how often drivers misbehaved.
+        callers: how often they did not wait for the end of their calls.
         steps: choices made.
     """
 
@@ -55,6 +56,7 @@ class Coverage:
     inside: Counter[tuple[str, str]] = field(default_factory=Counter)
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
+    callers: Counter[str] = field(default_factory=Counter)
     steps: int = 0
 
     def ended(self, record: OperationRecord[Any]) -> None:
@@ -81,6 +83,7 @@ class Coverage:
         self.inside += other.inside
         self.events += other.events
         self.answers += other.answers
+        self.callers += other.callers
         self.steps += other.steps
 
     @property

@@ -16,19 +16,20 @@ import numpy as np
 
 from hmm import commands_device, commands_hmm, commands_process
 from hmm.address_space import AddressSpace, Thp
-from hmm.dma_map import DmaMap
 from hmm.frames import RegionKind
 from hmm.interval_notifier import IntervalMirror, IntervalNotifier
 from hmm.limits import Limits
 from hmm.madvise import Advice
-from hmm.mirror import DeadlinePolicy, MirrorState
-from hmm.range_fault import DMA_MAPPED, REQ_FAULT, REQ_WRITE, VALID, WRITE
+from hmm.mirror import DeadlinePolicy
+from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
 from hmm.semantics import LINUX_7
 from hmm.testing import simulate
 from hmm.testing_calls import fork_process
+from hmm.testing_dma import DMA_CALLS, holder
+from hmm.testing_failures import FAILURES_OF_DEVICES, FAILURES_OF_MIGRATIONS
 from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
-from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, Entries, MirrorId
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -67,7 +68,7 @@ def _register(town: Town) -> Call | None:
     if len(town.machine.devices) > town.devices:
         return None
     kind = RegionKind.DEVICE_PRIVATE if town.choose(4) else RegionKind.DEVICE_COHERENT
-    options = {"memory_pages": _DEVICE_PAGES, "evicts": town.choose(2) == 0, "kind": kind}
+    options = {"memory_pages": _DEVICE_PAGES, "evicts": town.choose(2) == 0, "kind": kind, "dma": town.choose(3) > 0}
     return Call(commands_device.register_device, ("with memory",), options)
 
 
@@ -144,13 +145,8 @@ def _space(town: Town, mirror: MirrorId) -> AddressSpace:
     return town.machine.receivers[mirror].space
 
 
-def _holder(town: Town) -> MirrorId | None:
-    live = (mirror for mirror in town.interval_mirrors() if town.machine.receivers[mirror].state is MirrorState.LIVE)
-    return town.pick(mirror for mirror in live if town.held.get(mirror))
-
-
 def _reach(town: Town) -> Call | None:
-    mirror = _holder(town)
+    mirror = holder(town)
     if mirror is None:
         return None
     held, writes = town.held[mirror], town.choose(2) == 0
@@ -161,37 +157,6 @@ def _reach(town: Town) -> Call | None:
     if not writes:
         return Call(commands_hmm.read_frames, (mirror, *reached))
     return Call(commands_hmm.write_frames, (mirror, *reached, bytes([1 + town.choose(255)]) * PAGE_SIZE * len(pages)))
-
-
-def _dma_map(town: Town) -> Call | None:
-    mirror = _holder(town)
-    if mirror is None or _dma(town, mirror) is None:
-        return None
-    held = list(town.held[mirror].items())
-    some = held[town.choose(len(held)) :][: 1 + town.choose(4)]
-    words = [VALID | (WRITE if writable else 0) | pfn for _, (pfn, writable) in some]
-    return Call(commands_hmm.dma_map, (mirror, np.array([page for page, _ in some], np.uint64), _words(words)))
-
-
-def _dma_use(town: Town) -> Call | None:
-    mirror = town.pick(mirror for mirror in town.interval_mirrors() if _dma(town, mirror) is not None)
-    dma = None if mirror is None else _dma(town, mirror)
-    if mirror is None or dma is None or dma.table.is_empty:
-        return None
-    mapped = dma.table.in_use()[0]
-    some = mapped[town.choose(mapped.size) :][: 1 + town.choose(4)]
-    if town.choose(2):
-        return Call(commands_hmm.read_dma, (mirror, dma.lookup(some)))
-    return Call(commands_hmm.dma_unmap, (mirror, some, _words([VALID | DMA_MAPPED] * some.size)))
-
-
-def _dma(town: Town, mirror: MirrorId) -> DmaMap | None:
-    receiver = town.machine.receivers[mirror]
-    return receiver.dma if isinstance(receiver, IntervalMirror) and receiver.state is MirrorState.LIVE else None
-
-
-def _words(words: list[int]) -> Entries:
-    return np.array(words, np.uint64)
 
 
 def _find(town: Town) -> Call | None:
@@ -236,32 +201,10 @@ def _give_back(town: Town) -> Call | None:
     return None if mirror is None or town.choose(2) else Call(commands_hmm.give_back_exclusive, (mirror,))
 
 
-def _pin(town: Town) -> Call | None:
-    process = town.process()
-    if process is None or len(town.machine.pins) > town.processes:
-        return None
-    span = town.mapped(town.machine.processes[process].space, 3)
-    options = {"write": town.choose(2) == 0, "long_term": town.choose(2) == 0}
-    return Call(commands_process.pin, (process, span), options)
-
-
-def _unpin(town: Town) -> Call | None:
-    number = town.pick(town.machine.pins)
-    return None if number is None else Call(commands_process.unpin, (number,))
-
-
-def _fail_copy(town: Town) -> Call | None:
-    machine = town.machine
-    regions = {device.id: machine.frames.region(device.region) for device in machine.devices.values() if device.region}
-    copied = {number for number, region in regions.items() if not region.remote}
-    mirror = town.pick(number for number, one in machine.receivers.items() if one.device.id in copied)
-    return None if mirror is None else Call(commands_device.inject_copy_failure, (mirror, town.choose(6)))
-
-
 DEVICE_CALLS: Makers = (
     (_register, 6), (_unregister, 1), (_attach, 10), (_detach, 1), (_insert, 8), (_remove, 2), (_read_section, 4),
     (_range_fault, 24), (_reach, 12), (_find, 1), (_frames, 1), (_to_device, 20), (_to_system, 6), (_evict, 2),
-    (_exclusive, 10), (_give_back, 2), (_pin, 4), (_unpin, 4), (_fail_copy, 3),
+    (_exclusive, 10), (_give_back, 2), *DMA_CALLS, *FAILURES_OF_DEVICES,
 )  # fmt: skip
 """What makes calls of devices with memory through today's interface, and how often."""
 SUBSCRIBED: tuple[Maker, ...] = (_register, _attach, _insert, _range_fault)
@@ -307,7 +250,7 @@ def _advise_block(town: Town) -> Call | None:
 
 def _register_large(town: Town) -> Call | None:
     call = _register(town)
-    return call and replace(call, options={**call.options, "memory_pages": _RUN_AND_A_LITTLE, "dma": True})
+    return call and replace(call, options={**call.options, "memory_pages": _RUN_AND_A_LITTLE})
 
 
 def _move_blocks(town: Town) -> Call | None:
@@ -319,13 +262,8 @@ def _move_blocks(town: Town) -> Call | None:
     return Call(command, (mirror, span), {"compound": True})
 
 
-def _fail_migration(town: Town) -> Call | None:
-    mirror = town.pick(town.interval_mirrors())
-    return None if mirror is None else Call(commands_hmm.inject_migration_failure, (mirror, town.choose(3)))
-
-
 COMPOUND_CALLS: Makers = (
-    (_register_large, 12), (_move_blocks, 80), (_fail_migration, 10), (_dma_map, 20), (_dma_use, 20),
+    (_register_large, 12), (_move_blocks, 80), *DMA_CALLS, *FAILURES_OF_MIGRATIONS,
 )  # fmt: skip
 """What moves huge pages to devices and back as such, and maps for DMA, and how often."""
 HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 20), (fork_process, 4))
@@ -381,7 +319,7 @@ def _unregister_home(town: Town) -> Call | None:
 
 MIRROR_CALLS: Makers = (
     (_register_card, 8), (_mirror_card, 12), (_migrate, 48), (_migrate_back, 8), (_evict, 2), (_unregister_home, 2),
-    (_unregister, 2), (_pin, 2), (_unpin, 2), (_fail_copy, 4),
+    (_unregister, 2), *FAILURES_OF_DEVICES,
 )  # fmt: skip
 """What makes calls of mirrors of 2015 whose devices have memory, and how often."""
 WITH_CARDS: tuple[Maker, ...] = (_register_card, _mirror_card, _migrate)

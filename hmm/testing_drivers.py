@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hmm import cpu_pte, pte
+from hmm import commands_hmm, cpu_pte, pte
 from hmm.checked import Checked
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import RangeFaulted
@@ -31,10 +31,11 @@ from hmm.events import Delivery, Event, EventState, EventType
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
 from hmm.mirror import Mirror
-from hmm.operation_record import OperationRecord
-from hmm.range_fault import VALID, WRITE, word_pfns
+from hmm.operation_record import Caller, OperationRecord
+from hmm.range_fault import DMA_MAPPED, VALID, WRITE, word_pfns
 from hmm.receiver import MirrorState
 from hmm.spans import overlap
+from hmm.testing_coverage import Coverage
 from hmm.testing_memory import CarriedMemory
 from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId, Pfns
 
@@ -160,17 +161,33 @@ class IntervalDrivers:
         held: mirror -> page address -> (frame, may write).
         by: mirror -> page address -> the notifier that would tell of a change.
         exclusive: mirror -> the pages that its device has to itself, and may use as long as the CPU does not.
+        forgets: whether a driver forgets to unmap what it has mapped for DMA.
+        coverage: where drivers' own calls are counted.
     """
 
     machine: Machine
     held: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     by: dict[MirrorId, dict[int, int]] = field(default_factory=dict)
     exclusive: dict[MirrorId, set[int]] = field(default_factory=dict)
+    forgets: Callable[[], bool] = lambda: False
+    coverage: Coverage = field(default_factory=Coverage)
 
     def answering(self, delivery: Delivery, errno: int) -> None:
-        """A driver has stopped to use what an event is about; not yet if it has only started to."""
-        if errno != errnos.EINPROGRESS:
+        """A driver has stopped to use what an event is about; not yet if it has only started to, or refuses."""
+        if errno not in (errnos.EINPROGRESS, errnos.EAGAIN):
             self._drop(delivery.mirror_id, lambda page: _meets(delivery, page))
+            self._unmap(delivery)
+
+    def _unmap(self, delivery: Delivery) -> None:
+        mirror = self.machine.receivers.get(delivery.mirror_id)
+        if not isinstance(mirror, IntervalMirror) or mirror.dma is None or mirror.state is not MirrorState.LIVE:
+            return
+        pages = mirror.dma.within(delivery.event.spans)
+        if not pages.size or self.forgets():
+            return
+        caller = Caller(name="driver", token=mirror.owner)
+        words = np.full(pages.size, VALID | DMA_MAPPED, np.uint64)
+        self.coverage.ended(self.machine.start(caller, commands_hmm.dma_unmap, mirror.id, pages, words))
 
     def finished(self, record: OperationRecord[Any]) -> None:
         """A range fault gives translations; a notifier that goes takes them."""

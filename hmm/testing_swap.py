@@ -16,7 +16,8 @@ from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import simulate
-from hmm.testing_calls import munlock_all, write_file
+from hmm.testing_calls import munlock_all
+from hmm.testing_files import write_file
 from hmm.testing_town import Makers, Town
 
 __all__ = [

@@ -95,6 +95,8 @@ def print_coverage(coverage: Coverage) -> None:
     print_table(("because of", "who", "hears", "events"), [(*key, n) for key, n in sorted(coverage.events.items())])
     print()
     print_table(("answers", "count"), sorted(coverage.answers.items()))
+    print()
+    print_table(("callers", "count"), sorted(coverage.callers.items()))
     print(f"\nnever called: {', '.join(coverage.never_called) or 'none'}")
     print(f"never told of: {', '.join(coverage.never_told) or 'nothing'}\n")
 
