@@ -72,7 +72,10 @@ def simulate(
     machine = Machine(limits, semantics=semantics, recording=True, capable=True)
     drivers = IntervalDrivers(machine)
     pages = 2 * PMD_PAGES if thp else 24
-    town = Town(machine, choose, pages=pages, makers=CALLS + more, first=first, thp=thp, held=drivers.held)
+    town = Town(
+        machine, choose, pages=pages, makers=CALLS + more, first=first, thp=thp, held=drivers.held,
+        former=drivers.former,
+    )  # fmt: skip
     used_frames = machine.frames.regions[0].used
     scheduler = Scheduler(machine, choose, chain(town.calls(ncalls), _replayed(machine), endings(town)))
     if handling is not None:

@@ -31,7 +31,7 @@ from hmm.testing_failures import FAILURES_OF_DEVICES, FAILURES_OF_MIGRATIONS
 from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
 from hmm.unmapped_area import MapFlag
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 __all__ = [
     "DEVICE_CALLS",
@@ -147,9 +147,17 @@ def _space(town: Town, mirror: MirrorId) -> AddressSpace:
 
 def _reach(town: Town) -> Call | None:
     mirror = holder(town)
-    if mirror is None:
-        return None
-    held, writes = town.held[mirror], town.choose(2) == 0
+    return None if mirror is None else _access(town, mirror, town.held[mirror])
+
+
+def _reach_former(town: Town) -> Call | None:
+    """What a device that makes mistakes does: it uses what its driver has given up."""
+    mirror = town.pick(mirror for mirror in town.former if mirror in town.machine.receivers)
+    return None if mirror is None else _access(town, mirror, town.former[mirror])
+
+
+def _access(town: Town, mirror: MirrorId, held: Mapping[int, tuple[int, bool]]) -> Call | None:
+    writes = town.choose(2) == 0
     pages = [page for page in held if held[page][1] or not writes][: 1 + town.choose(4)]
     if not pages:
         return None
@@ -203,8 +211,8 @@ def _give_back(town: Town) -> Call | None:
 
 DEVICE_CALLS: Makers = (
     (_register, 6), (_unregister, 1), (_attach, 10), (_detach, 1), (_insert, 8), (_remove, 2), (_read_section, 4),
-    (_range_fault, 24), (_reach, 12), (_find, 1), (_frames, 1), (_to_device, 20), (_to_system, 6), (_evict, 2),
-    (_exclusive, 10), (_give_back, 2), *DMA_CALLS, *FAILURES_OF_DEVICES,
+    (_range_fault, 24), (_reach, 12), (_reach_former, 4), (_find, 1), (_frames, 1), (_to_device, 20), (_to_system, 6),
+    (_evict, 2), (_exclusive, 10), (_give_back, 2), *DMA_CALLS, *FAILURES_OF_DEVICES,
 )  # fmt: skip
 """What makes calls of devices with memory through today's interface, and how often."""
 SUBSCRIBED: tuple[Maker, ...] = (_register, _attach, _insert, _range_fault)
@@ -266,7 +274,26 @@ COMPOUND_CALLS: Makers = (
     (_register_large, 12), (_move_blocks, 80), *DMA_CALLS, *FAILURES_OF_MIGRATIONS,
 )  # fmt: skip
 """What moves huge pages to devices and back as such, and maps for DMA, and how often."""
-HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 20), (fork_process, 4))
+
+
+def _use_hugetlb(town: Town) -> Call | None:
+    """Private hugetlb memory is written and then forked, if there is some."""
+    processes = {
+        process.id: vma
+        for process in town.machine.processes.values()
+        for vma in process.space.vmas
+        if vma.has(VmFlag.HUGETLB) and not vma.shared
+    }
+    process = town.pick(processes)
+    if process is None:
+        return None
+    vma, space = processes[process], town.machine.processes[process].space
+    if space.table.get(vma.start) and len(town.machine.processes) < town.processes:
+        return Call(commands_process.fork, (process,))
+    return Call(commands_process.write_memory, (process, vma.start, bytes([1 + town.choose(255)]) * PAGE_SIZE))
+
+
+HUGE_CALLS: Makers = ((_map_block, 16), (_touch_block, 32), (_advise_block, 20), (fork_process, 4), (_use_hugetlb, 8))
 """What makes room for huge pages and brings them in, and how often."""
 
 

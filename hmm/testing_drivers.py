@@ -9,7 +9,8 @@ sent, or an edit that came before the answer.
 **Source**: our own; Linux Documentation/mm/hmm.rst, the pattern of hmm_range_fault() under mmu_interval_read_retry().
 
 **Invariants**: as long as a device may use a translation, the CPU's table has the same frame at that address, with no
-less permission (invariants 1, 3 and 12 of the project, seen from the device).
+less permission (invariants 1, 3 and 12 of the project, seen from the device); once a driver has answered an event, its
+device gets through nothing older (invariant 5).
 """
 
 from __future__ import annotations
@@ -33,13 +34,43 @@ from hmm.machine import Machine
 from hmm.mirror import Mirror
 from hmm.operation_record import Caller, OperationRecord
 from hmm.range_fault import DMA_MAPPED, VALID, WRITE, word_pfns
-from hmm.receiver import MirrorState
-from hmm.spans import overlap
+from hmm.receiver import MirrorState, Receiver
+from hmm.spans import inside, overlap
 from hmm.testing_coverage import Coverage
 from hmm.testing_memory import CarriedMemory
-from hmm.units import PAGE_SIZE, AddressRange, Entries, MirrorId, Pfns
+from hmm.units import PAGE_MASK, PAGE_SIZE, AddressRange, Entries, MirrorId, Pfns
 
-__all__ = ["DeviceModel", "IntervalDrivers", "LostTranslationError", "StaleTranslationError"]
+__all__ = ["AccessAfterAnswerError", "DeviceModel", "IntervalDrivers", "LostTranslationError", "StaleTranslationError"]
+
+
+class AccessAfterAnswerError(AssertionError):
+    """A device got through where its driver had answered that it no longer would."""
+
+
+@dataclass(slots=True)
+class GivenUp:
+    """Events that were answered, and whose change has still to be made: nothing may be reached through them."""
+
+    events: dict[tuple[MirrorId, int], Event] = field(default_factory=dict)
+
+    def add(self, receiver: Receiver, delivery: Delivery) -> None:
+        """A driver is about to answer; too late if the event was abandoned, and then nothing changes."""
+        owed = receiver.unanswered.get(delivery.sequence)
+        if owed is not None and owed.state is EventState.SENT:
+            self.events[receiver.id, delivery.sequence] = delivery.event
+
+    def require_access(self, receiver: Receiver | None, pages: Entries, *, write: bool) -> None:
+        """Raise AccessAfterAnswerError when an access that succeeded should not have: uint64[n], its pages."""
+        if receiver is None:
+            return
+        unsettled = receiver.unsettled
+        self.events = {key: one for key, one in self.events.items() if key[0] != receiver.id or key[1] in unsettled}
+        for (mirror_id, sequence), event in self.events.items():
+            keeps = event.reason is None and event.pte_mask != pte.MASK_NONE and not write
+            if mirror_id != receiver.id or keeps or event.initiator == mirror_id:
+                continue
+            if inside(pages, event.spans).any():
+                raise AccessAfterAnswerError(f"{receiver} reached pages after its answer to event {sequence}: {event}")
 
 
 class LostTranslationError(AssertionError):
@@ -56,6 +87,7 @@ class DeviceModel:
             pages from an older event that it has still to answer.
         checked: what was checked already, of the machine too.
         changes: how often translations of a mirror may have changed.
+        given_up: what devices said they no longer use, where that change has still to be made.
     """
 
     machine: Machine
@@ -64,6 +96,7 @@ class DeviceModel:
     translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
     changes: Counter[MirrorId] = field(default_factory=Counter)
+    given_up: GivenUp = field(default_factory=GivenUp)
 
     def answering(self, delivery: Delivery, errno: int) -> bytes:
         """The driver handled an event and is about to answer: the device has done what the event asks."""
@@ -82,11 +115,16 @@ class DeviceModel:
                         held.pop(address, None)
         else:
             _give_up(held, event)
+            self.given_up.add(self.machine.mirrors[delivery.mirror_id], delivery)
         return self.memory.carry(delivery.mirror_id, event) if event.copy else b""
 
     def finished(self, record: OperationRecord[Any]) -> None:
         """A fault of a mirror that gets no update for its own faults tells the device by its result."""
         result = None if record.error else record.result
+        if record.name in ("device_read", "device_write") and not record.error:
+            pages = [page for address, length in record.arguments[1] for page in _pages(address, length)]
+            mirror = self.machine.mirrors.get(record.arguments[0])
+            self.given_up.require_access(mirror, np.array(pages, np.uint64), write=record.name == "device_write")
         if record.name == "discard_range" and not record.error:
             mirror_id, span = record.arguments[0], record.arguments[1]
             sequence = self.machine.mirrors[mirror_id].sequence
@@ -145,6 +183,10 @@ def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
             held[address] = (held[address][0], False)
 
 
+def _pages(address: int, length: int) -> range:
+    return range(address & PAGE_MASK, address + length, PAGE_SIZE)
+
+
 def _single_pages(addresses: Any) -> tuple[AddressRange, ...]:
     return tuple(AddressRange(address, address + PAGE_SIZE) for address in addresses.tolist())
 
@@ -161,6 +203,8 @@ class IntervalDrivers:
         held: mirror -> page address -> (frame, may write).
         by: mirror -> page address -> the notifier that would tell of a change.
         exclusive: mirror -> the pages that its device has to itself, and may use as long as the CPU does not.
+        former: what a driver gave up lately, in the same form as `held`.
+        given_up: as of `DeviceModel`.
         forgets: whether a driver forgets to unmap what it has mapped for DMA.
         coverage: where drivers' own calls are counted.
     """
@@ -169,6 +213,8 @@ class IntervalDrivers:
     held: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     by: dict[MirrorId, dict[int, int]] = field(default_factory=dict)
     exclusive: dict[MirrorId, set[int]] = field(default_factory=dict)
+    former: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
+    given_up: GivenUp = field(default_factory=GivenUp)
     forgets: Callable[[], bool] = lambda: False
     coverage: Coverage = field(default_factory=Coverage)
 
@@ -177,6 +223,9 @@ class IntervalDrivers:
         if errno not in (errnos.EINPROGRESS, errnos.EAGAIN):
             self._drop(delivery.mirror_id, lambda page: _meets(delivery, page))
             self._unmap(delivery)
+            receiver = self.machine.receivers.get(delivery.mirror_id)
+            if isinstance(receiver, IntervalMirror):
+                self.given_up.add(receiver, delivery)
 
     def _unmap(self, delivery: Delivery) -> None:
         mirror = self.machine.receivers.get(delivery.mirror_id)
@@ -193,6 +242,8 @@ class IntervalDrivers:
         """A range fault gives translations; a notifier that goes takes them."""
         if record.name in ("read_frames", "write_frames"):
             self._require_access(record)
+            if record.error is None:
+                self._require_no_access(record)
         elif record.error is not None:
             return
         elif isinstance(record.result, RangeFaulted) and record.name == "range_fault_unlocked":
@@ -248,8 +299,21 @@ class IntervalDrivers:
         mirror = self.machine.receivers.get(record.arguments[0])
         if mirror is None or not isinstance(record.error, BadAddressError):
             return
+        held, named = self.held.get(mirror.id, {}), zip(*(one.tolist() for one in record.arguments[1:3]), strict=True)
+        if any(held.get(page, (-1, False))[0] != pfn for page, pfn in named):
+            return  # it was given up
         if not any(sent.state is EventState.ABANDONED for sent in mirror.unanswered.values()):
             raise StaleTranslationError(f"{mirror} may not use what it holds: {record.error}")
+
+    def _require_no_access(self, record: OperationRecord[Any]) -> None:
+        mirror_id, pages, pfns = record.arguments[:3]
+        mirror, write = self.machine.receivers[mirror_id], record.name == "write_frames"
+        self.given_up.require_access(mirror, pages, write=write)
+        entries = mirror.space.table.lookup(pages)
+        good = cpu_pte.cpu_pfn(entries) == pfns
+        good &= cpu_pte.is_writable(entries) | (not write)
+        if not good.all():
+            raise StaleTranslationError(f"{mirror} reached frame {pfns[~good][0]} at {int(pages[~good][0]):#x}")
 
     def _drop_notified(self, mirror_id: MirrorId, number: int) -> None:
         self._drop(mirror_id, lambda page: self.by[mirror_id][page] == number)
@@ -263,7 +327,7 @@ class IntervalDrivers:
     def _drop(self, mirror_id: MirrorId, which: Callable[[int], bool]) -> None:
         held = self.held.get(mirror_id, {})
         for page in [page for page in held if which(page)]:
-            del held[page]
+            self.former.setdefault(mirror_id, {})[page] = held.pop(page)
             self.exclusive.get(mirror_id, set()).discard(page)
 
 

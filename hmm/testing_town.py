@@ -59,6 +59,7 @@ class Town:
         makers: what makes calls.
         first: what makes calls before all others.
         held: what devices of today may use: mirror -> page address -> (frame, may write).
+        former: what they gave up lately.
     """
 
     machine: Machine
@@ -71,6 +72,7 @@ class Town:
     first: tuple[Maker, ...] = ()
     thp: Thp = Thp.NEVER
     held: Mapping[MirrorId, Mapping[int, tuple[int, bool]]] = field(default_factory=dict)
+    former: Mapping[MirrorId, Mapping[int, tuple[int, bool]]] = field(default_factory=dict)
 
     def calls(self, ncalls: int) -> Iterator[Call]:
         """`ncalls` calls, each made at the moment it is started, so that it fits the state of that moment."""
