@@ -276,8 +276,15 @@ COMPOUND_CALLS: Makers = (
 """What moves huge pages to devices and back as such, and maps for DMA, and how often."""
 
 
+def _map_hugetlb(town: Town) -> Call | None:
+    process, span = town.process(), _block(town)
+    flags = MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS | MapFlag.HUGETLB
+    place = (process, span.start, span.size_bytes)
+    return None if process is None else Call(commands_process.mmap, (*place, Prot.READ | Prot.WRITE, flags))
+
+
 def _use_hugetlb(town: Town) -> Call | None:
-    """Private hugetlb memory is written and then forked, if there is some."""
+    """Private hugetlb memory is mapped, then written, and then forked."""
     processes = {
         process.id: vma
         for process in town.machine.processes.values()
@@ -286,7 +293,7 @@ def _use_hugetlb(town: Town) -> Call | None:
     }
     process = town.pick(processes)
     if process is None:
-        return None
+        return _map_hugetlb(town)
     vma, space = processes[process], town.machine.processes[process].space
     if space.table.get(vma.start) and len(town.machine.processes) < town.processes:
         return Call(commands_process.fork, (process,))
