@@ -7,10 +7,14 @@ Each command is a module of `hmm_client.commands`, loaded when it is used: `hmmc
 
 from __future__ import annotations
 
+import errno
+import os
 from importlib import import_module
 
 import click
 from click.shell_completion import CompletionItem
+
+from hmm_client.commands.connection import INTERRUPTED, UNEXPECTED, UNUSABLE, fail
 
 COMMANDS = {
     "ps": "List processes, with the mirrors of their memory.",
@@ -44,6 +48,20 @@ command line; 3 no daemon can be reached; 4 the daemon refused.
 
 class Commands(click.Group):
     """Commands by name, each in a module of that name."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; Ctrl-C and files that cannot be used end it with a line on stderr at most."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # who reads has enough: click ends quietly
+            if error.filename is not None:
+                fail(UNUSABLE, f"{error.filename}: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would fail again at exit
+            fail(UNEXPECTED, f"standard output: {error.strerror}")
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the interface
         """In the order of COMMANDS."""

@@ -5,7 +5,7 @@
 
 `EmbeddedDaemon` has more to say: where its log is, and whether it lives.
 
-**Invariants**: when the block ends the daemon has ended and its socket is gone.
+**Invariants**: when the block ends the daemon has ended and its socket is gone; when we are killed it ends by itself.
 
 **Absent**: the daemon itself (`hmm_server`), which this package does not import.
 """
@@ -71,9 +71,9 @@ class EmbeddedDaemon:
         stderr = None if log is None else log.open("wb")
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "hmm_server", f"--socket={self.socket}", *as_flags(settings)],
+                [sys.executable, "-m", "hmm_server", f"--socket={self.socket}", "--until-fd=0", *as_flags(settings)],
                 env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # closed by the kernel, should we be killed
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 start_new_session=True,  # Ctrl-C is for us; we end it in good order
@@ -116,8 +116,9 @@ class EmbeddedDaemon:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         return self.process.returncode
 
     def _wait_until_it_serves(self) -> None:

@@ -4,6 +4,8 @@ When the daemon serves it prints one line on stdout, and on the descriptor of `-
 
     hmmd serving unix:/run/hmmd/hmmd.sock
 
+Whoever starts it for themselves gives it a pipe, `--until-fd`: it ends with them, even if they are killed.
+
 Exit codes: 0 ended in good order; 1 it cannot listen there; 2 a setting is not understood.
 """
 
@@ -56,8 +58,9 @@ def _metavar(kind: type) -> str:
 @_options
 @click.option("--config", "config_file", metavar="FILE", help="settings in TOML; default: $HMMD_CONFIG, if set")
 @click.option("--ready-fd", type=int, metavar="FD", help="write the ready line here too, and close it")
+@click.option("--until-fd", type=int, metavar="FD", help="end when the other end of this pipe is closed, too")
 @click.version_option(VERSION, prog_name="hmmd")
-def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
+def main(config_file: str | None, ready_fd: int | None, until_fd: int | None, **flags: Any) -> None:
     """Read the settings and serve."""
     for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container has no default actions
         signal.signal(number, _end_before_serving)
@@ -68,8 +71,7 @@ def main(config_file: str | None, ready_fd: int | None, **flags: Any) -> None:
         click.echo(f"hmmd: {error}", err=True)
         sys.exit(2)
     set_up(config.log_level, config.log_format)
-    _tune(config)
-    sys.exit(_run(config, ready_fd))
+    sys.exit(_run(config, ready_fd, until_fd))
 
 
 def _end_before_serving(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface
@@ -81,7 +83,11 @@ def _tune(config: Config) -> None:
     import ctypes  # noqa: PLC0415 - not needed for --help
 
     if config.cpu >= 0:
-        os.sched_setaffinity(0, {config.cpu})
+        try:
+            os.sched_setaffinity(0, {config.cpu})
+        except OSError:
+            allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise ConfigError(f"cpu is {config.cpu}; it must be one of {allowed}") from None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MALLOC_THRESHOLD_BYTES)
@@ -99,30 +105,40 @@ def _settle() -> None:
         libc.malloc_trim(0)
 
 
-def _run(config: Config, ready_fd: int | None) -> int:
+def _run(config: Config, ready_fd: int | None, until_fd: int | None) -> int:
     import uvloop  # noqa: PLC0415 - not needed for --help
 
+    from hmm.errors import HmmError  # noqa: PLC0415
     from hmm_server.endpoint import EndpointError  # noqa: PLC0415 - imports gRPC
 
     try:
-        uvloop.run(_serve(config, ready_fd))
-    except (EndpointError, ConfigError) as error:
+        _tune(config)
+        uvloop.run(_serve(config, ready_fd, until_fd))
+    except (EndpointError, ConfigError, HmmError) as error:
         click.echo(f"hmmd: {error}", err=True)
         return 1 if isinstance(error, EndpointError) else 2
     return 0
 
 
-async def _serve(config: Config, ready_fd: int | None) -> None:
+async def _serve(config: Config, ready_fd: int | None, until_fd: int | None) -> None:
     from hmm_server.daemon import Daemon  # noqa: PLC0415 - imports gRPC
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    if until_fd is not None:
+        loop.add_reader(until_fd, _end_with, until_fd, ended)
     async with Daemon(config).serving() as daemon:
         _settle()
         _announce(f"hmmd serving {' '.join(daemon.targets)}\n", ready_fd)
         await ended.wait()
+
+
+def _end_with(descriptor: int, ended: asyncio.Event) -> None:
+    if not os.read(descriptor, 1 << 12):
+        asyncio.get_running_loop().remove_reader(descriptor)
+        ended.set()
 
 
 def _announce(line: str, ready_fd: int | None) -> None:

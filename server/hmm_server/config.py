@@ -14,7 +14,9 @@ understood is an error and not ignored (in the environment only names listed her
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -115,7 +117,7 @@ class Config:
         for setting in fields(self):
             at_least = setting.metadata["at_least"]
             value = getattr(self, setting.name)
-            if at_least is not None and value < at_least:
+            if at_least is not None and not at_least <= value < math.inf:
                 raise ConfigError(f"{setting.name} is {value}; it must be at least {at_least:g}")
         choices_of = (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS), ("semantics", tuple(PROFILES)))
         for name, choices in choices_of:
@@ -127,6 +129,9 @@ class Config:
             raise ConfigError("tls_certificate and tls_key belong together")
         if self.swap_file and not self.swap_pages:
             raise ConfigError("swap_file needs swap_pages")
+        for name in ("tcp", "health_tcp"):
+            if getattr(self, name) and not _PLACE.fullmatch(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be HOST:PORT")
         if self.tcp and not self.tls_certificate and not self.tcp_plaintext:
             raise ConfigError("tcp needs tls_certificate and tls_key, or tcp_plaintext")
 
@@ -172,7 +177,9 @@ def load(
 def _from_file(path: Path) -> dict[str, Value]:
     try:
         table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     types = {setting.name: type(setting.default) for setting in SETTINGS}
     for name, value in table.items():
@@ -209,4 +216,5 @@ def _kind(kind: type) -> str:
     return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[kind]
 
 
+_PLACE = re.compile(r".+:\d{1,5}")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

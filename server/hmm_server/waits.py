@@ -130,13 +130,13 @@ class Waits:
     def _edges(self, blocked: Iterable[Blocked]) -> dict[int, list[Edge]]:
         """For every call the calls that have to get on first, through drivers that owe answers if need be."""
         inside: dict[tuple[MirrorId, int], list[int]] = defaultdict(list)
-        unmarked: dict[int, list[int]] = defaultdict(list)
+        unmarked: dict[int, list[Running]] = defaultdict(list)
         for running in self._executor.running.values():
             callback = running.record.caller.callback
             if callback is not None:
                 inside[callback].append(running.record.id)
             elif running.epoch:
-                unmarked[running.epoch].append(running.record.id)
+                unmarked[running.epoch].append(running)
         edges: dict[int, list[Edge]] = {}
         for one in blocked:
             edges[one.operation_id] = [Edge(other) for other in one.operations]
@@ -144,7 +144,9 @@ class Waits:
                 served = self._streams.served.get(mirror_id)
                 edges[one.operation_id] += [Edge(other, mirror_id) for other in inside[mirror_id, sequence]]
                 edges[one.operation_id] += [
-                    Edge(other, mirror_id, suspected=True) for other in unmarked[served.stream.epoch if served else 0]
+                    Edge(other.record.id, mirror_id, suspected=True)
+                    for other in unmarked[served.stream.epoch if served else 0]
+                    if other.started_s >= self._executor.running[one.operation_id].event_s  # not made before the event
                 ]
         return edges
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from hmm_client.cli import COMMANDS, main
-from hmm_client.commands import output, pagetable
+from hmm_client.cli import COMMANDS, Commands, main
+from hmm_client.commands import output, pagetable, watch
 from hmm_client.commands.messages import as_value, word
 from hmm_proto.v1 import event_pb2, inspection_pb2, types_pb2
 
@@ -116,6 +117,42 @@ def test_command_ends_with_two_when_its_input_is_unusable(arguments: list[str], 
     assert message in result.stderr
 
 
+def failing(error: BaseException) -> click.Group:
+    """`hmmctl` with one command, which ends with an error."""
+
+    class Failing(Commands):
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+            @click.command(cmd_name)
+            def command() -> None:
+                raise error
+
+            return command
+
+    return Failing()
+
+
+def test_command_ends_with_130_when_it_is_interrupted_while_it_loads() -> None:
+    """Ctrl-C says nothing at any time, and the shell sees SIGINT's exit code."""
+    result = CliRunner().invoke(failing(KeyboardInterrupt()), ["ps"])
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_command_names_the_file_when_it_cannot_write_it() -> None:
+    """A report in a folder that is not there is a line on stderr, not a traceback."""
+    result = CliRunner().invoke(failing(FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b")), ["run"])
+    assert (result.exit_code, result.stderr) == (2, "hmmctl: a/b: No such file or directory\n")
+
+
+def test_command_says_so_when_its_output_has_no_room() -> None:
+    """A full disk behind standard output is reported once, and not again at the end of the process."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hmm_client.cli", "run", "--list"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "hmmctl: standard output: No space left on device\n")
+
+
 def test_message_keeps_numbers_when_it_becomes_json() -> None:
     """64-bit numbers stay numbers, enumerations are words, what is absent is left out."""
     message = inspection_pb2.PendingOperation(operation_id=1 << 60, name="munmap")
@@ -151,3 +188,43 @@ def test_tree_connects_directories_when_they_have_siblings() -> None:
 def test_size_is_short_when_it_is_large(number: int, text: str) -> None:
     """Three digits are enough for people."""
     assert output.size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"),
+    [(0, "-"), (64, "0.06 ms"), (1_520, "1.52 ms"), (67_340, "67.3 ms"), (999_400, "999 ms"), (4_002_160, "4.00 s")],
+)
+def test_latency_has_three_digits_when_it_is_long(microseconds: int, text: str) -> None:
+    """Latencies of events are told in what a reader compares at a glance."""
+    assert output.latency(microseconds) == text
+
+
+HEADS = ("name", ">a", ">b", ">c")
+ROWS = [("a-rather-long-name", 1, 0, 1_000), ("short", 2, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (
+            None,
+            ["name                a  b      c", "a-rather-long-name  1  0  1,000", "short               2  0      0"],
+        ),
+        (28, ["name                a      c", "a-rather-long-name  1  1,000", "short               2      0"]),
+        (21, ["name                a", "a-rather-long-name  1", "short               2"]),
+        (15, ["name          a", "a-rather-lo…  1", "short         2"]),
+        (1, ["name      a", "a-rathe…  1", "short     2"]),
+    ],
+)
+def test_table_loses_what_says_least_when_the_terminal_is_narrow(width: int | None, lines: list[str]) -> None:
+    """First spare columns that hold nothing, then other spare ones, then the ends of long texts."""
+    assert output.table_lines(HEADS, ROWS, width, spare=("c", "b")) == lines
+
+
+def test_watch_names_the_reason_when_2015_has_no_word_for_it() -> None:
+    """What only drivers of today's interface hear is told in today's words, and a device's own fault has no cause."""
+    event = event_pb2.Event(mirror_ids=[3], event_sequences=[7], reason=types_pb2.REASON_PROTECTION_VMA)
+    event.operation, event.operation_id, event.cause = "mprotect", 9, "mprotect write"
+    assert " ".join(watch.event_line(event).split()) == "PROTECTION_VMA -> mirror 3 #7 (mprotect write; mprotect 9)"
+    event.type, event.cause = types_pb2.EVENT_TYPE_DEVICE_RFAULT, ""
+    assert " ".join(watch.event_line(event).split()) == "DEVICE_RFAULT -> mirror 3 #7 (mprotect 9)"

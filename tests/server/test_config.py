@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def test_environment_understands_booleans() -> None:
         {"log_format": "xml"},
         {"tls_certificate": "cert.pem"},
         {"tcp": "127.0.0.1:0"},
+        {"tcp": "localhost", "tcp_plaintext": True},
+        {"health_tcp": "8080"},
+        {"acknowledgement_s": math.nan},
+        {"drain_s": math.inf},
     ],
     ids=str,
 )

@@ -121,9 +121,11 @@ async def test_log_is_json_when_told_to_be(place: Path) -> None:
         (("--credit", "0"), 2, "credit is 0"),
         (("--tcp", "127.0.0.1:0"), 2, "tcp needs"),
         (("--config", "/none.toml"), 2, "No such file"),
+        (("--cpu", "9999"), 2, "cpu is 9999; it must be one of "),
+        (("--hugetlb-pages", "9999999"), 2, "9999999 huge pages are more than the machine has"),
         (("--socket", "/proc/none/s"), 1, "/proc/none"),
     ],
-    ids=["value", "combination", "file", "place"],
+    ids=["value", "combination", "file", "cpu", "hugetlb", "place"],
 )
 @pytest.mark.slow
 def test_hmmd_exits_with_a_sentence_when_it_cannot_start(flags: tuple[str, ...], code: int, message: str) -> None:

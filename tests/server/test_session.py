@@ -420,6 +420,19 @@ async def test_pending_shows_no_cycle_when_calls_wait_in_line(mirrored: Any) -> 
     await asyncio.gather(one, two)
 
 
+async def test_pending_shows_no_cycle_when_a_driver_hears_of_its_own_fault(mirrored: Any) -> None:
+    """A fault ends in an event to whoever asked for it: it was made before that event, so not inside its callback."""
+    served, driver, pid, _ = mirrored
+    mirror = await driver.mirror(pid, "gpu1", no_fault_events=False)
+    fault = await driver.send("fault", _fault(mirror, BASE, END))
+    event = await driver.events.get()
+    pending = await served.pending()
+    assert [operation.name for operation in pending.operations] == ["fault"]
+    assert list(pending.cycles) == []
+    await driver.acknowledge(event)
+    assert (await fault).fault.result.errno == 0
+
+
 async def _handling_two(mirrored: Any) -> tuple[list[Any], list[Any], list[tuple[int, int]], int]:
     """Two calls on two processes, each waiting for an answer of the same driver, which handles both events."""
     served, driver, pid, _ = mirrored

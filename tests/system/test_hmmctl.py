@@ -114,6 +114,14 @@ async def test_ps_lists_what_exists_when_asked(daemon: Daemon, mirrored: Mirrore
     assert "gpu driver (pid" in text
 
 
+async def test_ps_says_below_why_a_mirror_was_lost(daemon: Daemon, mirrored: Mirrored) -> None:
+    """The table says that it is lost; the reason is a sentence of its own."""
+    await mirrored.mirror.device.client.close()
+    text = (await hmmctl("ps", "-t", daemon.target)).stdout.splitlines()
+    assert text[-1].startswith(f"mirror {mirrored.mirror.id} is lost: stream ")
+    assert not any("stream" in line for line in text[:-1])
+
+
 async def test_maps_looks_like_the_kernels_when_printed(daemon: Daemon, mirrored: Mirrored) -> None:
     """The text is that of /proc/PID/maps."""
     done = await hmmctl("maps", mirrored.process.id, "-t", daemon.target)

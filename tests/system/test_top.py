@@ -15,7 +15,8 @@ import pytest
 
 from hmm.errors import BadAddressError
 from hmm_client import Driver, Event, Mirror, Process
-from hmm_client.commands.top import MIRROR_HEADS
+from hmm_client.commands.top import MIRROR_HEADS, Page, Reading
+from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -87,7 +88,7 @@ async def test_top_prints_one_page_where_no_terminal_is(traffic: Traffic) -> Non
     assert "1 pending" in calls
     assert heads.split()[: len(MIRROR_HEADS)][:3] == ["device", "mirror", "driver"]
     assert mirror.split()[:3] == ["gpu0", str(traffic.mirror.id), "gpu"]
-    waiting = rest[-1]
+    waiting = rest[2]
     assert waiting.startswith("munmap ")
     assert "gpu driver: MUNMAP #1 of mirror 1" in waiting
 
@@ -128,6 +129,40 @@ async def test_top_draws_itself_anew_on_a_terminal(traffic: Traffic) -> None:
     os.close(ours)
     assert b"\x1b[?1049h" in seen  # the alternate screen
     assert b"munmap" in seen
+
+
+def page_of(mirrors: int) -> Page:
+    """What happened on a daemon with so many mirrors, of which the last is the busiest."""
+    statistics = inspection_pb2.GetStatisticsResponse()
+    statistics.daemon.operations["fault"] = 0
+    device = inspection_pb2.DeviceStatus(name="a device with a long name")
+    for number in range(1, mirrors + 1):
+        statistics.mirrors.add(mirror_id=number, events_by_type={"MUNMAP": 1_000 * (number == mirrors)})
+        device.mirrors.add(mirror_id=number, state="live", driver_name="driver", driver_pid=4711)
+    devices = inspection_pb2.ListDevicesResponse(devices=[device])
+    pending = inspection_pb2.GetPendingResponse()
+    pending.operations.add(name="munmap", operation_id=7, waits_for="something that takes many words to say" * 3)
+    before = Reading(0.0, inspection_pb2.GetStatisticsResponse(), devices, pending)
+    return Page(before, Reading(1.0, statistics, devices, pending))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 40), (200, 24)])
+def test_top_fits_the_terminal_when_there_are_many_mirrors(width: int, height: int) -> None:
+    """Who waits is on the page however many mirrors there are, and the busiest of them are."""
+    lines = [line for line, _ in page_of(256).text(width, height)]
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("munmap 7") for line in lines)
+    shown = [line for line in lines if "  driver  " in line][1:]
+    assert "  256  " in shown[-1]
+    assert f"and {256 - len(shown)} more" in lines
+
+
+def test_top_shows_everything_when_no_terminal_is() -> None:
+    """What goes to a file is neither cut nor picked."""
+    lines = [line for line, _ in page_of(256).text()]
+    assert sum("4711" in line for line in lines) == 256
+    assert lines[3].split()[: len(MIRROR_HEADS)][:4] == ["device", "mirror", "driver", "pid"]
 
 
 async def test_sanitize_says_what_the_device_did_and_who_had_taken_its_page(traffic: Traffic) -> None:

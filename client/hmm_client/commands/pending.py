@@ -8,7 +8,7 @@ import click
 
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, driver_of, format_option, print_json, print_table, size
 from hmm_proto.v1 import inspection_pb2, range_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def _print(answer: inspection_pb2.GetPendingResponse) -> None:
     for cycle in answer.cycles:
         calls = " -> ".join(f"{names.get(number, 'call')} {number}" for number in cycle.operation_ids)
         inside = ", ".join(f"mirror {number}" for number in cycle.mirror_ids)
-        click.echo(f"\nThese wait for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
+        wait = "seem to wait" if cycle.suspected else "wait"
+        click.echo(f"\nThese {wait} for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
     unreached = [hold for hold in answer.holds if not hold.operation_id]
     for hold in unreached:
         click.echo(f"\n{_hold(hold)}: nothing has come, it is for {hold.awaits}")
@@ -111,8 +112,7 @@ def _holding(holding: inspection_pb2.Holding) -> tuple[object, ...]:
 
 
 def _event(event: inspection_pb2.PendingEvent) -> str:
-    driver = event.driver_name or "its driver"
-    who = f"{driver} (pid {event.driver_pid})" if event.driver_pid else driver
+    who = driver_of(event.driver_name or "its driver", event.driver_pid)
     kind = word(types_pb2.EventType.DESCRIPTOR, event.type)
     state = word(types_pb2.EventState.DESCRIPTOR, event.state).lower()
     due = "no deadline"

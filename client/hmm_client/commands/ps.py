@@ -8,7 +8,7 @@ import click
 
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, driver_of, format_option, print_json, print_table, size
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -21,22 +21,26 @@ if TYPE_CHECKING:
 def command(form: str, where: Where) -> None:
     """List processes and devices, with the mirrors between them.
 
-    RESIDENT counts pages that have a frame, CALLS what is under way.  Behind a device's name stands how much of its
-    memory is in use.  A mirror's ANSWERED is the last event up to
-    which it has answered everything, of as many as there were.
+    RESIDENT counts pages that have a frame, CALLS what is under way.  MEMORY is how many pages of its own a device has
+    in use, of how many.  A mirror's ANSWERED is the last event up to which it has answered everything, of as many as
+    there were.  Why a mirror was lost stands below.
     """
     processes, devices = ask(where, _ask)
     if form == JSON:
         print_json({"processes": [*map(as_value, processes)], "devices": [*map(as_value, devices)]})
         return
     heads = (">pid", "name", ">parent", ">users", ">vmas", ">mapped", ">resident", ">calls", "mirrors")
-    print_table(heads, [_process(process) for process in processes], empty="no processes")
+    rows = [_process(process) for process in processes]
+    print_table(heads, rows, spare=("users", "parent", "calls"), empty="no processes")
     click.echo()
     users: dict[int, list[int]] = {}
     for process in processes:
         users.setdefault(process.space_id, []).append(process.process_id)
-    mirror_heads = (">device", "name", ">mirror", "of pid", "state", ">entries", ">answered", "driver")
-    print_table(mirror_heads, [row for device in devices for row in _device(device, users)], empty="no devices")
+    heads = (">device", "name", ">memory", ">mirror", "of pid", "state", ">entries", ">answered", "driver")
+    rows = [row for device in devices for row in _device(device, users)]
+    print_table(heads, rows, spare=("memory", "entries"), empty="no devices")
+    for mirror in (mirror for device in devices for mirror in device.mirrors if mirror.lost_because):
+        click.echo(f"\nmirror {mirror.mirror_id} is lost: {mirror.lost_because}")
     for process in processes:
         if process.broken:
             click.echo(f"\nprocess {process.process_id} is broken: {process.broken}")
@@ -73,20 +77,20 @@ def _process(process: inspection_pb2.ProcessStatus) -> tuple[object, ...]:
 
 def _device(device: inspection_pb2.DeviceStatus, users: dict[int, list[int]]) -> list[tuple[object, ...]]:
     name = f"{device.name} (dma)" if device.dma else device.name
-    if device.memory_pages:
-        name += f" ({device.memory_used_pages:,} of {device.memory_pages:,} pages used)"
+    memory = f"{device.memory_used_pages:,} of {device.memory_pages:,}" if device.memory_pages else "-"
     if not device.mirrors:
-        return [(str(device.device_id), name, "-", "-", "-", "-", "-", "-")]
+        return [(str(device.device_id), name, memory, *"------")]
     return [
         (
             str(device.device_id),
             name,
+            memory,
             str(mirror.mirror_id),
             " ".join(map(str, users.get(mirror.space_id, []))) or "-",
-            f"{mirror.state}: {mirror.lost_because}" if mirror.lost_because else mirror.state,
+            mirror.state,
             _entries(mirror),
             f"{mirror.answered_up_to:,} of {mirror.last_event_sequence:,}",
-            f"{mirror.driver_name} (pid {mirror.driver_pid})" if mirror.driver_pid else mirror.driver_name or "-",
+            driver_of(mirror.driver_name, mirror.driver_pid),
         )
         for mirror in device.mirrors
     ]

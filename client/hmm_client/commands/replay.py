@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, run, where_options
-from hmm_client.commands.output import JSON, format_option, print_json, print_pairs, print_table
+from hmm_client.commands.output import JSON, format_option, latency, print_json, print_pairs, print_table
 from hmm_client.commands.progress import Progress
 from hmm_client.embedded import embedded_daemon
 from hmm_client.recordings import Recording, demo_folder
@@ -184,7 +184,7 @@ def _print(outcome: Outcome) -> None:
         *("device", ">faults", ">pages", ">refused", ">checked", ">written", ">moved"),
         *(">events", ">ack p50", ">ack p99"),
     )
-    print_table(heads, [_row(device) for device in outcome.devices], empty="no devices")
+    print_table(heads, [_row(device) for device in outcome.devices], spare=("moved",), empty="no devices")
     click.echo()
     print_table(("event", ">count"), sorted(outcome.events.items()), empty="no events")
     click.echo()
@@ -220,8 +220,8 @@ def _row(device: DeviceReport) -> tuple[object, ...]:
         f"{device.bytes_written:,} B",
         device.migrated,
         device.events.total(),
-        f"{median / 1000:.1f} ms",
-        f"{tail / 1000:.1f} ms",
+        latency(median),
+        latency(tail),
     )
 
 

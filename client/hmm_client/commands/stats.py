@@ -9,7 +9,7 @@ import click
 
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, print_json, print_pairs, print_table, size
+from hmm_client.commands.output import JSON, format_option, latency, print_json, print_pairs, print_table, size
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _print_mirrors(mirrors: Iterable[inspection_pb2.MirrorStatistics]) -> None:
         ">mirror", ">events", ">pages", ">refused", ">fenced", ">stale", ">rejected",
         ">faults", ">retries", ">read", ">written", ">denied", ">ack p50", ">ack p99",
     )  # fmt: skip
-    print_table(heads, [_mirror(mirror) for mirror in mirrors])
+    spare = ("rejected", "stale", "retries", "refused", "denied", "fenced", "read", "written", "ack p50")
+    print_table(heads, [_mirror(mirror) for mirror in mirrors], spare=spare)
 
 
 def _mirror(mirror: inspection_pb2.MirrorStatistics) -> tuple[object, ...]:
@@ -84,6 +85,6 @@ def _mirror(mirror: inspection_pb2.MirrorStatistics) -> tuple[object, ...]:
         size(mirror.bytes_read),
         size(mirror.bytes_written),
         mirror.access_errors,
-        f"{mirror.acknowledgement.p50_us / 1000:.2f} ms",
-        f"{mirror.acknowledgement.p99_us / 1000:.2f} ms",
+        latency(mirror.acknowledgement.p50_us),
+        latency(mirror.acknowledgement.p99_us),
     )

@@ -1,6 +1,7 @@
 """`hmmctl top`: what happens now: devices, calls and who waits, as rates.
 
-On a terminal the page is drawn anew every interval, until Ctrl-C; elsewhere it is printed once.
+On a terminal the page is drawn anew every interval, until Ctrl-C, and fits the terminal; elsewhere it is printed once,
+whole.
 
 **Invariants**: a rate is a difference of two readings over the time between them.
 
@@ -10,8 +11,11 @@ On a terminal the page is drawn anew every interval, until Ctrl-C; elsewhere it 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,22 +23,24 @@ import click
 
 from hmm_client.commands.connection import OK, Where, ask, where_options
 from hmm_client.commands.messages import word
-from hmm_client.commands.output import JSON, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, format_option, latency, print_json, size, table_lines
 from hmm_proto.v1 import inspection_pb2, types_pb2
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from hmm_client.client import Client
 
 SHOWN_CALLS = 8
 SHOWN_PENDING = 8
+SHOWN_MIRRORS = 4
+"""So many mirrors at least, however low the terminal is."""
 MIRROR_HEADS = (
-    "device", ">mirror", "driver", "state", ">entries", ">owed", ">events/s", ">faults/s", ">pages/s", ">retries/s",
-    ">read/s", ">written/s", ">denied/s", ">ack p50", ">ack p99",
+    "device", ">mirror", "driver", ">pid", "state", ">entries", ">owed", ">events/s", ">faults/s", ">pages/s",
+    ">retries/s", ">read/s", ">written/s", ">denied/s", ">ack p50", ">ack p99",
 )  # fmt: skip
-CALL_HEADS = ("call", ">per second", ">in all", ">pending")
+SPARE = ("retries/s", "denied/s", "read/s", "written/s", "pid", "entries", "ack p50", "faults/s")
+STYLES = {"heading": "reverse", "waits": "yellow", "lost": "red"}
 PENDING_HEADS = ("call", "by", ">for", "waits for")
+CALL_HEADS = ("call", ">per second", ">in all", ">pending")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,41 +170,73 @@ class Page:
     def _rate(self, difference: int) -> float:
         return round(difference / self._seconds, 1)
 
-    # ---- as tables
+    # ---- as text
 
-    def mirror_rows(self) -> list[tuple[object, ...]]:
-        """The rows below MIRROR_HEADS."""
-        return [
-            (
-                row["device"],
-                str(row["mirror"]),
-                f"{row['driver']} (pid {row['pid']})" if row["pid"] else row["driver"],
-                row["state"],
-                row["entries"],
-                row["owed"],
-                *(f"{row[f'{name}_per_second']:,.0f}" for name in ("events", "faults", "pages", "retries")),
-                *(size(round(row[f"bytes_{name}_per_second"])) for name in ("read", "written")),
-                f"{row['denied_per_second']:,.0f}",
-                *(f"{row[f'acknowledgement_{name}_us'] / 1000:.2f} ms" for name in ("p50", "p99")),
-            )
-            for row in self.mirrors()
-        ]
+    def text(self, width: int | None = None, height: int | None = None) -> Iterator[tuple[str, str]]:
+        """The page in lines, each with its style: "", "bold", "heading", "waits", "lost".
 
-    def call_rows(self) -> list[tuple[object, ...]]:
-        """The rows below CALL_HEADS."""
-        return [(row["call"], f"{row['per_second']:,.1f}", row["in_all"], row["pending"]) for row in self.calls()]
+        Args:
+            width: of the terminal, in characters; None: as wide as it comes.
+            height: of the terminal, in lines, for which the busiest mirrors are picked; None: all of them.
+        """
+        for number, line in enumerate(self.lines()):
+            yield line, "" if number else "bold"
+        waiting, calls, mirrors, all_mirrors = self.pending(), self.calls(), self.mirrors(), len(self.mirrors())
+        if height is not None:
+            others = sum(len(rows) + 2 for rows in (waiting, calls) if rows)
+            mirrors = _busiest(mirrors, max(SHOWN_MIRRORS, height - len(self.lines()) - others - 3))
+        yield "", ""
+        if mirrors:
+            heading, *lines = table_lines(MIRROR_HEADS, map(_mirror_row, mirrors), width, SPARE)
+            yield heading, "heading"
+            for line, mirror in zip(lines, mirrors, strict=True):
+                yield line, "lost" if mirror["state"] == "lost" else ""
+        else:
+            yield "no mirrors", ""
+        if len(mirrors) < all_mirrors:
+            yield f"and {all_mirrors - len(mirrors):,} more", ""
+        for heads, rows, style in (
+            (PENDING_HEADS, [*map(_pending_row, waiting)], "waits"),
+            (CALL_HEADS, [*map(_call_row, calls)], ""),
+        ):
+            if rows:
+                yield "", ""
+                heading, *lines = table_lines(heads, rows, width)
+                yield heading, "heading"
+                yield from ((line, style) for line in lines)
 
-    def pending_rows(self) -> list[tuple[object, ...]]:
-        """The rows below PENDING_HEADS."""
-        return [
-            (
-                f"{row['call']} {row['operation_id']}",
-                row["caller"] or "-",
-                f"{row['age_ms'] / 1000:.1f} s",
-                row["waits_for"],
-            )
-            for row in self.pending()
-        ]
+
+def _busiest(mirrors: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Those that owe most and then those that hear most, in the order in which they were."""
+    order = heapq.nlargest(
+        count, range(len(mirrors)), key=lambda index: (mirrors[index]["owed"], mirrors[index]["events_per_second"])
+    )
+    return [mirrors[index] for index in sorted(order)]
+
+
+def _mirror_row(row: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        row["device"],
+        str(row["mirror"]),
+        row["driver"] or "-",
+        str(row["pid"] or "-"),
+        row["state"],
+        row["entries"],
+        row["owed"],
+        *(f"{row[f'{name}_per_second']:,.0f}" for name in ("events", "faults", "pages", "retries")),
+        *(size(round(row[f"bytes_{name}_per_second"])) for name in ("read", "written")),
+        f"{row['denied_per_second']:,.0f}",
+        *(latency(row[f"acknowledgement_{name}_us"]) for name in ("p50", "p99")),
+    )
+
+
+def _call_row(row: dict[str, Any]) -> tuple[object, ...]:
+    return row["call"], f"{row['per_second']:,.1f}", row["in_all"], row["pending"]
+
+
+def _pending_row(row: dict[str, Any]) -> tuple[object, ...]:
+    call = f"{row['call']} {row['operation_id']}"
+    return call, row["caller"] or "-", f"{row['age_ms'] / 1000:.1f} s", row["waits_for"]
 
 
 def _waits_for(operation: inspection_pb2.PendingOperation) -> str:
@@ -228,7 +266,10 @@ def command(interval: float, once: bool, form: str, where: Where) -> None:
     """Show what happens now: mirrors, calls and who waits, as rates.
 
     On a terminal until Ctrl-C; elsewhere, and with --once, one page about one interval.  With --format json one page a
-    line.  OWED is how many events a driver has not answered; ACK is the time from sending an event to its answer.
+    line.  A low terminal shows the busiest mirrors, a narrow one the most telling columns.
+
+    OWED is how many events a driver has not answered; ACK is the time from sending an event to its answer, since the
+    mirror was registered.
     """
     live = form != JSON and not once and sys.stdout.isatty()
     endless = live or (form == JSON and not once)
@@ -276,37 +317,13 @@ class _Screen:
 
     def show(self, page: Page) -> None:
         """Show a page."""
-        if self._live is not None:
-            self._live.update(_drawn(page), refresh=True)
+        if self._live is None:
+            for line, _ in page.text():
+                click.echo(line)
             return
-        for line in page.lines():
-            click.echo(line)
-        click.echo()
-        print_table(MIRROR_HEADS, page.mirror_rows(), empty="no mirrors")
-        for heads, rows in ((CALL_HEADS, page.call_rows()), (PENDING_HEADS, page.pending_rows())):
-            if rows:
-                click.echo()
-                print_table(heads, rows)
+        from rich.text import Text  # noqa: PLC0415 - not needed where no terminal is
 
-
-def _drawn(page: Page) -> Group:
-    from rich.console import Group  # noqa: PLC0415 - not needed where no terminal is
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    parts: list[Any] = [Text(line, style="bold" if number == 0 else "") for number, line in enumerate(page.lines())]
-    for heads, rows in (
-        (MIRROR_HEADS, page.mirror_rows()),
-        (CALL_HEADS, page.call_rows()),
-        (PENDING_HEADS, page.pending_rows()),
-    ):
-        if not rows:
-            continue
-        table = Table(box=None, header_style="reverse", padding=(0, 2, 0, 0), expand=heads is MIRROR_HEADS)
-        for head in heads:
-            table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left", no_wrap=True)
-        for row in rows:
-            style = "red" if "lost" in row else "yellow" if heads is PENDING_HEADS else ""
-            table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row), style=style)
-        parts += [Text(""), table]
-    return Group(*parts)
+        drawn = Text(no_wrap=True, overflow="ellipsis")
+        for line, style in page.text(*shutil.get_terminal_size()):
+            drawn.append(f"{line}\n", STYLES.get(style, style))
+        self._live.update(drawn, refresh=True)

@@ -10,7 +10,7 @@ import click
 from hmm.errors import errno_name
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.output import JSON, format_option, latency, print_json
 from hmm_proto.v1 import event_pb2, inspection_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _in_words(seen: inspection_pb2.Observation) -> str:
     stamp = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{seen.time_ns // 1_000_000 % 1000:03}"
     match seen.WhichOneof("what"):
         case "event":
-            what = _event(seen.event)
+            what = event_line(seen.event)
         case "settled":
             what = _settled(seen.settled)
         case "operation":
@@ -74,26 +74,28 @@ def _in_words(seen: inspection_pb2.Observation) -> str:
     return f"{stamp}  {what}"
 
 
-def _event(event: event_pb2.Event) -> str:
+def event_line(event: event_pb2.Event) -> str:
+    """Who hears of what, and why: in the words of 2015, or of today where those of 2015 have none."""
     spans = [f"{start:x}-{end:x}" for start, end in zip(event.ranges.starts, event.ranges.ends, strict=True)]
     where = " ".join(spans[:SHOWN_RANGES]) + (f" and {len(spans) - SHOWN_RANGES} more" * (len(spans) > SHOWN_RANGES))
-    kind = word(types_pb2.EventType.DESCRIPTOR, event.type)
+    kind = word(types_pb2.EventType.DESCRIPTOR, event.type) or word(types_pb2.Reason.DESCRIPTOR, event.reason)
     heard = ", ".join(
         f"mirror {mirror} #{sequence}" for mirror, sequence in zip(event.mirror_ids, event.event_sequences, strict=True)
     )
     by = f"{event.operation} {event.operation_id}" + (f" by {event.caller}" if event.caller else "")
-    return f"{kind:14} -> {heard}  {where}  ({event.cause}; {by})"
+    why = f"{event.cause}; {by}" if event.cause else by
+    return f"{kind:14} -> {heard}  {where}  ({why})"
 
 
 def _settled(settled: inspection_pb2.EventSettled) -> str:
     state = word(types_pb2.EventState.DESCRIPTOR, settled.state).lower()
     refused = f" with {errno_name(settled.errno)}" if settled.errno else ""
     who = f"mirror {settled.mirror_id} #{settled.event_sequence}"
-    return f"{'':14} <- {who}  {state}{refused} after {settled.latency_us / 1000:.2f} ms"
+    return f"{'':14} <- {who}  {state}{refused} after {latency(settled.latency_us)}"
 
 
 def _operation(operation: inspection_pb2.OperationStatus) -> str:
     error = operation.result.errno
     end = errno_name(error) if error else "done"
     by = f" by {operation.caller}" if operation.caller else ""
-    return f"{operation.name} {operation.operation_id}{by}: {end} after {operation.duration_us / 1000:.2f} ms"
+    return f"{operation.name} {operation.operation_id}{by}: {end} after {latency(operation.duration_us)}"
