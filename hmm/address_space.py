@@ -53,6 +53,7 @@ _ANON = int(PageFlag.ANON)
 _HUGETLB = int(PageFlag.HUGETLB)
 _HUGE_KINDS = cpu_pte.PRESENT | cpu_pte.DEVICE | cpu_pte.MIGRATION
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
+_NOT_SOFT_DIRTY = np.uint64(~cpu_pte.SOFT_DIRTY & (1 << 64) - 1)
 
 
 class Thp(IntEnum):
@@ -235,7 +236,8 @@ class AddressSpace:
     def split_huge_pmd(self, address: Address) -> None:
         """Map the block of an address by page entries if it is mapped by a huge one.
 
-        Whoever calls it has told the mirrors.  Source: Linux mm/huge_memory.c, __split_huge_pmd_locked().
+        Whoever calls it has told the mirrors.  What was written ever counts as written since that was last forgotten.
+        Source: Linux mm/huge_memory.c, __split_huge_pmd_locked(), __split_huge_zero_page_pmd().
         """
         entry = self.table.get(address)
         if entry & cpu_pte.HUGE and not self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB:
@@ -362,4 +364,9 @@ class AddressSpace:
 
 
 def _clear_huge(entries: Entries) -> None:
+    # "NOTE: this may set soft-dirty too on some archs": on x86, pte_mkdirty() does.  The zero page has neither bit.
     entries &= _NOT_HUGE
+    if int(entries[0]) & cpu_pte.SPECIAL:
+        entries &= _NOT_SOFT_DIRTY
+    elif int(entries[0]) & cpu_pte.DIRTY:
+        entries |= np.uint64(cpu_pte.SOFT_DIRTY)

@@ -51,6 +51,7 @@ __all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_foli
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 _NOT_EXCLUSIVE = np.uint64(~(cpu_pte.EXCLUSIVE | cpu_pte.WRITE) & (1 << 64) - 1)
 _PUD_SIZE = 1 << 30
+_SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
 
 
@@ -226,6 +227,6 @@ def _remap(place: Places, head: Pfn, zero: npt.NDArray[np.bool_]) -> Entries:
     empty = zero[cpu_pte.cpu_pfn(entries) - head]
     if place.vma.has(VmFlag.LOCKED):
         empty[:] = False
-    small[empty] = _ZERO_PAGE
+    small[empty] = _ZERO_PAGE | (small[empty] & _SOFT_DIRTY)
     place.space.table.store(addresses, small)
     return entries[empty]

@@ -183,6 +183,45 @@ def test_hugetlb_pages_are_not_watched() -> None:
     assert written(world, 2, first=first) == "--"
 
 
+HUGE_PAGE = 2 * PMD_PAGES
+"""Where the huge page of `world_with_huge_page` is."""
+
+
+def world_with_huge_page(*, write: bool) -> World:
+    """A process that got a huge page by a touch, and then forgot what was written."""
+    world = World(limits=Limits(frames=2048, device_frames=0))
+    world.machine.processes[world.pid].space.thp = Thp.ALWAYS
+    world.do(processes.mmap, world.pid, span(HUGE_PAGE).start, PMD_SIZE, RW, FIXED)
+    world.do(processes.touch, world.pid, span(HUGE_PAGE), write=write)
+    forget(world)
+    return world
+
+
+def test_huge_page_that_is_mapped_by_pages_counts_as_written_when_it_ever_was() -> None:
+    """__split_huge_pmd_locked(): pte_mkdirty() sets the soft-dirty bit on x86, which the huge entry had lost."""
+    world = world_with_huge_page(write=True)
+    assert written(world, 4, first=HUGE_PAGE) == "----"
+    world.do(processes.munmap, world.pid, span(HUGE_PAGE + 3).start, PAGE_SIZE)
+    assert written(world, 4, first=HUGE_PAGE) == "www-"
+
+
+def test_huge_zero_page_that_is_mapped_by_pages_does_not_count_as_written() -> None:
+    """__split_huge_zero_page_pmd() makes plain entries of the zero page."""
+    world = world_with_huge_page(write=False)
+    world.do(processes.munmap, world.pid, span(HUGE_PAGE + 3).start, PAGE_SIZE)
+    assert written(world, 4, first=HUGE_PAGE) == "----"
+
+
+def test_zero_page_counts_as_written_when_the_huge_page_did() -> None:
+    """try_to_map_unused_to_zeropage(): what takes the place of an all-zero page of a split folio keeps the bit."""
+    world = world_with_huge_page(write=True)
+    store(world, HUGE_PAGE)
+    world.do(processes.madvise, world.pid, span(HUGE_PAGE + 1).start, PAGE_SIZE, Advice.FREE)
+    assert written(world, 4, first=HUGE_PAGE) == "wwww"
+    space = world.machine.processes[world.pid].space
+    assert space.table.get(span(HUGE_PAGE + 2).start) & cpu_pte.SPECIAL
+
+
 @pytest.mark.parametrize("around", [1, 16])
 def test_device_that_read_watched_shared_memory_faults_again_to_write(around: int) -> None:
     """vma_wants_writenotify(), vma_soft_dirty_enabled(): a read fault leaves the entry read-only, whoever faults."""
