@@ -202,6 +202,7 @@ class File:
         if swapped.any():
             slots = slots_of(before)
             self.frames.scatter(pfns[swapped], area_of(self.frames).gather(slots))
+            self.frames.set_flags(pfns[swapped], PageFlag.DIRTY)
             free_entries(self.frames, slots)
 
     def cached(self, offsets: Entries) -> npt.NDArray[np.bool_]:
@@ -237,6 +238,7 @@ class File:
             area_of(self.frames).write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
         elif entry:
             self.frames.write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
+            self.frames.set_flags_one(cpu_pte.cpu_pfn(entry), PageFlag.DIRTY)
 
     def check(self) -> None:
         """Assert the invariants.  Cost: O(pages of the cache)."""
@@ -341,6 +343,7 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
                 raise BadAddressError(f"write: {file} at {at:#x}: the page is lost", errnos.EIO, address=at)
         wanted, stop = stop, min(stop, page_down(at) + pfns.size * PAGE_SIZE)
         copy_to_frames(file.frames, pfns, at & _OFFSET, memoryview(data)[done : done + stop - at])
+        file.frames.set_flags(pfns, PageFlag.DIRTY)
         file.size_bytes = max(file.size_bytes, stop)
         done += stop - at
         if stop < wanted and not file.frames.make_room:

@@ -1,11 +1,11 @@
 """/proc/PID/smaps: what each mapping costs, in bytes.
 
 **Source**: Linux fs/proc/task_mmu.c (smaps_pte_entry(), smaps_account(), smaps_page_accumulate(),
-smap_gather_stats(), show_smap_vma_flags()), Documentation/filesystems/proc.rst, 6.12.
+smaps_hugetlb_range(), smap_gather_stats(), show_smap_vma_flags()), Documentation/filesystems/proc.rst, 6.12.
 
 **Invariants**: nothing is changed by looking; `rss` is the sum of the four clean and dirty parts.
 
-**Absent**: what is always 0 here: pages of files mapped by huge entries, hugetlb pages; THPeligible.
+**Absent**: what is always 0 here: pages of files mapped by huge entries; THPeligible.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class MemoryUse:
         referenced: used since that was last forgotten.
         ksm: merged with equal pages (MADV_MERGEABLE).
         lazy_free: may go without being written (MADV_FREE).
+        shared_hugetlb, private_hugetlb: hugetlb pages, which count as nothing else.
         locked: the pss of locked mappings.
     """
 
@@ -64,6 +65,8 @@ class MemoryUse:
     ksm: int = 0
     lazy_free: int = 0
     anon_huge: int = 0
+    shared_hugetlb: int = 0
+    private_hugetlb: int = 0
     swap: int = 0
     swap_pss: int = 0
     locked: int = 0
@@ -82,6 +85,9 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
     held = cpu_pte.holds_frame(entries) | cpu_pte.is_migration(entries) | cpu_pte.is_hwpoison(entries)
     entries, swapped = entries[held], slots_of(entries)
     pfns, present = cpu_pte.cpu_pfn(entries), cpu_pte.is_present(entries)
+    if vma.has(VmFlag.HUGETLB):
+        shared = ~present | (frames.mapcount[pfns] > 1)
+        return MemoryUse(shared_hugetlb=_bytes(shared), private_hugetlb=_bytes(~shared))
     flags, mapcount = frames.flags[pfns], np.maximum(frames.mapcount[pfns], 1)
 
     def flagged(flag: PageFlag) -> _Mask:

@@ -12,7 +12,7 @@ from hmm.local import Local
 from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.smaps import MemoryUse, memory_use, vm_flag_letters
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, PMD_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -151,3 +151,29 @@ def test_flags_have_the_kernels_letters() -> None:
     vma = space.vmas.find(START)
     assert vma is not None
     assert vm_flag_letters(space, vma) == "rd mr mw me ac sd"
+
+
+def test_page_of_a_file_is_dirty_when_the_file_was_written() -> None:
+    """mm/shmem.c, shmem_write_end(), shmem_undo_range(): written, or zeroed in part; a hole that is read is clean."""
+    process = Process()
+    number = process.call(files.open_file, "f", create=True)
+    process.call(files.write_file, number, 0, b"x" * PAGE_SIZE)
+    process.call(files.truncate_file, number, 3 * PAGE_SIZE)
+    process.call(processes.mmap, process.pid, START, 3 * PAGE_SIZE, RW, MapFlag.PRIVATE | MapFlag.FIXED, number)
+    process.call(processes.read_memory, process.pid, START, 3 * PAGE_SIZE)
+    assert (process.use().private_dirty, process.use().private_clean) == (4 * KIB, 8 * KIB)
+    process.call(files.punch_file, number, PAGE_SIZE, 100)
+    assert (process.use().private_dirty, process.use().private_clean) == (8 * KIB, 4 * KIB)
+
+
+def test_hugetlb_pages_count_apart() -> None:
+    """smaps_hugetlb_range(): in Shared_Hugetlb or Private_Hugetlb, and nowhere else."""
+    local = Local(Machine(Limits(frames=2048, device_frames=0, hugetlb_pages=2)))
+    pid = local.call(processes.create_process, "p")
+    flags = FIXED | MapFlag.HUGETLB
+    local.call(processes.mmap, pid, START, 2 * PMD_SIZE, RW, flags)
+    local.call(processes.touch, pid, span(0), write=True)
+    vma = next(iter(local.machine.processes[pid].space.vmas))
+    assert memory_use(local.machine.processes[pid].space, vma) == MemoryUse(private_hugetlb=PMD_SIZE)
+    local.call(processes.fork, pid)
+    assert memory_use(local.machine.processes[pid].space, vma) == MemoryUse(shared_hugetlb=PMD_SIZE)

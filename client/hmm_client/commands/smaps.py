@@ -6,6 +6,7 @@ import dataclasses
 
 import click
 
+from hmm.units import PAGE_SIZE, PMD_SIZE
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.output import JSON, format_option, print_json
 from hmm_client.recordings import Area, render
@@ -24,6 +25,8 @@ _FIELDS = (
     ("KSM", "ksm"),
     ("LazyFree", "lazy_free"),
     ("AnonHugePages", "anon_huge"),
+    ("Shared_Hugetlb", "shared_hugetlb"),
+    ("Private_Hugetlb", "private_hugetlb"),
     ("Swap", "swap"),
     ("SwapPss", "swap_pss"),
     ("Locked", "locked"),
@@ -52,7 +55,8 @@ def command(pid: int, rollup: bool, form: str, where: Where) -> None:
         line = one.line
         area = Area(line.start, line.end, line.permissions, line.offset, line.file_name, inode=line.file_id)
         click.echo(render([area]), nl=False)
-        _print(("Size", line.end - line.start), ("KernelPageSize", 4096), ("MMUPageSize", 4096))
+        page_size = PMD_SIZE if "ht" in one.vm_flags.split() else PAGE_SIZE
+        _print(("Size", line.end - line.start), ("KernelPageSize", page_size), ("MMUPageSize", page_size))
         _print(*((name, getattr(one.use, field)) for name, field in _FIELDS))
         click.echo(f"VmFlags: {one.vm_flags}")
 
