@@ -73,6 +73,7 @@ from hmm.zone_device import are_remote, failing_copies, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
+_MIGRATE = np.uint64(MIGRATE)
 _WRITE = np.uint64(WRITE)
 _COMPOUND = np.uint64(COMPOUND)
 
@@ -90,8 +91,7 @@ def migrate_to_device(
     """
 
     def copy(migration: Migration) -> Operation[None]:
-        pages = np.flatnonzero(migration.src & np.uint64(MIGRATE))
-        pages = pages[: region.free]
+        pages = (migration.src & _MIGRATE).nonzero()[0][: region.free]
         failing = _failing(migration, pages)
         if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
             pages = np.delete(pages, failing)
@@ -196,7 +196,10 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
         words = migrate_pfn(pfns) | (src & _WRITE)
     migration.dst[pages] = words
     framed = (src & np.uint64(VALID)) != 0
-    frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
+    if np.count_nonzero(framed) == framed.size:
+        frames.copy(pfns, migration.source_pfns(pages))
+    else:
+        frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
     return pfns
 
 
@@ -465,7 +468,7 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
         yield from merged_places(frames, pfns)
 
     frames.get(pfns)
-    held, targets = HeldPages(frames, pfns, places), pfns
+    held, targets = HeldPages(frames, pfns, indices, places), pfns
     room = np.zeros(pfns.size, np.int64)
     with ExitStack() as brackets:
         try:

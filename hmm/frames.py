@@ -109,6 +109,7 @@ class Frames(FrameContents):
         swap: where contents go while memory is short; None: nowhere.
         failing_copies: by mirror, that the copy of the nth page from now on fails, to its device or back; once.
         ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
+        pinned: how many pins there are.
         poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
             again; None when nothing can be reclaimed.
@@ -140,6 +141,7 @@ class Frames(FrameContents):
         self.failing_copies: dict[MirrorId, int] = {}
         self.make_room: MakeRoom | None = None
         self.ksm_places: Callable[[Pfns], Iterator[Any]] | None = None
+        self.pinned = 0
         self.poisoned = 0
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
@@ -401,6 +403,14 @@ class Frames(FrameContents):
         pfns, where = _counted(pfns)
         _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
 
+    def attach(self, pfns: Pfns) -> None:
+        """Undo `detach`: count a page-table entry more for each; a reference of the caller's becomes the entry's.
+
+        Cost: as `get`.
+        """
+        pfns, where = _counted(pfns)
+        _add(self.mapcount, pfns, where)
+
     def unmap_one(self, pfn: Pfn) -> bool:
         """`unmap` for one frame.
 
@@ -421,6 +431,7 @@ class Frames(FrameContents):
         pfns, where = _counted(pfns)
         self._get(pfns, where)
         _add(self.pincount, pfns, where)
+        self.pinned += pfns.size
 
     def unpin(self, pfns: Pfns) -> Pfns:
         """Undo `pin`.
@@ -431,6 +442,7 @@ class Frames(FrameContents):
         """
         pfns, where = _counted(pfns)
         _subtract(self.pincount, pfns, where, "unpinned, and not pinned")
+        self.pinned -= pfns.size
         return self._put(pfns, where)
 
     # -- what a frame is
@@ -536,6 +548,7 @@ class Frames(FrameContents):
         """
         super().check()
         self._allocator.check()
+        assert int(self.pincount[: self.used_end].sum()) == self.pinned, "pins are miscounted"
         for region in self.regions:
             free = self._allocator.free_mask(region)
             frames = slice(region.first, region.top)

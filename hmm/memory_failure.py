@@ -175,7 +175,7 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 
-    held = HeldPages(frames, pfns, places)
+    held = HeldPages(frames, pfns, indices, places)
     frames.get(pfns)
     frames.poison(pfns)
     with ExitStack() as brackets:

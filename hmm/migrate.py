@@ -38,7 +38,18 @@ from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.large_folio import are_compound, are_pinned
-from hmm.migration import COMPOUND, MIGRATE, NOT_MIGRATE, WRITE, Migration, Positions, Select, migrate_pfn
+from hmm.migration import (
+    COMPOUND,
+    MIGRATE,
+    NOT_MIGRATE,
+    VALID,
+    Migration,
+    Positions,
+    Select,
+    Selection,
+    narrowed,
+    source_words,
+)
 from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
 from hmm.migration_folios import (
     all_or_none,
@@ -67,7 +78,6 @@ from hmm.zone_device import are_private, owners
 __all__ = ["Copy", "migrate_vma", "run"]
 
 _Mask = npt.NDArray[np.bool_]
-_MIGRATE_WRITE = np.uint64(MIGRATE | WRITE)
 _COMPOUND = np.uint64(COMPOUND)
 
 Copy = Callable[[Migration], Operation[None]]
@@ -99,7 +109,7 @@ def migrate_vma(
         yield from turn.wait()
         vma = _checked(space, span)
         addresses = np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64)
-        cause = Cause.MIGRATE_TO_DEVICE if select & Select.SYSTEM else Cause.MIGRATE_TO_SYSTEM
+        cause = Cause.MIGRATE_TO_DEVICE if Select.SYSTEM in select else Cause.MIGRATE_TO_SYSTEM
         migration = Migration(space, vma, addresses, select, owner, cause, initiator)
         yield from run(migration, copy)
         return migration
@@ -121,11 +131,12 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
         left = yield from split_large(migration)
         if not migration.still_there:
             return
-        taken = _collect(migration, left)
-        held = _held(migration, taken)
+        taken, pfns = _collect(migration, left)
+        held = _held(migration, taken, pfns)
         try:
-            yield from unmap_everywhere(held, brackets)
-            _leave_referenced(migration, taken, held)
+            if not held.are_all_alone:
+                yield from unmap_everywhere(held, brackets)
+                _leave_referenced(migration, taken, held)
             yield from copy(migration)
             yield from split_unmapped(migration, held)
             _check_destinations(migration)
@@ -146,23 +157,24 @@ def _invalidation(migration: Migration, spans: tuple[AddressRange, ...]) -> Inva
 # ---- setup
 
 
-def _collect(migration: Migration, left: _Mask) -> Positions:
+def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
     """Say what is there, and put migration entries in the place of what is to be moved: migrate_vma_collect_pmd().
 
     Args:
         left: bool[n], what is to stay.
 
-    Returns: which of the addresses have them.
+    Returns: which of the addresses have them, and int64[m] the frames there.
     """
     space, frames = migration.space, migration.space.frames
     entries = entries_of(space, migration.addresses)
     whole = are_whole(migration, entries)
     framed = _framed(migration, entries, left)
-    pfns = cpu_pte.cpu_pfn(entries[framed])
+    chosen = entries[framed]
+    pfns = cpu_pte.cpu_pfn(chosen)
     wanted = are_selected(migration, pfns)
     if space.huge:
         wanted &= (whole[framed] | ~are_compound(frames, pfns)) & ~left[framed]
-    if np.count_nonzero(frames.pincount[pfns]):
+    if frames.pinned:
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
         wanted &= ~(are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
     if frames.ksm_places is not None:  # of a page that is met again folio_trylock() fails
@@ -170,32 +182,30 @@ def _collect(migration: Migration, left: _Mask) -> Positions:
         again[np.unique(pfns, return_index=True)[1]] = False
         wanted &= ~again
     if np.count_nonzero(wanted) < wanted.size:
-        framed, pfns = framed[wanted], pfns[wanted]
-    chosen = entries[framed]
-    writable = (chosen & np.uint64(cpu_pte.WRITE)) != 0
-    migration.src[framed] = migrate_pfn(pfns) | np.where(writable, _MIGRATE_WRITE, np.uint64(MIGRATE))
+        framed, chosen, pfns = narrowed(framed, wanted), chosen[wanted], pfns[wanted]
+    migration.src[framed] = source_words(chosen)
     if np.count_nonzero(whole):
         migration.src[whole & (migration.src != 0)] |= _COMPOUND
     stand_in(space, migration.addresses[framed], chosen)
-    return framed
+    return framed, pfns
 
 
-def _framed(migration: Migration, entries: Entries, left: _Mask) -> Positions:
+def _framed(migration: Migration, entries: Entries, left: _Mask) -> Selection:
     """Say which of the entries are holes.  Returns: which of them have a page that could move."""
     if cpu_pte.are_plain(entries):
-        return np.arange(entries.size)
+        return slice(0, entries.size)
     holes = (entries == 0) if migration.vma.backing is None else np.zeros(entries.size, np.bool_)
-    if migration.select & Select.SYSTEM:
+    if Select.SYSTEM in migration.select:
         holes |= cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == 0)
     migration.src[holes & ~left] = MIGRATE
     return np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
 
 
-def _held(migration: Migration, taken: Positions) -> HeldPages:
+def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
     """The collected pages, in the order of their addresses, which is that of their page offsets."""
     space, vma, frames = migration.space, migration.vma, migration.space.frames
-    pfns, indices = migration.source_pfns(taken), migration.indices(taken)
-    anonymous = frames.test_flags(pfns, PageFlag.ANON)
+    indices = migration.indices(taken)
+    anonymous = np.True_ if vma.backing is None else frames.test_flags(pfns, PageFlag.ANON)
 
     def places() -> Iterator[Places]:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
@@ -205,17 +215,16 @@ def _held(migration: Migration, taken: Positions) -> HeldPages:
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 
-    return HeldPages(frames, pfns, places)
+    return HeldPages(frames, pfns, indices, places)
 
 
-def _leave_referenced(migration: Migration, taken: Positions, held: HeldPages) -> None:
+def _leave_referenced(migration: Migration, taken: Selection, held: HeldPages) -> None:
     """Leave the pages that somebody else still uses where they are: migrate_vma_check_page()."""
     frames, pfns = held.frames, held.pfns
-    mapped, references = frames.mapcount[pfns] > 0, frames.refcount[pfns]
-    if np.count_nonzero(mapped) or np.count_nonzero(references == 1) < pfns.size:
-        kept = mapped | (references > 1 + ~frames.test_flags(pfns, PageFlag.ANON))
-        all_or_none(kept, (migration.src[taken] & _COMPOUND) != 0)
-        migration.src[taken[kept]] = 0
+    cached = ~frames.test_flags(pfns, PageFlag.ANON)
+    kept = (frames.mapcount[pfns] > 0) | (frames.refcount[pfns] > 1 + cached)
+    all_or_none(kept, (migration.src[taken] & _COMPOUND) != 0)
+    migration.src[narrowed(taken, kept)] = 0
 
 
 # ---- pages
@@ -233,6 +242,8 @@ def _check_destinations(migration: Migration) -> None:
 
 def _fill_holes(migration: Migration) -> Operation[None]:
     """Put destinations where nothing was: migrate_vma_insert_page(); told once, from the first one on."""
+    if int(np.bitwise_and.reduce(migration.src)) & VALID:
+        return
     holes = migration.holes
     if not holes.size:
         return
@@ -283,14 +294,13 @@ def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
 # ---- finalize
 
 
-def _finalize(migration: Migration, taken: Positions, held: HeldPages) -> None:
+def _finalize(migration: Migration, taken: Selection, held: HeldPages) -> None:
     """Entries of moved pages become entries of their destinations, all others what they were."""
-    frames, targets = held.frames, migration.target_pfns(taken)
-    stayed = (migration.src & np.uint64(MIGRATE)) == 0
-    if np.count_nonzero(stayed):
+    targets = migration.target_pfns(taken)
+    if not int(np.bitwise_and.reduce(migration.src)) & MIGRATE:
+        stayed = (migration.src & np.uint64(MIGRATE)) == 0
         targets = np.where(stayed[taken], held.pfns, targets)
         spare = np.flatnonzero(stayed & (migration.dst != 0))
-        frames.put(migration.target_pfns(spare))
+        held.frames.put(migration.target_pfns(spare))
         migration.dst[spare] = 0
-    frames.index[targets] = migration.indices(taken)
     replace(held, targets)

@@ -21,6 +21,7 @@ from enum import IntFlag
 import numpy as np
 import numpy.typing as npt
 
+from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.events import Cause
 from hmm.migration_entries import range_of
@@ -46,7 +47,10 @@ __all__ = [
     "Migration",
     "Positions",
     "Select",
+    "Selection",
     "migrate_pfn",
+    "narrowed",
+    "source_words",
 ]
 
 VALID = 1 << 0
@@ -61,6 +65,10 @@ NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
 """All of a word but MIGRATE."""
 
 Positions = npt.NDArray[np.intp]
+Selection = Positions | slice
+"""Which of some pages: their positions, or a slice of them, which selects without copying."""
+_ON_ITS_WAY = np.uint64(VALID | MIGRATE)
+_WRITE_SHIFT = np.uint64((WRITE // cpu_pte.WRITE).bit_length() - 1)
 _INSIDE_BLOCK = np.uint64(~PMD_MASK)
 
 
@@ -75,8 +83,22 @@ class Select(IntFlag):
 
 def migrate_pfn(pfns: Pfns) -> Entries:
     """Destination words of frames."""
-    words: Entries = (pfns.view(np.uint64) << np.uint64(PFN_SHIFT)) | np.uint64(VALID)
+    words: Entries = pfns.view(np.uint64) << np.uint64(PFN_SHIFT)
+    words |= np.uint64(VALID)
     return words
+
+
+def source_words(entries: Entries) -> Entries:
+    """Source words of pages that are to be moved, from the entries that map them."""
+    words: Entries = cpu_pte.cpu_pfn(entries).view(np.uint64) << np.uint64(PFN_SHIFT)
+    words |= (entries & np.uint64(cpu_pte.WRITE)) << _WRITE_SHIFT
+    words |= _ON_ITS_WAY
+    return words
+
+
+def narrowed(which: Selection, mask: npt.NDArray[np.bool_]) -> Positions:
+    """Those of some pages, beginning with the first if they are a slice, that `mask`, bool[n], says."""
+    return mask.nonzero()[0] if isinstance(which, slice) else which[mask]
 
 
 @dataclass(slots=True, eq=False)
@@ -109,27 +131,26 @@ class Migration:
     @property
     def pages(self) -> Positions:
         """Which of the addresses have a page that is on its way."""
-        wanted = np.uint64(VALID | MIGRATE)
-        return np.flatnonzero((self.src & wanted) == wanted)
+        return np.flatnonzero((self.src & _ON_ITS_WAY) == _ON_ITS_WAY)
 
     @property
     def holes(self) -> Positions:
         """Which of the addresses have none and are on their way."""
-        return np.flatnonzero((self.src & np.uint64(VALID | MIGRATE)) == MIGRATE)
+        return np.flatnonzero((self.src & _ON_ITS_WAY) == MIGRATE)
 
     @property
     def heads(self) -> Positions:
         """Where huge pages begin that are on their way as one, and holes as large."""
-        if not Select.COMPOUND & self.select:
+        if Select.COMPOUND not in self.select:
             return np.empty(0, np.intp)
         wanted = np.uint64(MIGRATE | COMPOUND)
         return np.flatnonzero(((self.src & wanted) == wanted) & ((self.addresses & _INSIDE_BLOCK) == 0))
 
-    def source_pfns(self, which: Positions) -> Pfns:
+    def source_pfns(self, which: Selection) -> Pfns:
         """int64[n]: the frames of `src`."""
         return (self.src[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
 
-    def target_pfns(self, which: Positions) -> Pfns:
+    def target_pfns(self, which: Selection) -> Pfns:
         """int64[n]: the frames of `dst`; 0 where there is none."""
         return (self.dst[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
 
@@ -141,7 +162,7 @@ class Migration:
             return (span,)
         return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
 
-    def indices(self, which: Positions) -> Pfns:
+    def indices(self, which: Selection) -> Pfns:
         """int64[n]: page->index of pages of this VMA."""
         return (self.addresses[which] >> np.uint64(PAGE_SHIFT)).view(np.int64) + self.vma.mapping.delta
 
@@ -155,6 +176,8 @@ class Migration:
     @property
     def arrays(self) -> tuple[Entries, Entries]:
         """`src` and `dst` as the kernel's arrays are: of what moves as one only the first word is there."""
+        if Select.COMPOUND not in self.select:
+            return self.src, self.dst
         tails = ((self.src & np.uint64(COMPOUND)) != 0) & ((self.addresses & _INSIDE_BLOCK) != 0)
         if not tails.any():
             return self.src, self.dst

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,11 @@ from hmm.ascending import among, unique
 from hmm.events import Cause
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
-from hmm.frames import Frames, PageFlag
+from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.rmap import Places
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, spans_of_pages
-from hmm.zone_device import are_private
+from hmm.zone_device import are_private, sole_region
 
 __all__ = [
     "FindPlaces",
@@ -45,15 +44,17 @@ __all__ = [
     "unmap_everywhere",
 ]
 
+_ALL_BITS = (1 << 64) - 1
 _CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE)
 _STANDS_IN = np.uint64(cpu_pte.MIGRATION)
-_NAMES = np.uint64((1 << 64) - 1 & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
+_KEPT = np.uint64(_ALL_BITS & ~cpu_pte.FLAGS) | _CARRIED
+_NAMES = np.uint64(_ALL_BITS & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
 """The kind of an entry, and its frame."""
+_DEVICE, _PRESENT = np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT)
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
 _PAGE_STATE = np.uint32(
     PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND
 )
-_Number = TypeVar("_Number", bound=np.generic)
 
 FindPlaces = Callable[[], Iterator[Places]]
 """Where the pages of a migration could be mapped now."""
@@ -65,12 +66,19 @@ class HeldPages:
 
     Attributes:
         pfns: int64[n].
+        indices: int64[n], their page offsets.
         places: finds what may map them; its slices select from `pfns`.
     """
 
     frames: Frames
     pfns: Pfns
+    indices: Pfns
     places: FindPlaces
+
+    @property
+    def are_all_alone(self) -> bool:
+        """Whether nobody refers to one of the pages but the migration: then nobody maps one either."""
+        return int(np.count_nonzero(self.frames.refcount[self.pfns] == 1)) == self.pfns.size
 
 
 def stand_in(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
@@ -85,9 +93,9 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
     """
     frames, pfns = space.frames, cpu_pte.cpu_pfn(entries)
     dirty = cpu_pte.is_dirty(entries)
-    if np.count_nonzero(dirty):
-        frames.set_flags(pfns[dirty], PageFlag.DIRTY)
-    _put_entries(space, addresses, cpu_pte.cpu_entry(pfns, (entries & _CARRIED) | _STANDS_IN))
+    if (number := np.count_nonzero(dirty)) > 0:
+        frames.set_flags(pfns[dirty] if number < dirty.size else pfns, PageFlag.DIRTY)
+    _put_entries(space, addresses, (entries & _KEPT) | _STANDS_IN)
     frames.detach(pfns)
 
 
@@ -147,31 +155,46 @@ def replace(held: HeldPages, targets: Pfns) -> None:
 
     What the page was (anonymous, exclusive to one process, dirty, part of a large folio) goes with it: of large folios
     the new frames are one too.  The migration's reference of the old frame is dropped, and that of the new one, if
-    it is another.
+    it is another: or passes to the entry where each page has one.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
     """
     frames, pfns = held.frames, held.pfns
     moved = targets != pfns
-    new, old = _selected(targets, moved), _selected(pfns, moved)
+    if np.count_nonzero(moved) == moved.size:
+        new, old, indices = targets, pfns, held.indices
+    else:
+        new, old, indices = targets[moved], pfns[moved], held.indices[moved]
     frames.flags[new] = frames.flags[old] & _PAGE_STATE
     frames.mapping[new] = frames.mapping[old]
-    kinds = np.where(are_private(frames, targets), np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT))
+    frames.index[new] = indices
+    referenced = targets
     for place in held.places():
         entries = entries_of(place.space, place.addresses)
         ours = are_names_of(entries, pfns[place.pages])
-        if np.count_nonzero(ours):
-            targeted = _selected(targets[place.pages], ours)
-            flags = (_selected(entries, ours) & _CARRIED) | _selected(kinds[place.pages], ours)
-            _put_entries(place.space, _selected(place.addresses, ours), cpu_pte.cpu_entry(targeted, flags))
+        addresses, targeted = place.addresses, targets[place.pages]
+        if (number := np.count_nonzero(ours)) < ours.size:
+            entries, addresses, targeted = entries[ours], addresses[ours], targeted[ours]
+        if not number:
+            continue
+        flags = (entries & _CARRIED) | _kinds(frames, targeted)
+        _put_entries(place.space, addresses, cpu_pte.cpu_entry(targeted, flags))
+        if number == referenced.size:
+            frames.attach(targeted)
+            referenced = targeted[:0]
+        else:
             frames.map(targeted)
-    frames.put(pfns)
-    frames.put(new)
+    frames.put(old)
+    if referenced.size:
+        frames.put(referenced)
 
 
-def _selected(values: npt.NDArray[_Number], mask: npt.NDArray[np.bool_]) -> npt.NDArray[_Number]:
-    """`values[mask]`, and no copy when that is all of them."""
-    return values if np.count_nonzero(mask) == mask.size else values[mask]
+def _kinds(frames: Frames, pfns: Pfns) -> Entries | np.uint64:
+    """What kind of entry names each of the frames, or all of them."""
+    sole = sole_region(frames, pfns)
+    if sole is not None:
+        return _DEVICE if sole.kind is RegionKind.DEVICE_PRIVATE else _PRESENT
+    return np.where(are_private(frames, pfns), _DEVICE, _PRESENT)
 
 
 def entries_of(space: AddressSpace, addresses: Entries) -> Entries:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.ascending import unique
 from hmm.events import Cause
-from hmm.frames import PageFlag
+from hmm.frames import PageFlag, Region, RegionKind
 from hmm.huge_fault import has_table
 from hmm.huge_split import block_of, huge_blocks, split_folio, split_pmds
 from hmm.large_folio import are_compound
@@ -37,7 +37,7 @@ from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
 from hmm.migration_entries import HeldPages, are_names_of, entries_of
 from hmm.operation import Operation
 from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns
-from hmm.zone_device import are_private, owners
+from hmm.zone_device import are_in
 
 __all__ = [
     "all_or_none",
@@ -58,15 +58,15 @@ _BLOCK = np.uint64(PMD_MASK & (1 << 64) - 1)
 
 def are_selected(migration: Migration, pfns: Pfns) -> _Mask:
     """bool[n]: which frames are of a kind that the migration selects."""
-    frames, select, wanted = migration.space.frames, migration.select, np.zeros(pfns.size, np.bool_)
-    of_device = owners(frames, pfns)
-    if Select.SYSTEM in select:
-        wanted |= of_device == 0
-    if Select.DEVICE_PRIVATE in select:
-        wanted |= are_private(frames, pfns) & (of_device == migration.owner)
-    if Select.DEVICE_COHERENT in select:
-        wanted |= ~are_private(frames, pfns) & (of_device == migration.owner)
-    return wanted
+    select, owner = migration.select, migration.owner
+
+    def selects(region: Region) -> bool:
+        if region.kind is RegionKind.SYSTEM:
+            return Select.SYSTEM in select
+        kind = Select.DEVICE_PRIVATE if region.kind is RegionKind.DEVICE_PRIVATE else Select.DEVICE_COHERENT
+        return kind in select and region.owner == owner
+
+    return are_in(migration.space.frames, pfns, selects)
 
 
 def _positions_of(heads: Positions) -> Positions:
@@ -220,6 +220,8 @@ def split_unmapped(migration: Migration, held: HeldPages) -> Operation[None]:
         held: the pages of the migration.
     """
     heads = migration.heads
+    if not heads.size:
+        return
     heads = heads[(migration.dst[heads] & np.uint64(VALID | COMPOUND)) == VALID]
     framed = _positions_of(heads[(migration.src[heads] & np.uint64(VALID)) != 0])
     if framed.size:

@@ -87,7 +87,9 @@ def merged_places(frames: Frames, pfns: Pfns) -> Iterator[Places]:
 
 def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:
     first = vma.page_offset(vma.start)
-    low, high = np.searchsorted(indices, (first, first + vma.npages)).tolist()
+    end, low, high = first + vma.npages, 0, indices.size
+    if high and not (first <= indices[0] and indices[-1] < end):
+        low, high = np.searchsorted(indices, (first, end)).tolist()
     if low < high:
         addresses = (indices[low:high] - vma.mapping.delta) << PAGE_SHIFT
         yield Places(space, vma, addresses.view(np.uint64), slice(low, high))

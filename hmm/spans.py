@@ -36,6 +36,8 @@ def overlap(left: Spans, right: Spans) -> bool:
 
     Cost: O(log n) for each of a few, O(m + n) for many.
     """
+    if len(left) == 1 == len(right):
+        return left[0].overlaps(right[0])
     few, many = (left, right) if len(left) <= len(right) else (right, left)
     if len(few) <= _FEW:
         return any(_meets(span, many) for span in few)

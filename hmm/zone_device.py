@@ -15,7 +15,16 @@ import numpy.typing as npt
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.units import MirrorId, Pfns
 
-__all__ = ["are_private", "are_remote", "failing_copies", "forget_holder", "owners", "used_frames"]
+__all__ = [
+    "are_in",
+    "are_private",
+    "are_remote",
+    "failing_copies",
+    "forget_holder",
+    "owners",
+    "sole_region",
+    "used_frames",
+]
 
 
 def owners(frames: Frames, pfns: Pfns) -> Pfns:
@@ -25,7 +34,7 @@ def owners(frames: Frames, pfns: Pfns) -> Pfns:
 
     Cost: two passes when all belong to the same, O(n * regions) otherwise.
     """
-    sole = _sole_region(frames, pfns)
+    sole = sole_region(frames, pfns)
     if sole is not None:
         return np.full(pfns.size, sole.owner, np.int64)
     found = np.zeros(pfns.size, np.int64)
@@ -36,31 +45,32 @@ def owners(frames: Frames, pfns: Pfns) -> Pfns:
 
 def are_private(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames the CPU cannot reach: bool[n].  Cost: as `owners`."""
-    return _are(frames, pfns, lambda region: region.kind is RegionKind.DEVICE_PRIVATE)
+    return are_in(frames, pfns, lambda region: region.kind is RegionKind.DEVICE_PRIVATE)
 
 
 def are_remote(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """Which frames have their contents with a driver: bool[n].  Cost: as `owners`."""
-    return _are(frames, pfns, lambda region: region.remote)
+    return are_in(frames, pfns, lambda region: region.remote)
 
 
-def _are(frames: Frames, pfns: Pfns, condition: Callable[[Region], bool]) -> npt.NDArray[np.bool_]:
-    sole = _sole_region(frames, pfns)
+def are_in(frames: Frames, pfns: Pfns, condition: Callable[[Region], bool]) -> npt.NDArray[np.bool_]:
+    """Which frames are in a region that satisfies a condition: bool[n].  Cost: as `owners`."""
+    sole = sole_region(frames, pfns)
     if sole is not None:
         return np.full(pfns.size, condition(sole), np.bool_)
     found = np.zeros(pfns.size, np.bool_)
-    for region in frames.regions[1:]:
+    for region in frames.regions:
         if condition(region):
             found |= (pfns >= region.start) & (pfns < region.end)
     return found
 
 
-def _sole_region(frames: Frames, pfns: Pfns) -> Region | None:
-    """The region that all of the frames are in, if there is one."""
+def sole_region(frames: Frames, pfns: Pfns) -> Region | None:
+    """The region that all of the frames are in, if there is one.  Cost: one or two passes."""
     if not pfns.size:
         return frames.region(SYSTEM_REGION)
-    region = frames.region_of(int(np.minimum.reduce(pfns)))
-    return region if np.maximum.reduce(pfns) < region.end else None
+    region = frames.region_of(int(np.maximum.reduce(pfns)))
+    return region if not region.start or np.minimum.reduce(pfns) >= region.start else None
 
 
 def used_frames(frames: Frames, region_number: int) -> Pfns:

@@ -206,6 +206,18 @@ def test_put_refuses_to_free_a_mapped_frame(frames: Frames) -> None:
         frames.put_one(pfn)
 
 
+def test_attach_undoes_detach(frames: Frames) -> None:
+    """A migration entry holds the reference of the entry that it stands in for, and gives it back."""
+    taken = frames.allocate_mapped(3, PageFlag.NONE)
+    scattered = taken[[0, 2]]
+    frames.detach(scattered)
+    assert frames.mapcount[taken].tolist() == [0, 1, 0]
+    assert frames.refcount[taken].tolist() == [1, 1, 1]
+    frames.attach(scattered)
+    assert frames.mapcount[taken].tolist() == [1, 1, 1]
+    assert frames.unmap(taken).tolist() == taken.tolist()
+
+
 def test_pin_keeps_a_frame_that_is_unmapped(frames: Frames) -> None:
     """A long-term pin is a reference and is told apart from others."""
     taken = frames.allocate(3)
@@ -214,9 +226,11 @@ def test_pin_keeps_a_frame_that_is_unmapped(frames: Frames) -> None:
     frames.pin(pfns(2, 1))
     assert frames.unmap(taken).tolist() == [3]
     assert frames.pincount[taken].tolist() == [2, 2, 0]
+    assert frames.pinned == 4
     frames.check()
     assert frames.unpin(pfns(1, 1)).tolist() == [1]
     assert frames.unpin(pfns(2, 2)).tolist() == [2]
+    assert not frames.pinned
     frames.check()
     with pytest.raises(AssertionError, match="not pinned"):
         frames.unpin(frames.allocate(1))
