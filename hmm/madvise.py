@@ -117,6 +117,8 @@ _FLAGS: dict[Advice, tuple[VmFlag, VmFlag]] = {
 
 _UNMERGEABLE = SPECIAL_FLAGS | VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.HUGETLB
 
+_NOT_DISCARDED = VmFlag.PFNMAP | VmFlag.LOCKED
+
 _NOT_LRU = VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB
 """can_madv_lru_vma() is false for these."""
 
@@ -129,14 +131,17 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
     Advice.DOFORK: lambda vma: vma.has(VmFlag.IO),
     Advice.WIPEONFORK: lambda vma: not vma.mapping.anonymous,
     Advice.DODUMP: lambda vma: vma.mapping.special,
-    Advice.DONTNEED: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or _begins_in_page(vma),
+    Advice.DONTNEED: lambda vma: vma.has(_NOT_DISCARDED) or _begins_in_page(vma),
     Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP) or _begins_in_page(vma),
-    Advice.FREE: lambda vma: vma.has(VmFlag.PFNMAP | VmFlag.LOCKED) or not vma.mapping.anonymous,
+    Advice.FREE: lambda vma: vma.has(_NOT_DISCARDED) or not vma.mapping.anonymous,
     Advice.COLD: lambda vma: vma.has(_NOT_LRU),
     Advice.PAGEOUT: lambda vma: vma.has(_NOT_LRU),
 }
 """The VMAs that may not get an advice (EINVAL)."""
 
+_FORGOTTEN = cpu_pte.SWAP | cpu_pte.POISON
+_SWAPBACKED, _NOT_DIRTY = np.uint32(PageFlag.SWAPBACKED), ~np.uint32(PageFlag.DIRTY)
+_LAZILY_FREE = ~np.uint32(PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
 _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 
@@ -343,7 +348,9 @@ def _free_to_go(space: AddressSpace, entries: Entries) -> tuple[npt.NDArray[np.b
     What is in the swap cache has other entries still; what is dirty itself stays if others map it.
     """
     frames, pfns = space.frames, _framed(entries)
-    chosen = (pfns != ZERO_PFN) & (frames.private[pfns] == 0)
+    chosen = pfns != ZERO_PFN
+    if frames.swap is not None:
+        chosen &= frames.private[pfns] == 0
     chosen &= ~frames.test_flags(pfns, PageFlag.DIRTY) | (frames.mapcount[pfns] == 1)
     if len(frames.regions) > 1:
         chosen &= owners(frames, pfns) == 0
@@ -354,14 +361,14 @@ def _free_lazily(
     space: AddressSpace, span: AddressRange, entries: Entries, chosen: npt.NDArray[np.bool_], pfns: Pfns
 ) -> None:
     """Chosen pages may go without being written, swap entries and lost pages go now: folio_mark_lazyfree()."""
-    space.drop(entries[cpu_pte.is_swap(entries)])
+    if int(np.bitwise_or.reduce(entries)) & _FORGOTTEN:
+        space.drop(entries[cpu_pte.is_swap(entries)])
+        entries[cpu_pte.is_swap(entries) | cpu_pte.is_poison(entries)] = 0
     entries[chosen] &= _CLEAN
-    entries[cpu_pte.is_swap(entries) | cpu_pte.is_poison(entries)] = 0
     space.table.fill(span.start, span.end, entries)
-    frames = space.frames
-    frames.clear_flags(pfns, PageFlag.DIRTY)
-    pfns = pfns[frames.test_flags(pfns, PageFlag.SWAPBACKED)]  # others are on the list of such pages already
-    frames.clear_flags(pfns, PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
+    flags = space.frames.flags[pfns] & _NOT_DIRTY
+    flags[(flags & _SWAPBACKED) != 0] &= _LAZILY_FREE  # others are on the list of such pages already
+    space.frames.flags[pfns] = flags
 
 
 def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:

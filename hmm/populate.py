@@ -31,11 +31,14 @@ from hmm.frames import Frames, PageFlag
 from hmm.huge_fault import mark_huge
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation, Pause
-from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Pfns
+from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Entries, Pfns
 from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "populate"]
 
+_REFERENCED, _ACTIVE = np.uint32(PageFlag.REFERENCED), np.uint32(PageFlag.ACTIVE)
+_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint32)
+"""The flags of a page that was used so often."""
 _LEFT_OUT = VmFlag.IO | VmFlag.PFNMAP | VmFlag.LOCKONFAULT
 
 
@@ -82,19 +85,15 @@ def get_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
 
     Cost: that of `fault_in`, and 5 ns per page.
     """
-    wanted = np.uint64(cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0))
+    wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
     for number, piece in enumerate(pieces(span)):
         assert isinstance(piece, AddressRange)
         if number:
             yield Pause()
-        missing = (space.table.read(piece.start, piece.end) & wanted) != wanted
         end = piece.end
         try:
-            if missing.all():
-                yield from fault_in(space, piece, write=write)
-            elif missing.any():
-                addresses = np.uint64(piece.start) + np.flatnonzero(missing).astype(np.uint64) * np.uint64(PAGE_SIZE)
-                yield from fault_in(space, addresses, write=write)
+            if space.table.common(piece.start, piece.end) & wanted != wanted:
+                yield from fault_in(space, _missing(space, piece, wanted), write=write)
         except (OutOfFramesError, SegmentationFault) as error:
             end = error.address or piece.start
             raise
@@ -102,19 +101,29 @@ def get_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
             _mark_accessed(space, AddressRange(piece.start, end), write)
 
 
+def _missing(space: AddressSpace, piece: AddressRange, wanted: int) -> AddressRange | Entries:
+    """The pages whose entries lack some of the bits that are wanted: all of the piece, or uint64[n]."""
+    missing = (space.table.read(piece.start, piece.end) & np.uint64(wanted)) != wanted
+    if missing.all():
+        return piece
+    return np.uint64(piece.start) + np.flatnonzero(missing).astype(np.uint64) * np.uint64(PAGE_SIZE)
+
+
 def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None:
     """Use pages as get_user_pages() does: folio_mark_accessed().
 
     A page used twice becomes active, unless it is locked; those written are dirty themselves.
     """
-    frames = space.frames
-    addresses, entries = space.table.valid(span.start, span.end)
+    frames, table = space.frames, space.table
     if space.huge:
+        addresses, entries = table.valid(span.start, span.end)
         huge = cpu_pte.is_huge(entries)
         # touch_pmd(): pmdp_set_access_flags() does nothing for a read.
         for start in unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist() if write else ():
             mark_huge(space, start, READ_ONLY | DIRTIED)
         entries = entries[~huge]
+    else:
+        entries = table.read(span.start, span.end)
     entries = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
     pfns = cpu_pte.cpu_pfn(entries)
     clean = ~cpu_pte.is_dirty(entries) if write else np.zeros(pfns.size, np.bool_)
@@ -124,16 +133,18 @@ def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None
         mine = belong_to(frames, pfns, head)
         _use(frames, members(frames, head), int(np.count_nonzero(mine)), dirty=bool(clean[mine].any()), locked=locked)
         pfns, clean = pfns[~mine], clean[~mine]
-    _use(frames, pfns[clean], 0, dirty=True, locked=locked)
+    if np.count_nonzero(clean):
+        frames.set_flags(pfns[clean], PageFlag.DIRTY)
     _use(frames, pfns, 1, dirty=False, locked=locked)
 
 
 def _use(frames: Frames, pfns: Pfns, times: int, *, dirty: bool, locked: bool) -> None:
     """Mark pages as used so often: referenced, active, both, and then no more; those on no list only referenced."""
+    flags = frames.flags[pfns]
+    uses = ((flags & _REFERENCED) != 0) + 2 * ((flags & _ACTIVE) != 0)
+    uses = np.maximum(uses, min(times, 1)) if locked else np.minimum(uses + times, 3)
+    flags &= ~(_REFERENCED | _ACTIVE)
+    flags |= _USED[uses]
     if dirty:
-        frames.set_flags(pfns, PageFlag.DIRTY)
-    state = frames.test_flags(pfns, PageFlag.REFERENCED) + 2 * frames.test_flags(pfns, PageFlag.ACTIVE)
-    state = np.maximum(state, min(times, 1)) if locked else np.minimum(state + times, 3)
-    frames.clear_flags(pfns, PageFlag.REFERENCED | PageFlag.ACTIVE)
-    frames.set_flags(pfns[(state & 1) != 0], PageFlag.REFERENCED)
-    frames.set_flags(pfns[(state & 2) != 0], PageFlag.ACTIVE)
+        flags |= np.uint32(PageFlag.DIRTY)
+    frames.flags[pfns] = flags
