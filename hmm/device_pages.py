@@ -99,7 +99,7 @@ def migrate_to_device(
             pfns = _copied(migration, pages, region.number, failing=failing)
             space.frames.zone_device_data[pfns] = mirror_id
             _leave_failed(migration, pages, pfns)
-            if migration.vma.writable:
+            if migration.vma.writable and migration.has_holes:
                 hole = (migration.src[pages] & np.uint64(VALID)) == 0
                 migration.dst[pages[hole]] |= _WRITE
         return
@@ -195,11 +195,11 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
         pfns = frames.allocate(pages.size, region)
         words = migrate_pfn(pfns) | (src & _WRITE)
     migration.dst[pages] = words
-    framed = (src & np.uint64(VALID)) != 0
-    if np.count_nonzero(framed) == framed.size:
-        frames.copy(pfns, migration.source_pfns(pages))
-    else:
+    if migration.has_holes:
+        framed = (src & np.uint64(VALID)) != 0
         frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
+    else:
+        frames.copy(pfns, migration.source_pfns(pages))
     return pfns
 
 

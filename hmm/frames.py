@@ -334,9 +334,11 @@ class Frames(FrameContents):
         left, alive = _subtract(self.refcount, pfns, where, "a frame was put that nobody held")
         if alive == pfns.size:
             return pfns[:0]
-        if alive or not isinstance(where, slice):
-            pfns = unique(pfns[left == 0] if alive else pfns)
+        if alive:
+            pfns = unique(pfns[left == 0])
             where = _where(pfns)
+        elif not isinstance(where, slice):
+            pfns = where = unique(pfns)
         assert not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
         self.flags[where] = 0
         self.mapping[where] = 0

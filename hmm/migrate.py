@@ -42,7 +42,6 @@ from hmm.migration import (
     COMPOUND,
     MIGRATE,
     NOT_MIGRATE,
-    VALID,
     Migration,
     Positions,
     Select,
@@ -79,6 +78,8 @@ __all__ = ["Copy", "migrate_vma", "run"]
 
 _Mask = npt.NDArray[np.bool_]
 _COMPOUND = np.uint64(COMPOUND)
+_IMMOVABLE = SPECIAL_FLAGS | VmFlag.HUGETLB
+_NOWHERE = np.empty(0, np.intp)
 
 Copy = Callable[[Migration], Operation[None]]
 """Fills `dst` for the pages that it has destinations for, and their contents; holds a reference of each.  A huge page
@@ -119,15 +120,15 @@ def _checked(space: AddressSpace, span: AddressRange) -> Vma:
     vma = space.vmas.find(span.start)
     if not span or not is_page_aligned(span.start | span.end) or vma is None or span.end > vma.end:
         raise InvalidRequestError(f"migrate: {span} is not a range of pages of one VMA", address=span.start)
-    if vma.has(SPECIAL_FLAGS | VmFlag.HUGETLB):
+    if vma.has(_IMMOVABLE):
         raise InvalidRequestError(f"migrate: nothing can be moved in {vma}", address=span.start)
     return vma
 
 
 def run(migration: Migration, copy: Copy) -> Operation[None]:
     """All steps of a migration whose pages are chosen; nothing is moved if their VMA is gone when mirrors were told."""
-    with ExitStack() as brackets:
-        yield from brackets.enter_context(_invalidation(migration, migration.spans)).deliver()
+    with _invalidation(migration, migration.spans) as bracket, ExitStack() as brackets:
+        yield from bracket.deliver()
         left = yield from split_large(migration)
         if not migration.still_there:
             return
@@ -242,9 +243,7 @@ def _check_destinations(migration: Migration) -> None:
 
 def _fill_holes(migration: Migration) -> Operation[None]:
     """Put destinations where nothing was: migrate_vma_insert_page(); told once, from the first one on."""
-    if int(np.bitwise_and.reduce(migration.src)) & VALID:
-        return
-    holes = migration.holes
+    holes = migration.holes if migration.has_holes else _NOWHERE
     if not holes.size:
         return
     unfilled = migration.target_pfns(holes) == 0

@@ -134,6 +134,11 @@ class Migration:
         return np.flatnonzero((self.src & _ON_ITS_WAY) == _ON_ITS_WAY)
 
     @property
+    def has_holes(self) -> bool:
+        """Whether one of the addresses has no page, or none that could move."""
+        return not int(np.bitwise_and.reduce(self.src)) & VALID
+
+    @property
     def holes(self) -> Positions:
         """Which of the addresses have none and are on their way."""
         return np.flatnonzero((self.src & _ON_ITS_WAY) == MIGRATE)

@@ -53,11 +53,11 @@ def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Bac
         indices: int64[n], page offsets, ascending.
         backing: of the VMA that the pages were met in; None for anonymous memory.
 
-    Cost: O(VMAs), and O(n) for each that matches.
+    Cost: O(n) for each VMA that matches.  Of memory of files, and where anonymous memory was moved, O(VMAs) beside it.
     """
     for space in spaces:
-        for vma in space.vmas_with_entries:
-            if vma.anon_vma and vma.backing is backing:
+        for vma in _at_their_index(space, indices) if backing is None else space.vmas_with_entries:
+            if vma.mapping.backing is backing and vma.mapping.anon_vma:
                 yield from _in_vma(space, vma, indices)
 
 
@@ -68,11 +68,11 @@ def file_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing)
         spaces: those with VMAs that map the file.
         indices: int64[n], page offsets in the file, ascending.
 
-    Cost: as `anonymous_places`.
+    Cost: O(VMAs), and O(n) for each that matches.
     """
     for space in spaces:
         for vma in space.vmas_with_entries:
-            if vma.backing is backing:
+            if vma.mapping.backing is backing:
                 yield from _in_vma(space, vma, indices)
 
 
@@ -85,10 +85,19 @@ def merged_places(frames: Frames, pfns: Pfns) -> Iterator[Places]:
         yield from frames.ksm_places(pfns)
 
 
+def _at_their_index(space: AddressSpace, indices: Pfns) -> list[Vma]:
+    """All VMAs with anonymous memory of these offsets, ascending, and others."""
+    if space.vmas.moved or space.detached or not indices.size:
+        return space.vmas_with_entries
+    return space.vmas.between(int(indices[0]) << PAGE_SHIFT, int(indices[-1]) + 1 << PAGE_SHIFT)
+
+
 def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:
-    first = vma.page_offset(vma.start)
-    end, low, high = first + vma.npages, 0, indices.size
-    if high and not (first <= indices[0] and indices[-1] < end):
+    first, low, high = vma.page_offset(vma.start), 0, indices.size
+    end = first + vma.npages
+    if not high or end <= indices[0] or indices[-1] < first:
+        return
+    if indices[0] < first or end <= indices[-1]:
         low, high = np.searchsorted(indices, (first, end)).tolist()
     if low < high:
         addresses = (indices[low:high] - vma.mapping.delta) << PAGE_SHIFT

@@ -44,13 +44,17 @@ class VmaMap(IntervalMap[Vma]):
     `find_prev(address)` gives the last VMA that starts below an address, `len()` is map_count and iteration
     goes upwards.
 
+    Attributes:
+        moved: whether anonymous memory may lie elsewhere than at its linear index, since some was moved once.
+
     Cost: `find` and changes O(log n).
     """
 
-    __slots__ = ()
+    __slots__ = ("moved",)
 
     def __init__(self, limit: Address = TASK_SIZE) -> None:
         super().__init__(limit)
+        self.moved = False
 
     def overlapping(self, span: AddressRange) -> list[Vma]:
         """The VMAs that share a byte with `span`, whole."""
@@ -141,6 +145,8 @@ class VmaMap(IntervalMap[Vma]):
                 if grown:
                     result.append(new_vma((low, high, grown)))
                 low, grown = piece_start, added
+            if added.delta and added.backing is None:
+                self.moved = True
             high = piece_end
             joins_below = merge
         if touched and touched[-1].end > end:
@@ -261,3 +267,4 @@ class VmaMap(IntervalMap[Vma]):
             assert is_page_aligned(vma.end), vma
             assert vma.mapping.anon_vma or not vma.mapping.cloned, vma
             assert vma.page_offset(vma.start) >= 0, vma
+            assert self.moved or not vma.mapping.delta or vma.mapping.backing is not None, vma

@@ -135,6 +135,19 @@ def test_migrate_moves_the_page_of_both_when_fork_shares_it(bench: Any) -> None:
     assert bench.read(0, 4) == b"owns"
 
 
+def test_migrate_moves_the_page_of_a_relative_when_that_has_moved_its_mapping(bench: Any) -> None:
+    """A page of a mapping that mremap has moved is found by its offset, in whichever process it is."""
+    bench.write(0, b"s" * PAGE_SIZE)
+    child = bench.call(commands_process.fork, bench.process)
+    to = BASE + 64 * PAGE_SIZE
+    assert bench.call(commands_process.mremap, child, BASE, PAGE_SIZE, PAGE_SIZE, 3, to) == to
+    grandchild = bench.call(commands_process.fork, child)
+    bench.to_device(0, 1)
+    for process, page in ((bench.process, 0), (child, 64), (grandchild, 64)):
+        assert cpu_pte.is_device_private(bench.entry(page, process))
+    bench.local.machine.check()
+
+
 def test_migrate_back_moves_only_what_the_device_has(bench: Any) -> None:
     """MIGRATE_VMA_SELECT_DEVICE_PRIVATE leaves system pages and holes alone."""
     bench.write(0, b"a" * PAGE_SIZE)
