@@ -28,7 +28,7 @@ import numpy as np
 from hmm import cpu_pte, pte
 from hmm.ascending import unique
 from hmm.checked import Checked
-from hmm.errors import NoSuchObjectError
+from hmm.errors import NoSuchObjectError, errno_name
 from hmm.events import IS_INVALIDATION, Delivery, Event, EventState, EventType
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.iommu import Domain
@@ -123,6 +123,8 @@ class Mirror(Receiver):
             self._apply_all(event.spans, event.etype.pte_mask, on_device=_reaches_device(event))
         if delivery.errno and IS_INVALIDATION[event.etype]:
             self.leaving = self.space.notifier.current.operation_id
+            answer = f"its driver answered {event.etype.name} #{delivery.sequence} with {errno_name(delivery.errno)}"
+            self.lost_because = self.lost_because or answer
             return False
         return True
 

@@ -69,6 +69,7 @@ class Receiver(ABC):
         counters: some of `counted`; see there.
         lenient: a refused access succeeds for the device, which reads ones and whose writes go nowhere, as behind an
             IOMMU; False: it fails.
+        lost_because: why it was fenced, or ended by its own error.
         history: what its driver gave up lately.
         reports: what its device did that it must not.
         home: its part of its device's memory.
@@ -115,7 +116,8 @@ class Receiver(ABC):
         if self.state is MirrorState.LOST:
             raise DeviceLostError(f"{operation}: {self} was fenced: {self.lost_because}")
         if self.state is MirrorState.RELEASED:
-            raise NoSuchObjectError(f"{operation}: {self} was released", errnos.ENODEV)
+            why = f": {self.lost_because}" if self.lost_because else ""
+            raise NoSuchObjectError(f"{operation}: {self} was released{why}", errnos.ENODEV)
 
     def require_access(self, address: Address, *, write: bool, since: int | None) -> None:
         """Raise unless a device may still access anything.
@@ -168,7 +170,7 @@ class Receiver(ABC):
 
     def kill(self) -> None:
         """Unsubscribe for good: the driver has been told to give everything up."""
-        self.release(MirrorState.RELEASED)
+        self.release(MirrorState.RELEASED, self.lost_because)
 
     @abstractmethod
     def hears(self, event: Event) -> bool:

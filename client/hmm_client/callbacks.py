@@ -245,8 +245,13 @@ def _answer(event: Event, written: Any) -> event_pb2.Answer | None:
 
 
 def _refusal(event: Event, error: Exception) -> event_pb2.Answer:
-    """What a callback raised, as an answer: the errno of an OSError or HmmError, EIO for everything else."""
+    """What a callback raised, as an answer: the errno of an OSError or HmmError, EIO for everything else.
+
+    Faults, copies to the device and events that may not block can be refused; what else is raised goes to the log.
+    """
     number = error.errno if isinstance(error, OSError | HmmError) else None
     if not number:
         _LOG.error("%r: the driver failed, the answer is EIO", event, exc_info=error)
+    elif not (event.is_fault or event.type is EventType.COPY_TO_DEVICE or isinstance(error, BlockingIOError)):
+        _LOG.warning("%r: the driver answered with an error, which ends a mirror of 2015: %s", event, error)
     return event_pb2.Answer(mirror_id=event.mirror.id, event_sequence=event.sequence, errno=number or errnos.EIO)

@@ -62,7 +62,7 @@ def default_target(environment: Mapping[str, str] = os.environ) -> str:
 
 def as_target(place: str) -> str:
     """A gRPC target: a path becomes `unix:PATH`, everything else (`unix:...`, `HOST:PORT`) stays."""
-    return f"unix:{place}" if place.startswith(("/", "./")) else place
+    return f"unix:{place}" if place.startswith(("/", "./")) or ":" not in place else place
 
 
 def tls_credentials(
@@ -128,7 +128,7 @@ class Channel:
 
         Raises:
             HmmError: the daemon refused the call.
-            DaemonError: it could not be made.
+            DaemonError: it could not be made; UnavailableError: nobody listens, or this client is closed.
         """
         with waiting() as callback:
             mark = (("hmm-in-callback", str(callback)),) if callback else ()
@@ -136,6 +136,8 @@ class Channel:
                 return await method(message, metadata=self.metadata + mark)
             except grpc.aio.AioRpcError as error:
                 raise as_error(error, self.target) from None
+            except grpc.aio.UsageError:
+                raise UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{self.target}: this client is closed") from None
 
     async def stream(self, method: Any, message: Message) -> AsyncIterator[Any]:
         """Make one call whose responses come in parts; raises as `request`."""
@@ -169,5 +171,8 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
     if ours is not None:
         return ours
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return UnavailableError(error.code(), f"{target}: {error.details()}")
+        details = error.details() or ""
+        if details.startswith("failed to connect"):  # gRPC says the address three times; the last word is why
+            return UnavailableError(error.code(), f"nobody listens at {target}: {details.rpartition(': ')[2]}")
+        return UnavailableError(error.code(), f"{target}: {details}")
     return DaemonError(error.code(), error.details() or "")

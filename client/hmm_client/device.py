@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
 from hmm.units import DeviceId, Pfn
-from hmm_client.driver import Driver
+from hmm_client.driver import Driver, require_driver
 from hmm_client.interval_driver import IntervalDriver
 from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.mirror import Mirror
@@ -100,6 +100,7 @@ class Device:
             ConflictError: the device mirrors this address space already (EINVAL).
             NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
         """
+        require_driver(driver, "update", "Driver")
         session = await self.client.session()
         request = device_pb2.RegisterMirrorRequest(
             device_id=self.id,
@@ -139,6 +140,7 @@ class Device:
         Raises:
             NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
         """
+        require_driver(driver, "invalidate", "IntervalDriver")
         session = await self.client.session()
         request = hmm_pb2.AttachRequest(device_id=self.id, process_id=process.id, policy=policy_to_proto(policy))
         made: list[IntervalMirror] = []

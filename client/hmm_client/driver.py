@@ -77,6 +77,18 @@ class Driver:
         """The mirror was fenced, or the connection broke: nothing of it is valid, and no event will come any more."""
 
 
+def require_driver(driver: object, callback: str, base: str) -> None:
+    """Raise unless a driver is an instance that has its callback: it is called much later, and by somebody else.
+
+    Raises:
+        TypeError: it is a class, or of the other interface.
+    """
+    if isinstance(driver, type):
+        raise TypeError(f"{driver.__name__} is a class; a driver is an instance of one: {driver.__name__}(...)")
+    if not callable(getattr(driver, callback, None)):
+        raise TypeError(f"{type(driver).__name__} has no method `{callback}`; here a {base} is needed")
+
+
 class TableDriver(Driver):
     """Base of drivers whose device has page tables of its own: one `DeviceTable` for each mirror."""
 

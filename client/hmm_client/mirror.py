@@ -10,7 +10,7 @@ today: `hmm_range_fault()` with `mmu_interval_read_retry()`; proto/hmm_proto/v1/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -211,7 +211,7 @@ class Mirror(Receiver):
         Cost: one round trip, 10 ns per page.
         """
         if not isinstance(target, np.ndarray):
-            target = (target,) if isinstance(target, AddressRange) else tuple(target)
+            target = _spans(target)
         request = device_pb2.FaultRequest(
             mirror_id=self.id,
             write=write,
@@ -319,7 +319,7 @@ class Mirror(Receiver):
                 what had taken it.
             DeviceLostError: the mirror was fenced (ENODEV).
         """
-        addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
+        addresses, lengths = _split(segments)
         request = device_pb2.DeviceReadRequest(
             mirror_id=self.id,
             addresses=addresses,
@@ -355,7 +355,7 @@ class Mirror(Receiver):
         Raises: as `read`; also
             AccessDeniedError: the entry of `error.address` is read-only; nothing was written (EACCES).
         """
-        addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
+        addresses, lengths = _split(segments)
         request = device_pb2.DeviceWriteRequest(
             mirror_id=self.id,
             addresses=addresses,
@@ -407,3 +407,21 @@ class Mirror(Receiver):
 
 def _first(target: tuple[AddressRange, ...] | Entries) -> int:
     return int(target[0]) if isinstance(target, np.ndarray) else target[0].start
+
+
+def _spans(target: object) -> tuple[AddressRange, ...]:
+    if isinstance(target, AddressRange):
+        return (target,)
+    spans = tuple(target) if isinstance(target, Iterable) else (target,)
+    if not all(isinstance(span, AddressRange) for span in spans):
+        raise TypeError(f"what is faulted in is an AddressRange, several, or an array of addresses; not {target!r}")
+    return spans
+
+
+def _split(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Addresses and lengths of segments."""
+    try:
+        addresses, lengths = zip(*segments, strict=True) if segments else ((), ())
+    except (TypeError, ValueError):
+        raise TypeError(f"segments are pairs (address, length), in a list; not {segments!r}") from None
+    return addresses, lengths

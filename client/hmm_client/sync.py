@@ -390,14 +390,16 @@ class Device(_Handle[aio_device.Device]):
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         fault_events: bool = True,
         concurrent: bool = False,
+        report_only: bool = False,
         misbehaviour: Between | None = None,
     ) -> Mirror:
         """Mirror a process's address space."""
+        aio_driver.require_driver(driver, "update", "Driver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
         adapter = _Adapter(driver, self.loop, executor)
         options = {"policy": policy, "fault_events": fault_events, "concurrent": concurrent}
-        options |= {"misbehaviour": misbehaviour}
+        options |= {"report_only": report_only, "misbehaviour": misbehaviour}
         mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
         return Mirror(mirror, self.loop)
 
@@ -410,6 +412,7 @@ class Device(_Handle[aio_device.Device]):
         concurrent: bool = False,
     ) -> IntervalMirror:
         """Attach to a process with today's interface."""
+        aio_driver.require_driver(driver, "invalidate", "IntervalDriver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
         adapter = _IntervalAdapter(driver, self.loop, executor)

@@ -29,7 +29,12 @@ def test_default_target_follows_the_environment() -> None:
 
 @pytest.mark.parametrize(
     ("place", "target"),
-    [("/a.sock", "unix:/a.sock"), ("unix:/a.sock", "unix:/a.sock"), ("localhost:1234", "localhost:1234")],
+    [
+        ("/a.sock", "unix:/a.sock"),
+        ("a.sock", "unix:a.sock"),
+        ("unix:/a.sock", "unix:/a.sock"),
+        ("localhost:1234", "localhost:1234"),
+    ],
 )
 def test_as_target_makes_sockets_of_paths(place: str, target: str) -> None:
     """A path is a UNIX socket; everything else is gRPC's affair."""
@@ -39,10 +44,19 @@ def test_as_target_makes_sockets_of_paths(place: str, target: str) -> None:
 async def test_call_says_that_nobody_listens_when_there_is_no_daemon(tmp_path: Path) -> None:
     """It is a ConnectionError that names the target, at once, for calls and for sessions."""
     async with hmm_client.connect(str(tmp_path / "nobody.sock")) as client:
-        with pytest.raises(hmm_client.UnavailableError, match=r"nobody\.sock"):
+        with pytest.raises(hmm_client.UnavailableError, match=r"nobody listens at unix:.*/nobody\.sock: No such file"):
             await client.create_process()
         with pytest.raises(ConnectionError):
             await client.register_device("gpu")
+
+
+async def test_call_says_that_its_client_is_closed_when_it_is(shared_daemon: Daemon) -> None:
+    """A handle that is used after its client has ended has nobody to ask; closing again is no error."""
+    async with hmm_client.connect(shared_daemon.target) as client:
+        process = await client.create_process()
+    await client.close()
+    with pytest.raises(hmm_client.UnavailableError, match="this client is closed"):
+        await process.mmap(4096)
 
 
 def test_tls_credentials_are_read_from_files(tmp_path: Path) -> None:

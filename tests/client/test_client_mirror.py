@@ -283,3 +283,46 @@ async def test_fault_and_unmap_race_without_a_stale_entry(device: Device, proces
     theirs = await mirror.read_table(mapped.span)
     ours = driver.table(mirror).pages.read(mapped.span.start, mapped.span.end)
     assert np.array_equal(theirs, ours)
+
+
+# ---- mistakes
+
+
+async def test_mirror_names_the_mistake_when_its_driver_is_none(device: Device, process: Process) -> None:
+    """A class, or a driver of the other interface, is found when it is handed over and not when it is called."""
+    with pytest.raises(TypeError, match=r"Witness is a class; a driver is an instance of one: Witness\(\.\.\.\)"):
+        await device.mirror(process, Witness)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="IntervalDriver has no method `update`; here a Driver is needed"):
+        await device.mirror(process, hmm_client.IntervalDriver())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Witness has no method `invalidate`; here a IntervalDriver is needed"):
+        await device.attach(process, Witness())  # type: ignore[arg-type]
+
+
+async def test_calls_name_the_mistake_when_an_address_stands_for_a_range(device: Device, process: Process) -> None:
+    """Ranges and segments are told from numbers before anything is sent."""
+    mirror = await device.mirror(process, Witness())
+    for wrong in (4096, (4096, 8192)):
+        with pytest.raises(TypeError, match="an AddressRange, several, or an array of addresses; not "):
+            await mirror.fault(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"segments are pairs \(address, length\), in a list; not "):
+            await mirror.read(wrong)  # type: ignore[arg-type]
+
+
+async def test_mirror_says_what_its_driver_answered_when_that_was_its_end(
+    device: Device, process: Process, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An invalidation cannot be refused: the log has the error, and whatever is asked of the mirror later does."""
+
+    class Refusing(Driver):
+        async def update(self, event: Event) -> None:
+            if event.type is EventType.MIGRATE:
+                raise WouldDeadlockError("forgotten")
+
+    span = (await process.mmap(PAGE_SIZE)).span
+    mirror = await device.mirror(process, Refusing())
+    await mirror.fault(span)
+    await process.madvise(span.start, PAGE_SIZE, hmm_client.Advice.DONTNEED)
+    with pytest.raises(NoSuchObjectError, match="was released: its driver answered MIGRATE #2 with EIO"):
+        await mirror.fault(span)
+    assert "MIGRATE" in caplog.text
+    assert "ends a mirror of 2015: EDEADLK: forgotten" in caplog.text

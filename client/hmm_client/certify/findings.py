@@ -157,5 +157,5 @@ def of_mirror(status: inspection_pb2.MirrorStatus, *, alive: bool) -> list[Findi
         rule = "died" if "without Bye" in status.lost_because or "cut off" in status.lost_because else "unanswered"
         return [Finding(rule, f"mirror {status.mirror_id} was fenced: {status.lost_because}")]
     if status.state == "released" and alive:
-        return [Finding("refused", f"mirror {status.mirror_id} was killed by an error that its driver answered")]
+        return [Finding("refused", f"mirror {status.mirror_id} was killed: {status.lost_because}")]
     return []

@@ -40,7 +40,7 @@ def command(form: str, where: Where) -> None:
     rows = [row for device in devices for row in _device(device, users)]
     print_table(heads, rows, spare=("memory", "entries"), empty="no devices")
     for mirror in (mirror for device in devices for mirror in device.mirrors if mirror.lost_because):
-        click.echo(f"\nmirror {mirror.mirror_id} is lost: {mirror.lost_because}")
+        click.echo(f"\nmirror {mirror.mirror_id} is {mirror.state}: {mirror.lost_because}")
     for process in processes:
         if process.broken:
             click.echo(f"\nprocess {process.process_id} is broken: {process.broken}")
