@@ -32,7 +32,6 @@ from hmm.mirror_memory import MirrorMemory
 from hmm.mirror_migrate import MakeRoom, Moved, migrate_range
 from hmm.operation import Operation, Pause, immediate
 from hmm.spans import inside
-from hmm.subscriber import Home
 from hmm.units import (
     PAGE_SIZE,
     TASK_SIZE,
@@ -203,7 +202,9 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
 
     Raises:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
-        TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT).
+        TimedOutError: its policy is FAIL, and it did not answer in time that it stops, or still owes the answer to an
+            earlier event (ETIMEDOUT): it stays registered as it was.  Or it did not answer `release` (ETIMEDOUT): it is
+            released, and gone when it is unregistered again after that answer.
         OutOfFramesError: there is no room for what is in its device's memory (ENOMEM); it stays registered.
 
     Source: hmm_mirror_unregister(), hmm_mirror_kill().
@@ -223,15 +224,11 @@ def unregister_mirror(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
 
 def _end_mirror(mirror: Mirror, operation_id: int) -> Operation[None]:
     mirror.leaving = operation_id
-    if mirror.home is not None:
-        yield from _write_back(mirror, mirror.home)
-    if mirror.state is MirrorState.LIVE:
-        yield from mirror.space.notifier.end((mirror.id,), operation_id)
-
-
-def _write_back(mirror: Mirror, home: Home) -> Operation[None]:
     try:
-        yield from home.vacate((mirror.span,))
+        if mirror.home is not None:
+            yield from mirror.home.vacate((mirror.span,))
+        if mirror.state is MirrorState.LIVE:
+            yield from mirror.space.notifier.end((mirror.id,), operation_id, certain=False)
     except HmmError:
         mirror.leaving = 0
         raise

@@ -146,16 +146,14 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
     Raises:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
         TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT); nothing was
-            changed, unless that event came after the notifiers had begun to go: then they are gone.
+            changed.
     """
     mirror = machine.receiver(mirror_id)
     if not isinstance(mirror, IntervalMirror):
         raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
     if mirror.owes:  # where this fails, it has to hear what comes after
         yield mirror.callbacks()
-    for number in list(mirror.notifiers):
-        if number in mirror.notifiers:
-            yield from mirror.remove(number)
+    yield from mirror.remove(list(mirror.notifiers))
     while mirror.owes and mirror_id in machine.receivers:
         yield mirror.callbacks()
     mirror.release(MirrorState.RELEASED)
@@ -178,7 +176,7 @@ def insert_notifier(
 
 def remove_notifier(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[None]:
     """As `IntervalMirror.remove`."""
-    yield from _mirror(machine, mirror_id).remove(number)
+    yield from _mirror(machine, mirror_id).remove((number,))
 
 
 def read_begin(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[int]:

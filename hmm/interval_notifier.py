@@ -28,6 +28,7 @@ in the callback.  The sequence moves when the event is sent, not when the driver
 from __future__ import annotations
 
 import errno as errnos
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hmm import pte
@@ -123,24 +124,47 @@ class IntervalMirror(Receiver):
         self.notifiers[notifier.id] = notifier
         return notifier
 
-    def remove(self, number: int) -> Operation[None]:
-        """Unsubscribe; when it returns no callback for this range is running and none will come.
+    def remove(self, numbers: Sequence[int]) -> Operation[None]:
+        """Unsubscribe; when it returns no callback for these ranges is running and none will come.
+
+        What comes before the end of running invalidations is still heard.  With the policy FAIL everything is, until
+        nothing runs and no abandoned event is unanswered: who failed to answer is still subscribed, and missed nothing.
 
         Raises:
-            WouldDeadlockError: called from inside a callback (EDEADLK); it is still subscribed.
+            NoSuchObjectError: there is no such subscription (ENOENT).
+            WouldDeadlockError: called from inside a callback (EDEADLK); all are still subscribed.
+            TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event for one of these
+                ranges (ETIMEDOUT); all are still subscribed.
 
-        Source: mmu_interval_notifier_remove(); what comes before the end of running invalidations is still heard.
+        Source: mmu_interval_notifier_remove().
         """
-        notifier = self.notifier(number)
+        notifiers = [self.notifier(number) for number in numbers]
+        yield from self._hear_out(notifiers) if self.may_abandon else self._leave(notifiers)
+        for number in numbers:
+            self.notifiers.pop(number, None)
+
+    def _leave(self, notifiers: Sequence[IntervalNotifier]) -> Operation[None]:
         sequence = self.space.notifier.sequence
-        if sequence & 1 and notifier.deferred != sequence:
+        if not sequence & 1 or all(notifier.deferred == sequence for notifier in notifiers):
+            return
+        for notifier in notifiers:
             notifier.leaving = sequence
-            try:
-                yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
-            except WouldDeadlockError:
+        try:
+            yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+        except WouldDeadlockError:
+            for notifier in notifiers:
                 notifier.leaving = 0
-                raise
-        self.notifiers.pop(number, None)
+            raise
+
+    def _hear_out(self, notifiers: Sequence[IntervalNotifier]) -> Operation[None]:
+        while True:
+            sequence = self.space.notifier.sequence
+            if sequence & 1 and any(notifier.deferred != sequence for notifier in notifiers):
+                yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
+            elif any(sent.event.overlaps(notifier.span) for sent in self.abandoned for notifier in notifiers):
+                yield self.callbacks()
+            else:
+                return
 
     def notifier(self, number: int) -> IntervalNotifier:
         """The subscription of that number.

@@ -418,15 +418,26 @@ class Notifier:
                 subscriber.settle(delivery)
         return [outcome.mirror_id for outcome in dispatch.in_order() if outcome.state is EventState.ABANDONED]
 
-    def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int) -> Operation[None]:
+    def end(self, mirror_ids: tuple[MirrorId, ...], operation_id: int, *, certain: bool = True) -> Operation[None]:
         """End subscribers: MUNMAP of everything, which they answer while they still have it, then `release`.
 
-        Those who are lost or ended by somebody else meanwhile are not told `release`.  Source: hmm_mirror_kill().
+        Those who are lost or ended by somebody else meanwhile are not told `release`.
+
+        Args:
+            certain: they end even if their policy is FAIL and they do not answer in time.
+
+        Raises:
+            TimedOutError: it is not certain, and one of them did not answer MUNMAP (ETIMEDOUT): none has ended.
+
+        Source: hmm_mirror_kill().
         """
         event = Event(operation_id, self.space_id, self.next_revision(), EventType.MUNMAP, None, None, (WHOLE_SPACE,))
         dispatch: Dispatch = yield Deliver(event, mirror_ids)
         killed: list[MirrorId] = []
-        for delivery in dispatch.deliveries():
+        deliveries = dispatch.deliveries()
+        if not certain and any(delivery.state is EventState.ABANDONED for delivery in deliveries):
+            raise TimedOutError(f"mirror {mirror_ids[0]} did not answer in time that it stops; its policy is FAIL")
+        for delivery in deliveries:
             subscriber = self.subscribers.get(delivery.mirror_id)
             if subscriber is not None:
                 subscriber.settle(delivery)

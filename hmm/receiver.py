@@ -178,7 +178,12 @@ class Receiver(ABC):
 
     def awaits_late_answer(self) -> bool:
         """True while an abandoned event is unanswered: nothing new is sent before that."""
-        return any(sent.state_of(self.id) is EventState.ABANDONED for sent in self._owed.values())
+        return bool(self.abandoned)
+
+    @property
+    def abandoned(self) -> list[Dispatch]:
+        """The events that it has still to answer and nobody waits for any more."""
+        return [sent for sent in self._owed.values() if sent.state_of(self.id) is EventState.ABANDONED]
 
     @property
     def is_selective(self) -> bool:

@@ -99,6 +99,29 @@ async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered
     assert (await reply).unregister_mirror.result.errno == 0
 
 
+async def test_unregistering_changes_nothing_when_its_own_event_is_not_answered(serve: Any) -> None:
+    """FAIL: a driver that does not answer that it stops is still registered, has its pages, and hears of changes."""
+    served = await serve(acknowledgement_s=SHORT_S)
+    driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
+    entries = served.daemon.machine.mirrors[mirror].table.count
+    leaving = device_pb2.UnregisterMirrorRequest(mirror_id=mirror)
+    result = (await driver.make("unregister_mirror", leaving)).result
+    assert (result.errno, result.message) == (
+        errnos.ETIMEDOUT,
+        f"mirror {mirror} did not answer in time that it stops; its policy is FAIL",
+    )
+    status = await served.mirror_status(mirror)
+    assert (status.state, status.entry_count) == ("live", entries)
+    await driver.acknowledge(await driver.events.get())
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, BASE + PAGE))
+    await driver.acknowledge(await driver.events.get())
+    assert (await unmapping).result.errno == 0
+    reply = await driver.send("unregister_mirror", leaving)
+    for _ in range(2):
+        await driver.acknowledge(await driver.events.get())
+    assert (await reply).unregister_mirror.result.errno == 0
+
+
 async def test_exit_ends_when_an_abandoned_event_is_never_answered(serve: Any) -> None:
     """A death is told in the end even to a driver that owes an answer, and goes on without it."""
     served = await serve(acknowledgement_s=SHORT_S)

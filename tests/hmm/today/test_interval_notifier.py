@@ -193,6 +193,50 @@ def test_detach_changes_nothing_when_an_owed_answer_does_not_come(bench: Any) ->
     assert [delivery.mirror_id for delivery in machine.take_outbox()] == [bench.mirror, mirror]
 
 
+@pytest.mark.parametrize("leave", [commands_hmm.detach, commands_hmm.remove_notifier])
+def test_leaving_changes_nothing_when_an_event_is_abandoned_meanwhile(bench: Any, leave: Any) -> None:
+    """No callback may run for a notifier that is gone: until the answer came, it is there, and hears of changes."""
+    machine = bench.local.machine
+    mirror = bench.call(commands_hmm.attach, bench.device, bench.process, policy=DeadlinePolicy.FAIL)
+    numbers = [bench.call(commands_hmm.insert_notifier, mirror, at, PAGE_SIZE) for at in (0, BASE)]
+    unmapping = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    told, owed = machine.take_outbox()
+    machine.answer(told.mirror_id, told.sequence)
+    arguments = (mirror,) if leave is commands_hmm.detach else (mirror, numbers[1])
+    leaving = machine.start(Caller(), leave, *arguments)
+    machine.abandon(mirror, owed.sequence)
+    for record in (unmapping, leaving):
+        if machine.is_ready(record):
+            machine.resume(record.id)
+    assert isinstance(unmapping.error, TimedOutError)
+    assert not leaving.done
+    machine.expire(leaving.id)
+    assert isinstance(leaving.error, TimedOutError)
+    assert list(machine.receivers[mirror].notifiers) == numbers
+    machine.answer(mirror, owed.sequence)
+    again = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    assert [delivery.mirror_id for delivery in machine.take_outbox()] == [bench.mirror, mirror]
+    machine.answer(bench.mirror, 2)
+    machine.answer(mirror, owed.sequence + 1)
+    machine.resume(again.id)
+    assert machine.start(Caller(), leave, *arguments).done
+    left = machine.receivers[mirror].notifiers if mirror in machine.receivers else ()
+    assert numbers[1] not in left
+
+
+def test_removing_does_not_wait_for_an_abandoned_event_of_another_range(bench: Any) -> None:
+    """mmu_interval_notifier_remove() promises nothing of callbacks for other notifiers."""
+    machine = bench.local.machine
+    mirror = bench.call(commands_hmm.attach, bench.device, bench.process, policy=DeadlinePolicy.FAIL)
+    other, _ = [bench.call(commands_hmm.insert_notifier, mirror, at, PAGE_SIZE) for at in (0, BASE)]
+    unmapping = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    told, owed = machine.take_outbox()
+    machine.answer(told.mirror_id, told.sequence)
+    machine.abandon(mirror, owed.sequence)
+    machine.resume(unmapping.id)
+    assert machine.start(Caller(), commands_hmm.remove_notifier, mirror, other).done
+
+
 def test_device_has_stopped_when_its_driver_detaches(bench: Any) -> None:
     """It hears nothing of what begins after running invalidations have ended, even before detach returns."""
     machine = bench.local.machine
