@@ -39,7 +39,6 @@ from hmm_client.recordings import (
     Ignored,
     ProcessIndex,
     Recording,
-    RecordingError,
     Step,
     Thread,
     ThreadExit,
@@ -126,11 +125,12 @@ async def replay(
 
     Cost: one round trip per call, and what the devices do.
     """
-    if recording.plan.incomparable is not None:
-        raise RecordingError(f"it cannot be compared: {recording.plan.incomparable}", recording.folder)
+    recording.require_comparable()
     run = _Run(recording, client, devices)
     await run.start()
     for step in recording.plan.steps:
+        if run.may_have_ended(step):
+            await run.compare()
         await run.take(step)
         advanced(1)
     return await run.finish()
@@ -160,6 +160,7 @@ class _Run:
         self._files: dict[str, File] = {}
         self.processes: dict[ProcessIndex, Process] = {}
         self.threads: dict[int, tuple[ProcessIndex, Process]] = {}
+        self._found = False
         self.done = Replayed(recording.program)
         started = recording.log.calls[0].name == "execve"  # it made the layout that the replay begins with
         self.done.calls = len(recording.log.calls) - started
@@ -183,7 +184,7 @@ class _Run:
     async def finish(self) -> Replayed:
         """End what is still there."""
         if FIRST in self.processes:
-            await self._compare()
+            await self._end()
         for index in list(self.processes):
             await self._exit(index)
         for file in self._files.values():
@@ -207,12 +208,26 @@ class _Run:
         self.done.processes += 1
         await self._devices.attach(process)
 
-    async def _compare(self) -> None:
-        await self._devices.settle()
+    def may_have_ended(self, step: Step) -> bool:
+        """Whether the last layout may have been read before this step, and was not found yet."""
+        plan = self._recording.plan
+        return (
+            not self._found and plan.ending is not None and step.call.end_line > plan.ending and FIRST in self.processes
+        )
+
+    async def compare(self) -> None:
+        """Compare the layout of the first process with the last one recorded, if it was not that before."""
+        if self._found:
+            return
         maps = await self.processes[FIRST].maps()
         found = [Area(line.start, line.end, line.permissions, line.offset, line.file_name) for line in maps.lines]
         self.done.layout = compare(self._recording.final, found)
         self.done.vmas = len(canonical(found))
+        self._found = not self.done.layout
+
+    async def _end(self) -> None:
+        await self._devices.settle()
+        await self.compare()
 
     async def _exit(self, index: ProcessIndex) -> None:
         for pid in [pid for pid, (owner, _) in self.threads.items() if owner == index]:
@@ -267,7 +282,7 @@ class _Run:
                 await self._devices.attach(self.processes[index])
             case Exit(process=index):
                 if index == FIRST:
-                    await self._compare()
+                    await self._end()
                 await self._exit(index)
 
     async def _fail(self, step: Failed) -> None:

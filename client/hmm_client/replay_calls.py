@@ -172,8 +172,9 @@ async def _map(process: Process, step: Map, files: Mapping[str, File]) -> Made:
 async def _remap(process: Process, step: Remap) -> Made:
     flags, target = MremapFlag(step.flags), step.target
     if step.recorded and flags & MremapFlag.FIXED and step.length == step.new_length:
-        pieces = list(moved_pieces((await process.maps()).lines, _span(step.address, step.length)))
-        if len(pieces) > 1:
+        span = _span(step.address, step.length)
+        pieces = list(moved_pieces((await process.maps()).lines, span))
+        if pieces != [span]:  # Linux 6.17 moves all that lies there
             for piece in pieces:
                 length, distance = piece.end - piece.start, piece.start - step.address
                 await process.mremap(piece.start, length, length, flags, new_address=step.recorded + distance)

@@ -9,7 +9,7 @@ of its mirror: a translation that only the device has would be memory that it ca
 
 **Source**: proto/hmm_proto/v1/inspection.proto for what the daemon has counted.
 
-**Invariants**: the program is at most `LAG_CALLS` calls ahead of its devices.
+**Invariants**: the program is at most `LAG_CALLS` places ahead of its devices.
 
 **Absent**: what a device does at a place (`hmm_client.drivers.prefetch`).
 """
@@ -36,6 +36,8 @@ from hmm_client.process import Process
 from hmm_proto.v1 import inspection_pb2
 
 LAG_CALLS = 8
+FOLLOWED_CALLS = 512
+"""So many calls are followed one by one; then every second, after as many again every third, and so on."""
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class ReplayDevices:
         self._stack = AsyncExitStack()
         self._served: list[tuple[str, Client, PrefetchDevice]] = []
         self._calls = 0
+        self._followed = 0
         self.reports: list[DeviceReport] = []
 
     async def __aenter__(self) -> Self:
@@ -107,11 +110,14 @@ class ReplayDevices:
                 continue
 
     async def follow(self, process: Process, span: AddressRange) -> None:
-        """The program is here now; it waits now and then for its devices."""
+        """The program is here now; it waits now and then for its devices, which in a long program come less often."""
+        self._calls += 1
+        if self._calls % (1 + self._calls // FOLLOWED_CALLS):
+            return
         for _, _, device in self._served:
             device.follow(process.id, span)
-        self._calls += 1
-        if self._calls % LAG_CALLS == 0:
+        self._followed += 1
+        if self._followed % LAG_CALLS == 0:
             await self._idle()
 
     async def settle(self) -> None:

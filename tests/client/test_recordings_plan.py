@@ -473,7 +473,7 @@ def test_process_appears_when_nobody_in_the_log_made_it() -> None:
 
 
 def test_calls_of_threads_count_when_they_were_entered_before_exit_group() -> None:
-    """exit_group waits for a thread that is inside a call; what the thread does later comes too late."""
+    """exit_group takes effect at its return; until then other threads go on, and strace may hold it for long."""
     result = plan(
         f"""
         1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
@@ -486,7 +486,42 @@ def test_calls_of_threads_count_when_they_were_entered_before_exit_group() -> No
         1 +++ exited with 0 +++
         """
     )
+    assert kinds(result) == ["Thread(0)", "Map(0)", "Unmap(0)", "Exit(0)"]
+    assert result.ending == 3
+
+
+def test_calls_of_threads_count_when_exit_group_returned_between_their_lines() -> None:
+    """A thread that was inside a call when its process ended was answered, if the log has the answer."""
+    result = plan(
+        f"""
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 2
+        2 mmap(NULL, 4096, {ANON} <unfinished ...>
+        1 exit_group(0) = ?
+        2 <... mmap resumed>) = 0x7000
+        2 munmap(0x7000, 4096) = 0
+        """
+    )
     assert kinds(result) == ["Thread(0)", "Map(0)", "Exit(0)", "Ignored(0)"]
+    assert result.ending == 3
+
+
+def test_ending_is_that_of_the_first_process_when_children_end_too() -> None:
+    """Only its last layout is compared; and the stack has grown by then."""
+    initial = [Area(0x9000, 0xA000, "rw-p", name="[stack]")]
+    final = [Area(0x6000, 0xA000, "rw-p", name="[stack]")]
+    text = """
+        1 fork() = 2
+        2 exit_group(0) = ?
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 3
+        1 exit_group(0 <unfinished ...>
+        3 exit_group(0 <unfinished ...>
+        3 munlockall() = 0
+        3 <... exit_group resumed>) = ?
+        1 <... exit_group resumed>) = ?
+        """
+    result = plan(text, initial, final)
+    assert kinds(result)[2:] == ["Thread(0)", "GrowStack(0)", "UnlockAll(0)", "Exit(0)", "Ignored(0)"]
+    assert result.ending == 4
 
 
 def test_thread_ends_alone_when_a_signal_ends_the_process_thread_by_thread() -> None:

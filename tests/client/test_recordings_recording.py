@@ -35,6 +35,17 @@ def test_recording_gives_the_places_of_the_address_space_when_asked() -> None:
     assert not any(area.name == "[vsyscall]" for area in recording.initial + recording.final)
 
 
+def test_placement_begins_at_the_loader_when_the_program_lies_above_it(folder: Path) -> None:
+    """With an unlimited stack the base lies below the program; [vdso] is placed beside the loader all the same."""
+    maps = (folder / "maps.initial").read_text()
+    stack = next(line for line in maps.splitlines(True) if "[stack]" in line)
+    program = "7f20e4c00000-7f20e4c01000 r--p 00000000 fe:00 7                                  /home/user/program\n"
+    (folder / "maps.initial").write_text(maps.replace(stack, program + stack))
+    assert Recording.load(folder).mmap_base == 0x7F14E38D0000
+    (folder / "maps.initial").write_text(maps.replace("[vdso]", "").replace(stack, program + stack))
+    assert Recording.load(folder).mmap_base == 0x7F20E4C01000
+
+
 def test_recording_has_no_break_when_the_program_never_asked(folder: Path) -> None:
     """A static program without malloc makes no call of brk."""
     log = (folder / "strace.log").read_text()

@@ -163,6 +163,24 @@ async def test_replay_counts_a_placement_when_the_kernel_chose_another_place(dae
     assert {difference.expected.name for difference in done.layout if difference.expected} == {""}
 
 
+@pytest.mark.parametrize(("entered_first", "differences"), [(True, 0), (False, 1)])
+async def test_replay_finds_the_last_layout_when_threads_went_on_after_it_was_read(
+    daemon: Daemon, altered: Callable[..., Path], entered_first: bool, differences: int
+) -> None:
+    """maps.final was read while exit_group was held; a thread that maps memory before that changed it, later not."""
+    entered, mapped = (
+        "21460 exit_group(0 <unfinished ...>",
+        "7 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANON, -1, 0)",
+    )
+    lines = [entered, f"{mapped} = 0x7f0000000000"]
+    text = "\n".join(lines if entered_first else reversed(lines))
+    thread = "21460 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 7"
+    old = "21460 exit_group(0)                     = ?"
+    folder = altered(TRUE, "strace.log", old, f"{thread}\n{text}\n21460 <... exit_group resumed>) = ?")
+    done = await replayed(folder, daemon)
+    assert (done.differences, done.vmas) == (differences, 19 + differences)
+
+
 async def test_replay_reports_a_call_when_nobody_knows_what_it_does(
     daemon: Daemon, altered: Callable[..., Path]
 ) -> None:

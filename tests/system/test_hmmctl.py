@@ -292,6 +292,19 @@ async def test_replay_prints_one_object_when_json_is_asked_for() -> None:
         assert min(value["faults"], value["events"]) > 0
 
 
+async def test_replay_replays_the_others_when_one_recording_is_unusable(daemon: Daemon, tmp_path: Path) -> None:
+    """What is wrong with it stands on stderr with its place, and the exit code says that not all was replayed."""
+    folder = DATA / "real-programs" / "true"
+    arguments = (tmp_path, folder, "/nonexistent", "-t", daemon.target, "--devices", 0, "--format", "json")
+    done = await hmmctl("replay", *arguments)
+    assert done.code == 2
+    assert [value["program"] for value in done.values] == ["true"]
+    assert done.stderr.splitlines()[:2] == [
+        f"hmmctl: {tmp_path}: not a recording: it has no strace.log and no maps.initial and no maps.final",
+        "hmmctl: /nonexistent: no such folder",
+    ]
+
+
 async def test_replay_shows_tables_when_people_look(daemon: Daemon) -> None:
     """Devices, events by type, and that the mappings are the kernel's; nothing is left on the daemon."""
     done = await hmmctl("replay", DATA / "real-programs" / "true", "-t", daemon.target, "--devices", 3)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, run, where_options
+from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, failures, run, where_options
 from hmm_client.commands.output import JSON, format_option, latency, print_json, print_pairs, print_table
 from hmm_client.commands.progress import Progress
 from hmm_client.embedded import embedded_daemon
-from hmm_client.recordings import Recording, demo_folder
+from hmm_client.recordings import Recording, RecordingError, demo_folder
 from hmm_client.replay import Replayed, replay
 from hmm_client.replay_contents import NoDevices, Stamping, compare_contents
 from hmm_client.replay_devices import DeviceReport, ReplayDevices
@@ -113,12 +115,15 @@ def command(
 
     Without --target a daemon is started for the purpose.
 
-    Exit codes: 0 as recorded; 1 differences or violations; 2 unusable input; 3 no daemon can be reached.
+    Exit codes: 0 as recorded; 1 differences or violations; 2 unusable input, with all other recordings replayed; 3 no
+    daemon can be reached.
     """
+    if bool(memory) != bool(swap) or (memory and where.target):
+        raise click.UsageError("--memory and --swap belong together, and go without --target")
+    recordings = list(_usable(folders or (demo_folder(),)))
     with failures(where), ExitStack() as stack:
-        recordings = [Recording.load(folder) for folder in folders or (demo_folder(),)]
-        if bool(memory) != bool(swap) or (memory and where.target):
-            raise click.UsageError("--memory and --swap belong together, and go without --target")
+        if not recordings:
+            raise SystemExit(UNUSABLE)
         target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=ACKNOWLEDGEMENT_S))
         small = target
         if memory and swap:
@@ -131,7 +136,21 @@ def command(
                 print_json(_as_json(outcomes[-1]))
             else:
                 _print(outcomes[-1])
+    if len(outcomes) < max(1, len(folders)):
+        raise SystemExit(UNUSABLE)
     raise SystemExit(OK if all(outcome.good for outcome in outcomes) else UNEXPECTED)
+
+
+def _usable(folders: Iterable[Path | str]) -> Iterator[Recording]:
+    """The recordings that can be replayed; of the others it is said why they cannot."""
+    for folder in folders:
+        try:
+            recording = Recording.load(folder)
+            recording.require_comparable()
+        except RecordingError as error:
+            click.echo(f"hmmctl: {error}", err=True)
+        else:
+            yield recording
 
 
 async def _replay(

@@ -31,6 +31,7 @@ SHARED_ANONYMOUS = "/dev/zero"
 """What shared anonymous memory is called in maps."""
 VSYSCALL = "[vsyscall]"
 STACK = "[stack]"
+VDSO = "[vdso]"
 
 
 @dataclass(frozen=True, slots=True)

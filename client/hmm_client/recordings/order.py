@@ -4,7 +4,8 @@ The kernel acts at some moment between a call's entry and its return; when the l
 between, the moment is chosen so that no line contradicts it.  Memory that is given back is free from the entry on
 (another thread may get it before munmap returns); memory that is handed out is there when the call returns.  mremap
 does both at once: it acts at its return, or earlier, just before another call returns memory that it gave back.
-exec and exit act at their entry, and so does fork: of what other threads do meanwhile, the child knows nothing.
+exec acts at its entry, and so does fork: of what other threads do meanwhile, the child knows nothing.  exit_group acts
+at its return: what other threads were still answered until then they did, however long strace held it.
 
 Invariants: effects of one thread keep their order; every call of the log is an effect, once.
 Absent: what the effects are.
@@ -26,7 +27,7 @@ EXECUTING = frozenset({"execve", "execveat"})
 """Calls that replace the program."""
 EXITING = frozenset({"exit", "exit_group", "_exit"})
 """Calls that never return."""
-_ACT_AT_ENTRY = frozenset({"munmap", "shmdt"}) | CREATING | EXECUTING | EXITING
+_ACT_AT_ENTRY = frozenset({"munmap", "shmdt"}) | CREATING | EXECUTING
 _MAPPING = frozenset({"mmap", "mmap2", "old_mmap", "shmat", "map_shadow_stack"})
 
 # A line, and how many effects must come between this one and the line's own.

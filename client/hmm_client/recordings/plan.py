@@ -14,7 +14,7 @@ Absent: layouts; execution.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,11 +76,14 @@ class Plan:
         steps: in the order in which the calls took effect.
         processes: by number.
         incomparable: why the final layout of the first process can't be compared; None when it can.
+        ending: line of the log where a thread of the first process began to end it.  Its final layout was read at some
+            time between this line and its Exit, while other threads may have gone on.  None when it ends otherwise.
     """
 
     steps: tuple[Step, ...]
     processes: tuple[ProcessInfo, ...]
     incomparable: str | None
+    ending: int | None = None
 
     def counts(self) -> Counter[str]:
         """How many steps there are of each kind, by class name."""
@@ -125,6 +128,7 @@ class _Planner:
     segments: Segments
     growth: Growth
     first: Call = field(init=False)
+    exits: deque[Call] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     processes: list[ProcessInfo] = field(default_factory=list)
     tasks: dict[int, _Task] = field(default_factory=dict)
@@ -134,10 +138,12 @@ class _Planner:
     planned: set[int] = field(default_factory=set)
     sealed: dict[ProcessIndex, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     incomparable: str | None = None
+    ending: int | None = None
 
     def __post_init__(self) -> None:
         self.first = self.calls[0]
         self.new_process(self.first.pid, None, self.first)
+        self.exits = deque(call for call in self.calls if call.name == "exit_group")
         for call in self.calls:
             if call.name in DECODERS:
                 self.memory_calls.setdefault(call.pid, []).append(call)
@@ -145,7 +151,7 @@ class _Planner:
     def finish(self) -> Plan:
         if FIRST in self.threads:  # the log ends before the process
             self.grow(self.calls[-1], self.growth.rest())
-        return Plan(tuple(self.steps), tuple(self.processes), self.incomparable)
+        return Plan(tuple(self.steps), tuple(self.processes), self.incomparable, self.ending)
 
     def take(self, effect: Effect) -> None:
         event = effect.event
@@ -158,6 +164,7 @@ class _Planner:
 
     def take_call(self, call: Call, child: int | None) -> None:
         self.planned.add(call.line)
+        self.begin_to_end(call)
         task = self.tasks.get(call.pid) or self.appear(call)
         task.call = call
         origin = self.origin(task)
@@ -179,6 +186,15 @@ class _Planner:
             raise RecordingError(f"{call.name}: {error}", self.path, call.line) from error
         except IndexError:
             raise RecordingError(f"{call.name}: too few arguments", self.path, call.line) from None
+
+    def begin_to_end(self, call: Call) -> None:
+        """Take note of every exit_group that was entered before a call acts."""
+        while self.exits and self.exits[0].line <= call.end_line:
+            entered = self.exits.popleft()
+            task = self.tasks.get(entered.pid)
+            if task is not None and task.process == FIRST and self.ending is None:
+                self.ending = entered.line
+                self.grow(task.call, self.growth.rest())
 
     def take_step(self, step: Step) -> None:
         if step.process == FIRST:
@@ -270,8 +286,8 @@ class _Planner:
             return
         for pid in sorted(self.threads[process]):
             calls = self.memory_calls.get(pid, [])
-            index = bisect_right(calls, call.line, key=lambda other: other.end_line)
-            if index < len(calls) and calls[index].line < call.line and calls[index].succeeded:
+            index = bisect_right(calls, call.end_line, key=lambda other: other.end_line)
+            if index < len(calls) and calls[index].line < call.end_line and calls[index].succeeded:
                 # It had been entered, and returned while exit_group waited for the thread: it was done.
                 self.take_call(calls[index], None)
         self.end_process(task, number(call.arguments[0]) if call.arguments else None)

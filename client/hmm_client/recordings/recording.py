@@ -18,7 +18,7 @@ from pathlib import Path
 from hmm.units import page_up
 from hmm_client.recordings.arguments import ArgumentError, string
 from hmm_client.recordings.errors import RecordingError
-from hmm_client.recordings.maps import STACK, VSYSCALL, Area, read_maps
+from hmm_client.recordings.maps import STACK, VDSO, VSYSCALL, Area, read_maps
 from hmm_client.recordings.plan import FIRST, Plan, make_plan
 from hmm_client.recordings.steps import Map, Remap
 from hmm_client.recordings.strace import Log, read_log
@@ -66,6 +66,15 @@ class Recording:
         final = tuple(area for area in read_maps(folder / FINAL) if area.name != VSYSCALL)
         return cls(folder, log, initial, final, make_plan(log, initial, final))
 
+    def require_comparable(self) -> None:
+        """Nothing, if the last layout can be compared.
+
+        Raises:
+            RecordingError: the first process started another program, whose first layout was not recorded.
+        """
+        if self.plan.incomparable is not None:
+            raise RecordingError(f"it cannot be compared: {self.plan.incomparable}", self.folder)
+
     @property
     def program(self) -> str:
         """What to call it: the folder's name."""
@@ -82,13 +91,19 @@ class Recording:
 
     @property
     def mmap_base(self) -> int:
-        """Where top-down placement begins: the end of the highest mapping below the stack, in bytes.
+        """Where top-down placement begins, in bytes.
 
-        The kernel's own base lies there: the loader and [vdso] are placed first.
+        The kernel's own base lies where the loader ends, and [vdso] below it: they are placed first.  Where [vdso] lies
+        above the stack (before 6.16), it is the end of the highest mapping below the stack.
         """
         stack = next((area.start for area in self.initial if area.name == STACK), None)
-        ends = [area.end for area in self.initial if stack is None or area.end <= stack]
-        return max(ends, default=0)
+        below = [area for area in self.initial if stack is None or area.end <= stack]
+        vdso = next((index for index, area in enumerate(below) if area.name == VDSO), None)
+        if vdso is None:
+            return max((area.end for area in below), default=0)
+        while vdso + 1 < len(below) and below[vdso].end == below[vdso + 1].start:
+            vdso += 1
+        return below[vdso].end
 
     @property
     def brk_start(self) -> int | None:
