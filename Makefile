@@ -8,6 +8,7 @@ SCRIPTS := docker/build docker/certificates docker/engine docker/materials
 PROTOS := $(shell find proto/hmm_proto -name '*.proto')
 PYTEST ?= -m pytest
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= auto
 REPLAY_ARGS ?=
 BENCH_ARGS ?=
 
@@ -62,11 +63,11 @@ install-dev: $(VENV)/.dev
 demo: install-runtime ## Replay a real program's memory calls with devices attached
 	$(BIN)/hmmctl replay $(REPLAY_ARGS)
 
-test: install-dev ## Run every test; PYTEST_ARGS="tests/hmm -k fault" selects
+test: install-dev ## Run every test, shared by a process for each CPU; PYTEST_ARGS="tests/hmm -k fault" selects
 	$(call need,command -v strace,strace)
 	$(call need,command -v npm,nodejs npm)
 	$(call need,command -v promtool,prometheus)
-	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) --numprocesses=$(TEST_PROCESSES) --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
 
 # --- What a developer runs
 
@@ -136,7 +137,7 @@ verify: install-dev ## Compare the kernel's traces with a daemon, over the wire;
 	$(BIN)/hmmctl verify $(TRACES)
 
 clean: ## Remove what the tools above left, the environment included
-	rm -rf $(VENV) .build build dist .coverage coverage.json .hypothesis .*_cache
+	rm -rf $(VENV) .build build dist .coverage .coverage.* coverage.json .hypothesis .*_cache
 	find hmm proto server client tests -name __pycache__ -prune -exec rm -rf {} +
 	find proto -name '*_pb2*' -delete
 

@@ -6,15 +6,18 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from coverage import Coverage
 
 import hmm_client
 from hmm_client.embedded import as_flags
 
+TESTS = Path(__file__).parent
+MEASURED = ("hmm", "simulation")
 TIMEOUT_S = 30.0
 """Far more than anything takes; a busy machine is no failure."""
 
@@ -65,6 +68,19 @@ class Daemon:
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self.process.wait(), TIMEOUT_S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_where_hmm_is_tested(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Coverage of hmm is that of its own tests and of the seeded runs; tracing the others would only take time."""
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)  # which `start` sets: daemons and commands are not measured
+    measured = Coverage.current()
+    if measured is None or request.path.relative_to(TESTS).parts[0] in MEASURED:
+        yield
+        return
+    measured.stop()
+    yield
+    measured.start()
 
 
 @pytest.fixture

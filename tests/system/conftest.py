@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -105,5 +106,10 @@ def packages() -> None:
     """What the driver imports, installed from its lock file."""
     lock, installed = JAVASCRIPT / "package-lock.json", JAVASCRIPT / "node_modules" / ".package-lock.json"
     assert shutil.which("node"), "the driver in JavaScript needs node and npm: apt-get install -y nodejs npm"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        subprocess.run(["npm", "ci", "--silent"], cwd=JAVASCRIPT, check=True, timeout=INSTALL_S)
+    folder = os.open(JAVASCRIPT, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the tests may be shared by several processes
+        if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+            subprocess.run(["npm", "ci", "--silent"], cwd=JAVASCRIPT, check=True, timeout=INSTALL_S)
+    finally:
+        os.close(folder)
