@@ -120,6 +120,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Names are fetched when they are used: `hmmctl --help` shall not wait for gRPC.
     if name in _HOME:

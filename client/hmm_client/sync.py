@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import update_wrapper
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast
 
 import grpc
 
@@ -52,6 +52,7 @@ from hmm_client.results import Outcome
 P = ParamSpec("P")
 T = TypeVar("T")
 A = TypeVar("A")
+F = TypeVar("F", bound=Callable[..., object])
 
 CALLBACK_THREADS = 64
 """How many callbacks can run, or wait for calls of their own, at a time."""
@@ -69,6 +70,16 @@ class blocking(Generic[P, T]):  # noqa: N801 - used like a decorator
             return handle.loop.run(self._method(handle.aio, *args, **kwargs))
 
         return update_wrapper(call, self._method)
+
+
+def documented_as(method: Callable[..., object]) -> Callable[[F], F]:
+    """A function that has the arguments and errors of another one, and its documentation for `help()`."""
+
+    def documented(function: F) -> F:
+        function.__doc__ = method.__doc__
+        return function
+
+    return documented
 
 
 class _Handle(Generic[A]):
@@ -309,6 +320,10 @@ class Driver:
         """The mirror was fenced, or the connection broke."""
 
 
+AnyDriver: TypeAlias = Driver | aio_driver.Driver
+"""A driver's functions are called the same way whoever its base is; those that are `async def` run as well."""
+
+
 class IntervalDriver:
     """As `hmm_client.IntervalDriver`, with plain functions, which run on worker threads and may make calls."""
 
@@ -382,10 +397,11 @@ class _Adapter(aio_driver.Driver):
 class Device(_Handle[aio_device.Device]):
     """As `hmm_client.Device`."""
 
+    @documented_as(aio_device.Device.mirror)
     def mirror(
         self,
         process: Process,
-        driver: Driver,
+        driver: AnyDriver,
         *,
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         fault_events: bool = True,
@@ -397,12 +413,13 @@ class Device(_Handle[aio_device.Device]):
         aio_driver.require_driver(driver, "update", "Driver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
-        adapter = _Adapter(driver, self.loop, executor)
+        adapter = _Adapter(cast("Driver", driver), self.loop, executor)
         options = {"policy": policy, "fault_events": fault_events, "concurrent": concurrent}
         options |= {"report_only": report_only, "misbehaviour": misbehaviour}
         mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
         return Mirror(mirror, self.loop)
 
+    @documented_as(aio_device.Device.attach)
     def attach(
         self,
         process: Process,
@@ -410,13 +427,15 @@ class Device(_Handle[aio_device.Device]):
         *,
         policy: DeadlinePolicy = DeadlinePolicy.FENCE,
         concurrent: bool = False,
+        misbehaviour: Between | None = None,
     ) -> IntervalMirror:
         """Attach to a process with today's interface."""
         aio_driver.require_driver(driver, "invalidate", "IntervalDriver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
         adapter = _IntervalAdapter(driver, self.loop, executor)
-        mirror = self.loop.run(self.aio.attach(process.aio, adapter, policy=policy, concurrent=concurrent))
+        options = {"policy": policy, "concurrent": concurrent, "misbehaviour": misbehaviour}
+        mirror = self.loop.run(self.aio.attach(process.aio, adapter, **options))  # type: ignore[arg-type]
         return IntervalMirror(mirror, self.loop)
 
     @property
@@ -450,6 +469,7 @@ class Client(_Handle[aio_client.Client]):
         assert self.aio.executor is not None
         self.aio.executor.shutdown()
 
+    @documented_as(aio_client.Client.create_process)
     def create_process(
         self,
         name: str = "",
@@ -477,6 +497,7 @@ class Client(_Handle[aio_client.Client]):
         """unlink(2)."""
         self.loop.run(self.aio.unlink_file(name))
 
+    @documented_as(aio_client.Client.register_device)
     def register_device(
         self,
         name: str,
@@ -510,7 +531,15 @@ def connect(
     credentials: grpc.ChannelCredentials | None = None,
     credit: int = 0,
 ) -> Client:
-    """A client of the daemon at `target`, as `hmm_client.connect`; to be used in `with`."""
+    """A client of the daemon at `target`; to be used in `with`.
+
+    Args:
+        target: "unix:PATH", PATH or "HOST:PORT"; None: $HMMD_SOCKET or where hmmd listens by default.
+        token: owner of what this client creates, and its right to use it; empty: everybody's.
+        name: what events, logs and `hmmctl pending` call this client.
+        credentials: of TLS (`hmm_client.tls_credentials`); None: none.
+        credit: how many unanswered events the drivers can have; 0: the daemon's default.
+    """
     loop = LoopThread.shared()
     executor = ThreadPoolExecutor(CALLBACK_THREADS, "hmm_client callback")
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import pytest
+
+import hmm_client
+from hmm_client import sync
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -202,3 +206,36 @@ gate.set()
 assert process.mmap(PAGE).address
 """,
     )
+
+
+def test_names_are_listed_and_documented_when_somebody_looks() -> None:
+    """Tab completion and help() show what is loaded only when it is used, and the arguments of what is only wrapped."""
+    assert set(hmm_client.__all__) <= set(dir(hmm_client))
+    for ours, theirs in (
+        (sync.Client.create_process, hmm_client.Client.create_process),
+        (sync.Client.register_device, hmm_client.Client.register_device),
+        (sync.Device.mirror, hmm_client.Device.mirror),
+        (sync.Device.attach, hmm_client.Device.attach),
+        (sync.Mirror.fault, hmm_client.Mirror.fault),
+    ):
+        assert ours.__doc__ == theirs.__doc__
+        assert list(signature(ours).parameters) == list(signature(theirs).parameters)
+
+
+class Gpu(hmm_client.TableDriver):
+    """A driver as the README shows it."""
+
+    def update(self, event: hmm_client.Event) -> None:
+        """As of its base."""
+        super().update(event)
+
+
+def test_driver_may_have_either_base_when_there_is_no_await(shared_daemon: Daemon) -> None:
+    """One driver serves both clients."""
+    with sync.connect(shared_daemon.target) as client:
+        process = client.create_process("either")
+        span = process.mmap(4096).span
+        driver = Gpu()
+        mirror = client.register_device("of either base").mirror(process, driver)
+        mirror.fault(span)
+        assert driver.tables[mirror.id].pages.count == 1
