@@ -2,7 +2,7 @@
 
 **Source**: Linux fs/open.c, fs/namei.c (do_unlinkat()), mm/shmem.c (shmem_zero_setup()).
 
-**Invariants**: a file is there as long as it has a name, an open handle or a mapping.
+**Invariants**: a file is there as long as it has a name, an open handle or a mapping, or a call works on it.
 
 **Absent**: directories, modes, locks, write-back to a disk.
 """
@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import errno as errnos
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hmm import file as files
@@ -107,22 +109,26 @@ def open_device_file(machine: Machine, name: str, vm_flags: VmFlag) -> int:
 
 def truncate_file(machine: Machine, file_id: int, size_bytes: int) -> Operation[None]:
     """ftruncate(2), as `truncate.truncate`."""
-    yield from truncation.truncate(machine.file(file_id), size_bytes)
+    with kept(machine, machine.file(file_id)) as file:
+        yield from truncation.truncate(file, size_bytes)
 
 
 def punch_file(machine: Machine, file_id: int, offset: int, length: int) -> Operation[None]:
     """fallocate(2) with PUNCH_HOLE and KEEP_SIZE, as `truncate.punch`."""
-    yield from truncation.punch(machine.file(file_id), offset, length)
+    with kept(machine, machine.file(file_id)) as file:
+        yield from truncation.punch(file, offset, length)
 
 
 def read_file(machine: Machine, file_id: int, offset: int, length: int) -> Operation[bytes]:
     """pread(2), as `file.read`."""
-    return (yield from files.read(machine.file(file_id), offset, length))
+    with kept(machine, machine.file(file_id)) as file:
+        return (yield from files.read(file, offset, length))
 
 
 def write_file(machine: Machine, file_id: int, offset: int, data: bytes) -> Operation[int]:
     """pwrite(2), as `file.write`."""
-    return (yield from files.write(machine.file(file_id), offset, data))
+    with kept(machine, machine.file(file_id)) as file:
+        return (yield from files.write(file, offset, data))
 
 
 def status(machine: Machine, file_id: int) -> FileStatus:
@@ -155,6 +161,18 @@ def new_huge_memory(machine: Machine, space: AddressSpace, size_bytes: int, flag
         file.reserve()
     _add_file(machine, file)
     return file
+
+
+@contextmanager
+def kept(machine: Machine, file: File) -> Iterator[File]:
+    """Keep a file while a call works on it, whoever closes it meanwhile.  Source: fs/file.c, fdget()."""
+    file.calls += 1
+    try:
+        yield file
+    finally:
+        file.calls -= 1
+        if not file.opens and file.release_unused():
+            machine.files.pop(file.id, None)
 
 
 def forget_unused(machine: Machine) -> None:

@@ -12,6 +12,7 @@ after the kernel's file; what is here is what concerns processes: who uses which
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +31,7 @@ from hmm import msync as syncing
 from hmm import pagemap as page_map
 from hmm import pin as pinning
 from hmm.address_space import MMAP_BASE, AddressSpace, Thp
-from hmm.commands_file import new_huge_memory, new_shared_memory
+from hmm.commands_file import kept, new_huge_memory, new_shared_memory
 from hmm.cpu_access import Accessed
 from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
@@ -255,10 +256,11 @@ def mmap(
     space = machine.process(process_id).space
     file = machine.file(file_id) if file_id else None
     placement = _placement(space, length, MapFlag(flags & _NOT_FIXED), file, offset) if address and length > 0 else 0
-    mapped = yield from mman.mmap(
-        space, address, length, Prot(prot), MapFlag(flags), file, offset,
-        partial(new_shared_memory, machine), partial(new_huge_memory, machine, space),
-    )  # fmt: skip
+    with kept(machine, file) if file else nullcontext():
+        mapped = yield from mman.mmap(
+            space, address, length, Prot(prot), MapFlag(flags), file, offset,
+            partial(new_shared_memory, machine), partial(new_huge_memory, machine, space),
+        )  # fmt: skip
     return Mapped(mapped, placement or mapped)
 
 

@@ -78,6 +78,7 @@ class File:
             zeroed pages of its own; with PFNMAP the VMA shows registers, frame numbers without struct page.
         first_register: with PFNMAP: the frame number at offset 0, positive.
         opens: open handles; a name in a file system counts as one.
+        calls: calls that work on it and have not ended; to them it is open, whoever closes it.
         mappers: the address spaces that may map the file, by id.
         pages: the page cache: an entry per page that is no hole, addressed by the offset in bytes.
     """
@@ -90,6 +91,7 @@ class File:
     vm_flags: VmFlag = VmFlag.NONE
     first_register: Pfn = 1 << 36
     opens: int = 0
+    calls: int = 0
     max_directories: int = 1 << 16
     mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     pages: PageTable = field(init=False)
@@ -149,7 +151,7 @@ class File:
         return any(vma.mapping.backing is self for vma in space.vmas_with_entries)
 
     def release_unused(self) -> bool:
-        """Let go of all pages when no handle is open and no VMA maps the file.
+        """Let go of all pages when no handle is open, no call works on the file, and no VMA maps it.
 
         To be called once the entries of an unmapped range are gone, not when its VMAs are: until then a
         mirror that does not answer can bring them back.
@@ -158,7 +160,7 @@ class File:
 
         Cost: nothing while a handle is open; else O(VMAs of `mappers`).
         """
-        if self.opens or self.mapping_spaces():
+        if self.opens or self.calls or self.mapping_spaces():
             return False
         self.drop_pages(0, FILE_SIZE_MAX)
         return True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from machine_world import World
 
 from hmm import commands_file as files
 from hmm import commands_process as processes
@@ -107,6 +108,27 @@ def test_vfork_shares_the_space_until_exec(local: Local) -> None:
     assert local.machine.spaces[1].users == 1
     local.call(processes.exit_process, child)
     assert list(local.machine.processes) == [1]
+
+
+def test_file_stays_when_it_is_closed_while_a_call_works_on_it() -> None:
+    """fdget(), fget(): what a call has begun with lasts until it ends, and then goes if nothing else holds it."""
+    world = World()
+    file = world.do(files.open_file, "f", create=True)
+    world.do(files.write_file, file, 0, b"bytes")
+    world.do(processes.write_memory, world.pid, START, b"x")
+    mapping = world.start(processes.mmap, world.pid, START, PAGE_SIZE, RW, MapFlag.SHARED | MapFlag.FIXED, file, 0)
+    (told,) = world.sent()
+    world.do(files.unlink_file, "f")
+    world.do(files.close_file, file)
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert mapping.done
+    assert world.do(processes.read_memory, world.pid, START, 5).data == b"bytes"
+    truncation = world.start(files.truncate_file, file, 0)
+    world.do(processes.munmap, world.pid, START, 16 * PAGE_SIZE)
+    world.settle()
+    assert truncation.done
+    assert world.machine.frames.statistics()[0].used == 0
 
 
 def test_file_is_opened_by_name_and_lives_as_long_as_anything_holds_it(local: Local) -> None:
