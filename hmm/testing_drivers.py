@@ -29,6 +29,7 @@ from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import RangeFaulted
 from hmm.errors import BadAddressError
 from hmm.events import Delivery, Event, EventState, EventType
+from hmm.frames import Frames, PageFlag
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
 from hmm.mirror import Mirror
@@ -144,6 +145,8 @@ class DeviceModel:
             if mirror is None or mirror.state is not MirrorState.LIVE:
                 held.clear()  # the daemon lets no access through any more
                 continue
+            if mirror.awaits_late_answer():
+                _forget_failed(self.machine.frames, held)
             table = mirror.space.table
             state = (self.changes[mirror_id], self.checked.number(table))
             if held and self.checked.is_new((DeviceModel, mirror_id), *state):
@@ -172,6 +175,13 @@ def _check_mirrored(mirror: Mirror, held: dict[int, tuple[int, bool]], entries: 
             f"{mirror} uses frame {pfns[at]} at {list(held)[at]:#x}{' for writing' if writable[at] else ''}, "
             f"the CPU's entry is {int(entries[at]):#x}"
         )
+
+
+def _forget_failed(frames: Frames, held: dict[int, tuple[int, bool]]) -> None:
+    # A failure of memory is told of, and does not wait for those who do not answer in time.
+    pages, pfns = list(held), np.array([pfn for pfn, _ in held.values()], np.int64)
+    for at in np.flatnonzero(frames.test_flags(pfns, PageFlag.HWPOISON)).tolist():
+        del held[pages[at]]
 
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
@@ -264,7 +274,10 @@ class IntervalDrivers:
             mirror = self.machine.receivers.get(mirror_id)
             if mirror is None or mirror.state is not MirrorState.LIVE:
                 held.clear()  # the daemon lets no access through any more
-            elif held:
+                continue
+            if mirror.awaits_late_answer():
+                _forget_failed(self.machine.frames, held)
+            if held:
                 entries = mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held)))
                 alone = self.exclusive.get(mirror_id, set())
                 _check_held(mirror_id, held, entries, np.array([page in alone for page in held]))

@@ -124,7 +124,7 @@ def _map_device(town: Town) -> Call | None:
 
 
 FILE_CALLS: Makers = (
-    (_open, 4), (write_file, 8), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2), (_punch, 2), (_msync, 3),
-    (_map_file, 4), (_dirty_file, 4), (_sync_file, 3), (_open_device, 1), (_map_device, 2),
+    (_open, 4), (write_file, 8), (_read_file, 2), (_close, 1), (_unlink, 1), (_truncate, 2), (_punch, 2), (_msync, 2),
+    (_map_file, 5), (_dirty_file, 6), (_sync_file, 6), (_open_device, 1), (_map_device, 2),
 )  # fmt: skip
 """What makes them, and how often."""

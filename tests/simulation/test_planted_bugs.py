@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 
 from hmm import (
     cpu_pte,
+    device_access,
     device_pages,
     directory_tree,
     exclusive,
     fork,
+    frame_access,
     huge_split,
+    memory_failure,
     mirror_memory,
     reclaim,
     swap_in,
@@ -23,16 +27,19 @@ from hmm import (
 )
 from hmm.address_space import AddressSpace
 from hmm.dispatch import Audience
+from hmm.errors import RangeBusyError
 from hmm.events import Cause, Event
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frame_contents import FrameContents
+from hmm.frames import Frames
 from hmm.interval_notifier import IntervalMirror
+from hmm.iommu import Domain
 from hmm.machine import Machine
 from hmm.mirror import Mirror, MirrorState
 from hmm.mirror_memory import MirrorMemory
 from hmm.notifier import Invalidation, Notifier
-from hmm.operation import Operation, Pause
+from hmm.operation import Operation, Pause, WaitFor
 from hmm.receiver import Receiver
 from hmm.reclaim import Reclaim
 from hmm.swap_area import Slots, SwapArea
@@ -287,7 +294,83 @@ def fork_does_not_count_swap_entries(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SwapArea, "duplicate", lambda *_: None)
 
 
+def fork_shares_pinned_pages(patch: pytest.MonkeyPatch) -> None:
+    """The next write takes a copy, and leaves the device the page that it has pinned."""
+    patch.setattr(fork, "_pinned", lambda _, entries: np.zeros(entries.size, np.bool_))
+
+
+def pins_are_never_undone(patch: pytest.MonkeyPatch) -> None:
+    """Pages are no longer pinned, and keep the reference of the pin."""
+
+    def unpin(frames: Frames, pfns: Pfns) -> Pfns:
+        np.subtract.at(frames.pincount, pfns, 1)
+        return pfns[:0]
+
+    patch.setattr(Frames, "unpin", unpin)
+
+
+def failed_pages_stay_with_relatives(patch: pytest.MonkeyPatch) -> None:
+    """Memory failure takes a page from one process, and leaves it to its child."""
+    places = memory_failure.anonymous_places
+
+    def nearest(relatives: list[AddressSpace], *arguments: Any) -> Any:
+        return places(relatives[:1], *arguments)
+
+    patch.setattr(memory_failure, "anonymous_places", nearest)
+
+
+def write_back_tells_nobody(patch: pytest.MonkeyPatch) -> None:
+    """Pages are clean, and devices go on writing to them."""
+    deliver = Invalidation.deliver
+
+    def tell(invalidation: Invalidation) -> Operation[None]:
+        if invalidation.cause is not Cause.WRITE_BACK:
+            yield from deliver(invalidation)
+
+    patch.setattr(Invalidation, "deliver", tell)
+
+
+def reaping_ignores_refusals(patch: pytest.MonkeyPatch) -> None:
+    """Memory is taken from drivers that have said that they cannot give it up at once."""
+    take = Notifier._take_outcomes
+
+    def go_on(self: Notifier, dispatch: Any, *, certain: bool) -> Operation[None]:
+        with suppress(RangeBusyError):
+            yield from take(self, dispatch, certain=certain)
+
+    patch.setattr(Notifier, "_take_outcomes", go_on)
+
+
+def answers_count_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Devices reach pages although their drivers have answered that they no longer do."""
+    patch.setattr(device_access, "inside", lambda pages, _: np.zeros(pages.size, np.bool_))
+    patch.setattr(frame_access, "inside", lambda pages, _: np.zeros(pages.size, np.bool_))
+
+
+def dma_addresses_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    """Of several pages that are mapped for DMA each gets the address of another one."""
+    mapped = Domain.map
+    patch.setattr(Domain, "map", lambda self, pfns, addresses: mapped(self, pfns, addresses)[::-1])
+
+
+def dirty_is_lost_with_its_entry(patch: pytest.MonkeyPatch) -> None:
+    """What devices wrote is not noted when their entries go."""
+    patch.setattr(Mirror, "_propagate_dirty", lambda *_: None)
+
+
+def ending_mirrors_are_nobodys(patch: pytest.MonkeyPatch) -> None:
+    """Who waits for the end of a mirror cannot say for whom."""
+    blockers = Machine.blockers
+
+    def some(machine: Machine, record: Any) -> list[int]:
+        ends = getattr(record.request, "wait_for", None) is WaitFor.CALLBACKS
+        return [] if ends else blockers(machine, record)
+
+    patch.setattr(Machine, "blockers", some)
+
+
 WRONG_BYTES, STALE, LOST = "WrongContentsError", "StaleTranslationError", "LostTranslationError"
+MOVED, LEAK, AFTER = "MovedPageError", "LeakError", "AccessAfterAnswerError"
 BUGS: list[tuple[str, Plant, str]] = [
     ("mirrors", last_mirror_is_not_told, ""),
     ("mirrors", frames_are_freed_before_the_acknowledgement, "reaches pages"),
@@ -296,6 +379,17 @@ BUGS: list[tuple[str, Plant, str]] = [
     ("mirrors", copies_on_write_are_empty, WRONG_BYTES),
     ("mirrors", fork_leaves_pages_writable, WRONG_BYTES),
     ("mirrors", fault_ignores_invalidations, LOST),
+    ("mirrors", fork_shares_pinned_pages, MOVED),
+    ("mirrors", pins_are_never_undone, LEAK),
+    ("mirrors", failed_pages_stay_with_relatives, "contents are lost"),
+    ("mirrors", write_back_tells_nobody, ""),
+    ("mirrors", reaping_ignores_refusals, ""),
+    ("mirrors", answers_count_for_nothing, AFTER),
+    ("mirrors", ending_mirrors_are_nobodys, "waits for nobody"),
+    ("devices", answers_count_for_nothing, AFTER),
+    ("devices", dma_addresses_are_mixed_up, ""),
+    ("swap", dirty_is_lost_with_its_entry, ""),
+    ("swap-memory", dirty_is_lost_with_its_entry, ""),
     ("devices", pages_name_drivers_that_are_gone, ""),
     ("devices", evictions_leave_their_entries, ""),
     ("devices", second_pass_is_left_out, STALE),
