@@ -63,8 +63,8 @@ def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[
     """Poison the pages of a range, which are brought in by a read first.
 
     Raises:
-        BadAddressError: a page cannot be had, or is lost already (EFAULT); a huge page cannot be split, as somebody
-            refers to it (EHWPOISON).
+        BadAddressError: a page cannot be had, or is lost already (EFAULT); another call is taking it, or a huge page
+            cannot be split, as somebody refers to it (EHWPOISON).
         RangeBusyError: a page is the zero page (EBUSY).
         NoSuchObjectError: a page is in coherent memory of a device (ENXIO).
         InvalidRequestError: hugetlb memory (EOPNOTSUPP).
@@ -122,7 +122,7 @@ def _are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
     """bool[n]: which entries map small pages of system memory."""
     pfns = np.where(cpu_pte.is_present(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
     plain: npt.NDArray[np.bool_] = (pfns != ZERO_PFN) & ~cpu_pte.is_special(entries)
-    plain &= ~frames.test_flags(pfns, PageFlag.COMPOUND) & (owners(frames, pfns) == 0)
+    plain &= ~frames.test_flags(pfns, PageFlag.COMPOUND | PageFlag.HWPOISON) & (owners(frames, pfns) == 0)
     return plain
 
 
@@ -145,15 +145,25 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
         raise RangeBusyError(f"memory failure: {address:#x} is the zero page", address=address)
     if owners(frames, np.array([pfn]))[0]:
         raise NoSuchObjectError(f"memory failure: {address:#x} is in a device's memory", errnos.ENXIO, address=address)
+    _require_sound(frames, pfn, address)
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
     if cpu_pte.is_special(entry) or not (yield from split_folio(space, vma, address)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
     entries = space.table.read(address, address + PAGE_SIZE)
+    if cpu_pte.is_present(entries)[0]:
+        _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
     if _are_plain(frames, entries)[0]:
         yield from _memory_failure(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE
+
+
+def _require_sound(frames: Frames, pfn: int, address: Address) -> None:
+    """TestSetPageHWPoison()."""
+    if frames.flags_of(pfn) & PageFlag.HWPOISON:
+        message = f"memory failure: {address:#x} is being taken from everybody already"
+        raise BadAddressError(message, EHWPOISON, address=address)
 
 
 def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfns) -> Operation[None]:

@@ -97,6 +97,18 @@ def test_every_process_loses_the_page_and_its_child_gets_the_entry(world: World)
     assert cpu_pte.cpu_pfn(entry(world, 0, grandchild)) == cpu_pte.cpu_pfn(entry(world, 0))
 
 
+def test_failure_is_counted_once_when_two_calls_inject_it(world: World) -> None:
+    """TestSetPageHWPoison(): the second call gets EHWPOISON, and one frame is lost."""
+    write(world, 0, 2)
+    first = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.HWPOISON)
+    second = world.start(processes.madvise, world.pid, START, 2 * PAGE_SIZE, Advice.HWPOISON)
+    world.settle()
+    assert first.result == 0
+    assert error_of(second).errno == EHWPOISON
+    assert world.machine.frames.poisoned == 1
+    assert signals(world, 2) == [Signal.BUS_POISON, None]
+
+
 def test_mirror_is_ended_when_its_driver_fails_to_give_the_page_up(world: World) -> None:
     """hmm_mirror_update(): an error is the end of the mirror, also where the change cannot be taken back."""
     write(world, 0)
