@@ -312,7 +312,7 @@ class Receiver(ABC):
             )
         unfinished = errno == errnos.EINPROGRESS and self.has_two_passes(event)
         state = EventState.ACKNOWLEDGED
-        if errno == errnos.EAGAIN and not event.blockable:
+        if errno == errnos.EAGAIN and not event.blockable and not event.finishes:
             # Only the OOM reaper's events may be refused; elsewhere an error is an answer, and kills the mirror.
             state = EventState.REFUSED
             self.counters[state._value_] += 1

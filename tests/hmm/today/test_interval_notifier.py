@@ -396,6 +396,24 @@ def test_reaping_fails_when_a_driver_refuses(bench: Any) -> None:
     machine.check()
 
 
+def test_reaping_goes_on_when_a_driver_refuses_to_finish_what_it_has_started(bench: Any) -> None:
+    """The second pass cannot fail: an error counts as done, and as a bug of the driver."""
+    first, second = two_mirrors(bench, two_pass=(True, False))
+    bench.write(0, b"gone")
+    machine = bench.local.machine
+    record = machine.start(Caller(), commands_process.process_mrelease, bench.process)
+    started, done = machine.take_outbox()
+    machine.answer(first, started.sequence, errno.EINPROGRESS)
+    machine.answer(second, done.sequence)
+    machine.resume(record.id)
+    (finish,) = machine.take_outbox()
+    machine.answer(first, finish.sequence, errno.EAGAIN)
+    machine.resume(record.id)
+    assert (record.done, record.error, bench.entry(0)) == (True, None, 0)
+    counters = machine.receivers[first].counters
+    assert (counters["undocumented_errors"], counters["refused"]) == (1, 0)
+
+
 def test_reaped_memory_is_gone_and_nothing_comes_any_more(bench: Any) -> None:
     """MMF_UNSTABLE: a touch is SIGBUS, a device's fault EFAULT; shared memory stays; the process can still exit."""
     shared = MapFlag.SHARED | MapFlag.FIXED | MapFlag.ANONYMOUS
