@@ -256,7 +256,7 @@ class Scheduler:
     def _errno(self, mirror: Receiver, event: Event) -> int:
         if mirror.has_two_passes(event) and self._happens(self.odds.start_only):
             return errnos.EINPROGRESS
-        if not event.blockable and self._happens(self.odds.deny):
+        if not event.blockable and not event.finishes and self._happens(self.odds.deny):
             return errnos.EAGAIN
         refusing = event.etype is not EventType.RELEASE and self._happens(self.odds.refuse)
         return errnos.EIO if refusing else 0

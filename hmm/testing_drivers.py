@@ -50,8 +50,13 @@ class AccessAfterAnswerError(AssertionError):
 
 @dataclass(slots=True)
 class GivenUp:
-    """Events that were answered, and whose change has still to be made: nothing may be reached through them."""
+    """Events that were answered, and whose change has still to be made: nothing may be reached through them.
 
+    Attributes:
+        by_mask: pages may be read whose entries stay, as those of mirrors of 2015.
+    """
+
+    by_mask: bool = False
     events: dict[tuple[MirrorId, int], Event] = field(default_factory=dict)
 
     def add(self, receiver: Receiver, delivery: Delivery) -> None:
@@ -67,7 +72,7 @@ class GivenUp:
         unsettled = receiver.unsettled
         self.events = {key: one for key, one in self.events.items() if key[0] != receiver.id or key[1] in unsettled}
         for (mirror_id, sequence), event in self.events.items():
-            keeps = event.reason is None and event.pte_mask != pte.MASK_NONE and not write
+            keeps = self.by_mask and event.pte_mask != pte.MASK_NONE and not write
             if mirror_id != receiver.id or keeps or event.initiator == mirror_id:
                 continue
             if inside(pages, event.spans).any():
@@ -97,7 +102,7 @@ class DeviceModel:
     translations: dict[MirrorId, dict[int, tuple[int, bool]]] = field(default_factory=dict)
     discarded: dict[MirrorId, list[tuple[int, AddressRange]]] = field(default_factory=dict)
     changes: Counter[MirrorId] = field(default_factory=Counter)
-    given_up: GivenUp = field(default_factory=GivenUp)
+    given_up: GivenUp = field(default_factory=lambda: GivenUp(by_mask=True))
 
     def answering(self, delivery: Delivery, errno: int) -> bytes:
         """The driver handled an event and is about to answer: the device has done what the event asks."""
