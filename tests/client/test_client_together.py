@@ -93,12 +93,15 @@ class Scene:
         self.daemon.send(events=[event])
 
     async def answered(self) -> dict[int, int]:
-        """What the next message acknowledges, by mirror."""
+        """What the next message acknowledges, by mirror: of events in a row, which one message may answer, the last."""
         message = await self.daemon.acknowledged()
         assert not message.single_mirror_ids
         assert not message.answers
-        assert len(set(message.mirror_ids)) == len(message.mirror_ids)
-        return dict(zip(message.mirror_ids, message.acknowledged_up_to, strict=True))
+        marks: dict[int, int] = {}
+        for mirror_id, up_to in zip(message.mirror_ids, message.acknowledged_up_to, strict=True):
+            assert marks.get(mirror_id, 0) < up_to
+            marks[mirror_id] = up_to
+        return marks
 
     @property
     def ids(self) -> list[int]:

@@ -15,6 +15,9 @@ PAGE = 4096
 BASE = 0x10000000000
 END = BASE + 16 * PAGE
 SHORT_S = 0.05
+"""For drivers that do not answer at all."""
+FOREVER_S = 600.0
+"""For drivers that answer what they please: `let_deadlines_pass` ends the time for the rest."""
 
 
 async def _mirrored(served: Any, policy: int, **fields: Any) -> tuple[Any, int, int]:
@@ -41,12 +44,15 @@ async def test_fence_completes_the_call_and_names_the_mirror(serve: Any) -> None
 
 async def test_fence_spares_the_mirrors_that_answered(serve: Any) -> None:
     """Only those that did not answer are lost."""
-    served = await serve(acknowledgement_s=SHORT_S)
+    served = await serve(acknowledgement_s=FOREVER_S)
     driver, pid, hung = await _mirrored(served, types_pb2.DEADLINE_POLICY_FENCE)
     alive = await driver.mirror(pid, "gpu1")
     unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
     await driver.events.get()
     await driver.answer(mirror_ids=[alive], acknowledged_up_to=[1])
+    while len((await served.pending()).operations[0].events) > 1:
+        pass
+    await served.let_deadlines_pass()
     assert list((await unmapping).result.fenced_mirrors) == [hung]
     assert (await served.mirror_status(alive)).state == "live"
 
@@ -69,13 +75,16 @@ async def test_fail_ends_the_call_and_changes_nothing(serve: Any) -> None:
 
 async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
     """After an abandoned event a mirror gets no other until it has answered; the next call waits and fails too."""
-    served = await serve(acknowledgement_s=SHORT_S)
+    served = await serve(acknowledgement_s=FOREVER_S)
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
-    assert (await served.munmap(pid, BASE, END)).result.errno == errnos.ETIMEDOUT
+    first = asyncio.ensure_future(served.munmap(pid, BASE, END))
+    await served.let_deadlines_pass()
+    assert (await first).result.errno == errnos.ETIMEDOUT
     second = asyncio.ensure_future(served.munmap(pid, BASE, END))
     await served.until(lambda: len(served.daemon.machine.operations) == 1)
     waiting = (await served.pending()).operations[0]
     assert (waiting.waits_for.startswith("answers to abandoned events"), waiting.events[0].mirror_id) == (True, mirror)
+    await served.let_deadlines_pass()
     assert (await second).result.errno == errnos.ETIMEDOUT
     first_event = await driver.events.get()
     assert driver.events.empty()
@@ -87,11 +96,15 @@ async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
 
 async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered(serve: Any) -> None:
     """It waits for callbacks that run, but under the policy FAIL not for ever; once the answer came it succeeds."""
-    served = await serve(acknowledgement_s=SHORT_S)
+    served = await serve(acknowledgement_s=FOREVER_S)
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
-    assert (await served.munmap(pid, BASE, END)).result.errno == errnos.ETIMEDOUT
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
+    await served.let_deadlines_pass()
+    assert (await unmapping).result.errno == errnos.ETIMEDOUT
     leaving = device_pb2.UnregisterMirrorRequest(mirror_id=mirror)
-    assert (await driver.make("unregister_mirror", leaving)).result.errno == errnos.ETIMEDOUT
+    reply = await driver.send("unregister_mirror", leaving)
+    await served.let_deadlines_pass()
+    assert (await reply).unregister_mirror.result.errno == errnos.ETIMEDOUT
     await driver.acknowledge(await driver.events.get())
     reply = await driver.send("unregister_mirror", leaving)
     for _ in range(2):
@@ -101,11 +114,13 @@ async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered
 
 async def test_unregistering_changes_nothing_when_its_own_event_is_not_answered(serve: Any) -> None:
     """FAIL: a driver that does not answer that it stops is still registered, has its pages, and hears of changes."""
-    served = await serve(acknowledgement_s=SHORT_S)
+    served = await serve(acknowledgement_s=FOREVER_S)
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
     entries = served.daemon.machine.mirrors[mirror].table.count
     leaving = device_pb2.UnregisterMirrorRequest(mirror_id=mirror)
-    result = (await driver.make("unregister_mirror", leaving)).result
+    reply = await driver.send("unregister_mirror", leaving)
+    await served.let_deadlines_pass()
+    result = (await reply).unregister_mirror.result
     assert (result.errno, result.message) == (
         errnos.ETIMEDOUT,
         f"mirror {mirror} did not answer in time that it stops; its policy is FAIL",

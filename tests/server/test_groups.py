@@ -12,6 +12,7 @@ from hmm_proto.v1 import event_pb2, types_pb2
 PAGE = 4096
 BASE = 0x10000000000
 END = BASE + 16 * PAGE
+FOREVER_S = 600.0
 
 
 class Scene:
@@ -160,14 +161,17 @@ async def test_mirrors_of_two_drivers_are_two_groups(scene: Scene) -> None:
 
 async def test_abandoned_event_still_leaves_when_the_window_opens(serve: Any) -> None:
     """It waited for credit beyond its deadline; its mirrors answer it late, and then hear of the next."""
-    scene = Scene(await serve(acknowledgement_s=0.2, credit=1))
+    scene = Scene(await serve(acknowledgement_s=FOREVER_S, credit=1))
     blocked = await scene.served.new_process()
     await scene.served.mmap(blocked, BASE, END)
     await scene.set_up(2, policy=types_pb2.DEADLINE_POLICY_FAIL)
     await scene.driver.mirror(blocked, "slow", policy=types_pb2.DEADLINE_POLICY_BLOCK)
     waiting = asyncio.ensure_future(scene.served.munmap(blocked, BASE, END))
     first = await scene.driver.events.get()
-    assert (await scene.unmap(0)).result.errno
+    abandoned = scene.unmap(0)
+    await scene.served.until(lambda: len(scene.served.daemon.machine.operations) == 2)
+    await scene.served.let_deadlines_pass()
+    assert (await abandoned).result.errno
     await scene.driver.acknowledge(first)
     await waiting
     await scene.driver.acknowledge(await scene.driver.events.get())
