@@ -152,7 +152,7 @@ def new_huge_memory(machine: Machine, space: AddressSpace, size_bytes: int, flag
 
     Source: fs/hugetlbfs/inode.c, hugetlb_file_setup(); mm/hugetlb.c, hugetlb_reserve_pages().
     """
-    owner = 0 if flags & MapFlag.SHARED else space.id
+    owner = 0 if flags & (MapFlag.SHARED | MapFlag.NORESERVE) else space.id
     file = HugetlbFile(
         machine.next_id("file"), "/anon_hugepage (deleted)", FileKind.HUGETLB, machine.frames, size_bytes,
         HUGETLB_VM_FLAGS, pool=machine.hugetlb, owner=owner,

@@ -21,14 +21,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.file import File
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, SpaceId
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, SpaceId
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["HUGETLB_VM_FLAGS", "HugetlbFile", "HugetlbPool", "require_whole_pages", "unreserve"]
+__all__ = ["HUGETLB_VM_FLAGS", "HugetlbFile", "HugetlbPool", "discard_pages", "require_whole_pages", "unreserve"]
 
 HUGETLB_VM_FLAGS = VmFlag.HUGETLB | VmFlag.DONTEXPAND
 
@@ -93,7 +94,8 @@ class HugetlbFile(File):
     """The unnamed file behind one mapping of hugetlb memory.
 
     Attributes:
-        owner: the address space whose private mapping has the reservations; 0 of a shared one, where all have them.
+        owner: the address space whose private mapping has the reservations; 0 of a shared one, where all have them, and
+            of one without (MAP_NORESERVE).
         reserved: which of its pages, by number, are reserved and not in use.
     """
 
@@ -117,6 +119,11 @@ class HugetlbFile(File):
             self.reserved.discard(number)
         return pfns
 
+    def restore(self, number: int) -> None:
+        """Reserve a page again that has just become free."""
+        self.reserved.add(number)
+        self.pool.reserved += 1
+
     def unreserve(self, numbers: Iterable[int]) -> None:
         """Give reservations back."""
         given = self.reserved.intersection(numbers)
@@ -129,6 +136,24 @@ class HugetlbFile(File):
         if unused:
             self.unreserve(list(self.reserved))
         return unused
+
+
+def discard_pages(space: AddressSpace, vma: Vma) -> None:
+    """Drop the pages of a part of a VMA of hugetlb memory; those that were the process's own are reserved for it again.
+
+    Cost: O(huge pages).  Source: Linux mm/hugetlb.c, __unmap_hugepage_range().
+
+    Differs: a page that a child still maps is not reserved; the kernel counts it at once, and too few until it is free.
+    """
+    file = vma.backing
+    assert isinstance(file, HugetlbFile), vma
+    for start in range(vma.start, vma.end, PMD_SIZE):
+        entry = space.table.get(start)
+        space.zap(start, start + PMD_SIZE)
+        head = cpu_pte.cpu_pfn(entry)
+        own = entry and file.owner == space.id and file.frames.flags_of(head) & PageFlag.ANON
+        if own and file.frames.refcount[head] == 1:
+            file.restore(vma.page_offset(start) >> (PMD_SHIFT - PAGE_SHIFT))
 
 
 def require_whole_pages(vma: Vma) -> None:

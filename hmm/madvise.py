@@ -51,6 +51,7 @@ from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
+from hmm.hugetlb import discard_pages
 from hmm.ksm import unmerge
 from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.memory_failure import inject_memory_failure
@@ -282,6 +283,8 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
         for piece in pieces:
             if cause is Cause.MADV_FREE:
                 yield from _make_clean(space, piece)
+            elif piece.has(VmFlag.HUGETLB):
+                discard_pages(space, piece)
             else:
                 blocks = huge_blocks(space, piece.span)
                 yield from split_pmds(space, [one for one in blocks if one.start < piece.start or one.end > piece.end])

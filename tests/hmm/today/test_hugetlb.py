@@ -19,7 +19,7 @@ from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 BLOCK = PMD_PAGES
 RW = Prot.READ | Prot.WRITE
@@ -219,3 +219,29 @@ def test_machine_is_not_made_when_the_pool_does_not_fit() -> None:
     with pytest.raises(HmmError) as raised:
         Local(Machine(Limits(frames=2 * BLOCK, device_frames=0, hugetlb_pages=2)))
     assert raised.value.errno == errno.ENOMEM
+
+
+def test_discarded_page_is_reserved_again_for_the_process_that_reserved_it(bench: Any) -> None:
+    """__unmap_hugepage_range(): lest somebody steal it; not without a reservation, nor what a child still maps."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x")
+    assert free(bench) == (3, 1)
+    bench.call(commands_process.madvise, bench.process, *place(bench, 0, BLOCK), Advice.DONTNEED)
+    assert free(bench) == (4, 2)
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)
+    bench.call(commands_process.madvise, bench.process, *place(bench, 0, BLOCK), Advice.DONTNEED)
+    assert free(bench) == (3, 1)
+    bench.call(commands_process.madvise, child, *place(bench, 0, BLOCK), Advice.DONTNEED)
+    assert free(bench) == (4, 1)
+    bench.map(BLOCK, at=4 * BLOCK, flags=PRIVATE | MapFlag.NORESERVE)
+    bench.write(4 * BLOCK, b"x")
+    bench.call(commands_process.madvise, bench.process, *place(bench, 4 * BLOCK, BLOCK), Advice.DONTNEED)
+    assert free(bench) == (4, 1)
+
+
+def test_mprotect_does_not_account_hugetlb_memory(bench: Any) -> None:
+    """mprotect_fixup(): VM_ACCOUNT does not come with VM_WRITE where VM_HUGETLB is."""
+    bench.map(BLOCK, prot=Prot.READ, flags=PRIVATE)
+    bench.call(commands_process.mprotect, bench.process, *place(bench, 0, BLOCK), RW)
+    assert not next(iter(bench.local.machine.process(bench.process).space.vmas)).has(VmFlag.ACCOUNT)
