@@ -52,6 +52,7 @@ MMAP_BASE = TASK_SIZE - (1 << 27)
 _ANON = int(PageFlag.ANON)
 _HUGETLB = int(PageFlag.HUGETLB)
 _HUGE_KINDS = cpu_pte.PRESENT | cpu_pte.DEVICE | cpu_pte.MIGRATION
+_USED = cpu_pte.DIRTY | cpu_pte.ACCESSED
 _NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
 _NOT_SOFT_DIRTY = np.uint64(~cpu_pte.SOFT_DIRTY & (1 << 64) - 1)
 
@@ -268,10 +269,11 @@ class AddressSpace:
         else:
             self.tables -= {number for number in self.tables if first <= number < end}
 
-    def drop(self, entries: Entries) -> None:
+    def drop(self, entries: Entries, *, replaced: bool = False) -> None:
         """Let go of the frames and swap slots that CPU entries named; `entries` are no longer in any table.
 
-        A dirty entry of a page that is not anonymous makes its frame dirty, as zap_present_folio_ptes() does.
+        Of a page that is not anonymous a dirty entry makes its frame dirty, and one that was used counts as a use:
+        zap_present_folio_ptes().  Not when a copy replaces it: wp_page_copy().
 
         Cost: O(n), vectorised; 2 ns per page for consecutive private pages.
         """
@@ -284,16 +286,19 @@ class AddressSpace:
             entries = entries[cpu_pte.holds_frame(entries)]
         pfns = cpu_pte.cpu_pfn(entries)
         freed = self.frames.unmap(pfns)
-        if some & cpu_pte.DIRTY and freed.size < pfns.size:
-            dirty = pfns[cpu_pte.is_dirty(entries)]
-            named = (self.frames.refcount[dirty] > 0) & ~self.frames.test_flags(dirty, PageFlag.ANON)
-            self.frames.set_flags(dirty[named], PageFlag.DIRTY)
+        if some & _USED and freed.size < pfns.size and not replaced:
+            named = (self.frames.refcount[pfns] > 0) & ~self.frames.test_flags(pfns, PageFlag.ANON)
+            self._note_use(entries[named])
+
+    def _note_use(self, entries: Entries) -> None:
+        self.frames.set_flags(cpu_pte.cpu_pfn(entries[cpu_pte.is_dirty(entries)]), PageFlag.DIRTY)
+        self.frames.mark_accessed(cpu_pte.cpu_pfn(entries[(entries & np.uint64(cpu_pte.ACCESSED)) != 0]))
 
     def _drop_one(self, entry: int) -> None:
         if cpu_pte.holds_frame(entry):
             pfn = cpu_pte.cpu_pfn(entry)
-            if entry & cpu_pte.DIRTY and not self.frames.flags_of(pfn) & _ANON:
-                self.frames.set_flags_one(pfn, PageFlag.DIRTY)
+            if entry & _USED and not self.frames.flags_of(pfn) & _ANON:
+                self._note_use(np.array([entry], np.uint64))
             self.frames.unmap_one(pfn)
         elif entry & cpu_pte.SWAP:
             free_entries(self.frames, np.array([cpu_pte.cpu_pfn(entry)]))

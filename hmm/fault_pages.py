@@ -427,7 +427,7 @@ class _Part:
         # As wp_page_copy().  What has no struct page is the zero page, or registers without bytes.
         prepare_anon_vma(self.space, self.vma)
         sources = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
-        self.space.drop(self._install(addresses, sources if sources.any() else None))
+        self.space.drop(self._install(addresses, sources if sources.any() else None), replaced=True)
 
     def _mark(self, addresses: Entries, entries: Entries) -> None:
         # What the processor itself does when it uses an entry.

@@ -289,7 +289,10 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
                 entries = entries[: int(lost.argmax())]
                 stop = page_down(at) + entries.size * PAGE_SIZE
         # A hole is entry 0, whose frame number is that of the zero page.
-        parts.append(copy_from_frames(file.frames, cpu_pte.cpu_pfn(entries), at & _OFFSET, stop - at))
+        pfns = cpu_pte.cpu_pfn(entries)
+        parts.append(copy_from_frames(file.frames, pfns, at & _OFFSET, stop - at))
+        begun = pfns[1:] if at & _OFFSET else pfns
+        file.frames.mark_accessed(begun[begun != ZERO_PFN])
         at = stop
         if at < min(end, file.size_bytes):
             yield Pause()
@@ -346,6 +349,7 @@ def write(file: File, start: int, data: bytes) -> Operation[int]:
         wanted, stop = stop, min(stop, page_down(at) + pfns.size * PAGE_SIZE)
         copy_to_frames(file.frames, pfns, at & _OFFSET, memoryview(data)[done : done + stop - at])
         file.frames.set_flags(pfns, PageFlag.DIRTY)
+        file.frames.mark_accessed(pfns)
         file.size_bytes = max(file.size_bytes, stop)
         done += stop - at
         if stop < wanted and not file.frames.make_room:

@@ -73,6 +73,10 @@ class PageFlag(IntFlag):
     HUGETLB = 1 << 13
 
 
+_REFERENCED, _ACTIVE = np.uint32(PageFlag.REFERENCED), np.uint32(PageFlag.ACTIVE)
+_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint32)
+
+
 @dataclass(frozen=True, slots=True)
 class RegionStatistics:
     """Frames of a region, the zero page not counted."""
@@ -480,6 +484,22 @@ class Frames(FrameContents):
     def set_flags_one(self, pfn: Pfn, flags: PageFlag) -> None:
         """`set_flags` for one frame."""
         self._flags[pfn] |= flags._value_
+
+    def mark_accessed(self, pfns: Pfns, times: int = 1, *, dirty: bool = False, unevictable: bool = False) -> None:
+        """Use pages so often: referenced, active, both, and then no more: folio_mark_accessed().
+
+        Args:
+            dirty: they were written too.
+            unevictable: they are on no list, and only become referenced.
+        """
+        flags = self.flags[pfns]
+        uses = ((flags & _REFERENCED) != 0) + 2 * ((flags & _ACTIVE) != 0)
+        uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + times, 3)
+        flags &= ~(_REFERENCED | _ACTIVE)
+        flags |= _USED[uses]
+        if dirty:
+            flags |= np.uint32(PageFlag.DIRTY)
+        self.flags[pfns] = flags
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.

@@ -27,17 +27,15 @@ from hmm.errors import (
 )
 from hmm.fault import fault_in, pieces
 from hmm.fault_pages import DIRTIED, READ_ONLY
-from hmm.frames import Frames, PageFlag
+from hmm.frames import PageFlag
 from hmm.huge_fault import mark_huge
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation, Pause
-from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Entries
 from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "populate"]
 
-_REFERENCED, _ACTIVE = np.uint32(PageFlag.REFERENCED), np.uint32(PageFlag.ACTIVE)
-_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint32)
 """The flags of a page that was used so often."""
 _LEFT_OUT = VmFlag.IO | VmFlag.PFNMAP | VmFlag.LOCKONFAULT
 
@@ -131,20 +129,9 @@ def _mark_accessed(space: AddressSpace, span: AddressRange, write: bool) -> None
     locked = vma is not None and vma.has(VmFlag.LOCKED)
     for head in heads_of(frames, pfns) if space.huge else ():  # what is said of a page is said of its folio
         mine = belong_to(frames, pfns, head)
-        _use(frames, members(frames, head), int(np.count_nonzero(mine)), dirty=bool(clean[mine].any()), locked=locked)
+        times, dirty = int(np.count_nonzero(mine)), bool(clean[mine].any())
+        frames.mark_accessed(members(frames, head), times, dirty=dirty, unevictable=locked)
         pfns, clean = pfns[~mine], clean[~mine]
     if np.count_nonzero(clean):
         frames.set_flags(pfns[clean], PageFlag.DIRTY)
-    _use(frames, pfns, 1, dirty=False, locked=locked)
-
-
-def _use(frames: Frames, pfns: Pfns, times: int, *, dirty: bool, locked: bool) -> None:
-    """Mark pages as used so often: referenced, active, both, and then no more; those on no list only referenced."""
-    flags = frames.flags[pfns]
-    uses = ((flags & _REFERENCED) != 0) + 2 * ((flags & _ACTIVE) != 0)
-    uses = np.maximum(uses, min(times, 1)) if locked else np.minimum(uses + times, 3)
-    flags &= ~(_REFERENCED | _ACTIVE)
-    flags |= _USED[uses]
-    if dirty:
-        flags |= np.uint32(PageFlag.DIRTY)
-    frames.flags[pfns] = flags
+    frames.mark_accessed(pfns, unevictable=locked)

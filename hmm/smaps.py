@@ -96,8 +96,10 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
 
     dirty = flagged(PageFlag.DIRTY) | (present & cpu_pte.is_dirty(entries))
     anonymous = flagged(PageFlag.ANON)
-    private = (mapcount < 2) | (frames.refcount[pfns] == 1) | cpu_pte.is_migration(entries)
-    shares = np.where(private, np.int64(PAGE_SIZE << _PSS_SHIFT), (PAGE_SIZE << _PSS_SHIFT) // mapcount)
+    countable = present | cpu_pte.is_device_private(entries)  # others are "maybe shared, but not sure how often"
+    private = countable & ((mapcount < 2) | (frames.refcount[pfns] == 1))
+    whole = private | ~countable
+    shares = np.where(whole, np.int64(PAGE_SIZE << _PSS_SHIFT), (PAGE_SIZE << _PSS_SHIFT) // mapcount)
     young = present & ((entries & np.uint64(cpu_pte.ACCESSED)) != 0)
     pss = int(shares.sum()) >> _PSS_SHIFT
     counts = area_of(frames).counts[swapped] if swapped.size else np.ones(0, np.int32)

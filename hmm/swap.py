@@ -53,10 +53,13 @@ def slots_of(entries: Entries) -> Slots:
     return cpu_pte.cpu_pfn(entries[cpu_pte.is_swap(entries)])
 
 
-def free_entries(frames: Frames, slots: Slots) -> None:
+def free_entries(frames: Frames, slots: Slots, *, dirty: bool = True) -> None:
     """Swap entries went: their slots are named once less, and free when nothing names them.
 
-    Cost: O(n), vectorised.  Source: Linux mm/swapfile.c, free_swap_and_cache().
+    Args:
+        dirty: a page that leaves the swap cache is dirty from now on: folio_free_swap().  A read fault leaves it clean.
+
+    Cost: O(n), vectorised.  Source: Linux mm/swapfile.c, free_swap_and_cache(); mm/memory.c, should_try_to_free_swap().
     """
     if not slots.size:
         return
@@ -67,7 +70,8 @@ def free_entries(frames: Frames, slots: Slots) -> None:
     if pfns.size:
         area.cached[freed] = 0
         frames.private[pfns] = 0
-        frames.set_flags(pfns, PageFlag.DIRTY)  # nowhere else is what they hold: folio_free_swap()
+        if dirty:
+            frames.set_flags(pfns, PageFlag.DIRTY)
         frames.put(pfns)
 
 

@@ -74,7 +74,7 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
     marked = (entries & np.uint64(cpu_pte.SWP_EXCLUSIVE)) != 0
     pfns = _cache(frames, slots)
     frames.map(pfns)
-    free_entries(frames, slots)
+    free_entries(frames, slots, dirty=write)
     # do_swap_page(): a page that this process alone has, by the marker or because it is about to copy it otherwise.
     exclusive = marked | (frames.refcount[pfns] == 1) if write else marked
     flags = (entries & np.uint64(cpu_pte.SOFT_DIRTY)) | np.uint64(READ_ONLY)

@@ -9,7 +9,7 @@
 
 **Invariants**: a page that is there is never replaced; a VMA is registered with one userfaultfd at most.
 
-**Absent**: write-protecting, minor faults, UFFDIO_MOVE and _POISON; hugetlb memory and files of a disk cannot be
+**Absent**: write-protecting, minor faults, UFFDIO_MOVE and _POISON; hugetlb memory cannot be
 registered (EINVAL); EAGAIN while events are on their way, as there are none.
 
 Differs: when directories of the page table run out, shared memory keeps the pages that were to be mapped.  What
@@ -51,6 +51,8 @@ __all__ = ["IOCTLS", "CopyMode", "Filled", "RegisterMode", "close", "fill", "reg
 
 MMAP_MIN_ADDRESS = 1 << 16
 """The lowest address that ranges may have (vm.mmap_min_addr)."""
+_OF_SHMEM = (FileKind.SHARED_MEMORY, FileKind.FILE)
+"""vma_is_shmem(): all files here are of memory."""
 IOCTLS = 1 << 2 | 1 << 3 | 1 << 4
 """_UFFDIO_WAKE, _COPY and _ZEROPAGE: what a registered range permits, as UFFDIO_REGISTER returns it."""
 
@@ -101,7 +103,7 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
 
     Raises:
         InvalidRequestError: no range, another mode, nothing mapped there, or a VMA that is neither private anonymous
-            nor shared memory (EINVAL); nothing was changed.
+            nor of shared memory or a file (EINVAL); nothing was changed.
         AccessDeniedError: a mapping that may never be written (EPERM); nothing was changed.
         ConflictError: a VMA is registered with another userfaultfd (EBUSY); nothing was changed.
         OutOfFramesError: the process has ended, or too many VMAs (ENOMEM); VMAs below that one are registered.
@@ -192,7 +194,7 @@ def _pieces(space: AddressSpace, operation: str, span: AddressRange) -> list[Vma
 def _require_fit(operation: str, piece: Vma) -> None:
     """vma_can_userfault()."""
     file = piece.backing
-    if isinstance(file, File) and file.kind is not FileKind.SHARED_MEMORY:
+    if isinstance(file, File) and file.kind not in _OF_SHMEM:
         raise InvalidRequestError(f"{operation}: {piece} is neither anonymous nor shared memory", address=piece.start)
 
 

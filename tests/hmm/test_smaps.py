@@ -177,3 +177,49 @@ def test_hugetlb_pages_count_apart() -> None:
     assert memory_use(local.machine.processes[pid].space, vma) == MemoryUse(private_hugetlb=PMD_SIZE)
     local.call(processes.fork, pid)
     assert memory_use(local.machine.processes[pid].space, vma) == MemoryUse(shared_hugetlb=PMD_SIZE)
+
+
+def test_page_that_comes_back_from_swap_is_clean_until_it_is_written() -> None:
+    """do_swap_page(), should_try_to_free_swap(): only a write fault lets folio_free_swap() mark the page dirty."""
+    process = Process()
+    process.write(0, 2)
+    process.call(processes.madvise, process.pid, START, 2 * PAGE_SIZE, Advice.PAGEOUT)
+    assert process.use().swap == 8 * KIB
+    process.call(processes.read_memory, process.pid, START, 1)
+    process.call(processes.write_memory, process.pid, START + PAGE_SIZE, b"x")
+    assert (process.use().private_clean, process.use().private_dirty) == (4 * KIB, 4 * KIB)
+
+
+def test_page_that_lost_its_contents_may_be_shared() -> None:
+    """smaps_account(): of entries that are not present nobody says how often; those of devices' memory are."""
+    local = Local(Machine(Limits(frames=256, device_frames=0), capable=True))
+    pid = local.call(processes.create_process, "p")
+    local.call(processes.mmap, pid, START, 16 * PAGE_SIZE, RW, FIXED)
+    local.call(processes.write_memory, pid, START, b"x" * 2 * PAGE_SIZE)
+    local.call(processes.madvise, pid, START, PAGE_SIZE, Advice.HWPOISON)
+    space = local.machine.processes[pid].space
+    use = memory_use(space, next(iter(space.vmas)))
+    assert (use.rss, use.pss) == (8 * KIB, 8 * KIB)
+    assert (use.shared_clean + use.shared_dirty, use.private_dirty) == (4 * KIB, 4 * KIB)
+
+
+def test_page_of_a_file_counts_as_used_when_the_file_was_or_somebody_unmapped_it() -> None:
+    """folio_mark_accessed() in shmem_get_folio_gfp() for a write, shmem_file_read_iter(), zap_present_folio_ptes()."""
+    process = Process()
+    number = process.call(files.open_file, "f", create=True)
+    process.call(files.truncate_file, number, 3 * PAGE_SIZE)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    process.call(processes.mmap, process.pid, START, 3 * PAGE_SIZE, RW, shared, number)
+    child = process.call(processes.fork, process.pid)
+
+    def used_after(command: object, *arguments: object) -> int:
+        process.call(processes.touch, process.pid, span(0, 3), write=False)
+        process.call(processes.clear_refs, process.pid, ClearRefs.ALL)
+        process.call(command, *arguments)
+        return process.use().referenced
+
+    assert used_after(files.write_file, number, 0, b"x") == 4 * KIB
+    assert used_after(files.read_file, number, 0, PAGE_SIZE + 1) == 8 * KIB
+    assert used_after(files.read_file, number, 1, PAGE_SIZE - 1) == 0
+    process.call(processes.touch, child, span(0, 2), write=False)
+    assert used_after(processes.exit_process, child) == 8 * KIB

@@ -30,7 +30,7 @@ from hmm.uffdio import IOCTLS, CopyMode, Filled
 from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.userfaultfd import UserfaultFeature
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 SHARED = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
 
@@ -288,8 +288,8 @@ def test_register_refuses_what_cannot_be_served() -> None:
     assert fails(town, uffd.uffd_register, town.fd, span(0), 2) == "EINVAL"
     assert fails(town, uffd.uffd_register, town.fd, span(0, 0), 1) == "EINVAL"
     assert fails(town, uffd.uffd_register, town.fd, span(20), 1) == "EINVAL"
-    file = town.do(commands_file.open_file, "data", create=True)
-    town.do(processes.mmap, town.pid, span(15).start, PAGE_SIZE, RW, MapFlag.PRIVATE | MapFlag.FIXED, file)
+    device = town.do(commands_file.open_device_file, "/dev/x", VmFlag.MIXEDMAP)
+    town.do(processes.mmap, town.pid, span(15).start, PAGE_SIZE, RW, MapFlag.SHARED | MapFlag.FIXED, device)
     assert fails(town, uffd.uffd_register, town.fd, span(0, 16), 1) == "EINVAL"
     other = town.do(uffd.create_userfaultfd, town.pid)
     town.do(uffd.uffd_register, other, span(8), 1)
@@ -637,3 +637,24 @@ def test_waits_and_registrations_are_replayed(town: Town) -> None:
     assert machine.inputs is not None
     assert digest(replay(machine.inputs, machine.limits)) == digest(machine)
     assert [touch.done for touch in touches] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("sharing", [MapFlag.SHARED, MapFlag.PRIVATE])
+def test_handler_brings_in_what_a_mapping_of_a_file_misses(sharing: MapFlag) -> None:
+    """vma_is_shmem(): what the file has is there, of private mappings too; who writes a private page gets a copy."""
+    town = Town((0, 0))
+    file = town.do(commands_file.open_file, "data", create=True)
+    town.do(commands_file.truncate_file, file, 4 * PAGE_SIZE)
+    town.do(commands_file.write_file, file, 0, b"f" * PAGE_SIZE)
+    town.do(processes.mmap, town.pid, START, 4 * PAGE_SIZE, RW, sharing | MapFlag.FIXED, file)
+    assert town.do(uffd.uffd_register, town.fd, span(0, 4), 1) == IOCTLS
+    assert town.read(0) == b"f"
+    waits = town.touch(1, write=True)
+    assert not waits.done
+    assert town.faults() == [(1, 1, True)]
+    assert ends_with(town.copy(1, "a")) == (1, "")
+    assert waits.done
+    assert town.read(1) == b"a"
+    in_file = town.do(commands_file.read_file, file, PAGE_SIZE, 1)
+    assert in_file == (b"a" if sharing is MapFlag.SHARED else b"\0")
+    assert ends_with(town.copy(4, "b")) == (0, "ENOENT")
