@@ -60,7 +60,18 @@ from hmm.populate import get_user_pages
 from hmm.reclaim import Reclaim, is_lazily_free
 from hmm.swap_in import read_ahead
 from hmm.truncate import punch
-from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, is_page_aligned, page_up
+from hmm.units import (
+    PAGE_SHIFT,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SIZE,
+    Address,
+    AddressRange,
+    Entries,
+    Pfns,
+    is_page_aligned,
+    page_up,
+)
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags, zap
 from hmm.zone_device import owners
@@ -439,8 +450,15 @@ def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:
     for piece in _pieces(space, span):
         if piece.backing is None:
             yield from collapse(space, piece)
-        elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE):
+        elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE) or not _suits_huge_pages(space, piece):
             raise InvalidRequestError(f"madvise: {piece} does not take COLLAPSE", address=piece.start)
+
+
+def _suits_huge_pages(space: AddressSpace, piece: Vma) -> bool:
+    """A whole block of a file fits into the VMA, at its offset: thp_vma_suitable_order()."""
+    vma = space.vmas.find(piece.start)
+    assert vma is not None
+    return not vma.mapping.delta % PMD_PAGES and vma.end - PMD_SIZE & PMD_MASK >= vma.start
 
 
 def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[None]:

@@ -121,19 +121,26 @@ def unmap_everywhere(
     Raises: TimedOutError: a mirror with policy FAIL did not answer; some entries were replaced already.
 
     Cost: O(VMAs + pages), vectorised; one event per address space.
-    Source: Linux mm/rmap.c, try_to_migrate().  Every VMA where a page could be is told, as there.
+    Source: Linux mm/rmap.c, try_to_migrate().  Every VMA where a page could be is told, as there, up to the one that
+    had the last mapping of the page (folio_not_mapped()).
     """
     frames = held.frames
-    mapped = frames.mapcount[held.pfns] > 0
-    if not mapped.any():
+    mappings = frames.mapcount[held.pfns]
+    if not mappings.any():
         return False
     of_file = ~frames.test_flags(held.pfns, PageFlag.ANON)
     told: dict[int, tuple[AddressSpace, list[Entries]]] = {}
-    for place in held.places():
-        chosen = mapped[place.pages] & (of_file[place.pages] | place.space.may_map(held.pfns[place.pages]))
+    walked: set[tuple[int, int]] = set()
+    for place in sorted(held.places(), key=_walk_order):
+        pfns = held.pfns[place.pages]
+        naming = _names(place.space.table.lookup(place.addresses), pfns)
+        chosen = (mappings[place.pages] > 0) & (of_file[place.pages] | place.space.may_map(pfns))
         if only_where_mapped:
-            entries = place.space.table.lookup(place.addresses)
-            chosen = chosen & _names(entries, held.pfns[place.pages])
+            chosen &= naming
+        where = (place.space.id, place.vma.start)
+        if where not in walked and isinstance(place.pages, slice):  # merged pages may be in one VMA more than once
+            walked.add(where)
+            mappings[place.pages] -= naming
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
     for space, parts in told.values():
@@ -148,6 +155,11 @@ def unmap_everywhere(
             stand_in(space, place.addresses[naming], entries[naming])
             frames.put(held.pfns[place.pages][naming])
     return bool(told)
+
+
+def _walk_order(place: Places) -> int:
+    """The reverse map has VMAs in the order of the page offset at which they begin, those alike as they came."""
+    return place.vma.page_offset(place.vma.start)
 
 
 def replace(held: HeldPages, targets: Pfns) -> None:

@@ -32,7 +32,7 @@ from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import cut
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
-from hmm.units import Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.units import TASK_SIZE, Address, AddressRange, Entries, is_page_aligned, page_up
 from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
 from hmm.vma_edit import modify_flags
 
@@ -198,8 +198,9 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
 
 
 def _populated_part(space: AddressSpace, span: AddressRange) -> AddressRange | None:
-    """`span` from its first populated 1 GiB table on, as change_pud_range() tells of it."""
-    first = next(space.table.populated(span.start, span.end), None)
+    """`span` from its first 1 GiB on that has page tables, for whatever page, as change_pud_range() tells of it."""
+    around = span.start & _PUD_MASK, min(-(-span.end & _PUD_MASK), TASK_SIZE)
+    first = next(space.table.populated(*around), None)
     return first and AddressRange(max(span.start, first.start & _PUD_MASK), span.end)
 
 

@@ -432,3 +432,13 @@ def test_madvise_fails_when_a_page_cannot_be_brought_in(world: Any, space: Addre
     with pytest.raises(OutOfFramesError) as lacking:
         advise(world, space, 3, 2003, Advice.POPULATE_WRITE)
     assert lacking.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize(("npages", "offset"), [(16, 0), (1024, 1)])
+def test_madvise_refuses_to_collapse_when_no_block_of_a_file_fits(
+    world: Any, space: AddressSpace, npages: int, offset: int
+) -> None:
+    """thp_vma_suitable_order(): a block of addresses inside the VMA, and at a multiple of its size in the file."""
+    world.map(space, npages, RW, SHARED, world.file(2), at=0, offset=offset)
+    with pytest.raises(InvalidRequestError):
+        advise(world, space, 0, npages, Advice.COLLAPSE)

@@ -315,6 +315,16 @@ def test_mprotect_tells_nobody_when_no_page_was_touched(world: Any, space: Addre
     assert layout(space) == "0-2:r--p"
 
 
+def test_mprotect_tells_of_untouched_pages_when_their_gibibyte_has_tables(world: Any, space: AddressSpace) -> None:
+    """change_pud_range() asks whether the table of 1 GiB exists, whatever it holds of the range."""
+    world.map(space, 2)
+    world.map(space, 1, at=9)
+    world.run(touch(space, pages(9, 10), write=False))
+    listener = world.listen(space)
+    protect(world, space, 0, 2, Prot.READ)
+    assert [event.spans for event in listener.events] == [(pages(0, 2),)]
+
+
 def test_mprotect_tells_from_the_first_populated_gibibyte_on(world: Any, space: AddressSpace) -> None:
     """The event begins at the first table of 1 GiB that exists and ends with the range."""
     npages = 4 * GIB // PAGE_SIZE

@@ -103,6 +103,23 @@ def test_touch_brings_pages_back_when_the_cpu_reads(bench: Any) -> None:
     assert {event.initiator for event in bench.heard.events} == {bench.mirror}
 
 
+def test_migration_tells_of_a_shared_page_up_to_its_last_mapping(bench: Any) -> None:
+    """try_to_migrate(): the walk ends when the page is mapped nowhere (folio_not_mapped()), the parent comes first.
+
+    So who migrates hears of it a second time when it is the parent, and not when it is the child.
+    """
+    bench.write(0, b"ab")
+    child = bench.call(commands_process.fork, bench.process)
+    mirror, heard_by_child = bench.attach(bench.device, child)
+    bench.heard.events.clear()
+    bench.to_device(0, 1)
+    assert (bench.heard.reasons, heard_by_child.reasons) == ([Reason.MIGRATE, Reason.CLEAR], [Reason.CLEAR])
+    bench.heard.events.clear()
+    heard_by_child.events.clear()
+    bench.call(commands_hmm.migrate_to_system, mirror, bench.span(0))
+    assert (bench.heard.reasons, heard_by_child.reasons) == ([Reason.CLEAR], [Reason.MIGRATE])
+
+
 def test_touch_brings_the_page_back_for_all_when_fork_shares_it(bench: Any) -> None:
     """One fault migrates a page for every process that maps it; the other one's mirror hears CLEAR."""
     bench.write(0, b"s" * PAGE_SIZE)
