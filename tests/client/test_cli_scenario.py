@@ -136,6 +136,7 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
         ('length = "16 KiB"\n', "", 14, "process mmap: 'length' is missing"),
         ('call = "mmap"', 'call = "map"', 14, "call: 'map' is none of mmap, munmap"),
         ("text+0x1000", "txt+0x1000", 23, "there is no mapping 'txt'; there is text"),
+        ("text+0x1000", "text+1 side", 23, "at: '1 side' is no number of bytes"),
         ("write = true", "write = 1", 23, "write: 1 is neither true nor false"),
         ("write = true", "wirte = true", 23, "driver fault: 'wirte' is not known"),
         ('["MUNMAP"]', '["MUNMAPS"]', 23, "there is no type of event 'MUNMAPS'"),
@@ -189,6 +190,12 @@ give_up = "tie"
 [[steps]]
 pending = ["gpu"]
 """
+
+
+def test_read_scenario_refuses_a_file_when_nothing_happens_in_it(tmp_path: Path) -> None:
+    """What has no step cannot be as expected."""
+    with pytest.raises(ScenarioError, match=r"scenario\.toml:2: a scenario has at least one step"):
+        read(tmp_path, "[processes.app]\n")
 
 
 def test_read_scenario_takes_programs(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ A scenario is a TOML file:
     process = "app"
     call = "mmap"
     length = "16 KiB"
-    as = "buffer"                     # `at = "buffer"`, `at = "buffer+0x1000"` mean it from now on
+    as = "buffer"                     # `at = "buffer"`, `at = "buffer+2 pages"` mean it from now on
 
     [[steps]]
     driver = "gpu"

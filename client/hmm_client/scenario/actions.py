@@ -21,7 +21,7 @@ from hmm_client.mirror import Mirror
 from hmm_client.pin import Pin
 from hmm_client.process import Process
 from hmm_client.results import Mapped
-from hmm_client.scenario import today
+from hmm_client.scenario import today, values
 from hmm_client.scenario.driver import Driven
 from hmm_client.scenario.model import Step
 from hmm_client.scenario.program import Program
@@ -289,7 +289,7 @@ class Actions:
     def _address(self, place: str) -> int:
         label, _, offset = (part.strip() for part in place.partition("+"))
         start = self.labels[label].start if label in self.labels else int(label, 16)
-        return start + (int(offset, 0) if offset else 0)
+        return start + (values.offset(offset) if offset else 0)
 
     def _span(self, given: Any) -> AddressRange:
         start = self._address(given["at"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,10 +76,12 @@ class _Reader:
         lines = [number for number, line in enumerate(self._lines, 1) if re.match(r"\s*\[\[\s*steps\s*\]\]", line)]
         if not isinstance(tables, list) or len(tables) != len(lines):
             self._fail(self._line_of("steps"), "each step is a [[steps]] of its own")
+        if not tables:
+            self._fail(len(self._lines), "a scenario has at least one step, [[steps]]")
         processes = tuple(self._processes)
         return Scenario(
             path=self._path,
-            title=str(self._tables.get("title", self._path.stem)),
+            title=self._value(self._line_of("title"), "title", values.text, self._tables.get("title", self._path.stem)),
             rule=str(self._tables.get("rule", "")),
             settings=self._table("daemon"),
             processes=processes,
@@ -150,7 +153,9 @@ class _Reader:
             if arguments.get(key) is not None:
                 self._known(line, key, arguments[key], sorted(made))
         for key in ("at", "to"):
-            label = str(arguments.get(key) or "0x0").partition("+")[0].strip()
+            label, plus, offset = (part.strip() for part in str(arguments.get(key) or "0x0").partition("+"))
+            if plus:
+                self._value(line, key, values.offset, offset)
             if label not in self._labels and not re.fullmatch(r"0x[0-9a-fA-F]+", label):
                 self._known(line, "mapping", label, sorted(self._labels))
 
@@ -205,7 +210,7 @@ class _Reader:
             given[name] = self._value(line, name, parse, table[name]) if name in table else default
         return given
 
-    def _value(self, line: int, name: str, parse: values.Parse, value: object) -> Any:
+    def _value(self, line: int, name: str, parse: Callable[[Any], Any], value: object) -> Any:
         try:
             return parse(value)
         except values.WrongValueError as error:

@@ -63,6 +63,11 @@ def size(value: object) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
+def offset(written: str) -> int:
+    """What is added to an address: as `size`, hexadecimal as well."""
+    return int(written, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", written) else size(written)
+
+
 def prot(value: object) -> Prot:
     """A protection: any of the letters r, w and x, or none."""
     letters = {"r": Prot.READ, "w": Prot.WRITE, "x": Prot.EXEC}
