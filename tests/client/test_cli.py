@@ -57,6 +57,27 @@ def test_completion_offers_commands_when_a_name_is_begun() -> None:
     assert result.stdout.split() == ["plain,pagetable", "plain,pagemap"]
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("run acknow", ["plain,acknowledge-before-edit"]),
+        ("run ./acknow", ["file,./acknow"]),
+        ("replay rec", ["file,rec"]),
+        ("verify tra", ["file,tra"]),
+        ("ps --target ./so", ["file,./so"]),
+        ("certify --only plai", ["plain,plain"]),
+    ],
+)
+def test_completion_offers_what_an_argument_may_be(words: str, offered: list[str]) -> None:
+    """Scenarios by name, files and folders where they are taken, and names from lists."""
+    completing = {
+        "_HMMCTL_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"hmmctl {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    assert CliRunner(env=completing).invoke(main, prog_name="hmmctl").stdout.split() == offered
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script_when_the_shell_is_known(shell: str) -> None:
     """The script calls hmmctl back through its variable."""

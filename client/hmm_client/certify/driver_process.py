@@ -67,7 +67,7 @@ class DriverProcess:
                 limit=LINE_BYTES,
             )
         except OSError as error:
-            raise DriverGoneError(f"{command[0]}: {error.strerror}") from error
+            raise DriverGoneError(f"it cannot be started: {error.strerror}") from error
         driver = cls(process, answer_s)
         try:
             async with asyncio.timeout(START_S):

@@ -96,7 +96,7 @@ def command(
         try:
             certificate = _certify(driver, only or tuple(ADVERSITIES), seeds, deadline, jobs, told)
         except (DriverGoneError, DriverSilentError) as error:
-            fail(UNUSABLE, f"{' '.join(driver)}: {error}")
+            fail(UNUSABLE, f"{' '.join(driver)}: {error}", "What is asked of a driver: `pydoc hmm_client.certify`.")
     if junit is not None:
         junit.write_bytes(as_junit(certificate, " ".join(driver)))
     _print_summary(certificate, driver, form, time.monotonic() - began)

@@ -79,12 +79,28 @@ def where_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed(
         (
-            click.option("--target", "-t", metavar="TARGET", help="Where hmmd listens: a socket's path or HOST:PORT."),
+            click.option(
+                "--target",
+                "-t",
+                metavar="TARGET",
+                type=click.Path(),
+                help="Where hmmd listens: a socket's path or HOST:PORT.",
+            ),
             click.option("--token", envvar="HMMD_TOKEN", default="", help="Whose objects these are.  [$HMMD_TOKEN]"),
             click.option("--tls", is_flag=True, help="Use TLS, with the system's authorities."),
-            click.option("--tls-ca", metavar="FILE", help="Use TLS; who signed the daemon's certificate (PEM)."),
-            click.option("--tls-certificate", metavar="FILE", help="Use TLS with this certificate of ours (PEM)."),
-            click.option("--tls-key", metavar="FILE", help="The key of our certificate (PEM)."),
+            click.option(
+                "--tls-ca",
+                metavar="FILE",
+                type=click.Path(),
+                help="Use TLS; who signed the daemon's certificate (PEM).",
+            ),
+            click.option(
+                "--tls-certificate",
+                metavar="FILE",
+                type=click.Path(),
+                help="Use TLS with this certificate of ours (PEM).",
+            ),
+            click.option("--tls-key", metavar="FILE", type=click.Path(), help="The key of our certificate (PEM)."),
             click.option(
                 "--timeout",
                 type=click.FloatRange(min=0, min_open=True),

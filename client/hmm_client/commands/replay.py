@@ -62,7 +62,7 @@ class Outcome:
 
 
 @click.command("replay")
-@click.argument("folders", metavar="[DIR]...", nargs=-1)
+@click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path())
 @click.option(
     "--devices",
     type=click.IntRange(min=0, max=8),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
@@ -42,8 +43,16 @@ class _Daemons:
         return self.targets[key]
 
 
+def _complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:  # noqa: ARG001
+    """Names of scenarios, and files."""
+    from hmm_client.scenario import library  # noqa: PLC0415 - takes longer than --help may
+
+    names = [CompletionItem(name) for name in library.names() if name.startswith(begun)]
+    return names or [CompletionItem(begun, type="file")]
+
+
 @click.command("run")
-@click.argument("scenarios", nargs=-1, metavar="FILE|NAME...")
+@click.argument("scenarios", nargs=-1, metavar="FILE|NAME...", shell_complete=_complete)
 @click.option("--all", "everything", is_flag=True, help="Run every scenario that comes with hmmd.")
 @click.option("--list", "listed", is_flag=True, help="Name the scenarios that come with hmmd.")
 @click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML, too.")

@@ -25,7 +25,7 @@ _DEFAULTS = Arguments()
 
 
 @click.command("verify")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @click.option("--in-process", is_flag=True, help="Verify the model itself, without a daemon.")
 @click.option(
     "--show",
