@@ -195,7 +195,7 @@ async def _brk(process: Process, step: Brk) -> Made:
 
 
 async def _with_length(process: Process, step: Map, segment: File) -> Map:
-    """A System V segment of which the recording does not say how large it is."""
+    """A segment or ring of which the recording does not say how large it is."""
     maps = await process.maps()
     length = PAGE_SIZE if step.address else gap_above(maps.lines, maps.mmap_base, step.recorded) or PAGE_SIZE
     if (await segment.status()).size_bytes < length:

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from hmm.errors import OutOfFramesError
 from hmm.units import PAGE_SIZE, Address, AddressRange
 from hmm_client import calls
 from hmm_client.client import Client
@@ -48,7 +49,8 @@ class Stamping:
     """Between a program and its devices: writes stamps where the program is.
 
     Attributes:
-        contents: after `settle`, what the first process reads at every address that it stamped.
+        contents: after `settle`, what the first process reads at every address that it stamped, or why the last stamp
+            was not written: so little memory is not enough.
     """
 
     def __init__(self, client: Client, devices: Devices) -> None:
@@ -56,7 +58,7 @@ class Stamping:
         self._client = client
         self._devices = devices
         self._first: Process | None = None
-        self._stamped: dict[Address, None] = {}
+        self._stamped: dict[Address, str | None] = {}
         self._count = 0
 
     async def attach(self, process: Process) -> None:
@@ -71,9 +73,12 @@ class Stamping:
         self._count += 1
         stamp = struct.pack("<Q", self._count)
         places = [page + STAMP_OFFSET for page in pages]
-        await self._client.execute([calls.write_memory(process.id, place, stamp) for place in places])
+        outcomes = await self._client.execute([calls.write_memory(process.id, place, stamp) for place in places])
         if process is self._first:
-            self._stamped.update(dict.fromkeys(places))
+            self._stamped |= {
+                place: f"not written, {outcome.error}" if isinstance(outcome.error, OutOfFramesError) else None
+                for place, outcome in zip(places, outcomes, strict=True)
+            }
         await self._devices.follow(process, span)
 
     async def settle(self) -> None:
@@ -86,7 +91,8 @@ class Stamping:
             outcomes = await self._client.execute([calls.read_memory(self._first.id, place, 8) for place in part])
             for place, outcome in zip(part, outcomes, strict=True):
                 read = outcome.value
-                self.contents[place] = read.data.hex() if isinstance(read, Accessed) and not read.signal else LOST
+                data = read.data.hex() if isinstance(read, Accessed) and not read.signal else LOST
+                self.contents[place] = self._stamped[place] or data
 
 
 def compare_contents(expected: Mapping[Address, str], found: Mapping[Address, str]) -> list[str]:

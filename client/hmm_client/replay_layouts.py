@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from hmm.units import Address, AddressRange, page_up
 from hmm_client.recordings import Interrupted
+from hmm_client.recordings.decode import AIO_RING
 from hmm_client.recordings.flags import PROT
 from hmm_client.recordings.segments import NAME
 from hmm_client.results import MapsLine
@@ -39,14 +40,14 @@ def mapped(lines: Sequence[MapsLine], span: AddressRange) -> Iterator[MapsLine]:
 
 
 def attached(lines: Sequence[MapsLine], address: Address) -> list[AddressRange]:
-    """What is left of the System V segment that was attached at an address: pieces that lie where they were put.
+    """What is left of the segment or ring that was mapped at an address: pieces that lie where they were put.
 
     Other things may have been mapped between them.
     """
     pieces = [
         line
         for line in lines
-        if line.file_name.startswith(NAME) and line.start >= address and line.start - address == line.offset
+        if line.file_name.startswith((NAME, AIO_RING)) and line.start >= address and line.start - address == line.offset
     ]
     return [piece.span for piece in pieces if piece.file_id == pieces[0].file_id]
 

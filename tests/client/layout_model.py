@@ -185,7 +185,7 @@ class LayoutModel:
                 space.change(start, end, lambda area: replace(area, offset=offset + area.start - start))
             case Detach(address=address):
                 for area in list(space.areas):
-                    if area.name.startswith("/SYSV") and area.start - address == area.offset:
+                    if area.name.startswith(("/SYSV", "/[aio]")) and area.start - address == area.offset:
                         space.put(area.start, area.end, [])
             case Interrupted():
                 self._protect_in_part(space, step)

@@ -126,6 +126,7 @@ def test_compare_pairs_lines_when_they_begin_at_one_address() -> None:
         "unexpected 00007000-00008000 rw-p 00000000 00:00 0",
     ]
     assert not compare([area(1, 2), area(2, 3)], [area(1, 3, name="[heap]")])
+    assert not compare([area(1, 2, name="/line\nfeed")], [area(1, 2, name="/line\\012feed")])
 
 
 AREAS = st.lists(

@@ -208,7 +208,7 @@ def test_advice_is_replayed_when_it_concerns_the_layout(advice: str, kind: type[
 
 def test_call_is_unknown_when_nothing_is_known_about_it() -> None:
     """It is reported, whether it succeeded or not."""
-    assert isinstance(only_step("io_setup(128, [0x7000]) = 0"), Unknown)
+    assert isinstance(only_step("io_submit(0x7000, 1, [{}]) = 1"), Unknown)
     assert isinstance(only_step("prctl(PR_SET_MM) = -1 EPERM (x)"), Unknown)
     assert isinstance(only_step("syscall_0x1f4(0x1) = 0"), Unknown)
 
@@ -222,8 +222,12 @@ def test_call_is_unknown_when_nothing_is_known_about_it() -> None:
         "process_madvise(3, [], 0, MADV_COLD, 0) = 0",
         "syscall_0x1ce(0x7000, 0x1000, 0, 0, 0, 0) = 0",
         "userfaultfd(O_CLOEXEC) = 3",
+        "io_uring_register(3, IORING_REGISTER_FILES, [4], 1) = 0",
+        "syscall_0x1c4(0xffffff9c, 0x7000, 0x1ff, 0, 0, 0) = 0",
+        "syscall_0x1d6(0, 0, 0, 0, 0, 0) = 0",
         "munmap(0x1000, 4096) = ? ERESTARTNOINTR (x)",
         "fork() = ? ERESTARTNOINTR (x)",
+        "munmap(0x1000, 4096 <Cannot restart pid 1 with ptrace(PTRACE_SYSCALL): No such process>",
     ],
 )
 def test_call_is_ignored_with_a_reason_when_it_changes_no_layout(line: str) -> None:
@@ -569,6 +573,16 @@ def test_area_grows_before_its_protection_changes_when_it_was_mapped_to_grow() -
     assert kinds(steps) == ["Map(0)", "GrowStack(0)", "Protect(0)"]
     assert steps.steps[1] == GrowStack(steps.steps[2].origin, 0x5000, 0x7000)
     assert kinds(plan(text, [], [Area(0x7000, 0x9000, "---p")])) == ["Map(0)", "Protect(0)"]
+
+
+def test_ring_has_the_length_that_the_layout_gives_when_io_setup_maps_it() -> None:
+    """fs/aio.c, aio_setup_ring(): it depends on the processors of the machine; io_destroy takes it away."""
+    steps = plan(
+        "1 io_setup(128, [0x7000]) = 0\n1 io_destroy(0x7000) = 0\n1 io_setup(-1, 0x7ffd) = -1 EINVAL (x)"
+    ).steps
+    assert steps[0] == Map(steps[0].origin, 0, 0, 3, 0x01, "/[aio]", 0, 0x7000)
+    assert steps[1] == Detach(steps[1].origin, 0x7000)
+    assert steps[2] == Failed(steps[2].origin, "EINVAL", None)
 
 
 def test_segment_has_its_length_when_shmget_was_recorded() -> None:

@@ -122,17 +122,17 @@ def string(text: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Undo C escapes; bytes given in octal or hexadecimal form UTF-8 again where they can."""
+    """Undo C escapes; bytes given in octal or hexadecimal form UTF-8 again where they can, else they stay escaped."""
     if "\\" not in text:
         return text
     raw = bytearray()
     last = 0
     for found in _ESCAPE.finditer(text):
-        raw += text[last : found.start()].encode("utf-8", "surrogateescape")
+        raw += text[last : found.start()].encode()
         raw += _escaped(found[1])
         last = found.end()
-    raw += text[last:].encode("utf-8", "surrogateescape")
-    return raw.decode("utf-8", "surrogateescape")
+    raw += text[last:].encode()
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def _escaped(code: str) -> bytes:
@@ -140,7 +140,7 @@ def _escaped(code: str) -> bytes:
         return bytes([int(code[1:], 16)])
     if code[0] in "01234567":
         return bytes([int(code, 8) & 0xFF])
-    return _ESCAPES.get(code, code).encode("utf-8", "surrogateescape")
+    return _ESCAPES.get(code, code).encode()
 
 
 def split(text: str, start: int = 0) -> tuple[tuple[str, ...], int | None]:

@@ -1,6 +1,7 @@
 """Memory calls as steps: which argument means what.
 
-Source: mmap(2), mremap(2), mprotect(2), madvise(2), brk(2), mlock(2), msync(2), remap_file_pages(2), and Linux mm/.
+Source: mmap(2), mremap(2), mprotect(2), madvise(2), brk(2), mlock(2), msync(2), remap_file_pages(2), io_setup(2),
+    and Linux mm/, fs/aio.c (aio_setup_ring()).
 Invariants: a call in `DECODERS` becomes one step whatever its arguments, or raises ArgumentError.
 Absent: processes, System V segments (`segments`), and calls that change no layout (`IGNORED` gives the reason).
 """
@@ -17,6 +18,7 @@ from hmm_client.recordings.arguments import ArgumentError, descriptor, flags, nu
 from hmm_client.recordings.steps import (
     Advise,
     Brk,
+    Detach,
     Ignored,
     Lock,
     LockAll,
@@ -37,6 +39,8 @@ Decoder: TypeAlias = Callable[[Origin, tuple[str, ...], int], Step]
 
 HUGE_ANONYMOUS = "/anon_hugepage"
 """What maps calls anonymous MAP_HUGETLB memory."""
+AIO_RING = "/[aio]"
+"""What maps calls the ring that io_setup(2) maps."""
 
 
 def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
@@ -143,6 +147,17 @@ def _remap_file_pages(origin: Origin, arguments: tuple[str, ...], _result: int) 
     return RemapFile(origin, number(address), number(length), number(page_offset) << PAGE_SHIFT)
 
 
+def _io_setup(origin: Origin, arguments: tuple[str, ...], _result: int) -> Step:
+    """The ring is as long as the kernel has processors: the layout says it."""
+    address = number(arguments[1].strip("[]"))
+    prot = kernel.PROT["PROT_READ"] | kernel.PROT["PROT_WRITE"]
+    return Map(origin, 0, 0, prot, kernel.MAP["MAP_SHARED"], AIO_RING, 0, address)
+
+
+def _io_destroy(origin: Origin, arguments: tuple[str, ...], _result: int) -> Step:
+    return Detach(origin, number(arguments[0]))
+
+
 DECODERS: Mapping[str, Decoder] = MappingProxyType(
     {
         "mmap": _mmap,
@@ -162,6 +177,8 @@ DECODERS: Mapping[str, Decoder] = MappingProxyType(
         "munlockall": _munlockall,
         "msync": _msync,
         "remap_file_pages": _remap_file_pages,
+        "io_setup": _io_setup,
+        "io_destroy": _io_destroy,
     }
 )
 """Calls that act on a layout, by name."""
@@ -197,6 +214,11 @@ _REASONS = {
     ),
     "it concerns the thread, not its memory": (
         "arch_prctl set_tid_address set_robust_list get_robust_list rseq set_thread_area get_thread_area"
+    ),
+    "it concerns no memory of the process": (
+        "io_uring_register fchmodat2 futex_wake futex_wait futex_requeue statmount listmount listns lsm_get_self_attr "
+        "lsm_set_self_attr lsm_list_modules setxattrat getxattrat listxattrat removexattrat open_tree_attr "
+        "file_getattr file_setattr"
     ),
     "it concerns the process, not its memory": "unshare setns setpgid setsid getpid gettid getppid prlimit64",
 }

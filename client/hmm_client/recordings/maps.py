@@ -113,7 +113,7 @@ def read_maps(path: Path) -> tuple[Area, ...]:
         RecordingError: unreadable, empty, or not in this format.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = path.read_bytes().decode("utf-8", "backslashreplace")
     except OSError as error:
         raise RecordingError(error.strerror or str(error), path) from error
     areas = parse_maps(text, path)
@@ -166,7 +166,9 @@ def canonical(areas: Iterable[Area]) -> tuple[Area, ...]:
         if area.name == VSYSCALL:
             continue
         source = area.source
-        plain = Area(area.start, area.end, area.perms, area.offset if source else 0, source or "")
+        # What maps shows as "\\012" may be a newline, or just that: a backslash is not escaped.
+        name = (source or "").replace("\n", "\\012")
+        plain = Area(area.start, area.end, area.perms, area.offset if source else 0, name)
         if merged and _continues(merged[-1], plain):
             merged[-1] = replace(merged[-1], end=plain.end)
         else:

@@ -27,7 +27,7 @@ EXECUTING = frozenset({"execve", "execveat"})
 """Calls that replace the program."""
 EXITING = frozenset({"exit", "exit_group", "_exit"})
 """Calls that never return."""
-_ACT_AT_ENTRY = frozenset({"munmap", "shmdt"}) | CREATING | EXECUTING
+_ACT_AT_ENTRY = frozenset({"munmap", "shmdt", "io_destroy"}) | CREATING | EXECUTING
 _MAPPING = frozenset({"mmap", "mmap2", "old_mmap", "shmat", "map_shadow_stack"})
 
 # A line, and how many effects must come between this one and the line's own.

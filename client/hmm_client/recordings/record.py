@@ -213,7 +213,7 @@ class _Recorder:
 
     def write(self, line: bytes) -> None:
         self.log.write(line + b"\n")
-        self.reader.read(line.decode("utf-8", "surrogateescape"))
+        self.reader.read(line.decode("utf-8", "backslashreplace"))
         for event in self.reader.events:
             if self.first is None:
                 self.first = event.pid
@@ -237,7 +237,7 @@ class _Recorder:
         self.log.truncate()
         unfinished = [f"{pid} {text} <unfinished ...>" for pid, (_, text) in self.reader.entered.items()]
         for line in (f"{call.pid} {call.text}", *unfinished):
-            self.log.write(line.encode("utf-8", "surrogateescape") + b"\n")
+            self.log.write(line.encode() + b"\n")
 
     def look_for_end(self, line: bytes) -> bool:
         """Read the layout when a line says that the first process is about to end."""

@@ -60,12 +60,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Map(Step):
-    """mmap, shmat or map_shadow_stack succeeded.
+    """mmap, shmat, map_shadow_stack or io_setup succeeded.
 
     Attributes:
         address: the hint or demand; 0 for none.
-        length: bytes as asked; already rounded to huge pages where MAP_HUGETLB does so; 0 for a System V segment of
-            which the recording does not say how large it is.
+        length: bytes as asked; already rounded to huge pages where MAP_HUGETLB does so; 0 where the recording does
+            not say it, of System V segments and of the rings of io_setup.
         flags: MAP_ flags of an equivalent mmap.
         source: name of the file or object; None for anonymous memory.
         offset: bytes into the source.
@@ -100,7 +100,7 @@ class Unmap(Step):
 
 @dataclass(frozen=True, slots=True)
 class Detach(Step):
-    """shmdt succeeded: what is left of the segment attached at `address` goes, and nothing that lies between."""
+    """shmdt or io_destroy succeeded: what is left of the object at `address` goes, and nothing that lies between."""
 
     address: int
 

@@ -27,7 +27,9 @@ _PREFIX = re.compile(
 )
 _CALL = re.compile(r"([a-zA-Z_]\w*|\?{4})\s*\(")
 _RESUMED = re.compile(r"<\.\.\. (\S+) resumed>")
-_UNFINISHED = re.compile(r"\s*<(?:unfinished|detached) \.\.\.>(\)\s*=\s*\?)?$")
+_UNFINISHED = re.compile(
+    r"\s*<(?:(?:unfinished|detached) \.\.\.|Cannot restart pid \d+ with ptrace\(\w+\): [^>]*)>(\)\s*=\s*\?)?$"
+)
 _MOVED = re.compile(r"\s*<pid changed to (\d+) \.\.\.>$")
 _SECONDS = re.compile(r"\s+<\d+\.\d+>$")
 _RESULT = re.compile(r"\s*=\s*(\?|-?(?:0x[0-9a-f]+|\d+))(?:<(?:[^<>]|<[^<>]*>)*>(?:\(deleted\))?)?(.*)$", re.DOTALL)
@@ -38,8 +40,13 @@ _SUPERSEDED = re.compile(r"\+\+\+ superseded by execve in pid (\d+) \+\+\+$")
 _SIGNAL = re.compile(r"--- (?:stopped by )?(\S+)")
 # Said by strace itself, about itself.
 _REMARK = re.compile(r"strace: |\[ Process PID=\d+ runs in .* mode\. \]$")
-_NAMES_BY_NUMBER = {"syscall_0x1c5": "map_shadow_stack", "syscall_0x1ce": "mseal"}
-"""Calls younger than the strace that Debian 12 ships (x86-64 numbers)."""
+_YOUNGER = (
+    "cachestat fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount lsm_get_self_attr "
+    "lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr "
+    "file_getattr file_setattr listns"
+)
+_NAMES_BY_NUMBER = {f"syscall_{number:#x}": name for number, name in enumerate(_YOUNGER.split(), 451)}
+"""Calls younger than the strace that Debian 12 ships: it takes a number that it does not know for one of %memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +160,7 @@ def read_log(path: Path) -> Log:
     Cost: O(length), about 15 µs per line.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = path.read_bytes().decode("utf-8", "backslashreplace")
     except OSError as error:
         raise RecordingError(error.strerror or str(error), path) from error
     return parse_log(text.removesuffix("\n").split("\n"), path)

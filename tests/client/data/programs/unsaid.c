@@ -73,6 +73,31 @@ static void not_inherited(void)
 	wait(NULL);
 }
 
+/* The ring of io_setup is as long as the kernel has processors. */
+static void rings(void)
+{
+	unsigned long gone = 0, kept = 0;
+
+	syscall(SYS_io_setup, 1, &gone);
+	map(3, RW, PRIVATE);
+	syscall(SYS_io_setup, 1000, &kept);
+	syscall(SYS_io_destroy, gone);
+}
+
+/* Names that are no text, or that maps shows as it shows others. */
+static void names(void)
+{
+	const char *const chosen[] = { "bad \xff\xfe \xc3", "line\nfeed", "line\\012feed", "<1>\", (2)]{3}" };
+
+	for (int at = 0; at < 4; at++) {
+		int memory = memfd_create(chosen[at], 0);
+
+		if (ftruncate(memory, PAGE))
+			_exit(1);
+		mmap(NULL, PAGE, RW, MAP_SHARED, memory, 0);
+	}
+}
+
 int main(void)
 {
 	char *unnamed = map(8, RW, MAP_SHARED | MAP_ANONYMOUS), *several = map(8, RW, PRIVATE), *huge;
@@ -81,6 +106,8 @@ int main(void)
 	interrupted();
 	grown();
 	not_inherited();
+	rings();
+	names();
 	remap_file_pages(unnamed, 2 * PAGE, 0, 5, 0);
 	mprotect(several + PAGE, PAGE, PROT_NONE);
 	munmap(several + 4 * PAGE, PAGE);
