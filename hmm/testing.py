@@ -3,7 +3,8 @@
 **Source**: our own.
 
 **Absent**: which calls are made (testing_calls.py, and one module for each kind of town), what has to hold (besides the
-machine's own check: testing_drivers.py, testing_contents.py, testing_streams.py), who goes next (scheduler.py).
+machine's own check: testing_drivers.py, testing_contents.py, testing_dirty.py, testing_streams.py, testing_endings.py),
+who goes next (scheduler.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hmm.scheduler import Call, Scheduler
 from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.testing_calls import CALLS
 from hmm.testing_contents import Contents
+from hmm.testing_dirty import DirtyPages
 from hmm.testing_drivers import DeviceModel, IntervalDrivers
 from hmm.testing_endings import check_nothing_is_left, endings
 from hmm.testing_streams import Streams
@@ -115,23 +117,29 @@ class _Watch:
     contents: Contents
     mirrors: DeviceModel = field(init=False)
     streams: Streams = field(init=False)
+    dirty: DirtyPages = field(init=False)
 
     def begin(self) -> None:
         """From now on."""
         scheduler = self.scheduler
         self.streams = Streams(scheduler.machine)
+        self.dirty = DirtyPages(scheduler.machine, scheduler.checked)
         self.mirrors = DeviceModel(scheduler.machine, self.contents.memory, scheduler.checked)
         self.contents.memory.fails = self._fails
         self.contents.memory.coverage = self.drivers.coverage = scheduler.coverage
         self.drivers.forgets = lambda: scheduler.choose(8) == 0
         scheduler.finished, scheduler.answering, scheduler.checking = self._finished, self._answering, self._check
-        scheduler.sending = self.streams.sent
+        scheduler.sending = self._sent
 
     def _fails(self, event: Event, _: int) -> bool:
         failing = self.scheduler.choose(20) == 0
         if failing:
             self.contents.losing.add(event.space_id)
         return failing
+
+    def _sent(self, delivery: Delivery) -> None:
+        self.streams.sent(delivery)
+        self.dirty.sent(delivery)
 
     def _finished(self, record: OperationRecord[Any]) -> None:
         self.mirrors.finished(record)
@@ -147,3 +155,4 @@ class _Watch:
         self.drivers.check(self.scheduler.running)
         self.contents.check(self.scheduler.running)
         self.streams.check()
+        self.dirty.check()
