@@ -75,6 +75,7 @@ class PageFlag(IntFlag):
 
 _REFERENCED, _ACTIVE = np.uint32(PageFlag.REFERENCED), np.uint32(PageFlag.ACTIVE)
 _USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint32)
+"""The flags of a page that was used so often."""
 
 
 @dataclass(frozen=True, slots=True)

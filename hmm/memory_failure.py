@@ -109,8 +109,15 @@ def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
     end = part.start + (first << PAGE_SHIFT)
     if first:
         addresses = np.arange(part.start, end, PAGE_SIZE, dtype=np.uint64)
+        _touch(space.frames, pfns[:first], coming[:first])
         yield from _memory_failure(space, vma, addresses, pfns[:first])
     return end
+
+
+def _touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
+    """What get_user_pages_fast() leaves of looking: gup_fast_pte_range() for pages that are there, else FOLL_TOUCH."""
+    frames.set_flags(pfns[~came], PageFlag.REFERENCED)
+    frames.mark_accessed(pfns[came])
 
 
 def _leading(mask: npt.NDArray[np.bool_]) -> int:

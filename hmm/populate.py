@@ -36,7 +36,6 @@ from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "populate"]
 
-"""The flags of a page that was used so often."""
 _LEFT_OUT = VmFlag.IO | VmFlag.PFNMAP | VmFlag.LOCKONFAULT
 
 

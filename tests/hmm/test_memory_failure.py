@@ -335,3 +335,16 @@ def test_page_is_lost_where_mremap_took_it_while_drivers_were_told(world: World)
     world.machine.check()
     assert cpu_pte.is_poison(world.machine.processes[world.pid].space.table.get(there.start))
     assert world.machine.mirrors[mirror].table.is_empty
+
+
+def test_lost_page_counts_as_used_because_the_call_looked_it_up(world: World) -> None:
+    """madvise_inject_error(): get_user_pages_fast() marks the page, as gup_fast_pte_range() or by FOLL_TOUCH."""
+    write(world, 0, 2)
+    world.do(processes.clear_refs, world.pid, 1)
+    assert poison(world, 0) == 0
+    file = world.do(files.open_file, "f", create=True)
+    world.do(files.truncate_file, file, PAGE_SIZE)
+    world.do(processes.mmap, world.pid, span(20).start, PAGE_SIZE, RW, MapFlag.SHARED | MapFlag.FIXED, file)
+    assert poison(world, 20) == 0
+    space = world.machine.processes[world.pid].space
+    assert [memory_use(space, vma).referenced for vma in space.vmas] == [PAGE_SIZE, PAGE_SIZE]
