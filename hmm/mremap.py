@@ -356,11 +356,14 @@ def _whole_tables(space: AddressSpace, old: AddressRange, shift: int) -> tuple[A
     if vma is not None and vma.has(VmFlag.HUGETLB):  # move_huge_pte() marks nothing
         return old, old
     start = _realigned(space, old, shift)
-    first, second = [
-        AddressRange(start, start) if shift & (size - 1) else AddressRange(-(-start // size) * size, old.end & -size)
-        for size in (PMD_SIZE, _PUD_SIZE)
-    ]
+    first, second = [_aligned_part(start, old.end, size, shift) for size in (PMD_SIZE, _PUD_SIZE)]
     return first, second
+
+
+def _aligned_part(start: Address, end: Address, size: int, shift: int) -> AddressRange:
+    """The aligned pieces of `size` bytes inside a range that stay aligned when they are moved by `shift`."""
+    first, last = -(-start // size) * size, end & -size
+    return AddressRange(first, last) if first < last and not shift & (size - 1) else AddressRange(start, start)
 
 
 def _written(entries: Entries, start: Address, tables: tuple[AddressRange, AddressRange]) -> Entries:

@@ -251,3 +251,17 @@ def test_page_counts_as_written_when_a_device_gives_it_back() -> None:
     assert written(world, 2) == "w-"
     world.do(processes.fork, world.pid)
     assert written(world, 2) == "ww"
+
+
+@pytest.mark.parametrize("distance", [PMD_SIZE, 1 << 30])
+def test_pages_that_are_moved_without_their_page_table_count_as_written(distance: int) -> None:
+    """move_page_tables(): parts of a block go entry by entry, however far they go: move_soft_dirty_pte()."""
+    world = World()
+    store(world, 0, 4)
+    forget(world)
+    flags = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.do(
+        processes.mremap, world.pid, span(1).start, 2 * PAGE_SIZE, 2 * PAGE_SIZE, flags, START + PAGE_SIZE + distance
+    )
+    assert written(world, 2, first=1 + distance // PAGE_SIZE) == "ww"
+    assert written(world, 1, first=3) == "-"
