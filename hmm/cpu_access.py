@@ -18,7 +18,7 @@ writes are lost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,7 @@ _ADDRESSES = 1 << 64
 _NO_ANSWER = 0xFF
 
 
-@dataclass(frozen=True, slots=True)
-class Accessed:
+class Accessed(NamedTuple):
     """How far an access came.
 
     Attributes:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from hmm.pte import MASK_ALL, MASK_NONE, MASK_WRITE_PROTECT
 from hmm.spans import overlap
@@ -179,8 +180,7 @@ class EventState(Enum):
     ABANDONED = "abandoned"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One change, as every mirror concerned hears it.
 
     Attributes:

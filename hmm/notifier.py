@@ -26,7 +26,7 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 from __future__ import annotations
 
 import errno as errnos
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 from hmm.dispatch import Audience, Dispatch, Past
@@ -410,7 +410,7 @@ class Notifier:
         living = tuple([mirror_id for mirror_id in mirror_ids if mirror_id in self.subscribers])
         if not living:
             return []
-        second = replace(event, revision=self.next_revision(), finishes=event.revision)
+        second = event._replace(revision=self.next_revision(), finishes=event.revision)
         dispatch: Dispatch = yield Deliver(second, living)
         for delivery in dispatch.deliveries():
             subscriber = self.subscribers.get(delivery.mirror_id)

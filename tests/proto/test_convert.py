@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,7 +146,7 @@ def test_event_returns_equal_value_when_decoded(cause: Cause | None) -> None:
 )
 def test_event_returns_equal_value_when_one_field_is_set(field: dict[str, Any]) -> None:
     """What most events do not have travels alone as well."""
-    event = replace(Event(9, 3, 17, EventType.MUNMAP, None, None, SPANS), **field)
+    event = Event(9, 3, 17, EventType.MUNMAP, None, None, SPANS)._replace(**field)
     message = convert.event_to_proto(event)
     assert convert.event_from_proto(message) == event
     assert message.wants_answer == bool(event.copy)
