@@ -73,6 +73,7 @@ from hmm.zone_device import are_remote, failing_copies, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
+_PRIVATE = Select.DEVICE_PRIVATE | Select.COMPOUND
 _MIGRATE = np.uint64(MIGRATE)
 _WRITE = np.uint64(WRITE)
 _COMPOUND = np.uint64(COMPOUND)
@@ -129,10 +130,11 @@ def _select(region: Region) -> Select:
 
 
 def _to_system(migration: Migration) -> Operation[None]:
-    frames, wanted = migration.space.frames, migration.pages.size
-    if frames.available < wanted:
-        yield from some_room(frames, wanted)
-    pages = migration.pages[: frames.available]
+    frames, pages = migration.space.frames, migration.pages
+    if frames.available < pages.size:
+        yield from some_room(frames, pages.size)
+        pages = migration.pages
+    pages = pages[: frames.available]
     failing = _failing(migration, pages)
     if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
         pages = pages[:failing]
@@ -234,10 +236,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
         touched = yield from _through_homes(space, touched)
     if cpu_pte.is_huge(touched.entries).any():
         touched = _with_blocks(space, touched)
-    pfns = cpu_pte.cpu_pfn(touched.entries)
-    devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
-    for device_id, mirror_id in np.unique(np.stack((devices, holders), axis=1), axis=0).tolist():
-        addresses = touched.addresses[(devices == device_id) & (holders == mirror_id)]
+    for device_id, mirror_id, addresses in _by_holder(frames, touched):
         if not frames.available and not (yield from some_room(frames, addresses.size)):
             raise OutOfFramesError("a page cannot come back from a device: memory ran out", address=int(addresses[0]))
         chosen = addresses[: frames.available]
@@ -245,8 +244,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
             yield Pause()  # others were quicker to take what there was
             continue
         chosen = _before_failure(space, device_id, chosen)
-        select = Select.DEVICE_PRIVATE | Select.COMPOUND
-        migration = Migration(space, touched.vma, chosen, select, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
+        migration = Migration(space, touched.vma, chosen, _PRIVATE, device_id, Cause.MIGRATE_TO_SYSTEM, mirror_id)
         yield from run(migration, _tell_and_copy)
         if migration.failed is not None:
             address = int(migration.addresses[migration.failed])
@@ -255,6 +253,17 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
             frames.failing_copies[mirror_id] = 1  # a CPU comes to those before it first
         elif not migration.pages.size:
             yield _until_released(space, chosen)
+
+
+def _by_holder(frames: Frames, touched: Strangers) -> list[tuple[DeviceId, MirrorId, Entries]]:
+    """Pages of devices by device and by the mirror that put them there, both ascending: uint64[n] addresses of each."""
+    pfns = cpu_pte.cpu_pfn(touched.entries)
+    devices, holders = owners(frames, pfns), frames.zone_device_data[pfns]
+    return [
+        (device_id, mirror_id, touched.addresses[(devices == device_id) & (holders == mirror_id)])
+        for device_id in unique(devices).tolist()
+        for mirror_id in unique(holders[devices == device_id]).tolist()
+    ]
 
 
 def _until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
@@ -331,8 +340,9 @@ def lose(space: AddressSpace, addresses: Entries) -> None:
 
 def _tell_and_copy(migration: Migration) -> Operation[None]:
     # While others were told, the mirror may have gone.
-    holders = migration.space.frames.zone_device_data[migration.source_pfns(migration.pages)]
-    held = migration.pages[holders == migration.initiator]
+    pages = migration.pages
+    holders = migration.space.frames.zone_device_data[migration.source_pfns(pages)]
+    held = pages[holders == migration.initiator]
     if migration.initiator and held.size:
         yield Deliver(_copy_event(migration, migration.addresses[held]), (migration.initiator,))
     yield from _to_system(migration)
@@ -481,9 +491,10 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
             targets = np.where(free & (room != 0), room, pfns)
             moved = targets != pfns
             frames.copy(targets[moved], pfns[moved])
-            failed = pfns[moved][failing_copies(frames, frames.zone_device_data[pfns[moved]])]
-            stays = np.isin(pfns, with_folios(frames, failed))
-            targets[stays] = pfns[stays]
+            if frames.failing_copies:
+                failed = pfns[moved][failing_copies(frames, frames.zone_device_data[pfns[moved]])]
+                stays = np.isin(pfns, with_folios(frames, failed))
+                targets[stays] = pfns[stays]
         finally:
             replace(held, targets)
             frames.put(room[(room != 0) & (targets != room)])
