@@ -42,6 +42,7 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SIZE,
     TASK_SIZE,
+    Address,
     AddressRange,
     DeviceId,
     Entries,
@@ -286,13 +287,23 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
     return taken == int(frames.mapcount[members(frames, head)].sum())
 
 
+def _walk_order(space: AddressSpace, address: Address) -> tuple[int, int]:
+    """Where the VMA at an address is in the reverse map: by the offset at which it begins, the elder process first."""
+    vma = space.vmas.find(address)
+    assert vma is not None
+    return vma.page_offset(vma.start), space.id
+
+
 def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId) -> Operation[None]:
-    """rmap_walk() tells every VMA where the pages could be, and does not ask first whether they are."""
+    """rmap_walk() tells every VMA where the pages could be, up to the one where they are: those that come before it."""
     relatives = [space.relatives[number] for number in sorted(space.relatives) if number != space.id]
     whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
     for vma in space.vmas.mapped_pieces(whole) if relatives else ():
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
+        own = _walk_order(space, vma.start)
         for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
+            if _walk_order(place.space, place.vma.start) > own:
+                continue
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:
                 continue

@@ -211,7 +211,9 @@ def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
     def places() -> Iterator[Places]:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
         if anonymous.any():
-            yield from anonymous_places(relatives, indices, vma.backing)
+            for place in anonymous_places(relatives, indices, vma.backing):
+                if place.space is not space or place.vma.mapping.cloned or place.vma.anon_vma == vma.anon_vma:
+                    yield place
             yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)

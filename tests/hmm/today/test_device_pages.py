@@ -14,6 +14,7 @@ from hmm.events import EventType, Reason
 from hmm.frames import RegionKind
 from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID, WRITE
+from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -118,6 +119,22 @@ def test_migration_tells_of_a_shared_page_up_to_its_last_mapping(bench: Any) -> 
     heard_by_child.events.clear()
     bench.call(commands_hmm.migrate_to_system, mirror, bench.span(0))
     assert (bench.heard.reasons, heard_by_child.reasons) == ([Reason.CLEAR], [Reason.MIGRATE])
+
+
+def test_migration_tells_nobody_of_another_familys_mapping_at_the_same_offset(bench: Any) -> None:
+    """A VMA that was mapped anew where the page was first is not in the tree of its anon_vma."""
+    bench.map(1, at=20)
+    bench.write(20, b"a")
+    flags = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    bench.call(
+        commands_process.mremap, bench.process, bench.span(20).start, PAGE_SIZE, PAGE_SIZE, flags, bench.span(40).start
+    )
+    bench.map(1, at=20)
+    bench.write(20, b"b")
+    bench.call(commands_process.fork, bench.process)
+    bench.heard.events.clear()
+    bench.to_device(40, 1)
+    assert [event.spans for event in bench.heard.events if event.reason is Reason.CLEAR] == [(bench.span(40),)]
 
 
 def test_touch_brings_the_page_back_for_all_when_fork_shares_it(bench: Any) -> None:

@@ -118,31 +118,38 @@ def test_revoked_entry_obeys_the_new_protection(bench: Any) -> None:
     assert not cpu_pte.is_writable(bench.entry(0))
 
 
-def test_relatives_hear_when_a_page_is_taken(bench: Any) -> None:
-    """rmap_walk() tells every mapping where the page could be, the child's too, before it looks."""
-    bench.write(0, b"q")
+@pytest.mark.parametrize(("cut", "reasons"), [(False, []), (True, [Reason.EXCLUSIVE])])
+def test_child_hears_when_its_mapping_comes_first(bench: Any, cut: bool, reasons: list[Reason]) -> None:
+    """rmap_walk() tells every mapping where the page could be before it looks, and ends where it was (.done).
+
+    The parent's comes first, unless it begins at a higher offset.
+    """
+    bench.write(1, b"q")
     child = bench.call(commands_process.fork, bench.process)
     _, heard = bench.attach(bench.device, child)
-    bench.write(0, b"r")
-    take(bench, 0)
-    assert Reason.EXCLUSIVE in heard.reasons
+    bench.write(1, b"r")
+    if cut:
+        bench.call(commands_process.munmap, bench.process, bench.span(0).start, PAGE_SIZE)
+    take(bench, 1)
+    assert heard.reasons == reasons
 
 
 def test_parent_does_not_hear_when_the_childs_own_page_is_taken(bench: Any) -> None:
     """A page that the child made can never be mapped by the parent, so that it is not asked."""
-    bench.write(0, b"q")
+    bench.write(1, b"q")
     child = bench.call(commands_process.fork, bench.process)
-    bench.write(0, b"r", child)
+    bench.write(1, b"r", child)
     mirror, _ = bench.attach(bench.device, child)
     bench.heard.events.clear()
-    bench.call(commands_hmm.make_exclusive, mirror, bench.span(0))
+    bench.call(commands_hmm.make_exclusive, mirror, bench.span(1))
     assert bench.heard.events == []
     grandchild = bench.call(commands_process.fork, child)
     _, heard = bench.attach(bench.device, grandchild)
-    bench.write(0, b"s", child)
-    bench.call(commands_hmm.make_exclusive, mirror, bench.span(0))
+    bench.write(1, b"s", child)
+    bench.call(commands_process.munmap, child, bench.span(0).start, PAGE_SIZE)
+    bench.call(commands_hmm.make_exclusive, mirror, bench.span(1))
     assert bench.heard.events == []
-    assert Reason.EXCLUSIVE in heard.reasons  # it descends from the space that made the page
+    assert Reason.EXCLUSIVE in heard.reasons  # it descends from the space that made the page, and comes first
 
 
 def test_give_back_reverts_what_a_mirror_has_to_itself(bench: Any) -> None:
