@@ -48,7 +48,13 @@ class DaemonError(Exception):
 
 
 class UnavailableError(DaemonError, ConnectionError):
-    """Nobody listens there, or the connection broke."""
+    """Nobody listens there, or the connection broke.
+
+    Attributes:
+        broke: it was there and has gone, in the middle of a call.
+    """
+
+    broke = False
 
 
 def default_target(environment: Mapping[str, str] = os.environ) -> str:
@@ -174,5 +180,7 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
         details = error.details() or ""
         if details.startswith("failed to connect"):  # gRPC says the address three times; the last word is why
             return UnavailableError(error.code(), f"nobody listens at {target}: {details.rpartition(': ')[2]}")
-        return UnavailableError(error.code(), f"{target}: {details}")
+        unavailable = UnavailableError(error.code(), f"{target}: {details}")
+        unavailable.broke = not details.startswith("errors resolving")
+        return unavailable
     return DaemonError(error.code(), error.details() or "")

@@ -41,6 +41,9 @@ HELP = """Look into a running hmmd, replay programs on it, and verify it.
 A daemon is looked for at $HMMD_SOCKET, $XDG_RUNTIME_DIR/hmmd/hmmd.sock or /run/hmmd/hmmd.sock; --target says
 otherwise.  `replay`, `run` and `verify` need none: they start one of their own.
 
+With --format json every line is one value; what a daemon tells has the fields of its message in hmm.v1
+(proto/hmm_proto/v1), numbers as numbers and enumerations as words.
+
 Exit codes: 0 as it should be; 1 not (differences, violations, unhealthy, expectations not met); 2 unusable input or
 command line; 3 no daemon can be reached; 4 the daemon refused.
 """

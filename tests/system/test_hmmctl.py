@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import hmm_client
 from hmm_client import AddressRange, Driver, Event, Mirror, Process
+from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -227,6 +229,26 @@ async def test_watch_shows_event_and_answer_when_memory_is_unmapped(daemon: Daem
     assert len(done.values) == 3
     assert all(value["time_ns"] > 0 for value in done.values)
     assert {"event", "settled", "operation"} >= {key for value in done.values for key in value} - {"time_ns"}
+
+
+async def test_watch_says_that_the_daemon_has_gone_when_it_is_killed(tmp_path: Path) -> None:
+    """A connection that breaks is told from a daemon that was never there."""
+    daemon = EmbeddedDaemon(tmp_path, log=tmp_path / "log")
+    watching = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", "watch", "-o", "-t", daemon.target),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert watching.stdout is not None
+    async with hmm_client.connect(daemon.target) as client, asyncio.timeout(TIMEOUT_S):
+        seen = asyncio.create_task(watching.stdout.readline())
+        while not seen.done():
+            await client.create_process()
+        daemon.process.kill()
+        _, errors = await watching.communicate()
+    daemon.stop()
+    assert watching.returncode == 3
+    assert errors.decode() == f"hmmctl: the connection to {daemon.target} broke: the daemon has gone\n"
 
 
 async def test_stats_counts_events_when_a_driver_has_answered(daemon: Daemon, mirrored: Mirrored) -> None:

@@ -147,8 +147,10 @@ def failures(where: Where) -> Iterator[None]:
 
     try:
         yield
-    except UnavailableError:
+    except UnavailableError as error:
         target = as_target(where.target) if where.target else default_target()
+        if error.broke:
+            fail(UNREACHABLE, f"the connection to {target} broke: the daemon has gone")
         fail(
             UNREACHABLE,
             f"nobody listens at {target}",
