@@ -114,6 +114,8 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
             if not continues(space, piece, stop):
                 raise_stop(stop, write=write)
             piece = AddressRange(piece.start, stop.address)
+        # What was waited for may have come with other mappings.
+        piece = AddressRange(piece.start, min(piece.end, _permitting(space, piece.start, write).end))
         entries = space.table.read(piece.start, piece.end)
         shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
         if not shared.any():
@@ -182,9 +184,10 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
         yield from bracket.deliver()
         now = space.table.lookup(addresses)
         same = now == entries[~alone]
-        vma = space.vmas.find(int(addresses[0]))
+        vma = space.vmas.find(int(addresses[same.argmax()]))
         if vma is None or not same.any():
             return
+        same &= addresses < np.uint64(vma.end)
         prepare_anon_vma(space, vma)
         copies = frames.allocate_mapped(int(np.count_nonzero(same)), ANON_PAGE)
         frames.copy(copies, pfns[~alone][same])

@@ -28,6 +28,7 @@ from hmm.testing_swap import TOWNS
         ("swap-devices", 12),  # a page that the CPU was taking back was given to a device once more meanwhile
         ("huge", 110203),
         ("huge", 3056),  # a call from inside a callback turned round and round for a page that this callback kept
+        ("huge", 553),  # a pin asked the mapping of its first page, mapped anew meanwhile, what its other pages need
         ("swap-devices", 3093),  # memory that was made for pages of a device was gone when it was their turn
         ("swap-devices", 180),  # a device whose driver had only started was refused access
         ("swap-devices", 1092),  # a fault tried again and again while another call held the page

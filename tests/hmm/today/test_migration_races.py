@@ -57,6 +57,34 @@ def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None
     assert world.do(commands_process.read_memory, parent, at(0), 4).data == b"page"
 
 
+def test_pin_unshares_its_pages_when_one_before_them_was_mapped_anew_meanwhile() -> None:
+    """Whether a page has to be the process's own is a question of the mapping that it is in when it is pinned.
+
+    Source: Linux mm/gup.c: __get_user_pages() looks the VMA up anew for each page that it had to wait for.
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_hmm.insert_notifier, attached, at(0), 2 * PAGE_SIZE)
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, parent, at(0), 2 * PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, parent, at(0), b"a" * 2 * PAGE_SIZE)
+    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
+    world.do(commands_process.fork, parent)
+
+    pinning = world.start(commands_process.pin, parent, pages(0, 2), write=False)
+    shared = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.start(commands_process.mmap, parent, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, shared)
+    world.settle()
+    assert pinning.result
+    before = machine.processes[parent].space.table.get(at(1))
+    world.do(commands_process.write_memory, parent, at(1), b"b")
+    after = machine.processes[parent].space.table.get(at(1))
+    assert cpu_pte.cpu_pfn(after) == cpu_pte.cpu_pfn(before)
+    machine.check()
+
+
 def test_eviction_leaves_a_page_that_was_mapped_again_when_its_mirror_was_not_told_of_it() -> None:
     """What is exclusive is mapped nowhere, and nobody is told of it; it stays when it is given back meanwhile.
 
