@@ -43,6 +43,7 @@ def stack(request: pytest.FixtureRequest, certificates: Path) -> Iterator[Stack]
     environment = {
         "HMMD_IMAGE": IMAGE,
         "HMMD_PROBE_INTERVAL": "1s",
+        "HMMD_PROBE_TIMEOUT": "60s",
         "HMMD_ROUNDS": "0",
         "HMMD_PAUSE": "0.5",
         "HMMD_CERTS": str(certificates),
