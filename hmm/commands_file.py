@@ -146,19 +146,12 @@ def new_shared_memory(machine: Machine, size_bytes: int) -> File:
 
 
 def new_huge_memory(machine: Machine, space: AddressSpace, size_bytes: int, flags: MapFlag) -> File:
-    """The unnamed file behind a mapping of hugetlb memory, with what it reserves.
-
-    Raises: OutOfFramesError: too few huge pages are free (ENOMEM).
-
-    Source: fs/hugetlbfs/inode.c, hugetlb_file_setup(); mm/hugetlb.c, hugetlb_reserve_pages().
-    """
+    """The unnamed file behind a mapping of hugetlb memory.  Source: fs/hugetlbfs/inode.c, hugetlb_file_setup()."""
     owner = 0 if flags & (MapFlag.SHARED | MapFlag.NORESERVE) else space.id
     file = HugetlbFile(
         machine.next_id("file"), "/anon_hugepage (deleted)", FileKind.HUGETLB, machine.frames, size_bytes,
         HUGETLB_VM_FLAGS, pool=machine.hugetlb, owner=owner,
     )  # fmt: skip
-    if not flags & MapFlag.NORESERVE:
-        file.reserve()
     _add_file(machine, file)
     return file
 

@@ -21,6 +21,7 @@ from hmm.address_space import AddressSpace
 from hmm.device_map import map_device
 from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.file import File, FileKind
+from hmm.hugetlb import HugetlbFile
 from hmm.operation import Operation
 from hmm.populate import populate
 from hmm.units import (
@@ -97,7 +98,8 @@ def mmap(
             stack that is shared or of a file (EINVAL); the file's offsets end before (EOVERFLOW); a flag that
             MAP_SHARED_VALIDATE does not know (EOPNOTSUPP).
         NoSuchObjectError: no file without MAP_ANONYMOUS (EBADF).
-        OutOfFramesError: no room, too many VMAs, RLIMIT_AS (ENOMEM).
+        OutOfFramesError: no room, too many VMAs, RLIMIT_AS; or too few huge pages are free, and then what MAP_FIXED
+            found there is gone already (ENOMEM).
         AccessDeniedError: a fixed address below MMAP_MIN_ADDR (EPERM).
         ConflictError: MAP_FIXED_NOREPLACE over something (EEXIST).
         TimedOutError: MAP_FIXED over something and a mirror with policy FAIL did not answer (ETIMEDOUT).
@@ -190,6 +192,8 @@ def _mmap_region(space: AddressSpace, span: AddressRange, mapping: Mapping) -> O
         raise OutOfFramesError(f"mmap: {span} is more than RLIMIT_AS allows")
     yield from unmap(space, span)
     file = mapping.backing
+    if isinstance(file, HugetlbFile) and not mapping.has(VmFlag.NORESERVE):
+        file.reserve()  # hugetlbfs_file_mmap(); what was there has given back what it had reserved, and stays unmapped
     if isinstance(file, File):
         file.mapped_by(space)
     space.vmas.assign(span, mapping)

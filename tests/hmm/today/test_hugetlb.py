@@ -245,3 +245,15 @@ def test_mprotect_does_not_account_hugetlb_memory(bench: Any) -> None:
     bench.map(BLOCK, prot=Prot.READ, flags=PRIVATE)
     bench.call(commands_process.mprotect, bench.process, *place(bench, 0, BLOCK), RW)
     assert not next(iter(bench.local.machine.process(bench.process).space.vmas)).has(VmFlag.ACCOUNT)
+
+
+def test_mapping_over_reserved_pages_uses_their_reservations(bench: Any) -> None:
+    """mmap_region() unmaps first; hugetlbfs_file_mmap() reserves then, and leaves a gap when it cannot."""
+    bench.map(4 * BLOCK, flags=PRIVATE)
+    bench.map(4 * BLOCK, flags=PRIVATE)
+    assert free(bench) == (4, 4)
+    start, length = place(bench, 3 * BLOCK, 5 * BLOCK)
+    assert refused(bench, commands_process.mmap, start, length, RW, PRIVATE) == errno.ENOMEM
+    assert free(bench) == (4, 3)
+    (vma,) = bench.local.machine.process(bench.process).space.vmas
+    assert vma.npages == 3 * BLOCK
