@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,31 @@ def test_record_leaves_nothing_when_it_fails(tmp_path: Path, command: list[str],
     with pytest.raises(RecordingError) as caught:
         record(command, tmp_path / "out", delay_s=DELAY_S)
     assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_record_ends_its_command_when_it_is_told_to_end(tmp_path: Path, number: int, status: int) -> None:
+    """Neither the command nor strace goes on alone, and no half recording is left."""
+    start = "from hmm_client.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        "record",
+        "-o",
+        tmp_path / "out",
+        "--",
+        "sh",
+        "-c",
+        "echo here; exec sleep 60",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as recording:
+        assert recording.stdout is not None
+        assert recording.stdout.readline() == "here\n"
+        recording.send_signal(number)
+        assert recording.wait(30) == status
+        assert recording.stdout.read() == ""  # nobody is left who could write
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -38,17 +41,24 @@ def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> No
 
     The command keeps its standard input and outputs.  Exit code: the command's own, or 2 if it cannot be recorded.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     folder = output or Path(Path(arguments[0]).name)
     try:
         recorded = make_recording(arguments, folder, delay_s=delay)
     except RecordingError as error:
         fail(UNUSABLE, str(error))
     recording = recorded.recording
+    count = len(recording.plan.processes)
     click.echo(
-        f"{folder}: {len(recording.log.calls):,} calls of {len(recording.plan.processes)} processes, "
+        f"{folder}: {len(recording.log.calls):,} calls of {count} process{'es' if count > 1 else ''}, "
         f"{len(canonical(recording.final))} mappings at the end",
         err=True,
     )
     if recording.plan.incomparable:
         click.echo(f"hmmctl: it cannot be replayed: {recording.plan.incomparable}", err=True)
     raise SystemExit(recorded.status)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    """The command ends with the recording, and nothing of that is left behind."""
+    raise SystemExit(128 + number)

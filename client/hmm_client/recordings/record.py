@@ -20,6 +20,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def record(command: Sequence[str], folder: Path, *, delay_s: float = DELAY_S) ->
     """Run a command and record its memory calls into a folder.
 
     The command has this process's standard input and outputs.  Every process it makes is held for `delay_s` at each
-    exec and at its exit.
+    exec and at its exit.  Whoever interrupts the recording (KeyboardInterrupt, SystemExit) ends the command too.
 
     Args:
         folder: made if missing; must be empty.
@@ -140,8 +141,11 @@ def _run(command: list[str], pipe: Path, recorder: _Recorder) -> int:
         with subprocess.Popen(command) as strace:
             try:
                 _follow(source, strace.pid, recorder)
-            except BaseException:
+            except BaseException as error:
                 strace.terminate()  # it lets the program go, and ends
+                if isinstance(error, KeyboardInterrupt | SystemExit) and recorder.first is not None:
+                    with suppress(ProcessLookupError):
+                        os.kill(recorder.first, signal.SIGTERM)
                 raise
         return strace.returncode
     finally:
