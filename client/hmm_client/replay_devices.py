@@ -36,7 +36,7 @@ from hmm_client.process import Process
 from hmm_proto.v1 import inspection_pb2
 
 LAG_CALLS = 8
-FOLLOWED_CALLS = 512
+FOLLOWED_CALLS = 256
 """So many calls are followed one by one; then every second, after as many again every third, and so on."""
 
 
