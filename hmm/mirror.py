@@ -244,7 +244,8 @@ class Mirror(Receiver):
         return pfns
 
     def _propagate_dirty(self, entries: Entries) -> None:
-        if int(np.bitwise_or.reduce(entries)) & pte.DIRTY:
+        found = entries.item() if entries.size == 1 else int(np.bitwise_or.reduce(entries))
+        if found & pte.DIRTY:
             pfns = self.pfns(entries[pte.pte_test_dirty(entries)])
             self.space.frames.set_flags(pfns[pfns != ZERO_PFN], PageFlag.DIRTY)
 

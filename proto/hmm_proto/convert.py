@@ -26,6 +26,7 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, s
 from hmm_proto.v1 import event_pb2, file_pb2, range_pb2, types_pb2
 
 _LITTLE_ENDIAN = np.dtype("<u8")
+_FEW = 512
 E = TypeVar("E", bound=Enum)
 N = TypeVar("N", bound=int)
 
@@ -119,11 +120,13 @@ _DIGITS_MAX = len(str((1 << 64) - 1))
 
 def entries_to_proto(entries: Entries) -> bytes:
     """uint64[n] as little-endian bytes.  Cost: one copy."""
-    return entries.astype("<u8", copy=False).tobytes()
+    return entries.astype(_LITTLE_ENDIAN, copy=False).tobytes()
 
 
-def entries_as_bytes(entries: Entries) -> memoryview:
-    """The same without a copy, if they are contiguous and numbers are little-endian here.  Not for empty arrays."""
+def entries_as_bytes(entries: Entries) -> bytes | memoryview:
+    """The same; without a copy if they are many, contiguous, and numbers are little-endian here.  None may be empty."""
+    if entries.size <= _FEW:
+        return entries_to_proto(entries)  # sooner done
     return np.ascontiguousarray(entries, _LITTLE_ENDIAN).data.cast("B")
 
 

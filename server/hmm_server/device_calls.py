@@ -97,8 +97,13 @@ def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entri
 
 def fault_pages(q: device_pb2.FaultRequest) -> int:
     """How many pages a fault asks for."""
-    pages, ranges = q.pages, q.ranges
-    return len(pages) >> 3 if pages else (sum(ranges.ends) - sum(ranges.starts)) >> PAGE_SHIFT
+    pages = q.pages
+    if pages:
+        return len(pages) >> 3
+    starts, ends = q.ranges.starts, q.ranges.ends
+    if len(starts) == 1 == len(ends):  # most are
+        return (ends[0] - starts[0]) >> PAGE_SHIFT
+    return (sum(ends) - sum(starts)) >> PAGE_SHIFT
 
 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:

@@ -174,6 +174,9 @@ class Executor:
         if self.is_over(record):
             return True
         try:
+            if seconds is None:
+                await ended
+                return True
             async with asyncio.timeout(seconds):
                 await ended
         except TimeoutError:

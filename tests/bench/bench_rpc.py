@@ -4,7 +4,9 @@ The client and the drivers run on one CPU, the daemon and the bare servers on an
 ("one CPU"): a wake-up of another CPU costs more than many a message, so both are told apart.  Times are microseconds
 unless the unit says otherwise; medians of a round, ratios within a round.
 
-Whatever travels on a session costs at least what a bare gRPC stream costs; its rows say where that floor is.
+Whatever travels on a session costs at least what a bare gRPC stream costs, and what the core takes for the same
+request in this process.  Rows that begin with "floor" add these two up: no target can be met below them, and what lies
+above is the daemon's and the client library's.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ import peers
 import uvloop
 from measurement import Row, alone, compared, print_rows
 
+from hmm import commands_device as devices
+from hmm import commands_process as processes
+from hmm.limits import Limits
+from hmm.local import Local
+from hmm.machine import Machine
 from hmm.units import PAGE_SHIFT, PAGE_SIZE
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 from hmm_client import AddressRange, Client, Mirror, Process
 from hmm_client import calls as process_calls
 from hmm_proto.v1 import inspection_pb2
@@ -248,6 +257,49 @@ class Model:
         return median(took), median(inside)
 
 
+class Core:
+    """The requests of `Model` made of the core, in this process: no socket, no gRPC, a driver that answers at once."""
+
+    def __init__(self) -> None:
+        self._local = Local(Machine(Limits(frames=GIB_PAGES + 1024)))
+        self._pid = self._local.call(processes.create_process)
+        device = self._local.call(devices.register_device, "bench")
+        self._mirror = self._local.call(devices.register_mirror, device, self._pid, update_on_fault=False)
+        self._whole = self._map(GIB_PAGES)
+        self._local.call(processes.touch, self._pid, self._whole, write=True)
+
+    def _map(self, npages: int) -> AddressRange:
+        flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS
+        size = npages << PAGE_SHIFT
+        start = self._local.call(processes.mmap, self._pid, 0, size, Prot.READ | Prot.WRITE, flags).address
+        return AddressRange(start, start + size)
+
+    def fault(self, times: int) -> float:
+        """Microseconds of a fault of one page, which the mirror has."""
+        span = (AddressRange(self._whole.start, self._whole.start + PAGE_SIZE),)
+        return median(self._timed(devices.fault, self._mirror, span, write=True) for _ in range(times))
+
+    def scattered_fault(self, npages: int, times: int) -> float:
+        """Microseconds of a fault of so many pages here and there, which the mirror does not have yet."""
+        pages = np.linspace(self._whole.start, self._whole.end, npages, endpoint=False).astype(np.uint64)
+        pages &= ~np.uint64(PAGE_SIZE - 1)
+        took = []
+        for _ in range(times):
+            self._local.call(devices.discard_range, self._mirror, self._whole)
+            took.append(self._timed(devices.fault, self._mirror, pages, write=True))
+        return median(took)
+
+    def munmap(self, times: int) -> float:
+        """Microseconds of a munmap that the mirror is told of."""
+        spans = [self._map(1) for _ in range(times)]
+        return median(self._timed(processes.munmap, self._pid, span.start, PAGE_SIZE) for span in spans)
+
+    def _timed(self, command: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+        began = perf_counter()
+        self._local.call(command, *arguments, **options)
+        return (perf_counter() - began) * 1e6
+
+
 # ---- measuring
 
 
@@ -282,6 +334,7 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
             await model.set_up(MIRRORS)
             alone_there = await model.process_for(["1"], servers.daemon, stack, cpu)
             together = await model.process_for(["1"] * (1 + FURTHER), servers.daemon, stack, cpu)
+            core = Core()
             few = max(5, times // 10)
             for number in range(rounds + 1):
                 if number == 1:
@@ -295,6 +348,10 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                     note(what, await call)
                     note(f"{what}: server", (cpu_us(pid) - before[0]) / times)
                     note(f"{what}: client", (cpu_us(os.getpid()) - before[1]) / times)
+                note("core: fault", core.fault(times))
+                note("core: scattered", core.scattered_fault(256, few))
+                note("core: munmap", core.munmap(times))
+                note("stream of words", await yardsticks.stream(256 * 8, times))
                 note("stream of ids", await yardsticks.stream(max(MIRRORS) * ID_BYTES, times))
                 note("scattered", await model.scattered_fault(256, few))
                 note("unary", await model.unary(times))
@@ -316,16 +373,24 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
     def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], target: float | None = None) -> Row:
         return compared(f"{name}, {where}", "us", ours, theirs, target)
 
+    def sums(*names: str) -> list[float]:
+        return [sum(values) for values in zip(*(figures[name] for name in names), strict=True)]
+
     trip, event, unary = figures["fault"], figures["event 1"], figures["unary"]
+    least = sums("stream", "core: fault")
     yield ratio("bare gRPC stream / bare socket", figures["stream"], figures["socket"])
     yield ratio("65,536 words, bare gRPC stream / bare socket", figures["stream bytes"], figures["bytes"])
     yield ratio("fault of one page / bare socket", trip, figures["socket"], 2.5 if split else 15.0)
+    yield ratio("floor of that: bare gRPC stream + the core", least, figures["socket"])
     yield ratio("fault of one page / bare gRPC stream", trip, figures["stream"])
     for side in ("server", "client"):
         cost = figures[f"fault: {side}"], figures[f"stream: {side}"]
         yield ratio(f"CPU of the {side}, fault / bare gRPC message", *cost)
+    ours = figures["fault: server"], sums("stream: server", "core: fault")
+    yield ratio("CPU of the server, fault / bare gRPC message + the core", *ours)
     yield ratio("unary call / fault of one page", unary, trip)
     yield ratio("event and answer, 1 mirror / fault of one page", event, trip, 1.5)
+    yield ratio("floor of that: streams + the core's munmap / its fault", sums("stream", "core: munmap"), least)
     yield ratio("event and answer, 1 mirror / bare gRPC stream", event, figures["stream"])
     for count in MIRRORS[1:]:
         target = 1.5 if count == max(MIRRORS) else None
@@ -341,11 +406,14 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
     both = [a + b for a, b in zip(unary, event, strict=True)]
     yield ratio("munmap, 1 mirror / unary call + event and answer", figures["munmap 1"], both, 1.6)
     yield ratio("256 scattered faults in one call / fault of one page", figures["scattered"], trip, 1.5)
+    yield ratio("floor of that: streams + the core", sums("stream of words", "core: scattered"), least)
     yield alone(f"256 scattered faults in one call, {where}", "us", figures["scattered"], 720.0)
     yield ratio("fault of 65,536 pages / the bytes on a bare socket", figures["range"], figures["bytes"], 12.0)
     yield ratio("fault of 65,536 pages / the bytes on a bare gRPC stream", figures["range"], figures["stream bytes"])
     per_entry = [value * 1000 / ENTRIES for value in figures["range"]]
     yield alone(f"fault of 65,536 pages, per entry, {where}", "ns", per_entry, 17.0)
+    per_word = [value * 1000 / ENTRIES for value in figures["stream bytes"]]
+    yield alone(f"floor of that: 65,536 words on a bare gRPC stream, {where}", "ns", per_word)
     yield ratio("fault of 1 GiB / the bytes on a bare socket", figures["gigabyte"], figures["gigabyte of bytes"])
 
 
