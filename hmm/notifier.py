@@ -1,8 +1,8 @@
 """Who must hear of a change to an address space, and in what order things may happen.
 
-One Notifier per address space.  It keeps four lists, all of them short and ordered by arrival:
+One Notifier per address space.  It keeps five lists, all of them short and ordered by arrival:
 
-    subscribers     mirrors (2015), later also interval subscriptions (today)
+    subscribers     mirrors (2015) and drivers with interval notifiers (today)
     invalidations   running changes: in the list from before the callbacks until after the edit
     faults          device faults that are filling a mirror (2015 only)
     copies          pages on their way between system memory and a device (2015 only)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from hmm.limits import Limits
 from hmm.semantics import PROFILES
 
 ENVIRONMENT_PREFIX = "HMMD_"
+PORT_MAX = 65_535
 Value = str | int | float | bool
 
 
@@ -130,7 +130,8 @@ class Config:
         if self.swap_file and not self.swap_pages:
             raise ConfigError("swap_file needs swap_pages")
         for name in ("tcp", "health_tcp"):
-            if getattr(self, name) and not _PLACE.fullmatch(getattr(self, name)):
+            host, _, port = getattr(self, name).rpartition(":")
+            if (host or port) and not (host and port.isdecimal() and int(port) <= PORT_MAX):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be HOST:PORT")
         if self.tcp and not self.tls_certificate and not self.tcp_plaintext:
             raise ConfigError("tcp needs tls_certificate and tls_key, or tcp_plaintext")
@@ -216,5 +217,4 @@ def _kind(kind: type) -> str:
     return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[kind]
 
 
-_PLACE = re.compile(r".+:\d{1,5}")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

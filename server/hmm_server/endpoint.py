@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,12 +111,24 @@ def listen_for_health(server: grpc.aio.Server, config: Config) -> str:
 
 
 def _bind(server: grpc.aio.Server, place: str, credentials: grpc.ServerCredentials | None) -> str:
-    host = place.rpartition(":")[0]
+    host, _, wanted = place.rpartition(":")
+    _require_free(place, host.strip("[]"), int(wanted))
     try:
         port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
     except RuntimeError as error:
         raise EndpointError(f"{place}: {error}") from error
     return f"{host}:{port}"
+
+
+def _require_free(place: str, host: str, port: int) -> None:
+    # gRPC only says that it failed; why is found out here.
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise EndpointError(f"{place}: {error.strerror}") from error
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials:

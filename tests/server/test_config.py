@@ -86,6 +86,7 @@ def test_environment_understands_booleans() -> None:
         {"tls_certificate": "cert.pem"},
         {"tcp": "127.0.0.1:0"},
         {"tcp": "localhost", "tcp_plaintext": True},
+        {"tcp": "localhost:65536", "tcp_plaintext": True},
         {"health_tcp": "8080"},
         {"acknowledgement_s": math.nan},
         {"drain_s": math.inf},

@@ -81,6 +81,15 @@ async def test_tcp_is_served_beside_the_socket(place: Path) -> None:
                 pass
 
 
+async def test_tcp_says_why_when_it_cannot_be_served(place: Path) -> None:
+    """The reason is the system's, not the transport's advice to look into its log."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = Config(tcp=f"127.0.0.1:{taken.getsockname()[1]}", tcp_plaintext=True)
+        with pytest.raises(EndpointError, match=rf"^{config.tcp}: Address already in use$"):
+            async with Daemon(config).serving(place):
+                pass
+
+
 async def test_tls_is_refused_when_files_are_missing(place: Path) -> None:
     """A certificate that is not there is an error of the configuration."""
     config = Config(tcp="127.0.0.1:0", tls_certificate="/none/cert.pem", tls_key="/none/key.pem")
