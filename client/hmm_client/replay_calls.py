@@ -221,21 +221,26 @@ async def _remap_file(process: Process, step: RemapFile, files: Mapping[str, Fil
     lines = (await process.maps()).lines
     area = next(line for line in lines if step.address in line.span)
     start, length = page_down(step.address), page_up(step.length) or PAGE_SIZE
+    flags = MapFlag.SHARED | MapFlag.FIXED
     file = files.get(area.file_name)
     if file is not None:
-        flags = MapFlag.SHARED | MapFlag.FIXED
         await process.mmap(length, prot_of(area), flags, address=start, file=file, offset=step.offset)
-        return
-    # Unnamed memory: mremap() of length 0 maps once more what is mapped somewhere.
-    source = _where(lines, area.file_id, step.offset)
-    second = await process.mremap(source, 0, length, MremapFlag.MAYMOVE)
-    await process.mprotect(second.address, length, prot_of(area))
-    await process.mremap(second.address, length, length, MremapFlag.MAYMOVE | MremapFlag.FIXED, new_address=start)
+    elif source := _where(lines, area.file_id, step.offset):
+        # Unnamed memory: mremap() of length 0 maps once more what is mapped somewhere.
+        second = await process.mremap(source, 0, length, MremapFlag.MAYMOVE)
+        await process.mprotect(second.address, length, prot_of(area))
+        await process.mremap(second.address, length, length, MremapFlag.MAYMOVE | MremapFlag.FIXED, new_address=start)
+    else:  # pages that nothing maps any more cannot be reached from here; others of the same name take their place
+        other = await process.client.open_file(area.file_name, create=True)
+        if (await other.status()).size_bytes < step.offset + length:
+            await other.truncate(step.offset + length)
+        await process.mmap(length, prot_of(area), flags, address=start, file=other, offset=step.offset)
+        await other.close()
 
 
 def _where(lines: Sequence[MapsLine], file_id: int, offset: int) -> int:
-    """An address where a byte of a file is mapped."""
+    """An address where a byte of a file is mapped; 0 for none."""
     for line in lines:
         if line.file_id == file_id and line.offset <= offset < line.offset + line.end - line.start:
             return line.start + offset - line.offset
-    raise BadAddressError(f"remap_file_pages: byte {offset} of unnamed memory is mapped nowhere")
+    return 0

@@ -109,6 +109,7 @@ int main(void)
 	rings();
 	names();
 	remap_file_pages(unnamed, 2 * PAGE, 0, 5, 0);
+	remap_file_pages(unnamed + 5 * PAGE, PAGE, 0, 0, 0); /* which nothing maps any more */
 	mprotect(several + PAGE, PAGE, PROT_NONE);
 	munmap(several + 4 * PAGE, PAGE);
 	mremap(several, 7 * PAGE, 7 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, map(8, PROT_NONE, PRIVATE)); /* since 6.17 */
