@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ PAGES = BUFFER // PAGE_SIZE
 HUGE = 2 << 20
 HUGE_PAGES = HUGE // PAGE_SIZE
 INTS = PAGE_SIZE // 4
-DEVICE_PAGES = 1 << 16  # a chunk of the driver, 256 MiB
+ALL = bool(os.environ.get("SELFTEST_ALL"))
+"""Whether to spend minutes on the largest sizes, and to repeat what is repeated as often as the suites of old do."""
+DEVICE_PAGES = 1 << (16 if ALL else 13)  # a chunk of the driver is 256 MiB
 RW = Prot.READ | Prot.WRITE
 PRIVATE = MapFlag.PRIVATE | MapFlag.ANONYMOUS
 SHARED = MapFlag.SHARED | MapFlag.ANONYMOUS

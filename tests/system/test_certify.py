@@ -44,16 +44,16 @@ def broken(certificate: Certificate) -> set[str]:
 
 @pytest.mark.parametrize("name", ["dummy", "rdma", "prefetch", "dmirror"])
 async def test_our_driver_passes_the_whole_suite(name: str) -> None:
-    """Every adversity and some storms, without a report."""
-    certificate = await certify(ours(name), seeds=range(3))
+    """Every adversity and a storm, without a report; `make certify` has a thousand storms."""
+    certificate = await certify(ours(name), seeds=range(1))
     assert certificate.passed, certificate.broken
-    assert len(certificate.trials) == len(ADVERSITIES) + 3 + 1
+    assert len(certificate.trials) == len(ADVERSITIES) + 1 + 1
 
 
 async def test_driver_in_javascript_passes(packages: None) -> None:
     """What is asked of a driver can be met in another language."""
     driver = Path(__file__).with_name("javascript") / "driver.js"
-    certificate = await certify(["node", str(driver)], seeds=range(2))
+    certificate = await certify(["node", str(driver)], seeds=range(1))
     assert certificate.passed, certificate.broken
 
 

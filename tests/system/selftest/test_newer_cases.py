@@ -8,13 +8,12 @@ They run under a daemon with the semantics `linux-7`, with the test driver of th
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from selftest_rig import HUGE, HUGE_PAGES, RW, SHARED, failed, ints, ramp, succeeded
+from selftest_rig import ALL, HUGE, HUGE_PAGES, RW, SHARED, failed, ints, ramp, succeeded
 
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
@@ -27,8 +26,6 @@ from hmm_client.drivers.dmirror import LINUX_7_CORRECTED, Flag, Profile
 from hmm_client.embedded import embedded_daemon
 
 OFFSETS = (0, HUGE // 4, HUGE // 2)
-ALL = bool(os.environ.get("SELFTEST_ALL"))
-"""Whether to spend a minute on the largest buffer, and repeat the others as often as the kernel's suite does."""
 SIZES = (HUGE // 4, HUGE // 2, HUGE, 2 * HUGE, 4 * HUGE, 8 * HUGE, *([128 * HUGE] if ALL else []))
 ROUNDS = 5 if ALL else 2
 WHOLE = [(0, HUGE_PAGES)]
