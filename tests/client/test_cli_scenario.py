@@ -6,10 +6,12 @@ import errno as errnos
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from hmm.mirror import DeadlinePolicy
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+from hmm_client.cli import main
 from hmm_client.harness import HoldPoint, answer, delay, hold, refuse
 from hmm_client.scenario import Scenario, ScenarioError, read_scenario
 from hmm_client.scenario.model import Inside
@@ -190,6 +192,17 @@ give_up = "tie"
 [[steps]]
 pending = ["gpu"]
 """
+
+
+@pytest.mark.slow
+def test_run_names_the_file_when_the_daemon_does_not_understand_its_settings(tmp_path: Path) -> None:
+    """A wrong setting is a mistake in the file, exit code 2, and no daemon that cannot be reached."""
+    (tmp_path / "wrong.toml").write_text(
+        '[daemon]\nframez = 1\n[processes.app]\n[[steps]]\nprocess = "app"\ncall = "exit"\n'
+    )
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "wrong.toml")])
+    assert result.exit_code == 2
+    assert f"hmmctl: {tmp_path}/wrong.toml: with the settings of [daemon] hmmd did not start" in result.stderr
 
 
 def test_read_scenario_refuses_a_file_when_nothing_happens_in_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
-from hmm_client.embedded import embedded_daemon
+from hmm_client.embedded import EmbeddedDaemonError, embedded_daemon
 
 if TYPE_CHECKING:
     from hmm_client.scenario import Scenario, StepReport
@@ -33,13 +33,24 @@ class _Daemons:
     targets: dict[str, str] = field(default_factory=dict)
 
     def target(self, scenario: Scenario) -> str:
-        """Where a scenario is run: where the user says, or on a daemon of its own."""
+        """Where a scenario is run: where the user says, or on a daemon of its own.
+
+        Raises:
+            ScenarioError: the daemon does not understand the settings; it has said which on stderr.
+        """
+        from hmm_client.scenario.model import ScenarioError  # noqa: PLC0415 - takes longer than --help may
+
         if self.where.target:
             return self.where.target
         settings = {"log_level": "error", "harness": True, "drain_s": 0.5, **scenario.settings}
         key = repr(sorted(settings.items()))
         if key not in self.targets:
-            self.targets[key] = self.stack.enter_context(embedded_daemon(**settings))
+            try:
+                self.targets[key] = self.stack.enter_context(embedded_daemon(**settings))
+            except EmbeddedDaemonError as error:
+                if not scenario.settings:
+                    raise
+                raise ScenarioError(f"with the settings of [daemon] {error}", scenario.path) from None
         return self.targets[key]
 
 
