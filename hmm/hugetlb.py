@@ -11,7 +11,8 @@ fs/hugetlbfs/inode.c, 6.12.
 
 **Absent**: faults (hugetlb_fault.py); pools of several sizes or nodes; surplus pages; named files of hugetlbfs.
 
-Differs: the pool does not grow, and takes its pages when the machine is made.
+Differs: the pool does not grow, and takes its pages when the machine is made.  A page that its owner gives up while a
+child still maps it is not reserved again; the kernel reserves it at once and lacks one until it is free.
 """
 
 from __future__ import annotations
@@ -142,8 +143,6 @@ def discard_pages(space: AddressSpace, vma: Vma) -> None:
     """Drop the pages of a part of a VMA of hugetlb memory; those that were the process's own are reserved for it again.
 
     Cost: O(huge pages).  Source: Linux mm/hugetlb.c, __unmap_hugepage_range().
-
-    Differs: a page that a child still maps is not reserved; the kernel counts it at once, and too few until it is free.
     """
     file = vma.backing
     assert isinstance(file, HugetlbFile), vma

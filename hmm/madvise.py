@@ -20,7 +20,8 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Absent**: when pages are merged (ksm.py); MADV_SOFT_OFFLINE; the guard regions of 6.13.
 
-Differs: one event for the call, where the kernel sends one per VMA.
+Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE passes over mappings of files.  What is
+freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full (folio_mark_lazyfree()).
 """
 
 from __future__ import annotations
