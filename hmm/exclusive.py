@@ -42,7 +42,6 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SIZE,
     TASK_SIZE,
-    Address,
     AddressRange,
     DeviceId,
     Entries,
@@ -52,7 +51,7 @@ from hmm.units import (
     is_page_aligned,
     spans_of_pages,
 )
-from hmm.vma import VmFlag
+from hmm.vma import Vma, VmFlag
 
 __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
@@ -287,10 +286,8 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
     return taken == int(frames.mapcount[members(frames, head)].sum())
 
 
-def _walk_order(space: AddressSpace, address: Address) -> tuple[int, int]:
-    """Where the VMA at an address is in the reverse map: by the offset at which it begins, the elder process first."""
-    vma = space.vmas.find(address)
-    assert vma is not None
+def _walk_order(space: AddressSpace, vma: Vma) -> tuple[int, int]:
+    """Where a VMA is in the reverse map: by the offset at which it begins, the elder process first."""
     return vma.page_offset(vma.start), space.id
 
 
@@ -300,9 +297,9 @@ def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceI
     whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
     for vma in space.vmas.mapped_pieces(whole) if relatives else ():
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
-        own = _walk_order(space, vma.start)
+        own = _walk_order(space, space.vmas.find(vma.start) or vma)  # it may have gone while others were told
         for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
-            if _walk_order(place.space, place.vma.start) > own:
+            if _walk_order(place.space, place.vma) > own:
                 continue
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:

@@ -15,6 +15,7 @@ from hmm.frames import RegionKind
 from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID, WRITE
 from hmm.mremap import MremapFlag
+from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -135,6 +136,20 @@ def test_migration_tells_nobody_of_another_familys_mapping_at_the_same_offset(be
     bench.heard.events.clear()
     bench.to_device(40, 1)
     assert [event.spans for event in bench.heard.events if event.reason is Reason.CLEAR] == [(bench.span(40),)]
+
+
+def test_migrate_moves_pages_that_were_touched_first_while_mirrors_were_told(bench: Any) -> None:
+    """The touch gives the VMA its anon_vma: what it brought in is found by that when it has moved."""
+    machine, span = bench.local.machine, bench.span(0, 2)
+    record = machine.start(Caller(), commands_hmm.migrate_to_device, bench.mirror, span)
+    (told,) = machine.take_outbox()
+    machine.start(Caller(), commands_process.write_memory, bench.process, span.start, b"x" * span.size_bytes)
+    machine.answer(told.mirror_id, told.sequence)
+    machine.resume(record.id)
+    assert record.done
+    assert np.count_nonzero(record.result.src & np.uint64(MIGRATE)) == 2
+    machine.check()
+    assert bench.read(0, 2) == b"xx"
 
 
 def test_touch_brings_the_page_back_for_all_when_fork_shares_it(bench: Any) -> None:
