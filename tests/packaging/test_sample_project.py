@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "HMMD_WHEEL"
 """Names a wheel that was built already."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+TIMEOUT_S = 500.0
+"""Far more than anything takes; a busy machine is no failure."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1.2 * TIMEOUT_S)]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +58,9 @@ def test_wheel_alone_is_what_runs(programs: Path, tmp_path: Path) -> None:
 
 def test_readme_of_the_harness_runs_as_a_project_of_its_own(programs: Path, tmp_path: Path) -> None:
     """Fixtures, misbehaviour, holds and scenarios, as somebody who has only installed hmmd uses them."""
-    assert run_document(ROOT / "tests/README.md", tmp_path, 200, programs) >= 10
+    assert run_document(ROOT / "tests/README.md", tmp_path, TIMEOUT_S, programs) >= 10
 
 
 def test_first_driver_of_the_readme_is_certified_with_the_wheel_alone(programs: Path, tmp_path: Path) -> None:
     """As a new user goes through client/README.md: each command, and what it prints."""
-    assert run_document(ROOT / "client/README.md", tmp_path, 200, programs) >= 10
+    assert run_document(ROOT / "client/README.md", tmp_path, TIMEOUT_S, programs) >= 10
