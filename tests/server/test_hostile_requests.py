@@ -83,6 +83,14 @@ async def test_stream_of_requests_is_invalid_when_a_part_is_no_message(served: A
     assert (error.code(), read.data) == (grpc.StatusCode.INVALID_ARGUMENT, b"kept")
 
 
+async def test_filling_says_what_was_wrong_when_the_client_still_writes(served: Any) -> None:
+    """The call ends when all parts have come: a client that is still writing then would be told INTERNAL."""
+    part = process_pb2.FillMemoryRequest(process_id=99, address=BASE, data=bytes(1 << 20))
+    for _ in range(10):
+        call = served.process.FillMemory(iter([part] * 8))
+        assert (await refused(call)).code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_session_ends_when_a_batch_is_no_message(
     mirrored: tuple[Any, Any, int, int], caplog: pytest.LogCaptureFixture
 ) -> None:

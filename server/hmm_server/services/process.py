@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from hmm import commands_process
+from hmm.errors import HmmError
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
@@ -86,6 +87,17 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         self, request_iterator: AsyncIterator[process_pb2.FillMemoryRequest], context: Context
     ) -> process_pb2.FillMemoryResponse:
         caller = caller_from(context.invocation_metadata())
+        try:
+            filled = await self._fill(caller, request_iterator)
+        except HmmError:
+            await _read_out(request_iterator)
+            raise
+        await _read_out(request_iterator)
+        return filled
+
+    async def _fill(
+        self, caller: Caller, request_iterator: AsyncIterator[process_pb2.FillMemoryRequest]
+    ) -> process_pb2.FillMemoryResponse:
         total = process_pb2.FillMemoryResponse()
         process_id = address = 0
         async for request in request_iterator:
@@ -155,6 +167,12 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     WriteMemory = _rpc("write_memory")
     Touch = _rpc("touch")
     AccessPages = _rpc("access_pages")
+
+
+async def _read_out(request_iterator: AsyncIterator[Any]) -> None:
+    # A client that still writes when its call ends sees only that writing failed, and not how the call ended.
+    async for _ in request_iterator:
+        pass
 
 
 def _bytes_read(request: process_pb2.ExecuteRequest) -> int:
