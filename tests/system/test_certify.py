@@ -15,7 +15,7 @@ from hmm_client.certify import RULES, Certificate, certify
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.storm import Step, draw, shortest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WRONG = Path(__file__).with_name("wrong_driver.py")
 WRONG_TODAY = Path(__file__).with_name("wrong_interval_driver.py")
