@@ -16,9 +16,7 @@ from coverage import Coverage
 import hmm_client
 from hmm_client.embedded import as_flags
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as it is in the background of a shell, and for what starts there
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; it would be inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
