@@ -19,7 +19,7 @@ import numpy as np
 
 from hmm import commands_device, commands_file, commands_hmm, commands_process, commands_userfaultfd
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
-from hmm.commands_hmm import Migrated
+from hmm.commands_hmm import Migrated, RangeFaulted
 from hmm.cpu_access import Accessed
 from hmm.events import Cause, Delivery, Event
 from hmm.migration import MIGRATE
@@ -49,6 +49,7 @@ class Coverage:
         events: (what happened, "mirror" or "interval notifier", what that heard).
         answers: how events were answered, and how often drivers misbehaved.
         callers: how often they did not wait for the end of their calls.
+        retries: how often device faults of either kind started over.
         steps: choices made.
     """
 
@@ -57,6 +58,7 @@ class Coverage:
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     callers: Counter[str] = field(default_factory=Counter)
+    retries: int = 0
     steps: int = 0
 
     def ended(self, record: OperationRecord[Any]) -> None:
@@ -65,6 +67,10 @@ class Coverage:
         self.calls[how] += 1
         if record.caller.callback is not None:
             self.inside[how] += 1
+        if isinstance(record.value, RangeFaulted):
+            self.retries += record.value.retries
+        elif isinstance(record.value, DeviceFaulted):
+            self.retries += sum(part.retries for part in record.value.parts)
 
     def sent(self, delivery: Delivery, receiver: Receiver | None) -> None:
         """An event is on its way."""
@@ -84,6 +90,7 @@ class Coverage:
         self.events += other.events
         self.answers += other.answers
         self.callers += other.callers
+        self.retries += other.retries
         self.steps += other.steps
 
     @property
