@@ -9,7 +9,8 @@ it stays (MREMAP_DONTUNMAP), moves the entries and removes the old VMA.  So a mi
 everything as it was.
 
 **Source**: Linux mm/mremap.c (SYSCALL mremap, mremap_to(), vma_to_resize(), move_vma(), move_page_tables(),
-move_soft_dirty_pte(), move_normal_pmd()), mm/vma.c (copy_vma(), vma_merge_extend()), 6.12.117.
+move_soft_dirty_pte(), move_normal_pmd()), mm/ksm.c (ksm_madvise()), mm/vma.c (copy_vma(), vma_merge_extend()),
+6.12.117.
 
 **Invariants**: an entry is at its old or its new address, and nobody faults on either while it moves.
 
@@ -32,6 +33,7 @@ from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.huge_split import block_of, cut, huge_blocks, split_pmds, whole_blocks
+from hmm.ksm import unmerge
 from hmm.notifier import Turn
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
@@ -240,6 +242,8 @@ def _move_vma(space: AddressSpace, turn: Turn, vma: Vma, request: _Remap, map_fl
         raise OutOfFramesError(f"{request}: the space has {len(space.vmas)} VMAs already")
     old, new = request.old, AddressRange(start, start + request.new_length)
     turn.hold(old, new)
+    if old and vma.has(VmFlag.MERGEABLE):  # lest merged pages turn up elsewhere; the flag stays
+        yield from unmerge(space, vma.clip(old.start, old.end))
     if request.dontunmap and vma.has(LOCKED_FLAGS):
         space.vmas.assign(old, vma.mapping, merge=False)  # what stays locked is a VMA of its own
         vma = vma.clip(old.start, old.end)

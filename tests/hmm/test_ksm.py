@@ -18,6 +18,7 @@ from hmm.ksm import MAX_PAGE_SHARING, KsmPass
 from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
+from hmm.mremap import MremapFlag
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -377,3 +378,19 @@ def test_scan_is_refused_when_there_are_no_passes(world: World) -> None:
     """A number of passes below one: EINVAL."""
     with pytest.raises(InvalidRequestError):
         scan(world, 0)
+
+
+def test_merged_page_is_copied_before_it_moves(world: World) -> None:
+    """move_vma(): ksm_madvise(MADV_UNMERGEABLE) of what moves, so that merged pages do not turn up elsewhere."""
+    write(world, 0, "aaaa")
+    advise(world, span(0, 16), Advice.MERGEABLE)
+    scan(world)
+    assert len(set(frames(world, 0, 4))) == 1
+    flags = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.do(processes.mremap, world.pid, span(1).start, PAGE_SIZE, PAGE_SIZE, flags, span(32).start)
+    moved = frames(world, 32, 1)[0]
+    assert moved not in frames(world, 0, 1)
+    assert len({*frames(world, 0, 1), *frames(world, 2, 2)}) == 1
+    assert read(world, 32, 1) == "a"
+    scan(world)
+    assert frames(world, 32, 1) == frames(world, 0, 1)  # it is mergeable as before
