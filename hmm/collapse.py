@@ -42,6 +42,9 @@ class _Failure:
     ends: bool = False
 
 
+_MISSED = _Failure(errnos.EBUSY, "a userfaultfd misses a page", ends=True)
+
+
 def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
     """Collapse the blocks that lie in a part of one VMA.
 
@@ -49,7 +52,8 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
         InvalidRequestError: the VMA cannot have huge pages or never had a page, or a block has no page table, no page
             that may be written, or pages that are no memory of its own (EINVAL).
         OutOfFramesError: no run of frames is free (ENOMEM); the blocks before it are collapsed.
-        RangeBusyError: somebody else refers to a page (EAGAIN); all other blocks are collapsed.
+        RangeBusyError: somebody else refers to a page (EAGAIN); all other blocks are collapsed.  A userfaultfd misses a
+            page (EBUSY, SCAN_EXCEED_NONE_PTE); the blocks before it are collapsed.
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
 
     Cost: O(blocks), and the copying.
@@ -74,8 +78,8 @@ def _error(block: AddressRange, failure: _Failure) -> HmmError:
     match failure.errno:
         case errnos.ENOMEM:
             return OutOfFramesError(message, address=block.start)
-        case errnos.EAGAIN:
-            return RangeBusyError(message, errnos.EAGAIN, address=block.start)
+        case errnos.EAGAIN | errnos.EBUSY:
+            return RangeBusyError(message, failure.errno, address=block.start)
     return InvalidRequestError(message, address=block.start)
 
 
@@ -130,7 +134,7 @@ def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failur
         return _Failure(errnos.EAGAIN, "somebody refers to a page")
     missing = vma.mapping.userfaultfd and (cpu_pte.is_special(entries) | (entries == 0)).any()
     if missing or not cpu_pte.is_writable(here).any():
-        return _Failure(errnos.EINVAL, "a userfaultfd misses a page" if missing else "no page may be written")
+        return _MISSED if missing else _Failure(errnos.EINVAL, "no page may be written")
     assert frames.all_have(pfns, PageFlag.ANON), f"{block} has pages that are not private"
     return None
 

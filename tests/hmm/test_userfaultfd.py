@@ -513,8 +513,9 @@ def test_no_huge_page_comes_where_the_handler_is_to_bring_pages() -> None:
     assert asked == [at]
     space = local.machine.processes[pid].space
     assert space.table.count == 1
-    with pytest.raises(HmmError, match="a userfaultfd misses a page"):
+    with pytest.raises(HmmError, match="a userfaultfd misses a page") as raised:
         local.call(processes.madvise, pid, 1 << 30, PMD_SIZE, Advice.COLLAPSE)
+    assert raised.value.errno == errno.EBUSY  # hpage_collapse_scan_pmd(), madvise_collapse_errno()
 
 
 # ---- what devices do with it
