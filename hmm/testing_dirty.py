@@ -26,7 +26,8 @@ from hmm.units import AddressRange, MirrorId
 
 __all__ = ["DirtyPages", "LostDirtyError"]
 
-_CLEANING = frozenset({Cause.WRITE_BACK, Cause.MADV_FREE, Cause.RECLAIM})
+_CLEANING = frozenset({Cause.WRITE_BACK, Cause.MADV_FREE, Cause.RECLAIM, Cause.MREMAP_MOVE, Cause.OOM_REAP})
+"""Besides those that discard: after these a frame may be there again, as that of another page."""
 
 
 class LostDirtyError(AssertionError):
@@ -40,7 +41,7 @@ class DirtyPages:
     Attributes:
         checked: what was looked at already.
         recorded: mirror -> its address space, and page -> frame of its dirty entries.
-        cleaning: (mirror, event) -> ranges that are about to be made clean.
+        cleaning: (mirror, event) -> ranges that are about to be made clean, or to get other pages.
     """
 
     machine: Machine
@@ -50,7 +51,8 @@ class DirtyPages:
 
     def sent(self, delivery: Delivery) -> None:
         """An event is on its way."""
-        if delivery.event.cause in _CLEANING:
+        cause = delivery.event.cause
+        if cause is not None and (cause in _CLEANING or cause.discards):
             self.cleaning[delivery.mirror_id, delivery.sequence] = delivery.event.spans
 
     def check(self) -> None:
