@@ -118,6 +118,7 @@ class AddressSpace:
         tracks_writes: what was written has been forgotten once (clear_refs.py): from then on VmFlag.SOFTDIRTY marks new
             VMAs; before all of them are.
         last_anon_vma: the newest family of private pages.
+        anon_vma_roots: of the families that came by fork, the space and the number of the oldest ancestor.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
         userfaultfds: those that can be registered with VMAs of this space, by number.
@@ -141,6 +142,7 @@ class AddressSpace:
     semantics: Semantics = LINUX_6_12
     tracks_writes: bool = False
     last_anon_vma: int = 0
+    anon_vma_roots: dict[int, tuple[SpaceId, int]] = field(default_factory=dict)
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
     userfaultfds: dict[int, Userfaultfd] = field(default_factory=dict)
@@ -193,6 +195,10 @@ class AddressSpace:
         """A family of private pages that no VMA of this space has yet."""
         self.last_anon_vma += 1
         return self.last_anon_vma
+
+    def anon_vma_root(self, anon_vma: int) -> tuple[SpaceId, int]:
+        """The oldest ancestor of a family, with which it shares its tree of VMAs: anon_vma->root."""
+        return self.anon_vma_roots.get(anon_vma, (self.id, anon_vma))
 
     @property
     def new_flags(self) -> VmFlag:

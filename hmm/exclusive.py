@@ -297,9 +297,10 @@ def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceI
     whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
     for vma in space.vmas.mapped_pieces(whole) if relatives else ():
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
-        own = _walk_order(space, space.vmas.find(vma.start) or vma)  # it may have gone while others were told
+        now = space.vmas.find(vma.start) or vma  # it may have gone while others were told
+        own, root = _walk_order(space, now), space.anon_vma_root(now.anon_vma)
         for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
-            if _walk_order(place.space, place.vma) > own:
+            if place.space.anon_vma_root(place.vma.anon_vma) != root or _walk_order(place.space, place.vma) > own:
                 continue
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:

@@ -119,7 +119,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
     for vma in vmas:
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)
-        mapping = _childs_mapping(child, vma)
+        mapping = _childs_mapping(parent, child, vma)
         child.vmas.replace(vma.span, (Vma(vma.start, vma.end, mapping),), merge=False)
     given = yield from _copy_from_devices(parent, child, copied)
     npages = 0
@@ -192,7 +192,7 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
     return entries
 
 
-def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
+def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Mapping:
     mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
     if mapping.userfaultfd:
         mapping = mapping.with_userfaultfd(0)  # dup_userfaultfd()
@@ -200,7 +200,9 @@ def _childs_mapping(child: AddressSpace, vma: Vma) -> Mapping:
         return mapping
     if vma.has(VmFlag.WIPEONFORK):
         return mapping.with_anon_vma(0)
-    return mapping.with_anon_vma(child.new_anon_vma(), cloned=True)
+    number = child.new_anon_vma()
+    child.anon_vma_roots[number] = parent.anon_vma_root(vma.anon_vma)
+    return mapping.with_anon_vma(number, cloned=True)
 
 
 def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:

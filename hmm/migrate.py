@@ -208,13 +208,13 @@ def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
     indices = migration.indices(taken)
     anonymous = np.True_ if vma.backing is None else frames.test_flags(pfns, PageFlag.ANON)
     now = space.vmas.find(int(migration.addresses[0]))  # a touch may have given it an anon_vma since
-    family = vma.anon_vma if now is None else now.anon_vma
+    root = space.anon_vma_root((now or vma).anon_vma)
 
     def places() -> Iterator[Places]:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
         if anonymous.any():
             for place in anonymous_places(relatives, indices, vma.backing):
-                if place.space is not space or place.vma.mapping.cloned or place.vma.anon_vma == family:
+                if place.space.anon_vma_root(place.vma.anon_vma) == root:
                     yield place
             yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():

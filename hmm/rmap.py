@@ -12,8 +12,8 @@ ancestor by fork; pages of a file in all VMAs of that file; merged pages everywh
 
 **Absent**: the entries.
 
-Differs: the kernel finds VMAs by their `anon_vma`; here one that a relative mapped anew at the offset of a page is a
-candidate too.
+Differs: the kernel finds VMAs by their `anon_vma`; here one mapped anew at the offset of a page is a candidate too,
+until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).
 """
 
 from __future__ import annotations
