@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
+import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -214,7 +215,7 @@ async def test_hmmctl_shows_which_pages_are_on_which_device(
     assert f"({name}: 3 pages)" in maps
     walk = await asyncio.to_thread(shown, "walk", str(process.id), f"{mapped.address + 2 * PAGE_SIZE:x}")
     assert walk.count(f"{name} at 0x1000, frame") == 2
-    assert f"{name} (3 of {CARD_PAGES:,} pages used)" in await asyncio.to_thread(shown, "ps")
+    assert re.search(rf"{re.escape(name)} +3 of {CARD_PAGES:,} ", await asyncio.to_thread(shown, "ps"))
     for arguments in ((str(mirror.id),), (str(process.id), "--cpu")):
         assert f"({name}: 3 pages)" in await asyncio.to_thread(shown, "pagetable", *arguments)
 
