@@ -186,7 +186,9 @@ def bring_in(
                 return crowded
             stuck = yield from _resolve(space, attempt.strangers, write)
             if stuck is not None:
-                return stuck
+                before = _before(target, stuck.address)  # may have changed while the resolver waited
+                sooner = yield from bring_in(space, before, write=write, grow_stack=grow_stack, may_retry=may_retry)
+                return sooner or stuck
             continue
         stop = attempt.stop
         if stop is not None and stop.userfaultfd and not may_retry:
@@ -261,6 +263,12 @@ def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Op
 
 def _first(target: AddressRange | Entries) -> Address:
     return target.start if isinstance(target, AddressRange) else int(target[0])
+
+
+def _before(target: AddressRange | Entries, address: Address) -> AddressRange | Entries:
+    if isinstance(target, AddressRange):
+        return AddressRange(target.start, address)
+    return target[: int(np.searchsorted(target, np.uint64(address)))]
 
 
 def _npages(target: AddressRange | Entries) -> int:

@@ -13,7 +13,8 @@ ancestor by fork; pages of a file in all VMAs of that file; merged pages everywh
 **Absent**: the entries.
 
 Differs: the kernel finds VMAs by their `anon_vma`; here one mapped anew at the offset of a page is a candidate too,
-until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).
+until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).  VMAs that begin at the same offset
+come in the order of their processes, where the kernel takes the order in which they were last inserted.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from hmm.errors import BadAddressError, DeviceLostError, HmmError, InvalidReques
 from hmm.frames import RegionKind
 from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID
+from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT
 from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE
@@ -101,6 +102,28 @@ def test_touch_is_sigbus_at_the_page_when_others_lie_between(bench: Any) -> None
     assert touch(bench, 0, 4) == (2, Signal.BUS_ADRERR)
     assert shown(bench, 3) == "w2 d1"
     assert bench.read(0, 4 * PAGE_SIZE) == data
+
+
+def test_touch_stops_where_memory_has_gone_when_the_copy_behind_it_fails(bench: Any) -> None:
+    """handle_mm_fault() comes to one page after the other: what another thread unmapped meanwhile is first."""
+    machine, start = bench.local.machine, bench.span(0).start
+    written(bench, 2)
+    bench.to_device(1, 1)
+    fail(bench, 1)
+    record = machine.start(Caller(), commands_process.write_memory, bench.process, start, b"x" * 2 * PAGE_SIZE)
+    (told,) = machine.take_outbox()
+    unmapping = machine.start(Caller(), commands_process.munmap, bench.process, start, PAGE_SIZE)
+    (of_unmapping,) = machine.take_outbox()
+    machine.answer(of_unmapping.mirror_id, of_unmapping.sequence)
+    machine.resume(unmapping.id)
+    assert unmapping.done
+    machine.answer(told.mirror_id, told.sequence)
+    while not record.done:
+        machine.resume(record.id)
+        for event in machine.take_outbox():
+            machine.answer(event.mirror_id, event.sequence)
+    assert (record.result.done, record.result.signal, record.result.address) == (0, Signal.SEGV_MAPERR, start)
+    machine.check()
 
 
 @pytest.mark.parametrize("injected", ["copy", "touch"])
