@@ -167,7 +167,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
 
     What the page was (anonymous, exclusive to one process, dirty, part of a large folio) goes with it: of large folios
     the new frames are one too.  The migration's reference of the old frame is dropped, and that of the new one, if
-    it is another: or passes to the entry where each page has one.
+    it is another: or passes to the entry where each page has one in one VMA.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
     """
@@ -191,7 +191,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
             continue
         flags = (entries & _CARRIED) | _kinds(frames, targeted)
         _put_entries(place.space, addresses, cpu_pte.cpu_entry(targeted, flags))
-        if number == referenced.size:
+        if number == referenced.size and isinstance(place.pages, slice):  # merged pages may be there more than once
             frames.attach(targeted)
             referenced = targeted[:0]
         else:

@@ -327,6 +327,24 @@ def test_evicted_device_gives_merged_pages_back_to_all(world: World) -> None:
     assert read(world, 0, 2) == "ba"
 
 
+def test_evicted_device_counts_merged_pages_right_when_one_is_mapped_as_often_as_there_are_pages(world: World) -> None:
+    """remove_migration_pte(): each entry takes a reference of its own page, however many the others have."""
+    other = world.do(processes.create_process, "other")
+    world.do(processes.mmap, other, span(32).start, 2 * PAGE_SIZE, RW, FIXED)
+    advise(world, span(32, 2), Advice.MERGEABLE, other)
+    write(world, 0, "aaa")
+    write(world, 32, "bb", other)
+    assert scan(world).merged == 5
+    device = world.do(devices.register_device, "card", memory_pages=16)
+    world.do(hmm.migrate_to_device, world.do(hmm.attach, device, world.pid), span(0))
+    world.do(hmm.migrate_to_device, world.do(hmm.attach, device, other), span(32))
+    assert world.do(hmm.evict_device, device) == 2
+    world.machine.check()
+    world.do(processes.munmap, world.pid, span(0).start, 3 * PAGE_SIZE)
+    world.machine.check()
+    assert read(world, 32, 2, other) == "bb"
+
+
 def test_failure_of_a_merged_page_takes_it_from_all(world: World) -> None:
     """collect_procs_ksm(), rmap_walk_ksm(): the second address of the same page is lost when it is come to."""
     world.machine.capable = True
