@@ -98,6 +98,7 @@ def true_lines() -> list[Line]:
         line("pin", {"page": 0, "n": 1, "write": 1}, DONE, WRITTEN),
         line("mig_sys", {"h": 0, "page": 0, "n": 1}, DONE | {"cpages": 0}, WRITTEN),
         line("unpin", {}, DONE, WRITTEN),
+        line("pin", {"page": 0, "n": -1, "write": 1}, {"ret": -1, "errno": "EINVAL"}, WRITTEN),
         line("release", {"h": 0, "page": 0, "n": 1}, DONE, WRITTEN),
         line("mmap", {"page": 4, "n": 1, "prot": "rw", "flags": "shared", "src": "d0"}, {"ret": 4}, DRIVEN),
         line("close", {"h": 0}, DONE, DRIVEN),

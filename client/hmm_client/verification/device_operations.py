@@ -131,6 +131,8 @@ class DeviceRun:
         if self._pinned:
             raise InvalidRequestError("pin: pages are pinned already")
         length = operation.args.n << PAGE_SHIFT
+        if length < 0:  # unsigned there, and above LONG_MAX
+            raise InvalidRequestError(f"pin: the length {length} is negative")
         self._pinned = self._devices.pin(process_id, self._address(operation), length, write=bool(operation.args.write))
         return Result(0)
 
