@@ -161,6 +161,8 @@ WIRE_TRACES = (
     "base/rmixed-00",
     "base/rmultidev-00",
     "base/s29-exclusive-refused",
+    "base/x06-close-mapped",
+    "base/x07-close-mapped-fork",
     "thp/trbasic-00",
     "thp/t05-thp-migrate",
 )

@@ -3,16 +3,18 @@
 Every process is observed through each card besides, for the snapshots that the trace's states show.
 The driver runs in the profile of the kernel that the traces are from.
 
-**Source**: Linux lib/test_hmm.c and mm/gup_test.c, 6.12; the format of `hmm_client.recordings.ktrace`.
+**Source**: Linux lib/test_hmm.c, mm/gup_test.c and fs/file_table.c, 6.12; the format of `hmm_client.recordings.ktrace`.
 
-**Invariants**: a handle acts on the process that opened it, whoever calls.
+**Invariants**: a handle acts on the process that opened it, whoever calls; it lives until it is closed and mapped by
+nobody.
 
 **Absent**: comparing (`comparison`); all that is not done through a device (`operations`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from hmm.errors import InvalidRequestError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
@@ -23,21 +25,29 @@ from hmm_client.verification.subject import Devices
 CARDS = 2
 
 
-class DeviceRun:
-    """The devices of one trace under way.
+@dataclass(slots=True, eq=False)
+class _OpenFile:
+    """An open file of a card: struct file.
 
     Attributes:
-        files: the subject's id of the driver's file that a handle's mappings show.
+        id: the subject's, of the file that mappings of it show; 0 until it is mapped.
     """
+
+    handle: Handle
+    id: int = 0
+
+
+class DeviceRun:
+    """The devices of one trace under way."""
 
     def __init__(self, devices: Devices, base: Address) -> None:
         self._devices = devices
         self._base = base
         self._cards = [Card(devices.hmm, f"dmirror{n}", profile=LINUX_6_12_CORRECTED) for n in range(CARDS)]
-        self._handles: dict[int, Handle] = {}
+        self._open_files: dict[int, _OpenFile] = {}
+        self._closed: list[_OpenFile] = []
         self._observers: dict[int, list[Observer]] = {}
         self._pinned = 0
-        self.files: dict[int, int] = {}
         self.performers: Mapping[str, Callable[[Operation, ProcessId], Result]] = {
             "open": self._open,
             "close": self._close,
@@ -66,23 +76,35 @@ class DeviceRun:
 
     def file_of(self, handle: int) -> int:
         """The file that mappings of a handle show, made when it is first mapped."""
-        if handle not in self.files:
-            self.files[handle] = self._devices.driver_file(f"dmirror-handle{handle}")
-        return self.files[handle]
+        file = self._open_files[handle]
+        file.id = file.id or self._devices.driver_file(f"dmirror-handle{handle}")
+        return file.id
+
+    @property
+    def has_closed(self) -> bool:
+        """A file is closed that its driver has not released."""
+        return bool(self._closed)
+
+    def release_unmapped(self, mapped: Collection[int]) -> None:
+        """__fput(): the driver releases what is closed and mapped nowhere; `mapped` are the ids of files that are."""
+        released = [file for file in self._closed if file.id not in mapped]
+        self._closed = [file for file in self._closed if file.id in mapped]
+        for file in released:
+            file.handle.close()
 
     def _where(self, operation: Operation) -> tuple[Handle, Address, int]:
         args = operation.args
-        return self._handles[args.h], self._address(operation), args.n
+        return self._open_files[args.h].handle, self._address(operation), args.n
 
     def _address(self, operation: Operation) -> Address:
         return self._base + (operation.args.page << PAGE_SHIFT) + operation.args.unaligned
 
     def _open(self, operation: Operation, process_id: ProcessId) -> Result:
-        self._handles[operation.args.h] = self._cards[operation.args.dev].open(process_id)
+        self._open_files[operation.args.h] = _OpenFile(self._cards[operation.args.dev].open(process_id))
         return Result(0)
 
     def _close(self, operation: Operation, _: ProcessId) -> Result:
-        self._handles.pop(operation.args.h).close()
+        self._closed.append(self._open_files.pop(operation.args.h))
         return Result(0)
 
     def _release(self, operation: Operation, _: ProcessId) -> Result:

@@ -78,6 +78,12 @@ class TraceRun:
         Raises:
             TraceError: its arguments name something that there is not.
         """
+        result = self._returned(operation)
+        if self._devices.has_closed:
+            self._devices.release_unmapped(self._mapped_files())
+        return result
+
+    def _returned(self, operation: Operation) -> Result:
         try:
             if operation.name in self._performers:
                 return self._performers[operation.name](operation)
@@ -105,6 +111,10 @@ class TraceRun:
     def snapshots(self, processes: Sequence[int]) -> list[list[bytes]]:
         """What the two devices see of each process, one byte per page."""
         return self._devices.snapshots(processes, self.window)
+
+    def _mapped_files(self) -> set[int]:
+        regions = (region for process_id in self.processes.values() for region in self._subject.maps(process_id))
+        return {region.file_id for region in regions if region.file_id}
 
     def _line(self, region: Region) -> MapsLine:
         source = self._sources.get(region.file_id, SHARED_MEMORY) if region.file_id else ANONYMOUS
