@@ -136,7 +136,7 @@ def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
     if device.region:
         region = machine.frames.region(device.region)
         if region.used:
-            yield from evict(machine.frames, machine.spaces.values(), region)
+            yield from evict(machine.frames, machine.spaces, region)
         machine.frames.remove_region(device.region)
     machine.devices.pop(device_id, None)
 
@@ -312,7 +312,7 @@ def migrate(machine: Machine, mirror_id: MirrorId, span: AddressRange) -> Operat
 
 def _making_room(machine: Machine, mirror: Mirror) -> MakeRoom | None:
     def make(span: AddressRange) -> Operation[int]:
-        return (yield from make_room(mirror.space, machine.spaces.values(), span, _memory(mirror).region))
+        return (yield from make_room(mirror.space, machine.spaces, span, _memory(mirror).region))
 
     return make if mirror.device.evicts else None
 

@@ -286,7 +286,7 @@ def migrate_to_device(
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
     if mirror.device.evicts and span.npages > region.free:
-        yield from device_pages.make_room(mirror.space, machine.spaces.values(), span, region)
+        yield from device_pages.make_room(mirror.space, machine.spaces, span, region)
         _live(machine, mirror_id)
     moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound)
     migration = yield from moving
@@ -337,7 +337,7 @@ def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
 def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
     """Move everything in a device's memory to system memory, as `device_pages.evict`."""
     region = _region(machine, machine.device(device_id))
-    return (yield from device_pages.evict(machine.frames, machine.spaces.values(), region))
+    return (yield from device_pages.evict(machine.frames, machine.spaces, region))
 
 
 def make_exclusive(

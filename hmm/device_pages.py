@@ -32,7 +32,7 @@ far as there is room, where the kernel's test driver follows a null pointer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import numpy as np
@@ -66,6 +66,7 @@ from hmm.units import (
     Entries,
     MirrorId,
     Pfns,
+    SpaceId,
     spans_of_pages,
 )
 from hmm.vma import Backing
@@ -371,11 +372,11 @@ RESOLVERS[cpu_pte.DEVICE] = _bring_back
 # ---- eviction
 
 
-def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Operation[int]:
+def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region) -> Operation[int]:
     """Move everything in a device's memory to system memory, whoever has mapped it.
 
     Args:
-        spaces: all that there are.
+        spaces: all that there are, by id; kept up while the call waits, as all such arguments here.
 
     Returns: number of pages moved.
 
@@ -385,10 +386,9 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
 
     Cost: O(VMAs + pages), vectorised, and the copying.  Source: Linux mm/migrate_device.c, migrate_device_range().
     """
-    known = list(spaces)
     step = min(PIECE_PAGES, frames.batch_pages) if frames.make_room else PIECE_PAGES
     moved = 0
-    for space in known:
+    for space in list(spaces.values()):
         for subscriber in list(space.notifier.subscribers.values()):
             if subscriber.home is not None and subscriber.home.region is region:
                 moved += yield from subscriber.home.vacate((WHOLE_SPACE,))
@@ -396,13 +396,13 @@ def evict(frames: Frames, spaces: Iterable[AddressSpace], region: Region) -> Ope
         used = used_frames(frames, region.number)
         pfns = used[(used >= first) & (used < first + step)]
         if pfns.size:
-            moved += yield from move_to_system(frames, known, pfns)
+            moved += yield from move_to_system(frames, spaces, pfns)
             yield Pause()
     return moved
 
 
 def make_room(
-    space: AddressSpace, spaces: Iterable[AddressSpace], span: AddressRange, region: Region
+    space: AddressSpace, spaces: Mapping[SpaceId, AddressSpace], span: AddressRange, region: Region
 ) -> Operation[int]:
     """Move out of a device's memory what went there longest ago, so that a range fits, or as much as there can be room.
 
@@ -410,7 +410,7 @@ def make_room(
 
     Args:
         space, span: what is about to be moved there; what it has there already stays.
-        spaces: all that there are.
+        spaces: all that there are, by id.
 
     Returns: number of pages moved; less than were needed when pages are in use, or system memory runs out.
 
@@ -419,7 +419,7 @@ def make_room(
     Cost: as `evict`, for the pages that move.  Source: the device's driver does it, as nouveau_dmem_evict_chunk() and
     svm_range_evict() of amdgpu do.
     """
-    frames, known, moved = space.frames, list(spaces), 0
+    frames, moved = space.frames, 0
     pfns = cpu_pte.cpu_pfn(space.table.read(span.start, span.end))
     there = pfns[(pfns >= region.start) & (pfns < region.end)]
     wanted = min(span.npages - there.size, region.total - there.size) - region.free
@@ -431,7 +431,7 @@ def make_room(
     if are_compound(frames, oldest).any():
         oldest = with_folios(frames, oldest)
     try:
-        for other in known:
+        for other in list(spaces.values()):
             for subscriber in list(other.notifier.subscribers.values()):
                 if subscriber.home is not None and subscriber.home.region is region:
                     moved += yield from subscriber.home.give_up(oldest)
@@ -440,19 +440,19 @@ def make_room(
             part = oldest[first : first + step]
             part = part[frames.mapcount[part] > 0]  # those that are there still
             if part.size:
-                moved += yield from move_to_system(frames, known, part)
+                moved += yield from move_to_system(frames, spaces, part)
     except OutOfFramesError:
         pass  # as much as there is room for
     return moved
 
 
-def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Operation[int]:
+def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns) -> Operation[int]:
     """Move frames of devices to system memory, as far as nobody else uses them; where memory is reclaimed, a batch.
 
     Large folios stay large where a run of frames is free; otherwise they are split.
 
     Args:
-        spaces: those that may map them.
+        spaces: those that may map them, by id; a child that fork adds meanwhile is one.
         pfns: int64[n], unique.
 
     Returns: number of pages moved.
@@ -471,7 +471,7 @@ def move_to_system(frames: Frames, spaces: list[AddressSpace], pfns: Pfns) -> Op
     indices = frames.index[pfns]
 
     def places() -> Iterator[Places]:
-        for space in spaces:
+        for space in (spaces[number] for number in sorted(spaces)):
             backings = {vma.backing.id if vma.backing else 0: vma.backing for vma in space.vmas if vma.anon_vma}
             for backing in backings.values():
                 yield from _places(space, indices, backing)

@@ -131,8 +131,7 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
 
 def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
     """migrate_device_coherent_folio()."""
-    relatives = [space.relatives[number] for number in sorted(space.relatives)]
-    if not (yield from move_to_system(space.frames, relatives, unique(pfns))):
+    if not (yield from move_to_system(space.frames, space.relatives, unique(pfns))):
         raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from area import at, pages
 from machine_world import START, World, error_of, span
 
@@ -137,3 +138,39 @@ def test_touch_inside_a_callback_fails_when_the_page_is_referred_to_by_who_waits
     world.settle()
     assert evicting.result == 1
     assert world.do(commands_process.read_memory, world.pid, at(0), 4).data == b"page"
+
+
+@pytest.mark.parametrize("how", ["evict", "make room"])
+def test_eviction_finds_its_entries_when_a_fork_took_them_along_meanwhile(how: str) -> None:
+    """The child that comes while mirrors are told has the entries that stand in for the page, and gets the page.
+
+    Source: Linux mm/rmap.c: rmap_walk_anon() of remove_migration_ptes() meets the VMAs that fork has added since.
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=1, evicts=True)
+    attached = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    world.do(commands_hmm.migrate_to_device, attached, span(0))
+    relative = world.do(commands_process.fork, parent)
+    for process in (parent, relative):
+        world.do(commands_hmm.insert_notifier, world.do(commands_hmm.attach, card, process), START, PAGE_SIZE)
+
+    if how == "evict":
+        moving = world.start(commands_hmm.evict_device, card)
+    else:
+        moving = world.start(commands_hmm.migrate_to_device, attached, span(1))
+    for delivery in world.sent():  # of the parent; the next ones are of its relative
+        machine.answer(delivery.mirror_id, delivery.sequence)
+    world.resume(moving)
+    assert cpu_pte.is_migration(machine.processes[parent].space.table.get(START))
+    owed = world.sent()
+    child = world.do(commands_process.fork, parent)
+    assert cpu_pte.is_migration(machine.processes[child].space.table.get(START))
+    for delivery in owed:
+        machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert moving.done
+    machine.check()
+    for process in (parent, relative, child):
+        assert world.do(commands_process.read_memory, process, START, 4).data == b"page"
