@@ -99,7 +99,7 @@ class Restoring:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, (OutOfFramesError, TimedOutError, WouldDeadlockError)):
-            self.vmas.replace(self.span, self.pieces)
+            self.vmas.replace(self.span, [vma[:3] for vma in self.pieces])
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +152,7 @@ class AddressSpace:
     notifier: Notifier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vmas = VmaMap()
+        self.vmas = VmaMap(self.current.insertions)
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.limits.directories)
         self.notifier = Notifier(self.id, self.current)
         self.relatives[self.id] = self

@@ -34,7 +34,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
 from hmm.operation import Await, Operation, WaitFor
-from hmm.rmap import Places, anonymous_places
+from hmm.rmap import Places, anonymous_places, walk_order
 from hmm.spans import overlap
 from hmm.units import (
     PAGE_SHIFT,
@@ -51,7 +51,7 @@ from hmm.units import (
     is_page_aligned,
     spans_of_pages,
 )
-from hmm.vma import Vma, VmFlag
+from hmm.vma import VmFlag
 
 __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
@@ -286,11 +286,6 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
     return taken == int(frames.mapcount[members(frames, head)].sum())
 
 
-def _walk_order(space: AddressSpace, vma: Vma) -> tuple[int, int]:
-    """Where a VMA is in the reverse map: by the offset at which it begins, the elder process first."""
-    return vma.page_offset(vma.start), space.id
-
-
 def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId) -> Operation[None]:
     """rmap_walk() tells every VMA where the pages could be, up to the one where they are: those that come before it."""
     relatives = [space.relatives[number] for number in sorted(space.relatives) if number != space.id]
@@ -298,9 +293,9 @@ def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceI
     for vma in space.vmas.mapped_pieces(whole) if relatives else ():
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
         now = space.vmas.find(vma.start) or vma  # it may have gone while others were told
-        own, root = _walk_order(space, now), space.anon_vma_root(now.anon_vma)
+        own, root = walk_order(space, now), space.anon_vma_root(now.anon_vma)
         for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
-            if place.space.anon_vma_root(place.vma.anon_vma) != root or _walk_order(place.space, place.vma) > own:
+            if place.space.anon_vma_root(place.vma.anon_vma) != root or walk_order(place.space, place.vma) >= own:
                 continue
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:

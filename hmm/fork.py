@@ -119,8 +119,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
     for vma in vmas:
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)
-        mapping = _childs_mapping(parent, child, vma)
-        child.vmas.replace(vma.span, (Vma(vma.start, vma.end, mapping),), merge=False)
+    child.vmas.inherit([vma._replace(mapping=_childs_mapping(parent, child, vma)) for vma in vmas])
     given = yield from _copy_from_devices(parent, child, copied)
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.

@@ -29,7 +29,7 @@ from hmm.events import Cause
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.large_folio import are_compound, can_split, members
 from hmm.operation import Operation
-from hmm.rmap import Places, anonymous_places
+from hmm.rmap import Places, anonymous_places, in_walk_order
 from hmm.units import (
     PAGE_SHIFT,
     PMD_MASK,
@@ -135,7 +135,7 @@ def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
 
 
 def folio_places(space: AddressSpace, vma: Vma, head: Pfn, index: int) -> list[Places]:
-    """Where a folio could be mapped, oldest address space first, up to the last place where it is.
+    """Where a folio could be mapped, in the order of the reverse map, up to the last place where it is.
 
     Args:
         space, vma: where it was met.
@@ -143,9 +143,9 @@ def folio_places(space: AddressSpace, vma: Vma, head: Pfn, index: int) -> list[P
 
     Source: Linux mm/rmap.c, rmap_walk_anon() that ends when folio_not_mapped().
     """
-    relatives = [space.relatives[number] for number in sorted(space.relatives)]
+    relatives = space.relatives.values()
     pfns = np.arange(head, head + PMD_PAGES)
-    places = list(anonymous_places(relatives, np.arange(index, index + PMD_PAGES), vma.backing))
+    places = in_walk_order(anonymous_places(relatives, np.arange(index, index + PMD_PAGES), vma.backing))
     places = [place for place in places if place.space.may_map(pfns[place.pages]).any()]
     while places and not ours(places[-1], head)[1].any():
         places.pop()

@@ -29,7 +29,7 @@ from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.operation import Await, Operation, Pause, WaitFor
-from hmm.rmap import Places
+from hmm.rmap import Places, in_walk_order
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, spans_of_pages
 from hmm.zone_device import are_private, sole_region
 
@@ -130,16 +130,14 @@ def unmap_everywhere(
         return False
     of_file = ~frames.test_flags(held.pfns, PageFlag.ANON)
     told: dict[int, tuple[AddressSpace, list[Entries]]] = {}
-    walked: set[tuple[int, int]] = set()
-    for place in sorted(held.places(), key=_walk_order):
+    for place in in_walk_order(held.places()):
         pfns = held.pfns[place.pages]
-        naming = _names(place.space.table.lookup(place.addresses), pfns)
-        chosen = (mappings[place.pages] > 0) & (of_file[place.pages] | place.space.may_map(pfns))
+        possible = of_file[place.pages] if place.of_file else ~of_file[place.pages] & place.space.may_map(pfns)
+        naming = _names(place.space.table.lookup(place.addresses), pfns) & possible
+        chosen = possible & (mappings[place.pages] > 0)
         if only_where_mapped:
             chosen &= naming
-        where = (place.space.id, place.vma.start)
-        if where not in walked and isinstance(place.pages, slice):  # merged pages may be in one VMA more than once
-            walked.add(where)
+        if isinstance(place.pages, slice):  # merged pages may be in one VMA more than once
             mappings[place.pages] -= naming
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
@@ -155,11 +153,6 @@ def unmap_everywhere(
             stand_in(space, place.addresses[naming], entries[naming])
             frames.put(held.pfns[place.pages][naming])
     return bool(told)
-
-
-def _walk_order(place: Places) -> int:
-    """The reverse map has VMAs in the order of the page offset at which they begin, those alike as they came."""
-    return place.vma.page_offset(place.vma.start)
 
 
 def replace(held: HeldPages, targets: Pfns) -> None:

@@ -18,10 +18,11 @@ The requests are plain values, so that whoever runs operations can write them do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
+from itertools import count
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from hmm.events import Event
@@ -74,9 +75,15 @@ class Pause:
 
 @dataclass(slots=True)
 class Current:
-    """Which operation is being advanced; the machine sets it, events and waits carry it."""
+    """What all address spaces of a machine have in common.
+
+    Attributes:
+        operation_id: which operation is being advanced; the machine sets it, events and waits carry it.
+        insertions: serial numbers for the VMAs that are put into the reverse map.
+    """
 
     operation_id: int = 0
+    insertions: Iterator[int] = field(default_factory=partial(count, 1))
 
 
 Request: TypeAlias = Deliver | Await | Pause

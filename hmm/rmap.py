@@ -6,15 +6,19 @@ it at that offset: so the candidates are computed, and the entry that stands the
 Private pages are looked for in the VMAs that have an `anon_vma`, in the address spaces that descend from a common
 ancestor by fork; pages of a file in all VMAs of that file; merged pages everywhere (ksm.py).
 
-**Source**: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address().
+**Source**: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address(); mm/interval_tree.c; mm/vma.c,
+vma_prepare(), vma_complete(); kernel/fork.c, dup_mmap().
 
 **Invariants**: every entry that names a page is at one of the places found for it.
 
 **Absent**: the entries.
 
+The order in which they are visited is that of an interval tree: by the page offset at which a VMA begins, those alike
+as they were last inserted (`Vma.inserted`, `Vma.chained`).  Whoever changes a VMA's extent inserts it anew; a child's
+VMA comes directly behind its parent's among those of a file, and last among those with private pages.
+
 Differs: the kernel finds VMAs by their `anon_vma`; here one mapped anew at the offset of a page is a candidate too,
-until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).  VMAs that begin at the same offset
-come in the order of their processes, where the kernel takes the order in which they were last inserted.
+until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.units import PAGE_SHIFT, Entries, Pfns
 from hmm.vma import Backing, Vma
 
-__all__ = ["Places", "anonymous_places", "file_places", "merged_places"]
+__all__ = ["Places", "anonymous_places", "file_places", "in_walk_order", "merged_places", "walk_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,31 @@ class Places:
     Attributes:
         addresses: uint64[n], ascending.
         pages: which of the pages asked for, as an index of their array.
+        of_file: whether it is for pages of the VMA's file, not for private ones.
     """
 
     space: AddressSpace
     vma: Vma
     addresses: Entries
     pages: slice | Pfns
+    of_file: bool = False
+
+
+def walk_order(space: AddressSpace, vma: Vma, *, of_file: bool = False) -> tuple[int, ...]:
+    """Where a VMA is in the tree of its file's VMAs, or in those of its private pages, as a key to sort by.
+
+    Source: Linux mm/interval_tree.c, vma_interval_tree_insert(), vma_interval_tree_insert_after(): of a parent's
+    children the youngest is the nearest.
+    """
+    first = vma.page_offset(vma.start)
+    if not of_file:
+        return first, vma.chained, vma.start
+    return first, vma.inserted, vma.start, *(-number for number in space.lineage)
+
+
+def in_walk_order(places: Iterable[Places]) -> list[Places]:
+    """The places as the kernel's walks over the reverse map come to them, those of private pages first."""
+    return sorted(places, key=lambda place: (place.of_file, walk_order(place.space, place.vma, of_file=place.of_file)))
 
 
 def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None) -> Iterator[Places]:
@@ -75,7 +98,7 @@ def file_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing)
     for space in spaces:
         for vma in space.vmas_with_entries:
             if vma.mapping.backing is backing:
-                yield from _in_vma(space, vma, indices)
+                yield from _in_vma(space, vma, indices, of_file=True)
 
 
 def merged_places(frames: Frames, pfns: Pfns) -> Iterator[Places]:
@@ -94,7 +117,7 @@ def _at_their_index(space: AddressSpace, indices: Pfns) -> list[Vma]:
     return space.vmas.between(int(indices[0]) << PAGE_SHIFT, int(indices[-1]) + 1 << PAGE_SHIFT)
 
 
-def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:
+def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns, *, of_file: bool = False) -> Iterator[Places]:
     first, low, high = vma.page_offset(vma.start), 0, indices.size
     end = first + vma.npages
     if not high or end <= indices[0] or indices[-1] < first:
@@ -103,4 +126,4 @@ def _in_vma(space: AddressSpace, vma: Vma, indices: Pfns) -> Iterator[Places]:
         low, high = np.searchsorted(indices, (first, end)).tolist()
     if low < high:
         addresses = (indices[low:high] - vma.mapping.delta) << PAGE_SHIFT
-        yield Places(space, vma, addresses.view(np.uint64), slice(low, high))
+        yield Places(space, vma, addresses.view(np.uint64), slice(low, high), of_file)

@@ -47,6 +47,5 @@ def expand_stack(space: AddressSpace, address: Address) -> bool:
     too_long = stack.end - start > space.limits.stack_bytes
     if too_long or stack.page_offset(start) < 0 or not may_expand(space, growth):
         return False
-    grown = Vma(start, stack.end, stack.mapping)
-    space.vmas.replace(AddressRange(start, stack.end), (grown,), merge=False)
+    space.vmas.assign(AddressRange(start, stack.end), stack.mapping, merge=False)
     return True

@@ -207,11 +207,25 @@ class Vma(NamedTuple):
     """The mapping of the bytes [start, end); `struct vm_area_struct`.
 
     A value: it says what was mapped when it was looked up and does not follow later changes.
+
+    Attributes:
+        inserted: when it was last put into the tree of its file's VMAs, as one of the machine's serial numbers; a child
+            of fork has its parent's.
+        chained: the same for the trees of its private pages.
     """
 
     start: Address
     end: Address
     mapping: Mapping
+    inserted: int = 0
+    chained: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both map the same, wherever the reverse map has them."""
+        return isinstance(other, Vma) and self[:3] == other[:3]
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
 
     def __str__(self) -> str:
         return f"[{self.start:#x}, {self.end:#x}) {self.mapping.perms} {self.name or 'anon'}"
@@ -294,10 +308,10 @@ class Vma(NamedTuple):
 
     def clip(self, start: Address, end: Address) -> Vma:
         """The part in [start, end), which must share a byte with the VMA."""
-        first, stop, mapping = self
+        first, stop, mapping, inserted, chained = self
         if start <= first and stop <= end:
             return self
-        return new_vma((max(first, start), min(end, stop), mapping))
+        return new_vma((max(first, start), min(end, stop), mapping, inserted, chained))
 
 
 new_vma = partial(tuple.__new__, Vma)

@@ -67,7 +67,7 @@ def modify(space: AddressSpace, piece: Vma, mapping: Mapping) -> None:
         return
     # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
     cut = piece.start if len(vmas) - before == 2 and before < space.limits.vmas else whole.start
-    parts = [Vma(start, end, whole.mapping) for start, end in ((whole.start, cut), (cut, whole.end)) if start < end]
+    parts = [(start, end, whole.mapping) for start, end in ((whole.start, cut), (cut, whole.end)) if start < end]
     vmas.replace(whole.span, parts, merge=False)
     raise OutOfFramesError(f"{piece} cannot be cut out of {whole}: the space has {before} VMAs already")
 

@@ -3,6 +3,7 @@
 Neighbours become one VMA at the edges of the operation that touched them, and only there, as in the kernel;
 the rules are those of Linux 6.12.  One operation, `VmaMap.replace`, does it all: mmap assigns a mapping,
 munmap erases, mprotect assigns a changed mapping to every piece, mremap erases here and replaces there.
+A VMA whose extent it makes or changes is inserted into the reverse map anew (rmap.py), all others stay where they are.
 
 **Source**: Linux mm/vma.c, mm/mmap.c (6.12).
 
@@ -13,7 +14,10 @@ munmap erases, mprotect assigns a changed mapping to every piece, mremap erases 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import count
+from operator import itemgetter
 
 from hmm.interval import IntervalMap
 from hmm.units import TASK_SIZE, Address, AddressRange, is_page_aligned
@@ -29,12 +33,22 @@ from hmm.vma import (
     new_vma,
 )
 
+_START = itemgetter(0)
+
 
 def _guarded_start(vma: Vma | None, stack_guard: int) -> int:
     """vm_start_gap(): up to where something else may be mapped below `vma`."""
     if vma is None:
         return TASK_SIZE
     return vma.start - stack_guard if vma.has(VmFlag.GROWSDOWN) else vma.start
+
+
+def _in_place(vmas: list[Vma], start: Address, end: Address, mapping: Mapping) -> Vma | None:
+    """The one of `vmas` that has this extent, with another mapping."""
+    at = bisect_left(vmas, start, key=_START)
+    if at < len(vmas) and vmas[at][:2] == (start, end):
+        return new_vma((start, end, mapping, *vmas[at][3:]))
+    return None
 
 
 class VmaMap(IntervalMap[Vma]):
@@ -44,16 +58,20 @@ class VmaMap(IntervalMap[Vma]):
     `find_prev(address)` gives the last VMA that starts below an address, `len()` is map_count and iteration
     goes upwards.
 
+    Args:
+        serials: the machine's numbers of insertions into the reverse map, ascending.
+
     Attributes:
         moved: whether anonymous memory may lie elsewhere than at its linear index, since some was moved once.
 
     Cost: `find` and changes O(log n).
     """
 
-    __slots__ = ("moved",)
+    __slots__ = ("_serials", "moved")
 
-    def __init__(self, limit: Address = TASK_SIZE) -> None:
+    def __init__(self, serials: Iterator[int] | None = None, limit: Address = TASK_SIZE) -> None:
         super().__init__(limit)
+        self._serials = count(1) if serials is None else serials
         self.moved = False
 
     def overlapping(self, span: AddressRange) -> list[Vma]:
@@ -73,7 +91,7 @@ class VmaMap(IntervalMap[Vma]):
         """All of `span` as (start, end, mapping), ascending, without a gap; the mapping of a hole is None."""
         pieces: list[tuple[Address, Address, Mapping | None]] = []
         at = span.start
-        for start, end, mapping in self.mapped_pieces(span):
+        for start, end, mapping, _, _ in self.mapped_pieces(span):
             if at < start:
                 pieces.append((at, start, None))
             pieces.append((start, end, mapping))
@@ -118,6 +136,9 @@ class VmaMap(IntervalMap[Vma]):
         new VMA (mmap, brk, mremap) or one whose flags changed (mprotect, madvise, mlock).  Those leave a VMA
         alone that has the wanted flags already: so must their caller.
 
+        A VMA that keeps its extent keeps its place in the reverse map; all others of the result are the last there, as
+        after vma_prepare() and vma_complete().
+
         Args:
             span: page-aligned, not empty.
             merge: False to keep the given cuts, so that `span` begins and ends a VMA.
@@ -130,44 +151,60 @@ class VmaMap(IntervalMap[Vma]):
         assert not vmas or (start <= vmas[0][0] and vmas[-1][1] <= end), (span, vmas)
         slot = self._touching(start, end)
         touched = self._items(slot)
+        serial = next(self._serials)
         result: list[Vma] = []
         joins_below = merge and not (apart_from and apart_from.end == start)
         joins_above = merge and not (apart_from and apart_from.start == end)
-        # The VMA that may still grow upwards; it becomes an object when it cannot.
-        low = high = 0
-        grown = added = None
-        if touched and touched[0].start < start:
-            low, high, grown = touched[0].start, start, touched[0].mapping
+        # The VMA that may still grow upwards; it becomes an object when it cannot, or stays the one that it was.
+        low = high = outer = 0
+        grown = added = same = None
+        if touched and touched[0][0] < start:
+            low, high, grown, _, _ = touched[0]
+            same = touched[0] if high == start else None
+            high, outer = start, 1
         for piece_start, piece_end, added in vmas:
             if grown and joins_below and high == piece_start and mergeable(grown, added):
-                grown = merged(grown, added)
+                grown, same = merged(grown, added), None
             else:
                 if grown:
-                    result.append(new_vma((low, high, grown)))
+                    result.append(same or new_vma((low, high, grown, serial, serial)))
                 low, grown = piece_start, added
+                same = _in_place(touched, piece_start, piece_end, added) if outer < len(touched) else None
             if added.delta and added.backing is None:
                 self.moved = True
             high = piece_end
             joins_below = merge
-        if touched and touched[-1].end > end:
-            above = touched[-1].mapping
+        if touched and touched[-1][1] > end:
+            edge, high_end, above, _, _ = touched[-1]
             if grown and added and joins_above and high == end and merges_upwards(grown, added, above):
-                grown = merged(grown, above)
+                grown, same = merged(grown, above), None
             else:
                 if grown:
-                    result.append(new_vma((low, high, grown)))
-                low, grown = end, above
-            high = touched[-1].end
+                    result.append(same or new_vma((low, high, grown, serial, serial)))
+                low, grown, same = end, above, touched[-1] if edge == end else None
+            high = high_end
         if grown:
-            result.append(new_vma((low, high, grown)))
+            result.append(same or new_vma((low, high, grown, serial, serial)))
         self._splice(slot, result)
+
+    def inherit(self, vmas: Sequence[Vma]) -> None:
+        """Make a parent's VMAs, ascending, all that is mapped here: dup_mmap().
+
+        In the trees of their files they come directly behind their parents, in those of private pages last.
+
+        Source: Linux kernel/fork.c, dup_mmap(), vma_interval_tree_insert_after(); mm/rmap.c, anon_vma_fork().
+        """
+        assert not len(self), "the child maps something"
+        inherited = [new_vma((*vma[:4], next(self._serials))) for vma in vmas]
+        self.moved = any(vma.mapping.delta and vma.mapping.backing is None for vma in inherited)
+        self._splice((0, 0, 0, 0), inherited)
 
     def set_mapping(self, vma: Vma, mapping: Mapping) -> Vma:
         """Change the mapping of one whole VMA in place; its neighbours stay apart.
 
         Returns: the VMA as it is now.
         """
-        changed = Vma(vma.start, vma.end, mapping)
+        changed = Vma(vma.start, vma.end, mapping, vma.inserted, vma.chained)
         self._exchange(vma, changed)
         return changed
 
@@ -176,7 +213,10 @@ class VmaMap(IntervalMap[Vma]):
 
         Returns: the VMA as it is now.
         """
-        return self.set_mapping(vma, vma.mapping.with_anon_vma(anon_vma, cloned=cloned))
+        mapping = vma.mapping.with_anon_vma(anon_vma, cloned=cloned)
+        changed = Vma(vma.start, vma.end, mapping, vma.inserted, next(self._serials))
+        self._exchange(vma, changed)
+        return changed
 
     def find_mergeable_anon_vma(self, vma: Vma) -> int:
         """The `anon_vma` that `vma` should share with a neighbour, to merge later; 0 when there is none.

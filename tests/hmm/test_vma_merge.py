@@ -169,9 +169,7 @@ def test_replace_joins_its_pieces_and_the_neighbours() -> None:
     vmas.assign(pages(0, 2), ANON)
     vmas.assign(pages(8, 10), ANON)
     read = ANON.with_prot(Prot.READ)
-    pasted = [Vma(*ends, mapping) for ends, mapping in (((8192, 16384), ANON), ((16384, 20480), read))]
-    pasted.append(Vma(20480, 32768, read))
-    vmas.replace(pages(2, 8), pasted)
+    vmas.replace(pages(2, 8), [(8192, 16384, ANON), (16384, 20480, read), (20480, 32768, read)])
     assert cuts(vmas) == [(0, 4), (4, 8), (8, 10)]
 
 
