@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno as errnos
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,8 +120,10 @@ class FrameAllocator:
     def __init__(self, system_frames: int, nframes: int) -> None:
         assert 1 < system_frames <= nframes, (system_frames, nframes)
         self._nframes = nframes
-        # The stacks of all regions in one array: each has its part at its own frame numbers.
-        self._stack: Pfns = np.frombuffer(anonymous_memory(nframes * 8), np.int64, nframes)
+        # The stacks of all regions in one array: each has its part at its own frame numbers, and grows downwards, so
+        # that frames that are pushed in order lie, and are popped, in order.
+        word = np.dtype(np.uint32 if nframes <= 1 << 32 else np.uint64)
+        self._stack = np.frombuffer(anonymous_memory(nframes * word.itemsize), word, nframes)
         self._stack_view = self._stack.data
         first = ZERO_PFN + 1
         self.system = Region(SYSTEM_REGION, 0, system_frames, 0, RegionKind.SYSTEM, first, first)
@@ -224,9 +227,10 @@ class FrameAllocator:
 
     def _popped(self, region: Region, count: int) -> Pfns:
         """The frames that stood on top of the stack before its height was lowered by `count`."""
-        bottom = region.start + region.nfree
-        pfns = self._stack[bottom : bottom + count][::-1].copy()
-        if not is_ascending(pfns):
+        top = region.end - region.nfree
+        popped = self._stack[top - count : top]
+        pfns = popped.astype(np.int64)
+        if not is_ascending(popped):
             pfns.sort()
         return pfns
 
@@ -242,8 +246,8 @@ class FrameAllocator:
         if region.failing:
             region.count_down(1)
         if region.nfree:
+            pfn, reused = self._stack_view[region.end - region.nfree], True
             region.nfree -= 1
-            pfn, reused = self._stack_view[region.start + region.nfree], True
         elif region.top < region.end:
             pfn, reused = region.top, False
             region.top = pfn + 1
@@ -284,10 +288,9 @@ class FrameAllocator:
         """Pop a run that was freed as one, if it is what stands on top."""
         if region.nfree < PMD_PAGES:
             return None
-        bottom = region.start + region.nfree - PMD_PAGES
-        run = self._stack[bottom : bottom + PMD_PAGES]
-        first = int(run[-1])
-        if first % PMD_PAGES or int(run[0]) != first + PMD_PAGES - 1 or not is_ascending(run[::-1]):
+        run = self._free_frames(region)[:PMD_PAGES]
+        first = int(run[0])
+        if first % PMD_PAGES or int(run[-1]) != first + PMD_PAGES - 1 or not is_ascending(run):
             return None
         region.nfree -= PMD_PAGES
         return first
@@ -297,7 +300,7 @@ class FrameAllocator:
         if region.nfree < PMD_PAGES or region.searched:
             return None
         region.searched = True
-        stack = self._stack[region.start : region.start + region.nfree]
+        stack = self._free_frames(region)
         blocks, counts = np.unique(stack // PMD_PAGES, return_counts=True)
         whole = blocks[counts == PMD_PAGES]
         if not whole.size:
@@ -306,8 +309,12 @@ class FrameAllocator:
         first = int(whole[0]) * PMD_PAGES
         rest = stack[(stack < first) | (stack >= first + PMD_PAGES)]
         region.nfree = rest.size
-        self._stack[region.start : region.start + rest.size] = rest
+        self._free_frames(region)[:] = rest
         return first
+
+    def _free_frames(self, region: Region) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """The frames on the stack of a region, that on top first, as a view."""
+        return self._stack[region.end - region.nfree : region.end]
 
     def give_back(self, pfns: Pfns) -> None:
         """Free frames of any regions.
@@ -327,17 +334,15 @@ class FrameAllocator:
 
     def _push(self, region: Region, pfns: Pfns) -> None:
         region.searched = False
-        bottom = region.start + region.nfree
-        # Downwards, so that they are popped upwards.
-        self._stack[bottom : bottom + pfns.size] = pfns[::-1]
         region.nfree += pfns.size
+        self._free_frames(region)[: pfns.size] = pfns
 
     def give_back_one(self, pfn: Pfn) -> None:
         """Free one frame."""
         region = self.system if pfn < self.system.end else self.region_of(pfn)
         region.searched = False
-        self._stack_view[region.start + region.nfree] = pfn
         region.nfree += 1
+        self._stack_view[region.end - region.nfree] = pfn
 
     def region_of(self, pfn: Pfn) -> Region:
         """The region that holds a frame, which must be in one.
@@ -356,17 +361,17 @@ class FrameAllocator:
 
         Cost: O(frames ever used).
         """
-        stack = self._stack[region.start : region.start + region.nfree]
+        stack = self._free_frames(region)
         assert ((stack >= region.first) & (stack < region.top)).all(), f"{region}: foreign frames"
         free = np.zeros(region.top - region.first, np.bool_)
-        free[stack - region.first] = True
+        free[stack.astype(np.int64) - region.first] = True
         assert np.count_nonzero(free) == stack.size, f"{region}: a frame is free twice"
         return free
 
     def image(self) -> tuple[object, ...]:
         """Everything that `check()` and `free_mask()` look at, as a value.  Cost: O(frames ever used), a copy."""
         return tuple(
-            (region.start, region.end, region.top, self._stack[region.start : region.start + region.nfree].tobytes())
+            (region.start, region.end, region.top, self._free_frames(region).tobytes())
             for region in self._regions.values()
         )
 
