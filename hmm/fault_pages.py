@@ -66,9 +66,9 @@ ANON_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED
 _READING = np.array(READ_ONLY, np.uint64)
 _WRITING = np.array(WRITTEN & ~cpu_pte.SOFT_DIRTY, np.uint64)
 """What the entry of a page that needs no fault has."""
-_WHOSE = np.uint32(PageFlag.ANON | PageFlag.COMPOUND | PageFlag.KSM)
-_SMALL_ANON = np.uint32(PageFlag.ANON)
-_EXCLUSIVE = np.uint32(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE)
+_WHOSE = np.uint16(PageFlag.ANON | PageFlag.COMPOUND | PageFlag.KSM)
+_SMALL_ANON = np.uint16(PageFlag.ANON)
+_EXCLUSIVE = np.uint16(PageFlag.ANON | PageFlag.ANON_EXCLUSIVE)
 
 _Mask = npt.NDArray[np.bool_]
 

@@ -73,8 +73,8 @@ class PageFlag(IntFlag):
     HUGETLB = 1 << 13
 
 
-_REFERENCED, _ACTIVE = np.uint32(PageFlag.REFERENCED), np.uint32(PageFlag.ACTIVE)
-_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint32)
+_REFERENCED, _ACTIVE = np.uint16(PageFlag.REFERENCED), np.uint16(PageFlag.ACTIVE)
+_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint16)
 """The flags of a page that was used so often."""
 
 
@@ -102,7 +102,7 @@ class Frames(FrameContents):
 
     Attributes:
         refcount, mapcount, pincount: int32[n]; to be changed by the methods only.
-        flags: uint32[n], PageFlag.
+        flags: uint16[n], PageFlag.
         index: int64[n], page->index: page offset in the file, or linear index of an anonymous page.
         mapping: int64[n], page->mapping: id of the file, or of the address space that a private page was made in, 0 for
             none or where it does not matter.
@@ -135,7 +135,7 @@ class Frames(FrameContents):
         self.refcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.mapcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.pincount: npt.NDArray[np.int32] = _column(np.int32, nframes)
-        self.flags: npt.NDArray[np.uint32] = _column(np.uint32, nframes)
+        self.flags: npt.NDArray[np.uint16] = _column(np.uint16, nframes)
         self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.zone_device_data: npt.NDArray[np.int64] = _column(np.int64, nframes)
@@ -258,7 +258,7 @@ class Frames(FrameContents):
         if pfns is not None:
             where = slice(int(pfns[0]), int(pfns[0]) + PMD_PAGES)
             self.mapcount[where] = 1
-            self.flags[where] |= np.uint32(flags)
+            self.flags[where] |= np.uint16(flags)
         return pfns
 
     def allocate_folio(self, region: int = SYSTEM_REGION) -> Pfns | None:
@@ -456,18 +456,18 @@ class Frames(FrameContents):
 
     def set_flags(self, pfns: Pfns, flags: PageFlag) -> None:
         """Set flags of frames in use."""
-        self.flags[_where(pfns)] |= np.uint32(flags)
+        self.flags[_where(pfns)] |= np.uint16(flags)
 
     def clear_flags(self, pfns: Pfns, flags: PageFlag) -> None:
         """Clear flags."""
-        self.flags[_where(pfns)] &= ~np.uint32(flags)
+        self.flags[_where(pfns)] &= ~np.uint16(flags)
 
     def test_flags(self, pfns: Pfns, flags: PageFlag) -> npt.NDArray[np.bool_]:
         """Which frames have one of `flags`.
 
         Returns: bool[n].
         """
-        result: npt.NDArray[np.bool_] = (self.flags[pfns] & np.uint32(flags)) != 0
+        result: npt.NDArray[np.bool_] = (self.flags[pfns] & np.uint16(flags)) != 0
         return result
 
     def all_have(self, pfns: Pfns, flags: PageFlag) -> bool:
@@ -499,7 +499,7 @@ class Frames(FrameContents):
         flags &= ~(_REFERENCED | _ACTIVE)
         flags |= _USED[uses]
         if dirty:
-            flags |= np.uint32(PageFlag.DIRTY)
+            flags |= np.uint16(PageFlag.DIRTY)
         self.flags[pfns] = flags
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
@@ -583,10 +583,10 @@ class Frames(FrameContents):
             assert (mapcount >= 0).all(), f"{region}: mapped less than never"
             assert (pincount >= 0).all(), f"{region}: pinned less than never"
             assert (refcount >= np.maximum(mapcount, pincount)).all(), f"{region}: too few references"
-            exclusive = (flags & np.uint32(PageFlag.ANON_EXCLUSIVE)) != 0
-            anonymous = (flags & np.uint32(PageFlag.ANON)) != 0
+            exclusive = (flags & np.uint16(PageFlag.ANON_EXCLUSIVE)) != 0
+            anonymous = (flags & np.uint16(PageFlag.ANON)) != 0
             assert not (exclusive & ~anonymous).any(), f"{region}: exclusive and not anonymous"
-            merged = (flags & np.uint32(PageFlag.KSM)) != 0
+            merged = (flags & np.uint16(PageFlag.KSM)) != 0
             assert not (exclusive & merged).any(), f"{region}: a merged page is somebody's alone"
 
 

@@ -141,7 +141,7 @@ class Ksm:
         return counts.size, int(np.maximum(counts - 1, 0).sum())
 
     def _merged(self) -> Pfns:
-        merged = np.flatnonzero(self.frames.flags[: self.frames.used_end] & np.uint32(PageFlag.KSM))
+        merged = np.flatnonzero(self.frames.flags[: self.frames.used_end] & np.uint16(PageFlag.KSM))
         return merged[self.frames.mapcount[merged] > 0]
 
     # ---- one pass

@@ -153,8 +153,8 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
 """The VMAs that may not get an advice (EINVAL)."""
 
 _FORGOTTEN = cpu_pte.SWAP | cpu_pte.POISON
-_SWAPBACKED, _NOT_DIRTY = np.uint32(PageFlag.SWAPBACKED), ~np.uint32(PageFlag.DIRTY)
-_LAZILY_FREE = ~np.uint32(PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
+_SWAPBACKED, _NOT_DIRTY = np.uint16(PageFlag.SWAPBACKED), ~np.uint16(PageFlag.DIRTY)
+_LAZILY_FREE = ~np.uint16(PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
 _CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
 
 

@@ -52,7 +52,7 @@ _NAMES = np.uint64(_ALL_BITS & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
 """The kind of an entry, and its frame."""
 _DEVICE, _PRESENT = np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT)
 _MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
-_PAGE_STATE = np.uint32(
+_PAGE_STATE = np.uint16(
     PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND
 )
 

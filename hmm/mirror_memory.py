@@ -250,7 +250,7 @@ class MirrorMemory:
         new = cpu_pte.cpu_entry(np.where(lost, 0, now), (entries & _CARRIED) | kinds)
         new[lost] = cpu_pte.POISON
         space.table.store(addresses[ours], new[ours])
-        frames.flags[now[came]] = np.uint32(ANON_PAGE | PageFlag.DIRTY)
+        frames.flags[now[came]] = np.uint16(ANON_PAGE | PageFlag.DIRTY)
         frames.index[now[came]], frames.mapping[now[came]] = frames.index[homes[came]], frames.mapping[homes[came]]
         frames.map_new(now[ours & ~lost])
         frames.put(now[~ours & came])

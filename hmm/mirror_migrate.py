@@ -329,7 +329,7 @@ def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> 
     """The frames of the device become what those of the system were."""
     mirror, space, frames = memory.mirror, memory.mirror.space, memory.mirror.space.frames
     homes, pfns = locked.targets[moved], locked.pfns[moved]
-    frames.flags[homes] = np.uint32(ANON_PAGE) | (frames.flags[pfns] & np.uint32(PageFlag.DIRTY))
+    frames.flags[homes] = np.uint16(ANON_PAGE) | (frames.flags[pfns] & np.uint16(PageFlag.DIRTY))
     frames.index[homes] = (locked.addresses[moved] >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
     frames.zone_device_data[homes] = mirror.id if mirror.state is MirrorState.LIVE else 0
     space.claim(homes)

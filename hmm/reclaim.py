@@ -78,9 +78,9 @@ _ROUNDS = 16
 _COPY_PAGES = 64
 """Pages written at once: they stay in the second-level cache."""
 
-_ON_LISTS = np.uint32(PageFlag.ANON | PageFlag.SWAPBACKED)
-_LRU = np.uint32(PageFlag.LRU)
-_ACTIVE = np.uint32(PageFlag.ACTIVE)
+_ON_LISTS = np.uint16(PageFlag.ANON | PageFlag.SWAPBACKED)
+_LRU = np.uint16(PageFlag.LRU)
+_ACTIVE = np.uint16(PageFlag.ACTIVE)
 _NOT_ACCESSED = np.uint64(~cpu_pte.ACCESSED & (1 << 64) - 1)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _SWAPPED = np.uint64(cpu_pte.SWAP)
@@ -262,10 +262,10 @@ class Reclaim:
             accessed += np.bincount(part.pfns[(part.entries & np.uint64(cpu_pte.ACCESSED)) != 0], minlength=top)
             barred[part.pfns[_barred(part)]] = True
         refcount, mapcount, flags = frames.refcount[:top], frames.mapcount[:top], frames.flags[:top]
-        anonymous, cached = (flags & np.uint32(PageFlag.ANON)) != 0, frames.private[:top] != 0
-        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint32(PageFlag.COMPOUND | PageFlag.KSM)) == 0)
+        anonymous, cached = (flags & np.uint16(PageFlag.ANON)) != 0, frames.private[:top] != 0
+        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint16(PageFlag.COMPOUND | PageFlag.KSM)) == 0)
         if frames.swap is None:
-            evictable &= (flags & np.uint32(PageFlag.SWAPBACKED)) == 0
+            evictable &= (flags & np.uint16(PageFlag.SWAPBACKED)) == 0
         fresh = np.flatnonzero(evictable & ((flags & _LRU) == 0))
         frames.set_flags(fresh, PageFlag.LRU)
         frames.rotate(fresh)

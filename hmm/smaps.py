@@ -91,7 +91,7 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
     flags, mapcount = frames.flags[pfns], np.maximum(frames.mapcount[pfns], 1)
 
     def flagged(flag: PageFlag) -> _Mask:
-        found: _Mask = (flags & np.uint32(flag)) != 0
+        found: _Mask = (flags & np.uint16(flag)) != 0
         return found
 
     dirty = flagged(PageFlag.DIRTY) | (present & cpu_pte.is_dirty(entries))
