@@ -43,6 +43,8 @@ _NOTHING = np.empty(0, np.uint64)
 
 __all__ = ["DeadlinePolicy", "Mirror", "MirrorState"]
 
+_NOTED = pte.DIRTY | pte.VALID_DMA
+"""What others have to know of an entry that changes."""
 _FEW = 16
 """Up to so many ranges of an event are applied one by one."""
 
@@ -147,15 +149,13 @@ class Mirror(Receiver):
             return
         kept = _NOTHING if on_device or self.home is None else self.on_device(span)
         entries_kept = self.table.lookup(kept) if kept.size else kept
-        if mask == pte.MASK_NONE:
-            for part in self.table.parts(span.start, span.end):
-                entries = self.table.zap(part.start, part.end)
+        for part in self.table.parts(span.start, span.end):
+            if self.table.either(part.start, part.end) & _NOTED:
+                entries = self.table.read(part.start, part.end)
                 self._propagate_dirty(entries)
-                self.unmap(entries)
-        else:
-            for part in self.table.populated(span.start, span.end):
-                self._propagate_dirty(self.table.read(part.start, part.end))
-                self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
+                if mask == pte.MASK_NONE:
+                    self.unmap(entries)
+            self.table.apply_mask(part.start, part.end, mask & ~pte.DIRTY)
         if kept.size:
             self.table.store(kept, entries_kept)
 

@@ -193,8 +193,11 @@ def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
 
 def any_bits(tree: DirectoryTree, page: int, end: int) -> int:
     """The bits that at least one entry of [page, end) has."""
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+        leaf = tree.leaf(page)
+        return int(np.bitwise_or.reduce(_view(tree, leaf, page, end))) if leaf else 0
     offset, level = tree.shared_directory(page, end - 1, end - page)
-    if level == tree.llevel:  # one leaf, or leaves that lie in order
+    if level == tree.llevel:  # leaves that lie in order are as good as one
         return int(np.bitwise_or.reduce(_view(tree, offset, page, end)))
     few = _few_parts(tree, page, end)
     if few is not None:
@@ -420,12 +423,9 @@ def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
             tree.rows[index] = source
     else:
         block = source.reshape(-1, DIRECTORY_ENTRIES)
-        number = 0
-        for piece, index in _pieces(rows, _PIECE_ROWS):
-            part = block[piece]
-            number += int(np.count_nonzero(part))
-            tree.rows[index] = part
-        if number < block.size:
+        for piece, index in _pieces(rows, _COPY_ROWS):
+            tree.rows[index] = block[piece]
+        if not np.bitwise_and.reduce(source):  # else all have a bit in common, as most do
             used = np.count_nonzero(block, axis=1)
             tree.counts[rows] = used
             tree.arena.drop_all_empty(rows[used == 0])
