@@ -335,7 +335,8 @@ class Frames(FrameContents):
         """
         return self._put(*_counted(pfns))
 
-    def _put(self, pfns: Pfns, where: Pfns | slice) -> Pfns:
+    def _put(self, pfns: Pfns, where: Pfns | slice, mapped: int = 1) -> Pfns:
+        # `mapped` is 0 where none of them can be mapped.
         left, alive = _subtract(self.refcount, pfns, where, "a frame was put that nobody held")
         if alive == pfns.size:
             return pfns[:0]
@@ -344,7 +345,7 @@ class Frames(FrameContents):
             where = _where(pfns)
         elif not isinstance(where, slice):
             pfns = where = unique(pfns)
-        assert not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
+        assert not mapped or not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
         self.flags[where] = 0
         self.mapping[where] = 0
         self._allocator.give_back(pfns)
@@ -399,8 +400,8 @@ class Frames(FrameContents):
         Cost: twice that of `put`.  Source: Linux mm/rmap.c, folio_remove_rmap_ptes().
         """
         pfns, where = _counted(pfns)
-        _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
-        return self._put(pfns, where)
+        _, mapped = _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
+        return self._put(pfns, where, mapped)
 
     def detach(self, pfns: Pfns) -> None:
         """Count a page-table entry less for each; the reference that went with it stays, and is the caller's.
