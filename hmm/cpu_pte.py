@@ -287,9 +287,9 @@ def holds_frame(entries: int | Entries) -> bool | Mask:
 
 
 def are_plain(entries: Entries) -> bool:
-    """Whether all entries map small pages, none of them special, all by the CPU or all with a device: most do.
+    """Whether all entries map pages with a struct page, all by the CPU or all with a device: most do.
 
     Cost: two passes.
     """
     each, some = int(np.bitwise_and.reduce(entries)), int(np.bitwise_or.reduce(entries))
-    return each & (PRESENT | DEVICE) != 0 and not some & (SPECIAL | HUGE)
+    return each & (PRESENT | DEVICE) != 0 and not some & SPECIAL

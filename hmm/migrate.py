@@ -184,6 +184,7 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
         wanted &= ~again
     if np.count_nonzero(wanted) < wanted.size:
         framed, chosen, pfns = narrowed(framed, wanted), chosen[wanted], pfns[wanted]
+    migration.has_holes = not isinstance(framed, slice)
     migration.src[framed] = source_words(chosen)
     if np.count_nonzero(whole):
         migration.src[whole & (migration.src != 0)] |= _COMPOUND

@@ -110,6 +110,7 @@ class Migration:
         owner: the device whose pages are selected, and whose drivers know of the migration.
         initiator: the mirror that asked for it, or that put the pages where they have to come back from.
         src, dst: uint64[n], words.
+        has_holes: whether one of the addresses may have no page, or none that could move, once they are collected.
         failed: the first of the addresses that stays because its copy failed.
     """
 
@@ -122,6 +123,7 @@ class Migration:
     initiator: MirrorId
     src: Entries = field(init=False)
     dst: Entries = field(init=False)
+    has_holes: bool = True
     failed: int | None = None
 
     def __post_init__(self) -> None:
@@ -132,11 +134,6 @@ class Migration:
     def pages(self) -> Positions:
         """Which of the addresses have a page that is on its way."""
         return np.flatnonzero((self.src & _ON_ITS_WAY) == _ON_ITS_WAY)
-
-    @property
-    def has_holes(self) -> bool:
-        """Whether one of the addresses has no page, or none that could move."""
-        return not int(np.bitwise_and.reduce(self.src)) & VALID
 
     @property
     def holes(self) -> Positions:
