@@ -84,12 +84,7 @@ def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[
 
 def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
     """Poison the first pages of a piece.  Returns: where to go on."""
-    vma = space.vmas.find(piece.start)
-    if vma is None or not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
-        raise BadAddressError(f"memory failure: {piece.start:#x} is not memory that can be had", address=piece.start)
-    if vma.has(VmFlag.HUGETLB):
-        message = f"memory failure: {vma} is hugetlb memory"
-        raise InvalidRequestError(message, errnos.EOPNOTSUPP, address=piece.start)
+    vma = _memory_at(space, piece.start)
     part = AddressRange(piece.start, min(piece.end, vma.end))
     entries = space.table.read(part.start, part.end)
     coming = (entries & _ELSEWHERE) != 0
@@ -97,13 +92,15 @@ def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
         coming |= entries == 0
     first = _leading(coming | _are_plain(space.frames, entries))
     if not first:
-        return (yield from _inject_one(space, vma, part.start))
+        return (yield from _inject_one(space, part.start))
     if coming[:first].any():
         stop = yield from bring_in(space, AddressRange(part.start, part.start + (first << PAGE_SHIFT)), write=False)
         first = first if stop is None else (stop.address - part.start) >> PAGE_SHIFT
-        entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
         if not first:
-            return (yield from _inject_one(space, vma, part.start))
+            return (yield from _inject_one(space, part.start))
+        vma = _memory_at(space, part.start)  # other memory may have been mapped meanwhile
+        first = min(first, (vma.end - part.start) >> PAGE_SHIFT)
+        entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
     pfns = cpu_pte.cpu_pfn(entries[:first])
     first = min(first, _leading(_are_plain(space.frames, entries[:first])), _until_repeated(pfns))
     end = part.start + (first << PAGE_SHIFT)
@@ -112,6 +109,15 @@ def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
         _touch(space.frames, pfns[:first], coming[:first])
         yield from _memory_failure(space, vma, addresses, pfns[:first])
     return end
+
+
+def _memory_at(space: AddressSpace, address: Address) -> Vma:
+    vma = space.vmas.find(address)
+    if vma is None or not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
+        raise BadAddressError(f"memory failure: {address:#x} is not memory that can be had", address=address)
+    if vma.has(VmFlag.HUGETLB):
+        raise InvalidRequestError(f"memory failure: {vma} is hugetlb memory", errnos.EOPNOTSUPP, address=address)
+    return vma
 
 
 def _touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
@@ -139,7 +145,7 @@ def _until_repeated(pfns: Pfns) -> int:
     return pfns.size if firsts.size == pfns.size else _leading(np.isin(np.arange(pfns.size), firsts))
 
 
-def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Address]:
+def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     """A page that is no small page of system memory.  Returns: where to go on."""
     stop = yield from bring_in(space, AddressRange(address, address + PAGE_SIZE), write=False)
     if stop is not None and stop.signal is None:
@@ -155,13 +161,14 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
     _require_sound(frames, pfn, address)
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
-    if cpu_pte.is_special(entry) or not (yield from split_folio(space, vma, address)):
+    if cpu_pte.is_special(entry) or not (yield from split_folio(space, _memory_at(space, address), address)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
     entries = space.table.read(address, address + PAGE_SIZE)
     if cpu_pte.is_present(entries)[0]:
         _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
-    if _are_plain(frames, entries)[0]:
+    vma = space.vmas.find(address)
+    if vma is not None and not vma.has(VmFlag.HUGETLB) and _are_plain(frames, entries)[0]:
         yield from _memory_failure(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE
 

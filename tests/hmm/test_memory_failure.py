@@ -348,3 +348,22 @@ def test_lost_page_counts_as_used_because_the_call_looked_it_up(world: World) ->
     assert poison(world, 20) == 0
     space = world.machine.processes[world.pid].space
     assert [memory_use(space, vma).referenced for vma in space.vmas] == [PAGE_SIZE, PAGE_SIZE]
+
+
+def test_failure_is_that_of_what_is_mapped_when_drivers_have_answered(world: World) -> None:
+    """Other memory that was mapped there while the page was brought in is lost to all that map it.
+
+    Source: Linux mm/madvise.c, madvise_inject_error(): the page that get_user_pages_fast() has found.
+    """
+    card = world.do(devices.register_device, "card", memory_pages=8)
+    attached = world.do(hmm.attach, card, world.pid)
+    write(world, 0)
+    world.do(hmm.migrate_to_device, attached, span(0))
+    injecting = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.HWPOISON)
+    (told,) = world.sent()
+    world.do(processes.mmap, world.pid, START, PAGE_SIZE, RW, SHARED)
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert injecting.result == 0
+    world.machine.check()
+    assert signals(world, 1) == [Signal.BUS_POISON]
