@@ -41,8 +41,14 @@ def may_expand(space: AddressSpace, length: int, replaced: AddressRange | None =
 
 
 def modify_flags(space: AddressSpace, piece: Vma, flags: VmFlag) -> None:
-    """As `modify`, for other flags: vma_modify_flags()."""
-    modify(space, piece, piece.mapping.with_flags(flags))
+    """As `modify`, for other flags: vma_modify_flags().
+
+    Args:
+        piece: what it has besides flags may be out of date: a touch may have given the VMA an anon_vma since.
+    """
+    now = space.vmas.find(piece.start)
+    assert now is not None
+    modify(space, piece, now.mapping.with_flags(flags))
 
 
 def modify(space: AddressSpace, piece: Vma, mapping: Mapping) -> None:
