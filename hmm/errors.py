@@ -14,7 +14,8 @@
     └── TimedOutError         ask `pending`                      ETIMEDOUT
 
 The errno belongs to the instance: it is the kernel's errno at the kernel's point.  `str(error)` names the
-operation, the range and the rule.  A bug of ours is an AssertionError and never one of these.
+operation, the range and the rule; what looks something up for any operation leaves its name to the caller (`named`).
+A bug of ours is an AssertionError and never one of these.
 
 **Absent**: how an error travels; `hmm_proto.status` turns it into a google.rpc.Status and back.
 """
@@ -22,8 +23,9 @@ operation, the range and the rule.  A bug of ours is an AssertionError and never
 from __future__ import annotations
 
 import errno as errnos
+import re
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from hmm.violation import Violation
 
@@ -32,6 +34,9 @@ EHWPOISON = 133
 
 # errno.errorcode names some numbers by their alias (EDEADLK prints EDEADLOCK): the names are fixed here.
 _ALIASES = {errnos.EDEADLK: "EDEADLK", errnos.EAGAIN: "EAGAIN", errnos.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
+
+
+_NAMES_AN_OPERATION = re.compile(r"[a-z][a-z0-9_-]*( [a-z0-9_-]+){0,2}: ")
 
 
 def errno_name(number: int) -> str:
@@ -82,6 +87,12 @@ class HmmError(Exception):
     def message(self) -> str:
         """The text without the errno."""
         return str(self.args[0])
+
+    def named(self, operation: str) -> Self:
+        """Itself; a message that begins with no operation begins with this one from now on."""
+        if not _NAMES_AN_OPERATION.match(self.message):
+            self.args = (f"{operation}: {self.message}",)
+        return self
 
 
 class InvalidRequestError(HmmError):

@@ -42,6 +42,8 @@ from hmm_proto.violations import violation_from_proto, violation_to_proto
 DOMAIN = "hmm.v1"
 INTERNAL_REASON = "INTERNAL"
 """Reason of a call that a bug of the daemon ended; its text stays in the daemon's log."""
+MESSAGE_BYTES_MAX = 1024
+"""Of a status; what is longer is cut off."""
 DRAINING_REASON = "DRAINING"
 """Reason of a call that was not made because the daemon is ending."""
 
@@ -121,7 +123,12 @@ def to_status(error: HmmError) -> status_pb2.Status:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     code: int = _BY_CLASS[type(error)].code.value[0]
-    return status_pb2.Status(code=code, message=error.message, details=[detail])
+    return status_pb2.Status(code=code, message=_shortened(error.message), details=[detail])
+
+
+def _shortened(message: str) -> str:
+    # It travels twice in the metadata, of which gRPC takes 8 KiB, and may have a name that a client gave.
+    return message.encode()[:MESSAGE_BYTES_MAX].decode(errors="ignore")
 
 
 def from_status(status: status_pb2.Status) -> HmmError | None:

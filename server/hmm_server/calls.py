@@ -85,18 +85,20 @@ async def make(executor: Executor, caller: Caller, call: Call[Q, R], request: Q,
     return call.respond(record)
 
 
-async def attempt(executor: Executor, caller: Caller, call: Call[Q, R], request: Q) -> R | types_pb2.CallResult:
-    """As `make`, for one call of a batch.  Returns: the response, or why the call was not made."""
+async def attempt(
+    executor: Executor, caller: Caller, name: str, call: Call[Q, R], request: Q
+) -> R | types_pb2.CallResult:
+    """As `make`, for the call of that name in a batch.  Returns: the response, or why the call was not made."""
     try:
         return await make(executor, caller, call, request)
     except Exception as error:  # noqa: BLE001 - one call of a batch must not end the others; not_made() logs bugs
-        return not_made(error)
+        return not_made(name, error)
 
 
-def not_made(error: BaseException) -> types_pb2.CallResult:
-    """Why a call of a batch or a session was not made, or that it hit a bug."""
+def not_made(name: str, error: BaseException) -> types_pb2.CallResult:
+    """Why the call of that name in a batch or on a session was not made, or that it hit a bug."""
     if isinstance(error, HmmError):
-        return to_call_result(error)
+        return to_call_result(error.named(name.replace("_", " ")))
     if isinstance(error, DrainingError):
         return types_pb2.CallResult(reason=DRAINING_REASON, message="the daemon is ending")
     log.error("a call hit a bug", exc_info=error)

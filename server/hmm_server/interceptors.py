@@ -1,8 +1,9 @@
 """The guard round every RPC: tokens in, errors out, one log line and one count for each.
 
-An HmmError becomes its google.rpc.Status.  Anything else is a bug: the client sees INTERNAL without text, the log
-has the traceback (gRPC's own default is UNKNOWN with the exception's text).  Bytes that are no message reach a handler
-as the error that they are, to be raised by `require_read`: one message at a time where requests come in a stream.
+An HmmError becomes its google.rpc.Status, which names the call.  Anything else is a bug: the client sees INTERNAL
+without text, the log has the traceback (gRPC's own default is UNKNOWN with the exception's text).  Bytes that are no
+message reach a handler as the error that they are, to be raised by `require_read`: one message at a time where requests
+come in a stream.
 
 **Invariants**: no exception of a service reaches gRPC.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -76,7 +78,7 @@ class Guard(grpc.aio.ServerInterceptor):
         make = getattr(grpc, f"{'_'.join(kind)}_rpc_method_handler")
         guarded: Handler = make(
             wrap(method, behaviour),
-            request_deserializer=_reading(method, handler.request_deserializer),
+            request_deserializer=_reading(_in_words(method), handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
@@ -113,7 +115,7 @@ class Guard(grpc.aio.ServerInterceptor):
             self._tokens.require(caller)
             yield
         except HmmError as error:
-            status = to_status(error)
+            status = to_status(error.named(_in_words(method)))
         except UnknownTokenError:
             status = _status(code_pb2.UNAUTHENTICATED, "TOKEN", "a token is needed that this daemon knows")
         except DrainingError:
@@ -133,15 +135,20 @@ class Guard(grpc.aio.ServerInterceptor):
         log.debug("%s: %.3f ms", method, milliseconds, extra=fields | {"duration_ms": milliseconds})
 
 
-def _reading(method: str, deserialize: Any) -> Any:
+def _reading(operation: str, deserialize: Any) -> Any:
     # What is raised while a message is read never reaches the handler; what is read does.
     def read(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError as error:
-            return convert.malformed(f"{method}: {error}")
+            return convert.malformed(str(error)).named(operation)
 
     return read
+
+
+def _in_words(method: str) -> str:
+    """`read memory` of /hmm.v1.ProcessService/ReadMemory."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", method.rpartition("/")[2]).lower()
 
 
 def require_read(request: Any) -> None:

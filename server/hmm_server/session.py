@@ -97,7 +97,7 @@ class Session:
     def _open(self, first: Any) -> Stream:
         require_read(first)
         if not isinstance(first, session_pb2.SessionRequest) or not first.HasField("hello"):
-            raise convert.malformed("a session begins with Hello")
+            raise convert.malformed("the first message is no Hello")
         hello = first.hello
         if hello.protocol_version != PROTOCOL_VERSION:
             raise convert.malformed(f"protocol version {hello.protocol_version} is not spoken here, only 1")
@@ -140,7 +140,7 @@ class Session:
         name, request_id = call.WhichOneof("call") or "", call.request_id
         refusal = self._refusal(stream, request_id, name)
         if refusal is not None:
-            stream.mailbox.reply(encoded(request_id, "not_made", not_made(refusal)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(name or "session", refusal)))
             return
         under_way = self._calls[request_id] = UnderWay(name)
         request = getattr(call, name)
@@ -189,7 +189,7 @@ class Session:
         if under_way.timer is not None:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
-            stream.mailbox.reply(encoded(request_id, "not_made", not_made(result)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(under_way.name, result)))
         elif isinstance(result, ArrayReply):
             for response, arrays, more in result.parts(self._config.part_bytes):
                 stream.mailbox.reply(encoded(request_id, under_way.name, response, arrays, more=more))

@@ -26,14 +26,23 @@ NAME_BYTES_MAX = 4096
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def _require_file_name(operation: str, name: str) -> None:
+    require_at_most(f"{operation}: bytes of the name", len(name.encode()), NAME_BYTES_MAX)
+
+
 def _open(q: file_pb2.OpenFileRequest) -> Invocation:
-    require_at_most("open: bytes of the name", len(q.name.encode()), NAME_BYTES_MAX)
+    _require_file_name("open", q.name)
     kind = convert.file_kind_from_proto(q.kind)
     if kind in (FileKind.SHARED_MEMORY, FileKind.HUGETLB):
         raise convert.malformed("open: shared memory is made by mmap")
     if kind is FileKind.DEVICE:
         return invoke(commands_file.open_device_file, q.name, VmFlag(q.vm_flags))
     return invoke(commands_file.open_file, q.name, create=q.create, exclusive=q.exclusive)
+
+
+def _unlink(q: file_pb2.UnlinkFileRequest) -> Invocation:
+    _require_file_name("unlink", q.name)
+    return invoke(commands_file.unlink_file, q.name)
 
 
 def _read(q: file_pb2.ReadFileRequest) -> Invocation:
@@ -52,7 +61,7 @@ _CLOSE: Call[Any, Any] = Call(
     lambda _, result: file_pb2.CloseFileResponse(result=result),
 )
 _UNLINK: Call[Any, Any] = Call(
-    lambda q: invoke(commands_file.unlink_file, q.name),
+    _unlink,
     lambda _, __: file_pb2.UnlinkFileResponse(),
     is_kernel_call=False,
 )

@@ -134,8 +134,8 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     async def _outcome(self, caller: Caller, call: process_pb2.Call) -> process_pb2.CallOutcome:
         name = call.WhichOneof("call")
         if name is None:
-            return process_pb2.CallOutcome(not_made=not_made(convert.malformed("execute: a call of no known kind")))
-        result = await attempt(self._executor, caller, CALLS[name], getattr(call, name))
+            return process_pb2.CallOutcome(not_made=not_made("execute", convert.malformed("a call of no known kind")))
+        result = await attempt(self._executor, caller, name, CALLS[name], getattr(call, name))
         if isinstance(result, types_pb2.CallResult):
             return process_pb2.CallOutcome(not_made=result)
         return process_pb2.CallOutcome(**{name: result})
