@@ -107,12 +107,13 @@ def number_from_text(text: str) -> int:
     Raises:
         InvalidRequestError: it is none (EINVAL).
     """
-    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX):
-        raise malformed(f"{text[:32]!r} is no number of 64 bits")
-    return int(text)
+    if text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX and (number := int(text)) <= _NUMBER_MAX:
+        return number
+    raise malformed(f"{text[:32]!r} is no number of 64 bits")
 
 
-_DIGITS_MAX = len(str((1 << 64) - 1))
+_NUMBER_MAX = (1 << 64) - 1
+_DIGITS_MAX = len(str(_NUMBER_MAX))
 
 
 # ---- arrays

@@ -6,17 +6,21 @@ When the daemon serves it prints one line on stdout, and on the descriptor of `-
 
 Whoever starts it for themselves gives it a pipe, `--until-fd`: it ends with them, even if they are killed.
 
-Exit codes: 0 ended in good order; 1 it cannot listen there; 2 a setting is not understood.
+Exit codes: 0 ended in good order; 1 it cannot listen there; 2 a setting or a descriptor is of no use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
+import fcntl
 import gc
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -67,11 +71,28 @@ def main(config_file: str | None, ready_fd: int | None, until_fd: int | None, **
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         config = load(given, file=config_file)
+        _require_open("ready-fd", ready_fd, unlike=os.O_RDONLY)
+        _require_open("until-fd", until_fd, unlike=os.O_WRONLY)
     except ConfigError as error:
         click.echo(f"hmmd: {error}", err=True)
         sys.exit(2)
     set_up(config.log_level, config.log_format)
     sys.exit(_run(config, ready_fd, until_fd))
+
+
+def _require_open(flag: str, descriptor: int | None, *, unlike: int) -> None:
+    """Raises: ConfigError when a descriptor is not open, cannot be used that way or, if read, not waited for."""
+    if descriptor is None:
+        return
+    try:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == unlike:
+            raise OSError(errnos.EBADF, os.strerror(errnos.EBADF))
+        if unlike == os.O_WRONLY:
+            with select.epoll() as epoll:
+                epoll.register(descriptor, select.EPOLLIN)
+    except (OSError, OverflowError, ValueError) as error:
+        needed = "one that can be written to" if unlike == os.O_RDONLY else "the reading end of a pipe, or a socket"
+        raise ConfigError(f"{flag} is {descriptor}; it must be {needed}") from error
 
 
 def _end_before_serving(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface
@@ -144,7 +165,8 @@ def _end_with(descriptor: int, ended: asyncio.Event) -> None:
 def _announce(line: str, ready_fd: int | None) -> None:
     click.echo(line, nl=False)
     if ready_fd is not None:
-        os.write(ready_fd, line.encode())
+        with suppress(BrokenPipeError):  # whoever asked for it has gone
+            os.write(ready_fd, line.encode())
         os.close(ready_fd)
 
 

@@ -27,11 +27,17 @@ from hmm.semantics import PROFILES
 
 ENVIRONMENT_PREFIX = "HMMD_"
 PORT_MAX = 65_535
+PORT_DIGITS_MAX = 5
 Value = str | int | float | bool
 
 
 class ConfigError(Exception):
     """A name or a value of the configuration that is not understood; says where it stands."""
+
+
+def is_port(text: str) -> bool:
+    """Whether it is the number of a port, in decimal digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= PORT_DIGITS_MAX and int(text) <= PORT_MAX
 
 
 def _setting(default: Value, text: str, *, at_least: float | None = None) -> Any:
@@ -131,7 +137,7 @@ class Config:
             raise ConfigError("swap_file needs swap_pages")
         for name in ("tcp", "health_tcp"):
             host, _, port = getattr(self, name).rpartition(":")
-            if (host or port) and not (host and port.isdecimal() and int(port) <= PORT_MAX):
+            if (host or port) and not (host and is_port(port)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be HOST:PORT")
         if self.tcp and not self.tls_certificate and not self.tcp_plaintext:
             raise ConfigError("tcp needs tls_certificate and tls_key, or tcp_plaintext")

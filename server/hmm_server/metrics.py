@@ -39,7 +39,7 @@ from prometheus_client.registry import Collector
 from hmm.events import EventType
 from hmm.receiver import MirrorState
 from hmm_server import VERSION
-from hmm_server.config import ConfigError
+from hmm_server.config import ConfigError, is_port
 from hmm_server.device_totals import DeviceTotals
 from hmm_server.endpoint import EndpointError
 from hmm_server.streams import Streams
@@ -290,6 +290,6 @@ def _parse(place: str) -> tuple[str, int, Path | None]:
     if place.startswith("unix:"):
         return "", 0, Path(place.removeprefix("unix:"))
     host, _, port = place.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    if not is_port(port):
         raise ConfigError(f"metrics is {place!r}; it must be PORT, HOST:PORT or unix:PATH")
     return host or "127.0.0.1", int(port), None

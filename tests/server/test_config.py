@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hmm.limits import Limits
-from hmm_server.config import SETTINGS, Config, ConfigError, load
+from hmm_server.config import SETTINGS, Config, ConfigError, is_port, load
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -46,6 +46,15 @@ def test_file_is_refused_when_not_understood(tmp_path: Path, text: str, message:
     with pytest.raises(ConfigError, match=message) as caught:
         load({}, {}, file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"), [("0", True), ("65535", True), ("65536", False), ("", False), ("-1", False), ("9" * 50, False)]
+)
+def test_port_is_a_number_of_16_bits(text: str, is_one: bool) -> None:
+    """In decimal digits, those of ASCII."""
+    assert is_port(text) is is_one
+    assert not is_port("\N{ARABIC-INDIC DIGIT ONE}")
 
 
 def test_file_is_refused_when_missing(tmp_path: Path) -> None:

@@ -123,14 +123,18 @@ async def test_log_is_json_when_told_to_be(place: Path) -> None:
         (("--config", "/none.toml"), 2, "No such file"),
         (("--cpu", "9999"), 2, "cpu is 9999; it must be one of "),
         (("--hugetlb-pages", "9999999"), 2, "9999999 huge pages are more than the machine has"),
+        (("--until-fd", "99"), 2, "until-fd is 99; it must be the reading end"),
+        (("--until-fd", "0"), 2, "until-fd is 0; it must be the reading end"),
+        (("--ready-fd", "0"), 2, "ready-fd is 0; it must be one that can be written to"),
         (("--socket", "/proc/none/s"), 1, "/proc/none"),
     ],
-    ids=["value", "combination", "file", "cpu", "hugetlb", "place"],
+    ids=["value", "combination", "file", "cpu", "hugetlb", "closed", "regular-file", "read-only", "place"],
 )
 @pytest.mark.slow
 def test_hmmd_exits_with_a_sentence_when_it_cannot_start(flags: tuple[str, ...], code: int, message: str) -> None:
     """Errors of the configuration are exit code 2, of the place 1; no traceback."""
-    run = subprocess.run([*HMMD, *flags], capture_output=True, text=True, check=False)
+    with Path(__file__).open() as descriptor_0:
+        run = subprocess.run([*HMMD, *flags], stdin=descriptor_0, capture_output=True, text=True, check=False)
     assert run.returncode == code
     assert message in run.stderr
     assert "Traceback" not in run.stderr

@@ -25,6 +25,7 @@ from hmm_proto.v1 import (
 )
 from hmm_server.answers import ANSWERS_MAX, REJECTIONS_TOLD
 from hmm_server.device_calls import PIECES_MAX
+from hmm_server.services import process
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -98,6 +99,16 @@ async def test_filling_says_what_was_wrong_when_the_client_still_writes(served: 
         assert (await refused(call)).code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_filling_ends_when_the_client_neither_writes_nor_ends(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has asked for what cannot be, and then keeps the stream open, is told so all the same."""
+    monkeypatch.setattr(process, "SILENCE_S", 0.05)
+    call = served.process.FillMemory()
+    await call.write(process_pb2.FillMemoryRequest(process_id=99, address=BASE, data=b"never kept"))
+    assert (await refused(call)).details() == "fill memory: there is no process 99"
+
+
 async def test_session_ends_when_a_batch_is_no_message(
     mirrored: tuple[Any, Any, int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +131,7 @@ async def test_session_ends_when_a_batch_is_no_message(
 # ---- numbers in texts
 
 
-@pytest.mark.parametrize("token", ["9" * 5000, "-1", "²", "1e3"])
+@pytest.mark.parametrize("token", ["9" * 5000, str(1 << 64), "-1", "²", "\N{ARABIC-INDIC DIGIT ONE}", "1e3"])
 async def test_list_is_invalid_when_the_page_token_is_no_number(served: Any, token: str) -> None:
     """A page token that was not given out is refused, however long it is."""
     request = inspection_pb2.ListProcessesRequest(page_token=token)

@@ -27,7 +27,7 @@ _WIDTH = max(map(len, ADVERSITIES))
 
 def _seeds(ctx: click.Context, parameter: click.Parameter, value: str) -> range:  # noqa: ARG001 - click's interface
     first, _, end = value.partition(":")
-    if not first.isdecimal() or not (end.isdecimal() or (not end and ":" not in value)):
+    if not value.isascii() or not first.isdecimal() or not (end.isdecimal() or (not end and ":" not in value)):
         raise click.BadParameter("write FIRST:END, or one seed")
     return range(int(first), int(end) if end else int(first) + 1)
 

@@ -59,7 +59,7 @@ def decode(text: str) -> bytes:
 def host_and_port(place: str | Path) -> tuple[str, int] | None:
     """The parts of HOST:PORT; None for a path."""
     host, _, port = str(place).rpartition(":")
-    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
+    return (host, int(port)) if host and port.isascii() and port.isdecimal() and "/" not in host else None
 
 
 def tls_context(ca: str | Path, certificate: str | Path, key: str | Path, *, server: bool = False) -> ssl.SSLContext:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -27,6 +28,8 @@ from hmm_server.process_calls import CALLS, require_at_most, require_name
 
 BREATH_S = 0.005
 """A batch lets others run at the latest after this time."""
+SILENCE_S = 1.0
+"""How long a client may write nothing while the end of its call waits for it to write all."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -171,8 +174,10 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
 
 async def _read_out(request_iterator: AsyncIterator[Any]) -> None:
     # A client that still writes when its call ends sees only that writing failed, and not how the call ended.
-    async for _ in request_iterator:
-        pass
+    with suppress(StopAsyncIteration, TimeoutError):
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                await anext(request_iterator)
 
 
 def _bytes_read(request: process_pb2.ExecuteRequest) -> int:
