@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import hmm_client
-from hmm_client import AddressRange, Driver, Event, Mirror, Process
+from hmm_client import AddressRange, Driver, Event, Mirror, Process, Prot
 from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
@@ -157,6 +157,19 @@ async def test_pagemap_joins_pages_that_are_alike(daemon: Daemon, mirrored: Mirr
     await mirrored.process.clear_refs(4)
     assert (await hmmctl(*arguments)).values[0]["flags"] == ["present", "exclusive"]
     assert "present exclusive" in (await hmmctl(*arguments[:-2])).stdout
+
+
+async def test_pagemap_shows_what_is_mapped_when_no_range_is_given(daemon: Daemon, mirrored: Mirrored) -> None:
+    """All of the address space is looked at, in parts, and a line goes on where a part ends."""
+    large = await mirrored.process.mmap(1 << 33, Prot.NONE, address=1 << 40)
+    lines = (await hmmctl("pagemap", mirrored.process.id, "-t", daemon.target, "--format", "json")).values
+    assert [(line["start"], line["end"]) for line in lines] == [
+        (1 << 40, (1 << 40) + large.length),
+        (mirrored.span.start, mirrored.span.start + 8192),
+        (mirrored.span.start + 8192, mirrored.span.end),
+    ]
+    elsewhere = await hmmctl("pagemap", mirrored.process.id, "1000-2000", "-t", daemon.target)
+    assert (elsewhere.code, elsewhere.stdout) == (0, "nothing is mapped there\n")
 
 
 @pytest.mark.parametrize("whose", ["mirror", "cpu"])
