@@ -29,11 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class Invocation(NamedTuple):
-    """A command of the core with its arguments, ready for `Machine.start`."""
+    """A command of the core with its arguments, ready for `Machine.start`.
+
+    Attributes:
+        npages: how many pages it asks for, where that is limited.
+    """
 
     command: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    npages: int = 0
 
 
 def invoke(command: Callable[..., Any], *arguments: Any, **keywords: Any) -> Invocation:

@@ -69,63 +69,43 @@ def register_mirror_response(machine: Machine, mirror_id: int) -> device_pb2.Reg
 
 
 def _fault(q: device_pb2.FaultRequest) -> Invocation:
-    return invoke(
-        commands_device.fault,
-        *(q.mirror_id, fault_target(q)),
-        write=q.write,
-        wait=not q.no_wait,
-        whole=not q.first_mapping_only,
-    )
+    target, npages = _fault_target(q)
+    how = {"write": q.write, "wait": not q.no_wait, "whole": not q.first_mapping_only}
+    return Invocation(commands_device.fault, (q.mirror_id, target), how, npages)
 
 
-def fault_target(q: device_pb2.FaultRequest) -> tuple[AddressRange, ...] | Entries:
-    """The ranges or the pages of a fault.
+def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] | Entries, int]:
+    """The ranges or the pages of a fault, and how many pages these are.
 
     Raises:
         InvalidRequestError: neither or both are given, or they are malformed (EINVAL).
     """
-    pages = q.pages
+    pages, ranges = q.pages, q.ranges
     if not pages:
-        require_at_most("fault: ranges", len(q.ranges.starts), PIECES_MAX)
-        spans = convert.page_ranges_from_proto(q.ranges)
+        require_at_most("fault: ranges", len(ranges.starts), PIECES_MAX)
+        spans = convert.page_ranges_from_proto(ranges)
         if spans:
-            return spans
-    elif not (q.ranges.starts or q.ranges.ends):
-        return convert.pages_from_proto(pages)
+            return spans, sum([span.npages for span in spans])
+    elif not (ranges.starts or ranges.ends):
+        addresses = convert.pages_from_proto(pages)
+        return addresses, addresses.size
     raise convert.malformed("fault: either ranges or pages are needed")
-
-
-def fault_pages(q: device_pb2.FaultRequest) -> int:
-    """How many pages a fault asks for."""
-    pages = q.pages
-    if pages:
-        return len(pages) >> 3
-    starts, ends = q.ranges.starts, q.ranges.ends
-    if len(starts) == 1 == len(ends):  # most are
-        return (ends[0] - starts[0]) >> PAGE_SHIFT
-    return (sum(ends) - sum(starts)) >> PAGE_SHIFT
 
 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
     if faulted is None:
         return ArrayReply(device_pb2.FaultResponse(result=result), {})
-    failed, retries = None, 0
-    ends, errnos = [], []
-    for part in faulted.parts:
-        error = part.error
-        failed = failed or error
-        retries += part.retries
-        ends.append(part.end)
-        errnos.append(error.errno if error else 0)
-    if failed is not None:
-        result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
+    parts = faulted.parts
+    errors = [part.error for part in parts if part.error is not None]
+    if errors:
+        result = to_call_result(errors[0], result.operation_id, tuple(result.fenced_mirrors))
     response = device_pb2.FaultResponse(
         result=result,
-        range_ends=ends,
-        range_errnos=errnos,
+        range_ends=[part.end for part in parts],
+        range_errnos=[part.error.errno if part.error is not None else 0 for part in parts],
         notifier_seq=faulted.notifier_seq,
         last_event_sequence=faulted.event_sequence,
-        retries=retries,
+        retries=sum([part.retries for part in parts]),
     )
     return ArrayReply(response, {"entries": faulted.entries})
 

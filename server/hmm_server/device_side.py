@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from typing import Any
 
 from hmm import commands_device, commands_hmm
@@ -22,10 +21,10 @@ from hmm_proto import convert
 from hmm_proto.v1 import device_pb2
 from hmm_server.config import Config
 from hmm_server.device_calls import CALLS as DEVICE_CALLS
-from hmm_server.device_calls import fault_pages, register_device_response, register_mirror_response
+from hmm_server.device_calls import register_device_response, register_mirror_response
 from hmm_server.executor import Executor, resolve
 from hmm_server.hmm_calls import CALLS as HMM_CALLS
-from hmm_server.hmm_calls import attach_response, range_fault_pages
+from hmm_server.hmm_calls import attach_response
 from hmm_server.process_calls import require_at_most
 from hmm_server.replies import ArrayReply
 from hmm_server.reports import complete
@@ -40,8 +39,8 @@ _ATTACHING = frozenset({"register_mirror", "attach"})
 _SERVED_BY_A_STREAM = _ATTACHING | {"pin_pages"}
 _NOTED = _SERVED_BY_A_STREAM | {"unregister_mirror", "detach", "unpin_pages", "register_device", "unregister_device"}
 """What changes the things that a stream serves or holds."""
-_PAGES: Mapping[str, Callable[[Any], int]] = {"fault": fault_pages, "range_fault": range_fault_pages}
-"""How many pages a request asks for, where that is limited."""
+_WITH_ENTRIES = frozenset({"fault", "migrate"})
+"""Calls whose caller may not want the entries."""
 _DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
     "register_device": register_device_response,
     "register_mirror": register_mirror_response,
@@ -59,29 +58,18 @@ class DeviceSide:
         self.config = config
 
     def start(
-        self, caller: Caller, name: str, request: Any, stream: Stream | None, then: Callable[[Result], None]
+        self, caller: Caller, name: str, request: Any, then: Callable[[OperationRecord[Any]], None]
     ) -> OperationRecord[Any]:
-        """Start a call; `then` gets its response, or the exception it ended with, possibly before this returns.
-
-        Args:
-            stream: the one that the call came on, which serves the mirrors it registers; None: no session.
+        """Start a call; `then` gets its record when it has ended, maybe before this returns, and asks for `response`.
 
         Raises:
             HmmError: the request makes no sense, or asks for too much at a time.
             DrainingError: the daemon is ending.
         """
-        on_session = stream
-        if name in _PAGES:
-            require_at_most(f"{name.replace('_', ' ')}: pages", _PAGES[name](request), self.config.fault_pages)
-        elif name in _SERVED_BY_A_STREAM and stream is None:
-            stream = self.streams.find(request.epoch, caller.token)
-        invocation = CALLS[name].invocation(request)
-        ended = partial(self._ended, name, request, stream, then)
-        record = self.executor.start(ended, caller, invocation.command, *invocation.arguments, **invocation.keywords)
-        running = self.executor.running.get(record.id)
-        if running is not None and on_session is not None:
-            running.epoch = on_session.epoch
-        return record
+        command, arguments, keywords, npages = CALLS[name].invocation(request)
+        if npages > self.config.fault_pages:
+            require_at_most(f"{name.replace('_', ' ')}: pages", npages, self.config.fault_pages)
+        return self.executor.start(then, caller, command, *arguments, **keywords)
 
     async def make(self, caller: Caller, name: str, request: Any) -> Any:
         """Make a call that came on no session, and wait for its response.
@@ -91,13 +79,17 @@ class DeviceSide:
             DrainingError: the daemon is ending.
         """
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        stream = self.streams.find(request.epoch, caller.token) if name in _SERVED_BY_A_STREAM else None
         results: list[Result] = []
 
-        def then(result: Result) -> None:
-            results.append(result)
+        def then(record: OperationRecord[Any]) -> None:
+            try:
+                results.append(self.response(name, request, stream, record))
+            except Exception as error:  # noqa: BLE001 - raised below: whoever made the call decides what becomes of it
+                results.append(error)
             resolve(ended)
 
-        record = self.start(caller, name, request, None, then)
+        record = self.start(caller, name, request, then)
         patience_s = self.patience_s(name, request)
         if await self.executor.has_ended(record, ended, patience_s):
             return self._response(results)
@@ -130,28 +122,24 @@ class DeviceSide:
             return None
         return request.deadline_ms / 1000 if request.deadline_ms else self.config.fault_s
 
-    def _ended(
-        self,
-        name: str,
-        request: Any,
-        stream: Stream | None,
-        then: Callable[[Result], None],
-        record: OperationRecord[Any],
-    ) -> None:
+    def response(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> Any:
+        """The response to a call that has ended, to be asked for once, as soon as it has.
+
+        Args:
+            stream: the one that serves what the call has registered, or holds what it has pinned.
+
+        Raises: what the call raised, when it was never made or is no kernel call.
+        """
         if name in _NOTED and record.error is None:
             self._note(name, request, stream, record)
-        try:
-            response = CALLS[name].respond(record)
-        except Exception as error:  # noqa: BLE001 - handed on: whoever asked decides what becomes of it
-            then(error)
-        else:
-            if name in ACCESSES and response.result.HasField("violation"):
-                complete(self.streams, response.result.violation)
-            if name in _DESCRIBED:
-                response = _DESCRIBED[name](self.executor.machine, record.result)
-            elif name in ("fault", "migrate") and request.omit_entries:
-                response = response.without_arrays()
-            then(response)
+        response = CALLS[name].respond(record)
+        if name in ACCESSES and response.result.HasField("violation"):
+            complete(self.streams, response.result.violation)
+        if name in _DESCRIBED:
+            return _DESCRIBED[name](self.executor.machine, record.result)
+        if name in _WITH_ENTRIES and request.omit_entries:
+            return response.without_arrays()
+        return response
 
     def _note(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> None:
         if name in _ATTACHING:

@@ -327,8 +327,7 @@ class Executor:
                 exc_info=record.error,
                 extra=about(record),
             )
-        ended = Ended.of(record, time.monotonic() - started_s)
-        self.operations.add(ended)
+        ended = self.operations.note(record, time.monotonic() - started_s)
         if log.isEnabledFor(logging.DEBUG):
             _tell(record, ended)
         assert self.router is not None

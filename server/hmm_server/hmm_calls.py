@@ -60,18 +60,14 @@ def _find_vma_response(vma: VmaView | None, result: Result) -> hmm_pb2.FindVmaRe
 # ---- range faults
 
 
-def range_fault_pages(q: hmm_pb2.RangeFaultRequest) -> int:
-    """How many pages a range fault asks for."""
-    return max(0, q.range.end - q.range.start) >> PAGE_SHIFT
-
-
 def _range_fault(q: hmm_pb2.RangeFaultRequest) -> Invocation:
     span = convert.range_from_proto(q.range)
     words = convert.entries_from_proto(q.words) if q.words else None
     flags = (q.default_flags, q.pfn_flags_mask, words)
     if q.notifier_seq:
-        return invoke(commands_hmm.range_fault, q.mirror_id, q.notifier_id, q.notifier_seq, span, *flags)
-    return invoke(commands_hmm.range_fault_unlocked, q.mirror_id, q.notifier_id, span, *flags)
+        arguments = (q.mirror_id, q.notifier_id, q.notifier_seq, span, *flags)
+        return Invocation(commands_hmm.range_fault, arguments, {}, span.npages)
+    return Invocation(commands_hmm.range_fault_unlocked, (q.mirror_id, q.notifier_id, span, *flags), {}, span.npages)
 
 
 def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> ArrayReply:

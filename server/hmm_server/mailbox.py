@@ -91,10 +91,9 @@ class Outgoing(NamedTuple):
 
     def encoded(self) -> bytes:
         """All of it, as it travels; a reply that leaves alone is not copied."""
-        message = self.message.SerializeToString()
-        if not message and len(self.replies) == 1:
+        if self.message is _NOTHING_ELSE and len(self.replies) == 1:
             return self.replies[0]
-        return b"".join((message, *self.replies))
+        return b"".join((self.message.SerializeToString(), *self.replies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +153,7 @@ class Mailbox:
         if not self.closed:
             self._replies.append(reply)
             self.reply_bytes += len(reply)
-            if self._waiting is not None:
-                self._wake()
+            self._wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""
@@ -198,7 +196,7 @@ class Mailbox:
     async def take(self) -> Outgoing | None:
         """The next message, as soon as there is something to tell; None after the farewell."""
         while True:
-            if self._has_something():
+            if self._replies or self._has_something():
                 outgoing = self._outgoing()
                 if outgoing is not None:
                     return outgoing
@@ -272,8 +270,9 @@ class Mailbox:
             reply = self._replies.popleft()
             size += len(reply)
             replies.append(reply)
+        if self.is_full:
+            self._room.set()
         self.reply_bytes -= size
-        self._room.set()
         return replies
 
 

@@ -35,15 +35,6 @@ class Ended(NamedTuple):
     fenced: tuple[MirrorId, ...]
     duration_s: float
 
-    @classmethod
-    def of(cls, record: OperationRecord[Any], duration_s: float) -> Ended:
-        """What is worth remembering of a call."""
-        error = record.error if isinstance(record.error, HmmError) else None
-        reason = error.reason if error else INTERNAL_REASON if record.error else ""
-        caller = record.caller
-        fenced = tuple(record.fenced)
-        return cls(record.id, record.name, caller.token, caller.name, error, reason, fenced, duration_s)
-
 
 class OperationLog:
     """The calls of one daemon that have ended."""
@@ -54,14 +45,20 @@ class OperationLog:
         self._remembered = remembered
         self._ended: OrderedDict[int, Ended] = OrderedDict()
 
-    def add(self, ended: Ended) -> None:
-        """Count a call and remember it."""
-        self.ended_by_name[ended.name] += 1
-        if ended.reason:
-            self.errors_by_reason[ended.reason] += 1
-        self._ended[ended.id] = ended
+    def note(self, record: OperationRecord[Any], duration_s: float) -> Ended:
+        """Count a call that has ended.  Returns: what is remembered of it."""
+        error, reason, caller = None, "", record.caller
+        if record.error is not None:
+            error = record.error if isinstance(record.error, HmmError) else None
+            reason = error.reason if error is not None else INTERNAL_REASON
+            self.errors_by_reason[reason] += 1
+        self.ended_by_name[record.name] += 1
+        ended = self._ended[record.id] = Ended(
+            *(record.id, record.name, caller.token, caller.name, error, reason, tuple(record.fenced), duration_s)
+        )
         if len(self._ended) > self._remembered:
             self._ended.popitem(last=False)
+        return ended
 
     def get(self, operation_id: int) -> Ended | None:
         """A call that has ended, if it is still remembered."""

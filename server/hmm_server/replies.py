@@ -22,6 +22,8 @@ from hmm_proto.v1 import session_pb2
 Arrays: TypeAlias = Mapping[str, Entries]
 """Fields of a response, and the words that belong in them."""
 NO_ARRAYS: Arrays = MappingProxyType({})
+FEW = 64
+"""Arrays up to this length are copied with their message: that is sooner done than keeping them out of it."""
 _REPLY = wire.tag(session_pb2.SessionResponse, "replies")
 _REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
 _MORE = wire.number_tag(session_pb2.SessionReply, "more") + wire.varint(True)
@@ -61,12 +63,13 @@ class ArrayReply(NamedTuple):
 
         Returns: for each part a response, its arrays, whether more follow.
         """
-        npages = next(iter(self.arrays.values())).size if self.arrays else 0
-        if not npages:
+        arrays = self.arrays
+        if not arrays:
             return ((self.response, NO_ARRAYS, False),)
-        step = max(1, (part_bytes >> 3) // len(self.arrays))
+        npages = next(iter(arrays.values())).size
+        step = max(1, (part_bytes >> 3) // len(arrays))
         if npages <= step:
-            return ((self.response, self.arrays, False),)
+            return ((self.whole(), NO_ARRAYS, False),) if npages <= FEW else ((self.response, arrays, False),)
         last = (npages - 1) // step * step
         parts = [(type(self.response)(), self._slice(start, start + step), True) for start in range(0, last, step)]
         return (*parts, (self.response, self._slice(last, npages), False))

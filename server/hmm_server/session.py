@@ -46,14 +46,21 @@ LARGE_REPLIES = frozenset(
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UnderWay:
-    """A call whose reply has not been given."""
+    """A call whose reply has not been given.
 
+    Attributes:
+        replied: it has, or will not be given.
+    """
+
+    request_id: int
     name: str
+    request: Any
     record: OperationRecord[Any] | None = None
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
+    replied: bool = False
 
 
 class Session:
@@ -142,30 +149,33 @@ class Session:
         if refusal is not None:
             stream.mailbox.reply(encoded(request_id, "not_made", not_made(name or "session", refusal)))
             return
-        under_way = self._calls[request_id] = UnderWay(name)
         request = getattr(call, name)
+        under_way = UnderWay(request_id, name, request)
         caller = self._inside(call) if call.in_callback_mirror_id else self._caller
         if name == "read_table":
-            parts = self._send_table(stream, request_id, caller, request)
-            under_way.task = asyncio.create_task(parts)
+            self._calls[request_id] = under_way
+            under_way.task = asyncio.create_task(self._send_table(stream, under_way, caller))
             return
-        then = partial(self._reply, stream, request_id)
         try:
-            record = self._side.start(caller, name, request, stream, then)
+            record = self._side.start(caller, name, request, partial(self._ended, stream, under_way))
         except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
-            then(error)
+            self._reply(stream, under_way, error)
             return
-        if self._side.executor.is_over(record):
-            return
-        under_way.record = record
-        patience_s = self._side.patience_s(name, request)
-        if patience_s is not None:
-            under_way.timer = self._loop.call_later(patience_s, self._give_up, stream, request_id, record, patience_s)
+        if not under_way.replied:  # most calls have ended, and need not be remembered or timed
+            self._wait_for(stream, under_way, record)
 
-    def _give_up(self, stream: Stream, request_id: int, record: OperationRecord[Any], patience_s: float) -> None:
+    def _wait_for(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
+        self._calls[under_way.request_id] = under_way
+        under_way.record = record
+        self._side.executor.running[record.id].epoch = stream.epoch
+        patience_s = self._side.patience_s(under_way.name, under_way.request)
+        if patience_s is not None:
+            under_way.timer = self._loop.call_later(patience_s, self._give_up, stream, under_way, record, patience_s)
+
+    def _give_up(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any], patience_s: float) -> None:
         error = self._side.give_up(record, patience_s)
         if error is not None:
-            self._reply(stream, request_id, error)
+            self._reply(stream, under_way, error)
 
     def _refusal(self, stream: Stream, request_id: int, name: str) -> HmmError | None:
         if not name:
@@ -182,34 +192,43 @@ class Session:
         callback = (call.in_callback_mirror_id, call.in_callback_sequence)
         return Caller(self._caller.token, self._caller.name, callback)
 
-    def _reply(self, stream: Stream, request_id: int, result: Result) -> None:
-        under_way = self._calls.pop(request_id, None)
-        if under_way is None:
+    def _ended(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
+        try:
+            result = self._side.response(under_way.name, under_way.request, stream, record)
+        except Exception as error:  # noqa: BLE001 - as in _start()
+            result = error
+        self._reply(stream, under_way, result)
+
+    def _reply(self, stream: Stream, under_way: UnderWay, result: Result) -> None:
+        if under_way.replied:
             return  # it ended after its caller's patience
+        under_way.replied = True
+        request_id, name = under_way.request_id, under_way.name
+        self._calls.pop(request_id, None)
         if under_way.timer is not None:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
             stream.mailbox.reply(encoded(request_id, "not_made", not_made(under_way.name, result)))
         elif isinstance(result, ArrayReply):
             for response, arrays, more in result.parts(self._config.part_bytes):
-                stream.mailbox.reply(encoded(request_id, under_way.name, response, arrays, more=more))
+                stream.mailbox.reply(encoded(request_id, name, response, arrays, more=more))
         else:
-            stream.mailbox.reply(encoded(request_id, under_way.name, result))
+            stream.mailbox.reply(encoded(request_id, name, result))
 
-    async def _send_table(self, stream: Stream, request_id: int, caller: Caller, request: Any) -> None:
+    async def _send_table(self, stream: Stream, under_way: UnderWay, caller: Caller) -> None:
         try:
-            async for start, entries in self._side.table_parts(caller, request):
+            async for start, entries in self._side.table_parts(caller, under_way.request):
                 await stream.mailbox.room()
                 part = device_pb2.ReadTableResponse(start=start, entries=entries)
-                stream.mailbox.reply(encoded(request_id, "read_table", part, more=True))
+                stream.mailbox.reply(encoded(under_way.request_id, "read_table", part, more=True))
         except Exception as error:  # noqa: BLE001 - as in _start()
-            self._reply(stream, request_id, error)
+            self._reply(stream, under_way, error)
         else:
-            self._calls.pop(request_id, None)
-            stream.mailbox.reply(encoded(request_id, "read_table", device_pb2.ReadTableResponse()))
+            self._reply(stream, under_way, device_pb2.ReadTableResponse())
 
     def _forget_calls(self) -> None:
         for under_way in list(self._calls.values()):
+            under_way.replied = True
             if under_way.record is not None:
                 self._side.executor.forsake(under_way.record)
             if under_way.timer is not None:
