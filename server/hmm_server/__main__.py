@@ -11,7 +11,6 @@ Exit codes: 0 ended in good order; 1 it cannot listen there; 2 a setting or a de
 
 from __future__ import annotations
 
-import asyncio
 import errno as errnos
 import fcntl
 import gc
@@ -22,13 +21,16 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hmm_server import VERSION
 from hmm_server.config import ENVIRONMENT_PREFIX, SETTINGS, Config, ConfigError, load
 from hmm_server.logs import set_up
+
+if TYPE_CHECKING:
+    import asyncio
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -142,6 +144,8 @@ def _run(config: Config, ready_fd: int | None, until_fd: int | None) -> int:
 
 
 async def _serve(config: Config, ready_fd: int | None, until_fd: int | None) -> None:
+    import asyncio  # noqa: PLC0415 - not needed for --help
+
     from hmm_server.daemon import Daemon  # noqa: PLC0415 - imports gRPC
 
     ended = asyncio.Event()
@@ -149,16 +153,16 @@ async def _serve(config: Config, ready_fd: int | None, until_fd: int | None) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     if until_fd is not None:
-        loop.add_reader(until_fd, _end_with, until_fd, ended)
+        loop.add_reader(until_fd, _end_with, until_fd, loop, ended)
     async with Daemon(config).serving() as daemon:
         _settle()
         _announce(f"hmmd serving {' '.join(daemon.targets)}\n", ready_fd)
         await ended.wait()
 
 
-def _end_with(descriptor: int, ended: asyncio.Event) -> None:
+def _end_with(descriptor: int, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
     if not os.read(descriptor, 1 << 12):
-        asyncio.get_running_loop().remove_reader(descriptor)
+        loop.remove_reader(descriptor)
         ended.set()
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -182,6 +181,8 @@ def load(
 
 
 def _from_file(path: Path) -> dict[str, Value]:
+    import tomllib  # noqa: PLC0415 - few have a file
+
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:

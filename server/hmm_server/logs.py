@@ -15,10 +15,11 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hmm.operation_record import OperationRecord
-from hmm.receiver import Receiver
+if TYPE_CHECKING:  # what is imported here delays `hmmd --help`
+    from hmm.operation_record import OperationRecord
+    from hmm.receiver import Receiver
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"

@@ -151,6 +151,12 @@ def test_help_and_version_explain_themselves() -> None:
     assert VERSION in shown
 
 
+def test_command_is_read_without_what_takes_long_to_load() -> None:
+    """--help, and the error of a setting, need neither gRPC nor numpy nor a loop."""
+    heavy = "import sys, hmm_server.__main__; assert not {'grpc', 'numpy', 'asyncio', 'uvloop'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", heavy], check=True)
+
+
 @pytest.mark.slow
 async def test_cpu_setting_pins_the_process(place: Path) -> None:
     """The daemon runs on the CPU it was told to."""
