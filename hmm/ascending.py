@@ -64,9 +64,11 @@ def tally(values: npt.NDArray[T]) -> tuple[npt.NDArray[T], npt.NDArray[np.int32]
 def among(values: npt.NDArray[T], some: npt.NDArray[T]) -> npt.NDArray[np.bool_]:
     """bool[n]: which values are in `some`, which are ascending; as np.isin().
 
-    Cost: O(n log m), kinder to the cache when the values ascend too.
+    Cost: O(n) when they are the same, else O(n log m), kinder to the cache when the values ascend too.
     """
     if not some.size:
         return np.zeros(values.size, np.bool_)
+    if np.array_equal(values, some):
+        return np.ones(values.size, np.bool_)
     found: npt.NDArray[np.bool_] = some[np.minimum(some.searchsorted(values), some.size - 1)] == values
     return found

@@ -31,6 +31,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from hmm.ascending import is_ascending
 from hmm.directory_arena import ROOT
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
@@ -413,11 +414,16 @@ class PageTable:
             InvalidRequestError: an address is not in the table (EINVAL).
 
         Cost: O(n), one gather per level that the addresses do not share; ascending order is kinder to the
-            cache.
+            cache, and consecutive pages are read as a range.
         """
         out = _fitting(out, addresses.size)
         if addresses.size <= _SCALAR_PAGES:
             out[:] = [self.get(address) for address in addresses.tolist()]
+            return out
+        first, last = int(addresses[0]) >> PAGE_SHIFT, int(addresses[-1]) >> PAGE_SHIFT
+        if last - first == addresses.size - 1 and is_ascending(addresses >> _TO_PAGE):
+            self._check_address(last << PAGE_SHIFT)
+            read_range(self._tree, first, last + 1, out)
             return out
         low, high = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
         self._check_address(high)
@@ -437,7 +443,8 @@ class PageTable:
             InvalidRequestError: an address is not in the table, or two are in one page (EINVAL).
             OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
 
-        Cost: O(n), one gather per level; O(n log n) when the addresses are not ascending.
+        Cost: O(n), one gather per level; O(n log n) when the addresses are not ascending; consecutive pages are
+            stored as a range.
         """
         if not isinstance(entries, int):
             _check_entries(entries, addresses.size)
@@ -449,10 +456,16 @@ class PageTable:
                 words = [entries] * len(few) if isinstance(entries, int) else entries.tolist()
                 return np.array(list(map(self.set, few, words)), np.uint64)
         pages, order = self._distinct_pages(addresses)
+        if order is not None and not isinstance(entries, int):
+            entries = entries[order]
+        span = _span_of(pages)
+        if span is not None:
+            old = np.empty(pages.size, np.uint64)
+            read_range(self._tree, *span, old)
+            fill_range(self._tree, *span, entries)
+            return _unsorted(old, order)
         if isinstance(entries, int):
             return _unsorted(store_pages(self._tree, pages, entries), order)
-        if order is not None:
-            entries = entries[order]
         if np.count_nonzero(entries) == entries.size:
             return _unsorted(store_pages(self._tree, pages, entries), order)
         return _unsorted(self._store_or_clear(pages, entries), order)
@@ -479,7 +492,13 @@ class PageTable:
         if addresses.size <= _SCALAR_PAGES:
             return np.array([self.set(page, 0) for page in self._few_pages(addresses)], np.uint64)
         pages, order = self._distinct_pages(addresses)
-        return _unsorted(clear_pages(self._tree, pages), order)
+        span = _span_of(pages)
+        if span is None:
+            return _unsorted(clear_pages(self._tree, pages), order)
+        old = np.empty(pages.size, np.uint64)
+        read_range(self._tree, *span, old)
+        clear_range(self._tree, *span)
+        return _unsorted(old, order)
 
     def _few_pages(self, addresses: Entries) -> list[Address]:
         few: list[Address] = addresses.tolist()
@@ -493,10 +512,10 @@ class PageTable:
         # Page numbers, ascending, and the order that made them so unless they were.
         pages: Pages = (addresses >> _TO_PAGE).view(np.int64)
         order = None
-        if not (pages[1:] > pages[:-1]).all():
+        if not is_ascending(pages):
             order = pages.argsort()
             pages = pages[order]
-            if not (pages[1:] > pages[:-1]).all():
+            if not is_ascending(pages):
                 raise InvalidRequestError("two addresses are in one page")
         self._check_address(int(pages[-1]) << PAGE_SHIFT)
         return pages, order
@@ -632,6 +651,12 @@ def _fitting(out: Entries | None, number: int) -> Entries:
     if out.shape != (number,) or out.dtype != _WORD or not out.flags.c_contiguous:
         raise InvalidRequestError(f"out must be a contiguous uint64[{number}]")
     return out
+
+
+def _span_of(pages: Pages) -> tuple[int, int] | None:
+    # The first page and the one behind the last, where these, ascending and distinct, are consecutive.
+    first, end = int(pages[0]), int(pages[-1]) + 1
+    return (first, end) if end - first == pages.size else None
 
 
 def _unsorted(values: Entries, order: npt.NDArray[np.int64] | None) -> Entries:
