@@ -227,13 +227,16 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
     else:
         shared = entries
         _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED | cpu_pte.DIRTY))
-    pfns = cpu_pte.cpu_pfn(shared[cpu_pte.holds_frame(shared)])
+    plain = cpu_pte.are_plain(shared)
+    pfns = cpu_pte.cpu_pfn(shared if plain else shared[cpu_pte.holds_frame(shared)])
     parent.frames.map(pfns)
-    slots = slots_of(shared)
-    if slots.size:
-        area_of(parent.frames).duplicate(slots)
-    migrating = cpu_pte.cpu_pfn(shared[cpu_pte.is_migration(shared)])
-    parent.frames.clear_flags(np.concatenate((pfns, migrating)), PageFlag.ANON_EXCLUSIVE)
+    if not plain:
+        slots = slots_of(shared)
+        if slots.size:
+            area_of(parent.frames).duplicate(slots)
+        migrating = cpu_pte.cpu_pfn(shared[cpu_pte.is_migration(shared)])
+        pfns = np.concatenate((pfns, migrating))
+    parent.frames.clear_flags(pfns, PageFlag.ANON_EXCLUSIVE)
 
 
 def _split_pinned(parent: AddressSpace, copied: list[Vma]) -> Operation[None]:
@@ -251,6 +254,8 @@ def _has_pinned(parent: AddressSpace, block: AddressRange) -> bool:
 def _pinned(parent: AddressSpace, entries: Entries) -> npt.NDArray[np.bool_]:
     """Pages that must stay the parent's alone, because devices use them: folio_needs_cow_for_dma()."""
     frames = parent.frames
+    if not frames.pinned:
+        return np.zeros(entries.size, np.bool_)
     pinned: npt.NDArray[np.bool_] = cpu_pte.holds_frame(entries)
     pfns = cpu_pte.cpu_pfn(entries[pinned])
     pinned[pinned] = are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
@@ -277,8 +282,10 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
 
 def _read_only(entries: Entries) -> Entries:
     # What devices held exclusively is the CPU's again: restore_exclusive_pte().
-    exclusive = cpu_pte.is_device_exclusive(entries)
     shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
+    if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.EXCLUSIVE | cpu_pte.SWAP):
+        return shared
+    exclusive = cpu_pte.is_device_exclusive(entries)
     shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
     shared[exclusive & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)
     shared[cpu_pte.is_swap(entries)] &= ~np.uint64(cpu_pte.SWP_EXCLUSIVE)

@@ -76,6 +76,7 @@ class PageFlag(IntFlag):
 _REFERENCED, _ACTIVE = np.uint16(PageFlag.REFERENCED), np.uint16(PageFlag.ACTIVE)
 _USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint16)
 """The flags of a page that was used so often."""
+_TWICE = np.uint8(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,14 +495,14 @@ class Frames(FrameContents):
             dirty: they were written too.
             unevictable: they are on no list, and only become referenced.
         """
-        flags = self.flags[pfns]
-        uses = ((flags & _REFERENCED) != 0) + 2 * ((flags & _ACTIVE) != 0)
-        uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + times, 3)
-        flags &= ~(_REFERENCED | _ACTIVE)
-        flags |= _USED[uses]
+        where = _where(pfns)
+        flags = self.flags[where]
+        uses = ((flags & _REFERENCED) != 0) + _TWICE * ((flags & _ACTIVE) != 0)
+        uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + min(times, 3), 3)
+        unused = flags & ~(_REFERENCED | _ACTIVE)
         if dirty:
-            flags |= np.uint16(PageFlag.DIRTY)
-        self.flags[pfns] = flags
+            unused |= np.uint16(PageFlag.DIRTY)
+        self.flags[where] = unused | _USED[uses]
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
