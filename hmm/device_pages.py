@@ -39,7 +39,7 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.ascending import unique
+from hmm.ascending import is_ascending, unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
@@ -503,10 +503,10 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
 
 def _places(space: AddressSpace, indices: Pfns, backing: Backing | None) -> Iterator[Places]:
     """`anonymous_places` for pages of many processes, of which some have the same offset: those one after the other."""
-    repetition = np.arange(indices.size) - np.searchsorted(indices, indices)
-    if not repetition.any():
+    if is_ascending(indices):
         yield from anonymous_places([space], indices, backing)
         return
+    repetition = np.arange(indices.size) - np.searchsorted(indices, indices)
     for number in range(int(repetition.max()) + 1):
         chosen = np.flatnonzero(repetition == number)
         for place in anonymous_places([space], indices[chosen], backing):

@@ -292,6 +292,8 @@ def _to_be_faulted(
     """What is faulted, and whether for writing."""
     start = span.start >> PAGE_SHIFT
     if request.uniform:
+        if look.need.all() and not look.hopeless.any():
+            return span, bool(look.need_write[0])
         # In every directory at once: the outcome is that of one after the other.
         pages = np.arange(start, start + look.need.size)
         blocks = pages >> (PMD_SHIFT - PAGE_SHIFT)
