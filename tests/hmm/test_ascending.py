@@ -41,3 +41,4 @@ def test_distinct_and_tally_give_each_value_once_when_equal_ones_are_adjacent(va
 def test_among_finds_what_is_there_when_some_are_ascending(values: np.ndarray, some: np.ndarray) -> None:
     """Values below, between and above those searched are not among them."""
     assert np.array_equal(among(values, unique(some)), np.isin(values, some))
+    assert among(unique(some), unique(some)).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
+from hmm.frame_allocator import FrameAllocator
 from hmm.frames import SYSTEM_REGION, ZERO_PFN, Frames, PageFlag, RegionKind, RegionStatistics
 from hmm.units import Pfns
 
@@ -42,6 +43,19 @@ def test_allocate_gives_freed_frames_again_in_ascending_order(frames: Frames) ->
     frames.put(pfns(9, 3, 12))
     assert frames.allocate(5).tolist() == [3, 9, 12, 21, 22]
     frames.check()
+
+
+def test_frames_beyond_32_bits_are_freed_and_come_again() -> None:
+    """Free frames are kept as 32-bit numbers only where all numbers have as many bits."""
+    allocator = FrameAllocator(512, (1 << 32) + (1 << 16))
+    allocator.add_region((1 << 32) - 512, 1, RegionKind.DEVICE_PRIVATE)
+    region = allocator.add_region(64, 2, RegionKind.DEVICE_PRIVATE)
+    taken, _, reused = allocator.take(8, region.number)
+    assert (int(taken[0]), reused) == (1 << 32, 0)
+    allocator.give_back(taken)
+    allocator.give_back_one(allocator.take_one(region.number)[0])
+    again, _, reused = allocator.take(8, region.number)
+    assert (again.tolist(), reused) == (taken.tolist(), 8)
 
 
 def test_allocate_nothing(frames: Frames) -> None:

@@ -638,21 +638,44 @@ class TestBatches:
         assert table.directories == 1
         table.check()
 
-    def test_store_counts_only_what_is_new(self, table: PageTable) -> None:
-        """A batch over pages that are partly there adds the others to the counts."""
-        table.store(_addresses(*range(0, 40, 2)), 1)
-        assert table.store(_addresses(*range(40)), 2).tolist() == [1, 0] * 20
+    @pytest.mark.parametrize("step", [1, 30])
+    def test_store_counts_only_what_is_new(self, table: PageTable, step: int) -> None:
+        """A batch over pages that are partly there adds the others to the counts, consecutive or not."""
+        pages = _addresses(*range(500, 500 + 40 * step, step))
+        table.store(pages[::2], 1)
+        assert table.store(pages, 2).tolist() == [1, 0] * 20
         table.check()
         assert table.count == 40
         mixed = np.tile(np.array([0, 3], np.uint64), 20)
-        assert table.store(_addresses(*range(40)), mixed).tolist() == [2] * 40
+        assert table.store(pages, mixed).tolist() == [2] * 40
         table.check()
         assert table.count == 20
-        assert table.apply_mask(0, 40 * PAGE, ALL & ~2, valid=1) == 0
-        assert table.store(_addresses(*range(40)), np.zeros(40, np.uint64)).tolist() == [0, 1] * 20
-        assert not table.clear_many(_addresses(*range(40))).any()
+        assert table.apply_mask(0, int(pages[-1]) + PAGE, ALL & ~2, valid=1) == 0
+        assert table.store(pages, np.zeros(40, np.uint64)).tolist() == [0, 1] * 20
+        assert not table.clear_many(pages).any()
         assert table.directories == 1
         table.check()
+
+    def test_batch_keeps_its_order_when_consecutive_pages_come_in_another_one(self, table: PageTable) -> None:
+        """What is stored as a range is given, and given back, in the order of the addresses."""
+        order = np.random.default_rng(5).permutation(40)
+        pages = _addresses(*range(500, 540)) + np.uint64(8)
+        assert not table.store(pages[order], _numbers(1, 40)[order]).any()
+        assert table.lookup(pages).tolist() == list(range(1, 41))
+        assert table.store(pages[order], 7).tolist() == (order + 1).tolist()
+        assert table.store(pages, _numbers(1, 40)).tolist() == [7] * 40
+        assert table.clear_many(pages[order]).tolist() == (order + 1).tolist()
+        assert table.directories == 1
+        table.check()
+
+    def test_lookup_reads_each_page_when_one_comes_twice_and_one_is_left_out(self, table: PageTable) -> None:
+        """As many addresses as there are pages from the first to the last are not always a range."""
+        table.store(_addresses(*range(500, 520)), _numbers(1, 20))
+        pages = [500, 500, *range(502, 520)]
+        assert table.lookup(_addresses(*pages)).tolist() == [page - 499 for page in pages]
+        assert table.lookup(_addresses(*pages) + np.uint64(8)).tolist() == [page - 499 for page in pages]
+        ascending = _addresses(*pages) + np.array([0, 8, *[0] * 18], np.uint64)
+        assert table.lookup(ascending).tolist() == [page - 499 for page in pages]
 
     def test_empty_batch_does_nothing(self, table: PageTable) -> None:
         """A batch of no pages is in order."""
