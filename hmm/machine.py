@@ -163,8 +163,8 @@ class Machine:
         if dispatch is not None:
             note_answered(dispatch)
             if dispatch.outcomes:
-                outcomes = dispatch.in_order()
-                record.fenced += [outcome.mirror_id for outcome in outcomes if outcome.state is EventState.FENCED]
+                fenced = [one.mirror_id for one in dispatch.in_order() if one.state is EventState.FENCED]
+                record.fenced += tuple(fenced)
         self._advance(record, dispatch, record.refusal)
 
     def answer(
@@ -433,8 +433,8 @@ class Machine:
 
     def next_id(self, kind: str) -> int:
         """A number never used before for this kind of object."""
-        self._last_id[kind] = self._last_id.get(kind, 0) + 1
-        return self._last_id[kind]
+        number = self._last_id[kind] = self._last_id.get(kind, 0) + 1
+        return number
 
     @property
     def is_timed_out(self) -> bool:

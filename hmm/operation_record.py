@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from hmm.dispatch import Dispatch
@@ -57,7 +57,7 @@ class OperationRecord(Generic[T]):
     generator: Operation[T]
     request: Request | None = None
     dispatch: Dispatch | None = None
-    fenced: list[MirrorId] = field(default_factory=list)
+    fenced: tuple[MirrorId, ...] = ()
     refusal: WouldDeadlockError | None = None
     timed_out: bool = False
     killed: bool = False

@@ -54,7 +54,7 @@ class OperationLog:
             self.errors_by_reason[reason] += 1
         self.ended_by_name[record.name] += 1
         ended = self._ended[record.id] = Ended(
-            *(record.id, record.name, caller.token, caller.name, error, reason, tuple(record.fenced), duration_s)
+            *(record.id, record.name, caller.token, caller.name, error, reason, record.fenced, duration_s)
         )
         if len(self._ended) > self._remembered:
             self._ended.popitem(last=False)

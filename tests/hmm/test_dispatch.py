@@ -85,7 +85,7 @@ def test_fence_of_one_ends_nothing_but_its_own_part() -> None:
     assert world.machine.unanswered(record) == [(first, 1), (third, 1)]
     world.machine.acknowledge_together(record.id, [first, third])
     world.resume(record)
-    assert record.fenced == [second]
+    assert record.fenced == (second,)
     states = {number: dict(world.machine.receivers[number].counted()) for number in world.mirrors}
     assert states[second] == {"events_munmap": 1, "fenced": 1}
     assert states[first] == states[third] == {"events_munmap": 1, "acknowledged": 1}

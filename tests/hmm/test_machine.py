@@ -103,7 +103,7 @@ def test_fence_ends_every_wait_and_drops_the_table() -> None:
     record = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
     world.machine.fence(mirror, "no answer")
     world.resume(record)
-    assert record.fenced == [mirror]
+    assert record.fenced == (mirror,)
     assert world.machine.mirrors[mirror].state is MirrorState.LOST
     assert not world.machine.mirrors[mirror].table.count
     refused = world.start(devices.fault, mirror, [span(1)], write=False)
