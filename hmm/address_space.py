@@ -294,11 +294,11 @@ class AddressSpace:
         freed = self.frames.unmap(pfns)
         if some & _USED and freed.size < pfns.size and not replaced:
             named = (self.frames.refcount[pfns] > 0) & ~self.frames.test_flags(pfns, PageFlag.ANON)
-            self._note_use(entries[named])
+            self._note_use(entries if named.all() else entries[named])
 
     def _note_use(self, entries: Entries) -> None:
-        self.frames.set_flags(cpu_pte.cpu_pfn(entries[cpu_pte.is_dirty(entries)]), PageFlag.DIRTY)
-        self.frames.mark_accessed(cpu_pte.cpu_pfn(entries[(entries & np.uint64(cpu_pte.ACCESSED)) != 0]))
+        self.frames.set_flags(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.DIRTY)), PageFlag.DIRTY)
+        self.frames.mark_accessed(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.ACCESSED)))
 
     def _drop_one(self, entry: int) -> None:
         if cpu_pte.holds_frame(entry):

@@ -50,6 +50,7 @@ __all__ = [
     "cpu_entry",
     "cpu_flags",
     "cpu_pfn",
+    "having",
     "holds_frame",
     "is_device_exclusive",
     "is_device_private",
@@ -284,6 +285,16 @@ def holds_frame(entries: int | Entries) -> bool | Mask:
     if isinstance(entries, int):
         return entries & (PRESENT | DEVICE | EXCLUSIVE) != 0 and not entries & SPECIAL
     return _any_of(entries, PRESENT | DEVICE | EXCLUSIVE) & ~_any_of(entries, SPECIAL)
+
+
+def having(entries: Entries, bits: int) -> Entries:
+    """Those of some entries, uint64[n], that have one of `bits`: the same array where all have a certain one.
+
+    Cost: one pass when they do, as is usual.
+    """
+    if int(np.bitwise_and.reduce(entries)) & bits:
+        return entries
+    return entries[_any_of(entries, bits)]
 
 
 def are_plain(entries: Entries) -> bool:

@@ -229,7 +229,7 @@ class File:
         Source: Linux mm/truncate.c, truncate_inode_pages_range().
         """
         entries = self.pages.zap(start, end)
-        self.frames.put(cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)]))
+        self.frames.put(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT)))
         free_entries(self.frames, slots_of(entries))
         return entries.size
 
@@ -248,7 +248,7 @@ class File:
         offsets, entries = self.pages.valid(0, FILE_SIZE_MAX)
         assert not offsets.size or int(offsets[-1]) < self.size_bytes, f"{self} has pages behind its end"
         assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
-        held = cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)])
+        held = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT))
         assert (self.frames.refcount[held] > 0).all(), f"{self} has a free frame"
 
 

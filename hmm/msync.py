@@ -114,7 +114,7 @@ def write_back(file: File, start: int, end: int) -> Operation[None]:
             for part in _shared_spans(file, space, start, end):
                 _clean(space, part.intersect(span))
         entries = file.pages.valid(start, end)[1]
-        file.frames.clear_flags(cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)]), PageFlag.DIRTY)
+        file.frames.clear_flags(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT)), PageFlag.DIRTY)
 
 
 def _shared_spans(file: File, space: AddressSpace, start: int, end: int) -> tuple[AddressRange, ...]:

@@ -50,7 +50,7 @@ def free_slots(frames: Frames) -> int:
 
 def slots_of(entries: Entries) -> Slots:
     """int64[m]: the slots that the swap entries among `entries` name."""
-    return cpu_pte.cpu_pfn(entries[cpu_pte.is_swap(entries)])
+    return cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.SWAP))
 
 
 def free_entries(frames: Frames, slots: Slots, *, dirty: bool = True) -> None:

@@ -93,3 +93,21 @@ def test_holds_frame_leaves_out_pages_without_struct_page() -> None:
     expected = [True, True, True, False, False, False]
     assert [cpu_pte.holds_frame(word) for word in words] == expected
     assert cpu_pte.holds_frame(np.array(words, np.uint64)).tolist() == expected
+
+
+def test_having_leaves_out_entries_without_the_bits() -> None:
+    """One bit of those named is enough, and what all have need not be looked for in each."""
+    words = np.array([cpu_pte.PRESENT, cpu_pte.PRESENT | cpu_pte.DIRTY, cpu_pte.SWAP | cpu_pte.DIRTY, 0], np.uint64)
+    assert cpu_pte.having(words, cpu_pte.DIRTY).tolist() == words[1:3].tolist()
+    assert cpu_pte.having(words, cpu_pte.PRESENT | cpu_pte.SWAP).tolist() == words[:3].tolist()
+    assert cpu_pte.having(words[1:3], cpu_pte.DIRTY | cpu_pte.HUGE).tolist() == words[1:3].tolist()
+    assert cpu_pte.having(words, cpu_pte.POISON).size == 0
+
+
+def test_are_plain_holds_where_all_pages_are_of_one_kind() -> None:
+    """Huge pages are as good as small ones; what is not there, special or of another kind is not plain."""
+    present, device = cpu_pte.PRESENT, cpu_pte.DEVICE | cpu_pte.HUGE
+    for words in ([present, present | cpu_pte.HUGE], [device, device]):
+        assert cpu_pte.are_plain(np.array(words, np.uint64))
+    for word in (device, present | cpu_pte.SPECIAL, cpu_pte.EXCLUSIVE, cpu_pte.SWAP, 0):
+        assert not cpu_pte.are_plain(np.array([present, word], np.uint64))
