@@ -78,10 +78,16 @@ _current: ContextVar[Callback | None] = ContextVar("hmm_client.callback", defaul
 _OUTSIDE: AbstractContextManager[None] = nullcontext()
 
 
+def current() -> Callback | None:
+    """The callback that a call of the library is made in, None outside of one; the call is made `waiting` in it."""
+    callback = _current.get()
+    return callback if callback is not None and callback.active else None
+
+
 def waiting() -> AbstractContextManager[Callback | None]:
     """Around every call of the library: gives the callback that it is made in, None outside of one."""
-    callback = _current.get()
-    return _OUTSIDE if callback is None or not callback.active else callback.waiting()
+    callback = current()
+    return _OUTSIDE if callback is None else callback.waiting()
 
 
 class Callbacks:

@@ -63,14 +63,10 @@ class Migrated:
 
 
 class Faulted:
-    """What a device fault brought in.  Arrays are made when they are asked for.
+    """What a device fault brought in.  All but its error is read when it is asked for.
 
     Attributes:
         error: what stopped the fault, if it is a partial result.
-        notifier_seq: the sequence of the address space when the entries were read.
-        event_sequence: the last event of the mirror that the entries include.
-        retries: how often the fault started over because the range was invalidated.
-        operation_id: names the call.
     """
 
     def __init__(self, target: tuple[AddressRange, ...] | Entries, parts: Sequence[device_pb2.FaultResponse]) -> None:
@@ -79,15 +75,30 @@ class Faulted:
         Args:
             target: the ranges or pages that were asked for.
         """
-        last = parts[-1]
-        result = last.result
-        self.error: HmmError | None = from_call_result(result)
-        self.notifier_seq: int = last.notifier_seq
-        self.event_sequence: int = last.last_event_sequence
-        self.retries: int = last.retries
-        self.operation_id: int = result.operation_id
         self._target = target
         self._parts = parts
+        self._last = last = parts[-1]
+        self.error: HmmError | None = from_call_result(last.result)
+
+    @property
+    def notifier_seq(self) -> int:
+        """The sequence of the address space when the entries were read."""
+        return self._last.notifier_seq
+
+    @property
+    def event_sequence(self) -> int:
+        """The last event of the mirror that the entries include."""
+        return self._last.last_event_sequence
+
+    @property
+    def retries(self) -> int:
+        """How often the fault started over because the range was invalidated."""
+        return self._last.retries
+
+    @property
+    def operation_id(self) -> int:
+        """Names the call."""
+        return self._last.result.operation_id
 
     @cached_property
     def starts(self) -> Entries:
@@ -106,12 +117,12 @@ class Faulted:
     @cached_property
     def filled(self) -> Entries:
         """uint64[k']: for each range (for scattered pages, one in all) where it ended: on success behind its end."""
-        return np.fromiter(self._parts[-1].range_ends, np.uint64)
+        return np.fromiter(self._last.range_ends, np.uint64)
 
     @cached_property
     def errnos(self) -> npt.NDArray[np.int32]:
         """int32[k']: for each of these 0 or what stopped it."""
-        return np.fromiter(self._parts[-1].range_errnos, np.int32)
+        return np.fromiter(self._last.range_errnos, np.int32)
 
     @cached_property
     def entries(self) -> Entries:
@@ -212,20 +223,22 @@ class Mirror(Receiver):
         """
         if not isinstance(target, np.ndarray):
             target = _spans(target)
-        request = device_pb2.FaultRequest(
-            mirror_id=self.id,
-            write=write,
-            no_wait=not wait,
-            first_mapping_only=first_mapping_only,
-            omit_entries=omit_entries,
-            deadline_ms=0 if deadline_s is None else max(1, round(deadline_s * 1000)),
-        )
+        request = device_pb2.FaultRequest(mirror_id=self.id, write=write)
         if isinstance(target, np.ndarray):
             request.pages = entries_to_proto(target)
         else:
-            for span in target:
-                request.ranges.starts.append(span.start)
-                request.ranges.ends.append(span.end)
+            ranges = request.ranges
+            ranges.starts.extend([span.start for span in target])
+            ranges.ends.extend([span.end for span in target])
+        # Most faults have nothing of what follows, and a test costs less than a field.
+        if not wait:
+            request.no_wait = True
+        if first_mapping_only:
+            request.first_mapping_only = True
+        if omit_entries:
+            request.omit_entries = True
+        if deadline_s is not None:
+            request.deadline_ms = max(1, round(deadline_s * 1000))
         for _ in range(STALE_RETRIES):
             self.faults += 1
             faulted = Faulted(target, await self.call("fault", request))

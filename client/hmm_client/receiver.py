@@ -205,7 +205,7 @@ class Receiver:
         """False when it is certain that no event with a higher number has come that took anything back."""
         if event_sequence < self._forgotten or (bool(self._recent) and self._recent[-1][0] > event_sequence):
             return True
-        return any(group.heard_by(self.id) > event_sequence for group in self._groups)
+        return bool(self._groups) and any(group.heard_by(self.id) > event_sequence for group in self._groups)
 
     def has_heard_since(self, event_sequence: int, starts: Entries, ends: Entries) -> bool:
         """True when an event with a higher number has come that overlaps uint64[n] ascending, disjoint ranges.

@@ -33,7 +33,7 @@ from google.protobuf.message import Message
 from hmm.errors import DeviceLostError
 from hmm.units import MirrorId
 from hmm_client.acknowledgements import AcknowledgementLedger
-from hmm_client.callbacks import Callback, waiting
+from hmm_client.callbacks import Callback, current
 from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
 from hmm_client.together import Together
@@ -188,15 +188,22 @@ class Session:
             HmmError: the call was not made.
             DeviceLostError: the session has ended.
         """
+        callback = current()
+        if callback is None:
+            return await self._ask(name, request, on_reply, None)
+        with callback.waiting():
+            return await self._ask(name, request, on_reply, callback)
+
+    def _ask(
+        self, name: str, request: Message, on_reply: Callable[[Any], None] | None, callback: Callback | None
+    ) -> asyncio.Future[list[Any]]:
         self.require_live(name)
-        self._last_request += 1
-        request_id = self._last_request
+        self._last_request = request_id = self._last_request + 1
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        with waiting() as callback:
-            self._outgoing.append(_written(request_id, name, request, callback))
-            self._waiting[request_id] = _Call(future, on_reply, [])
-            self._wake()
-            return await future
+        self._outgoing.append(_written(request_id, name, request, callback))
+        self._waiting[request_id] = _Call(future, on_reply, [])
+        self._wake()
+        return future
 
     def require_live(self, operation: str) -> None:
         """Raise unless the session lives.
@@ -325,7 +332,7 @@ class Session:
             self._sleeping.set_result(None)
 
     def _next_batch(self) -> bytes | None:
-        if self.lost or not (self._outgoing or self.ledger):
+        if self.lost:
             return None
         batch: list[bytes] = []
         if self.ledger:
@@ -335,7 +342,7 @@ class Session:
             call = self._outgoing.popleft()
             size += len(call)
             batch.append(call)
-        return b"".join(batch)
+        return b"".join(batch) if batch else None
 
     def _dispatch(self, message: session_pb2.SessionResponse) -> None:
         for event in message.events:
