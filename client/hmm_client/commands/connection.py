@@ -74,7 +74,9 @@ def where_options(command: Callable[..., Any]) -> Callable[..., Any]:
         timeout: float,
         **options: Any,
     ) -> Any:
-        where = Where(target, token, tls, tls_ca, tls_certificate, tls_key, timeout)
+        if bool(tls_certificate) != bool(tls_key):
+            raise click.UsageError("--tls-certificate and --tls-key belong together")
+        where = Where(target or None, token, tls, tls_ca, tls_certificate, tls_key, timeout)
         return command(*args, where=where, **options)
 
     for option in reversed(

@@ -7,13 +7,14 @@ import dataclasses
 import click
 
 from hmm_client.commands.connection import Where, ask, where_options
+from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.output import JSON, format_option, on_devices, print_json
 from hmm_client.recordings import Area, render
 from hmm_client.results import Maps, MapsLine
 
 
 @click.command("maps")
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=PROCESS)
 @format_option
 @where_options
 def command(pid: int, form: str, where: Where) -> None:

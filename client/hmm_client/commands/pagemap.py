@@ -13,6 +13,7 @@ from hmm import pagemap
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange, Entries
 from hmm_client.commands.addresses import parse_range
 from hmm_client.commands.connection import Where, ask, where_options
+from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _FLAGS = (
 
 
 @click.command("pagemap")
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=PROCESS)
 @click.argument("span", metavar="[START-END]", required=False, callback=parse_range)
 @format_option
 @where_options

@@ -9,6 +9,7 @@ import click
 from hmm.units import AddressRange
 from hmm_client.commands.addresses import parse_range
 from hmm_client.commands.connection import Where, ask, where_options
+from hmm_client.commands.ids import MIRROR
 from hmm_client.commands.messages import as_value
 from hmm_client.commands.output import JSON, format_option, on_devices, print_json
 from hmm_proto.convert import range_to_proto
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("pagetable")
-@click.argument("mirror", type=click.IntRange(min=1))
+@click.argument("mirror", type=MIRROR)
 @click.argument("span", metavar="[RANGE]", callback=parse_range, required=False)
 @click.option("--cpu", is_flag=True, help="MIRROR is a process, and its CPU's table is shown.")
 @format_option

@@ -9,6 +9,7 @@ import click
 
 from hmm.violation import ViolationKind
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
+from hmm_client.commands.ids import DEVICE, MIRROR
 from hmm_client.commands.messages import as_value, word
 from hmm_client.commands.output import JSON, format_option, print_json
 from hmm_proto.v1 import inspection_pb2, violation_pb2
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
 
 
 @click.command("sanitize")
-@click.option("--mirror", "-m", type=int, default=0, metavar="MIRROR", help="Only of this mirror.")
-@click.option("--device", "-d", type=int, default=0, metavar="DEVICE", help="Only of this device's mirrors.")
+@click.option("--mirror", "-m", type=MIRROR, metavar="MIRROR", help="Only of this mirror.")
+@click.option("--device", "-d", type=DEVICE, metavar="DEVICE", help="Only of this device's mirrors.")
 @click.option("--check", is_flag=True, help="Exit with 1 if there is anything.")
 @format_option
 @where_options
-def command(mirror: int, device: int, check: bool, form: str, where: Where) -> None:
+def command(mirror: int | None, device: int | None, check: bool, form: str, where: Where) -> None:
     """Show what devices did that they must not, and which answers of drivers were rejected.
 
     Of each access that was refused: the rule, the page, which event had taken the translation, which call caused that
     event, and who acknowledged it when.  The first 64 of each mirror are kept in full, all are counted.
     """
-    request = inspection_pb2.GetViolationsRequest(mirror_id=mirror, device_id=device)
+    request = inspection_pb2.GetViolationsRequest(mirror_id=mirror or 0, device_id=device or 0)
     answer = ask(where, lambda client: _ask(client, request))
     found = bool(answer.mirrors or answer.rejected_answers)
     if form == JSON:

@@ -8,6 +8,7 @@ import click
 
 from hmm.units import PAGE_SIZE, PMD_SIZE
 from hmm_client.commands.connection import Where, ask, where_options
+from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.output import JSON, format_option, print_json
 from hmm_client.recordings import Area, render
 from hmm_client.results import MappingUse
@@ -35,7 +36,7 @@ _FIELDS = (
 
 
 @click.command("smaps")
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=PROCESS)
 @click.option("--rollup", is_flag=True, help="one sum over all mappings, as /proc/PID/smaps_rollup")
 @format_option
 @where_options

@@ -8,6 +8,7 @@ import click
 
 from hmm_client.commands.addresses import parse_address
 from hmm_client.commands.connection import Where, ask, where_options
+from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.messages import as_value
 from hmm_client.commands.output import JSON, format_option, print_json
 from hmm_proto.v1 import inspection_pb2
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("walk")
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=PROCESS)
 @click.argument("address", callback=parse_address)
 @format_option
 @where_options

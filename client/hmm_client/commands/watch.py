@@ -9,6 +9,7 @@ import click
 
 from hmm.errors import errno_name
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
+from hmm_client.commands.ids import MIRROR, PROCESS
 from hmm_client.commands.messages import as_value, word
 from hmm_client.commands.output import JSON, format_option, latency, print_json
 from hmm_proto.v1 import event_pb2, inspection_pb2, types_pb2
@@ -20,8 +21,10 @@ SHOWN_RANGES = 3
 
 
 @click.command("watch")
-@click.option("--process", "-p", "processes", type=int, multiple=True, metavar="PID", help="Only of these processes.")
-@click.option("--mirror", "-m", "mirrors", type=int, multiple=True, metavar="MIRROR", help="Only of these mirrors.")
+@click.option(
+    "--process", "-p", "processes", type=PROCESS, multiple=True, metavar="PID", help="Only of these processes."
+)
+@click.option("--mirror", "-m", "mirrors", type=MIRROR, multiple=True, metavar="MIRROR", help="Only of these mirrors.")
 @click.option("--operations", "-o", is_flag=True, help="Calls that end, too.")
 @click.option("--count", "-n", type=click.IntRange(min=1), metavar="N", help="End after so many lines.")
 @format_option
