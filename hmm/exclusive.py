@@ -34,7 +34,7 @@ from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
 from hmm.operation import Await, Operation, WaitFor
-from hmm.rmap import Places, anonymous_places, walk_order
+from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
 from hmm.spans import overlap
 from hmm.units import (
     PAGE_SHIFT,
@@ -223,7 +223,7 @@ def _take(
             yield from bracket.deliver()
             heads: list[int] = []
             if space.semantics.exclusive_ranges:
-                yield from _tell_relatives(space, pages, pfns, owner)
+                yield from _tell_before(space, pages, pfns, owner, initiator)
                 heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
             for at in heads:
                 yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
@@ -286,22 +286,26 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
     return taken == int(frames.mapcount[members(frames, head)].sum())
 
 
-def _tell_relatives(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId) -> Operation[None]:
+def _tell_before(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, initiator: MirrorId) -> Operation[None]:
     """rmap_walk() tells every VMA where the pages could be, up to the one where they are: those that come before it."""
-    relatives = [space.relatives[number] for number in sorted(space.relatives) if number != space.id]
     whole = AddressRange(int(pages[0]) << PAGE_SHIFT, (int(pages[-1]) + 1) << PAGE_SHIFT)
-    for vma in space.vmas.mapped_pieces(whole) if relatives else ():
+    for vma in space.vmas.mapped_pieces(whole):
+        if vma.backing is None and len(space.relatives) == 1 and not space.vmas.moved:
+            continue  # nothing else can be at these offsets
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
         now = space.vmas.find(vma.start) or vma  # it may have gone while others were told
         own, root = walk_order(space, now), space.anon_vma_root(now.anon_vma)
-        for place in list(anonymous_places(relatives, pages[low:high] + vma.mapping.delta, vma.backing)):
-            if place.space.anon_vma_root(place.vma.anon_vma) != root or walk_order(place.space, place.vma) >= own:
-                continue
+        indices = pages[low:high] + vma.mapping.delta
+        others = anonymous_places(space.relatives.values(), indices, vma.backing, root)
+        for place in in_walk_order(others):
+            if walk_order(place.space, place.vma) >= own:
+                break
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:
                 continue
             spans = spans_of_pages((concerned >> np.uint64(PAGE_SHIFT)).view(np.int64))
-            with place.space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner) as bracket:
+            notifier = place.space.notifier
+            with notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
                 yield from bracket.deliver()
 
 

@@ -145,7 +145,8 @@ def folio_places(space: AddressSpace, vma: Vma, head: Pfn, index: int) -> list[P
     """
     relatives = space.relatives.values()
     pfns = np.arange(head, head + PMD_PAGES)
-    places = in_walk_order(anonymous_places(relatives, np.arange(index, index + PMD_PAGES), vma.backing))
+    root = space.anon_vma_root(vma.anon_vma)
+    places = in_walk_order(anonymous_places(relatives, np.arange(index, index + PMD_PAGES), vma.backing, root))
     places = [place for place in places if place.space.may_map(pfns[place.pages]).any()]
     while places and not ours(places[-1], head)[1].any():
         places.pop()

@@ -189,12 +189,12 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     """
     frames = space.frames
     indices = (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
-    anonymous = frames.test_flags(pfns, PageFlag.ANON)
+    anonymous, root = frames.test_flags(pfns, PageFlag.ANON), space.anon_vma_root(vma.anon_vma)
 
     def places() -> Iterator[Places]:
         if anonymous.any():
             relatives = [space.relatives[number] for number in sorted(space.relatives)]
-            yield from anonymous_places(relatives, indices, vma.backing)
+            yield from anonymous_places(relatives, indices, vma.backing, root)
             yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)

@@ -214,9 +214,7 @@ def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
     def places() -> Iterator[Places]:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
         if anonymous.any():
-            for place in anonymous_places(relatives, indices, vma.backing):
-                if place.space.anon_vma_root(place.vma.anon_vma) == root:
-                    yield place
+            yield from anonymous_places(relatives, indices, vma.backing, root)
             yield from merged_places(frames, pfns)
         if isinstance(vma.backing, File) and not anonymous.all():
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)

@@ -17,8 +17,8 @@ The order in which they are visited is that of an interval tree: by the page off
 as they were last inserted (`Vma.inserted`, `Vma.chained`).  Whoever changes a VMA's extent inserts it anew; a child's
 VMA comes directly behind its parent's among those of a file, and last among those with private pages.
 
-Differs: the kernel finds VMAs by their `anon_vma`; here one mapped anew at the offset of a page is a candidate too,
-until the caller asks whether both descend from one (`AddressSpace.anon_vma_root`).
+Differs: the kernel finds VMAs by their `anon_vma`; here all that descend from the oldest ancestor of the page's are
+candidates, in those spaces that have come from the one that made the page (`AddressSpace.may_map`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from hmm.address_space import AddressSpace
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, Entries, Pfns
+from hmm.units import PAGE_SHIFT, Entries, Pfns, SpaceId
 from hmm.vma import Backing, Vma
 
 __all__ = ["Places", "anonymous_places", "file_places", "in_walk_order", "merged_places", "walk_order"]
@@ -70,19 +70,24 @@ def in_walk_order(places: Iterable[Places]) -> list[Places]:
     return sorted(places, key=lambda place: (place.of_file, walk_order(place.space, place.vma, of_file=place.of_file)))
 
 
-def anonymous_places(spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None) -> Iterator[Places]:
+def anonymous_places(
+    spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None, root: tuple[SpaceId, int] | None = None
+) -> Iterator[Places]:
     """Where private pages could be mapped.
 
     Args:
         spaces: relatives of the space that the pages were met in.
         indices: int64[n], page offsets, ascending.
         backing: of the VMA that the pages were met in; None for anonymous memory.
+        root: of that VMA's `anon_vma` (`AddressSpace.anon_vma_root`); None if unknown: then one that was mapped anew at
+            a page's offset is among the places too.
 
     Cost: O(n) for each VMA that matches.  Of memory of files, and where anonymous memory was moved, O(VMAs) beside it.
     """
     for space in spaces:
         for vma in _at_their_index(space, indices) if backing is None else space.vmas_with_entries:
-            if vma.mapping.backing is backing and vma.mapping.anon_vma:
+            family = vma.mapping.anon_vma
+            if vma.mapping.backing is backing and family and root in (None, space.anon_vma_root(family)):
                 yield from _in_vma(space, vma, indices)
 
 

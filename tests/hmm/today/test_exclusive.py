@@ -134,6 +134,17 @@ def test_child_hears_when_its_mapping_comes_first(bench: Any, cut: bool, reasons
     assert heard.reasons == reasons
 
 
+def test_process_hears_of_where_the_page_was_when_its_place_was_kept(bench: Any) -> None:
+    """What MREMAP_DONTUNMAP leaves could map the page as well, and comes before what was moved: rmap_walk_anon()."""
+    bench.write(1, b"q")
+    flags = MOVE | MremapFlag.DONTUNMAP
+    source, target = bench.span(1).start, bench.span(40).start
+    bench.call(commands_process.mremap, bench.process, source, PAGE_SIZE, PAGE_SIZE, flags, target)
+    bench.heard.events.clear()
+    take(bench, 40)
+    assert [event.spans for event in bench.heard.events] == [(bench.span(40),), (bench.span(1),)]
+
+
 def test_parent_does_not_hear_when_the_childs_own_page_is_taken(bench: Any) -> None:
     """A page that the child made can never be mapped by the parent, so that it is not asked."""
     bench.write(1, b"q")
