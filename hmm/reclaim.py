@@ -201,11 +201,11 @@ class Reclaim:
                         freed += gone
                         if gone and space.thp:  # its page table stays, as it went page by page: seen on 6.18
                             space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
-                pfns = np.sort(mapped.pfns)
+                pfns = np.sort(mapped.pfns[~self._are_kept_for_pins(mapped.pfns)])
                 stays = ~np.isin(pfns, self._affordable(pfns))
                 self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
                 stays &= self.frames.test_flags(pfns, PageFlag.ANON)
-                freed += yield from self._put_out([mapped.of(~np.isin(mapped.pfns, pfns[stays]))], pfns[~stays])
+                freed += yield from self._put_out([mapped.of(np.isin(mapped.pfns, pfns[~stays]))], pfns[~stays])
         return freed
 
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
@@ -489,8 +489,16 @@ class Reclaim:
         frames = self.frames
         part = _mapped(space, frames.regions[SYSTEM_REGION].top, span)
         chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND | PageFlag.KSM) & (frames.mapcount[part.pfns] == 1)
-        chosen &= (frames.pincount[part.pfns] == 0) & ~_barred(part)
+        chosen &= ~_barred(part)
         return part.of(chosen & frames.test_flags(part.pfns, PageFlag.ANON | PageFlag.SWAPBACKED))
+
+    def _are_kept_for_pins(self, pfns: Pfns) -> _Mask:
+        """bool[n]: which pages get no slot because they are pinned; all others lose their entries first."""
+        frames = self.frames
+        in_swap = (PageFlag.ANON | PageFlag.SWAPBACKED)._value_
+        wants_slot = (frames.flags[pfns] & in_swap == in_swap) & (frames.private[pfns] == 0)
+        kept: _Mask = wants_slot & (frames.pincount[pfns] > 0)
+        return kept
 
     def _whole_folios(self, space: AddressSpace, span: AddressRange) -> list[_Mapped]:
         """Huge pages that a part of a block maps all of, and nobody else any."""

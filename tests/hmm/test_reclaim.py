@@ -152,6 +152,19 @@ def test_reclaim_leaves_locked_and_pinned_pages() -> None:
     assert memory.swapped(span(0, 64)) == [False] * 8 + [True] * 56
 
 
+def test_reclaim_unmaps_shared_memory_that_is_pinned_and_leaves_it_in_its_file() -> None:
+    """Pins keep private pages from a slot; of others shrink_folio_list() asks only when nobody maps them any more."""
+    memory = Memory()
+    flags = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(64).start, 4 * PAGE_SIZE, RW, flags)
+    memory.write(span(64, 2), 5)
+    memory.call(processes.pin, memory.pid, span(64), write=True)
+    memory.advise(span(64, 2), Advice.PAGEOUT)
+    assert memory.entries(span(64, 2)) == [0, 0]
+    assert memory.call(processes.mincore, memory.pid, span(64).start, 2 * PAGE_SIZE).tolist() == [1, 0]
+    assert memory.swap.used == 1
+
+
 def test_reclaim_leaves_pages_that_a_device_has_to_itself() -> None:
     """Exclusive entries stay until the CPU wants the page."""
     memory = Memory()
