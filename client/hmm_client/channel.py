@@ -180,7 +180,9 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
         details = error.details() or ""
         if details.startswith("failed to connect"):  # gRPC says the address three times; the last word is why
             return UnavailableError(error.code(), f"nobody listens at {target}: {details.rpartition(': ')[2]}")
-        unavailable = UnavailableError(error.code(), f"{target}: {details}")
-        unavailable.broke = not details.startswith("errors resolving")
+        if details.startswith("errors resolving"):
+            return UnavailableError(error.code(), f"{target}: {details}")
+        unavailable = UnavailableError(error.code(), f"the connection to {target} broke: {details}")
+        unavailable.broke = True
         return unavailable
     return DaemonError(error.code(), error.details() or "")

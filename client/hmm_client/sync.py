@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import update_wrapper
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast
@@ -346,6 +347,11 @@ class IntervalDriver:
         """The mirror was fenced, or the connection broke."""
 
 
+def _submit(executor: ThreadPoolExecutor, what: Callable[..., None], *arguments: object) -> None:
+    with suppress(RuntimeError):  # the interpreter ends: nobody is left to be told
+        executor.submit(what, *arguments)
+
+
 class _IntervalAdapter(aio_interval_driver.IntervalDriver):
     """Hands an interval driver the handles of this module."""
 
@@ -367,7 +373,7 @@ class _IntervalAdapter(aio_interval_driver.IntervalDriver):
         self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))
 
     def lost(self, mirror: aio_interval.IntervalMirror, why: str) -> None:
-        self._executor.submit(self._driver.lost, IntervalMirror(mirror, self._loop), why)
+        _submit(self._executor, self._driver.lost, IntervalMirror(mirror, self._loop), why)
 
 
 class _Adapter(aio_driver.Driver):
@@ -391,7 +397,7 @@ class _Adapter(aio_driver.Driver):
         self._driver.release(Mirror(mirror, self._loop))
 
     def lost(self, mirror: aio_mirror.Mirror, why: str) -> None:
-        self._executor.submit(self._driver.lost, Mirror(mirror, self._loop), why)
+        _submit(self._executor, self._driver.lost, Mirror(mirror, self._loop), why)
 
 
 class Device(_Handle[aio_device.Device]):

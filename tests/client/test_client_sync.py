@@ -163,6 +163,23 @@ else:
     )
 
 
+def test_end_is_quiet_when_a_client_is_still_open_and_its_daemon_has_gone() -> None:
+    """A notebook or a script need not close its client: whoever ends is not told what it has lost."""
+    script = """
+from hmm_client import sync
+from hmm_client.embedded import embedded_daemon
+
+with embedded_daemon() as target:
+    client = sync.connect(target)
+    mirror = client.register_device("gpu").mirror(client.create_process("program"), sync.Driver())
+    client.aio.executor.shutdown()  # as the interpreter does at its end
+while not mirror.lost:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+
+
 def test_blocking_call_is_refused_when_it_would_block_the_loop_itself(shared_daemon: Daemon) -> None:
     """On the loop's own thread it could only wait for itself: RuntimeError at once."""
     run(

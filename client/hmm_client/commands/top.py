@@ -318,7 +318,7 @@ class _Screen:
     def show(self, page: Page) -> None:
         """Show a page."""
         if self._live is None:
-            for line, _ in page.text():
+            for line, _ in page.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
                 click.echo(line)
             return
         from rich.text import Text  # noqa: PLC0415 - not needed where no terminal is
