@@ -17,7 +17,7 @@ from hmm_client.certify.certificate import DEADLINE_S, Certificate, Trial, certi
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.certify.findings import RULES
 from hmm_client.commands.connection import INTERRUPTED, OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
-from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.output import JSON, format_option, junit_option, print_json
 from hmm_client.commands.progress import Progress
 
 SEEDS = "0:20"
@@ -29,7 +29,10 @@ def _seeds(ctx: click.Context, parameter: click.Parameter, value: str) -> range:
     first, _, end = value.partition(":")
     if not value.isascii() or not first.isdecimal() or not (end.isdecimal() or (not end and ":" not in value)):
         raise click.BadParameter("write FIRST:END, or one seed")
-    return range(int(first), int(end) if end else int(first) + 1)
+    seeds = range(int(first), int(end) if end else int(first) + 1)
+    if seeds.stop < seeds.start:
+        raise click.BadParameter(f"{value} ends before it begins")
+    return seeds
 
 
 def _all_cpus() -> int:
@@ -64,7 +67,7 @@ def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None: 
     metavar="N",
     help="How many storms run at a time, each with a daemon and a driver of its own.  [default: one for each CPU]",
 )
-@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JUnit XML, too.")
+@junit_option
 @format_option
 def command(
     driver: tuple[str, ...],

@@ -11,9 +11,11 @@ apart, all of them and at full length, that tools can cut.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +36,19 @@ def format_option(command: Callable[..., Any]) -> Callable[..., Any]:
         default=TEXT,
         help="Text for people, or JSON, one value a line.",
     )(command)
+
+
+def junit_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--junit FILE`; the command gets it as `junit`.  That it cannot be written there is said before the work."""
+    path = click.Path(path_type=Path, dir_okay=False, writable=True)
+    text = "Write the report as JUnit XML, too."
+    return click.option("--junit", type=path, callback=_with_folder, metavar="FILE", help=text)(command)
+
+
+def _with_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{path.parent} is no folder that can be written to", context, parameter)
+    return path
 
 
 def print_json(value: object) -> None:

@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
-from hmm_client.commands.output import JSON, format_option, print_json, print_table
+from hmm_client.commands.output import JSON, format_option, junit_option, print_json, print_table
 from hmm_client.embedded import EmbeddedDaemonError, embedded_daemon
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _complete(context: click.Context, parameter: click.Parameter, begun: str) ->
 @click.argument("scenarios", nargs=-1, metavar="FILE|NAME...", shell_complete=_complete)
 @click.option("--all", "everything", is_flag=True, help="Run every scenario that comes with hmmd.")
 @click.option("--list", "listed", is_flag=True, help="Name the scenarios that come with hmmd.")
-@click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write JUnit XML, too.")
+@junit_option
 @click.option("--steps/--no-steps", default=None, help="Show every step; default: when there is one scenario.")
 @format_option
 @where_options
