@@ -52,9 +52,11 @@ class UnavailableError(DaemonError, ConnectionError):
 
     Attributes:
         broke: it was there and has gone, in the middle of a call.
+        silent: something listens there and says nothing, as a daemon that is stopped.
     """
 
     broke = False
+    silent = False
 
 
 def default_target(environment: Mapping[str, str] = os.environ) -> str:
@@ -177,12 +179,20 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
     if ours is not None:
         return ours
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        details = error.details() or ""
-        if details.startswith("failed to connect"):  # gRPC says the address three times; the last word is why
-            return UnavailableError(error.code(), f"nobody listens at {target}: {details.rpartition(': ')[2]}")
-        if details.startswith("errors resolving"):
-            return UnavailableError(error.code(), f"{target}: {details}")
-        unavailable = UnavailableError(error.code(), f"the connection to {target} broke: {details}")
-        unavailable.broke = True
-        return unavailable
+        return _unavailable(error.code(), error.details() or "", target)
     return DaemonError(error.code(), error.details() or "")
+
+
+def _unavailable(code: grpc.StatusCode, details: str, target: str) -> UnavailableError:
+    if details.startswith("failed to connect"):
+        why = details.rpartition(": ")[2]  # gRPC says the address three times; the last word is why
+        if "timed out before receiving SETTINGS" not in why:
+            return UnavailableError(code, f"nobody listens at {target}: {why}")
+        silent = UnavailableError(code, f"{target} does not answer: {why}")
+        silent.silent = True
+        return silent
+    if details.startswith("errors resolving"):
+        return UnavailableError(code, f"{target}: {details}")
+    broken = UnavailableError(code, f"the connection to {target} broke: {details}")
+    broken.broke = True
+    return broken

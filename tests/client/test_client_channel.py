@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -48,6 +49,18 @@ async def test_call_says_that_nobody_listens_when_there_is_no_daemon(tmp_path: P
             await client.create_process()
         with pytest.raises(ConnectionError):
             await client.register_device("gpu")
+
+
+@pytest.mark.slow
+async def test_call_says_that_nobody_answers_when_the_daemon_is_stopped(tmp_path: Path) -> None:
+    """The kernel connects clients to a process that is stopped: this is told from nobody being there."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "stopped.sock"))
+        listener.listen()
+        async with hmm_client.connect(str(tmp_path / "stopped.sock")) as client:
+            with pytest.raises(hmm_client.UnavailableError, match=r"stopped\.sock does not answer") as caught:
+                await client.create_process()
+    assert caught.value.silent
 
 
 async def test_call_says_that_its_client_is_closed_when_it_is(shared_daemon: Daemon) -> None:

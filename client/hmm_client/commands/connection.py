@@ -153,6 +153,8 @@ def failures(where: Where) -> Iterator[None]:
         target = as_target(where.target) if where.target else default_target()
         if error.broke:
             fail(UNREACHABLE, f"the connection to {target} broke: the daemon has gone")
+        if error.silent:
+            fail(UNREACHABLE, f"{target} does not answer: something listens there, which is stopped or no hmmd")
         fail(
             UNREACHABLE,
             f"nobody listens at {target}",
