@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
+from hmm.anon_vma import AnonVma, Family, Forest, first_family
 from hmm.checked import Checked
 from hmm.errors import OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.frames import Frames, PageFlag
@@ -118,7 +119,7 @@ class AddressSpace:
         tracks_writes: what was written has been forgotten once (clear_refs.py): from then on VmFlag.SOFTDIRTY marks new
             VMAs; before all of them are.
         last_anon_vma: the newest family of private pages.
-        anon_vma_roots: of the families that came by fork, the space and the number of the oldest ancestor.
+        anon_vmas: of the families that came by fork, the trees that their VMAs are in.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
         userfaultfds: those that can be registered with VMAs of this space, by number.
@@ -142,7 +143,7 @@ class AddressSpace:
     semantics: Semantics = LINUX_6_12
     tracks_writes: bool = False
     last_anon_vma: int = 0
-    anon_vma_roots: dict[int, tuple[SpaceId, int]] = field(default_factory=dict)
+    anon_vmas: dict[int, Family] = field(default_factory=dict)
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     lineage: tuple[SpaceId, ...] = ()
     userfaultfds: dict[int, Userfaultfd] = field(default_factory=dict)
@@ -175,15 +176,16 @@ class AddressSpace:
             vmas.sort(key=lambda vma: vma.start)
         return vmas
 
-    def claim(self, pfns: Pfn | Pfns) -> None:
-        """Note that private pages are this space's own: its parents can never come to map them.
+    def claim(self, pfns: Pfn | Pfns, address: Address) -> None:
+        """Note that private pages of the VMA at `address` are this space's own: its parents can never come to map them.
 
         Of a space without relatives nothing need be noted, as all that may ever map its pages descend from it.
 
         Source: Linux mm/rmap.c, __folio_set_anon(), folio_move_anon_rmap().
         """
         if len(self.relatives) > 1:
-            self.frames.mapping[pfns] = self.id
+            vma = self.vmas.find(address) if self.anon_vmas else None
+            self.frames.mapping[pfns] = self.id if vma is None else self.family(vma.anon_vma).own.space_id
 
     def may_map(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
         """bool[n]: which private pages this space, or one that it was forked from, has made."""
@@ -196,9 +198,25 @@ class AddressSpace:
         self.last_anon_vma += 1
         return self.last_anon_vma
 
-    def anon_vma_root(self, anon_vma: int) -> tuple[SpaceId, int]:
+    @property
+    def forest(self) -> Forest:
+        """The trees of all relatives."""
+        spaces = self.relatives.values()
+        return Forest(one.family(vma.anon_vma) for one in spaces for vma in one.vmas_with_entries if vma.anon_vma)
+
+    def inherit_anon_vma(self, family: Family, forest: Forest) -> int:
+        """The number that the child of a VMA gets, whose family is given: anon_vma_fork()."""
+        number = self.new_anon_vma()
+        self.anon_vmas[number] = forest.child(family, self.id, number)
+        return number
+
+    def family(self, anon_vma: int) -> Family:
+        """The trees that the VMAs of a family are in."""
+        return self.anon_vmas.get(anon_vma) or first_family(self.id, anon_vma)
+
+    def anon_vma_root(self, anon_vma: int) -> AnonVma:
         """The oldest ancestor of a family, with which it shares its tree of VMAs: anon_vma->root."""
-        return self.anon_vma_roots.get(anon_vma, (self.id, anon_vma))
+        return self.family(anon_vma).trees[0]
 
     @property
     def new_flags(self) -> VmFlag:

@@ -159,7 +159,7 @@ def _replace(space: AddressSpace, block: AddressRange) -> _Failure | None:
     assert vma is not None
     flags = WRITTEN if vma.writable else WRITTEN & ~cpu_pte.WRITE
     space.table.fill(block.start, block.end, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
-    space.claim(pfns)
+    space.claim(pfns, block.start)
     space.huge = True
     space.tables.discard(block.start >> PMD_SHIFT)
     space.drop(entries[entries != 0])

@@ -399,4 +399,4 @@ def _set_anonymous(space: AddressSpace, vma: Vma, address: Address, write: bool)
     except OutOfFramesError:
         space.frames.unmap_one(pfn)
         raise
-    space.claim(pfn)
+    space.claim(pfn, address)

@@ -151,7 +151,7 @@ class Attempt:
                 except OutOfFramesError:
                     space.frames.unmap(pfns)
                     raise
-                space.claim(pfns)
+                space.claim(pfns, span.start)
             if end < span.end:
                 self.stop = Stop(end, None)
         except OutOfFramesError:
@@ -409,7 +409,7 @@ class _Part:
         except OutOfFramesError:
             frames.unmap(pfns)
             raise
-        self.space.claim(pfns)
+        self.space.claim(pfns, self.vma.start)
         if sources is not None:
             frames.copy(pfns, sources)
         return before
@@ -418,7 +418,7 @@ class _Part:
         # As wp_page_reuse().
         if not self.vma.shared:
             self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.ANON_EXCLUSIVE)
-            self.space.claim(cpu_pte.cpu_pfn(entries))
+            self.space.claim(cpu_pte.cpu_pfn(entries), self.vma.start)
         else:
             self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.DIRTY)  # fault_dirty_shared_page()
         self.space.table.store(addresses, entries | np.uint64(WRITTEN))

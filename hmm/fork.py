@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.anon_vma import Forest
 from hmm.ascending import among
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
@@ -119,7 +120,8 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
     for vma in vmas:
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)
-    child.vmas.inherit([vma._replace(mapping=_childs_mapping(parent, child, vma)) for vma in vmas])
+    forest = parent.forest
+    child.vmas.inherit([vma._replace(mapping=_childs_mapping(parent, child, vma, forest)) for vma in vmas])
     given = yield from _copy_from_devices(parent, child, copied)
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
@@ -157,10 +159,13 @@ def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
     assert last is not None
     frames.set_flags(copies[came], ANON_PAGE)
     flags = np.full(addresses.size, _COPIED, np.uint64)
-    for vma in child.vmas.overlapping(AddressRange(first.start, last.end)):
+    parts = [
+        (vma, slice(*addresses.searchsorted((np.uint64(vma.start), np.uint64(vma.end)))))
+        for vma in child.vmas.overlapping(AddressRange(first.start, last.end))
+    ]
+    for vma, part in parts:
         if vma.writable:
-            low, high = addresses.searchsorted((np.uint64(vma.start), np.uint64(vma.end)))
-            flags[low:high] |= np.uint64(cpu_pte.WRITE)
+            flags[part] |= np.uint64(cpu_pte.WRITE)
     entries = cpu_pte.cpu_entry(copies, flags)
     entries[~came] = cpu_pte.POISON
     try:
@@ -169,7 +174,8 @@ def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
         frames.put(copies[came])
         raise
     frames.map_new(copies[came])
-    child.claim(copies[came])
+    for vma, part in parts:
+        child.claim(copies[part][came[part]], vma.start)
 
 
 def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> None:
@@ -191,7 +197,7 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
     return entries
 
 
-def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Mapping:
+def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma, forest: Forest) -> Mapping:
     mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
     if mapping.userfaultfd:
         mapping = mapping.with_userfaultfd(0)  # dup_userfaultfd()
@@ -199,9 +205,7 @@ def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Mapp
         return mapping
     if vma.has(VmFlag.WIPEONFORK):
         return mapping.with_anon_vma(0)
-    number = child.new_anon_vma()
-    child.anon_vma_roots[number] = parent.anon_vma_root(vma.anon_vma)
-    return mapping.with_anon_vma(number, cloned=True)
+    return mapping.with_anon_vma(child.inherit_anon_vma(parent.family(vma.anon_vma), forest), cloned=True)
 
 
 def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
@@ -277,7 +281,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     except OutOfFramesError:
         frames.unmap(copies)
         raise
-    child.claim(copies)
+    child.claim(copies, vma.start)
 
 
 def _read_only(entries: Entries) -> Entries:

@@ -100,7 +100,7 @@ def _install(space: AddressSpace, vma: Vma, start: Address, write: bool) -> None
             raise
     except OutOfFramesError:
         return  # no directory: the small page finds that out
-    space.claim(pfns)
+    space.claim(pfns, start)
     space.huge = True
 
 
@@ -108,7 +108,7 @@ def _touch(attempt: Attempt, start: Address, entry: int) -> None:
     """A block that a huge page is mapped at."""
     space = attempt.space
     if attempt.write and not entry & cpu_pte.WRITE:
-        if not reuse_huge(space, entry):
+        if not reuse_huge(space, start, entry):
             attempt.splits.append(start)
             return
         bits = WRITTEN
@@ -118,8 +118,8 @@ def _touch(attempt: Attempt, start: Address, entry: int) -> None:
         mark_huge(space, start, bits)
 
 
-def reuse_huge(space: AddressSpace, entry: int) -> bool:
-    """Make a huge page that is mapped by `entry` its process's own if it is, or if nobody else refers to it.
+def reuse_huge(space: AddressSpace, start: Address, entry: int) -> bool:
+    """Make a huge page that is mapped at `start` by `entry` its process's own if it is, or if nobody else refers to it.
 
     Returns: whether it is; then it may become writable.
     """
@@ -132,7 +132,7 @@ def reuse_huge(space: AddressSpace, entry: int) -> bool:
         return False
     pfns = np.arange(head, head + PMD_PAGES)
     frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
-    space.claim(pfns)
+    space.claim(pfns, start)
     return True
 
 

@@ -85,7 +85,7 @@ def _install(attempt: Attempt, vma: Vma, start: Address) -> bool:
     if pfns is None or not _map(space, start, pfns, flags):
         return False
     if not vma.shared:
-        space.claim(pfns)
+        space.claim(pfns, start)
     return True
 
 
@@ -113,7 +113,7 @@ def _touch(attempt: Attempt, vma: Vma, start: Address, entry: int) -> bool:
     if frames.flags_of(head) & PageFlag.ANON and alone:
         pfns = np.arange(head, head + PMD_PAGES)
         frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
-        space.claim(pfns)
+        space.claim(pfns, start)
         mark_huge(space, start, WRITTEN)
         return True
     return _copy(attempt, vma, start)
@@ -131,7 +131,7 @@ def _copy(attempt: Attempt, vma: Vma, start: Address) -> bool:
     old = space.table.read(start, start + PMD_SIZE)
     space.frames.copy(pfns, cpu_pte.cpu_pfn(old))
     _map(space, start, pfns, WRITTEN)
-    space.claim(pfns)
+    space.claim(pfns, start)
     space.drop(old)
     return True
 
@@ -148,4 +148,4 @@ def copy_pinned_pages(parent: AddressSpace, child: AddressSpace, vma: Vma, addre
         parent.frames.copy(pfns, cpu_pte.cpu_pfn(parent.table.read(start, start + PMD_SIZE)))
         if not _map(child, start, pfns, WRITTEN if vma.has(VmFlag.WRITE) else READ_ONLY):
             raise OutOfFramesError(f"fork: no directory for {start:#x}", address=start)
-        child.claim(pfns)
+        child.claim(pfns, start)

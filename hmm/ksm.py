@@ -431,7 +431,7 @@ def _copy(pages: _Pages) -> None:
     space, frames = pages.space, pages.space.frames
     copies = frames.allocate_mapped(pages.pfns.size, ANON_PAGE)
     frames.copy(copies, pages.pfns)
-    space.claim(copies)
+    space.claim(copies, int(pages.addresses[0]))
     kept = np.uint64(READ_ONLY) | (pages.entries & np.uint64(cpu_pte.SOFT_DIRTY))
     space.table.store(pages.addresses, cpu_pte.cpu_entry(copies, kept))
     space.drop(pages.entries)

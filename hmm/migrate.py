@@ -288,7 +288,7 @@ def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
         return np.zeros(holes.size, np.bool_)
     frames.set_flags(pfns[free], ANON_PAGE)
     frames.map_new(pfns[free])
-    space.claim(pfns[free])
+    space.claim(pfns[free], int(addresses[0]))
     frames.index[pfns] = migration.indices(holes)
     return free
 

@@ -332,7 +332,7 @@ def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> 
     frames.flags[homes] = np.uint16(ANON_PAGE) | (frames.flags[pfns] & np.uint16(PageFlag.DIRTY))
     frames.index[homes] = (locked.addresses[moved] >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
     frames.zone_device_data[homes] = mirror.id if mirror.state is MirrorState.LIVE else 0
-    space.claim(homes)
+    space.claim(homes, vma.start)
     frames.map_new(homes)
 
 

@@ -156,7 +156,7 @@ def _keep_huge(
     """
     pages = np.flatnonzero(shared & cpu_pte.is_huge(entries)) + (piece.start >> PAGE_SHIFT)
     starts = unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
-    alien = [start for start in starts if not reuse_huge(space, space.table.get(start))]
+    alien = [start for start in starts if not reuse_huge(space, start, space.table.get(start))]
     yield from split_pmds(space, map(block_of, alien))
     for start in alien:
         assert not cpu_pte.is_huge(space.table.get(start)), f"the huge page at {start:#x} was not split"
@@ -173,7 +173,7 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
     alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)
     alone &= ~frames.test_flags(pfns, PageFlag.COMPOUND | PageFlag.KSM)
     frames.set_flags(pfns[alone], PageFlag.ANON_EXCLUSIVE)
-    space.claim(pfns[alone])
+    space.claim(pfns[alone], piece.start)
     pages, addresses = pages[~alone], addresses[~alone]
     if not pages.size:
         return
@@ -190,6 +190,6 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
         prepare_anon_vma(space, vma)
         copies = frames.allocate_mapped(int(np.count_nonzero(same)), ANON_PAGE)
         frames.copy(copies, pfns[~alone][same])
-        space.claim(copies)
+        space.claim(copies, vma.start)
         space.table.store(addresses[same], cpu_pte.cpu_entry(copies, READ_ONLY))
         space.drop(now[same])

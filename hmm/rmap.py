@@ -29,8 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmm.address_space import AddressSpace
+from hmm.anon_vma import AnonVma
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, Entries, Pfns, SpaceId
+from hmm.units import PAGE_SHIFT, Entries, Pfns
 from hmm.vma import Backing, Vma
 
 __all__ = ["Places", "anonymous_places", "file_places", "in_walk_order", "merged_places", "walk_order"]
@@ -71,7 +72,7 @@ def in_walk_order(places: Iterable[Places]) -> list[Places]:
 
 
 def anonymous_places(
-    spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None, root: tuple[SpaceId, int] | None = None
+    spaces: Iterable[AddressSpace], indices: Pfns, backing: Backing | None, root: AnonVma | None = None
 ) -> Iterator[Places]:
     """Where private pages could be mapped.
 

@@ -83,7 +83,7 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
         writable = exclusive & ((flags & np.uint64(cpu_pte.SOFT_DIRTY)) != 0) if tracked else exclusive
         flags[writable] |= np.uint64(cpu_pte.WRITE | (DIRTIED if write else 0))
     frames.set_flags(pfns[exclusive], PageFlag.ANON_EXCLUSIVE)
-    space.claim(pfns[exclusive])
+    space.claim(pfns[exclusive], vma.start)
     space.table.store(addresses, cpu_pte.cpu_entry(pfns, flags))
 
 

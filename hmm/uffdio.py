@@ -340,6 +340,6 @@ def _install(space: AddressSpace, vma: Vma, piece: AddressRange, data: memoryvie
         except OutOfFramesError:
             frames.unmap(pfns)
             raise
-        space.claim(pfns)
+        space.claim(pfns, piece.start)
     if data is not None:
         frames.scatter(pfns, np.frombuffer(data[: piece.size_bytes], np.uint8).reshape(-1, PAGE_SIZE))

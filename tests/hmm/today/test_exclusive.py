@@ -163,6 +163,22 @@ def test_parent_does_not_hear_when_the_childs_own_page_is_taken(bench: Any) -> N
     assert Reason.EXCLUSIVE in heard.reasons  # it descends from the space that made the page, and comes first
 
 
+def test_parent_hears_when_its_child_uses_the_tree_of_an_ancestor_again(bench: Any) -> None:
+    """The child's own pages are in the tree of its grandparent, which has ended, as its parent is: anon_vma_clone()."""
+    bench.write(1, b"q")
+    grandparent = bench.call(commands_process.fork, bench.process)
+    parent = bench.call(commands_process.fork, grandparent)
+    bench.call(commands_process.exit_process, grandparent)
+    child = bench.call(commands_process.fork, parent)
+    _, heard = bench.attach(bench.device, parent)
+    mirror, _ = bench.attach(bench.device, child)
+    bench.write(1, b"r", child)
+    bench.heard.events.clear()
+    bench.call(commands_hmm.make_exclusive, mirror, bench.span(1))
+    assert heard.reasons == [Reason.EXCLUSIVE]
+    assert bench.heard.events == []  # the oldest is in the tree of its own pages alone
+
+
 def test_give_back_reverts_what_a_mirror_has_to_itself(bench: Any) -> None:
     """Pages that it took and that nobody has touched since, wherever they are mapped now; others' stay."""
     other, _ = bench.attach(bench.device, bench.process)
