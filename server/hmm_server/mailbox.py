@@ -204,7 +204,11 @@ class Mailbox:
                 return outgoing
         return None
 
-    @property
+    def take_message(self) -> bytes | None:
+        """The same, as it travels."""
+        outgoing = self.take()
+        return None if outgoing is None else outgoing.encoded()
+
     def is_over(self) -> bool:
         """True after the farewell: there will be nothing to tell any more."""
         return self.closed and not self._has_something()

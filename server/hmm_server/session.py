@@ -24,6 +24,7 @@ from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
+from hmm_proto.writer import Writer
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
@@ -32,7 +33,6 @@ from hmm_server.interceptors import require_read
 from hmm_server.replies import ArrayReply, encoded
 from hmm_server.served import Stream
 from hmm_server.streams import PROTOCOL_VERSION, Streams
-from hmm_server.writer import Writer
 
 FAREWELL_S = 5.0
 """Time for the last replies to be written after Bye."""
@@ -85,7 +85,9 @@ class Session:
         """
         first = await self._context.read()
         stream = self._open(first)
-        writer = Writer(stream.mailbox, self._context.write)
+        mailbox = stream.mailbox
+        writer = Writer(mailbox.take_message, mailbox.is_over, self._context.write)
+        mailbox.on_news = writer.wake
         reader = asyncio.create_task(self._read(stream, writer, first))
         why = "its client was cut off"
         try:

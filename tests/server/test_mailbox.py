@@ -175,10 +175,10 @@ async def test_close_flushes_replies_and_drops_events() -> None:
 async def test_mailbox_is_over_when_it_is_closed_and_nothing_waits(reason: str) -> None:
     """After the farewell, or at once where there is none."""
     mailbox = _mailbox()
-    assert not mailbox.is_over
+    assert not mailbox.is_over()
     mailbox.close(reason)
-    assert mailbox.is_over == (not reason)
+    assert mailbox.is_over() == (not reason)
     message = mailbox.take()
     assert (message.message.bye.reason if message else "") == reason
-    assert mailbox.is_over
+    assert mailbox.is_over()
     assert mailbox.take() is None

@@ -61,7 +61,7 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         with self._streams.connected(caller.token, name, 0, request.credit) as stream:
             news = asyncio.Event()
             stream.mailbox.on_news = news.set
-            while not stream.mailbox.is_over:
+            while not stream.mailbox.is_over():
                 outgoing = stream.mailbox.take()
                 if outgoing is None:
                     await news.wait()

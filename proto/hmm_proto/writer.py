@@ -2,14 +2,14 @@
 
 A write of grpc.aio hands its message over in its first step, and then waits until it has left.  A task would make that
 step in the loop's next turn, after it was woken; here whoever has something to tell makes it.  So a reply leaves in the
-turn in which its call was read.
+turn in which its call was read, and an answer in that in which its event came.
 
 **Source**: the protocol of asyncio's futures, which `asyncio.Task` follows too: what a coroutine waits for, it yields.
 
 **Invariants**: one write at a time, since of two that overlap one message is lost; messages leave in the order in which
 they were taken.
 
-**Absent**: what is written (mailbox.py); reading (session.py).
+**Absent**: what is written, and reading: `hmm_server.session`, `hmm_client.session`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import grpc
+import grpc.aio
 
-from hmm_server.mailbox import Mailbox
+_ENDED = (
+    *(grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError),
+    *(asyncio.InvalidStateError, asyncio.CancelledError),
+)
+"""What a write raises when the stream has ended beneath it."""
 
 
 class Writer:
@@ -30,23 +34,36 @@ class Writer:
         ended: resolved when nothing more will be written.
     """
 
-    def __init__(self, mailbox: Mailbox, write: Callable[[bytes], Coroutine[Any, Any, None]]) -> None:
-        """Write what is in a mailbox, and what will come.
+    def __init__(
+        self,
+        take: Callable[[], bytes | None],
+        is_over: Callable[[], bool],
+        write: Callable[[bytes], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Write what there is to tell, and what will be.
 
         Args:
+            take: gives the next message; None when there is nothing to tell.
+            is_over: when there is nothing to tell, whether there will not be either.
             write: of a message; done when the next one may follow.
         """
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._mailbox = mailbox
+        self._take = take
+        self._is_over = is_over
         self._write = write
         self._writing: Coroutine[Any, Any, None] | None = None
         self._gathers = False
-        mailbox.on_news = self._wake
-        self._wake()
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to tell: it goes in the loop's next turn, together with what comes until then."""
+        if self._writing is None and not self._gathers:
+            self._gathers = True
+            self._loop.call_soon(self.flush)
 
     def gather(self) -> None:
-        """Leave what is told from now on to the next `flush`, so that it goes together."""
+        """Leave what there will be to tell to a `flush` that follows, so that it goes together."""
         self._gathers = True
 
     def flush(self) -> None:
@@ -63,11 +80,6 @@ class Writer:
         if writing is not None:
             writing.close()
 
-    def _wake(self) -> None:
-        if self._writing is None and not self._gathers:
-            self._gathers = True
-            self._loop.call_soon(self.flush)
-
     def _proceed(self, _: asyncio.Future[Any] | None = None) -> None:
         try:
             while self._writing is not None or self._begin():
@@ -80,8 +92,8 @@ class Writer:
                     waits_for._asyncio_future_blocking = False  # noqa: SLF001 - as a task says that it took the future
                     waits_for.add_done_callback(self._proceed)
                     return
-        except (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.CancelledError):
-            self.close()  # the stream has ended beneath us: the reader says why
+        except _ENDED:
+            self.close()  # whoever reads says why
         except Exception as error:  # noqa: BLE001 - it ends the session, not whoever had something to tell
             self._writing = None
             self.ended.set_exception(error)
@@ -89,9 +101,9 @@ class Writer:
     def _begin(self) -> bool:
         if self.ended.done():
             return False
-        outgoing = self._mailbox.take()
-        if outgoing is not None:
-            self._writing = self._write(outgoing.encoded())
-        elif self._mailbox.is_over:
+        message = self._take()
+        if message is not None:
+            self._writing = self._write(message)
+        elif self._is_over():
             self.ended.set_result(None)
-        return outgoing is not None
+        return message is not None
