@@ -48,9 +48,9 @@ from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
 from hmm.migration import COMPOUND, MIGRATE, NOT_MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
-from hmm.migration_entries import HeldPages, replace, unmap_everywhere
+from hmm.migration_entries import HeldPages, replace, unmap_everywhere, until_released
 from hmm.migration_folios import map_by_pages
-from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
+from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import (
@@ -253,7 +253,7 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
                 raise SegmentationFault(f"the copy of {address:#x} from the device failed", Signal.BUS_ADRERR, address)
             frames.failing_copies[mirror_id] = 1  # a CPU comes to those before it first
         elif not migration.pages.size:
-            yield _until_released(space, chosen)
+            yield until_released(space, chosen)
 
 
 def _by_holder(frames: Frames, touched: Strangers) -> list[tuple[DeviceId, MirrorId, Entries]]:
@@ -265,18 +265,6 @@ def _by_holder(frames: Frames, touched: Strangers) -> list[tuple[DeviceId, Mirro
         for device_id in unique(devices).tolist()
         for mirror_id in unique(holders[devices == device_id]).tolist()
     ]
-
-
-def _until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
-    """Somebody refers to pages that are to come back, and has to go on first: who changes a range that they are in."""
-    spans = spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
-    for number in sorted(space.relatives):
-        notifier = space.relatives[number].notifier
-        busy = Await(WaitFor.INVALIDATIONS, number, spans)
-        blockers = notifier.blockers(busy)
-        if blockers and notifier.current.operation_id not in blockers:
-            return busy
-    return Pause()
 
 
 def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries) -> Entries:

@@ -42,6 +42,7 @@ __all__ = [
     "replace",
     "stand_in",
     "unmap_everywhere",
+    "until_released",
 ]
 
 _ALL_BITS = (1 << 64) - 1
@@ -66,7 +67,7 @@ class HeldPages:
 
     Attributes:
         pfns: int64[n].
-        indices: int64[n], their page offsets.
+        indices: int64[n], their page offsets, ascending.
         places: finds what may map them; its slices select from `pfns`.
     """
 
@@ -236,15 +237,32 @@ def _names(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     return result
 
 
+def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
+    """Somebody holds pages, and has to go on first: who changes a range that they are in, here or in a relative.
+
+    Args:
+        addresses: uint64[n], ascending; where fork copied entries they are the same in the relative.
+    """
+    spans = spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    for number in sorted(space.relatives):
+        notifier = space.relatives[number].notifier
+        busy = Await(WaitFor.INVALIDATIONS, number, spans)
+        blockers = notifier.blockers(busy)
+        if blockers and notifier.current.operation_id not in blockers:
+            return busy
+    return Pause()
+
+
 def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
-    # migration_entry_wait(): the range is busy until the migration has ended; not where fork or mremap took an entry.
+    # migration_entry_wait(): the range is busy until the migration has ended; where fork took an entry, that of the
+    # parent is; where mremap did, none.
     spans = spans_of_pages((pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
     if space.notifier.copies_overlap(spans):
         yield Await(WaitFor.COPIES, space.id, spans)
     elif space.notifier.invalidations_overlap(spans):
         yield Await(WaitFor.INVALIDATIONS, space.id, spans)
     else:
-        yield Pause()
+        yield until_released(space, pages.addresses)
 
 
 RESOLVERS[cpu_pte.MIGRATION] = _wait

@@ -8,6 +8,7 @@ from machine_world import START, World, error_of, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.events import EventType
 from hmm.frames import RegionKind
 from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy
@@ -174,3 +175,27 @@ def test_eviction_finds_its_entries_when_a_fork_took_them_along_meanwhile(how: s
     machine.check()
     for process in (parent, relative, child):
         assert world.do(commands_process.read_memory, process, START, 4).data == b"page"
+
+
+def test_touch_inside_a_callback_fails_when_fork_took_along_what_stands_in_for_its_page() -> None:
+    """The child waits for the migration in its parent, and that for the callback: EDEADLK, and no turning round."""
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    world.do(commands_hmm.migrate_to_device, attached, span(0))
+    reading = world.start(commands_process.read_memory, parent, START, 4)
+    (told,) = world.sent()
+    assert told.event.etype is EventType.COPY_FROM_DEVICE
+    child = world.do(commands_process.fork, parent)
+    inside = world.start(
+        commands_process.read_memory, child, START, 4, caller=Caller(name="driver", callback=(attached, told.sequence))
+    )
+    outside = world.start(commands_process.read_memory, child, START, 4)
+    assert isinstance(error_of(inside), WouldDeadlockError)
+    assert not machine.is_ready(outside)
+    machine.answer(attached, told.sequence)
+    world.settle()
+    assert reading.result.data == outside.result.data == b"page"
+    machine.check()
