@@ -20,6 +20,7 @@ which it stops are brought in all the same, where a driver of that kernel has no
 from __future__ import annotations
 
 import errno as errnos
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members
 from hmm.operation import Await, Operation, WaitFor
 from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
-from hmm.spans import overlap
+from hmm.spans import inside, overlap
 from hmm.units import (
     PAGE_SHIFT,
     PIECE_PAGES,
@@ -48,6 +49,7 @@ from hmm.units import (
     MirrorId,
     Pfn,
     Pfns,
+    SpaceId,
     is_page_aligned,
     spans_of_pages,
 )
@@ -58,6 +60,8 @@ __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
+
+_Told = tuple[SpaceId, AddressRange]
 
 
 def make_device_exclusive_range(
@@ -219,14 +223,17 @@ def _take(
     spans = spans_of_pages(pages)
     space.frames.get(pfns)
     try:
-        with space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
-            yield from bracket.deliver()
+        with ExitStack() as brackets:
+            bracket = space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator)
+            yield from brackets.enter_context(bracket).deliver()
             heads: list[int] = []
             if space.semantics.exclusive_ranges:
                 yield from _tell_before(space, pages, pfns, owner, initiator)
                 heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
+            told: list[list[_Told]] = []
             for at in heads:
-                yield from _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator)
+                of_folio = _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator, brackets)
+                told.append((yield from of_folio))
             entries = space.table.lookup(addresses)
             # Who forks meanwhile shares the pages, or is about to; the kernel's caller holds mmap_lock.
             if space.notifier.edits_overlap(spans, space.current.operation_id):
@@ -237,8 +244,8 @@ def _take(
             taken = np.ones(pfns.size, np.bool_)
             taken[heads] = False
             space.table.store(addresses[taken], (entries[taken] & ~_PRESENT) | _EXCLUSIVE)
-            for at in heads:
-                taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]))
+            for at, known in zip(heads, told, strict=True):
+                taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]), known)
             return taken
     finally:
         space.frames.put(pfns)
@@ -259,18 +266,25 @@ def _folio_places(space: AddressSpace, page: int, head: Pfn) -> list[Places]:
     return [] if vma is None else folio_places(space, vma, head, page + vma.mapping.delta)
 
 
-def _tell_of_folio(space: AddressSpace, page: int, head: Pfn, owner: DeviceId, initiator: MirrorId) -> Operation[None]:
-    """As page_make_device_exclusive_one() does of a large folio: from its first page in each VMA on, 2 MiB."""
+def _tell_of_folio(
+    space: AddressSpace, page: int, head: Pfn, owner: DeviceId, initiator: MirrorId, brackets: ExitStack
+) -> Operation[list[_Told]]:
+    """As page_make_device_exclusive_one() does of a large folio: from its first page in each VMA on, 2 MiB.
+
+    Returns: what stays busy until `brackets` is closed, so that no device gets any of it.
+    """
+    told: list[_Told] = []
     for place in _folio_places(space, page, head):
         start = int(place.addresses[0])
         span = AddressRange(start, min(place.vma.end, start + PMD_SIZE))
-        notifier = place.space.notifier
-        with notifier.invalidation((span,), Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
-            yield from bracket.deliver()
+        bracket = place.space.notifier.invalidation((span,), Cause.EXCLUSIVE, owner=owner, initiator=initiator)
+        yield from brackets.enter_context(bracket).deliver()
+        told.append((place.space.id, span))
+    return told
 
 
-def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
-    """Take all that is mapped of a large folio, in each VMA up to the first page that was taken before.
+def _take_folio(space: AddressSpace, page: int, head: Pfn, told: list[_Told]) -> bool:
+    """Take what is mapped of a large folio where that was told, in each VMA up to the first page that was taken before.
 
     Returns: whether nothing of it is mapped any more.
     """
@@ -281,6 +295,8 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn) -> bool:
         now = own & ~before
         if before.any():
             now[int(before.argmax()) :] = False
+        known = tuple(sorted(span for number, span in told if number == place.space.id))
+        now &= inside(place.addresses, known) if known else False
         place.space.table.store(place.addresses[now], (entries[now] & ~_PRESENT) | _EXCLUSIVE)
         taken += int(np.count_nonzero(before | now))
     return taken == int(frames.mapcount[members(frames, head)].sum())
@@ -293,7 +309,9 @@ def _tell_before(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, 
         if vma.backing is None and len(space.relatives) == 1 and not space.vmas.moved:
             continue  # nothing else can be at these offsets
         low, high = np.searchsorted(pages, (vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)).tolist()
-        now = space.vmas.find(vma.start) or vma  # it may have gone while others were told
+        now = space.vmas.find(vma.start)
+        if now is None or (now.backing, now.mapping.delta) != (vma.backing, vma.mapping.delta):
+            continue  # it went while others were told
         own, root = walk_order(space, now), space.anon_vma_root(now.anon_vma)
         indices = pages[low:high] + vma.mapping.delta
         others = anonymous_places(space.relatives.values(), indices, vma.backing, root)

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machine_world import START, World, span
+from machine_world import FIXED, RW, START, World, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
 from hmm.events import Event, Reason
 from hmm.inspection import holdings
+from hmm.limits import Limits
+from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller
 from hmm.semantics import LINUX_7
-from hmm.units import PAGE_SIZE, PMD_PAGES
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -305,3 +307,58 @@ def test_take_waits_until_the_cpu_has_a_page_that_it_is_taking_back(bench: Any) 
     go_on()
     assert taking.done
     assert cpu_pte.is_device_exclusive(bench.entry(0))
+
+
+def test_take_of_a_folio_leaves_no_device_with_a_page_that_it_got_while_others_were_told() -> None:
+    """A folio is in two VMAs, whose mirrors hear one after the other: what was told stays busy until it is taken.
+
+    Source: Linux mm/rmap.c, page_make_device_exclusive_one(): the entries go between the notifier's start and end.
+    """
+    world = World(limits=Limits(frames=4200, device_frames=0))
+    machine, (mirror,) = world.machine, world.mirrors
+    process = machine.processes[world.pid]
+    process.space.thp = Thp.ALWAYS
+    world.do(commands_process.mmap, world.pid, START, PMD_SIZE, RW, FIXED)
+    world.do(commands_process.write_memory, world.pid, START, b"x")
+    second = AddressRange(START + PMD_SIZE // 2, START + PMD_SIZE)
+    world.do(commands_process.madvise, world.pid, second.start, second.size_bytes, Advice.SEQUENTIAL)
+    card = world.do(commands_device.register_device, "card")
+    taking = world.start(commands_hmm.make_exclusive, world.do(commands_hmm.attach, card, world.pid), span(0))
+    while (told := world.sent()) and second not in told[0].event.spans:
+        machine.answer(told[0].mirror_id, told[0].sequence)
+        world.resume(taking)
+    faulting = world.start(commands_device.fault, mirror, [span(3)], write=True)
+    machine.answer(told[0].mirror_id, told[0].sequence)
+    world.settle()
+    assert taking.result.all()
+    assert faulting.done
+    machine.check()
+
+
+def test_take_tells_relatives_nothing_of_a_mapping_that_went_while_they_were_told_of_another() -> None:
+    """The reverse map is walked for pages that are there: mm/rmap.c, folio_lock_anon_vma_read()."""
+    world = World(mirrors=0)
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card")
+    taker = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_process.write_memory, parent, START, b"a" * 4 * PAGE_SIZE)
+    child = world.do(commands_process.fork, parent)
+    listener = world.do(commands_hmm.attach, card, child)
+    world.do(commands_hmm.insert_notifier, listener, START, 16 * PAGE_SIZE)
+    world.do(commands_process.write_memory, parent, START, b"b" * 4 * PAGE_SIZE)
+    world.do(commands_process.munmap, parent, START, PAGE_SIZE)  # so that the child's mapping comes first
+    world.do(commands_process.madvise, parent, span(3).start, PAGE_SIZE, Advice.SEQUENTIAL)
+
+    taking = world.start(commands_hmm.make_exclusive, taker, span(1, 3))
+    (told,) = world.sent()
+    assert told.event.spans == (span(1, 2),)
+    world.do(commands_process.munmap, parent, span(3).start, PAGE_SIZE)
+    machine.answer(told.mirror_id, told.sequence)
+    heard = []
+    while not taking.done:
+        world.resume(taking)
+        for told in world.sent():
+            heard.append(told.event.spans)
+            machine.answer(told.mirror_id, told.sequence)
+    assert heard == [(span(1, 2),)]
+    assert taking.result.size == 2
