@@ -267,7 +267,7 @@ class AddressSpace:
         entry = self.table.get(address)
         if entry & cpu_pte.HUGE and not self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB:
             start = address & PMD_MASK
-            self.table.update(start, start + PMD_SIZE, _clear_huge)
+            self.table.update(start, start + PMD_SIZE, _become_small)
 
     def keep_tables(self, start: Address, end: Address) -> None:
         """Note that the page tables of [start, end) stay when their entries go, as they do until they are unmapped.
@@ -392,7 +392,7 @@ class AddressSpace:
         assert inside or any(span.overlaps(other) for other in leaving), f"{span} is a huge page across VMAs"
 
 
-def _clear_huge(entries: Entries) -> None:
+def _become_small(entries: Entries) -> None:
     # "NOTE: this may set soft-dirty too on some archs": on x86, pte_mkdirty() does.  The zero page has neither bit.
     entries &= _NOT_HUGE
     if int(entries[0]) & cpu_pte.SPECIAL:

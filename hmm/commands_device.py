@@ -130,15 +130,21 @@ def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
 
     Source: hmm_device_unregister(); Linux mm/memremap.c, memunmap_pages().
     """
-    device = machine.device(device_id)
-    if any(receiver.device is device for receiver in machine.receivers.values()):
-        raise ConflictError(f"unregister device: {device} still has mirrors", errnos.EBUSY)
+    device = _device_without_mirrors(machine, device_id)
     if device.region:
         region = machine.frames.region(device.region)
         if region.used:
             yield from evict(machine.frames, machine.spaces, region)
+            device = _device_without_mirrors(machine, device_id)  # one may have come, or another call was quicker
         machine.frames.remove_region(device.region)
-    machine.devices.pop(device_id, None)
+    del machine.devices[device_id]
+
+
+def _device_without_mirrors(machine: Machine, device_id: DeviceId) -> Device:
+    device = machine.device(device_id)
+    if any(receiver.device is device for receiver in machine.receivers.values()):
+        raise ConflictError(f"unregister device: {device} still has mirrors", errnos.EBUSY)
+    return device
 
 
 @immediate
@@ -230,7 +236,8 @@ def _end_mirror(mirror: Mirror, operation_id: int) -> Operation[None]:
         if mirror.state is MirrorState.LIVE:
             yield from mirror.space.notifier.end((mirror.id,), operation_id, certain=False)
     except HmmError:
-        mirror.leaving = 0
+        if mirror.leaving == operation_id:  # else its own answer to another event is its end meanwhile
+            mirror.leaving = 0
         raise
 
 

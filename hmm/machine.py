@@ -566,6 +566,7 @@ class Machine:
                 self._check_swap(self.frames.swap, checked)
         for receiver in self.receivers.values():
             receiver.check(checked)
+        self._check_dma()
         for record in self.operations.values():
             assert record.request is not None
             assert not record.done
@@ -603,6 +604,13 @@ class Machine:
             pfns = used_frames(self.frames, region.number)
             leaked = pfns[(self.frames.mapcount[pfns] == 0) & (self.frames.pincount[pfns] == 0)]
             assert not leaked.size, f"{region}: frame {leaked[0]} is in use, and nobody's"
+
+    def _check_dma(self) -> None:
+        # What a mirror has mapped, its own check counts.
+        mirrored = {receiver.device.id for receiver in self.receivers.values()}
+        for device in self.devices.values():
+            leaked = device.iommu.mapped_pages if device.iommu and device.id not in mirrored else 0
+            assert not leaked, f"{device} has {leaked} pages mapped for DMA, and no mirror"
 
     def _check_swap(self, area: SwapArea, checked: Checked) -> None:
         area.check()

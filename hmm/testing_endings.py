@@ -2,8 +2,8 @@
 
 **Source**: our own.
 
-**Invariants**: when there is nobody any more, every frame, slot and DMA address is free again, but for frames whose
-memory failed.
+**Invariants**: when there is nobody any more, every frame and slot is free again, but for frames whose memory failed;
+DMA addresses are when their device has no mirror any more (`Machine.check`).
 
 **Absent**: ends in the middle of a run, which are calls like others (testing_calls.py).
 """

@@ -12,6 +12,7 @@ from machine_world import RW, START, World, error_of, span
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
+from hmm import commands_hmm as today
 from hmm import commands_process as processes
 from hmm.errors import (
     AccessDeniedError,
@@ -459,6 +460,63 @@ def test_unregister_device_is_refused_while_it_has_mirrors() -> None:
     world.do(devices.unregister_mirror, world.mirrors[0])
     world.do(devices.unregister_device, world.devices[0])
     assert error_of(world.start(devices.unregister_device, world.devices[0])).errno == errno.ENODEV
+
+
+def test_unregister_device_is_refused_when_a_mirror_came_while_its_memory_was_emptied() -> None:
+    """EBUSY, and the device stays; who unregistered it meanwhile as well finds none any more."""
+    world = World(limits=Limits(frames=64, device_frames=16))
+    card = world.do(devices.register_device, "card", memory_pages=8)
+    first = world.do(today.attach, card, world.pid)
+    world.do(processes.write_memory, world.pid, START, b"page")
+    world.do(today.migrate_to_device, first, span(0))
+    world.do(today.detach, first)
+    refused = world.start(devices.unregister_device, card)
+    assert not refused.done
+    second = world.do(today.attach, card, world.pid)
+    assert error_of(refused).errno == errno.EBUSY
+    assert world.do(today.migrate_to_device, second, span(0)).src.any()
+    world.do(today.detach, second)
+    calls = [world.start(devices.unregister_device, card) for _ in range(2)]
+    world.settle()
+    assert calls[0].error is None
+    assert (error_of(calls[1]).errno, error_of(calls[1]).message) == (errno.ENODEV, f"there is no device {card}")
+    world.machine.check()
+
+
+def test_check_finds_dma_addresses_that_a_mirror_has_left_mapped() -> None:
+    """They are all unmapped when the device's last mirror goes."""
+    world = World(mirrors=0)
+    card = world.do(devices.register_device, "card", dma=True)
+    world.do(devices.unregister_mirror, world.do(devices.register_mirror, card, world.pid))
+    world.machine.check()
+    iommu = world.machine.device(card).iommu
+    assert iommu is not None
+    iommu.reserve(1)
+    with pytest.raises(AssertionError, match="1 pages mapped for DMA, and no mirror"):
+        world.machine.check()
+
+
+def test_unregister_that_fails_leaves_a_mirror_to_who_else_is_ending_it() -> None:
+    """A driver whose answer was its end gets no more entries, though it did not answer another call in time."""
+    world = World(policy=DeadlinePolicy.FAIL)
+    machine, (mirror,) = world.machine, world.mirrors
+    world.do(devices.fault, mirror, [span(0)], write=True)
+    leaving = world.start(devices.unregister_mirror, mirror)
+    (owed,) = world.sent()
+    unmapping = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    (refused,) = world.sent()
+    machine.answer(mirror, refused.sequence, errno.EIO)
+    world.resume(unmapping)
+    machine.abandon(mirror, owed.sequence)
+    world.resume(leaving)
+    assert error_of(leaving).errno == errno.ETIMEDOUT
+    assert not unmapping.done
+    assert error_of(world.start(devices.fault, mirror, [span(1)], write=True)).errno == errno.ENODEV
+    world.settle()
+    machine.answer(mirror, owed.sequence)
+    world.settle()
+    assert unmapping.done
+    machine.check()
 
 
 def test_lookup_is_refused_when_the_object_belongs_to_another_token() -> None:
