@@ -161,26 +161,29 @@ def ours(place: Places, head: Pfn) -> tuple[Entries, npt.NDArray[np.bool_]]:
     return entries, naming & are_compound(place.space.frames, pfns)
 
 
-def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bool]:
+def split_folio(space: AddressSpace, address: Address) -> Operation[bool]:
     """Make small pages of the large folio that is mapped at `address`, in all address spaces.
 
-    Returns: False, and nothing was changed, when somebody holds a reference.
+    Returns: False, and nothing was changed, when somebody holds a reference, or it is not there (any more).
 
     Raises: TimedOutError: a mirror with policy FAIL did not answer; nothing was changed.
 
     Cost: that of reading 2 MiB; O(VMAs).  Source: Linux mm/huge_memory.c, split_huge_page_to_list_to_order().
     """
-    frames = space.frames
-    pfn = cpu_pte.cpu_pfn(space.table.get(address))
-    head = pfn // PMD_PAGES * PMD_PAGES
-    index = vma.page_offset(address) - (pfn - head)
+    frames, folio = space.frames, _folio_at(space, address)
+    if folio is None:
+        return False
+    vma, head, index = folio
     places = folio_places(space, vma, head, index)
     if not _can_split(space, places, head):
         return False
     with ExitStack() as brackets:
         for relative, spans in _concerned(places):
             yield from brackets.enter_context(relative.notifier.invalidation(spans, Cause.HUGE_PAGE_SPLIT)).deliver()
-        places = folio_places(space, vma, head, index)
+        now = _folio_at(space, address)
+        if now is None or now[1:] != (head, index):  # others may have its frames
+            return False
+        places = folio_places(space, now[0], head, index)
         if not _can_split(space, places, head):
             return False
         pfns = members(frames, head)
@@ -194,6 +197,16 @@ def split_folio(space: AddressSpace, vma: Vma, address: Address) -> Operation[bo
         for one, entries in gone:
             one.drop(entries)
     return True
+
+
+def _folio_at(space: AddressSpace, address: Address) -> tuple[Vma, Pfn, int] | None:
+    """The large folio that is mapped at an address: where, its first frame, and the page offset of that."""
+    vma, entry = space.vmas.find(address), space.table.get(address)
+    pfn = cpu_pte.cpu_pfn(entry)
+    if vma is None or not cpu_pte.holds_frame(entry) or not space.frames.flags_of(pfn) & PageFlag.COMPOUND:
+        return None
+    head = pfn // PMD_PAGES * PMD_PAGES
+    return vma, head, vma.page_offset(address) - (pfn - head)
 
 
 def _can_split(space: AddressSpace, places: list[Places], head: Pfn) -> bool:

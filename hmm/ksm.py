@@ -199,11 +199,9 @@ class Ksm:
         compound = self.frames.test_flags(pages.pfns, PageFlag.COMPOUND)
         _, firsts = np.unique(pages.pfns[compound] // PMD_PAGES, return_index=True)
         for address in pages.addresses[compound][firsts].tolist():
-            vma, entry = pages.space.vmas.find(address), pages.space.table.get(address)
-            still = cpu_pte.is_present(entry) and self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.COMPOUND
-            if vma is not None and still:
+            if cpu_pte.is_present(pages.space.table.get(address)):
                 try:
-                    yield from split_folio(pages.space, vma, address)
+                    yield from split_folio(pages.space, address)
                 except (TimedOutError, WouldDeadlockError):
                     break
 

@@ -311,7 +311,7 @@ def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, 
     """
     for piece in pieces if space.huge else ():
         for part in space.table.populated(piece.start, piece.end, PMD_PAGES):
-            yield from _split_folios(space, piece, part, whole=out)
+            yield from _split_folios(space, part, whole=out)
     if reclaim is None:
         return
     spans = [piece.span for piece in pieces]
@@ -321,7 +321,7 @@ def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, 
         reclaim.deactivate(space, spans)
 
 
-def _split_folios(space: AddressSpace, vma: Vma, part: AddressRange, *, whole: bool) -> Operation[None]:
+def _split_folios(space: AddressSpace, part: AddressRange, *, whole: bool) -> Operation[None]:
     """Split the folios that a part of a block maps, unless others map them as well.
 
     Args:
@@ -338,7 +338,7 @@ def _split_folios(space: AddressSpace, vma: Vma, part: AddressRange, *, whole: b
         else:
             chosen = not likely_mapped_shared(frames, head)
         if chosen:
-            yield from split_folio(space, vma, part.start + (int(mapped[0]) << PAGE_SHIFT))
+            yield from split_folio(space, part.start + (int(mapped[0]) << PAGE_SHIFT))
 
 
 def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
@@ -394,7 +394,7 @@ def _make_blocks_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     """
     frames = space.frames
     for piece in space.table.populated(vma.start, vma.end, PMD_PAGES):
-        yield from _split_folios(space, vma, piece, whole=False)
+        yield from _split_folios(space, piece, whole=False)
         entries = space.table.read(piece.start, piece.end)
         chosen, pfns = _free_to_go(space, entries)
         for head in heads_of(frames, pfns):

@@ -161,7 +161,7 @@ def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     _require_sound(frames, pfn, address)
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
-    if cpu_pte.is_special(entry) or not (yield from split_folio(space, _memory_at(space, address), address)):
+    if cpu_pte.is_special(entry) or not (yield from split_folio(space, address)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
     entries = space.table.read(address, address + PAGE_SIZE)

@@ -117,7 +117,7 @@ def _split_all(migration: Migration) -> Operation[None]:
         if cpu_pte.is_huge_zero(entry):
             yield from split_pmds(space, (block,))
         elif cpu_pte.is_huge(entry):
-            yield from split_folio(space, migration.vma, block.start)
+            yield from split_folio(space, block.start)
 
 
 def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
@@ -130,7 +130,7 @@ def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
             continue
         if Select.COMPOUND in migration.select and _head_of(migration, block.start) is not None:
             continue
-        if not (yield from split_folio(space, migration.vma, block.start)):
+        if not (yield from split_folio(space, block.start)):
             _leave(migration, left, block.start)
 
 
@@ -153,7 +153,7 @@ def _split_mapped_by_pages(migration: Migration, left: _Mask) -> Operation[None]
         address = int(migration.addresses[position])
         entry = space.table.get(address)
         large_still = cpu_pte.holds_frame(entry) and frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.COMPOUND
-        if large_still and not left[position] and not (yield from split_folio(space, migration.vma, address)):
+        if large_still and not left[position] and not (yield from split_folio(space, address)):
             _leave(migration, left, address)
 
 

@@ -125,7 +125,7 @@ def migrate_range(memory: MirrorMemory, span: AddressRange, make_room: MakeRoom 
         elif notifier.faults_overlap((part,)):
             yield from notifier.back_off((part,))  # its driver is being told of entries that are about to go
         elif blocks := huge_blocks(mirror.space, part):
-            yield from _split(mirror.space, vma, blocks)
+            yield from _split(mirror.space, blocks)
         elif (away := _away(mirror, part)).size:
             failed = yield from bring_in(mirror, away, write=False)
             if failed is not None:
@@ -150,11 +150,10 @@ def _movable_vma(space: AddressSpace, span: AddressRange) -> Vma:
     return mirrorable_vma(space, span.start, span.end, write=False)
 
 
-def _split(space: AddressSpace, vma: Vma, blocks: list[AddressRange]) -> Operation[None]:
+def _split(space: AddressSpace, blocks: list[AddressRange]) -> Operation[None]:
     """Pages move one by one: a huge one is split, or if somebody holds it, mapped by page entries."""
-    if cpu_pte.is_huge_zero(space.table.get(blocks[0].start)) or not (
-        yield from split_folio(space, vma, blocks[0].start)
-    ):
+    start = blocks[0].start
+    if cpu_pte.is_huge_zero(space.table.get(start)) or not (yield from split_folio(space, start)):
         yield from split_pmds(space, blocks[:1])
 
 

@@ -193,14 +193,14 @@ class Reclaim:
         freed = 0
         for span in spans:
             for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
-                mapped = self._mapped_once(space, piece)
-                self.frames.clear_flags(mapped.pfns, PageFlag.REFERENCED)
                 for folio in self._whole_folios(space, piece):
                     if is_lazily_free(self.frames, folio.entries):
                         gone = yield from self._put_out([folio], folio.pfns)
                         freed += gone
                         if gone and space.thp:  # its page table stays, as it went page by page: seen on 6.18
                             space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
+                mapped = self._mapped_once(space, piece)
+                self.frames.clear_flags(mapped.pfns, PageFlag.REFERENCED)
                 pfns = np.sort(mapped.pfns[~self._are_kept_for_pins(mapped.pfns)])
                 stays = ~np.isin(pfns, self._affordable(pfns))
                 self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
@@ -238,11 +238,10 @@ class Reclaim:
             open_to_split = part.of(~_locked(part) & self.frames.test_flags(part.pfns, PageFlag.COMPOUND))
             _, firsts = np.unique(open_to_split.pfns // PMD_PAGES, return_index=True)
             for address in open_to_split.addresses[firsts].tolist():
-                vma, entry = part.space.vmas.find(address), part.space.table.get(address)
-                if vma is None or vma.has(VmFlag.HUGETLB) or not cpu_pte.is_present(entry):
+                if not cpu_pte.is_present(part.space.table.get(address)):
                     continue
                 try:
-                    if (yield from split_folio(part.space, vma, address)):
+                    if (yield from split_folio(part.space, address)):
                         return True
                 except (TimedOutError, WouldDeadlockError):
                     break

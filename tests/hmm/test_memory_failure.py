@@ -303,6 +303,23 @@ def test_huge_page_is_not_split_when_somebody_refers_to_it(large: World) -> None
     assert signals(large, 1, first=first) == [None]
 
 
+def test_huge_page_of_others_stays_whole_when_it_got_the_frames_while_drivers_were_told(large: World) -> None:
+    """A folio is split for who has it mapped still: the kernel holds a reference of it from the look-up on."""
+    first = huge(large)
+    pfn = cpu_pte.cpu_pfn(entry(large, first))
+    splitting = large.start(processes.madvise, large.pid, span(first).start, PAGE_SIZE, Advice.HWPOISON)
+    (told,) = large.sent()
+    large.do(processes.munmap, large.pid, span(first).start, PMD_SIZE)
+    other = large.do(processes.create_process, "other", thp=Thp.ALWAYS)
+    large.do(processes.mmap, other, START, PMD_SIZE, RW, FIXED)
+    large.do(processes.write_memory, other, START, b"x")
+    assert cpu_pte.cpu_pfn(large.machine.processes[other].space.table.get(START)) == pfn
+    large.machine.answer(told.mirror_id, told.sequence)
+    large.settle()
+    large.machine.check()
+    assert error_of(splitting).errno == EHWPOISON
+
+
 def test_pinned_page_is_lost_to_its_process(world: World) -> None:
     """try_to_unmap() asks nobody who refers to it; the frame is not used again when it is unpinned."""
     write(world, 0)
