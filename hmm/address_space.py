@@ -88,10 +88,10 @@ class Restoring:
     """VMAs as they were: they come back when the change could not be told; nothing else was changed then.
 
     A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or there
-    was no room for pages that had to come back from a device first.
+    was no room for pages that had to come back from a device first.  A userfaultfd that was closed meanwhile does not.
     """
 
-    vmas: VmaMap
+    space: AddressSpace
     span: AddressRange
     pieces: list[Vma]
 
@@ -100,7 +100,14 @@ class Restoring:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, (OutOfFramesError, TimedOutError, WouldDeadlockError)):
-            self.vmas.replace(self.span, [vma[:3] for vma in self.pieces])
+            known = (0, *self.space.userfaultfds)
+            self.space.vmas.replace(
+                self.span,
+                [
+                    (start, end, mapping if mapping.userfaultfd in known else mapping.with_userfaultfd(0))
+                    for start, end, mapping, *_ in self.pieces
+                ],
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -335,7 +342,7 @@ class AddressSpace:
 
     def restoring(self, span: AddressRange) -> Restoring:
         """Put the VMAs of `span` back when the change in the `with` block could not be made."""
-        return Restoring(self.vmas, span, self.vmas.mapped_pieces(span))
+        return Restoring(self, span, self.vmas.mapped_pieces(span))
 
     def check(self, checked: Checked) -> None:
         """Assert the invariants of this address space: tables, and that entries lie in VMAs.

@@ -205,6 +205,8 @@ def _registered(space: AddressSpace, userfaultfd: Userfaultfd) -> list[Vma]:
 def _set(space: AddressSpace, pieces: list[Vma], number: int) -> Operation[None]:
     changing = [piece for piece in pieces if piece.mapping.userfaultfd != number]
     yield from cut(space, changing)
+    if number and number not in space.userfaultfds:
+        raise NoSuchObjectError(f"userfaultfd {number} was closed meanwhile", errnos.EBADF)
     for piece in changing:
         before = space.userfaultfds.get(piece.mapping.userfaultfd)
         if before is not None:

@@ -22,6 +22,7 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.madvise import Advice
+from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller, OperationRecord
 from hmm.range_fault import REQ_FAULT, VALID
@@ -476,6 +477,49 @@ def test_closing_it_ends_when_the_process_has_ended_before_its_turn(town: Town) 
     assert closing.done
     assert closing.error is None
     assert not town.machine.userfaultfds
+
+
+def test_closing_it_leaves_nothing_registered_when_a_call_before_the_exit_takes_its_change_back() -> None:
+    """An munmap that a driver does not answer puts the mapping back, without the userfaultfd that was closed since."""
+    world = World(policy=DeadlinePolicy.FAIL)
+    (mirror,) = world.mirrors
+    fd = world.do(uffd.create_userfaultfd, world.pid)
+    world.do(uffd.uffd_register, fd, span(0, 16), 1)
+    world.do(uffd.uffd_zeropage, fd, span(0))
+    world.do(commands_device.fault, mirror, [span(0)], write=False)
+    munmap = world.start(processes.munmap, world.pid, START, PAGE_SIZE)
+    (owed,) = world.sent()
+    exiting = world.start(processes.exit_process, world.pid)
+    world.do(uffd.close_userfaultfd, fd)
+    world.machine.abandon(mirror, owed.sequence)
+    world.resume(munmap)
+    assert error_of(munmap).errno == errno.ETIMEDOUT
+    world.machine.check()
+    world.settle()
+    world.machine.answer(mirror, owed.sequence)
+    world.settle()
+    assert exiting.done
+
+
+def test_register_fails_when_it_is_closed_while_drivers_are_told_of_a_cut() -> None:
+    """The process is ending, so that closing waits for nobody: EBADF."""
+    world = World()
+    listener = world.do(commands_hmm.attach, world.devices[0], world.pid)
+    world.do(commands_hmm.insert_notifier, listener, 0, 1 << 47)
+    large = START + 2 * PMD_SIZE
+    world.do(processes.mmap, world.pid, large, PMD_SIZE, RW, FIXED)
+    world.do(processes.write_memory, world.pid, START, b"so that there are page tables")
+    fd = world.do(uffd.create_userfaultfd, world.pid)
+    registering = world.start(uffd.uffd_register, fd, AddressRange(large, large + PAGE_SIZE), 1)
+    (told,) = world.sent()
+    exiting = world.start(processes.exit_process, world.pid)
+    world.do(uffd.close_userfaultfd, fd)
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.resume(registering)
+    assert error_of(registering).errno == errno.EBADF
+    world.machine.check()
+    world.settle()
+    assert exiting.done
 
 
 @pytest.mark.parametrize("command", [processes.mlock, processes.pin])
