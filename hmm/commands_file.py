@@ -110,13 +110,13 @@ def open_device_file(machine: Machine, name: str, vm_flags: VmFlag) -> int:
 def truncate_file(machine: Machine, file_id: int, size_bytes: int) -> Operation[None]:
     """ftruncate(2), as `truncate.truncate`."""
     with kept(machine, machine.file(file_id)) as file:
-        yield from truncation.truncate(file, size_bytes)
+        yield from files.locked(file, machine.current.operation_id, truncation.truncate(file, size_bytes))
 
 
 def punch_file(machine: Machine, file_id: int, offset: int, length: int) -> Operation[None]:
     """fallocate(2) with PUNCH_HOLE and KEEP_SIZE, as `truncate.punch`."""
     with kept(machine, machine.file(file_id)) as file:
-        yield from truncation.punch(file, offset, length)
+        yield from files.locked(file, machine.current.operation_id, truncation.punch(file, offset, length))
 
 
 def read_file(machine: Machine, file_id: int, offset: int, length: int) -> Operation[bytes]:
@@ -128,7 +128,7 @@ def read_file(machine: Machine, file_id: int, offset: int, length: int) -> Opera
 def write_file(machine: Machine, file_id: int, offset: int, data: bytes) -> Operation[int]:
     """pwrite(2), as `file.write`."""
     with kept(machine, machine.file(file_id)) as file:
-        return (yield from files.write(file, offset, data))
+        return (yield from files.locked(file, machine.current.operation_id, files.write(file, offset, data)))
 
 
 def status(machine: Machine, file_id: int) -> FileStatus:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno as errnos
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.frames import ZERO_PFN, Frames, PageFlag
-from hmm.operation import Operation, Pause
+from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.page_table import PageTable
 from hmm.swap import area_of, free_entries, slots_of, some_room
 from hmm.uio import copy_from_frames, copy_to_frames
@@ -50,7 +51,9 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["FILE_SIZE_MAX", "File", "FileKind", "read", "write"]
+__all__ = ["FILE_SIZE_MAX", "File", "FileKind", "locked", "read", "write"]
+
+T = TypeVar("T")
 
 FILE_SIZE_MAX = 1 << 48
 """Largest size in bytes: a page cache of four levels ends here."""
@@ -79,6 +82,7 @@ class File:
         first_register: with PFNMAP: the frame number at offset 0, positive.
         opens: open handles; a name in a file system counts as one.
         calls: calls that work on it and have not ended; to them it is open, whoever closes it.
+        locked_by: the operation that is changing the file, by write, truncation or a hole (inode_lock()); 0 for none.
         mappers: the address spaces that may map the file, by id.
         pages: the page cache: an entry per page that is no hole, addressed by the offset in bytes.
     """
@@ -92,6 +96,7 @@ class File:
     first_register: Pfn = 1 << 36
     opens: int = 0
     calls: int = 0
+    locked_by: int = 0
     max_directories: int = 1 << 16
     mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     pages: PageTable = field(init=False)
@@ -250,6 +255,20 @@ class File:
         assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
         held = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT))
         assert (self.frames.refcount[held] > 0).all(), f"{self} has a free frame"
+
+
+def locked(file: File, operation_id: int, call: Operation[T]) -> Operation[T]:
+    """Make a call that changes a file when no other is doing so: inode_lock().
+
+    Source: Linux fs/open.c, do_truncate(); mm/shmem.c, shmem_file_write_iter(), shmem_fallocate().
+    """
+    while file.locked_by:
+        yield Await(WaitFor.FILE, file_id=file.id)
+    file.locked_by = operation_id
+    try:
+        return (yield from call)
+    finally:
+        file.locked_by = 0
 
 
 def read(file: File, start: int, length: int) -> Operation[bytes]:

@@ -288,6 +288,9 @@ class Machine:
                 return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
             case WaitFor.MEMORY:
                 return self.reclaim.ended != request.ticket
+            case WaitFor.FILE:
+                file = self.files.get(request.file_id)
+                return file is None or not file.locked_by
             case WaitFor.USERFAULT:
                 space = self.spaces.get(request.space_id)
                 return space is None or not space.awaits_handler(request)
@@ -309,6 +312,9 @@ class Machine:
             return [] if receiver is None or receiver.leaving in (0, record.id) else [receiver.leaving]
         if request.wait_for is WaitFor.MEMORY:
             return list(self.reclaim.running)
+        if request.wait_for is WaitFor.FILE:
+            file = self.files.get(request.file_id)
+            return [file.locked_by] if file is not None and file.locked_by else []
         space = self.spaces.get(request.space_id)
         return space.notifier.blockers(request) if space else []
 

@@ -49,7 +49,7 @@ from hmm.errors import (
     Signal,
 )
 from hmm.events import Cause
-from hmm.file import FILE_SIZE_MAX, File, FileKind
+from hmm.file import FILE_SIZE_MAX, File, FileKind, locked
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
 from hmm.hugetlb import discard_pages
@@ -443,7 +443,7 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
             begin, offset = offset, -(-offset & PMD_MASK)
             length = (begin + length & PMD_MASK) - offset
         if length > 0:
-            yield from punch(file, offset, length)
+            yield from locked(file, space.current.operation_id, punch(file, offset, length))
 
 
 def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:

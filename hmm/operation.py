@@ -53,12 +53,13 @@ class WaitFor(Enum):
     COPIES = "copies to or from a device in the range"
     SETTLED = "the end of changes that the mirror has been told of"
     USERFAULT = "the handler of userfaultfd"  # the ticket is that of the wait
+    FILE = "a call that changes the file"
     MEMORY = "others that reclaim memory"  # the ticket is the number of reclaims that have ended
 
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """Wait until the condition holds for the ranges (or the ticket, sequence, mirror or userfaultfd) given."""
+    """Wait until the condition holds for the ranges (or the ticket, sequence, mirror, userfaultfd or file) given."""
 
     wait_for: WaitFor
     space_id: SpaceId = 0
@@ -66,6 +67,7 @@ class Await:
     ticket: int = 0
     mirror_id: MirrorId = 0
     userfaultfd: int = 0
+    file_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
