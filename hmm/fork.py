@@ -191,9 +191,10 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
     """Reclaim memory for the pages that have to be copied at once.  Returns: the entries as they are then."""
     frames = parent.frames
     while frames.make_room and frames.available < (ncopies := int(np.count_nonzero(_pinned(parent, entries)))):
-        if not (yield from frames.make_room(ncopies)):
-            break
+        more = yield from frames.make_room(ncopies)
         entries = parent.table.lookup(addresses)
+        if not more:
+            break
     return entries
 
 

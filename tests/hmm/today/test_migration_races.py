@@ -12,6 +12,7 @@ from hmm.events import EventType
 from hmm.frames import RegionKind
 from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy
+from hmm.operation import Operation, Pause
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
@@ -199,3 +200,34 @@ def test_touch_inside_a_callback_fails_when_fork_took_along_what_stands_in_for_i
     world.settle()
     assert reading.result.data == outside.result.data == b"page"
     machine.check()
+
+
+def test_fork_shares_what_is_there_when_it_waited_for_memory_in_vain() -> None:
+    """Pages that came back from a device meanwhile are not what they were when memory was asked for."""
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    frames = machine.frames
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_process.write_memory, parent, START, b"a" * 2 * PAGE_SIZE)
+    pin = world.do(commands_process.pin, parent, span(0), write=True)
+    world.do(commands_hmm.migrate_to_device, attached, span(1))
+    hog = world.do(commands_process.create_process, "hog")
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, hog, START, frames.available * PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.touch, hog, span(0, frames.available), write=True)
+
+    def wait_in_vain(_: int) -> Operation[bool]:
+        yield Pause()
+        return False
+
+    frames.make_room = wait_in_vain
+    forking = world.start(commands_process.fork, parent)
+    assert isinstance(machine.operations[forking.id].request, Pause)
+    world.start(commands_process.unpin, pin)
+    world.start(commands_process.exit_process, hog)
+    world.start(commands_hmm.evict_device, card)
+    assert cpu_pte.is_present(machine.processes[parent].space.table.get(START + PAGE_SIZE))
+    world.settle()
+    machine.check()
+    assert world.do(commands_process.read_memory, forking.result, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
