@@ -311,7 +311,8 @@ def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strange
         elif (mine & remote).any():
             # Its driver is gone, and whoever discards the page has not come to it yet.
             rest &= ~(mine & remote)
-            lose(space, touched.addresses[mine & remote])
+            still = space.table.lookup(touched.addresses) == touched.entries  # while other holders were waited for
+            lose(space, touched.addresses[mine & remote & still])
     return Strangers(touched.vma, touched.addresses[rest], touched.entries[rest])
 
 

@@ -147,13 +147,14 @@ class IntervalMirror(Receiver):
         sequence = self.space.notifier.sequence
         if not sequence & 1 or all(notifier.deferred == sequence for notifier in notifiers):
             return
+        before = [notifier.leaving for notifier in notifiers]  # another call may be removing them
         for notifier in notifiers:
             notifier.leaving = sequence
         try:
             yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
         except WouldDeadlockError:
-            for notifier in notifiers:
-                notifier.leaving = 0
+            for notifier, leaving in zip(notifiers, before, strict=True):
+                notifier.leaving = leaving
             raise
 
     def _hear_out(self, notifiers: Sequence[IntervalNotifier]) -> Operation[None]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from area import BASE
+from machine_world import START, World, error_of
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import (
@@ -21,6 +22,7 @@ from hmm.errors import (
     WouldDeadlockError,
 )
 from hmm.events import Reason
+from hmm.madvise import Advice
 from hmm.operation import Await, WaitFor
 from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, word_pfns
@@ -472,3 +474,24 @@ def test_nothing_changes_when_a_driver_that_may_fail_the_call_does_not_finish_in
     assert cpu_pte.is_present(bench.entry(0))
     machine.answer(mirror, finish.sequence)
     machine.check()
+
+
+def test_remove_that_fails_leaves_alone_what_another_call_is_removing() -> None:
+    """What is being removed hears nothing that begins when the running invalidations have ended, whoever else tried."""
+    world = World(mirrors=0)
+    card = world.do(commands_device.register_device, "card")
+    mirror = world.do(commands_hmm.attach, card, world.pid)
+    number = world.do(commands_hmm.insert_notifier, mirror, START, PAGE_SIZE)
+    world.do(commands_process.write_memory, world.pid, START, b"x")
+    page = (world.pid, START, PAGE_SIZE, Advice.DONTNEED)
+    running = world.start(commands_process.madvise, *page)
+    (told,) = world.sent()
+    removing = world.start(commands_hmm.remove_notifier, mirror, number)
+    inside = Caller(name="driver", callback=(mirror, told.sequence))
+    assert isinstance(error_of(world.start(commands_hmm.remove_notifier, mirror, number, caller=inside)), HmmError)
+    world.machine.answer(mirror, told.sequence)
+    world.resume(running)
+    assert running.done
+    assert not removing.done
+    assert world.start(commands_process.madvise, *page).done
+    assert world.sent() == []
