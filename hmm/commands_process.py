@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -256,11 +255,23 @@ def mmap(
     space = machine.process(process_id).space
     file = machine.file(file_id) if file_id else None
     placement = _placement(space, length, MapFlag(flags & _NOT_FIXED), file, offset) if address and length > 0 else 0
-    with kept(machine, file) if file else nullcontext():
-        mapped = yield from mman.mmap(
-            space, address, length, Prot(prot), MapFlag(flags), file, offset,
-            partial(new_shared_memory, machine), partial(new_huge_memory, machine, space),
-        )  # fmt: skip
+    made: list[File] = []
+
+    def make(file: File) -> File:
+        file.calls += 1  # it is not mapped before what it is mapped over has gone
+        made.append(file)
+        return file
+
+    try:
+        with kept(machine, file) if file else nullcontext():
+            mapped = yield from mman.mmap(
+                space, address, length, Prot(prot), MapFlag(flags), file, offset,
+                lambda size_bytes: make(new_shared_memory(machine, size_bytes)),
+                lambda size_bytes, how: make(new_huge_memory(machine, space, size_bytes, how)),
+            )  # fmt: skip
+    finally:
+        for unnamed in made:
+            unnamed.calls -= 1
     return Mapped(mapped, placement or mapped)
 
 

@@ -10,9 +10,11 @@ from machine_world import RW, START, World, error_of, span
 from hmm import commands_device as devices
 from hmm import commands_file as files
 from hmm import commands_process as processes
-from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.errors import OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.events import Delivery
+from hmm.file import File
 from hmm.inspection import pending
+from hmm.limits import Limits
 from hmm.mirror import DeadlinePolicy
 from hmm.operation_record import Caller, OperationRecord
 from hmm.units import PAGE_SIZE
@@ -79,3 +81,20 @@ def test_write_fails_inside_the_callback_that_the_truncation_waits_for(world: Tr
     world.machine.answer(world.owed.mirror_id, world.owed.sequence)
     world.settle()
     assert world.contents() == b"a" * 10
+
+
+def test_memory_that_is_about_to_be_mapped_is_not_forgotten() -> None:
+    """An mmap waits for a driver of what it maps over; others make room among the files meanwhile."""
+    world = World(limits=Limits(frames=64, device_frames=0, files=1))
+    shared = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(devices.fault, world.mirrors[0], [span(0)], write=True)
+    mapping = world.start(processes.mmap, world.pid, START, PAGE_SIZE, RW, shared)
+    (told,) = world.sent()
+    other = world.start(processes.mmap, world.do(processes.create_process), START, PAGE_SIZE, RW, shared)
+    assert isinstance(error_of(other), OutOfFramesError)
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert mapping.error is None
+    (vma,) = world.machine.processes[world.pid].space.vmas.mapped_pieces(span(0))
+    assert isinstance(vma.backing, File)
+    assert world.machine.files == {vma.backing.id: vma.backing}
