@@ -249,7 +249,7 @@ def _is_vma_end(space: AddressSpace, address: Address) -> bool:
 def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[Faulted]:
     asked = pages.whole
     notifier = mirror.space.notifier
-    failure, retries, missed = None, 0, False
+    failure, upto, retries, missed = None, 0, 0, False
     mirror.counters["faults"] += 1
     while True:
         if notifier.turns or mirror.owes:
@@ -280,6 +280,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
                 # What lies before is there now, and is filled before the failure is reported.
                 failure = failed
                 pages = pages.up_to(failed.address or 0)
+                upto = pages.npages
             continue
         # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
         enlisted = notifier.start_fault(mirror.id, pages)
@@ -291,8 +292,9 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             notifier.end_fault(enlisted)
         if filled:
             mirror.counters["faulted_pages"] += pages.npages
-            end = failure.address if failure is not None else None
-            return Faulted(asked, end or pages.whole.end, failure, retries)
+            # Fewer pages: the mapping ends before the one that failed by now, or fewer were there at one time.
+            end = failure.address if failure is not None and pages.npages == upto else None
+            return Faulted(asked, end or pages.whole.end, failure if end else None, retries)
         _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
         retries += 1
         mirror.counters["retries"] += 1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 
 import numpy as np
-from machine_world import START, World, error_of, span
+from machine_world import RW, START, World, error_of, span
 
 from hmm import commands_device as devices
+from hmm import commands_file as files
 from hmm import commands_process as processes
 from hmm.madvise import Advice
 from hmm.operation import Await, WaitFor
 from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
 
@@ -102,3 +104,28 @@ def test_revisions_ascend_in_the_order_in_which_events_are_sent() -> None:
     (delayed,) = world.sent()
     assert delayed.sequence == elsewhere.sequence + 1
     assert delayed.event.revision > elsewhere.event.revision
+
+
+def test_fault_ends_where_it_filled_when_the_mapping_was_cut_off_before_the_page_that_failed() -> None:
+    """Of a page behind the end of its file it knows when it waits, and the mapping ends before that page then."""
+    world = World(mirrors=2)
+    file = world.do(files.open_file, "file", create=True)
+    world.do(files.write_file, file, 0, b"a" * 4 * PAGE_SIZE)
+    world.do(processes.mmap, world.pid, START, 6 * PAGE_SIZE, RW, MapFlag.PRIVATE | MapFlag.FIXED, file)
+    world.do(processes.read_memory, world.pid, START, 4 * PAGE_SIZE)
+    mirror, other = world.mirrors
+    world.do(devices.fault, other, [span(0)], write=False)
+    faulting = world.start(devices.fault, mirror, [span(0, 6)], write=True, whole=False)
+    copying = world.sent()
+    discarding = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.DONTNEED)
+    unmapping = world.start(processes.munmap, world.pid, span(2).start, 4 * PAGE_SIZE)
+    discarded = world.sent()
+    for record, told in ((faulting, copying), (discarding, discarded), (unmapping, [])):
+        for delivery in told:
+            world.machine.answer(delivery.mirror_id, delivery.sequence)
+        world.resume(record)
+    world.settle()
+    (part,) = faulting.result.parts
+    assert (part.end, part.error) == (span(2).start, None)
+    assert np.flatnonzero(faulting.result.entries).tolist() == [0, 1]
+    world.machine.check()

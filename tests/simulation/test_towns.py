@@ -38,7 +38,7 @@ def test_simulate_does_the_same_when_the_seed_is_the_same() -> None:
 def test_simulate_comes_to_every_event_and_every_way_to_answer() -> None:
     """The workload reaches all 2015 event types of this model, all final states of an event, and faults that retry."""
     coverage = Coverage()
-    for seed in range(24):
+    for seed in range(60):
         coverage.add(simulate(seed).coverage)
     kinds = {kind for kind in EventType if kind.is_invalidation} - {EventType.ISDIRTY}
     kinds |= {EventType.RELEASE, EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
