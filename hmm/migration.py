@@ -68,7 +68,9 @@ Positions = npt.NDArray[np.intp]
 Selection = Positions | slice
 """Which of some pages: their positions, or a slice of them, which selects without copying."""
 _ON_ITS_WAY = np.uint64(VALID | MIGRATE)
+_MOVES_AS_ONE = np.uint64(MIGRATE | COMPOUND)
 _WRITE_SHIFT = np.uint64((WRITE // cpu_pte.WRITE).bit_length() - 1)
+_NOWHERE = np.empty(0, np.intp)
 _INSIDE_BLOCK = np.uint64(~PMD_MASK)
 
 
@@ -124,11 +126,14 @@ class Migration:
     src: Entries = field(init=False)
     dst: Entries = field(init=False)
     has_holes: bool = True
+    _starts: Positions = field(init=False)  # where blocks begin, if huge pages may move as such
     failed: int | None = None
 
     def __post_init__(self) -> None:
         self.src = np.zeros(self.addresses.size, np.uint64)
         self.dst = np.zeros(self.addresses.size, np.uint64)
+        as_one = Select.COMPOUND in self.select
+        self._starts = np.flatnonzero((self.addresses & _INSIDE_BLOCK) == 0) if as_one else _NOWHERE
 
     @property
     def pages(self) -> Positions:
@@ -143,10 +148,10 @@ class Migration:
     @property
     def heads(self) -> Positions:
         """Where huge pages begin that are on their way as one, and holes as large."""
-        if Select.COMPOUND not in self.select:
-            return np.empty(0, np.intp)
-        wanted = np.uint64(MIGRATE | COMPOUND)
-        return np.flatnonzero(((self.src & wanted) == wanted) & ((self.addresses & _INSIDE_BLOCK) == 0))
+        if not self._starts.size:
+            return _NOWHERE
+        found: Positions = self._starts[(self.src[self._starts] & _MOVES_AS_ONE) == _MOVES_AS_ONE]
+        return found
 
     def source_pfns(self, which: Selection) -> Pfns:
         """int64[n]: the frames of `src`."""

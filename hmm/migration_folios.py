@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
-from hmm.ascending import unique
+from hmm.ascending import distinct
 from hmm.events import Cause
 from hmm.frames import PageFlag, Region, RegionKind
 from hmm.huge_fault import has_table
@@ -164,7 +164,7 @@ def _leave(migration: Migration, left: _Mask, address: Address) -> None:
 
 
 def _huge_blocks(migration: Migration) -> list[AddressRange]:
-    starts = unique(migration.addresses & _BLOCK).tolist()
+    starts = distinct(migration.addresses & _BLOCK).tolist()
     return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
 
 
@@ -198,7 +198,7 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
     if Select.COMPOUND not in migration.select or space.semantics.migration_splits:
         return found
     anonymous = migration.vma.backing is None
-    for start in unique(migration.addresses & _BLOCK).tolist():
+    for start in distinct(migration.addresses & _BLOCK).tolist():
         head = _head_of(migration, start)
         if head is None:
             continue
@@ -258,7 +258,7 @@ def split_zero_pages(migration: Migration, holes: Positions) -> Operation[None]:
     if not migration.space.huge:
         return
     small = holes[(migration.src[holes] & np.uint64(COMPOUND)) == 0]
-    starts = unique(migration.addresses[small] & _BLOCK).tolist()
+    starts = distinct(migration.addresses[small] & _BLOCK).tolist()
     zero = [start for start in starts if cpu_pte.is_huge_zero(migration.space.table.get(start))]
     yield from split_pmds(migration.space, map(block_of, zero))
 

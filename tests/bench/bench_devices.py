@@ -136,9 +136,9 @@ class Columns:
         order = np.random.default_rng(3).permutation(2 * npages)
         self._old, self._new = np.sort(order[:npages]), np.sort(order[npages:])
         self._counts = [np.ones(2 * npages, np.int32) for _ in range(2)]
-        self._flags = np.ones(2 * npages, np.uint32)
+        self._flags = np.ones(2 * npages, np.uint16)
         self._words = [np.zeros(2 * npages, np.int64) for _ in range(3)]  # where it belongs, its holder, its age
-        self._free = np.arange(2 * npages)
+        self._free = np.arange(2 * npages, dtype=np.uint32)
         self._table = self._old.astype(np.uint64) << np.uint64(PAGE_SHIFT) | np.uint64(1)
 
     def move(self, first: int, npages: int) -> float:
