@@ -318,8 +318,10 @@ class AddressSpace:
         pfns = cpu_pte.cpu_pfn(entries)
         freed = self.frames.unmap(pfns)
         if some & _USED and freed.size < pfns.size and not replaced:
-            named = (self.frames.refcount[pfns] > 0) & ~self.frames.test_flags(pfns, PageFlag.ANON)
-            self._note_use(entries if named.all() else entries[named])
+            named = ~self.frames.test_flags(pfns, PageFlag.ANON)
+            if named.any():
+                named &= self.frames.refcount[pfns] > 0
+                self._note_use(entries if named.all() else entries[named])
 
     def _note_use(self, entries: Entries) -> None:
         self.frames.set_flags(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.DIRTY)), PageFlag.DIRTY)
