@@ -84,6 +84,8 @@ def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] 
     if not pages:
         require_at_most("fault: ranges", len(ranges.starts), PIECES_MAX)
         spans = convert.page_ranges_from_proto(ranges)
+        if len(spans) == 1:  # most are
+            return spans, spans[0].npages
         if spans:
             return spans, sum([span.npages for span in spans])
     elif not (ranges.starts or ranges.ends):
@@ -95,18 +97,18 @@ def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
     if faulted is None:
         return ArrayReply(device_pb2.FaultResponse(result=result), {})
-    parts = faulted.parts
-    errors = [part.error for part in parts if part.error is not None]
-    if errors:
-        result = to_call_result(errors[0], result.operation_id, tuple(result.fenced_mirrors))
+    _, ends, errors, retries = zip(*faulted.parts, strict=True)
+    failed = next(filter(None, errors), None)
+    if failed is not None:
+        result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
     response = device_pb2.FaultResponse(
-        result=result,
-        range_ends=[part.end for part in parts],
-        range_errnos=[part.error.errno if part.error is not None else 0 for part in parts],
-        notifier_seq=faulted.notifier_seq,
-        last_event_sequence=faulted.event_sequence,
-        retries=sum([part.retries for part in parts]),
+        result=result, notifier_seq=faulted.notifier_seq, last_event_sequence=faulted.event_sequence
     )
+    # An array that is an argument takes twice as long.
+    response.range_ends.extend(ends)
+    response.range_errnos.extend([error.errno if error else 0 for error in errors])
+    if retried := sum(retries):
+        response.retries = retried
     return ArrayReply(response, {"entries": faulted.entries})
 
 
