@@ -6,16 +6,16 @@ it at that offset: so the candidates are computed, and the entry that stands the
 Private pages are looked for in the VMAs that have an `anon_vma`, in the address spaces that descend from a common
 ancestor by fork; pages of a file in all VMAs of that file; merged pages everywhere (ksm.py).
 
+The order in which they are visited is that of an interval tree: by the page offset at which a VMA begins, those alike
+as they were last inserted (`Vma.inserted`, `Vma.chained`).  Whoever changes a VMA's extent inserts it anew; a child's
+VMA comes directly behind its parent's among those of a file, and last among those with private pages.
+
 **Source**: Linux mm/rmap.c: rmap_walk_anon(), rmap_walk_file(), vma_address(); mm/interval_tree.c; mm/vma.c,
 vma_prepare(), vma_complete(); kernel/fork.c, dup_mmap().
 
 **Invariants**: every entry that names a page is at one of the places found for it.
 
 **Absent**: the entries.
-
-The order in which they are visited is that of an interval tree: by the page offset at which a VMA begins, those alike
-as they were last inserted (`Vma.inserted`, `Vma.chained`).  Whoever changes a VMA's extent inserts it anew; a child's
-VMA comes directly behind its parent's among those of a file, and last among those with private pages.
 
 Differs: the kernel finds VMAs by their `anon_vma`; here all that descend from the oldest ancestor of the page's are
 candidates, in those spaces that have come from the one that made the page (`AddressSpace.may_map`).
