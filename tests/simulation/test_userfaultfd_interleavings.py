@@ -8,6 +8,7 @@ import pytest
 
 from hmm import fork, uffdio
 from hmm.address_space import AddressSpace
+from hmm.anon_vma import Forest
 from hmm.testing import SimulationError
 from hmm.testing_userfaultfd import simulate_userfaultfds
 from hmm.userfaultfd import Userfaultfd
@@ -50,8 +51,8 @@ def test_simulate_finds_a_child_that_stays_registered(monkeypatch: pytest.Monkey
     """Planted: fork leaves the child's VMAs with its parent's userfaultfd."""
     childs_mapping = fork._childs_mapping
 
-    def kept(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Mapping:
-        return childs_mapping(parent, child, vma).with_userfaultfd(vma.mapping.userfaultfd)
+    def kept(parent: AddressSpace, child: AddressSpace, vma: Vma, forest: Forest) -> Mapping:
+        return childs_mapping(parent, child, vma, forest).with_userfaultfd(vma.mapping.userfaultfd)
 
     monkeypatch.setattr(fork, "_childs_mapping", kept)
     assert "which is closed" in found(range(60))
