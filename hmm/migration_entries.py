@@ -57,6 +57,11 @@ _PAGE_STATE = np.uint16(
     PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND
 )
 
+_MIGRATIONS = {
+    Cause.MIGRATE_TO_DEVICE, Cause.MIGRATE_TO_SYSTEM, Cause.MIGRATE_SHARED, Cause.MEMORY_FAILURE,
+}  # fmt: skip
+"""While there is one of these, entries may stand in for pages."""
+
 FindPlaces = Callable[[], Iterator[Places]]
 """Where the pages of a migration could be mapped now."""
 
@@ -241,21 +246,26 @@ def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
     """Somebody holds pages, and has to go on first: who changes a range that they are in, here or in a relative.
 
     Args:
-        addresses: uint64[n], ascending; where fork copied entries they are the same in the relative.
+        addresses: uint64[n], ascending.  Where fork copied entries they are the same in the relative; where mremap
+            moved them they are not, and any migration may be the one.
     """
     spans = spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
-    for number in sorted(space.relatives):
-        notifier = space.relatives[number].notifier
-        busy = Await(WaitFor.INVALIDATIONS, number, spans)
+    notifiers = [space.relatives[number].notifier for number in sorted(space.relatives)]
+    for notifier in notifiers:
+        busy = Await(WaitFor.INVALIDATIONS, notifier.space_id, spans)
         blockers = notifier.blockers(busy)
         if blockers and notifier.current.operation_id not in blockers:
             return busy
+    for notifier in notifiers:
+        for running in notifier.invalidations:
+            if running.cause in _MIGRATIONS and running.operation_id != notifier.current.operation_id:
+                return Await(WaitFor.INVALIDATIONS, notifier.space_id, running.spans)
     return Pause()
 
 
 def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
-    # migration_entry_wait(): the range is busy until the migration has ended; where fork took an entry, that of the
-    # parent is; where mremap did, none.
+    # migration_entry_wait(): the range is busy until the migration has ended; where fork or mremap took an entry, the
+    # one that it was in.
     spans = spans_of_pages((pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
     if space.notifier.copies_overlap(spans):
         yield Await(WaitFor.COPIES, space.id, spans)
