@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from hmm_client.certify import RULES, Certificate, certify
+from hmm_client.certify import RULES, Certificate, certify, driver_process
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.storm import Step, draw, shortest
 
@@ -177,6 +178,25 @@ async def test_command_reports_in_json_and_junit_when_the_driver_fails(tmp_path:
     failure = suite.find("testcase/failure")
     assert failure is not None
     assert failure.get("type") == "foreign-frame"
+
+
+@pytest.mark.parametrize(
+    ("prints", "message"),
+    [
+        ("'ready'", """it did not print {"ready": {}} within 1 s; it printed 'ready'"""),
+        ("''", """it did not print {"ready": {}} within 1 s; it printed ''"""),
+        ("", """it did not print {"ready": {}} within 1 s, nor anything else (does it flush?)"""),
+    ],
+    ids=["another word", "nothing on a line", "nothing"],
+)
+async def test_driver_is_told_what_it_printed_when_it_does_not_say_that_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch, prints: str, message: str
+) -> None:
+    """Whoever writes a driver sees what was expected, and what came instead of it."""
+    monkeypatch.setattr(driver_process, "START_S", 1.0)
+    script = f"import sys; print({prints}, flush=True); sys.stdin.read()" if prints else "input()"
+    with pytest.raises(driver_process.DriverSilentError, match=f"^{re.escape(message)}$"):
+        await driver_process.DriverProcess.start([sys.executable, "-c", script], "/nowhere")
 
 
 async def test_command_ends_with_2_when_the_driver_does_not_start(tmp_path: Path) -> None:

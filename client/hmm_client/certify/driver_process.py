@@ -16,6 +16,8 @@ from typing import Any
 
 START_S = 30.0
 """How long it may take to say that it is ready."""
+SHOWN_BYTES = 80
+"""How much of a line is shown that is none of those expected."""
 ANSWER_S = 20.0
 """How long it may take to answer one line; longer than any deadline of the daemon's."""
 LEAVE_S = 10.0
@@ -43,6 +45,7 @@ class DriverProcess:
         self._answer_s = answer_s
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._instead = ""  # what it printed that is no answer, for messages
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
 
@@ -74,7 +77,8 @@ class DriverProcess:
                 await driver._ready
         except TimeoutError:
             await driver.kill()
-            raise DriverSilentError(f'it did not print a line with "ready" within {START_S:g} s') from None
+            instead = driver._instead or ", nor anything else (does it flush?)"
+            raise DriverSilentError(f'it did not print {{"ready": {{}}}} within {START_S:g} s{instead}') from None
         return driver
 
     @property
@@ -117,7 +121,7 @@ class DriverProcess:
             async with asyncio.timeout(self._answer_s):
                 reply = await answer
         except TimeoutError:
-            raise DriverSilentError(f"it has not answered {op!r} within {self._answer_s:g} s") from None
+            raise DriverSilentError(f"it has not answered {op!r} within {self._answer_s:g} s{self._instead}") from None
         if "error" in reply:
             error = reply["error"]
             raise RefusalError(f"{error.get('errno')}: {error.get('message')}" if isinstance(error, dict) else error)
@@ -127,11 +131,9 @@ class DriverProcess:
     async def _read(self) -> None:
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
-            try:
-                reply = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(reply, dict):
+            reply = _object(line)
+            if reply is None:
+                self._instead = f"; it printed {line[:SHOWN_BYTES].decode(errors='replace').strip()!r}"
                 continue
             if "ready" in reply and not self._ready.done():
                 self._ready.set_result(None)
@@ -179,3 +181,11 @@ class DriverProcess:
         if not self.ended:
             self._process.kill()
         await self._reader
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) else None

@@ -197,7 +197,8 @@ class _Progress:
         """The scenario has ended."""
         wrong = [report for report in reports if report.wrong]
         if self.form == JSON:
-            print_json({"scenario": self.scenario.title, "steps": len(reports), "failed": len(wrong)})
+            name, title = self.scenario.name, self.scenario.title
+            print_json({"scenario": name, "title": title, "steps": len(reports), "failed": len(wrong)})
             return
         if self.show_steps:
             verdict = f"{len(wrong)} not as expected" if wrong else "all as expected"
