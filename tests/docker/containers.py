@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ IMAGE = os.environ.get("HMMD_IMAGE", "hmmd")
 TIMEOUT_S = 90.0
 """Far more than anything takes; a busy machine is no failure."""
 CONFINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
+SERVICE = "com.docker.compose.service"
+"""The label in which compose keeps its name of a container."""
 PROBE_OFTEN = ("--health-interval=1s", "--health-timeout=10s", "--health-start-period=60s")
 
 
@@ -122,11 +125,16 @@ class Stack:
 
     def events(self) -> list[Event]:
         """Everything that was started, or became healthy, since the stack was."""
-        since, now = f"{self.began:.3f}", f"{time.time():.3f}"
+        since, end = int(self.began), int(time.time()) + 1  # Podman 4 has no events until a moment that is past
         filters = ("--filter=event=start", "--filter=event=health_status", "--filter=type=container")
-        lines = docker("events", f"--since={since}", f"--until={now}", *filters, "--format={{json .}}").stdout
-        events = [json.loads(line) for line in lines.splitlines()]
-        services = [event["Actor"]["Attributes"].get("com.docker.compose.service", "") for event in events]
-        return [
-            Event(service, event["Action"], event["timeNano"]) for service, event in zip(services, events, strict=True)
-        ]
+        lines = docker("events", f"--since={since}", f"--until={end}", *filters, "--format={{json .}}").stdout
+        return [_event(json.loads(line)) for line in lines.splitlines()]
+
+
+def _event(line: dict[str, Any]) -> Event:
+    """As Docker puts it, or as Podman does."""
+    if "Actor" in line:
+        return Event(line["Actor"]["Attributes"].get(SERVICE, ""), line["Action"], line["timeNano"])
+    health = f": {line['health_status']}" if "health_status" in line else ""
+    moment = datetime.fromisoformat(line["Time"]).timestamp()
+    return Event(line["Attributes"].get(SERVICE, ""), line["Status"] + health, int(moment * 1e9))
