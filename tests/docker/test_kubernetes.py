@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from copy import deepcopy
+from importlib.metadata import version as version_of
 
 import click
 import kubernetes_validate
@@ -50,6 +51,12 @@ def test_pod_is_confined(workload: Manifest) -> None:
     }
     for amounts in ("requests", "limits"):
         assert container["resources"][amounts].keys() == {"cpu", "memory", "ephemeral-storage"}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=identify)
+def test_pod_runs_the_image_of_this_version(workload: Manifest) -> None:
+    """A tag that stayed behind would run an older daemon beside newer drivers."""
+    assert container_of(workload)["image"] == f"hmmd:{version_of('hmmd')}"
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=identify)
