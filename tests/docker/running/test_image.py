@@ -167,7 +167,27 @@ for found in metadata.distributions():
 def test_image_is_small() -> None:
     """The base, and no more than 150 MB on top."""
     size = int(docker("image", "inspect", "--format={{.Size}}", IMAGE).stdout)
-    layers = docker("history", "--no-trunc", "--human=false", "--format={{.Size}} {{.CreatedBy}}", IMAGE).stdout
-    ours = sum(int(line.split()[0]) for line in layers.splitlines() if "buildkit" in line)
+    options = (*CONFINED, "--rm", "--entrypoint=du")
+    ours = int(docker("run", *options, IMAGE, "--summarize", "--bytes", "/opt/hmmd").stdout.split()[0])
     assert 0 < ours < 150e6
     assert size < 350e6
+
+
+def test_nothing_is_compiled_at_a_start() -> None:
+    """Nobody can write byte code here: what has none would be compiled at every start, and every probe is one."""
+    program = """
+import os, sys
+from hmm_client.cli import main
+try:
+    main(["health"])
+except SystemExit:
+    pass
+import hmm_server.__main__
+specs = [module.__spec__ for module in list(sys.modules.values()) if getattr(module, "__spec__", None)]
+files = [spec.cached for spec in specs if spec.has_location and (spec.origin or "").endswith(".py")]
+print(len(files), *(file for file in files if not os.path.exists(file)))
+"""
+    options = (*CONFINED, "--rm", "--entrypoint=python")
+    count, *lacking = docker("run", *options, IMAGE, "-c", program).stdout.split()
+    assert int(count) > 300
+    assert lacking == []
