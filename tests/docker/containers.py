@@ -123,16 +123,24 @@ class Stack:
         """Its container."""
         return Container(self.compose("ps", "-q", name).stdout.strip())
 
-    def events(self) -> list[Event]:
-        """Everything that was started, or became healthy, since the stack was."""
-        since, end = int(self.began), int(time.time()) + 1  # Podman 4 has no events until a moment that is past
+    def events_until(self, service: str, action: str) -> list[Event]:
+        """Everything that was started, or became healthy, since the stack was, up to this."""
         filters = ("--filter=event=start", "--filter=event=health_status", "--filter=type=container")
-        lines = docker("events", f"--since={since}", f"--until={end}", *filters, "--format={{json .}}").stdout
-        return [_event(json.loads(line)) for line in lines.splitlines()]
+        command = ["docker", "events", f"--since={int(self.began)}", *filters, "--format={{json .}}"]
+        events = []
+        # No --until: Podman 4 has no events before a moment that is past.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stream:
+            assert stream.stdout is not None
+            for line in stream.stdout:
+                events.append(_event(json.loads(line)))
+                if (events[-1].service, events[-1].action) == (service, action):
+                    break
+            stream.terminate()
+        return events
 
 
 def _event(line: dict[str, Any]) -> Event:
-    """As Docker puts it, or as Podman does."""
+    """As Docker puts it, or as Podman does; of health Podman 4.3 tells one probe late."""
     if "Actor" in line:
         return Event(line["Actor"]["Attributes"].get(SERVICE, ""), line["Action"], line["timeNano"])
     health = f": {line['health_status']}" if "health_status" in line else ""

@@ -31,7 +31,7 @@ def test_drivers_start_when_the_daemon_is_healthy_and_the_harness_after_them(sta
     """The order is that of `depends_on`, by health."""
     wait_for_rounds(stack.service("harness"))
     first: dict[tuple[str, str], int] = {}
-    for event in stack.events():
+    for event in stack.events_until("harness", "start"):
         first.setdefault((event.service, event.action), event.time_ns)
     for driver in DRIVERS:
         assert first["hmmd", "start"] < first["hmmd", "health_status: healthy"] < first[driver, "start"]
