@@ -427,6 +427,8 @@ def _merged_pages(space: AddressSpace, start: int, end: int) -> _Pages:
 def _copy(pages: _Pages) -> None:
     """wp_page_copy() for FAULT_FLAG_UNSHARE."""
     space, frames = pages.space, pages.space.frames
+    if not pages.pfns.size:
+        return  # others were quicker while drivers were told, or there is no memory
     copies = frames.allocate_mapped(pages.pfns.size, ANON_PAGE)
     frames.copy(copies, pages.pfns)
     space.claim(copies, int(pages.addresses[0]))

@@ -219,6 +219,20 @@ def test_unmergeable_copies_all_pages_and_leaves_them_read_only(world: World) ->
     assert read(world, 0, 4) == "cdcd"
 
 
+def test_unmergeable_has_nothing_to_copy_when_writes_did_while_drivers_were_told(world: World) -> None:
+    """unmerge_ksm_pages(): a page that is merged no more is passed over."""
+    write(world, 0, "aa")
+    scan(world)
+    unmerging = world.start(processes.madvise, world.pid, START, 2 * PAGE_SIZE, Advice.UNMERGEABLE)
+    (told,) = world.sent()
+    write(world, 0, "bb")
+    world.machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert unmerging.result == 0
+    assert read(world, 0, 2) == "bb"
+    world.machine.check()
+
+
 def test_unmergeable_fails_when_there_is_no_memory_for_the_copies() -> None:
     """madvise_vma_behavior() turns ENOMEM into EAGAIN; the pages below are copied, and the flag stays."""
     world = World(limits=Limits(frames=7, device_frames=0))

@@ -37,6 +37,7 @@ from hmm.testing_swap import TOWNS
         ("memory", 2068),  # a page whose copy back was made to fail was expected to hold what it did
         ("compound", 1354),  # a huge page that was freed lazily went in part, as pages of it were pinned
         ("compound", 60424),  # a copy failed, and pages before it that were unmapped meanwhile were taken for there
+        ("merging", 71286),  # writes had copied all merged pages while drivers were told that they were to be copied
         ("compound", 70544),  # a child touched a page, inside the callback that its migration in the parent waited for
         ("compound", 60654),  # a child that came while pages left a device kept the entries that stood in for them
     ],
