@@ -1,9 +1,8 @@
 r"""The session: one stream for a driver process, which carries all its mirrors.
 
-One task reads: it hands events to the mirrors' drivers and replies to whoever waits for them, in the order in which
-they came.  One writer sends whatever is ready as one message: a message costs more than what is in it.  What drivers
-answer at once leaves when all of a message was handed over; a call that is alone leaves at once, others in the loop's
-next turn, as more may come.  Nothing else touches the stream.
+One task reads, one writes.  The reader hands events to the mirrors' drivers and replies to whoever waits for them, in
+the order in which they came.  The writer sends whatever is ready as one message: a message costs more than what is in
+it.  Nothing else touches the stream.
 
     events    -> Mirror.deliver -> driver -> ledger of answers -\
     replies   -> whoever waits                                   > writer
@@ -40,7 +39,6 @@ from hmm_client.event import Change
 from hmm_client.together import Together
 from hmm_proto import wire
 from hmm_proto.v1 import event_pb2, session_pb2
-from hmm_proto.writer import Writer
 
 PROTOCOL_VERSION = 1
 BATCH_BYTES = 1 << 20
@@ -137,12 +135,11 @@ class Session:
         self._waiting: dict[int, _Call] = {}
         self._outgoing: deque[bytes] = deque()
         self._last_request = 0
+        self._sleeping: asyncio.Future[None] | None = None
         self._bye: bytes | None = None
-        self._closes = False
         self._reads = asyncio.Event()
         self._reads.set()
-        self._writer = Writer(self._next_message, self._is_over, call.write)
-        self._reader: asyncio.Task[None]
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def open(cls, channel: Channel, *, name: str = "", credit: int = 0) -> Session:
@@ -173,7 +170,7 @@ class Session:
 
     def _start(self, first: session_pb2.SessionResponse) -> None:
         self._dispatch(first)
-        self._reader = asyncio.create_task(self._read())
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
     # ---- calls
 
@@ -204,12 +201,8 @@ class Session:
         self._last_request = request_id = self._last_request + 1
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._outgoing.append(_written(request_id, name, request, callback))
-        is_alone = not self._waiting
         self._waiting[request_id] = _Call(future, on_reply, [])
-        if is_alone:
-            self._writer.flush()
-        else:
-            self._writer.wake()
+        self._wake()
         return future
 
     def require_live(self, operation: str) -> None:
@@ -245,7 +238,7 @@ class Session:
     def answer(self, mirror_id: MirrorId, sequence: int, answer: event_pb2.Answer | None = None) -> None:
         """Tell the daemon, with the next batch, that an event is finished."""
         self.ledger.done(mirror_id, sequence, answer)
-        self._writer.wake()
+        self._wake()
 
     # ---- what a driver must not do: for tests of whoever has to live with it
 
@@ -266,7 +259,7 @@ class Session:
 
     async def wait_lost(self) -> str:
         """Wait until the session has ended.  Returns: why."""
-        await asyncio.wait([self._reader])
+        await asyncio.wait(self._tasks[:1])
         return self.lost
 
     async def close(self, reason: str = "") -> None:
@@ -274,11 +267,10 @@ class Session:
         self._reads.set()
         hearers = list(self._hearers.values())
         self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason)).SerializeToString()
-        self._closes = True
-        self._writer.wake()
-        await asyncio.wait([self._reader, self._writer.ended], timeout=CLOSE_TIMEOUT_S)
+        self._wake()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
         self._end("closed")
-        self._writer.close()
         self._call.cancel()
         await asyncio.gather(*(hearer.cancel() for hearer in hearers))
 
@@ -286,7 +278,7 @@ class Session:
         if self.lost:
             return
         self.lost = why
-        self._writer.wake()
+        self._wake()
         for waiting_call in self._waiting.values():
             if not waiting_call.future.done():
                 waiting_call.future.set_exception(DeviceLostError(f"the session has ended: {why}"))
@@ -296,17 +288,13 @@ class Session:
         for hearer in hearers:
             hearer.session_lost(why)
 
-    # ---- what comes, and what leaves
+    # ---- the two tasks
 
     async def _read(self) -> None:
         why = "the daemon is gone"
         try:
             while isinstance(message := await self._call.read(), session_pb2.SessionResponse):
-                self._writer.gather()
-                try:
-                    self._dispatch(message)
-                finally:
-                    self._writer.flush()
+                self._dispatch(message)
                 if not self._reads.is_set():
                     await self._reads.wait()
                 if message.HasField("bye"):
@@ -322,10 +310,28 @@ class Session:
             why = repr(error)
             self._call.cancel()
         finally:
-            self._end("closed" if self._closes else why)
+            self._end("closed" if self._bye is not None else why)
 
-    def _next_message(self) -> bytes | None:
-        """Whatever is ready; when all has left, the farewell."""
+    async def _write(self) -> None:
+        try:
+            while not self.lost:
+                while (batch := self._next_batch()) is not None:
+                    await self._call.write(batch)
+                if self._bye is not None:
+                    await self._call.write(self._bye)
+                    await self._call.done_writing()
+                    return
+                self._sleeping = asyncio.get_running_loop().create_future()
+                await self._sleeping
+        except (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            # The stream has ended; the reader hears why.
+            return
+
+    def _wake(self) -> None:
+        if self._sleeping is not None and not self._sleeping.done():
+            self._sleeping.set_result(None)
+
+    def _next_batch(self) -> bytes | None:
         if self.lost:
             return None
         batch: list[bytes] = []
@@ -336,13 +342,7 @@ class Session:
             call = self._outgoing.popleft()
             size += len(call)
             batch.append(call)
-        if not batch and self._bye is not None:
-            bye, self._bye = self._bye, None
-            return bye
         return b"".join(batch) if batch else None
-
-    def _is_over(self) -> bool:
-        return bool(self.lost) or (self._closes and self._bye is None)
 
     def _dispatch(self, message: session_pb2.SessionResponse) -> None:
         for event in message.events:
@@ -393,7 +393,7 @@ class Session:
             slots, numbers = np.delete(slots, unfinished), np.delete(numbers, unfinished)
             mirror_ids, sequences = np.delete(group.ids, unfinished).tolist(), numbers.tolist()
         self.ledger.done_together(slots, numbers, mirror_ids, sequences)
-        self._writer.wake()
+        self._wake()
         for position in group.others:
             self._hearers[message.mirror_ids[position]].deliver(message.event_sequences[position], change)
         return True

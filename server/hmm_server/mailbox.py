@@ -111,16 +111,8 @@ class Window:
     part_bytes: int
 
 
-def _nobody_listens() -> None:
-    """Nothing is written yet."""
-
-
 class Mailbox:
-    """The outgoing half of one stream.
-
-    Attributes:
-        on_news: called when there may be something to `take`.
-    """
+    """The outgoing half of one stream."""
 
     def __init__(self, window: Window, send: Callable[[Posting], event_pb2.Event | None]) -> None:
         """Make an empty mailbox.
@@ -135,12 +127,12 @@ class Mailbox:
         self.in_flight_bytes = 0
         self.reply_bytes = 0
         self.closed = False
-        self.on_news: Callable[[], None] = _nobody_listens
         self._send = send
         self._welcome: event_pb2.Welcome | None = None
         self._replies: deque[bytes] = deque()
         self._violations: list[event_pb2.ProtocolViolation] = []
         self._farewell = ""
+        self._waiting: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
 
     # ---- what is to be told
@@ -148,26 +140,26 @@ class Mailbox:
     def welcome(self, welcome: event_pb2.Welcome) -> None:
         """The first thing to be told."""
         self._welcome = welcome
-        self.on_news()
+        self._wake()
 
     def post(self, posting: Posting) -> None:
         """An event; it leaves when the window permits."""
         if not self.closed:
             self.events.append(posting)
-            self.on_news()
+            self._wake()
 
     def reply(self, reply: bytes) -> None:
         """The reply to a call, or a part of it, as `replies.encoded` writes it."""
         if not self.closed:
             self._replies.append(reply)
             self.reply_bytes += len(reply)
-            self.on_news()
+            self._wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""
         if violations and not self.closed:
             self._violations += violations[: VIOLATIONS_MAX - len(self._violations)]
-            self.on_news()
+            self._wake()
 
     def close(self, why: str) -> None:
         """Let nothing in any more; replies that wait still leave, then a farewell.  Events that wait do not."""
@@ -175,14 +167,19 @@ class Mailbox:
             self.closed = True
             self._farewell = why
             self.events.clear()
-            self.on_news()
+            self._wake()
             self._room.set()
 
     def release(self, posting: Posting) -> None:
         """All mirrors of an event have answered, or will not: its part of the window is free again."""
         self.in_flight -= 1
         self.in_flight_bytes -= posting.size_bytes
-        self.on_news()
+        self._wake()
+
+    @property
+    def wakes_writer(self) -> bool:
+        """True when the writer has something to write and has not run since."""
+        return self._waiting is not None and self._waiting.done()
 
     @property
     def is_full(self) -> bool:
@@ -196,22 +193,23 @@ class Mailbox:
 
     # ---- the writer
 
-    def take(self) -> Outgoing | None:
-        """The next message; None when there is nothing to tell."""
-        while self._replies or self._has_something():
-            outgoing = self._outgoing()
-            if outgoing is not None:
-                return outgoing
-        return None
+    async def take(self) -> Outgoing | None:
+        """The next message, as soon as there is something to tell; None after the farewell."""
+        while True:
+            if self._replies or self._has_something():
+                outgoing = self._outgoing()
+                if outgoing is not None:
+                    return outgoing
+            elif self.closed:
+                return None
+            else:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+                self._waiting = None
 
-    def take_message(self) -> bytes | None:
-        """The same, as it travels."""
-        outgoing = self.take()
-        return None if outgoing is None else outgoing.encoded()
-
-    def is_over(self) -> bool:
-        """True after the farewell: there will be nothing to tell any more."""
-        return self.closed and not self._has_something()
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _outgoing(self) -> Outgoing | None:
         """Write down what waits; None when in the end it is nothing."""

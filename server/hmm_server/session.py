@@ -1,8 +1,7 @@
 """One session: reads a driver's batches, starts its calls, and writes whatever its mailbox holds.
 
-The reader takes answers before calls and waits for nothing but the next message, unless its replies are not read; the
-writer is the only one that writes.  What a message gives rise to at once leaves together, before the next one is asked
-for.  The session ends when either does: at Bye, at the end of the stream (a death), or when the daemon ends.
+The reader takes answers before calls and never waits for anything but the next message; the writer is the only one
+that writes.  The session ends when either does: at Bye, at the end of the stream (a death), or when the daemon ends.
 
 **Source**: `ServicerContext.read` returns the end of the stream for a driver that was killed, as for one that closed
 its half: only Bye tells them apart.
@@ -24,7 +23,6 @@ from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
-from hmm_proto.writer import Writer
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import not_made
 from hmm_server.config import Config
@@ -85,25 +83,22 @@ class Session:
         """
         first = await self._context.read()
         stream = self._open(first)
-        mailbox = stream.mailbox
-        writer = Writer(mailbox.take_message, mailbox.is_over, self._context.write)
-        mailbox.on_news = writer.wake
-        reader = asyncio.create_task(self._read(stream, writer, first))
+        writer = asyncio.create_task(self._write(stream))
+        reader = asyncio.create_task(self._read(stream, first))
         why = "its client was cut off"
         try:
-            halves: set[asyncio.Future[Any]] = {reader, writer.ended}
-            await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if reader.done():
                 why = _why_ended(reader)
                 self._streams.disconnect(stream, why)
-                await asyncio.wait({writer.ended}, timeout=FAREWELL_S)
+                await asyncio.wait({writer}, timeout=FAREWELL_S)
                 reader.result()  # what made no sense is its caller's error
             else:
                 why = "the daemon ended it"
         finally:
             self._streams.disconnect(stream, why)
             reader.cancel()
-            writer.close()
+            writer.cancel()
             self._forget_calls()
 
     def _open(self, first: Any) -> Stream:
@@ -117,32 +112,34 @@ class Session:
         self._caller = Caller(self._caller.token, name)
         return self._streams.connect(self._caller.token, name, hello.pid, hello.credit)
 
-    # ---- what comes
+    # ---- the two halves
 
-    async def _read(self, stream: Stream, writer: Writer, first: session_pb2.SessionRequest) -> str:
+    async def _write(self, stream: Stream) -> None:
+        try:
+            while (outgoing := await stream.mailbox.take()) is not None:
+                await self._context.write(outgoing.encoded())
+        except (grpc.aio.InternalError, grpc.aio.UsageError):
+            return  # the stream has ended beneath us: the reader says why
+
+    async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
         message: Any = first
         while message is not grpc.aio.EOF:
             stream.heard_s = time.monotonic()
             require_read(message)
-            writer.gather()
-            try:
-                self._take(stream, message, is_first=message is first)
-            finally:
-                writer.flush()
+            if message.HasField("hello") and message is not first:
+                stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
+            if message.HasField("acknowledgements"):
+                stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
+            for call in message.calls:
+                self._start(stream, call)
             if message.HasField("bye"):
                 return f"bye: {message.bye.reason[:REASON_LENGTH_MAX]}" if message.bye.reason else "bye"
+            if stream.mailbox.wakes_writer:
+                await asyncio.sleep(0)  # the replies leave before the next message is asked for
             if stream.mailbox.is_overfull:
                 await stream.mailbox.room()  # not even small replies are read
             message = await self._context.read()
         return "its driver went away without Bye"
-
-    def _take(self, stream: Stream, message: session_pb2.SessionRequest, *, is_first: bool) -> None:
-        if message.HasField("hello") and not is_first:
-            stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
-        if message.HasField("acknowledgements"):
-            stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
-        for call in message.calls:
-            self._start(stream, call)
 
     # ---- calls
 

@@ -38,8 +38,8 @@ def _reply(request_id: int, size: int = 0) -> bytes:
     return encoded(request_id, "device_read", device_pb2.DeviceReadResponse(data=bytes(size)))
 
 
-def _take(mailbox: Mailbox) -> session_pb2.SessionResponse:
-    outgoing = mailbox.take()
+async def _take(mailbox: Mailbox) -> session_pb2.SessionResponse:
+    outgoing = await mailbox.take()
     assert outgoing is not None
     return session_pb2.SessionResponse.FromString(outgoing.encoded())
 
@@ -56,7 +56,7 @@ async def test_take_returns_everything_that_waits_as_one_message() -> None:
         mailbox.post(_posting(number))
         mailbox.reply(_reply(number))
     mailbox.reject([event_pb2.ProtocolViolation(rule="no")])
-    message = _take(mailbox)
+    message = await _take(mailbox)
     assert (message.welcome.epoch, _revisions(message), len(message.violations)) == (7, [1, 2, 3], 1)
     assert [reply.request_id for reply in message.replies] == [1, 2, 3]
     assert not message.HasField("bye")
@@ -67,29 +67,31 @@ async def test_a_reply_that_leaves_alone_is_not_copied() -> None:
     mailbox = _mailbox()
     reply = _reply(1, 100)
     mailbox.reply(reply)
-    outgoing = mailbox.take()
+    outgoing = await mailbox.take()
     assert outgoing is not None
     assert outgoing.encoded() is reply
 
 
-async def test_whoever_takes_is_called_when_there_is_something() -> None:
-    """A reply, an event, an answer that was rejected, a part of the window that is free again."""
-    mailbox = _mailbox(credit=1)
-    called: list[str] = []
-    mailbox.on_news = lambda: called.append("news")
-    posting = _posting(1)
-    mailbox.post(posting)
-    mailbox.post(_posting(2))
-    assert _revisions(_take(mailbox)) == [1]
-    assert mailbox.take() is None
-    called.clear()
-    mailbox.release(posting)
-    assert called
-    assert _revisions(_take(mailbox)) == [2]
-    called.clear()
+async def test_writer_is_woken_until_it_runs() -> None:
+    """Whoever gives a reply can tell that the writer is about to write, and let it go first."""
+    mailbox = _mailbox()
+    taking = asyncio.ensure_future(_take(mailbox))
+    await asyncio.sleep(0)
+    assert not mailbox.wakes_writer
     mailbox.reply(_reply(1))
-    mailbox.reject([event_pb2.ProtocolViolation(rule="no")])
-    assert len(called) == 2
+    assert mailbox.wakes_writer
+    await taking
+    assert not mailbox.wakes_writer
+
+
+async def test_take_waits_until_there_is_something() -> None:
+    """The writer sleeps while nothing waits, and wakes with the first thing to tell."""
+    mailbox = _mailbox()
+    taking = asyncio.ensure_future(_take(mailbox))
+    await asyncio.sleep(0)
+    assert not taking.done()
+    mailbox.post(_posting(1))
+    assert _revisions(await taking) == [1]
 
 
 async def test_events_wait_when_credit_is_used_up() -> None:
@@ -98,10 +100,12 @@ async def test_events_wait_when_credit_is_used_up() -> None:
     postings = [_posting(number) for number in range(1, 5)]
     for posting in postings:
         mailbox.post(posting)
-    assert _revisions(_take(mailbox)) == [1, 2]
-    assert mailbox.take() is None
+    assert _revisions(await _take(mailbox)) == [1, 2]
+    taking = asyncio.ensure_future(_take(mailbox))
+    await asyncio.sleep(0)
+    assert not taking.done()
     mailbox.release(postings[0])
-    assert _revisions(_take(mailbox)) == [3]
+    assert _revisions(await taking) == [3]
     assert (mailbox.in_flight, len(mailbox.events)) == (2, 1)
 
 
@@ -111,10 +115,10 @@ async def test_events_wait_when_bytes_are_used_up() -> None:
     large, small = _posting(1, bytes(4000)), _posting(2)
     mailbox.post(large)
     mailbox.post(small)
-    assert _revisions(_take(mailbox)) == [1]
+    assert _revisions(await _take(mailbox)) == [1]
     assert mailbox.in_flight_bytes > 4000
     mailbox.release(large)
-    assert _revisions(_take(mailbox)) == [2]
+    assert _revisions(await _take(mailbox)) == [2]
     mailbox.release(small)
     assert (mailbox.in_flight, mailbox.in_flight_bytes) == (0, 0)
 
@@ -126,7 +130,7 @@ async def test_events_are_left_out_when_nobody_has_to_hear_of_them() -> None:
     gone.mirror_ids = []
     mailbox.post(gone)
     mailbox.post(_posting(2))
-    assert _revisions(_take(mailbox)) == [2]
+    assert _revisions(await _take(mailbox)) == [2]
 
 
 async def test_events_pass_replies_that_wait() -> None:
@@ -134,9 +138,9 @@ async def test_events_pass_replies_that_wait() -> None:
     mailbox = _mailbox(part_bytes=1000)
     for number in range(3):
         mailbox.reply(_reply(number, 900))
-    assert len((_take(mailbox)).replies) == 1
+    assert len((await _take(mailbox)).replies) == 1
     mailbox.post(_posting(1))
-    message = _take(mailbox)
+    message = await _take(mailbox)
     assert (_revisions(message), [reply.request_id for reply in message.replies]) == ([1], [1])
 
 
@@ -148,7 +152,7 @@ async def test_room_waits_until_replies_were_read() -> None:
     waiting = asyncio.ensure_future(mailbox.room())
     await asyncio.sleep(0)
     assert not waiting.done()
-    _take(mailbox)
+    await _take(mailbox)
     await waiting
     assert not mailbox.is_full
 
@@ -163,22 +167,21 @@ async def test_close_flushes_replies_and_drops_events() -> None:
     mailbox.post(_posting(2))
     mailbox.reply(_reply(3))
     mailbox.close("twice")
-    first, second = _take(mailbox), _take(mailbox)
+    first, second = await _take(mailbox), await _take(mailbox)
     assert ([len(first.replies), len(second.replies)], first.HasField("bye")) == ([1, 1], False)
     assert second.bye.reason == "enough"
     assert not first.events
     assert not second.events
-    assert mailbox.take() is None
+    assert await mailbox.take() is None
 
 
 @pytest.mark.parametrize("reason", ["", "enough"])
-async def test_mailbox_is_over_when_it_is_closed_and_nothing_waits(reason: str) -> None:
-    """After the farewell, or at once where there is none."""
+async def test_take_ends_after_close_when_nothing_waits(reason: str) -> None:
+    """A closed mailbox ends its writer, whether it waits or comes later."""
     mailbox = _mailbox()
-    assert not mailbox.is_over()
+    taking = asyncio.ensure_future(mailbox.take())
+    await asyncio.sleep(0)
     mailbox.close(reason)
-    assert mailbox.is_over() == (not reason)
-    message = mailbox.take()
+    message = await taking
     assert (message.message.bye.reason if message else "") == reason
-    assert mailbox.is_over()
-    assert mailbox.take() is None
+    assert await mailbox.take() is None

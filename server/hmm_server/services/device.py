@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -59,14 +58,7 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         caller = caller_from(context.invocation_metadata())
         name = request.name[:NAME_LENGTH_MAX] or caller.name
         with self._streams.connected(caller.token, name, 0, request.credit) as stream:
-            news = asyncio.Event()
-            stream.mailbox.on_news = news.set
-            while not stream.mailbox.is_over():
-                outgoing = stream.mailbox.take()
-                if outgoing is None:
-                    await news.wait()
-                    news.clear()
-                    continue
+            while (outgoing := await stream.mailbox.take()) is not None:
                 message = outgoing.message
                 yield device_pb2.WatchEventsResponse(
                     welcome=message.welcome if message.HasField("welcome") else None, events=message.events
