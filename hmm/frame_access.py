@@ -126,7 +126,7 @@ def require_there(mirror: IntervalMirror, addresses: Entries, pfns: Pfns, since:
     if private.any():
         there[private] = owners(space.frames, pfns[private]) == mirror.device.id
     for sent in mirror.unsettled.values():
-        given_up = sent.state is not EventState.SENT and not sent.unfinished
+        given_up = sent.state is EventState.ACKNOWLEDGED and not sent.unfinished
         if given_up and sent.event.initiator != mirror.id:
             there &= ~inside(addresses, sent.event.spans)
     if not there.all():

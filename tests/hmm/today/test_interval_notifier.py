@@ -398,6 +398,20 @@ def test_reaping_fails_when_a_driver_refuses(bench: Any) -> None:
     machine.check()
 
 
+def test_driver_uses_a_page_when_it_could_not_give_it_up_at_once(bench: Any) -> None:
+    """mn_hlist_invalidate_range_start(): a callback that may not block and fails has given up nothing."""
+    first, second = two_mirrors(bench, two_pass=(False, False))
+    bench.write(0, b"kept")
+    machine = bench.local.machine
+    where = np.array([BASE], np.uint64), cpu_pte.cpu_pfn(np.array([bench.entry(0)], np.uint64))
+    machine.start(Caller(), commands_process.process_mrelease, bench.process)
+    deliveries = machine.take_outbox()
+    machine.answer(first, deliveries[0].sequence)
+    assert error_of(machine.start(Caller(), commands_hmm.read_frames, first, *where)).errno == errno.EFAULT
+    machine.answer(second, deliveries[1].sequence, errno.EAGAIN)
+    assert machine.start(Caller(), commands_hmm.read_frames, second, *where).result[:4] == b"kept"
+
+
 def test_reaping_goes_on_when_a_driver_refuses_to_finish_what_it_has_started(bench: Any) -> None:
     """The second pass cannot fail: an error counts as done, and as a bug of the driver."""
     first, second = two_mirrors(bench, two_pass=(True, False))
