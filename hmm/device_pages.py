@@ -311,9 +311,8 @@ def _through_homes(space: AddressSpace, touched: Strangers) -> Operation[Strange
         elif (mine & remote).any():
             # Its driver is gone, and whoever discards the page has not come to it yet.
             rest &= ~(mine & remote)
-            still = space.table.lookup(touched.addresses) == touched.entries  # while other holders were waited for
-            lose(space, touched.addresses[mine & remote & still])
-    return Strangers(touched.vma, touched.addresses[rest], touched.entries[rest])
+            lose(space, touched.which(mine & remote).unchanged(space).addresses)  # other holders were waited for
+    return touched.which(rest).unchanged(space)
 
 
 def lose(space: AddressSpace, addresses: Entries) -> None:

@@ -252,9 +252,9 @@ def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Op
         for pages in strangers:
             kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
             for kind in unique(kinds).tolist():
-                of_kind = kinds == kind
-                chosen = Strangers(pages.vma, pages.addresses[of_kind], pages.entries[of_kind])
-                yield from RESOLVERS[kind](space, chosen, write)
+                chosen = pages.which(kinds == kind).unchanged(space)  # while those before them were waited for
+                if chosen.addresses.size:
+                    yield from RESOLVERS[kind](space, chosen, write)
     except SegmentationFault as fault:
         missing = _first_missing(space, np.concatenate([pages.addresses for pages in strangers]), write)
         return missing and Stop(missing.address, fault.signal)

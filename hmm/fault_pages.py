@@ -98,6 +98,14 @@ class Strangers:
     addresses: Entries
     entries: Entries
 
+    def which(self, chosen: npt.NDArray[np.bool_]) -> Strangers:
+        """Some of them; chosen: bool[n]."""
+        return Strangers(self.vma, self.addresses[chosen], self.entries[chosen])
+
+    def unchanged(self, space: AddressSpace) -> Strangers:
+        """Those that are as they were found: whoever waited looks for them again before it uses what they name."""
+        return self.which(space.table.lookup(self.addresses) == self.entries)
+
 
 @dataclass(slots=True)
 class Attempt:

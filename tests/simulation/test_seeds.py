@@ -40,6 +40,9 @@ from hmm.testing_swap import TOWNS
         ("merging", 71286),  # writes had copied all merged pages while drivers were told that they were to be copied
         ("compound", 70544),  # a child touched a page, inside the callback that its migration in the parent waited for
         ("compound", 60654),  # a child that came while pages left a device kept the entries that stood in for them
+        ("devices", 83861),  # a driver that could not give up a page at once was refused the page
+        ("swap-memory", 81729),  # a touch took pages of a device that went while others before them came back
+        ("swap-devices", 87038),  # a detach turned round and round: its process had ended with a migration under way
     ],
 )
 def test_simulate_holds_every_invariant_when_the_seed_once_broke_one(town: str, seed: int) -> None:
