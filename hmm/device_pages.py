@@ -425,10 +425,7 @@ def make_room(
                     moved += yield from subscriber.home.give_up(oldest)
         step = frames.batch_pages if frames.make_room else PIECE_PAGES
         for first in range(0, oldest.size, step):
-            part = oldest[first : first + step]
-            part = part[frames.mapcount[part] > 0]  # those that are there still
-            if part.size:
-                moved += yield from move_to_system(frames, spaces, part)
+            moved += yield from move_to_system(frames, spaces, oldest[first : first + step])
     except OutOfFramesError:
         pass  # as much as there is room for
     return moved
@@ -450,6 +447,9 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio(), which leaves it to the
     driver to find memory for a large folio.
     """
+    pfns = pfns[frames.mapcount[pfns] > 0]  # not those that have gone, or are on their way already
+    if not pfns.size:
+        return 0
     if frames.make_room:
         pfns = pfns[: frames.batch_pages]
     asked = pfns

@@ -241,7 +241,7 @@ def _take(
             ours = (entries & _WRITABLE == _WRITABLE) & (cpu_pte.cpu_pfn(entries) == pfns)
             if _is_taken_back(space, spans) or not ours.all() or cpu_pte.is_huge(entries).any():
                 return None
-            taken = np.ones(pfns.size, np.bool_)
+            taken = ~space.frames.test_flags(pfns, PageFlag.HWPOISON)  # memory_failure() has the locks of those
             taken[heads] = False
             space.table.store(addresses[taken], (entries[taken] & ~_PRESENT) | _EXCLUSIVE)
             for at, known in zip(heads, told, strict=True):

@@ -360,13 +360,15 @@ def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
 def _free_to_go(space: AddressSpace, entries: Entries) -> tuple[npt.NDArray[np.bool_], Pfns]:
     """The small pages that madvise_free_pte_range() does not pass over: bool[n]; and the frames of all, int64[n].
 
-    What is in the swap cache has other entries still; what is dirty itself stays if others map it.
+    What is in the swap cache has other entries still; what is dirty itself stays if others map it.  So does what was
+    read from swap and not written since, which has left the cache here and not in the kernel.
     """
     frames, pfns = space.frames, _framed(entries)
     chosen = pfns != ZERO_PFN
     if frames.swap is not None:
         chosen &= frames.private[pfns] == 0
-    chosen &= ~frames.test_flags(pfns, PageFlag.DIRTY) | (frames.mapcount[pfns] == 1)
+    from_swap = frames.test_flags(pfns, PageFlag.SWAPBACKED) & ~cpu_pte.is_dirty(entries)
+    chosen &= ~(frames.test_flags(pfns, PageFlag.DIRTY) | from_swap) | (frames.mapcount[pfns] == 1)
     if len(frames.regions) > 1:
         chosen &= owners(frames, pfns) == 0
     return chosen, pfns

@@ -42,6 +42,9 @@ from hmm.testing_swap import TOWNS
         ("compound", 60654),  # a child that came while pages left a device kept the entries that stood in for them
         ("devices", 83861),  # a driver that could not give up a page at once was refused the page
         ("swap-memory", 81729),  # a touch took pages of a device that went while others before them came back
+        ("devices", 2431),  # a device took a page whose contents were being lost, while a relative was told of that
+        ("swap-memory", 2439),  # a device was emptied of pages that another call was bringing back
+        ("swap", 4487),  # pages that relatives had read from swap were made to go without being written
         ("swap-devices", 87038),  # a detach turned round and round: its process had ended with a migration under way
     ],
 )
