@@ -368,6 +368,19 @@ def test_page_that_others_map_is_left_alone_when_it_is_dirty_itself() -> None:
     assert memory.use().lazy_free == 0
 
 
+def test_page_that_others_map_is_left_alone_when_it_was_read_from_swap() -> None:
+    """madvise_free_pte_range(): it is in the swap cache still, where a read fault leaves it, and another maps it."""
+    memory = Memory()
+    memory.write(span(0), 8)
+    memory.advise(span(0), Advice.PAGEOUT)
+    assert memory.read(span(0)) == [8]
+    child = memory.fork()
+    memory.advise(span(0), Advice.FREE)
+    assert memory.use().lazy_free == 0
+    memory.write(span(32, 31), 1)
+    assert memory.read(span(0)) == memory.read(span(0), child) == [8]
+
+
 NO_SWAP = Limits(frames=33, device_frames=0, directories=1 << 8)
 
 
