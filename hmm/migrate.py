@@ -175,6 +175,9 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
     wanted = are_selected(migration, pfns)
     if space.huge:
         wanted &= (whole[framed] | ~are_compound(frames, pfns)) & ~left[framed]
+    if Select.DEVICE_PRIVATE in migration.select:
+        # folio_trylock() fails for pages that another migration has: nothing else refers to one but its entries.
+        wanted &= ~cpu_pte.is_device_private(chosen) | (frames.refcount[pfns] == frames.mapcount[pfns])
     if frames.pinned:
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
         wanted &= ~(are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))

@@ -214,6 +214,37 @@ def test_touch_inside_a_callback_fails_when_others_took_along_what_stands_in_for
     machine.check()
 
 
+def test_relatives_get_their_page_back_when_both_touch_it_at_once() -> None:
+    """Only one migration has a page, or each puts back what the other took, and neither ever ends.
+
+    Source: Linux mm/migrate_device.c: folio_trylock() of migrate_vma_collect_pmd().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, parent)
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, parent, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, parent, at(0), b"page")
+    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
+    child = world.do(commands_process.fork, parent)
+    other = world.do(commands_device.register_device, "other")
+    world.do(commands_device.register_mirror, other, parent)
+    touches = [world.start(commands_process.read_memory, process, at(0), 4) for process in (parent, child)]
+    told = 0
+    while sent := world.sent():
+        for delivery in sent:
+            machine.answer(delivery.mirror_id, delivery.sequence)
+            for ready in machine.ready():
+                machine.resume(ready.id)
+        told += len(sent)
+    for ready in machine.ready():
+        machine.resume(ready.id)
+    assert told == 3  # that each wants the page; and that one gets it
+    machine.check()
+    assert [touch.done and touch.result.data for touch in touches] == [b"page", b"page"]
+
+
 def test_fork_shares_what_is_there_when_it_waited_for_memory_in_vain() -> None:
     """Pages that came back from a device meanwhile are not what they were when memory was asked for."""
     world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
