@@ -23,6 +23,9 @@ from hmm.units import SpaceId
 
 __all__ = ["AnonVma", "Family", "Forest", "first_family"]
 
+_CHILDREN_MAX = 2
+"""Nobody uses the tree of an ancestor again that has as many children."""
+
 
 class AnonVma(NamedTuple):
     """One tree.
@@ -87,10 +90,6 @@ class Forest:
             self._active.add(family.own)
             trees.update(family.trees)
         self._children.update(tree.parent for tree in trees)
-
-
-_CHILDREN_MAX = 2
-"""Nobody uses the tree of an ancestor again that has as many children."""
 
 
 def first_family(space_id: SpaceId, number: int) -> Family:
