@@ -15,9 +15,21 @@ from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.operation import Operation, Pause
 from hmm.operation_record import Caller
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
+
+
+def page_on_a_card() -> tuple[World, MirrorId]:
+    """A process whose first page of the area is in a device's memory, and the mirror that it was put there by."""
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    attached = world.do(commands_hmm.attach, card, world.pid)
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, world.pid, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, world.pid, at(0), b"page")
+    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
+    return world, attached
 
 
 def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None:
@@ -26,14 +38,8 @@ def test_migration_puts_its_page_back_when_the_range_is_being_unmapped() -> None
     A mirror that does not answer can bring it back, and there may be no migration entry then.
     Source: Linux mm/vma.c: the VMAs leave the tree first, unlink_anon_vmas() comes with free_pgtables().
     """
-    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    world, _ = page_on_a_card()
     machine, parent = world.machine, world.pid
-    card = world.do(commands_device.register_device, "card", memory_pages=8)
-    attached = world.do(commands_hmm.attach, card, parent)
-    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
-    world.do(commands_process.mmap, parent, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
-    world.do(commands_process.write_memory, parent, at(0), b"page")
-    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
     child = world.do(commands_process.fork, parent)
     other = world.do(commands_device.register_device, "other")
     for process in (parent, child):
@@ -118,16 +124,10 @@ def test_eviction_leaves_a_page_that_was_mapped_again_when_its_mirror_was_not_to
 
 def test_touch_inside_a_callback_fails_when_the_page_is_referred_to_by_who_waits_for_it() -> None:
     """An eviction holds the page and waits for the driver, which waits for the page: EDEADLK, and no turning round."""
-    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    world, attached = page_on_a_card()
     machine = world.machine
-    card = world.do(commands_device.register_device, "card", memory_pages=8)
-    attached = world.do(commands_hmm.attach, card, world.pid)
-    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
-    world.do(commands_process.mmap, world.pid, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
-    world.do(commands_process.write_memory, world.pid, at(0), b"page")
-    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
     world.do(commands_hmm.insert_notifier, attached, at(0), PAGE_SIZE)
-    evicting = world.start(commands_hmm.evict_device, card)
+    evicting = world.start(commands_hmm.evict_device, machine.receivers[attached].device.id)
     (told,) = world.sent()
     caller = Caller(name="driver", callback=(attached, told.sequence))
     reading = machine.start(caller, commands_process.read_memory, world.pid, at(0), 4)
@@ -219,14 +219,8 @@ def test_relatives_get_their_page_back_when_both_touch_it_at_once() -> None:
 
     Source: Linux mm/migrate_device.c: folio_trylock() of migrate_vma_collect_pmd().
     """
-    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    world, _ = page_on_a_card()
     machine, parent = world.machine, world.pid
-    card = world.do(commands_device.register_device, "card", memory_pages=8)
-    attached = world.do(commands_hmm.attach, card, parent)
-    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
-    world.do(commands_process.mmap, parent, at(0), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
-    world.do(commands_process.write_memory, parent, at(0), b"page")
-    world.do(commands_hmm.migrate_to_device, attached, pages(0, 1))
     child = world.do(commands_process.fork, parent)
     other = world.do(commands_device.register_device, "other")
     world.do(commands_device.register_mirror, other, parent)
