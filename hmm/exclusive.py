@@ -3,11 +3,11 @@
 The page stays where it is.  Its entry becomes one that the CPU cannot use; the first touch, by the CPU or through any
 device's fault, tells every mirror and makes the entry what it was, with the permission that its VMA now gives.
 
-**Source**: Linux mm/rmap.c (make_device_exclusive_range(), page_make_device_exclusive_one()), mm/memory.c
-(remove_device_exclusive_entry(), restore_exclusive_pte()), 6.12.
-
 Who took a page stands with its frame, which the page keeps wherever it is mapped: what a driver that is gone had to
 itself is given back.
+
+**Source**: Linux mm/rmap.c (make_device_exclusive_range(), page_make_device_exclusive_one()), mm/memory.c
+(remove_device_exclusive_entry(), restore_exclusive_pte()), 6.12.
 
 **Invariants**: only private pages that one process has to itself are held exclusively.
 
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, Signal
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.fault import RESOLVERS, bring_in
 from hmm.fault_pages import DIRTIED, Strangers
@@ -157,11 +157,12 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
         yield from bring_in(space, np.array(away, np.uint64), write=False)
     yield from split_pmds(space, huge_blocks(space, AddressRange(span.start, end)))
     stop = yield from bring_in(space, AddressRange(span.start, end), write=True, may_retry=False)
-    done = end if stop is None else stop.address
-    if done > span.start:
-        return AddressRange(span.start, done)
-    signal = stop.signal if stop is not None else Signal.SEGV_MAPERR
-    raise BadAddressError(f"exclusive access: {span.start:#x}: {signal.value if signal else 'memory ran out'}")
+    if stop is not None and stop.address == span.start:
+        where = f"exclusive access: {span.start:#x}"
+        if stop.signal is None:
+            raise OutOfFramesError(f"{where}: memory ran out", address=span.start)
+        raise BadAddressError(f"{where}: {stop.signal.value}", address=span.start)
+    return AddressRange(span.start, end if stop is None else stop.address)
 
 
 def _writable_end(space: AddressSpace, span: AddressRange) -> int:
@@ -173,7 +174,7 @@ def _writable_end(space: AddressSpace, span: AddressRange) -> int:
         if vma is None:
             error = BadAddressError(f"exclusive access: nothing is mapped at {at:#x}", address=at)
         elif not vma.writable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
-            error = AccessDeniedError(f"exclusive access: {vma} may not be written", 14, address=at)
+            error = AccessDeniedError(f"exclusive access: {vma} may not be written", errnos.EFAULT, address=at)
         if error is not None:
             if at == span.start:
                 raise error

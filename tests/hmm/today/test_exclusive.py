@@ -11,7 +11,7 @@ from machine_world import FIXED, RW, START, World, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
-from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError
+from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Event, Reason
 from hmm.inspection import holdings
 from hmm.limits import Limits
@@ -102,6 +102,16 @@ def test_take_fails_when_the_first_page_cannot_be_had(bench: Any) -> None:
         take(bench, 32)
     with pytest.raises(InvalidRequestError):
         take(bench, 0, 0)
+
+
+def test_take_fails_with_enomem_when_memory_runs_out_at_the_first_page(bench: Any) -> None:
+    """make_device_exclusive_range() returns what get_user_pages_remote() does; behind the first page it stops early."""
+    bench.call(commands_device.inject_allocation_failure, 2)
+    assert take(bench, 0, 2).size == 1
+    with pytest.raises(OutOfFramesError) as caught:
+        take(bench, 1)
+    assert (caught.value.errno, caught.value.address) == (errno.ENOMEM, bench.span(1).start)
+    assert take(bench, 1).size == 1  # the failure has been met
 
 
 def test_take_works_without_permission_to_read(bench: Any) -> None:
