@@ -33,8 +33,9 @@ from hmm.fault import RESOLVERS, bring_in
 from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
-from hmm.large_folio import are_compound, heads_of, members
+from hmm.large_folio import are_compound, heads_of, members, with_folios
 from hmm.operation import Await, Operation, WaitFor
+from hmm.populate import mark_accessed
 from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
 from hmm.spans import inside, overlap
 from hmm.units import (
@@ -58,6 +59,7 @@ from hmm.vma import VmFlag
 __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
+_KEPT = np.uint64(~(cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.DIRTY) & (1 << 64) - 1)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
 
@@ -162,7 +164,10 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
         if stop.signal is None:
             raise OutOfFramesError(f"{where}: memory ran out", address=span.start)
         raise BadAddressError(f"{where}: {stop.signal.value}", address=span.start)
-    return AddressRange(span.start, end if stop is None else stop.address)
+    got = AddressRange(span.start, end if stop is None else stop.address)
+    for vma in space.vmas.mapped_pieces(got):
+        mark_accessed(space, vma.span, write=True)
+    return got
 
 
 def _writable_end(space: AddressSpace, span: AddressRange) -> int:
@@ -244,12 +249,22 @@ def _take(
                 return None
             taken = ~space.frames.test_flags(pfns, PageFlag.HWPOISON)  # memory_failure() has the locks of those
             taken[heads] = False
-            space.table.store(addresses[taken], (entries[taken] & ~_PRESENT) | _EXCLUSIVE)
+            _set_exclusive(space, addresses[taken], entries[taken])
             for at, known in zip(heads, told, strict=True):
                 taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]), known)
             return taken
     finally:
         space.frames.put(pfns)
+
+
+def _set_exclusive(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
+    """Put exclusive entries in the place of present ones: page_make_device_exclusive_one().
+
+    That a page was written is its folio's from now on; that it was used is forgotten.
+    """
+    written = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.DIRTY))
+    space.frames.set_flags(with_folios(space.frames, written), PageFlag.DIRTY)
+    space.table.store(addresses, (entries & _KEPT) | _EXCLUSIVE)
 
 
 def _is_taken_back(space: AddressSpace, spans: tuple[AddressRange, ...]) -> bool:
@@ -298,7 +313,7 @@ def _take_folio(space: AddressSpace, page: int, head: Pfn, told: list[_Told]) ->
             now[int(before.argmax()) :] = False
         known = tuple(sorted(span for number, span in told if number == place.space.id))
         now &= inside(place.addresses, known) if known else False
-        place.space.table.store(place.addresses[now], (entries[now] & ~_PRESENT) | _EXCLUSIVE)
+        _set_exclusive(place.space, place.addresses[now], entries[now])
         taken += int(np.count_nonzero(before | now))
     return taken == int(frames.mapcount[members(frames, head)].sum())
 

@@ -19,6 +19,7 @@ from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller
 from hmm.semantics import LINUX_7
+from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -40,6 +41,19 @@ def test_take_faults_in_and_leaves_exclusive_entries(bench: Any) -> None:
     assert bench.heard.reasons == [Reason.EXCLUSIVE]
     assert bench.heard.events[0].owner == 0
     bench.local.machine.check()
+
+
+def test_take_uses_the_page_and_leaves_it_dirty(bench: Any) -> None:
+    """FOLL_TOUCH refers to it, pte_dirty() becomes the folio's; who has it back has an old entry: pte_mkold()."""
+    space = bench.local.machine.processes[bench.process].space
+    vma = space.vmas.find(bench.span(0).start)
+    assert vma is not None
+    take(bench, 0, 2)
+    use = memory_use(space, vma)
+    assert (use.shared_dirty, use.shared_clean, use.referenced) == (2 * PAGE_SIZE, 0, 2 * PAGE_SIZE)
+    bench.call(commands_hmm.give_back_exclusive, bench.mirror)
+    assert memory_use(space, vma).private_dirty == 2 * PAGE_SIZE
+    assert not bench.entry(0) & cpu_pte.ACCESSED
 
 
 def test_touch_revokes_when_the_cpu_reads(bench: Any) -> None:
