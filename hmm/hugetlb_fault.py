@@ -37,11 +37,17 @@ _PRIVATE_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE
 def fault_hugetlb(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> None:
     """Handle faults on a part of a VMA of hugetlb memory; pages to be copied wait in `attempt.copies`.
 
+    Where the pool has no page it stops with SIGBUS, and as out of memory where there is no directory for one.
+
     Cost: O(huge pages).
     """
     for start in blocks_of(target):
         entry = attempt.space.table.get(start)
-        done = _install(attempt, vma, start) if not entry else _touch(attempt, vma, start, entry)
+        try:
+            done = _install(attempt, vma, start) if not entry else _touch(attempt, vma, start, entry)
+        except OutOfFramesError:
+            attempt.stop = Stop(max(start, _first(target)), None)
+            return
         if not done:
             attempt.stop = Stop(max(start, _first(target)), Signal.BUS_ADRERR)
             return
@@ -61,19 +67,16 @@ def _number(vma: Vma, start: Address) -> int:
     return vma.page_offset(start) >> (PMD_SHIFT - PAGE_SHIFT)
 
 
-def _map(space: AddressSpace, start: Address, pfns: Pfns, flags: int) -> bool:
-    try:
-        space.table.fill(start, start + PMD_SIZE, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
-    except OutOfFramesError:
-        return False
+def _map(space: AddressSpace, start: Address, pfns: Pfns, flags: int) -> None:
+    space.table.fill(start, start + PMD_SIZE, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
     space.frames.map(pfns)
     space.huge = True
-    return True
 
 
 def _install(attempt: Attempt, vma: Vma, start: Address) -> bool:
-    """hugetlb_no_page()."""
+    """huge_pte_alloc(), hugetlb_no_page()."""
     space, file = attempt.space, _file(vma)
+    space.table.require(start, start + PMD_SIZE)  # before a page is taken, and with it a reservation
     if vma.shared:
         pfns = _cached(space, file, _number(vma, start))
         flags = READ_ONLY | (cpu_pte.WRITE if vma.writable else 0)
@@ -82,8 +85,9 @@ def _install(attempt: Attempt, vma: Vma, start: Address) -> bool:
         prepare_anon_vma(space, vma)
         pfns = file.take(space, _number(vma, start), _PRIVATE_PAGE)
         flags = WRITTEN if attempt.write else READ_ONLY
-    if pfns is None or not _map(space, start, pfns, flags):
+    if pfns is None:
         return False
+    _map(space, start, pfns, flags)
     if not vma.shared:
         space.claim(pfns, start)
     return True
@@ -139,13 +143,13 @@ def _copy(attempt: Attempt, vma: Vma, start: Address) -> bool:
 def copy_pinned_pages(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries) -> None:
     """The child gets copies of pages that devices use of the parent's: copy_hugetlb_page_range().
 
-    Raises: OutOfFramesError: the pool has no page (ENOMEM).
+    Raises: OutOfFramesError: the pool has no page, or there is no directory for one (ENOMEM).
     """
     for start in blocks_of(addresses):
+        child.table.require(start, start + PMD_SIZE)
         pfns = _file(vma).take(child, _number(vma, start), _PRIVATE_PAGE)
         if pfns is None:
             raise OutOfFramesError(f"fork: no huge page is free for a copy of the one at {start:#x}", address=start)
         parent.frames.copy(pfns, cpu_pte.cpu_pfn(parent.table.read(start, start + PMD_SIZE)))
-        if not _map(child, start, pfns, WRITTEN if vma.has(VmFlag.WRITE) else READ_ONLY):
-            raise OutOfFramesError(f"fork: no directory for {start:#x}", address=start)
+        _map(child, start, pfns, WRITTEN if vma.has(VmFlag.WRITE) else READ_ONLY)
         child.claim(pfns, start)

@@ -8,7 +8,8 @@ are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
                              populated parts holds
                              read valid common either        done here, at the speed of memory
-                             fill clear zap apply_mask update
+                             require fill clear zap
+                             apply_mask update
     scattered pages          lookup store clear_many
     one page                 get set
     several tables at once   cursor
@@ -309,6 +310,18 @@ class PageTable:
         if page >> DIRECTORY_SHIFT == stop - 1 >> DIRECTORY_SHIFT and not self._tree.leaf(page):
             return False
         return self._next_populated(page, stop, DIRECTORY_ENTRIES) < stop
+
+    def require(self, start: Address, end: Address) -> None:
+        """Check that there are directories for entries in all of a range, for who has to know before he has them.
+
+        Raises:
+            OutOfFramesError: too few are left (ENOMEM).
+
+        Cost: O(directories of the range).
+        """
+        page, stop = self._pages(start, end)
+        if page < stop:
+            self._tree.require_range(page, stop)
 
     def fill(self, start: Address, end: Address, entries: int | Entries) -> None:
         """Store an entry in every page of a range.

@@ -266,6 +266,18 @@ class TestDirectories:
         table.check()
         assert table.directories == 1
 
+    def test_require_says_before_anything_is_stored_whether_it_can_be(self) -> None:
+        """Directories that are there already are not asked for again; nothing is allocated."""
+        table = PageTable(LAST, max_directories=5)
+        table.set(0, 1)
+        table.require(0, 2 * LEAF)
+        assert table.directories == 4
+        with pytest.raises(OutOfFramesError):
+            table.require(0, 3 * LEAF)
+        table.require(3 * LEAF, 3 * LEAF)
+        table.fill(0, 2 * LEAF, 1)
+        table.check()
+
     def test_table_is_freed_without_a_collection(self) -> None:
         """Nothing refers back to the table: its memory goes with the last reference, views or not."""
         gc.disable()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
-from hmm.errors import HmmError, Signal
+from hmm.errors import HmmError, OutOfFramesError, Signal
 from hmm.events import Cause
 from hmm.limits import Limits
 from hmm.local import Local
@@ -257,3 +257,19 @@ def test_mapping_over_reserved_pages_uses_their_reservations(bench: Any) -> None
     assert free(bench) == (4, 3)
     (vma,) = bench.local.machine.process(bench.process).space.vmas
     assert vma.npages == 3 * BLOCK
+
+
+def test_fault_fails_with_enomem_and_keeps_the_reservation_when_directories_run_out() -> None:
+    """hugetlb_fault(): huge_pte_alloc() comes first, and its failure is VM_FAULT_OOM and not SIGBUS."""
+    local = Local(Machine(Limits(frames=4 * BLOCK, hugetlb_pages=2, directories=5)))
+    process = local.call(commands_process.create_process, "p")
+    starts = [1 << 32, 1 << 40]  # below one directory of the root each
+    for start in starts:
+        local.call(commands_process.mmap, process, start, PMD_SIZE, RW, PRIVATE)
+    local.call(commands_process.write_memory, process, starts[0], b"x")
+    with pytest.raises(OutOfFramesError) as caught:
+        local.call(commands_process.write_memory, process, starts[1], b"x")
+    assert (caught.value.errno, caught.value.address) == (errno.ENOMEM, starts[1])
+    pool = local.machine.hugetlb
+    assert (pool.free, pool.reserved) == (1, 1)
+    local.machine.check()
