@@ -62,11 +62,10 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-UNMIRRORABLE = VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP
-_UNMIRRORABLE, _READ, _WRITE = int(UNMIRRORABLE), int(VmFlag.READ), int(VmFlag.WRITE)
+_UNMIRRORABLE = int(VmFlag.IO | VmFlag.PFNMAP | VmFlag.MIXEDMAP)
+_READ, _WRITE = int(VmFlag.READ), int(VmFlag.WRITE)
 SCATTERED = 8
 """From this many gaps on, pages are handled together as an array of addresses, else range by range."""
-
 
 _PAGE_SIZE = np.uint64(PAGE_SIZE)
 _PFN_MASK = ((1 << 64) - 1) & ~(PAGE_SIZE - 1)
@@ -358,7 +357,7 @@ def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) ->
     """The VMA that a fault at `start` is for: hmm_mirror_fault(), with its tests in their order.
 
     Raises:
-        BadAddressError: nothing is mapped there, or a device's or hugetlb memory (EFAULT).
+        BadAddressError: nothing is mapped there, or what a driver maps of its own (EFAULT).
         AccessDeniedError: it does not permit the access (EACCES).
     """
     vma = space.vmas.find_next(start)
@@ -372,7 +371,7 @@ def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) ->
         )
     flags = vma.mapping.flags._value_
     if flags & _UNMIRRORABLE:
-        raise BadAddressError(f"fault: {vma} maps a device or hugetlb memory, which is not mirrored", address=start)
+        raise BadAddressError(f"fault: {vma} maps a device file, which is not mirrored", address=start)
     if not flags & _READ:
         raise AccessDeniedError(f"fault: {vma} is not readable", errnos.EACCES, address=start)
     if write and not flags & _WRITE:

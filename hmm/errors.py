@@ -3,7 +3,7 @@
     HmmError
     ├── InvalidRequestError   fix the call                       EINVAL EOVERFLOW EOPNOTSUPP
     ├── BadAddressError       map something there first          EFAULT ENOENT ENOMEM
-    │   └── SegmentationFault a CPU access that gets a signal    SEGV_MAPERR SEGV_ACCERR BUS_ADRERR
+    │   └── SegmentationFault a CPU access that gets a signal    EFAULT, and a `Signal`
     ├── AccessDeniedError     ask for less                       EPERM EACCES
     ├── RangeBusyError        read the sequence again, retry     EBUSY EAGAIN
     ├── WouldDeadlockError    leave the callback first           EDEADLK
@@ -109,7 +109,7 @@ class BadAddressError(HmmError):
 
 
 class Signal(Enum):
-    """Why a CPU access got a signal, by the kernel's si_code names."""
+    """Why a CPU access got a signal, by the kernel's si_code names; BUS_POISON stands for BUS_MCEERR_AR."""
 
     SEGV_MAPERR = "SEGV_MAPERR"
     SEGV_ACCERR = "SEGV_ACCERR"

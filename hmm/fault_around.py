@@ -58,8 +58,7 @@ def map_around(space: AddressSpace, vma: Vma, file: File, addresses: Entries, fl
 
 
 def _window_pages(space: AddressSpace, vma: Vma, file: File, pages: _Pages) -> _Pages:
-    # Windows begin at multiples of their size, except that the first one of a VMA begins with the VMA and
-    # keeps its
+    # Windows begin at multiples of their size, except that the first one of a VMA begins with the VMA and keeps its
     # size: so it may reach into the second.  What it maps there does not fault any more.
     size, first = space.fault_around_pages, vma.start >> PAGE_SHIFT
     if first & (size - 1) and int(pages[0]) < (first | (size - 1)) + 1:

@@ -276,7 +276,6 @@ def read(file: File, start: int, length: int) -> Operation[bytes]:
 
     Raises:
         InvalidRequestError: a negative offset or length, or a device file, which cannot be read (EINVAL).
-
         OutOfFramesError: not one page could be brought in from swap (ENOMEM).
         BadAddressError: the first page is in memory that lost its contents (EIO).
 

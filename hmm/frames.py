@@ -508,8 +508,7 @@ class Frames(FrameContents):
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
 
         Args:
-            mapping: id of the file, or of the anon_vma (with PageFlag.ANON).
-            index: int64[n], page offsets.
+            mapping, index: as the attributes; index: int64[n].
 
         Cost: 2 ns per page for consecutive frames.
         """

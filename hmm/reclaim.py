@@ -126,7 +126,7 @@ class _Look:
 
 @dataclass(slots=True, eq=False)
 class Reclaim:
-    """Reclaim of one machine's system memory, which has a swap area.
+    """Reclaim of one machine's system memory: to its swap area, or where it has none of what was freed lazily.
 
     Args:
         spaces, files: all that there are, by id.

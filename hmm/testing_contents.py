@@ -100,7 +100,7 @@ _HARMLESS = frozenset(
 _ENDING = frozenset({"exit_process", "exec_process", "process_mrelease"})
 """Calls that end private memory, and leave that of files alone."""
 _DROPPING = frozenset({Advice.DONTNEED, Advice.FREE, Advice.REMOVE, Advice.DONTNEED_LOCKED, Advice.HWPOISON})
-"""Advice that does not."""
+"""Advice that throws contents away."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What devices of 2015 wrote: that it is noted of the page before the entry is gone in which it was recorded.
 
-**Source**: linux-mm, `hmm_mirror_update_pt()`; invariant 12 of the project.
+**Source**: linux-mm, `hmm_mirror_update_pt()`; invariant 11 of the project.
 
 **Invariants**: a page of which a mirror's entry was dirty is dirty when that entry is gone or clean, unless the page is
 another one now, or this was to make it clean.

@@ -74,8 +74,8 @@ class Filled:
     """What UFFDIO_COPY or UFFDIO_ZEROPAGE has done.
 
     Attributes:
-        done: bytes from the start of the range on that are filled; the kernel's `copy` or `zeropage`, except that this
-            has the error there, negative, when it is none.
+        done: bytes from the start of the range on that are filled: the kernel's `copy` or `zeropage`, which is the
+            negative error when there are none.
         error: why it is not all of the range: what the first page failed with, or EAGAIN when others were filled.
     """
 
