@@ -57,8 +57,7 @@ from hmm.units import (
     Address,
     AddressRange,
     Entries,
-    Pfns,
-    spans_of_pages,
+    spans_of,
 )
 from hmm.vma import Vma, VmFlag
 
@@ -106,7 +105,7 @@ class _Pages:
         """The same as ranges."""
         if self.ranges is None:
             target = self.target
-            self.ranges = (target,) if isinstance(target, AddressRange) else spans_of_pages(_numbers(target))
+            self.ranges = (target,) if isinstance(target, AddressRange) else spans_of(target)
         return self.ranges
 
     @property
@@ -158,10 +157,6 @@ class _Pages:
         if breaks < SCATTERED:
             return chain.from_iterable(map(pieces, self.spans))
         return pieces(self.target)
-
-
-def _numbers(addresses: Entries) -> Pfns:
-    return (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
 
 
 def fault_range(

@@ -54,7 +54,6 @@ from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import (
-    PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_PAGES,
     PMD_MASK,
@@ -67,7 +66,7 @@ from hmm.units import (
     MirrorId,
     Pfns,
     SpaceId,
-    spans_of_pages,
+    spans_of,
 )
 from hmm.vma import Backing
 from hmm.zone_device import are_remote, failing_copies, owners, used_frames
@@ -348,7 +347,7 @@ def _copy_event(migration: Migration, addresses: Entries) -> Event:
         etype=EventType.COPY_FROM_DEVICE,
         reason=None,
         cause=Cause.MIGRATE_TO_SYSTEM,
-        spans=spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)),
+        spans=spans_of(addresses),
         owner=migration.owner,
         initiator=migration.initiator,
     )

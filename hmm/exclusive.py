@@ -52,6 +52,7 @@ from hmm.units import (
     Pfns,
     SpaceId,
     is_page_aligned,
+    spans_of,
     spans_of_pages,
 )
 from hmm.vma import VmFlag
@@ -337,7 +338,7 @@ def _tell_before(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, 
             concerned = place.addresses[place.space.may_map(pfns[low:high][place.pages])]
             if not concerned.size:
                 continue
-            spans = spans_of_pages((concerned >> np.uint64(PAGE_SHIFT)).view(np.int64))
+            spans = spans_of(concerned)
             notifier = place.space.notifier
             with notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator) as bracket:
                 yield from bracket.deliver()
@@ -345,7 +346,7 @@ def _tell_before(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, 
 
 def _revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
     """The CPU gets pages back: remove_device_exclusive_entry()."""
-    spans = spans_of_pages((touched.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    spans = spans_of(touched.addresses)
     with space.notifier.invalidation(spans, Cause.EXCLUSIVE) as bracket:
         yield from bracket.deliver()
         entries = space.table.lookup(touched.addresses)

@@ -40,7 +40,6 @@ from hmm.operation import Operation, Pause
 from hmm.stack import expand_stack, stack_above
 from hmm.swap import some_room
 from hmm.units import (
-    PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_BYTES,
     PIECE_PAGES,
@@ -48,7 +47,7 @@ from hmm.units import (
     Address,
     AddressRange,
     Entries,
-    spans_of_pages,
+    spans_of,
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
@@ -235,7 +234,7 @@ def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt
 def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
     if isinstance(target, AddressRange):
         return (target,)
-    return spans_of_pages((target >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    return spans_of(target)
 
 
 def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[AddressRange, ...]:

@@ -18,7 +18,7 @@ from hmm.address_space import AddressSpace
 from hmm.ascending import among
 from hmm.file import File
 from hmm.frames import PageFlag
-from hmm.units import PAGE_SHIFT, PMD_PAGES, Entries
+from hmm.units import PAGE_SHIFT, PMD_PAGES, Entries, page_numbers
 from hmm.vma import Vma
 
 __all__ = ["map_around"]
@@ -40,7 +40,7 @@ def map_around(space: AddressSpace, vma: Vma, file: File, addresses: Entries, fl
     Cost: O(n * fault_around_pages), vectorised.
     """
     shift = vma.mapping.delta
-    pages = (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
+    pages = page_numbers(addresses)
     candidates = _window_pages(space, vma, file, pages)
     offsets = (candidates + shift) << PAGE_SHIFT
     candidates = candidates[(offsets >= 0) & (offsets < file.size_bytes)]

@@ -47,6 +47,7 @@ from hmm.units import (
     Pfns,
     SpaceId,
     page_down,
+    page_numbers,
     page_up,
 )
 from hmm.vma import Vma, VmFlag
@@ -198,7 +199,7 @@ class File:
         except OutOfFramesError:
             self.frames.put(pfns)
             raise
-        self.frames.belong(pfns, self.id, (missing >> np.uint64(PAGE_SHIFT)).view(np.int64), PageFlag.SWAPBACKED)
+        self.frames.belong(pfns, self.id, page_numbers(missing), PageFlag.SWAPBACKED)
         self._swap_in(pfns, before)
         entries[absent] = fresh
         return cpu_pte.cpu_pfn(entries)

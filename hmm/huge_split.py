@@ -31,7 +31,6 @@ from hmm.large_folio import are_compound, can_split, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, in_walk_order
 from hmm.units import (
-    PAGE_SHIFT,
     PMD_MASK,
     PMD_PAGES,
     PMD_SIZE,
@@ -41,6 +40,7 @@ from hmm.units import (
     Entries,
     Pfn,
     Pfns,
+    page_numbers,
     spans_of_pages,
 )
 from hmm.vma import Vma, VmFlag
@@ -222,7 +222,7 @@ def _concerned(places: list[Places]) -> list[tuple[AddressSpace, tuple[AddressRa
     """Whom try_to_migrate() tells of what: every VMA where the folio could be, and the block that its start lies in."""
     told: dict[int, tuple[AddressSpace, list[Pfns]]] = {}
     for place in places:
-        pages = (place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
+        pages = page_numbers(place.addresses)
         block = np.arange(PMD_PAGES) + (int(pages[0]) & -PMD_PAGES)
         told.setdefault(place.space.id, (place.space, []))[1].extend((pages, block))
     return [(one, spans_of_pages(unique(np.concatenate(parts)))) for one, parts in told.values()]

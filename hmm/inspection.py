@@ -26,7 +26,15 @@ from hmm.machine import Machine
 from hmm.operation import Await, Deliver, Pause
 from hmm.operation_record import OperationRecord
 from hmm.page_table import PageTable
-from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId, SpaceId, spans_of_pages
+from hmm.units import (
+    WHOLE_SPACE,
+    Address,
+    AddressRange,
+    MirrorId,
+    ProcessId,
+    SpaceId,
+    spans_of,
+)
 from hmm.userfaultfd import Userfault, Userfaultfd
 
 
@@ -109,7 +117,7 @@ def holdings(machine: Machine) -> list[Holding]:
     for mirror in machine.receivers.values():
         if isinstance(mirror, IntervalMirror) and mirror.counters[EXCLUSIVE_PAGES] and mirror.space.users:
             held = held_exclusively(mirror.space, mirror.id)
-            spans = spans_of_pages((held >> np.uint64(PAGE_SHIFT)).view(np.int64))
+            spans = spans_of(held)
             if spans:
                 found.append(Holding(mirror.owner, mirror.id, 0, mirror.space.id, spans, held.size))
     found += [

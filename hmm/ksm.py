@@ -44,7 +44,7 @@ from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places
-from hmm.units import PAGE_SHIFT, PMD_PAGES, TASK_SIZE, Entries, Pfns, SpaceId, spans_of_pages
+from hmm.units import PMD_PAGES, TASK_SIZE, Entries, Pfns, SpaceId, spans_of
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["Ksm", "KsmPass", "unmerge"]
@@ -212,9 +212,8 @@ class Ksm:
             for pages, targets in plan:
                 if not targets.size:
                     continue
-                numbers = (pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
                 notifier = pages.space.notifier
-                bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(numbers), Cause.KSM))
+                bracket = brackets.enter_context(notifier.invalidation(spans_of(pages.addresses), Cause.KSM))
                 try:
                     yield from bracket.deliver()
                 except (TimedOutError, WouldDeadlockError):
@@ -405,8 +404,7 @@ def unmerge(space: AddressSpace, piece: Vma) -> Operation[None]:
         while (pages := _merged_pages(space, part.start, part.end)).pfns.size:
             if frames.available < pages.pfns.size and frames.make_room:
                 yield from frames.make_room(pages.pfns.size)
-            numbers = (pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64)
-            with space.notifier.invalidation(spans_of_pages(numbers), Cause.COPY_ON_WRITE) as bracket:
+            with space.notifier.invalidation(spans_of(pages.addresses), Cause.COPY_ON_WRITE) as bracket:
                 yield from bracket.deliver()
                 now = space.table.lookup(pages.addresses)
                 pages = pages.of(now == pages.entries)

@@ -49,7 +49,7 @@ from hmm.migration_entries import HeldPages, replace, unmap_everywhere
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
@@ -188,7 +188,7 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
         pfns: int64[n], unique.
     """
     frames = space.frames
-    indices = (addresses >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
+    indices = page_numbers(addresses) + vma.mapping.delta
     anonymous, root = frames.test_flags(pfns, PageFlag.ANON), space.anon_vma_root(vma.anon_vma)
 
     def places() -> Iterator[Places]:

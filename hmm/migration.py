@@ -26,14 +26,14 @@ from hmm.address_space import AddressSpace
 from hmm.events import Cause
 from hmm.migration_entries import range_of
 from hmm.units import (
-    PAGE_SHIFT,
     PMD_MASK,
     AddressRange,
     DeviceId,
     Entries,
     MirrorId,
     Pfns,
-    spans_of_pages,
+    page_numbers,
+    spans_of,
 )
 from hmm.vma import Vma
 
@@ -167,11 +167,11 @@ class Migration:
         span = range_of(self.addresses)
         if span is not None:
             return (span,)
-        return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+        return spans_of(self.addresses)
 
     def indices(self, which: Selection) -> Pfns:
         """int64[n]: page->index of pages of this VMA."""
-        return (self.addresses[which] >> np.uint64(PAGE_SHIFT)).view(np.int64) + self.vma.mapping.delta
+        return page_numbers(self.addresses[which]) + self.vma.mapping.delta
 
     @property
     def still_there(self) -> bool:

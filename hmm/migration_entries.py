@@ -30,7 +30,7 @@ from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.rmap import Places, in_walk_order
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, spans_of_pages
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, page_numbers, spans_of, spans_of_pages
 from hmm.zone_device import are_private, sole_region
 
 __all__ = [
@@ -148,14 +148,14 @@ def unmap_everywhere(
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
     for space, parts in told.values():
-        pages = unique((np.concatenate(parts) >> np.uint64(PAGE_SHIFT)).view(np.int64))
+        pages = unique(page_numbers(np.concatenate(parts)))
         notifier = space.notifier
         bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(pages), cause, certain=certain))
         yield from bracket.deliver()
         for place in [place for place in held.places() if place.space is space]:
             entries = space.table.lookup(place.addresses)
             naming = _names(entries, held.pfns[place.pages])
-            naming &= among((place.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64), pages)
+            naming &= among(page_numbers(place.addresses), pages)
             stand_in(space, place.addresses[naming], entries[naming])
             frames.put(held.pfns[place.pages][naming])
     return bool(told)
@@ -249,7 +249,7 @@ def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
         addresses: uint64[n], ascending.  Where fork copied entries they are the same in the relative; where mremap
             moved them they are not, and any migration may be the one.
     """
-    spans = spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    spans = spans_of(addresses)
     notifiers = [space.relatives[number].notifier for number in sorted(space.relatives)]
     for notifier in notifiers:
         busy = Await(WaitFor.INVALIDATIONS, notifier.space_id, spans)
@@ -266,7 +266,7 @@ def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
 def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
     # migration_entry_wait(): the range is busy until the migration has ended; where fork or mremap took an entry, the
     # one that it was in.
-    spans = spans_of_pages((pages.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+    spans = spans_of(pages.addresses)
     if space.notifier.copies_overlap(spans):
         yield Await(WaitFor.COPIES, space.id, spans)
     elif space.notifier.invalidations_overlap(spans):

@@ -36,7 +36,7 @@ from hmm.notifier import FILLED_SHIFT, filled_blocks
 from hmm.page_table import PageTable
 from hmm.receiver import DeadlinePolicy, MirrorState, Receiver
 from hmm.spans import Spans, inside
-from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, Pfn, Pfns
+from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, Pfn, Pfns, page_numbers
 from hmm.violation import ViolationKind
 
 _NOTHING = np.empty(0, np.uint64)
@@ -236,7 +236,7 @@ class Mirror(Receiver):
         pfns = pte.pte_pfn(entries)
         if self.home is not None:
             own = pte.pte_test_valid_dev(entries)
-            pfns[own] = (pte.pte_dev_addr(entries[own]) >> np.uint64(PAGE_SHIFT)).view(np.int64) + self._first_pfn
+            pfns[own] = page_numbers(pte.pte_dev_addr(entries[own])) + self._first_pfn
         if self.domain:
             dma = pte.pte_test_valid_dma(entries)
             if dma.any():

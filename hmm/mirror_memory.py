@@ -48,10 +48,10 @@ from hmm.migration_entries import stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.swap import some_room
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, AddressRange, Entries, Pfns, spans_of_pages
+from hmm.units import PAGE_SIZE, PIECE_PAGES, AddressRange, Entries, Pfns, spans_of
 from hmm.zone_device import failing_copies, forget_holder
 
-__all__ = ["COPY_PAGES", "Copy", "MirrorMemory", "spans_of"]
+__all__ = ["COPY_PAGES", "Copy", "MirrorMemory"]
 
 COPY_PAGES = 512
 """Pages of one event that a driver carries: as many as a page has room for entries, as posted."""
@@ -426,8 +426,3 @@ class MirrorMemory:
 
 
 _CAUSES = {EventType.COPY_TO_DEVICE: Cause.MIGRATE_TO_DEVICE, EventType.COPY_FROM_DEVICE: Cause.MIGRATE_TO_SYSTEM}
-
-
-def spans_of(addresses: Entries) -> tuple[AddressRange, ...]:
-    """Ascending page addresses as ranges."""
-    return spans_of_pages((addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))

@@ -54,7 +54,7 @@ from hmm.migration_entries import stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.mirror_memory import COPY_PAGES, MirrorMemory
 from hmm.operation import Await, Operation, WaitFor
-from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned
+from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned, page_numbers
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 
 __all__ = ["MIGRATE_PAGES_MAX", "MakeRoom", "Moved", "migrate_range"]
@@ -329,7 +329,7 @@ def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> 
     mirror, space, frames = memory.mirror, memory.mirror.space, memory.mirror.space.frames
     homes, pfns = locked.targets[moved], locked.pfns[moved]
     frames.flags[homes] = np.uint16(ANON_PAGE) | (frames.flags[pfns] & np.uint16(PageFlag.DIRTY))
-    frames.index[homes] = (locked.addresses[moved] >> np.uint64(PAGE_SHIFT)).view(np.int64) + vma.mapping.delta
+    frames.index[homes] = page_numbers(locked.addresses[moved]) + vma.mapping.delta
     frames.zone_device_data[homes] = mirror.id if mirror.state is MirrorState.LIVE else 0
     space.claim(homes, vma.start)
     frames.map_new(homes)

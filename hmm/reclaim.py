@@ -63,7 +63,7 @@ from hmm.units import (
     MirrorId,
     Pfns,
     SpaceId,
-    spans_of_pages,
+    spans_of,
 )
 from hmm.vma import VmFlag
 
@@ -106,7 +106,7 @@ class _Mapped:
     @property
     def spans(self) -> tuple[AddressRange, ...]:
         """Where they are."""
-        return spans_of_pages((self.addresses >> np.uint64(PAGE_SHIFT)).view(np.int64))
+        return spans_of(self.addresses)
 
 
 @dataclass(slots=True)

@@ -107,13 +107,25 @@ class AddressRange:
 _set_start, _set_end = (vars(AddressRange)[name].__set__ for name in AddressRange.__slots__)
 
 WHOLE_SPACE = AddressRange(0, TASK_SIZE)
+_TO_PAGE = np.array(PAGE_SHIFT, np.uint64)  # numpy takes an array without dimensions twice as fast as an int
+
+
+def page_numbers(addresses: Entries) -> Pfns:
+    """int64[n]: the numbers (address >> PAGE_SHIFT) of the pages that hold addresses, uint64[n]."""
+    numbers: Pfns = (addresses >> _TO_PAGE).view(np.int64)
+    return numbers
+
+
+def spans_of(addresses: Entries) -> tuple[AddressRange, ...]:
+    """The pages at addresses, uint64[n] ascending and unique, as ranges.  Cost: as `spans_of_pages`."""
+    return spans_of_pages(page_numbers(addresses))
 
 
 def spans_of_pages(pages: Pfns) -> tuple[AddressRange, ...]:
     """Runs of consecutive pages as ranges.
 
     Args:
-        pages: int64[n], page numbers (address >> PAGE_SHIFT), ascending and unique.
+        pages: int64[n], page numbers, ascending and unique.
 
     Cost: O(n) vectorised, plus one Python object per run.
     """
