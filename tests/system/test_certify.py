@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,14 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from hmm.units import PAGE_SIZE
 from hmm_client.certify import RULES, Certificate, certify, driver_process
+from hmm_client.certify import stage as stages
 from hmm_client.certify.adversities import ADVERSITIES
+from hmm_client.certify.adversity import Adversity, Run
+from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, draw, shortest
+from hmm_client.harness import HoldPoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,6 +31,8 @@ DEADLINE_S = 0.5
 """Enough for drivers that answer at once, and short for the one that never does."""
 ANSWER_S = 2.0
 """As long as it takes to say that a driver does not answer its orders."""
+LIMIT_S = 2.0
+"""For trials that do not end."""
 TIMEOUT_S = 120.0
 
 
@@ -112,6 +121,74 @@ async def test_driver_that_keeps_pages_of_its_memory_is_found_out() -> None:
     assert broken(certificate) == {"use-after-invalidation"}, certificate.trials
 
 
+@pytest.mark.parametrize(
+    ("kind", "adversities", "rule", "detail"),
+    [
+        ("mirrors-nobody", ("plain",), "access-failed", r"it does not mirror .*the device has no context left"),
+        ("unanswered-under-block", ("discard",), "unanswered", r"has not answered MIGRATE .* no deadline"),
+        ("unanswered-under-fail", ("discard",), "unanswered", r"ETIMEDOUT: madvise dontneed: mirror \d+ did not"),
+    ],
+)
+async def test_driver_is_told_what_it_did_when_it_does_not_take_part(
+    kind: str, adversities: Sequence[str], rule: str, detail: str
+) -> None:
+    """One finding a trial, in the driver's own words where it has any, and the next trial has a driver again."""
+    certificate = await certify(
+        wrong(kind), adversities=adversities, deadline_s=DEADLINE_S, answer_s=ANSWER_S, limit_s=2 * ANSWER_S
+    )
+    assert broken(certificate) == {rule}, certificate.trials
+    for trial in certificate.trials[:-1]:
+        (finding,) = trial.findings
+        assert re.search(detail, finding.detail, re.DOTALL), finding.detail
+
+
+async def wait_for_a_hold(stage: Stage) -> None:
+    """A call that does not end, of a daemon that has something to say about it."""
+    process = await stage.process()
+    span = await stage.region(process, 1)
+    async with stage.harness.hold(HoldPoint.BEFORE_EDIT, "munmap", process=process, lease_s=TIMEOUT_S):
+        await process.munmap(span.start, PAGE_SIZE)
+
+
+def daemon_of(stage: Stage) -> int:
+    """The process id of a trial's daemon."""
+    socket = f"--socket={stage.client.channel.target.removeprefix('unix:')}".encode()
+    (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if socket in path.read_bytes())
+    return pid
+
+
+async def stop_the_daemon(stage: Stage) -> None:
+    """A daemon that does nothing any more."""
+    process = await stage.process()
+    os.kill(daemon_of(stage), signal.SIGSTOP)
+    await process.mmap(PAGE_SIZE)
+
+
+async def kill_the_daemon(stage: Stage) -> None:
+    """A daemon that is gone."""
+    process = await stage.process()
+    os.kill(daemon_of(stage), signal.SIGKILL)
+    await process.mmap(PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("run", "detail"),
+    [
+        (wait_for_a_hold, r"^still under way after 2 s\nmunmap \d+ of process \d+ by certify under way for .* held by"),
+        (stop_the_daemon, r"^still under way after 2 s\nhmmd does not say what is pending: .* within 0\.5 s$"),
+        (kill_the_daemon, r"^hmmd ended in the middle of it, with exit code -9$"),
+    ],
+)
+async def test_trial_is_broken_off_when_it_cannot_end(monkeypatch: pytest.MonkeyPatch, run: Run, detail: str) -> None:
+    """It is said what it waits for, the driver is not blamed, and the next trial has a new daemon and driver."""
+    monkeypatch.setitem(ADVERSITIES, "endless", Adversity("endless", "a trial that cannot end", run))
+    monkeypatch.setattr(stages, "SAYS_S", 0.5)
+    certificate = await certify(ours("dummy"), adversities=("plain", "endless", "munmap"), limit_s=LIMIT_S)
+    assert [trial.name for trial in certificate.trials if trial.findings] == ["endless"]
+    (finding,) = certificate.broken["unfinished"].findings
+    assert re.search(detail, finding.detail, re.DOTALL), finding.detail
+
+
 async def test_storm_finds_a_wrong_driver_and_the_shortest_way_to_show_it() -> None:
     """A seed alone finds it, and most of its steps are left out in the end."""
     certificate = await certify(wrong("write-after-fork"), adversities=(), seeds=range(3), deadline_s=DEADLINE_S)
@@ -197,6 +274,51 @@ async def test_driver_is_told_what_it_printed_when_it_does_not_say_that_it_is_re
     script = f"import sys; print({prints}, flush=True); sys.stdin.read()" if prints else "input()"
     with pytest.raises(driver_process.DriverSilentError, match=f"^{re.escape(message)}$"):
         await driver_process.DriverProcess.start([sys.executable, "-c", script], "/nowhere")
+
+
+ECHO = """
+import json, sys
+print('{"ready": {}}', flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    answer = json.dumps({"id": order["id"], "result": {"data": "aG1tZA=="}})
+    print(%s, flush=True)
+"""
+"""A driver that answers everything with the same bytes, and may print other things."""
+
+
+@pytest.mark.parametrize(
+    "prints",
+    [
+        "'x' * (20 << 20) + chr(10) + answer",
+        "'x' * (40 << 20) + chr(10) + '{\"id\": []}' + chr(10) + '[' * 100000 + chr(10) + answer",
+    ],
+    ids=["a line too long", "what has no meaning"],
+)
+async def test_driver_is_understood_when_it_prints_other_things(prints: str) -> None:
+    """Whatever it prints besides its answers is its own business, however long."""
+    driver = await driver_process.DriverProcess.start([sys.executable, "-c", ECHO % prints], "/nowhere", ANSWER_S)
+    assert await driver.read(1, 0, 4) == b"hmmd"
+    assert await driver.leave()
+
+
+@pytest.mark.parametrize(
+    ("prints", "message"),
+    [
+        ("answer + ' ' * (16 << 20)", "it has not answered 'read' within 2 s; it printed a line of over 16 MiB"),
+        ("'no'", "it has not answered 'read' within 2 s; it printed 'no'"),
+        ("answer.replace('=', '')", "it answered 'read' without bytes in base64: 'aG1tZA'"),
+        ("answer.replace('\"aG1tZA==\"', '[104, 109]')", r"it answered 'read' without bytes in base64: \[104, 109\]"),
+        ("answer.replace('data', 'bytes')", "it answered 'read' without bytes in base64: None"),
+    ],
+    ids=["too long", "another word", "cut off", "numbers", "nothing"],
+)
+async def test_driver_is_told_what_it_printed_when_it_is_no_answer(prints: str, message: str) -> None:
+    """Whoever writes a driver sees what came instead; the certificate counts it as silence."""
+    driver = await driver_process.DriverProcess.start([sys.executable, "-c", ECHO % prints], "/nowhere", ANSWER_S)
+    with pytest.raises(driver_process.DriverSilentError, match=message):
+        await driver.read(1, 0, 4)
+    assert await driver.leave()
 
 
 async def test_command_ends_with_2_when_the_driver_does_not_start(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hmm.errors import NoSuchObjectError
+from hmm.errors import NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType
+from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm_client import Client, Device, Event, Mirror, TableDriver
 from hmm_client.drivers.accesses import Accesses
@@ -31,6 +32,7 @@ class RightDriver(TableDriver):
     """Does everything right."""
 
     latency_s = LATENCY_S
+    policy = DeadlinePolicy.FENCE
 
     def __init__(self, client: Client, device: Device) -> None:
         super().__init__()
@@ -59,7 +61,9 @@ class RightDriver(TableDriver):
 
     async def mirror(self, process: int) -> None:
         """Mirror a process."""
-        self.mirrors[process] = await self.device.mirror(self.client.process(process), self, fault_events=False)
+        self.mirrors[process] = await self.device.mirror(
+            self.client.process(process), self, policy=self.policy, fault_events=False
+        )
 
     async def unmirror(self, process: int) -> None:
         """Mirror it no more."""
@@ -201,6 +205,18 @@ class Unanswered(RightDriver):
         await super().update(event)
 
 
+class UnansweredUnderBlock(Unanswered):
+    """Hangs in a callback, and may."""
+
+    policy = DeadlinePolicy.BLOCK
+
+
+class UnansweredUnderFail(Unanswered):
+    """Hangs in a callback, at the cost of whoever waits."""
+
+    policy = DeadlinePolicy.FAIL
+
+
 class Refused(RightDriver):
     """Refuses what cannot be refused."""
 
@@ -299,6 +315,14 @@ class Silent(RightDriver):
         await asyncio.Event().wait()
 
 
+class MirrorsNobody(RightDriver):
+    """Is not ready for what it is asked first."""
+
+    async def mirror(self, process: int) -> None:
+        """Refuse."""
+        raise OutOfFramesError("the device has no context left")
+
+
 class Died(RightDriver):
     """Ends in the middle of a callback."""
 
@@ -327,6 +351,9 @@ DRIVERS = {
     "no-translation": NoTranslation,
     "wrong-data": WrongData,
     "silent": Silent,
+    "unanswered-under-block": UnansweredUnderBlock,
+    "unanswered-under-fail": UnansweredUnderFail,
+    "mirrors-nobody": MirrorsNobody,
     "died": Died,
 }
 

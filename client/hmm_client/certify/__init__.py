@@ -25,10 +25,13 @@ in any order; bytes travel as base64.  Requests come while others are under way.
 An access that the process's mappings do not permit is an error, any errno.  A driver that keeps translations keeps
 them from one access to the next; that is what is put to the test.  Either interface will do, the mirror of 2015 or
 interval notifiers, and memory of the device's own: pages may be moved there before they are used, or not.
-What else it prints on standard output is ignored.
+What else it prints on standard output is ignored, and so are lines of over 16 MiB.
 
 `adversities` is what happens to it, `neighbours` what others than its process do, `storm` all that at random and from
 a seed, `findings` what counts as wrong.  In Python `hmm_client.drivers.control` serves these lines.
+
+A trial that has not ended after a limit (`--limit`, 120 s) is broken off, whoever is to blame: its finding says which
+calls are pending and who blocks whom, and the next trial has a new daemon and a new driver.
 
 **Absent**: measuring how fast a driver is.
 """

@@ -1,9 +1,10 @@
 """The certificate: every adversity and so many storms, one trial after the other, and what each rule was broken by.
 
 One daemon and one driver serve many trials, each with processes of its own; a driver that died or hangs is started
-anew.  Several such pairs share the storms.
+anew, and both are after a trial that was broken off.  Several such pairs share the storms.
 
-**Invariants**: a trial's findings are of that trial; for every rule broken in a storm the shortest storm is looked for.
+**Invariants**: a trial's findings are of that trial; every trial ends, within a limit and what ending two processes
+takes; for every rule broken in a storm the shortest storm is looked for.
 
 **Absent**: how it is printed (`hmm_client.commands.certify`).
 """
@@ -11,24 +12,31 @@ anew.  Several such pairs share the storms.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hmm.errors import HmmError
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.adversity import Adversity
 from hmm_client.certify.driver_process import ANSWER_S, DriverGoneError, DriverProcess, DriverSilentError
-from hmm_client.certify.findings import Auditor, Finding
+from hmm_client.certify.findings import Auditor, Finding, of_driver
 from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, Storm, draw, shortest
+from hmm_client.channel import DaemonError, UnavailableError
 from hmm_client.client import Client, connect
 from hmm_client.embedded import EmbeddedDaemon
 
 DEADLINE_S = 2.0
 """How long a driver has for the answer to an event."""
+LIMIT_S = 120.0
+"""How long a trial may take: ours take two seconds, and a driver has twenty for the answer to each order."""
+CLEANING_S = 2.0
+"""How long a trial that is broken off may take to clear up behind itself."""
 SWAP_PAGES = 1 << 12
 _ENDING = frozenset({"died", "silent", "unanswered", "lost-session"})
 
@@ -76,11 +84,14 @@ class Certificate:
 class Certifier:
     """Runs trials.  Made by `certifying`."""
 
-    def __init__(self, command: Sequence[str], folder: Path, deadline_s: float, answer_s: float) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, deadline_s: float, answer_s: float, limit_s: float
+    ) -> None:
         self._command = command
         self._folder = folder
         self._deadline_s = deadline_s
         self._answer_s = answer_s
+        self._limit_s = limit_s
         self._driver: DriverProcess | None = None
         self._daemon: EmbeddedDaemon
         self._client: Client
@@ -142,7 +153,7 @@ class Certifier:
         steps = draw(seed)
         findings = await self._storm(steps)
         fewest: list[Step] = []
-        if findings:
+        if findings and findings[0].rule != "unfinished":  # each of those would take as long again
             fewest = await shortest(steps, self._storm, findings[0].rule)
         title = "steps at random, and accesses all the while"
         return Trial(f"storm-{seed}", title, time.monotonic() - began, findings, seed, tuple(fewest))
@@ -155,28 +166,64 @@ class Certifier:
         return await self._trial(run)
 
     async def _trial(self, run: Callable[[Stage], Awaitable[None]]) -> tuple[Finding, ...]:
-        stage = Stage(await self.start_driver(), self._client, self._auditor, self._replace_daemon)
         try:
-            await run(stage)
+            driver = await self.start_driver()
         except (DriverGoneError, DriverSilentError) as error:
-            stage.failed(error)
-        findings = await stage.finish()
+            return (of_driver(error, "it does not start again: "),)
+        stage = Stage(driver, self._client, self._auditor, self._replace_daemon)
+        whole = await self._within_limit(stage, asyncio.create_task(stage.take(run)))
         self._client, self._auditor = stage.client, stage.auditor
-        if stage.driver.ended or _ENDING.intersection(finding.rule for finding in findings):
-            await stage.driver.kill()
+        findings = stage.verdict
+        if not whole or driver.ended or _ENDING.intersection(finding.rule for finding in findings):
+            await driver.kill()
             self._driver = None
+        if not whole:
+            await self._client.close()
+            await self._replace_daemon()
         return findings
+
+    async def _exit_code(self) -> int | None:
+        """That of a daemon that ends or has ended; None: it goes on."""
+        with suppress(subprocess.TimeoutExpired):
+            return await asyncio.to_thread(self._daemon.process.wait, CLEANING_S)
+        return None
+
+    async def _within_limit(self, stage: Stage, trial: asyncio.Task[None]) -> bool:
+        """Wait for a trial.  Returns: False if it was broken off, and who knows how the daemon is."""
+        try:
+            await asyncio.wait({trial}, timeout=self._limit_s)
+            if not trial.done():
+                await stage.give_up(self._limit_s)
+                return False
+            trial.result()
+        except (HmmError, DaemonError) as error:
+            stage.find("unfinished", f"a call of the trial failed: {error}")
+            if isinstance(error, UnavailableError) and (code := await self._exit_code()) is not None:
+                gone = f"hmmd ended in the middle of it, with exit code {code}"
+                stage.findings = [Finding("unfinished", gone)]  # whatever else was found comes of it
+            return False
+        else:
+            return True
+        finally:
+            if not trial.done():
+                trial.cancel()
+                await asyncio.wait({trial}, timeout=CLEANING_S)
+            if not trial.done():
+                self._daemon.process.kill()  # nobody waits for it then
+                await asyncio.wait({trial})
 
 
 @asynccontextmanager
-async def certifying(command: Sequence[str], deadline_s: float, answer_s: float) -> AsyncIterator[Certifier]:
+async def certifying(
+    command: Sequence[str], deadline_s: float, answer_s: float, limit_s: float
+) -> AsyncIterator[Certifier]:
     """A daemon, and the driver that it is made for, until the block ends.
 
     Raises:
         DriverGoneError, DriverSilentError: the driver does not start.
     """
     with tempfile.TemporaryDirectory(prefix="hmmd-certify-") as folder:
-        certifier = Certifier(command, Path(folder), deadline_s, answer_s)
+        certifier = Certifier(command, Path(folder), deadline_s, answer_s, limit_s)
         await certifier.start_daemon()
         try:
             await certifier.start_driver()
@@ -192,6 +239,7 @@ async def certify(
     seeds: Iterable[int] = (),
     deadline_s: float = DEADLINE_S,
     answer_s: float | None = None,
+    limit_s: float = LIMIT_S,
     jobs: int = 1,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> Certificate:
@@ -203,6 +251,7 @@ async def certify(
         seeds: of storms.
         deadline_s: for the answer to an event.
         answer_s: for the answer to an order; None: longer than any deadline.
+        limit_s: for a trial: one that takes longer is broken off, which is a finding that says who waits for whom.
         jobs: how many trials run at a time, each against a daemon and a driver of its own.
         told: called after each trial, in the order in which they end.
 
@@ -216,7 +265,7 @@ async def certify(
         told(trial)
 
     async def work(names: Iterable[str]) -> None:
-        async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s) as certifier:
+        async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s, limit_s) as certifier:
             for name in names:
                 note(await certifier.adversity(ADVERSITIES[name]))
             for seed in left:

@@ -1,5 +1,8 @@
 """The driver that is certified, as a process: what it is asked, one JSON line each, and how it ends.
 
+**Invariants**: whatever it prints, an order is answered, or fails with one of the errors below; of a line at most
+LINE_BYTES are kept.
+
 **Absent**: what it is asked when (`adversities`), what its answers mean (`findings`).
 """
 
@@ -11,18 +14,21 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 START_S = 30.0
 """How long it may take to say that it is ready."""
-SHOWN_BYTES = 80
-"""How much of a line is shown that is none of those expected."""
+SHOWN_CHARACTERS = 80
+"""How much is shown of what is no answer."""
 ANSWER_S = 20.0
 """How long it may take to answer one line; longer than any deadline of the daemon's."""
 LEAVE_S = 10.0
 """How long it may take to leave when its standard input has ended."""
 LINE_BYTES = 16 << 20
+"""How long a line may be: what is longer is not read."""
 
 
 class DriverGoneError(Exception):
@@ -30,11 +36,23 @@ class DriverGoneError(Exception):
 
 
 class DriverSilentError(Exception):
-    """It does not answer."""
+    """It does not answer, or what it says is no answer."""
 
 
 class RefusalError(Exception):
     """It answered with an error: the access is not possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What it was told to do, and the answer to come."""
+
+    what: str
+    answer: asyncio.Future[dict[str, Any]]
+    since: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"{self.what}, for {time.monotonic() - self.since:.1f} s"
 
 
 class DriverProcess:
@@ -44,7 +62,7 @@ class DriverProcess:
         self._process = process
         self._answer_s = answer_s
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, _Order] = {}
         self._instead = ""  # what it printed that is no answer, for messages
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
@@ -91,6 +109,11 @@ class DriverProcess:
         """Whether the process has ended."""
         return self._process.returncode is not None
 
+    @property
+    def unanswered(self) -> list[str]:
+        """The orders that it has not answered, and for how long, the oldest first."""
+        return [str(order) for order in self._waiting.values()]
+
     # ---- what it can be asked
 
     async def mirror(self, process_id: int) -> None:
@@ -104,7 +127,11 @@ class DriverProcess:
     async def read(self, process_id: int, address: int, length: int) -> bytes:
         """Let the device read.  Raises: RefusalError."""
         result = await self._ask("read", process=process_id, address=address, length=length)
-        return base64.b64decode(result.get("data", ""))
+        data = result.get("data")
+        try:
+            return base64.b64decode(data)  # type: ignore[arg-type]  # whatever it is
+        except (TypeError, ValueError):
+            raise DriverSilentError(f"it answered 'read' without bytes in base64: {_shown(data)}") from None
 
     async def write(self, process_id: int, address: int, data: bytes) -> None:
         """Let the device write.  Raises: RefusalError."""
@@ -115,13 +142,16 @@ class DriverProcess:
         if self._reader.done():
             raise DriverGoneError(self._how_it_ended())
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        what = f"{op} of process {arguments['process']}"
+        order = self._waiting[number] = _Order(what, asyncio.get_running_loop().create_future())
         self._process.stdin.write(json.dumps({"id": number, "op": op} | arguments).encode() + b"\n")
         try:
             async with asyncio.timeout(self._answer_s):
-                reply = await answer
+                reply = await order.answer
         except TimeoutError:
             raise DriverSilentError(f"it has not answered {op!r} within {self._answer_s:g} s{self._instead}") from None
+        finally:
+            self._waiting.pop(number, None)
         if "error" in reply:
             error = reply["error"]
             raise RefusalError(f"{error.get('errno')}: {error.get('message')}" if isinstance(error, dict) else error)
@@ -129,25 +159,44 @@ class DriverProcess:
         return result if isinstance(result, dict) else {}
 
     async def _read(self) -> None:
-        assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
+        async for line in self._lines():
             reply = _object(line)
             if reply is None:
-                self._instead = f"; it printed {line[:SHOWN_BYTES].decode(errors='replace').strip()!r}"
+                self._instead = f"; it printed {_shown(line.decode(errors='replace').strip())}"
                 continue
             if "ready" in reply and not self._ready.done():
                 self._ready.set_result(None)
-            answer = self._waiting.pop(reply.get("id", 0), None)
-            if answer is not None and not answer.done():
-                answer.set_result(reply)
+            number = reply.get("id")
+            order = self._waiting.get(number) if isinstance(number, int) else None
+            if order is not None and not order.answer.done():
+                order.answer.set_result(reply)
         await self._process.wait()
         gone = DriverGoneError(self._how_it_ended())
-        futures: list[asyncio.Future[Any]] = [self._ready, *self._waiting.values()]
+        futures: list[asyncio.Future[Any]] = [self._ready, *(order.answer for order in self._waiting.values())]
         for future in futures:
             if not future.done():
                 future.set_exception(gone)
                 future.exception()  # whoever waits gets it; nobody else has to
-        self._waiting.clear()
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        """Its lines, but for those that are too long, which are left out."""
+        assert self._process.stdout is not None
+        rest = False  # of a line that is too long
+        while True:
+            try:
+                line = await self._process.stdout.readuntil(b"\n")
+            except asyncio.IncompleteReadError as end:
+                if end.partial and not rest:
+                    yield end.partial
+                return
+            except asyncio.LimitOverrunError as overrun:
+                await self._process.stdout.readexactly(overrun.consumed)
+                self._instead = f"; it printed a line of over {LINE_BYTES >> 20} MiB, which is not read"
+                rest = True
+                continue
+            if not rest:
+                yield line
+            rest = False
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode
@@ -183,9 +232,14 @@ class DriverProcess:
         await self._reader
 
 
+def _shown(printed: object) -> str:
+    text = repr(printed)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         reply = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return reply if isinstance(reply, dict) else None

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from hmm.violation import Violation, ViolationKind
+from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.client import Client
 from hmm_proto.v1 import inspection_pb2
 from hmm_proto.violations import violation_from_proto
@@ -40,6 +41,7 @@ RULES = {
     "died": "a driver does not end before its standard input does",
     "did-not-leave": "a driver leaves when its standard input ends",
     "silent": "a driver answers what it is asked",
+    "unfinished": "a trial ends in time; its report says who waits for whom",
     "access-failed": "a device reaches what is mapped",
     "access-succeeded": "a device does not reach what is not mapped",
     "wrong-data": "a device sees what the CPU sees, and the other way round",
@@ -85,8 +87,11 @@ def causes_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         first.pop("access-after-fence", None)  # the driver has not been told yet
     if "stale-fault" in first:
         first.pop("use-after-invalidation", None)  # the same, where chance has brought it about
-    causes = tuple(finding for rule, finding in first.items() if rule not in CONSEQUENCES)
-    return causes or tuple(first.values())
+    if "unanswered" in first:
+        for rule in ("unfinished", "leaked-mirror"):  # a mirror that may wait cannot be unregistered either
+            first.pop(rule, None)
+    causes = first.keys() - CONSEQUENCES - {"unfinished"}
+    return tuple(finding for rule, finding in first.items() if not causes or rule not in CONSEQUENCES)
 
 
 class Auditor:
@@ -96,6 +101,14 @@ class Auditor:
         self._client = client
         self._told: set[int] = set()
         self._rejections = 0
+
+    async def pending(self) -> inspection_pb2.GetPendingResponse:
+        """Who waits for whom."""
+        request = inspection_pb2.GetPendingRequest()
+        answer: inspection_pb2.GetPendingResponse = await self._client.channel.request(
+            self._client.inspection.GetPending, request
+        )
+        return answer
 
     async def mirrors(self, space_ids: frozenset[int]) -> list[inspection_pb2.MirrorStatus]:
         """The mirrors of some address spaces."""
@@ -149,6 +162,11 @@ def _of_rejection(rule: str) -> list[Finding]:
     if rule.startswith("epoch"):
         return [Finding("old-epoch", rule)]
     return [Finding("never-sent" if "never sent" in rule else "rejected-answer", rule)]
+
+
+def of_driver(error: DriverGoneError | DriverSilentError, when: str = "") -> Finding:
+    """What it is called that the driver is gone, or does not answer."""
+    return Finding("died" if isinstance(error, DriverGoneError) else "silent", f"{when}{error}")
 
 
 def of_mirror(status: inspection_pb2.MirrorStatus, *, alive: bool) -> list[Finding]:

@@ -2,23 +2,31 @@
 
 A check that fails is a finding, and the trial goes on: the shortest way to a second error may lead through the first.
 
-**Invariants**: after `finish` the processes are gone, and the driver has been asked to let them go.
+**Invariants**: after `take` the processes are gone, and the driver has been asked to let those go that it mirrors.
 
 **Absent**: what happens (`adversities`, `storm`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from hmm.errors import HmmError
+from hmm.errors import HmmError, TimedOutError
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client.certify.driver_process import DriverGoneError, DriverProcess, DriverSilentError, RefusalError
-from hmm_client.certify.findings import Auditor, Finding, causes_first, of_mirror
+from hmm_client.certify.findings import Auditor, Finding, causes_first, of_driver, of_mirror
+from hmm_client.channel import DaemonError
 from hmm_client.client import Client
+from hmm_client.commands.pending import calls_that_wait
 from hmm_client.harness import Harness
 from hmm_client.process import Process
+from hmm_proto.v1 import inspection_pb2
+
+SAYS_S = 5.0
+"""How long the daemon may take to say what is pending."""
 
 
 class Stage:
@@ -42,6 +50,7 @@ class Stage:
         self.overtaken: set[int] = set()
         self.findings: list[Finding] = []
         self._processes: list[Process] = []
+        self._mirrored: list[Process] = []  # those of them that the driver has to let go
 
     def find(self, rule: str, detail: str) -> None:
         """Something is wrong."""
@@ -56,16 +65,24 @@ class Stage:
         return process
 
     async def adopt(self, process: Process) -> None:
-        """Let the driver mirror a process that was made otherwise."""
+        """Let the driver mirror a process that was made otherwise.
+
+        Raises:
+            RefusalError: it does not.  That is a finding, and the trial is over: nothing it could show has a cause
+                of its own.
+        """
         self._processes.append(process)
         try:
             await self.driver.mirror(process.id)
         except RefusalError as error:
             self.find("access-failed", f"it does not mirror {process!r}: {error}")
+            raise
+        self._mirrored.append(process)
 
     def keep(self, process: Process) -> None:
         """This process is mirrored: it has to be let go of in the end."""
         self._processes.append(process)
+        self._mirrored.append(process)
 
     async def region(self, process: Process, pages: int) -> AddressRange:
         """Anonymous memory in which every page begins with its own number."""
@@ -124,18 +141,51 @@ class Stage:
 
     # ---- the end
 
-    async def finish(self) -> tuple[Finding, ...]:
-        """End the processes, let the driver let go of them, and look at what is left.  Returns: what was wrong."""
+    async def take(self, run: Callable[[Stage], Awaitable[None]]) -> None:
+        """Let it happen; then end the processes, let the driver let go of them, and look at what is left.
+
+        Raises:
+            HmmError, DaemonError: a question was refused, or the daemon is gone.
+        """
+        try:
+            with suppress(RefusalError):  # to mirror a process: see `adopt`
+                await run(self)
+        except TimedOutError as error:
+            self.find("unanswered", str(error))  # a mirror whose policy is FAIL
+        except HmmError as error:
+            self.find("unfinished", f"a call of the trial failed: {error}")
+        except (DriverGoneError, DriverSilentError) as error:
+            self.failed(error)
         try:
             await self._finish()
         except (DriverGoneError, DriverSilentError) as error:
             self.failed(error)
         self.findings += await self.auditor.reported(self.overtaken)
+
+    async def give_up(self, after_s: float) -> None:
+        """It takes too long: find out who waits for whom, of whoever says so in time."""
+        rule, lines = "unfinished", [f"still under way after {after_s:g} s"]
+        try:
+            async with asyncio.timeout(SAYS_S):
+                self.findings += await self.auditor.reported(self.overtaken)
+                pending = await self.auditor.pending()
+        except (TimeoutError, DaemonError) as error:
+            why = str(error) or f"it has not answered within {SAYS_S:g} s"
+            lines.append(f"hmmd does not say what is pending: {why}")
+        else:
+            lines += calls_that_wait(pending)
+            rule = "unanswered" if _is_owed(pending) else rule
+        lines += [f"the driver has not answered {order}" for order in self.driver.unanswered]
+        self.find(rule, "\n".join(lines))
+
+    @property
+    def verdict(self) -> tuple[Finding, ...]:
+        """What was wrong."""
         return causes_first(finding for finding in self.findings if finding.rule not in self.forgiven)
 
     def failed(self, error: DriverGoneError | DriverSilentError) -> None:
         """The driver is gone, or does not answer."""
-        self.find("died" if isinstance(error, DriverGoneError) else "silent", str(error))
+        self.findings.append(of_driver(error))
 
     async def _finish(self) -> None:
         spaces = await self.auditor.spaces(process.id for process in self._processes)
@@ -145,7 +195,7 @@ class Stage:
             await self._exit(process)
         for status in await self.auditor.mirrors(spaces):
             self.findings += of_mirror(status, alive=False)
-        for process in self._processes:
+        for process in self._mirrored:
             try:
                 await self.driver.unmirror(process.id)
             except RefusalError as error:
@@ -162,6 +212,7 @@ class Stage:
         """End the daemon at once; another one takes its place, with nothing of this one's processes."""
         self.findings += await self.auditor.reported()
         self._processes.clear()
+        self._mirrored.clear()
         await self.client.close()
         self.client = await self._replace_daemon()
         self.auditor = Auditor(self.client)
@@ -171,3 +222,9 @@ class Stage:
 def stamp(number: int) -> bytes:
     """Eight bytes that tell numbers apart and are never all zeroes."""
     return (number & 0xFFFF_FFFF).to_bytes(4, "little") + b"hmm!"
+
+
+def _is_owed(pending: inspection_pb2.GetPendingResponse) -> bool:
+    """Whether a driver owes an answer for which it has no deadline: that of a mirror whose policy is BLOCK."""
+    events = [event for operation in pending.operations for event in operation.events]
+    return any(event.driver_pid != os.getpid() and not event.HasField("deadline_ms") for event in events)

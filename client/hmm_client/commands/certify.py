@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import click
 
 from hmm_client.certify.adversities import ADVERSITIES
-from hmm_client.certify.certificate import DEADLINE_S, Certificate, Trial, certify
+from hmm_client.certify.certificate import DEADLINE_S, LIMIT_S, Certificate, Trial, certify
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.certify.findings import RULES
 from hmm_client.commands.connection import INTERRUPTED, OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
@@ -61,6 +61,13 @@ def _list(ctx: click.Context, parameter: click.Parameter, value: bool) -> None: 
     help=f"How long the driver has to answer an event.  [default: {DEADLINE_S:g}]",
 )
 @click.option(
+    "--limit",
+    type=click.FloatRange(min=1),
+    default=LIMIT_S,
+    metavar="SECONDS",
+    help=f"How long a trial may take before it is broken off.  [default: {LIMIT_S:g}]",
+)
+@click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=_all_cpus,
@@ -74,6 +81,7 @@ def command(
     seeds: range,
     only: tuple[str, ...],
     deadline: float,
+    limit: float,
     jobs: int,
     junit: Path | None,
     form: str,
@@ -87,6 +95,9 @@ def command(
     With --only the named adversities run, and storms only if --seeds is given.  Storms that were stopped can be gone on
     with: it is said from which seed.
 
+    A trial that does not end within --limit, whether the driver or hmmd is to blame, has failed: what is pending is
+    told, and the next one has a new daemon and a new driver.
+
     Exit codes: 0 the driver passed; 1 it did not; 2 it did not start.
     """
     context = click.get_current_context()
@@ -97,7 +108,8 @@ def command(
     began = time.monotonic()
     with failures(nowhere):
         try:
-            certificate = _certify(driver, only or tuple(ADVERSITIES), seeds, deadline, jobs, told)
+            limits = {"deadline_s": deadline, "limit_s": limit}
+            certificate = _certify(driver, only or tuple(ADVERSITIES), seeds, limits, jobs, told)
         except (DriverGoneError, DriverSilentError) as error:
             fail(UNUSABLE, f"{' '.join(driver)}: {error}", "What is asked of a driver: `pydoc hmm_client.certify`.")
     if junit is not None:
@@ -110,7 +122,7 @@ def _certify(
     driver: tuple[str, ...],
     names: tuple[str, ...],
     seeds: range,
-    deadline_s: float,
+    limits: Mapping[str, float],
     jobs: int,
     told: Callable[[Trial], None],
 ) -> Certificate:
@@ -126,7 +138,7 @@ def _certify(
 
     with Progress("storms", len(seeds)) as progress:
         jobs = max(1, min(jobs, len(seeds)))
-        work = certify(driver, adversities=names, seeds=seeds, deadline_s=deadline_s, jobs=jobs, told=note)
+        work = certify(driver, adversities=names, seeds=seeds, jobs=jobs, told=note, **limits)
         try:
             return run(work)
         except KeyboardInterrupt:
@@ -142,7 +154,8 @@ def _print_trial(trial: Trial) -> None:
     mark = "FAIL" if trial.findings else "ok  "
     click.echo(f"{mark} {trial.name:{_WIDTH}} {trial.seconds:6.2f} s  {trial.title}")
     for finding in trial.findings:
-        click.echo(f"       {finding}")
+        for line in str(finding).splitlines():
+            click.echo(f"       {line}")
     if trial.shortest:
         click.echo(f"       shortest: {len(trial.shortest)} steps: {'; '.join(map(str, trial.shortest))}")
     sys.stdout.flush()
@@ -203,7 +216,8 @@ def as_junit(certificate: Certificate, driver: str) -> bytes:
         case = ET.SubElement(suite, "testcase", classname=driver, name=trial.name, time=f"{trial.seconds:.3f}")
         if trial.findings:
             steps = [f"shortest: {step}" for step in trial.shortest]
-            failure = ET.SubElement(case, "failure", type=trial.findings[0].rule, message=str(trial.findings[0]))
+            first = trial.findings[0]
+            failure = ET.SubElement(case, "failure", type=first.rule, message=str(first).partition("\n")[0])
             failure.text = "\n".join([*map(str, trial.findings), *steps])
     root = ET.Element("testsuites")
     root.append(suite)

@@ -44,21 +44,26 @@ async def _ask(client: Client) -> inspection_pb2.GetPendingResponse:
     return answer
 
 
-def _print(answer: inspection_pb2.GetPendingResponse) -> None:
-    if not answer.operations:
-        click.echo("nothing is pending")
+def calls_that_wait(answer: inspection_pb2.GetPendingResponse) -> list[str]:
+    """The calls that have not ended and whom each waits for, in lines for people."""
     names = {operation.operation_id: operation.name for operation in answer.operations}
+    lines = [] if answer.operations else ["nothing is pending"]
     for operation in answer.operations:
-        for line in _operation(operation, names):
-            click.echo(line)
+        lines += _operation(operation, names)
     for cycle in answer.cycles:
         calls = " -> ".join(f"{names.get(number, 'call')} {number}" for number in cycle.operation_ids)
         inside = ", ".join(f"mirror {number}" for number in cycle.mirror_ids)
         wait = "seem to wait" if cycle.suspected else "wait"
-        click.echo(f"\nThese {wait} for one another: {calls}" + (f", inside callbacks of {inside}" if inside else ""))
-    unreached = [hold for hold in answer.holds if not hold.operation_id]
-    for hold in unreached:
-        click.echo(f"\n{_hold(hold)}: nothing has come, it is for {hold.awaits}")
+        lines += ["", f"These {wait} for one another: {calls}" + (f", inside callbacks of {inside}" if inside else "")]
+    for hold in answer.holds:
+        if not hold.operation_id:
+            lines += ["", f"{_hold(hold)}: nothing has come, it is for {hold.awaits}"]
+    return lines
+
+
+def _print(answer: inspection_pb2.GetPendingResponse) -> None:
+    for line in calls_that_wait(answer):
+        click.echo(line)
     if answer.holdings:
         click.echo()
         print_table(_HOLDING_HEADS, [_holding(holding) for holding in answer.holdings])
