@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from hmm.units import SpaceId
@@ -92,6 +93,7 @@ class Forest:
         self._children.update(tree.parent for tree in trees)
 
 
+@lru_cache(maxsize=256)
 def first_family(space_id: SpaceId, number: int) -> Family:
     """The family of VMAs that did not come by fork."""
     root = AnonVma(space_id, number)

@@ -47,7 +47,18 @@ from hmm.fault_pages import Strangers
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
-from hmm.migration import COMPOUND, MIGRATE, NOT_MIGRATE, VALID, WRITE, Migration, Positions, Select, migrate_pfn
+from hmm.migration import (
+    COMPOUND,
+    MIGRATE,
+    NOT_MIGRATE,
+    VALID,
+    WRITE,
+    Migration,
+    Positions,
+    Select,
+    migrate_pfn,
+    pfns_of,
+)
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, until_released
 from hmm.migration_folios import map_by_pages
 from hmm.operation import Deliver, Operation, Pause
@@ -74,9 +85,10 @@ from hmm.zone_device import are_remote, failing_copies, owners, used_frames
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
 _PRIVATE = Select.DEVICE_PRIVATE | Select.COMPOUND
-_MIGRATE = np.uint64(MIGRATE)
-_WRITE = np.uint64(WRITE)
-_COMPOUND = np.uint64(COMPOUND)
+_MIGRATE = np.array(MIGRATE, np.uint64)
+_VALID = np.array(VALID, np.uint64)
+_WRITE = np.array(WRITE, np.uint64)
+_COMPOUND = np.array(COMPOUND, np.uint64)
 
 
 def migrate_to_device(
@@ -101,7 +113,7 @@ def migrate_to_device(
             space.frames.zone_device_data[pfns] = mirror_id
             _leave_failed(migration, pages, pfns)
             if migration.vma.writable and migration.has_holes:
-                hole = (migration.src[pages] & np.uint64(VALID)) == 0
+                hole = (migration.src[pages] & _VALID) == 0
                 migration.dst[pages[hole]] |= _WRITE
         return
         yield Pause()  # makes this function a generator
@@ -133,8 +145,7 @@ def _to_system(migration: Migration) -> Operation[None]:
     frames, pages = migration.space.frames, migration.pages
     if frames.available < pages.size:
         yield from some_room(frames, pages.size)
-        pages = migration.pages
-    pages = pages[: frames.available]
+        pages = migration.pages[: frames.available]
     failing = _failing(migration, pages)
     if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
         pages = pages[:failing]
@@ -187,6 +198,7 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
     Returns: int64[n] frames.
     """
     frames, src, heads = migration.space.frames, migration.src[pages], migration.heads
+    sources = pfns_of(src)
     if heads.size:
         pfns = _folios(migration, np.searchsorted(pages, heads), pages.size, region, failing=failing)
         small = pfns == 0
@@ -198,10 +210,10 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
         words = migrate_pfn(pfns) | (src & _WRITE)
     migration.dst[pages] = words
     if migration.has_holes:
-        framed = (src & np.uint64(VALID)) != 0
-        frames.copy(pfns[framed], migration.source_pfns(pages[framed]))
+        framed = (src & _VALID) != 0
+        frames.copy(pfns[framed], sources[framed])
     else:
-        frames.copy(pfns, migration.source_pfns(pages))
+        frames.copy(pfns, sources)
     return pfns
 
 

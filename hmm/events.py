@@ -20,7 +20,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from hmm.pte import MASK_ALL, MASK_NONE, MASK_WRITE_PROTECT
-from hmm.spans import overlap
+from hmm.spans import meets
 from hmm.units import AddressRange, MirrorId, SpaceId
 
 
@@ -232,7 +232,7 @@ class Event(NamedTuple):
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""
-        return overlap((span,), self.spans)
+        return meets(span, self.spans)
 
 
 @dataclass(slots=True, eq=False)

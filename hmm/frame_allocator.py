@@ -324,11 +324,12 @@ class FrameAllocator:
 
         Cost: 1 ns per page.
         """
-        if pfns[-1] < self.system.end:
-            self._push(self.system, pfns)
+        last = self.region_of(int(pfns[-1]))
+        if pfns[0] >= last.start:
+            self._push(last, pfns)
             return
         for region in self._regions.values():
-            low, high = np.searchsorted(pfns, (region.start, region.end))
+            low, high = pfns.searchsorted((region.start, region.end))
             if low < high:
                 self._push(region, pfns[low:high])
 

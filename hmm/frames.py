@@ -229,9 +229,9 @@ class Frames(FrameContents):
 
         Cost: 5 us, and 1 ns per page.  Source: Linux mm/page_alloc.c, alloc_pages_bulk_noprof().
         """
-        pfns = self._take(count, region)[0]
+        pfns, where = self._take(count, region)
         if region != SYSTEM_REGION:
-            self.rotate(pfns)
+            self._rotate(where, count)
         return pfns
 
     def allocate_mapped(self, count: int, flags: PageFlag) -> Pfns:
@@ -278,10 +278,9 @@ class Frames(FrameContents):
         self.flags[where] = PageFlag.COMPOUND
         if reused:
             self._stale[where] = True
-        pfns = np.arange(first, first + PMD_PAGES)
         if region != SYSTEM_REGION:
-            self.rotate(pfns)
-        return pfns
+            self._rotate(where, PMD_PAGES)
+        return np.arange(first, first + PMD_PAGES)
 
     def _take(self, count: int, region: int) -> tuple[Pfns, Pfns | slice]:
         """Frames with a reference each, and the index that selects them."""
@@ -535,8 +534,11 @@ class Frames(FrameContents):
 
         Source: Linux include/linux/mm_inline.h, lruvec_add_folio().
         """
-        self.lru[pfns] = np.arange(self._youngest + 1, self._youngest + 1 + pfns.size)
-        self._youngest += pfns.size
+        self._rotate(pfns, pfns.size)
+
+    def _rotate(self, where: Pfns | slice, count: int) -> None:
+        self.lru[where] = np.arange(self._youngest + 1, self._youngest + 1 + count)
+        self._youngest += count
 
     # -- looking at all of it
 

@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,7 @@ from hmm.migration import (
 from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
 from hmm.migration_folios import (
     all_or_none,
+    are_all_selected,
     are_selected,
     are_whole,
     have_room,
@@ -77,7 +80,8 @@ from hmm.zone_device import are_private, owners
 __all__ = ["Copy", "migrate_vma", "run"]
 
 _Mask = npt.NDArray[np.bool_]
-_COMPOUND = np.uint64(COMPOUND)
+_COMPOUND = np.array(COMPOUND, np.uint64)
+_MIGRATE = np.array(MIGRATE, np.uint64)
 _IMMOVABLE = SPECIAL_FLAGS | VmFlag.HUGETLB
 _NOWHERE = np.empty(0, np.intp)
 
@@ -166,33 +170,40 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
 
     Returns: which of the addresses have them, and int64[m] the frames there.
     """
-    space, frames = migration.space, migration.space.frames
+    space = migration.space
     entries = entries_of(space, migration.addresses)
     whole = are_whole(migration, entries)
     framed = _framed(migration, entries, left)
     chosen = entries[framed]
     pfns = cpu_pte.cpu_pfn(chosen)
-    wanted = are_selected(migration, pfns)
+    reasons = list(_reasons_to_stay(migration, chosen, pfns))
     if space.huge:
-        wanted &= (whole[framed] | ~are_compound(frames, pfns)) & ~left[framed]
+        reasons.append((are_compound(space.frames, pfns) & ~whole[framed]) | left[framed])
+    if reasons and np.count_nonzero(wanted := ~reduce(or_, reasons)) < wanted.size:
+        framed, chosen, pfns = narrowed(framed, wanted), chosen[wanted], pfns[wanted]
+    migration.has_holes = not isinstance(framed, slice)
+    migration.src[framed] = source_words(chosen, pfns)
+    if migration.starts.size:
+        migration.src[whole & (migration.src != 0)] |= _COMPOUND
+    stand_in(space, migration.addresses[framed], chosen, pfns)
+    return framed, pfns
+
+
+def _reasons_to_stay(migration: Migration, entries: Entries, pfns: Pfns) -> Iterator[_Mask]:
+    """Which pages stay, bool[n], for each reason that can be met."""
+    frames = migration.space.frames
+    if not are_all_selected(migration, pfns):
+        yield ~are_selected(migration, pfns)
     if Select.DEVICE_PRIVATE in migration.select:
         # folio_trylock() fails for pages that another migration has: nothing else refers to one but its entries.
-        wanted &= ~cpu_pte.is_device_private(chosen) | (frames.refcount[pfns] == frames.mapcount[pfns])
+        yield cpu_pte.is_device_private(entries) & (frames.refcount[pfns] != frames.mapcount[pfns])
     if frames.pinned:
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
-        wanted &= ~(are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE))
+        yield are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
     if frames.ksm_places is not None:  # of a page that is met again folio_trylock() fails
         again = np.ones(pfns.size, np.bool_)
         again[np.unique(pfns, return_index=True)[1]] = False
-        wanted &= ~again
-    if np.count_nonzero(wanted) < wanted.size:
-        framed, chosen, pfns = narrowed(framed, wanted), chosen[wanted], pfns[wanted]
-    migration.has_holes = not isinstance(framed, slice)
-    migration.src[framed] = source_words(chosen)
-    if np.count_nonzero(whole):
-        migration.src[whole & (migration.src != 0)] |= _COMPOUND
-    stand_in(space, migration.addresses[framed], chosen)
-    return framed, pfns
+        yield again
 
 
 def _framed(migration: Migration, entries: Entries, left: _Mask) -> Selection:
@@ -210,16 +221,19 @@ def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
     """The collected pages, in the order of their addresses, which is that of their page offsets."""
     space, vma, frames = migration.space, migration.vma, migration.space.frames
     indices = migration.indices(taken)
-    anonymous = np.True_ if vma.backing is None else frames.test_flags(pfns, PageFlag.ANON)
+    private, cached = True, False
+    if vma.backing is not None:
+        anonymous = frames.test_flags(pfns, PageFlag.ANON)
+        private, cached = bool(anonymous.any()), not anonymous.all()
     now = space.vmas.find(int(migration.addresses[0]))  # a touch may have given it an anon_vma since
     root = space.anon_vma_root((now or vma).anon_vma)
 
     def places() -> Iterator[Places]:
         relatives = [space.relatives[number] for number in sorted(space.relatives)]
-        if anonymous.any():
+        if private:
             yield from anonymous_places(relatives, indices, vma.backing, root)
             yield from merged_places(frames, pfns)
-        if isinstance(vma.backing, File) and not anonymous.all():
+        if cached and isinstance(vma.backing, File):
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 
     return HeldPages(frames, pfns, indices, places)
@@ -303,7 +317,7 @@ def _finalize(migration: Migration, taken: Selection, held: HeldPages) -> None:
     """Entries of moved pages become entries of their destinations, all others what they were."""
     targets = migration.target_pfns(taken)
     if not int(np.bitwise_and.reduce(migration.src)) & MIGRATE:
-        stayed = (migration.src & np.uint64(MIGRATE)) == 0
+        stayed = (migration.src & _MIGRATE) == 0
         targets = np.where(stayed[taken], held.pfns, targets)
         spare = np.flatnonzero(stayed & (migration.dst != 0))
         held.frames.put(migration.target_pfns(spare))

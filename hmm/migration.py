@@ -50,6 +50,7 @@ __all__ = [
     "Selection",
     "migrate_pfn",
     "narrowed",
+    "pfns_of",
     "source_words",
 ]
 
@@ -61,17 +62,22 @@ WRITE = 1 << 3
 COMPOUND = 1 << 4
 """It is part of a huge page that moves as one."""
 PFN_SHIFT = 6
-NOT_MIGRATE = np.uint64(~MIGRATE & (1 << 64) - 1)
+NOT_MIGRATE = np.array(~MIGRATE & (1 << 64) - 1, np.uint64)
 """All of a word but MIGRATE."""
 
 Positions = npt.NDArray[np.intp]
 Selection = Positions | slice
 """Which of some pages: their positions, or a slice of them, which selects without copying."""
-_ON_ITS_WAY = np.uint64(VALID | MIGRATE)
-_MOVES_AS_ONE = np.uint64(MIGRATE | COMPOUND)
-_WRITE_SHIFT = np.uint64((WRITE // cpu_pte.WRITE).bit_length() - 1)
+# numpy takes arrays without dimensions in half the time of scalars
+_SHIFT = np.array(PFN_SHIFT, np.uint64)
+_VALID = np.array(VALID, np.uint64)
+_ON_ITS_WAY = np.array(VALID | MIGRATE, np.uint64)
+_HOLE = np.array(MIGRATE, np.uint64)
+_MOVES_AS_ONE = np.array(MIGRATE | COMPOUND, np.uint64)
+_PTE_WRITE = np.array(cpu_pte.WRITE, np.uint64)
+_WRITE_SHIFT = np.array((WRITE // cpu_pte.WRITE).bit_length() - 1, np.uint64)
 _NOWHERE = np.empty(0, np.intp)
-_INSIDE_BLOCK = np.uint64(~PMD_MASK)
+_INSIDE_BLOCK = np.array(~PMD_MASK, np.uint64)
 
 
 class Select(IntFlag):
@@ -85,15 +91,20 @@ class Select(IntFlag):
 
 def migrate_pfn(pfns: Pfns) -> Entries:
     """Destination words of frames."""
-    words: Entries = pfns.view(np.uint64) << np.uint64(PFN_SHIFT)
-    words |= np.uint64(VALID)
+    words: Entries = pfns.view(np.uint64) << _SHIFT
+    words |= _VALID
     return words
 
 
-def source_words(entries: Entries) -> Entries:
-    """Source words of pages that are to be moved, from the entries that map them."""
-    words: Entries = cpu_pte.cpu_pfn(entries).view(np.uint64) << np.uint64(PFN_SHIFT)
-    words |= (entries & np.uint64(cpu_pte.WRITE)) << _WRITE_SHIFT
+def pfns_of(words: Entries) -> Pfns:
+    """int64[n]: the frames of words, 0 where there is none."""
+    return (words >> _SHIFT).view(np.int64)
+
+
+def source_words(entries: Entries, pfns: Pfns) -> Entries:
+    """Source words of pages that are to be moved, from the entries that map them and their frames."""
+    words: Entries = pfns.view(np.uint64) << _SHIFT
+    words |= (entries & _PTE_WRITE) << _WRITE_SHIFT
     words |= _ON_ITS_WAY
     return words
 
@@ -112,6 +123,7 @@ class Migration:
         owner: the device whose pages are selected, and whose drivers know of the migration.
         initiator: the mirror that asked for it, or that put the pages where they have to come back from.
         src, dst: uint64[n], words.
+        starts: where blocks begin, if huge pages may move as such.
         has_holes: whether one of the addresses may have no page, or none that could move, once they are collected.
         failed: the first of the addresses that stays because its copy failed.
     """
@@ -125,41 +137,43 @@ class Migration:
     initiator: MirrorId
     src: Entries = field(init=False)
     dst: Entries = field(init=False)
+    starts: Positions = field(init=False)
     has_holes: bool = True
-    _starts: Positions = field(init=False)  # where blocks begin, if huge pages may move as such
     failed: int | None = None
 
     def __post_init__(self) -> None:
         self.src = np.zeros(self.addresses.size, np.uint64)
         self.dst = np.zeros(self.addresses.size, np.uint64)
         as_one = Select.COMPOUND in self.select
-        self._starts = np.flatnonzero((self.addresses & _INSIDE_BLOCK) == 0) if as_one else _NOWHERE
+        self.starts = np.flatnonzero((self.addresses & _INSIDE_BLOCK) == 0) if as_one else _NOWHERE
 
     @property
     def pages(self) -> Positions:
         """Which of the addresses have a page that is on its way."""
-        return np.flatnonzero((self.src & _ON_ITS_WAY) == _ON_ITS_WAY)
+        found: Positions = ((self.src & _ON_ITS_WAY) == _ON_ITS_WAY).nonzero()[0]
+        return found
 
     @property
     def holes(self) -> Positions:
         """Which of the addresses have none and are on their way."""
-        return np.flatnonzero((self.src & _ON_ITS_WAY) == MIGRATE)
+        found: Positions = ((self.src & _ON_ITS_WAY) == _HOLE).nonzero()[0]
+        return found
 
     @property
     def heads(self) -> Positions:
         """Where huge pages begin that are on their way as one, and holes as large."""
-        if not self._starts.size:
+        if not self.starts.size:
             return _NOWHERE
-        found: Positions = self._starts[(self.src[self._starts] & _MOVES_AS_ONE) == _MOVES_AS_ONE]
+        found: Positions = self.starts[(self.src[self.starts] & _MOVES_AS_ONE) == _MOVES_AS_ONE]
         return found
 
     def source_pfns(self, which: Selection) -> Pfns:
         """int64[n]: the frames of `src`."""
-        return (self.src[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
+        return pfns_of(self.src[which])
 
     def target_pfns(self, which: Selection) -> Pfns:
         """int64[n]: the frames of `dst`; 0 where there is none."""
-        return (self.dst[which] >> np.uint64(PFN_SHIFT)).view(np.int64)
+        return pfns_of(self.dst[which])
 
     @property
     def spans(self) -> tuple[AddressRange, ...]:
@@ -183,7 +197,7 @@ class Migration:
     @property
     def arrays(self) -> tuple[Entries, Entries]:
         """`src` and `dst` as the kernel's arrays are: of what moves as one only the first word is there."""
-        if Select.COMPOUND not in self.select:
+        if not self.starts.size:
             return self.src, self.dst
         tails = ((self.src & np.uint64(COMPOUND)) != 0) & ((self.addresses & _INSIDE_BLOCK) != 0)
         if not tails.any():

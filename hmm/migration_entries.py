@@ -46,15 +46,17 @@ __all__ = [
 ]
 
 _ALL_BITS = (1 << 64) - 1
-_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE)
-_STANDS_IN = np.uint64(cpu_pte.MIGRATION)
-_KEPT = np.uint64(_ALL_BITS & ~cpu_pte.FLAGS) | _CARRIED
-_NAMES = np.uint64(_ALL_BITS & ~cpu_pte.FLAGS | cpu_pte.MIGRATION)
+_CARRIED_BITS = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE
+_CARRIED = np.array(_CARRIED_BITS, np.uint64)  # numpy takes arrays without dimensions in half the time of scalars
+_STANDS_IN = np.array(cpu_pte.MIGRATION, np.uint64)
+_KEPT = np.array(_ALL_BITS & ~cpu_pte.FLAGS | _CARRIED_BITS, np.uint64)
+_NAMES = np.array(_ALL_BITS & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
 """The kind of an entry, and its frame."""
-_DEVICE, _PRESENT = np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT)
-_MAPPED = np.uint64(cpu_pte.PRESENT | cpu_pte.DEVICE)
-_PAGE_STATE = np.uint16(
-    PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND
+_DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESENT, np.uint64)
+_MAPPED = np.array(cpu_pte.PRESENT | cpu_pte.DEVICE, np.uint64)
+_PAGE_STATE = np.array(
+    PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND,
+    np.uint16,
 )
 
 _MIGRATIONS = {
@@ -87,22 +89,21 @@ class HeldPages:
         return int(np.count_nonzero(self.frames.refcount[self.pfns] == 1)) == self.pfns.size
 
 
-def stand_in(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
+def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pfns) -> None:
     """Put migration entries in the place of entries that map frames, whose references become the migration's.
 
     Args:
         addresses: uint64[n], unique.
         entries: uint64[n], what stands there: present, or of a device's private page.
+        pfns: int64[n], their frames.
 
     Cost: O(n), vectorised.  Source: Linux mm/migrate_device.c, migrate_vma_collect_pmd(), which takes a reference and
     drops the entry's.
     """
-    frames, pfns = space.frames, cpu_pte.cpu_pfn(entries)
-    dirty = cpu_pte.is_dirty(entries)
-    if (number := np.count_nonzero(dirty)) > 0:
-        frames.set_flags(pfns[dirty] if number < dirty.size else pfns, PageFlag.DIRTY)
+    dirty = cpu_pte.having(entries, cpu_pte.DIRTY)
+    space.frames.set_flags(pfns if dirty is entries else cpu_pte.cpu_pfn(dirty), PageFlag.DIRTY)
     _put_entries(space, addresses, (entries & _KEPT) | _STANDS_IN)
-    frames.detach(pfns)
+    space.frames.detach(pfns)
 
 
 def unmap_everywhere(
@@ -156,8 +157,9 @@ def unmap_everywhere(
             entries = space.table.lookup(place.addresses)
             naming = _names(entries, held.pfns[place.pages])
             naming &= among(page_numbers(place.addresses), pages)
-            stand_in(space, place.addresses[naming], entries[naming])
-            frames.put(held.pfns[place.pages][naming])
+            named = held.pfns[place.pages][naming]
+            stand_in(space, place.addresses[naming], entries[naming], named)
+            frames.put(named)
     return bool(told)
 
 
@@ -200,7 +202,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
         frames.put(referenced)
 
 
-def _kinds(frames: Frames, pfns: Pfns) -> Entries | np.uint64:
+def _kinds(frames: Frames, pfns: Pfns) -> Entries:
     """What kind of entry names each of the frames, or all of them."""
     sole = sole_region(frames, pfns)
     if sole is not None:

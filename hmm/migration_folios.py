@@ -23,6 +23,8 @@ kernel selects it by SELECT_SYSTEM, and its drivers leave it alone then, so that
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
@@ -37,10 +39,11 @@ from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
 from hmm.migration_entries import HeldPages, are_names_of, entries_of
 from hmm.operation import Operation
 from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns
-from hmm.zone_device import are_in
+from hmm.zone_device import are_in, sole_region
 
 __all__ = [
     "all_or_none",
+    "are_all_selected",
     "are_selected",
     "are_whole",
     "have_room",
@@ -58,15 +61,20 @@ _BLOCK = np.uint64(PMD_MASK & (1 << 64) - 1)
 
 def are_selected(migration: Migration, pfns: Pfns) -> _Mask:
     """bool[n]: which frames are of a kind that the migration selects."""
-    select, owner = migration.select, migration.owner
+    return are_in(migration.space.frames, pfns, partial(_selects, migration))
 
-    def selects(region: Region) -> bool:
-        if region.kind is RegionKind.SYSTEM:
-            return Select.SYSTEM in select
-        kind = Select.DEVICE_PRIVATE if region.kind is RegionKind.DEVICE_PRIVATE else Select.DEVICE_COHERENT
-        return kind in select and region.owner == owner
 
-    return are_in(migration.space.frames, pfns, selects)
+def are_all_selected(migration: Migration, pfns: Pfns) -> bool:
+    """Whether the migration selects all of the frames, and they are in one region."""
+    sole = sole_region(migration.space.frames, pfns)
+    return sole is not None and _selects(migration, sole)
+
+
+def _selects(migration: Migration, region: Region) -> bool:
+    if region.kind is RegionKind.SYSTEM:
+        return Select.SYSTEM in migration.select
+    kind = Select.DEVICE_PRIVATE if region.kind is RegionKind.DEVICE_PRIVATE else Select.DEVICE_COHERENT
+    return kind in migration.select and region.owner == migration.owner
 
 
 def _positions_of(heads: Positions) -> Positions:
@@ -195,7 +203,7 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
     """
     found = np.zeros(entries.size, np.bool_)
     space = migration.space
-    if Select.COMPOUND not in migration.select or space.semantics.migration_splits:
+    if not migration.starts.size or space.semantics.migration_splits:
         return found
     anonymous = migration.vma.backing is None
     for start in distinct(migration.addresses & _BLOCK).tolist():

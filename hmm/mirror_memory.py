@@ -204,7 +204,7 @@ class MirrorMemory:
         cpu, own = space.table.lookup(addresses), mirror.table.lookup(addresses)
         here = cpu_pte.is_device_private(cpu) & pte.pte_test_valid_dev(own)
         addresses, cpu = addresses[here], cpu[here]
-        stand_in(space, addresses, cpu)
+        stand_in(space, addresses, cpu, cpu_pte.cpu_pfn(cpu))
         return addresses
 
     def _return(self, addresses: Entries) -> Operation[None]:

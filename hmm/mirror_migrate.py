@@ -234,7 +234,7 @@ def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
     prepare_anon_vma(space, vma)
     _keep_places(mirror, addresses)
     space.table.store(addresses[~locked.framed], cpu_pte.MIGRATION)
-    stand_in(space, addresses[locked.framed], locked.entries[locked.framed])
+    stand_in(space, addresses[locked.framed], locked.entries[locked.framed], locked.pfns[locked.framed])
     return locked
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hmm.units import Address, AddressRange, Entries
 
-__all__ = ["Spans", "are_ascending", "bounds", "inside", "overlap"]
+__all__ = ["Spans", "are_ascending", "bounds", "inside", "meets", "overlap"]
 
 Spans = tuple[AddressRange, ...]
 
@@ -40,7 +40,7 @@ def overlap(left: Spans, right: Spans) -> bool:
         return left[0].overlaps(right[0])
     few, many = (left, right) if len(left) <= len(right) else (right, left)
     if len(few) <= _FEW:
-        return any(_meets(span, many) for span in few)
+        return any(meets(span, many) for span in few)
     starts, ends = bounds(few)
     other_starts, other_ends = bounds(many)
     after = np.searchsorted(other_ends, starts, side="right")
@@ -48,7 +48,8 @@ def overlap(left: Spans, right: Spans) -> bool:
     return bool((other_starts[after[met]] < ends[met]).any())
 
 
-def _meets(span: AddressRange, spans: Spans) -> bool:
+def meets(span: AddressRange, spans: Spans) -> bool:
+    """True when a range shares a byte with one of `spans`.  Cost: O(log n)."""
     if len(spans) == 1:
         return spans[0].overlaps(span)
     index = bisect_right(spans, span.start, key=_end)
