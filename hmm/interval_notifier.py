@@ -158,12 +158,9 @@ class IntervalMirror(Receiver):
             raise
 
     def _hear_out(self, notifiers: Sequence[IntervalNotifier]) -> Operation[None]:
-        waited = 0
         while True:
             sequence = self.space.notifier.sequence
-            # Once for each sequence: a process that has ended is not waited for, whatever is under way there.
-            if sequence & 1 and sequence != waited and any(notifier.deferred != sequence for notifier in notifiers):
-                waited = sequence
+            if sequence & 1 and any(notifier.deferred != sequence for notifier in notifiers):
                 yield Await(WaitFor.SEQUENCE, self.space.id, ticket=sequence)
             elif any(sent.event.overlaps(notifier.span) for sent in self.abandoned for notifier in notifiers):
                 yield self.callbacks()

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -47,6 +48,7 @@ from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.limits import Limits
 from hmm.mirror import Mirror, MirrorState
+from hmm.notifier import Notifier
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
 from hmm.operation_record import Caller, Input, OperationRecord
 from hmm.pin import Pin
@@ -93,6 +95,10 @@ class Machine:
         recording: write every input down.
         swap_memory: gives the memory of the swap area; the default is private.
         capable: processes have CAP_SYS_ADMIN, and may inject memory failures.
+
+    Attributes:
+        notifiers: of the address spaces, of those too that have ended with changes under way: these keep them, as
+            mm_count keeps an mm_struct whose mm_users have gone (mmgrab()).
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class Machine:
         self.frames = Frames(self.limits.frames, self.limits.device_frames)
         self.hugetlb = HugetlbPool(self.frames, self.limits.hugetlb_pages)
         self.spaces: dict[SpaceId, AddressSpace] = {}
+        self.notifiers: WeakValueDictionary[SpaceId, Notifier] = WeakValueDictionary()
         self.processes: dict[ProcessId, Process] = {}
         self.devices: dict[DeviceId, Device] = {}
         self.receivers: dict[MirrorId, Receiver] = {}
@@ -295,8 +302,8 @@ class Machine:
                 space = self.spaces.get(request.space_id)
                 return space is None or not space.awaits_handler(request)
             case _:
-                space = self.spaces.get(request.space_id)
-                return space is None or space.notifier.is_ready(request)
+                notifier = self.notifiers.get(request.space_id)
+                return notifier is None or notifier.is_ready(request)
 
     def ready(self) -> list[OperationRecord[Any]]:
         """The operations that may be resumed now, oldest first.  Cost: O(operations that wait)."""
@@ -315,8 +322,8 @@ class Machine:
         if request.wait_for is WaitFor.FILE:
             file = self.files.get(request.file_id)
             return [file.locked_by] if file is not None and file.locked_by else []
-        space = self.spaces.get(request.space_id)
-        return space.notifier.blockers(request) if space else []
+        notifier = self.notifiers.get(request.space_id)
+        return notifier.blockers(request) if notifier else []
 
     def unanswered(self, record: OperationRecord[Any]) -> list[tuple[MirrorId, int]]:
         """The (mirror, event sequence) pairs that the operation waits for directly."""
@@ -537,7 +544,7 @@ class Machine:
         """An empty address space with one user."""
         limits = SpaceLimits(vmas=self.limits.vmas, directories=self.limits.directories)
         space = AddressSpace(self.next_id("space"), self.frames, self.current, limits, semantics=self.semantics)
-        self.spaces[space.id] = space
+        self.spaces[space.id], self.notifiers[space.id] = space, space.notifier
         return space
 
     def require_room(self, kind: str, count: int, limit: int) -> None:

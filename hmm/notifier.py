@@ -211,7 +211,7 @@ class Turn:
         self.spans = tuple(sorted(spans))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Notifier:
     """The subscribers and running changes of one address space.
 

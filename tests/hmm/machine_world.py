@@ -13,7 +13,7 @@ from hmm.limits import Limits
 from hmm.machine import Machine
 from hmm.mirror import DeadlinePolicy
 from hmm.operation_record import Caller, OperationRecord
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, AddressRange, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -56,15 +56,19 @@ class World:
         assert record.done
         return record.result
 
-    def settle(self) -> None:
-        """Answer everything and resume everything, until nothing moves."""
+    def settle(self, slow: MirrorId = 0) -> list[Delivery]:
+        """Answer everything and resume everything, until nothing moves.  Returns: what `slow` has not answered."""
+        owed: list[Delivery] = []
         while True:
             deliveries = self.machine.take_outbox()
             for delivery in deliveries:
-                self.machine.answer(delivery.mirror_id, delivery.sequence)
+                if delivery.mirror_id == slow:
+                    owed.append(delivery)
+                else:
+                    self.machine.answer(delivery.mirror_id, delivery.sequence)
             ready = self.machine.ready()
             if not ready and not deliveries:
-                return
+                return owed
             for record in ready:
                 if not record.done and self.machine.is_ready(record):
                     self.machine.resume(record.id)

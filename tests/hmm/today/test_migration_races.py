@@ -268,3 +268,33 @@ def test_fork_shares_what_is_there_when_it_waited_for_memory_in_vain() -> None:
     world.settle()
     machine.check()
     assert world.do(commands_process.read_memory, forking.result, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("policy", [DeadlinePolicy.FENCE, DeadlinePolicy.FAIL])
+def test_detach_waits_for_a_migration_when_the_process_has_ended_meanwhile(policy: DeadlinePolicy) -> None:
+    """What is under way in an address space outlives its last user, and whoever waits for it waits to its end.
+
+    Source: Linux include/linux/sched/mm.h, mmgrab(); mm/mmu_notifier.c, mmu_interval_notifier_remove().
+    """
+    world, _ = page_on_a_card()
+    machine, parent = world.machine, world.pid
+    child = world.do(commands_process.fork, parent)
+    card = world.do(commands_device.register_device, "other")
+    slow, quick = (world.do(commands_hmm.attach, card, child, policy=policy) for _ in range(2))
+    for mirror in (slow, quick):
+        world.do(commands_hmm.insert_notifier, mirror, at(0), PAGE_SIZE)
+    reading = world.start(commands_process.read_memory, parent, at(0), 4)
+    (owed,) = world.settle(slow)
+    ending = world.start(commands_process.exit_process, child)
+    while not ending.done:
+        for told in world.settle(slow):
+            machine.answer(slow, told.sequence)
+    leaving = world.start(commands_hmm.detach, quick)
+    assert not leaving.done
+    assert machine.blockers(leaving) == [reading.id]
+    assert not machine.is_ready(leaving)
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert leaving.done
+    assert reading.result.data == b"page"
+    machine.check()
