@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +129,7 @@ class AddressSpace:
         last_anon_vma: the newest family of private pages.
         anon_vmas: of the families that came by fork, the trees that their VMAs are in.
         relatives: the live spaces that may share private pages with this one by fork, itself included, by id.
+        notifiers: of the relatives, of those too that have ended with changes under way.
         lineage: the spaces that this one was forked from, the oldest first, and itself.
         userfaultfds: those that can be registered with VMAs of this space, by number.
         detached: VMAs that are being unmapped: no address is found in them, but their entries are still there.
@@ -152,6 +154,7 @@ class AddressSpace:
     last_anon_vma: int = 0
     anon_vmas: dict[int, Family] = field(default_factory=dict)
     relatives: dict[SpaceId, AddressSpace] = field(default_factory=dict)
+    notifiers: WeakValueDictionary[SpaceId, Notifier] = field(default_factory=WeakValueDictionary)
     lineage: tuple[SpaceId, ...] = ()
     userfaultfds: dict[int, Userfaultfd] = field(default_factory=dict)
     detached: Sequence[Vma] = ()
@@ -163,13 +166,13 @@ class AddressSpace:
         self.vmas = VmaMap(self.current.insertions)
         self.table = PageTable(TASK_SIZE - 1, max_directories=self.limits.directories)
         self.notifier = Notifier(self.id, self.current)
-        self.relatives[self.id] = self
+        self.relatives[self.id], self.notifiers[self.id] = self, self.notifier
         self.lineage = (self.id,)
 
     def join(self, parent: AddressSpace) -> None:
         """Become a relative of `parent`, whose private pages this space is about to share."""
-        self.relatives = parent.relatives
-        self.relatives[self.id] = self
+        self.relatives, self.notifiers = parent.relatives, parent.notifiers
+        self.relatives[self.id], self.notifiers[self.id] = self, self.notifier
         self.lineage = (*parent.lineage, self.id)
 
     @property

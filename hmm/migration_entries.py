@@ -252,7 +252,7 @@ def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
             moved them they are not, and any migration may be the one.
     """
     spans = spans_of(addresses)
-    notifiers = [space.relatives[number].notifier for number in sorted(space.relatives)]
+    notifiers = [notifier for _, notifier in sorted(space.notifiers.items())]
     for notifier in notifiers:
         busy = Await(WaitFor.INVALIDATIONS, notifier.space_id, spans)
         blockers = notifier.blockers(busy)
