@@ -80,7 +80,7 @@ from hmm.units import (
     spans_of,
 )
 from hmm.vma import Backing
-from hmm.zone_device import are_remote, failing_copies, owners, used_frames
+from hmm.zone_device import are_locked, are_remote, failing_copies, owners, used_frames
 
 __all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
@@ -458,7 +458,7 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio(), which leaves it to the
     driver to find memory for a large folio.
     """
-    pfns = pfns[frames.mapcount[pfns] > 0]  # not those that have gone, or are on their way already
+    pfns = pfns[(frames.mapcount[pfns] > 0) & ~are_locked(frames, pfns)]  # those that are there, and not on their way
     if not pfns.size:
         return 0
     if frames.make_room:

@@ -75,7 +75,7 @@ from hmm.units import (
     is_page_aligned,
 )
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
-from hmm.zone_device import are_private, owners
+from hmm.zone_device import are_locked, are_private, owners
 
 __all__ = ["Copy", "migrate_vma", "run"]
 
@@ -176,7 +176,7 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
     framed = _framed(migration, entries, left)
     chosen = entries[framed]
     pfns = cpu_pte.cpu_pfn(chosen)
-    reasons = list(_reasons_to_stay(migration, chosen, pfns))
+    reasons = list(_reasons_to_stay(migration, pfns))
     if space.huge:
         reasons.append((are_compound(space.frames, pfns) & ~whole[framed]) | left[framed])
     if reasons and np.count_nonzero(wanted := ~reduce(or_, reasons)) < wanted.size:
@@ -189,14 +189,13 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
     return framed, pfns
 
 
-def _reasons_to_stay(migration: Migration, entries: Entries, pfns: Pfns) -> Iterator[_Mask]:
+def _reasons_to_stay(migration: Migration, pfns: Pfns) -> Iterator[_Mask]:
     """Which pages stay, bool[n], for each reason that can be met."""
     frames = migration.space.frames
     if not are_all_selected(migration, pfns):
         yield ~are_selected(migration, pfns)
-    if Select.DEVICE_PRIVATE in migration.select:
-        # folio_trylock() fails for pages that another migration has: nothing else refers to one but its entries.
-        yield cpu_pte.is_device_private(entries) & (frames.refcount[pfns] != frames.mapcount[pfns])
+    if Select.SYSTEM not in migration.select:
+        yield are_locked(frames, pfns)
     if frames.pinned:
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
         yield are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)

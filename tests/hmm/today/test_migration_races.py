@@ -7,10 +7,11 @@ from area import at, pages
 from machine_world import START, World, error_of, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
-from hmm.errors import TimedOutError, WouldDeadlockError
+from hmm.errors import NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import EventType
 from hmm.frames import RegionKind
 from hmm.limits import Limits
+from hmm.migration import MIGRATE
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.operation import Operation, Pause
@@ -179,7 +180,7 @@ def test_eviction_finds_its_entries_when_a_fork_took_them_along_meanwhile(how: s
         assert world.do(commands_process.read_memory, process, START, 4).data == b"page"
 
 
-@pytest.mark.parametrize("how", ["fork", "mremap"])
+@pytest.mark.parametrize("how", ["fork", "fork and exit", "mremap"])
 def test_touch_inside_a_callback_fails_when_others_took_along_what_stands_in_for_its_page(how: str) -> None:
     """It waits for the migration where the page was, and that for the callback: EDEADLK, and no turning round."""
     world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
@@ -191,8 +192,10 @@ def test_touch_inside_a_callback_fails_when_others_took_along_what_stands_in_for
     reading = world.start(commands_process.read_memory, parent, START, 4)
     (told,) = world.sent()
     assert told.event.etype is EventType.COPY_FROM_DEVICE
-    if how == "fork":
+    if how != "mremap":
         process, there = world.do(commands_process.fork, parent), START
+        if how == "fork and exit":
+            world.do(commands_process.exit_process, parent)
     else:
         process, there = parent, at(0)
         moving = MremapFlag.MAYMOVE | MremapFlag.FIXED
@@ -210,7 +213,10 @@ def test_touch_inside_a_callback_fails_when_others_took_along_what_stands_in_for
     machine.answer(attached, told.sequence)
     world.settle()
     assert outside.result.data == b"page"
-    assert reading.result.data == (b"page" if how == "fork" else b"")
+    if how == "fork and exit":
+        assert isinstance(error_of(reading), NoSuchObjectError)
+    else:
+        assert reading.result.data == (b"page" if how == "fork" else b"")
     machine.check()
 
 
@@ -297,4 +303,52 @@ def test_detach_waits_for_a_migration_when_the_process_has_ended_meanwhile(polic
     world.settle()
     assert leaving.done
     assert reading.result.data == b"page"
+    machine.check()
+
+
+def test_eviction_passes_over_a_page_when_a_touch_is_bringing_it_back() -> None:
+    """One migration alone has a page, though it is still mapped elsewhere: the other tells nobody, and undoes nothing.
+
+    Source: Linux mm/migrate_device.c: folio_trylock() of migrate_device_pfn_lock().
+    """
+    world, _ = page_on_a_card()
+    machine, parent = world.machine, world.pid
+    (card,) = machine.devices
+    child = world.do(commands_process.fork, parent)
+    slow = world.do(commands_hmm.attach, card, child)
+    world.do(commands_hmm.insert_notifier, slow, at(0), PAGE_SIZE)
+    reading = world.start(commands_process.read_memory, parent, at(0), 4)
+    (owed,) = world.settle(slow)
+    evicting = world.start(commands_hmm.evict_device, card)
+    assert not world.settle(slow)
+    assert evicting.result == 0
+    machine.answer(slow, owed.sequence)
+    assert not world.settle(slow)
+    assert reading.result.data == b"page"
+    machine.check()
+
+
+def test_one_of_two_relatives_gets_its_page_back_when_both_drivers_ask_at_once() -> None:
+    """The second one passes over what the first one has, and the page comes.
+
+    Source: Linux mm/migrate_device.c: folio_trylock() of migrate_vma_collect_pmd().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8, kind=RegionKind.DEVICE_COHERENT)
+    attached = world.do(commands_hmm.attach, card, parent)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    world.do(commands_hmm.migrate_to_device, attached, span(0))
+    child = world.do(commands_process.fork, parent)
+    slow = world.do(commands_hmm.attach, card, child)
+    world.do(commands_hmm.insert_notifier, slow, START, PAGE_SIZE)
+    first = world.start(commands_hmm.migrate_to_system, attached, span(0))
+    (owed,) = world.settle(slow)
+    second = world.start(commands_hmm.migrate_to_system, slow, span(0))
+    for told in world.settle(slow):
+        machine.answer(slow, told.sequence)
+    world.resume(second)
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert [int(moving.result.src[0]) & MIGRATE for moving in (first, second)] == [MIGRATE, 0]
     machine.check()
