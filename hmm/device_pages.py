@@ -458,6 +458,8 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio(), which leaves it to the
     driver to find memory for a large folio.
     """
+    if pfns.size > frames.available:  # before they are taken: reclaim may wait for a driver that touches one of them
+        yield from some_room(frames, pfns.size)
     pfns = pfns[(frames.mapcount[pfns] > 0) & ~are_locked(frames, pfns)]  # those that are there, and not on their way
     if not pfns.size:
         return 0
@@ -481,7 +483,7 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     room = np.zeros(pfns.size, np.int64)
     with ExitStack() as brackets:
         try:
-            room = yield from _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
+            room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
             yield from unmap_everywhere(held, brackets, only_where_mapped=True)
             free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
             for folio in _folios_among(frames, pfns):
@@ -517,14 +519,12 @@ def _folios_among(frames: Frames, pfns: Pfns) -> list[Positions]:
     return [np.flatnonzero(belong_to(frames, pfns, head)) for head in heads_of(frames, pfns)]
 
 
-def _allocate(frames: Frames, pfns: Pfns, asked: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Operation[Pfns]:
+def _allocate(frames: Frames, pfns: Pfns, asked: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Pfns:
     """Destinations for the pages that are asked for: int64[n], 0 for the others.
 
     Before anybody is told: while mirrors are waited for, others may take what is free.
     """
     count = int(np.count_nonzero(asked))
-    if count > frames.available and frames.make_room:
-        yield from frames.make_room(count)
     if count > frames.available:
         raise OutOfFramesError(f"evict: {count} pages have to move and {frames.available} frames are free")
     room = np.zeros(pfns.size, np.int64)

@@ -8,7 +8,7 @@ from machine_world import START, World, error_of, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import NoSuchObjectError, TimedOutError, WouldDeadlockError
-from hmm.events import EventType
+from hmm.events import Cause, EventType
 from hmm.frames import RegionKind
 from hmm.limits import Limits
 from hmm.migration import MIGRATE
@@ -351,4 +351,36 @@ def test_one_of_two_relatives_gets_its_page_back_when_both_drivers_ask_at_once()
     machine.answer(slow, owed.sequence)
     world.settle()
     assert [int(moving.result.src[0]) & MIGRATE for moving in (first, second)] == [MIGRATE, 0]
+    machine.check()
+
+
+def test_touch_inside_a_callback_ends_when_an_eviction_waits_for_memory() -> None:
+    """Whoever wants room for pages has not taken them yet: reclaim may wait for a driver that touches one of them."""
+    world = World(limits=Limits(frames=12, swap_pages=64, device_frames=16))
+    machine, (mirror,) = world.machine, world.mirrors
+    card = world.do(commands_device.register_device, "card", memory_pages=2)
+    attached = world.do(commands_hmm.attach, card, world.pid)
+    world.do(commands_process.write_memory, world.pid, START, b"a" * 2 * PAGE_SIZE)
+    world.do(commands_hmm.migrate_to_device, attached, span(0, 2))
+    world.do(commands_process.touch, world.pid, span(2, machine.frames.available - 1), write=True)
+    world.do(commands_device.fault, mirror, (span(2, 4),), write=False)
+    assert machine.frames.available == 1
+    evicting = world.start(commands_hmm.evict_device, card)
+    (told,) = world.sent()
+    assert (told.mirror_id, told.event.cause) == (mirror, Cause.RECLAIM)
+    inside = world.start(
+        commands_process.read_memory,
+        world.pid,
+        START,
+        1,
+        caller=Caller(name="driver", callback=(mirror, told.sequence)),
+    )
+    while copies := world.sent():
+        for delivery in copies:
+            machine.answer(delivery.mirror_id, delivery.sequence)
+        world.resume(inside)
+    assert inside.result.data == b"a"
+    machine.answer(told.mirror_id, told.sequence)
+    world.settle()
+    assert evicting.result == 1
     machine.check()
