@@ -28,6 +28,7 @@ from hmm.events import Cause
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
+from hmm.notifier import Invalidation
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.rmap import Places, in_walk_order
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, page_numbers, spans_of, spans_of_pages
@@ -148,10 +149,12 @@ def unmap_everywhere(
             mappings[place.pages] -= naming
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
-    for space, parts in told.values():
+    changes: list[tuple[AddressSpace, Pfns, Invalidation]] = []
+    for space, parts in told.values():  # all are busy before one is told: others may wait for any of the pages
         pages = unique(page_numbers(np.concatenate(parts)))
-        notifier = space.notifier
-        bracket = brackets.enter_context(notifier.invalidation(spans_of_pages(pages), cause, certain=certain))
+        bracket = space.notifier.invalidation(spans_of_pages(pages), cause, certain=certain)
+        changes.append((space, pages, brackets.enter_context(bracket)))
+    for space, pages, bracket in changes:
         yield from bracket.deliver()
         for place in [place for place in held.places() if place.space is space]:
             entries = space.table.lookup(place.addresses)

@@ -384,3 +384,31 @@ def test_touch_inside_a_callback_ends_when_an_eviction_waits_for_memory() -> Non
     world.settle()
     assert evicting.result == 1
     machine.check()
+
+
+def test_touch_inside_a_callback_fails_when_an_eviction_has_its_page_and_has_not_told_its_process_yet() -> None:
+    """All processes whose pages are taken are busy at once: EDEADLK, and no turning round."""
+    world, _ = page_on_a_card()
+    machine = world.machine
+    (card,) = machine.devices
+    slow = world.do(commands_hmm.attach, card, world.pid)
+    world.do(commands_hmm.insert_notifier, slow, at(0), PAGE_SIZE)
+    stranger = world.do(commands_process.create_process, "stranger")
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, stranger, at(1), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, stranger, at(1), b"other")
+    world.do(commands_hmm.migrate_to_device, world.do(commands_hmm.attach, card, stranger), pages(1, 2))
+    evicting = world.start(commands_hmm.evict_device, card)
+    (owed,) = world.settle(slow)
+    driver = Caller(name="driver", callback=(slow, owed.sequence))
+    inside = world.start(commands_process.read_memory, stranger, at(1), 5, caller=driver)
+    for told in world.sent():
+        machine.answer(told.mirror_id, told.sequence)
+    if not inside.done:
+        world.resume(inside)
+    assert isinstance(error_of(inside), WouldDeadlockError)
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert evicting.result == 2
+    assert world.do(commands_process.read_memory, stranger, at(1), 5).data == b"other"
+    machine.check()
