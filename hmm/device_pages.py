@@ -342,6 +342,7 @@ def _tell_and_copy(migration: Migration) -> Operation[None]:
     # While others were told, the mirror may have gone.
     pages = migration.pages
     holders = migration.space.frames.zone_device_data[migration.source_pfns(pages)]
+    migration.src[pages[(holders != 0) & (holders != migration.initiator)]] &= NOT_MIGRATE  # put there again by another
     held = pages[holders == migration.initiator]
     if migration.initiator and held.size:
         yield Deliver(_copy_event(migration, migration.addresses[held]), (migration.initiator,))

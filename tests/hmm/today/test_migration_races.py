@@ -412,3 +412,29 @@ def test_touch_inside_a_callback_fails_when_an_eviction_has_its_page_and_has_not
     assert evicting.result == 2
     assert world.do(commands_process.read_memory, stranger, at(1), 5).data == b"other"
     machine.check()
+
+
+def test_touch_tells_who_has_its_page_when_another_put_it_there_meanwhile() -> None:
+    """The driver that has the page copies it, and not the one that had it when the touch began.
+
+    Source: Linux mm/memory.c, do_swap_page(): migrate_to_ram() is of the folio that is locked.
+    """
+    world, first = page_on_a_card()
+    machine, process = world.machine, world.pid
+    (card,) = machine.devices
+    before, after = (world.do(commands_hmm.attach, card, process) for _ in range(2))
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    world.do(commands_process.mmap, process, at(1), PAGE_SIZE, Prot.READ | Prot.WRITE, flags)
+    world.do(commands_process.write_memory, process, at(1), b"other")
+    world.do(commands_hmm.migrate_to_device, before, pages(1, 2))
+    touching = world.start(commands_process.touch, process, pages(0, 2), write=False)
+    (owed,) = world.settle(first)
+    world.do(commands_process.read_memory, process, at(1), 1)
+    world.do(commands_hmm.migrate_to_device, after, pages(1, 2))
+    machine.answer(first, owed.sequence)
+    copies = world.settle(after)
+    assert [delivery.event.etype for delivery in copies] == [EventType.COPY_FROM_DEVICE]
+    machine.answer(after, copies[0].sequence)
+    world.settle()
+    assert touching.done
+    machine.check()
