@@ -186,7 +186,7 @@ class AddressSpace:
             vmas.sort(key=lambda vma: vma.start)
         return vmas
 
-    def claim(self, pfns: Pfn | Pfns, address: Address) -> None:
+    def claim(self, pfns: Pfn | Pfns | slice, address: Address) -> None:
         """Note that private pages of the VMA at `address` are this space's own: its parents can never come to map them.
 
         Of a space without relatives nothing need be noted, as all that may ever map its pages descend from it.

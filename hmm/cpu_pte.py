@@ -105,17 +105,24 @@ Mask = npt.NDArray[np.bool_]
 def cpu_entry(pfns: int, flags: int) -> int: ...
 @overload
 def cpu_entry(pfns: npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries) -> Entries: ...
-def cpu_entry(pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries) -> int | Entries:
+@overload
+def cpu_entry(pfns: Pfns | slice, flags: int) -> Entries: ...
+def cpu_entry(
+    pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64] | slice, flags: int | Entries
+) -> int | Entries:
     """Build entries from frame numbers and flags (`pfn_pte()`, `make_device_private_entry()` and so on).
 
     Args:
-        pfns: frame numbers, 0 to PFN_MAX; int, or int64[n] or uint64[n].
+        pfns: frame numbers, 0 to PFN_MAX; int, or int64[n] or uint64[n], or a slice of consecutive ones.
         flags: bits 0 to 11; for an array of frames one int for all, or uint64[n].
 
     Returns: int for an int, else uint64[n].
     """
     if isinstance(pfns, int):
         return pfns << PFN_SHIFT | int(flags)
+    if isinstance(pfns, slice):
+        first, behind = pfns.start << PFN_SHIFT | int(flags), pfns.stop << PFN_SHIFT
+        return np.arange(first, behind, 1 << PFN_SHIFT, dtype=np.uint64)
     entries: Entries = pfns.view(np.uint64) << _SHIFT
     entries |= _word(flags) if isinstance(flags, int) else flags
     return entries

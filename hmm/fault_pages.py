@@ -39,7 +39,7 @@ from hmm.ascending import among
 from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
-from hmm.frames import ZERO_PFN, PageFlag
+from hmm.frames import ZERO_PFN, PageFlag, listed
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns
 from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma
@@ -153,11 +153,11 @@ class Attempt:
             end = span.start + (npages << PAGE_SHIFT)
             if npages:
                 prepare_anon_vma(space, vma)
-                pfns = space.frames.allocate_mapped(npages, ANON_PAGE)
+                pfns = space.frames.allocate_mapped_run(npages, ANON_PAGE)
                 try:
                     space.table.fill(span.start, end, cpu_pte.cpu_entry(pfns, WRITTEN))
                 except OutOfFramesError:
-                    space.frames.unmap(pfns)
+                    space.frames.unmap(listed(pfns))
                     raise
                 space.claim(pfns, span.start)
             if end < span.end:

@@ -33,6 +33,11 @@ SYSTEM_REGION = 0
 """The number of the region that is system memory."""
 
 
+def listed(where: Pfns | slice) -> Pfns:
+    """The frames of an index one by one, int64[n]."""
+    return np.arange(where.start, where.stop) if isinstance(where, slice) else where
+
+
 class RegionKind(Enum):
     """What memory a region is; enum memory_type of include/linux/memremap.h."""
 
@@ -195,11 +200,11 @@ class FrameAllocator:
         self._removed_top = max(self._removed_top, region.top)
         return region
 
-    def take(self, count: int, number: int) -> tuple[Pfns, slice | None, int]:
+    def take(self, count: int, number: int) -> tuple[Pfns | slice, int]:
         """Allocate frames.
 
-        Returns: int64[count], ascending; the slice that selects them when they are consecutive; how many of them
-        were used before, which are the first ones.
+        Returns: an index of frames: a slice when they are consecutive, else int64[count], ascending; and how many of
+        them were used before, which are the first ones.
 
         Raises:
             OutOfFramesError: fewer are free; nothing was changed (ENOMEM).
@@ -217,18 +222,21 @@ class FrameAllocator:
         region.top += count - reused
         region.high_water = max(region.high_water, region.used)
         if not reused:
-            return np.arange(top, top + count), slice(top, top + count), 0
-        pfns = self._popped(region, reused)
-        if reused < count:
-            pfns = np.concatenate((pfns, np.arange(top, region.top)))
-        first = int(pfns[0])
-        consecutive = int(pfns[-1]) - first == count - 1
-        return pfns, slice(first, first + count) if consecutive else None, reused
+            return slice(top, top + count), 0
+        popped = self._popped(region, reused)
+        if reused == count:
+            return popped, reused
+        if isinstance(popped, slice) and popped.stop == top:
+            return slice(popped.start, region.top), reused
+        return np.concatenate((listed(popped), np.arange(top, region.top))), reused
 
-    def _popped(self, region: Region, count: int) -> Pfns:
+    def _popped(self, region: Region, count: int) -> Pfns | slice:
         """The frames that stood on top of the stack before its height was lowered by `count`."""
         top = region.end - region.nfree
         popped = self._stack[top - count : top]
+        first, last = int(popped[0]), int(popped[-1])
+        if last - first == count - 1 and popped.argmin() == 0 and popped.argmax() == count - 1:
+            return slice(first, last + 1)  # as many as that are all of them, in whatever order, for none is there twice
         pfns = popped.astype(np.int64)
         if not is_ascending(popped):
             pfns.sort()

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import unique
-from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind
+from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind, listed
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice
 from hmm.swap_area import SwapArea
 from hmm.units import PMD_PAGES, MirrorId, Pfn, Pfns
@@ -42,11 +42,13 @@ __all__ = [
     "Region",
     "RegionKind",
     "RegionStatistics",
+    "listed",
 ]
 
 MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
 """Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
+_FIRST = np.array(1, np.int32)  # numpy stores an array without dimensions faster than an int
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
 
@@ -229,10 +231,10 @@ class Frames(FrameContents):
 
         Cost: 5 us, and 1 ns per page.  Source: Linux mm/page_alloc.c, alloc_pages_bulk_noprof().
         """
-        pfns, where = self._take(count, region)
+        where = self._take(count, region)
         if region != SYSTEM_REGION:
             self._rotate(where, count)
-        return pfns
+        return listed(where)
 
     def allocate_mapped(self, count: int, flags: PageFlag) -> Pfns:
         """Take frames of system memory for as many page-table entries, each frame's only reference.
@@ -243,10 +245,14 @@ class Frames(FrameContents):
 
         Cost: 6 us, and 1 ns per page.  Source: Linux mm/rmap.c, folio_add_new_anon_rmap().
         """
-        pfns, where = self._take(count, SYSTEM_REGION)
-        self.mapcount[where] = 1
+        return listed(self.allocate_mapped_run(count, flags))
+
+    def allocate_mapped_run(self, count: int, flags: PageFlag) -> Pfns | slice:
+        """The same as an index: a slice of frames that are consecutive, as most are, is not written down one by one."""
+        where = self._take(count, SYSTEM_REGION)
+        self.mapcount[where] = _FIRST
         self.flags[where] = flags
-        return pfns
+        return where
 
     def allocate_huge(self, flags: PageFlag) -> Pfns | None:
         """Take a large folio of system memory for one entry of a page directory.
@@ -282,14 +288,13 @@ class Frames(FrameContents):
             self._rotate(where, PMD_PAGES)
         return np.arange(first, first + PMD_PAGES)
 
-    def _take(self, count: int, region: int) -> tuple[Pfns, Pfns | slice]:
-        """Frames with a reference each, and the index that selects them."""
-        pfns, run, reused = self._allocator.take(count, region)
-        where = pfns if run is None else run
-        self.refcount[where] = 1
+    def _take(self, count: int, region: int) -> Pfns | slice:
+        """Frames with a reference each, as an index."""
+        where, reused = self._allocator.take(count, region)
+        self.refcount[where] = _FIRST
         if reused:
-            self._stale[pfns[:reused] if run is None else slice(run.start, run.start + reused)] = True
-        return pfns, where
+            self._stale[where if reused == count else listed(where)[:reused]] = True
+        return where
 
     def allocate_one(self, region: int = SYSTEM_REGION) -> Pfn:
         """Take one frame that reads as zeroes, with one reference.

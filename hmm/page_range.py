@@ -394,14 +394,12 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
 def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
     # Within one leaf.
     used = end - page if isinstance(source, int) else int(np.count_nonzero(source))
-    leaf = tree.leaf(page)
+    leaf = tree.leaf_allocate(page) if used else tree.leaf(page)
     if not leaf:
-        if not used:
-            return
-        leaf = tree.leaf_allocate(page)
+        return
     row, view = leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end)
     used -= _used(tree, row, view)
-    view[:] = source
+    view[...] = source
     if used:
         tree.arena.lose(row, -used)
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import unique
-from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator
+from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, listed
 from hmm.frame_contents import FrameContents, MemoryProvider, anonymous_memory
 from hmm.units import Pfns
 
@@ -84,9 +84,9 @@ class SwapArea(FrameContents):
 
         Cost: O(n), vectorised.  Source: Linux mm/swapfile.c, get_swap_pages().
         """
-        slots, _, _ = self._allocator.take(counts.size, SYSTEM_REGION)
-        self.counts[slots] = counts
-        return slots
+        where, _ = self._allocator.take(counts.size, SYSTEM_REGION)
+        self.counts[where] = counts
+        return listed(where)
 
     def duplicate(self, slots: Slots) -> None:
         """One entry more names each.  Source: Linux mm/swapfile.c, swap_duplicate()."""
