@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Final
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -84,12 +85,17 @@ class SpaceLimits:
     directories: int = 1 << 18
 
 
+NOT_TOLD: Final = OutOfFramesError, TimedOutError, WouldDeadlockError
+"""Why a change of VMAs is taken back before anything else was changed: there was no room for pages that had to come
+back from a device first, a mirror with policy FAIL did not answer, or the call was made inside a callback that it would
+wait for."""
+
+
 @dataclass(slots=True, eq=False)
 class Restoring:
-    """VMAs as they were: they come back when the change could not be told; nothing else was changed then.
+    """Unmapped VMAs as they were: they come back when the change could not be told; nothing else was changed then.
 
-    A mirror with policy FAIL did not answer, or the call was made inside a callback that it would wait for, or there
-    was no room for pages that had to come back from a device first.  A userfaultfd that was closed meanwhile does not.
+    A userfaultfd that was closed meanwhile does not.
     """
 
     space: AddressSpace
@@ -100,7 +106,7 @@ class Restoring:
         return self.pieces
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, (OutOfFramesError, TimedOutError, WouldDeadlockError)):
+        if isinstance(error, NOT_TOLD):
             known = (0, *self.space.userfaultfds)
             self.space.vmas.replace(
                 self.span,
@@ -346,7 +352,7 @@ class AddressSpace:
         return userfaultfd is not None and request.ticket in userfaultfd.faults and not ending
 
     def restoring(self, span: AddressRange) -> Restoring:
-        """Put the VMAs of `span` back when the change in the `with` block could not be made."""
+        """Put the VMAs of `span`, which the `with` block unmaps, back when their change could not be told."""
         return Restoring(self, span, self.vmas.mapped_pieces(span))
 
     def check(self, checked: Checked) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
-from hmm.address_space import AddressSpace
+from hmm.address_space import NOT_TOLD, AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import Cause
 from hmm.frames import ZERO_PFN, Frames, PageFlag
@@ -101,15 +101,17 @@ def mprotect(space: AddressSpace, start: Address, length: int, prot: int) -> Ope
         turn.hold(span)
         plan, refused = _planned(space, span, prot)
         yield from cut(space, (piece for piece, _ in plan))
-        with space.restoring(span):
-            changed, error = _change_vmas(space, plan)
-            error = error or refused
+        changed, error = _change_vmas(space, plan)
+        try:
             yield from _change_protection(space, changed, _cause(prot))
+        except NOT_TOLD:
+            _change_vmas_back(space, changed)
+            raise
     for piece in changed:
         # A private locked mapping that becomes writable: the copies are made now.
         if prot & _PROT_WRITE and piece.mapping.flags._value_ & _LOCKED_OR_COPIED == _LOCKED:
             yield from populate(space, piece.span)
-    if error is not None:
+    if error := error or refused:
         raise error
     return 0
 
@@ -166,6 +168,14 @@ def _change_vmas(space: AddressSpace, plan: list[tuple[Vma, VmFlag]]) -> tuple[l
         except HmmError as error:
             return [changed for changed, _ in plan[:number]], error
     return [changed for changed, _ in plan], None
+
+
+def _change_vmas_back(space: AddressSpace, changed: list[Vma]) -> None:
+    """Give parts of VMAs the flags that they had."""
+    for piece in changed:
+        now = space.vmas.find(piece.start)
+        assert now is not None
+        space.vmas.assign(piece.span, now.mapping.with_flags(piece.mapping.flags))
 
 
 def _new_flags(piece: Vma, prot: int) -> int:
