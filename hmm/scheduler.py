@@ -117,6 +117,11 @@ class Scheduler:
         while self.step():
             assert self.coverage.steps < limit, f"{limit} steps and still running: {self._describe()}"
 
+    def go_on(self, workload: Iterator[Call]) -> None:
+        """Run more calls when all others have ended.  Raises: as `run`."""
+        self.workload, self._exhausted = workload, False
+        self.run()
+
     @property
     def steps(self) -> int:
         """Choices made so far."""

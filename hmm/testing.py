@@ -85,6 +85,8 @@ def simulate(
     _Watch(scheduler, drivers, Contents(machine, town.tracked)).begin()
     try:
         scheduler.run()
+        if machine.processes:  # a fork that waited for its turn while all others ended
+            scheduler.go_on(endings(town))
         check_nothing_is_left(machine, used_frames)
     except Exception as error:
         _give_up(machine)

@@ -46,6 +46,8 @@ from hmm.testing_swap import TOWNS
         ("swap-memory", 2439),  # a device was emptied of pages that another call was bringing back
         ("swap", 4487),  # pages that relatives had read from swap were made to go without being written
         ("swap-devices", 87038),  # a detach turned round and round: its process had ended with a migration under way
+        ("huge", 8543),  # an mprotect that failed cut the huge page behind those that got their protection back
+        ("mirrors", 8940),  # a fork waited for its turn until everything else had ended
     ],
 )
 def test_simulate_holds_every_invariant_when_the_seed_once_broke_one(town: str, seed: int) -> None:
