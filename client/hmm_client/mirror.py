@@ -223,14 +223,18 @@ class Mirror(Receiver):
         """
         if not isinstance(target, np.ndarray):
             target = _spans(target)
-        request = device_pb2.FaultRequest(mirror_id=self.id, write=write)
+        request = device_pb2.FaultRequest()
+        request.mirror_id = self.id
         if isinstance(target, np.ndarray):
             request.pages = entries_to_proto(target)
         else:
-            ranges = request.ranges
-            ranges.starts.extend([span.start for span in target])
-            ranges.ends.extend([span.end for span in target])
-        # Most faults have nothing of what follows, and a test costs less than a field.
+            starts, ends = request.ranges.starts, request.ranges.ends
+            for span in target:
+                starts.append(span.start)
+                ends.append(span.end)
+        # Most faults have little of what follows, and a test costs less than a field.
+        if write:
+            request.write = True
         if not wait:
             request.no_wait = True
         if first_mapping_only:

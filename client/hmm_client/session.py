@@ -134,6 +134,11 @@ class Session:
         self._unclaimed: dict[MirrorId, list[tuple[int, Change]]] = {}
         self._waiting: dict[int, _Call] = {}
         self._outgoing: deque[bytes] = deque()
+        self._handlers: dict[int, Callable[[Any], None]] = {
+            session_pb2.SessionResponse.EVENTS_FIELD_NUMBER: self._deliver,
+            session_pb2.SessionResponse.REPLIES_FIELD_NUMBER: self._reply,
+            session_pb2.SessionResponse.VIOLATIONS_FIELD_NUMBER: self._note_violation,
+        }
         self._last_request = 0
         self._sleeping: asyncio.Future[None] | None = None
         self._bye: bytes | None = None
@@ -315,8 +320,8 @@ class Session:
     async def _write(self) -> None:
         try:
             while not self.lost:
-                while (batch := self._next_batch()) is not None:
-                    await self._call.write(batch)
+                while (self._outgoing or self.ledger) and not self.lost:
+                    await self._call.write(self._next_batch())
                 if self._bye is not None:
                     await self._call.write(self._bye)
                     await self._call.done_writing()
@@ -331,9 +336,7 @@ class Session:
         if self._sleeping is not None and not self._sleeping.done():
             self._sleeping.set_result(None)
 
-    def _next_batch(self) -> bytes | None:
-        if self.lost:
-            return None
+    def _next_batch(self) -> bytes:
         batch: list[bytes] = []
         if self.ledger:
             batch.append(session_pb2.SessionRequest(acknowledgements=self.ledger.take()).SerializeToString())
@@ -342,27 +345,31 @@ class Session:
             call = self._outgoing.popleft()
             size += len(call)
             batch.append(call)
-        return b"".join(batch) if batch else None
+        return b"".join(batch)
 
     def _dispatch(self, message: session_pb2.SessionResponse) -> None:
-        for event in message.events:
-            self._deliver(event)
-        for reply in message.replies:
-            self._reply(reply)
-        for violation in message.violations:
-            _LOG.error(
-                "the answer to event %d of mirror %d: %s", violation.event_sequence, violation.mirror_id, violation.rule
-            )
-            hearer = self._hearers.get(violation.mirror_id)
-            if hearer is not None:
-                hearer.rejected(violation.event_sequence, violation.rule)
+        # Only what is there, in the order of numbers: events come before replies.
+        for field, values in message.ListFields():
+            handle = self._handlers.get(field.number)
+            if handle is not None:
+                for value in values:
+                    handle(value)
+
+    def _note_violation(self, violation: event_pb2.ProtocolViolation) -> None:
+        _LOG.error(
+            "the answer to event %d of mirror %d: %s", violation.event_sequence, violation.mirror_id, violation.rule
+        )
+        hearer = self._hearers.get(violation.mirror_id)
+        if hearer is not None:
+            hearer.rejected(violation.event_sequence, violation.rule)
 
     def _deliver(self, message: event_pb2.Event) -> None:
         change = Change(message)
-        if len(message.mirror_ids) > FEW_MIRRORS and self._deliver_together(message, change):
+        mirror_ids = message.mirror_ids
+        if len(mirror_ids) > FEW_MIRRORS and self._deliver_together(message, change):
             return
         hearers = self._hearers
-        for mirror_id, sequence in zip(message.mirror_ids, message.event_sequences, strict=True):
+        for mirror_id, sequence in zip(mirror_ids, message.event_sequences, strict=True):
             hearer = hearers.get(mirror_id)
             if hearer is not None:
                 hearer.deliver(sequence, change)

@@ -29,6 +29,8 @@ def varint(number: int) -> bytes:
     """A number that is not negative, seven bits to a byte."""
     if number < 128:
         return _ONE_BYTE[number]
+    if number < 1 << 14:
+        return bytes((number & 127 | 128, number >> 7))
     written = bytearray()
     while number >= 128:
         written.append(number & 127 | 128)

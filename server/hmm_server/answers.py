@@ -60,29 +60,27 @@ class Answers:
 
     def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
         """Take those that count.  Returns: the others."""
+        mirror_ids, marks = message.mirror_ids, message.acknowledged_up_to
         if message.epoch not in (0, self._stream.epoch):
             self._reject(0, 0, f"epoch {message.epoch} is not this stream's, {self._stream.epoch}")
-        elif len(message.mirror_ids) != len(message.acknowledged_up_to) or (
-            len(message.single_mirror_ids) != len(message.single_sequences)
-        ):
+        elif len(mirror_ids) != len(marks) or len(message.single_mirror_ids) != len(message.single_sequences):
             self._reject(0, 0, "as many mirrors as event sequences are needed")
         elif message.ByteSize() > ANSWERS_MAX and (number := _size(message)) > ANSWERS_MAX:
             self._reject(0, 0, f"{number} answers and ranges are more than {ANSWERS_MAX} at a time; none was taken")
         else:
-            self._take(message)
+            self._take(message, mirror_ids[:], marks[:])
         if self.rejected > REJECTIONS_TOLD:
             more = f"{self.rejected - REJECTIONS_TOLD} more answers of the same message were rejected"
             self._violations.append(event_pb2.ProtocolViolation(rule=more))
         return self._violations
 
-    def _take(self, message: event_pb2.Acknowledgements) -> None:
+    def _take(self, message: event_pb2.Acknowledgements, mirror_ids: list[MirrorId], marks: list[int]) -> None:
         for answer in message.answers:
             self._take_answer(answer)
         plain: Plain = []
         for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
             if (served := self._find(mirror_id, sequence)) and self._is_enough(served, sequence, 0):
                 plain.append((served, sequence))
-        mirror_ids, marks = message.mirror_ids[:], message.acknowledged_up_to[:]
         taken = 0
         while self._stream.postings and taken < len(mirror_ids):
             together = self._take_together(mirror_ids, marks, taken)

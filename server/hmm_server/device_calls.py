@@ -81,14 +81,15 @@ def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] 
         InvalidRequestError: neither or both are given, or they are malformed (EINVAL).
     """
     pages, ranges = q.pages, q.ranges
+    starts = ranges.starts  # protobuf makes an object for each look at an array, as long as nobody has one
     if not pages:
-        require_at_most("fault: ranges", len(ranges.starts), PIECES_MAX)
+        require_at_most("fault: ranges", len(starts), PIECES_MAX)
         spans = convert.page_ranges_from_proto(ranges)
         if len(spans) == 1:  # most are
             return spans, spans[0].npages
         if spans:
             return spans, sum([span.npages for span in spans])
-    elif not (ranges.starts or ranges.ends):
+    elif not (starts or ranges.ends):
         addresses = convert.pages_from_proto(pages)
         return addresses, addresses.size
     raise convert.malformed("fault: either ranges or pages are needed")
@@ -97,18 +98,20 @@ def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] 
 def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
     if faulted is None:
         return ArrayReply(device_pb2.FaultResponse(result=result), {})
-    _, ends, errors, retries = zip(*faulted.parts, strict=True)
-    failed = next(filter(None, errors), None)
+    response = device_pb2.FaultResponse()  # what is an argument of a message takes twice as long
+    response.notifier_seq, response.last_event_sequence = faulted.notifier_seq, faulted.event_sequence
+    ends, errnos = response.range_ends, response.range_errnos
+    failed, retries = None, 0
+    for _, end, error, retried in faulted.parts:
+        ends.append(end)
+        errnos.append(error.errno if error is not None else 0)
+        failed = failed or error
+        retries += retried
     if failed is not None:
         result = to_call_result(failed, result.operation_id, tuple(result.fenced_mirrors))
-    response = device_pb2.FaultResponse(
-        result=result, notifier_seq=faulted.notifier_seq, last_event_sequence=faulted.event_sequence
-    )
-    # An array that is an argument takes twice as long.
-    response.range_ends.extend(ends)
-    response.range_errnos.extend([error.errno if error else 0 for error in errors])
-    if retried := sum(retries):
-        response.retries = retried
+    response.result.CopyFrom(result)
+    if retries:
+        response.retries = retries
     return ArrayReply(response, {"entries": faulted.entries})
 
 
