@@ -183,7 +183,7 @@ def bring_in(
             crowded = _crowded(space, attempt.strangers[0], target)
             if crowded is not None:
                 return crowded
-            stuck = yield from _resolve(space, attempt.strangers, write)
+            stuck = yield from _resolve(space, attempt.strangers, target, write)
             if stuck is not None:
                 before = _before(target, stuck.address)  # may have changed while the resolver waited
                 sooner = yield from bring_in(space, before, write=write, grow_stack=grow_stack, may_retry=may_retry)
@@ -245,15 +245,21 @@ def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[Add
     return tuple(AddressRange(span.start & PMD_MASK, -(-span.end & PMD_MASK)) for span in spans)
 
 
-def _resolve(space: AddressSpace, strangers: list[Strangers], write: bool) -> Operation[Stop | None]:
+def _resolve(
+    space: AddressSpace, strangers: list[Strangers], target: AddressRange | Entries, write: bool
+) -> Operation[Stop | None]:
     """Returns: the first page that cannot be had; those of mappings before it may have come."""
+    came = False
     try:
         for pages in strangers:
             kinds = pages.entries & np.uint64(cpu_pte.NON_PRESENT)
             for kind in unique(kinds).tolist():
                 chosen = pages.which(kinds == kind).unchanged(space)  # while those before them were waited for
+                if came and chosen.addresses.size and _crowded(space, chosen, target):
+                    return None  # those before them would go again
                 if chosen.addresses.size:
                     yield from RESOLVERS[kind](space, chosen, write)
+                    came = True
     except SegmentationFault as fault:
         missing = _first_missing(space, np.concatenate([pages.addresses for pages in strangers]), write)
         return missing and Stop(missing.address, fault.signal)

@@ -46,6 +46,7 @@ from hmm.testing_swap import TOWNS
         ("swap-memory", 2439),  # a device was emptied of pages that another call was bringing back
         ("swap", 4487),  # pages that relatives had read from swap were made to go without being written
         ("swap-devices", 87038),  # a detach turned round and round: its process had ended with a migration under way
+        ("swap", 50147),  # a touch of two mappings brought each page back at the cost of the other, and never ended
         ("huge", 8543),  # an mprotect that failed cut the huge page behind those that got their protection back
         ("mirrors", 8940),  # a fork waited for its turn until everything else had ended
     ],
