@@ -45,6 +45,7 @@ from hmm.units import (
     Pfn,
     Pfns,
     SpaceId,
+    all_but,
 )
 from hmm.userfaultfd import Userfaultfd
 from hmm.vma import Vma, VmFlag
@@ -56,8 +57,8 @@ _ANON = int(PageFlag.ANON)
 _HUGETLB = int(PageFlag.HUGETLB)
 _HUGE_KINDS = cpu_pte.PRESENT | cpu_pte.DEVICE | cpu_pte.MIGRATION
 _USED = cpu_pte.DIRTY | cpu_pte.ACCESSED
-_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
-_NOT_SOFT_DIRTY = np.uint64(~cpu_pte.SOFT_DIRTY & (1 << 64) - 1)
+_NOT_HUGE = all_but(cpu_pte.HUGE)
+_NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
 
 
 class Thp(IntEnum):

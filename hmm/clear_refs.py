@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import numpy as np
-
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError
@@ -25,14 +23,14 @@ from hmm.events import Cause
 from hmm.frames import PageFlag
 from hmm.large_folio import are_pinned
 from hmm.operation import Operation, Pause
-from hmm.units import WHOLE_SPACE, Entries
+from hmm.units import WHOLE_SPACE, Entries, all_but
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["ClearRefs", "clear_refs"]
 
-_NOT_ACCESSED = np.uint64(~cpu_pte.ACCESSED & (1 << 64) - 1)
-_NOT_WRITTEN = np.uint64(~(cpu_pte.SOFT_DIRTY | cpu_pte.WRITE) & (1 << 64) - 1)
-_NOT_SOFT_DIRTY = np.uint64(~cpu_pte.SOFT_DIRTY & (1 << 64) - 1)
+_NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
+_NOT_WRITTEN = all_but(cpu_pte.SOFT_DIRTY | cpu_pte.WRITE)
+_NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
 _PASSED_OVER = VmFlag.PFNMAP | VmFlag.HUGETLB
 """clear_refs_test_walk(), and clear_refs_walk_ops, which has no hugetlb_entry."""
 

@@ -26,7 +26,7 @@ from hmm.fault_pages import ANON_PAGE, WRITTEN
 from hmm.frames import PageFlag
 from hmm.large_folio import heads_of, members
 from hmm.operation import Operation
-from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, pmd_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.zone_device import owners
 
@@ -58,7 +58,7 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
 
     Cost: O(blocks), and the copying.
     """
-    first, end = -(-vma.start & PMD_MASK), vma.end & PMD_MASK
+    first, end = pmd_up(vma.start), vma.end & PMD_MASK
     if not _allowed(space.vmas.find(vma.start)) or end < first:
         raise InvalidRequestError(f"collapse: no huge page can come in {vma}", address=vma.start)
     failed: tuple[AddressRange, _Failure] | None = None

@@ -28,13 +28,14 @@ from hmm.events import EventState
 from hmm.mirror import Mirror, MirrorState
 from hmm.spans import inside
 from hmm.uio import copy_to_frames
-from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, Pfns
+from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, AddressRange, Entries, Pfns, all_but
 from hmm.violation import Violation, ViolationKind
 
 Segment = tuple[int, int]
 """(address, length in bytes)"""
 Bytes = npt.NDArray[np.uint8]
-_TRANSLATION = np.uint64((PAGE_MASK & ((1 << 64) - 1)) | pte.VALID)
+_DMA_ADDRESS = all_but(PAGE_SIZE - 1)
+_TRANSLATION = _DMA_ADDRESS | np.uint64(pte.VALID)
 """The bits of an entry that say where an access goes."""
 REFUSED_BYTE = b"\xff"
 """What a device reads where its access was refused and it is not told: as from a bus where nobody answers."""
@@ -152,7 +153,7 @@ def _translate(mirror: Mirror, pages: Entries, manner: Manner, *, write: bool) -
     check = _Check(mirror, pages, addresses, manner, write)
     valid = (entries & np.uint64(pte.VALID)) != 0
     if manner.dma:
-        valid &= (entries & np.uint64(PAGE_MASK & ((1 << 64) - 1))) == pages
+        valid &= (entries & _DMA_ADDRESS) == pages
     check.require(valid, pte.VALID, "has no valid entry")
     writable = (entries & np.uint64(pte.WRITE)) != 0
     if manner.named is not None:

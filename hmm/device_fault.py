@@ -52,8 +52,10 @@ from hmm.notifier import DeviceFault
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.spans import Spans
 from hmm.units import (
+    PAGE_MASK,
     PAGE_SHIFT,
     PAGE_SIZE,
+    ULONG_MAX,
     Address,
     AddressRange,
     Entries,
@@ -67,7 +69,7 @@ SCATTERED = 8
 """From this many gaps on, pages are handled together as an array of addresses, else range by range."""
 
 _PAGE_SIZE = np.uint64(PAGE_SIZE)
-_PFN_MASK = ((1 << 64) - 1) & ~(PAGE_SIZE - 1)
+_PFN_MASK = PAGE_MASK & ULONG_MAX
 _TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
 """Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
 _KEPT = pte.DIRTY | pte.DRIVER_MASK

@@ -77,6 +77,7 @@ from hmm.units import (
     MirrorId,
     Pfns,
     SpaceId,
+    block_starts,
     spans_of,
 )
 from hmm.vma import Backing
@@ -286,7 +287,7 @@ def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries
         count = min(region.failing_touches - 1, addresses.size)
         region.failing_touches -= count
         if count < addresses.size and space.table.get(int(addresses[count])) & cpu_pte.HUGE:
-            count = int(addresses.searchsorted(addresses[count] & np.uint64(PMD_MASK & (1 << 64) - 1)))
+            count = int(addresses.searchsorted(block_starts(addresses[count])))
         if not count:
             region.failing_touches = 0
             address = int(addresses[0])
@@ -298,7 +299,7 @@ def _before_failure(space: AddressSpace, device_id: DeviceId, addresses: Entries
 def _with_blocks(space: AddressSpace, touched: Strangers) -> Strangers:
     """The pages, and all others of the huge pages that some of them belong to: do_huge_pmd_device_private()."""
     huge = cpu_pte.is_huge(touched.entries)
-    starts = unique(touched.addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1))
+    starts = unique(block_starts(touched.addresses[huge]))
     blocks = starts[:, np.newaxis] + np.arange(0, PMD_SIZE, PAGE_SIZE, dtype=np.uint64)
     addresses: Entries = np.concatenate((touched.addresses[~huge], blocks.reshape(-1)))
     addresses = unique(addresses)

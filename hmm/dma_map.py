@@ -21,12 +21,12 @@ from hmm.errors import OutOfFramesError
 from hmm.iommu import Domain
 from hmm.page_table import PageTable
 from hmm.spans import Spans, inside
-from hmm.units import PAGE_MASK, TASK_SIZE, Entries, Pfns
+from hmm.units import PAGE_SIZE, TASK_SIZE, Entries, Pfns, all_but
 
 __all__ = ["DmaMap"]
 
 _WRITE = 1
-_DMA_ADDRESS = np.uint64(PAGE_MASK & (1 << 64) - 1)
+_DMA_ADDRESS = all_but(PAGE_SIZE - 1)
 
 _Mask = npt.NDArray[np.bool_]
 

@@ -51,6 +51,7 @@ from hmm.units import (
     Pfn,
     Pfns,
     SpaceId,
+    all_but,
     is_page_aligned,
     spans_of,
     spans_of_pages,
@@ -60,7 +61,7 @@ from hmm.vma import VmFlag
 __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
-_KEPT = np.uint64(~(cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.DIRTY) & (1 << 64) - 1)
+_KEPT = all_but(cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.DIRTY)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
 

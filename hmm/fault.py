@@ -47,6 +47,7 @@ from hmm.units import (
     Address,
     AddressRange,
     Entries,
+    pmd_up,
     spans_of,
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
@@ -242,7 +243,7 @@ def _concerned(space: AddressSpace, target: AddressRange | Entries) -> tuple[Add
     spans = _spans(target)
     if not space.thp and not space.huge:
         return spans
-    return tuple(AddressRange(span.start & PMD_MASK, -(-span.end & PMD_MASK)) for span in spans)
+    return tuple(AddressRange(span.start & PMD_MASK, pmd_up(span.end)) for span in spans)
 
 
 def _resolve(

@@ -40,7 +40,17 @@ from hmm.large_folio import are_pinned
 from hmm.operation import Operation, Pause
 from hmm.page_table import PageTable
 from hmm.swap import area_of, slots_of
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_PAGES, PMD_MASK, PMD_SHIFT, WHOLE_SPACE, AddressRange, Entries, Pfns
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PIECE_PAGES,
+    PMD_SHIFT,
+    WHOLE_SPACE,
+    AddressRange,
+    Entries,
+    Pfns,
+    block_starts,
+)
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
 
@@ -216,7 +226,7 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
     if _is_cow(vma):
         pinned = _pinned(parent, entries)
         if pinned.any() and vma.has(VmFlag.HUGETLB):
-            blocks = addresses & np.uint64(PMD_MASK & (1 << 64) - 1)
+            blocks = block_starts(addresses)
             pinned = among(blocks, blocks[pinned])
             copy_pinned_pages(parent, child, vma, addresses[pinned])
             addresses, entries = addresses[~pinned], entries[~pinned]

@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte, pte
-from hmm.ascending import unique
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
 from hmm.frames import ZERO_PFN
-from hmm.huge_fault import mark_huge
+from hmm.huge_fault import blocks_of, mark_huge
 from hmm.interval_notifier import IntervalMirror
 from hmm.spans import inside
-from hmm.units import PAGE_SIZE, PMD_MASK, Entries, Pfns
+from hmm.units import PAGE_SIZE, Entries, Pfns
 from hmm.violation import Violation, ViolationKind
 from hmm.zone_device import owners
 
@@ -99,7 +98,7 @@ def write_frames(
     space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
     if space.huge:
         partly = addresses[cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
-        for start in unique(partly & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist():
+        for start in blocks_of(partly):
             mark_huge(space, start, cpu_pte.DIRTY)
 
 

@@ -27,7 +27,7 @@ from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, prepare_anon_vma
 from hmm.frames import PageFlag
-from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries
+from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries, block_starts
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["blocks_of", "fault_huge", "has_table", "mark_huge", "reuse_huge"]
@@ -71,7 +71,7 @@ def blocks_of(target: AddressRange | Entries) -> list[Address]:
     """Where the blocks start that hold pages of a target, ascending."""
     if isinstance(target, AddressRange):
         return list(range(target.start & PMD_MASK, target.end, PMD_SIZE))
-    starts: list[Address] = unique(target & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist()
+    starts: list[Address] = unique(block_starts(target)).tolist()
     return starts
 
 

@@ -40,7 +40,9 @@ from hmm.units import (
     Entries,
     Pfn,
     Pfns,
+    all_but,
     page_numbers,
+    pmd_up,
     spans_of_pages,
 )
 from hmm.vma import Vma, VmFlag
@@ -48,8 +50,8 @@ from hmm.zone_device import are_private
 
 __all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds", "whole_blocks"]
 
-_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
-_NOT_EXCLUSIVE = np.uint64(~(cpu_pte.EXCLUSIVE | cpu_pte.WRITE) & (1 << 64) - 1)
+_NOT_HUGE = all_but(cpu_pte.HUGE)
+_NOT_EXCLUSIVE = all_but(cpu_pte.EXCLUSIVE | cpu_pte.WRITE)
 _PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
@@ -62,7 +64,7 @@ def block_of(address: Address) -> AddressRange:
 
 def whole_blocks(span: AddressRange) -> tuple[Address, Address]:
     """Start and end of the blocks that share a byte with `span`: a block's page table is of all VMAs in it."""
-    return span.start & PMD_MASK, min(-(-span.end & PMD_MASK), TASK_SIZE)
+    return span.start & PMD_MASK, min(pmd_up(span.end), TASK_SIZE)
 
 
 def huge_blocks(space: AddressSpace, span: AddressRange) -> list[AddressRange]:

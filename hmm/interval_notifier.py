@@ -39,13 +39,11 @@ from hmm.events import Delivery, Event, EventState, Reason
 from hmm.iommu import Domain
 from hmm.operation import Await, Operation, WaitFor
 from hmm.receiver import MirrorState, Receiver
-from hmm.units import PAGE_SIZE, Address, AddressRange, Entries
+from hmm.units import PAGE_SIZE, ULONG_MAX, Address, AddressRange, Entries
 from hmm.violation import ViolationKind
 from hmm.zone_device import forget_holder
 
 __all__ = ["IntervalMirror", "IntervalNotifier"]
-
-_ULONG_MAX = (1 << 64) - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +106,7 @@ class IntervalMirror(Receiver):
 
         Source: __mmu_interval_notifier_insert().
         """
-        if length <= 0 or start < 0 or start + length - 1 > _ULONG_MAX:
+        if length <= 0 or start < 0 or start + length - 1 > ULONG_MAX:
             raise InvalidRequestError(f"insert: {length:#x} bytes at {start:#x} are no range", errnos.EOVERFLOW)
         if not self.space.users:
             raise InvalidRequestError(f"insert: the address space of {self} is gone")

@@ -44,7 +44,7 @@ from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places
-from hmm.units import PMD_PAGES, TASK_SIZE, Entries, Pfns, SpaceId, spans_of
+from hmm.units import PMD_PAGES, TASK_SIZE, Entries, Pfns, SpaceId, all_but, spans_of
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["Ksm", "KsmPass", "unmerge"]
@@ -54,7 +54,7 @@ MAX_PAGE_SHARING = 256
 _COMPARED = 1024
 """Pages compared at once."""
 _NEVER = np.int64(1 << 62)
-_NOT_WRITABLE = np.uint64(~(cpu_pte.WRITE | cpu_pte.DIRTY) & (1 << 64) - 1)
+_NOT_WRITABLE = all_but(cpu_pte.WRITE | cpu_pte.DIRTY)
 _NOTHING = np.empty(0, np.uint64)
 
 _Mask = npt.NDArray[np.bool_]

@@ -70,8 +70,10 @@ from hmm.units import (
     AddressRange,
     Entries,
     Pfns,
+    all_but,
     is_page_aligned,
     page_up,
+    pmd_up,
 )
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags, zap
@@ -155,7 +157,7 @@ _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
 _FORGOTTEN = cpu_pte.SWAP | cpu_pte.POISON
 _SWAPBACKED, _NOT_DIRTY = np.uint16(PageFlag.SWAPBACKED), ~np.uint16(PageFlag.DIRTY)
 _LAZILY_FREE = ~np.uint16(PageFlag.SWAPBACKED | PageFlag.REFERENCED | PageFlag.ACTIVE)
-_CLEAN = np.uint64(~(cpu_pte.DIRTY | cpu_pte.ACCESSED) & (1 << 64) - 1)
+_CLEAN = all_but(cpu_pte.DIRTY | cpu_pte.ACCESSED)
 
 
 def madvise(
@@ -442,7 +444,7 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
         offset = piece.page_offset(piece.start) << PAGE_SHIFT
         length = min(piece.end - piece.start, FILE_SIZE_MAX - offset)
         if file.kind is FileKind.HUGETLB:  # what is less than a page is only zeroed there
-            begin, offset = offset, -(-offset & PMD_MASK)
+            begin, offset = offset, pmd_up(offset)
             length = (begin + length & PMD_MASK) - offset
         if length > 0:
             yield from locked(file, space.current.operation_id, punch(file, offset, length))

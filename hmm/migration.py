@@ -32,6 +32,7 @@ from hmm.units import (
     Entries,
     MirrorId,
     Pfns,
+    all_but,
     page_numbers,
     spans_of,
 )
@@ -62,7 +63,7 @@ WRITE = 1 << 3
 COMPOUND = 1 << 4
 """It is part of a huge page that moves as one."""
 PFN_SHIFT = 6
-NOT_MIGRATE = np.array(~MIGRATE & (1 << 64) - 1, np.uint64)
+NOT_MIGRATE = all_but(MIGRATE)
 """All of a word but MIGRATE."""
 
 Positions = npt.NDArray[np.intp]

@@ -31,7 +31,17 @@ from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.notifier import Invalidation
 from hmm.operation import Await, Operation, Pause, WaitFor
 from hmm.rmap import Places, in_walk_order
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns, page_numbers, spans_of, spans_of_pages
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ULONG_MAX,
+    AddressRange,
+    Entries,
+    Pfns,
+    page_numbers,
+    spans_of,
+    spans_of_pages,
+)
 from hmm.zone_device import are_private, sole_region
 
 __all__ = [
@@ -46,12 +56,11 @@ __all__ = [
     "until_released",
 ]
 
-_ALL_BITS = (1 << 64) - 1
 _CARRIED_BITS = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE
 _CARRIED = np.array(_CARRIED_BITS, np.uint64)  # numpy takes arrays without dimensions in half the time of scalars
 _STANDS_IN = np.array(cpu_pte.MIGRATION, np.uint64)
-_KEPT = np.array(_ALL_BITS & ~cpu_pte.FLAGS | _CARRIED_BITS, np.uint64)
-_NAMES = np.array(_ALL_BITS & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
+_KEPT = np.array(ULONG_MAX & ~cpu_pte.FLAGS | _CARRIED_BITS, np.uint64)
+_NAMES = np.array(ULONG_MAX & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
 """The kind of an entry, and its frame."""
 _DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESENT, np.uint64)
 _MAPPED = np.array(cpu_pte.PRESENT | cpu_pte.DEVICE, np.uint64)

@@ -38,7 +38,7 @@ from hmm.large_folio import are_compound
 from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
 from hmm.migration_entries import HeldPages, are_names_of, entries_of
 from hmm.operation import Operation
-from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, all_but, block_starts
 from hmm.zone_device import are_in, sole_region
 
 __all__ = [
@@ -54,9 +54,8 @@ __all__ = [
 ]
 
 _Mask = npt.NDArray[np.bool_]
-_NOT_HUGE = np.uint64(~cpu_pte.HUGE & (1 << 64) - 1)
-_NOT_COMPOUND = np.uint64(~COMPOUND & (1 << 64) - 1)
-_BLOCK = np.uint64(PMD_MASK & (1 << 64) - 1)
+_NOT_HUGE = all_but(cpu_pte.HUGE)
+_NOT_COMPOUND = all_but(COMPOUND)
 
 
 def are_selected(migration: Migration, pfns: Pfns) -> _Mask:
@@ -172,7 +171,7 @@ def _leave(migration: Migration, left: _Mask, address: Address) -> None:
 
 
 def _huge_blocks(migration: Migration) -> list[AddressRange]:
-    starts = distinct(migration.addresses & _BLOCK).tolist()
+    starts = distinct(block_starts(migration.addresses)).tolist()
     return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
 
 
@@ -206,7 +205,7 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
     if not migration.starts.size or space.semantics.migration_splits:
         return found
     anonymous = migration.vma.backing is None
-    for start in distinct(migration.addresses & _BLOCK).tolist():
+    for start in distinct(block_starts(migration.addresses)).tolist():
         head = _head_of(migration, start)
         if head is None:
             continue
@@ -266,7 +265,7 @@ def split_zero_pages(migration: Migration, holes: Positions) -> Operation[None]:
     if not migration.space.huge:
         return
     small = holes[(migration.src[holes] & np.uint64(COMPOUND)) == 0]
-    starts = distinct(migration.addresses[small] & _BLOCK).tolist()
+    starts = distinct(block_starts(migration.addresses[small])).tolist()
     zero = [start for start in starts if cpu_pte.is_huge_zero(migration.space.table.get(start))]
     yield from split_pmds(migration.space, map(block_of, zero))
 

@@ -20,13 +20,11 @@ from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError, R
 from hmm.huge_split import cut
 from hmm.operation import Operation
 from hmm.populate import populate
-from hmm.units import WHOLE_SPACE, Address, AddressRange, page_down, page_up
+from hmm.units import ULONG_MAX, WHOLE_SPACE, Address, AddressRange, page_down, page_up
 from hmm.vma import LOCKED_FLAGS, Vma, VmFlag
 from hmm.vma_edit import modify_flags
 
 __all__ = ["MclFlag", "MlockFlag", "mlock", "mlock2", "mlockall", "munlock", "munlockall"]
-
-_64_BITS = (1 << 64) - 1
 
 
 class MlockFlag(IntFlag):
@@ -144,9 +142,9 @@ def munlockall(space: AddressSpace) -> Operation[int]:
 
 
 def _lockable(start: Address, length: int) -> AddressRange:
-    length = page_up((length + start - page_down(start)) & _64_BITS) & _64_BITS
+    length = page_up((length + start - page_down(start)) & ULONG_MAX) & ULONG_MAX
     span = AddressRange(page_down(start), page_down(start) + length)
-    if span.end > _64_BITS:
+    if span.end > ULONG_MAX:
         raise InvalidRequestError(f"mlock: {length:#x} bytes at {start:#x} end nowhere", address=start)
     return span
 

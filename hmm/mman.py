@@ -27,13 +27,13 @@ from hmm.populate import populate
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
-    PMD_MASK,
     PMD_SHIFT,
     TASK_SIZE,
     Address,
     AddressRange,
     is_page_aligned,
     page_up,
+    pmd_up,
 )
 from hmm.unmapped_area import MapFlag, get_unmapped_area, place
 from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
@@ -118,7 +118,7 @@ def mmap(
     if not length:
         raise InvalidRequestError("mmap: length 0")
     if flags.has(MapFlag.HUGETLB):
-        length = -(-length & PMD_MASK)
+        length = pmd_up(length)
         file = _hugetlb_file(length, flags, huge_memory)
     length = page_up(length)
     with space.notifier.turn() as turn:

@@ -32,7 +32,7 @@ from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import cut
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
-from hmm.units import TASK_SIZE, Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.units import TASK_SIZE, Address, AddressRange, Entries, all_but, is_page_aligned, page_up
 from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
 from hmm.vma_edit import modify_flags
 
@@ -57,7 +57,7 @@ _ACCOUNT = int(VmFlag.ACCOUNT)
 _RESERVING = int(VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.HUGETLB | VmFlag.SHARED | VmFlag.NORESERVE)
 _LOCKED = int(VmFlag.LOCKED)
 _LOCKED_OR_COPIED = int(VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED)
-_KEEP = np.uint64(~cpu_pte.WRITE & (1 << 64) - 1)
+_KEEP = all_but(cpu_pte.WRITE)
 _WRITE = np.uint64(cpu_pte.WRITE)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _FRAMED = np.uint64(cpu_pte.PRESENT | cpu_pte.SPECIAL)

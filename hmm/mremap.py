@@ -43,11 +43,13 @@ from hmm.units import (
     PMD_SHIFT,
     PMD_SIZE,
     TASK_SIZE,
+    ULONG_MAX,
     Address,
     AddressRange,
     Entries,
     is_page_aligned,
     page_up,
+    pmd_up,
 )
 from hmm.unmapped_area import MapFlag, get_unmapped_area
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
@@ -55,7 +57,6 @@ from hmm.vma_edit import may_expand, release_files, unmap
 
 __all__ = ["MremapFlag", "mremap"]
 
-_64_BITS = (1 << 64) - 1
 _PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _UNRESIZABLE = VmFlag.DONTEXPAND | VmFlag.PFNMAP
@@ -138,7 +139,7 @@ def mremap(
 
 
 def _checked(start: Address, old_length: int, new_length: int, flags: int, target: Address) -> _Remap:
-    request = _Remap(start, page_up(old_length) & _64_BITS, page_up(new_length) & _64_BITS, flags, target)
+    request = _Remap(start, page_up(old_length) & ULONG_MAX, page_up(new_length) & ULONG_MAX, flags, target)
     if flags & ~_ALL_FLAGS or (flags & MremapFlag.FIXED and not flags & MremapFlag.MAYMOVE):
         raise InvalidRequestError(f"{request}: flags {flags:#x}")
     if request.dontunmap and (not flags & MremapFlag.MAYMOVE or old_length != new_length):
@@ -159,7 +160,7 @@ def _by_huge_pages(request: _Remap, vma: Vma) -> _Remap:
     """Hugetlb memory is measured in its own pages, and does not grow."""
     if not vma.has(VmFlag.HUGETLB):
         return request
-    old, new = (-(-length & PMD_MASK) for length in (request.old_length, request.new_length))
+    old, new = map(pmd_up, (request.old_length, request.new_length))
     if (request.start | request.target) & ~PMD_MASK or new > old:
         raise InvalidRequestError(f"{request}: not of whole huge pages, or it would grow", address=request.start)
     return _Remap(request.start, old, new, request.flags, request.target)

@@ -30,12 +30,11 @@ from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import PageFlag
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Address, AddressRange, Entries, is_page_aligned, page_up
 from hmm.vma import VmFlag
 
 __all__ = ["MsyncFlag", "msync", "write_back"]
 
-_64_BITS = (1 << 64) - 1
 _CLEANED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY)
 
 
@@ -68,8 +67,8 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
     both = int(MsyncFlag.SYNC | MsyncFlag.ASYNC)
     if not is_page_aligned(start) or flags & ~(both | int(MsyncFlag.INVALIDATE)) or flags & both == both:
         raise InvalidRequestError(f"msync: flags {flags:#x} at {start:#x}", address=start)
-    end = start + (page_up(length) & _64_BITS)
-    if end > _64_BITS:
+    end = start + (page_up(length) & ULONG_MAX)
+    if end > ULONG_MAX:
         raise BadAddressError(f"msync: {length:#x} bytes at {start:#x} end nowhere", errnos.ENOMEM, address=start)
     at, hole = start, None
     while at < end:

@@ -36,7 +36,7 @@ from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
 from hmm.spans import Spans, are_ascending, overlap
 from hmm.subscriber import HasSpans, Subscriber
-from hmm.units import WHOLE_SPACE, Address, AddressRange, MirrorId, SpaceId
+from hmm.units import ULONG_MAX, WHOLE_SPACE, Address, AddressRange, MirrorId, SpaceId
 
 FILLED_SHIFT = 30
 """log2 of the size of the blocks that are told apart where mirrors have entries: 1 GiB."""
@@ -46,7 +46,7 @@ def filled_blocks(start: Address, end: Address) -> int:
     """The blocks of a range as bits, those 64 blocks apart as the same: without a bit in common nothing overlaps."""
     first, last = start >> FILLED_SHIFT, end - 1 >> FILLED_SHIFT
     if last - first >= 63:
-        return (1 << 64) - 1
+        return ULONG_MAX
     return sum([1 << (block & 63) for block in range(first, last + 1)])
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Address
 
 __all__ = ["DIRECTORY_ENTRIES", "DIRECTORY_MASK", "DIRECTORY_SHIFT", "LAST_MAX", "MAX_LEVELS", "Geometry"]
 
@@ -34,7 +34,7 @@ DIRECTORY_SHIFT = PAGE_SHIFT - 3
 DIRECTORY_ENTRIES = 1 << DIRECTORY_SHIFT
 DIRECTORY_MASK = DIRECTORY_ENTRIES - 1
 MAX_LEVELS = 6
-LAST_MAX = (1 << 64) - 1
+LAST_MAX = ULONG_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from hmm.directory_arena import Offsets
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
-from hmm.units import PAGE_SHIFT, Entries
+from hmm.units import PAGE_SHIFT, ULONG_MAX, Entries
 
 __all__ = [
     "any_bits",
@@ -49,7 +49,6 @@ _PIECE_ROWS = 64  # 2^15 pages: read, with temporaries that stay in the cache
 _CHANGE_ROWS = 128  # changed, mostly without temporaries
 _COPY_ROWS = 512  # stored or copied, without temporaries
 _RUN_ROWS = 8  # rows in order that make it worth to treat them as one
-_ALL_BITS = (1 << 64) - 1
 _ZERO = np.uint64(0)
 _NO_ENTRIES = np.empty(0, np.uint64)
 _OFFSETS = np.arange(DIRECTORY_ENTRIES, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
@@ -183,7 +182,7 @@ def common_bits(tree: DirectoryTree, page: int, end: int) -> int:
     ragged, numbers, rows = _split(tree, page, end)
     if numbers.size + len(ragged) < (end - 1 >> DIRECTORY_SHIFT) - (page >> DIRECTORY_SHIFT) + 1:
         return 0
-    common = _ALL_BITS
+    common = ULONG_MAX
     for part in ragged:
         common &= int(np.bitwise_and.reduce(part.view))
     for _, index in _pieces(rows, _COPY_ROWS):

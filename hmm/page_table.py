@@ -50,11 +50,10 @@ from hmm.page_range import (
     zap_range,
 )
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_BYTES, PIECE_PAGES, Address, AddressRange, Entries
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_BYTES, PIECE_PAGES, ULONG_MAX, Address, AddressRange, Entries
 
 __all__ = ["Cursor", "PageTable", "Run", "TableStatistics"]
 
-_ALL_BITS = (1 << 64) - 1
 _WORD = np.dtype(np.uint64)
 _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
@@ -230,7 +229,7 @@ class PageTable:
         """
         page, stop = self._pages(start, end)
         if stop - page <= 1:
-            return self.get(start) if page < stop else _ALL_BITS
+            return self.get(start) if page < stop else ULONG_MAX
         return common_bits(self._tree, page, stop)
 
     def either(self, start: Address, end: Address) -> int:
@@ -385,7 +384,7 @@ class PageTable:
         page, stop = self._pages(start, end)
         return update_range(self._tree, page, stop, function) if page < stop else 0
 
-    def apply_mask(self, start: Address, end: Address, mask: int, valid: int = _ALL_BITS) -> int:
+    def apply_mask(self, start: Address, end: Address, mask: int, valid: int = ULONG_MAX) -> int:
         """Apply `entry &= mask` to a range, as an event does to a mirror after its driver has answered.
 
         Args:

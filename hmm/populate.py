@@ -17,7 +17,6 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.ascending import unique
 from hmm.errors import (
     BadAddressError,
     OutOfFramesError,
@@ -28,10 +27,10 @@ from hmm.errors import (
 from hmm.fault import fault_in, pieces
 from hmm.fault_pages import DIRTIED, READ_ONLY
 from hmm.frames import PageFlag
-from hmm.huge_fault import mark_huge
+from hmm.huge_fault import blocks_of, mark_huge
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation, Pause
-from hmm.units import PAGE_SIZE, PMD_MASK, AddressRange, Entries
+from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "mark_accessed", "populate"]
@@ -121,7 +120,7 @@ def mark_accessed(space: AddressSpace, span: AddressRange, *, write: bool) -> No
         addresses, entries = table.valid(span.start, span.end)
         huge = cpu_pte.is_huge(entries)
         # touch_pmd(): pmdp_set_access_flags() does nothing for a read.
-        for start in unique(addresses[huge] & np.uint64(PMD_MASK & (1 << 64) - 1)).tolist() if write else ():
+        for start in blocks_of(addresses[huge]) if write else ():
             mark_huge(space, start, READ_ONLY | DIRTIED)
         entries = entries[~huge]
     else:

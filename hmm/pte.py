@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.page_geometry import DIRECTORY_SHIFT
-from hmm.units import PAGE_MASK, PAGE_SHIFT, Entries, Pfns
+from hmm.units import PAGE_MASK, PAGE_SHIFT, ULONG_MAX, Entries, Pfns
 
 Mask = npt.NDArray[np.bool_]
 
@@ -61,7 +61,7 @@ HW_SHIFT = 8
 """Lowest bit of the driver's own (HMM_PTE_HW_SHIFT)."""
 DRIVER_MASK = 0xF << HW_SHIFT
 
-MASK_ALL = (1 << 64) - 1
+MASK_ALL = ULONG_MAX
 MASK_WRITE_PROTECT = MASK_ALL & ~WRITE
 MASK_NONE = 0
 

@@ -37,6 +37,7 @@ from hmm.operation import Operation, Pause
 from hmm.units import (
     PAGE_SHIFT,
     PIECE_BYTES,
+    PMD_PAGES,
     PMD_SHIFT,
     TASK_SIZE,
     Address,
@@ -77,7 +78,6 @@ _TO_WRITE = np.uint64(WRITE.bit_length() - cpu_pte.WRITE.bit_length())
 _UNLIKE = cpu_pte.SPECIAL | cpu_pte.HUGE | cpu_pte.NON_PRESENT
 """An entry with one of these needs a closer look."""
 _PMD_ORDER = np.uint64(PMD_SHIFT - PAGE_SHIFT << ORDER_SHIFT)
-_BLOCK_PAGES = 1 << (PMD_SHIFT - PAGE_SHIFT)
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -308,7 +308,7 @@ def _to_be_faulted(
             return AddressRange(int(chosen[0]) << PAGE_SHIFT, (int(chosen[-1]) + 1) << PAGE_SHIFT), write
         return (chosen << PAGE_SHIFT).view(np.uint64), write
     page = start + first
-    end = min(start + look.need.size, (page // _BLOCK_PAGES + 1) * _BLOCK_PAGES)
+    end = min(start + look.need.size, (page // PMD_PAGES + 1) * PMD_PAGES)
     write = bool(look.need_write[first])
     if not look.populated:
         write = bool(look.need_write[first : end - start].any())

@@ -63,6 +63,7 @@ from hmm.units import (
     MirrorId,
     Pfns,
     SpaceId,
+    all_but,
     spans_of,
 )
 from hmm.vma import VmFlag
@@ -81,7 +82,7 @@ _COPY_PAGES = 64
 _ON_LISTS = np.uint16(PageFlag.ANON | PageFlag.SWAPBACKED)
 _LRU = np.uint16(PageFlag.LRU)
 _ACTIVE = np.uint16(PageFlag.ACTIVE)
-_NOT_ACCESSED = np.uint64(~cpu_pte.ACCESSED & (1 << 64) - 1)
+_NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _SWAPPED = np.uint64(cpu_pte.SWAP)
 _OWN_SWAPPED = np.uint64(cpu_pte.SWAP | cpu_pte.SWP_EXCLUSIVE)

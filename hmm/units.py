@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+ULONG_MAX = (1 << 64) - 1
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 PAGE_MASK = ~(PAGE_SIZE - 1)
@@ -47,6 +48,11 @@ def page_down(address: Address) -> Address:
 def page_up(address: Address) -> Address:
     """The first page boundary at or above `address`."""
     return (address + PAGE_SIZE - 1) & PAGE_MASK
+
+
+def pmd_up(address: Address) -> Address:
+    """The first boundary of 2 MiB at or above `address`."""
+    return (address + PMD_SIZE - 1) & PMD_MASK
 
 
 def is_page_aligned(value: int) -> bool:
@@ -107,7 +113,19 @@ class AddressRange:
 _set_start, _set_end = (vars(AddressRange)[name].__set__ for name in AddressRange.__slots__)
 
 WHOLE_SPACE = AddressRange(0, TASK_SIZE)
-_TO_PAGE = np.array(PAGE_SHIFT, np.uint64)  # numpy takes an array without dimensions twice as fast as an int
+# numpy takes an array without dimensions twice as fast as an int
+_TO_PAGE, _TO_BLOCK = np.array(PAGE_SHIFT, np.uint64), np.array(PMD_MASK & ULONG_MAX, np.uint64)
+
+
+def all_but(bits: int) -> Entries:
+    """uint64, without dimensions: the word that keeps everything of another but `bits`."""
+    return np.array(ULONG_MAX & ~bits, np.uint64)
+
+
+def block_starts(addresses: Entries) -> Entries:
+    """uint64[n]: where the aligned 2 MiB begin that hold addresses, uint64[n]."""
+    starts: Entries = addresses & _TO_BLOCK
+    return starts
 
 
 def page_numbers(addresses: Entries) -> Pfns:
