@@ -98,12 +98,9 @@ def _forget_writes(space: AddressSpace) -> Operation[None]:
         entries[present & ~kept] &= _NOT_WRITTEN
         entries[~present] &= _NOT_SOFT_DIRTY
 
-    paused = True
-    for vma in list(space.vmas):
-        if vma.has(_PASSED_OVER):
-            continue
-        for piece in space.table.populated(vma.start, vma.end):
-            if not paused:
-                yield Pause()
-            paused = False
-            space.table.update(piece.start, piece.end, forget)
+    watched = [vma for vma in space.vmas if not vma.has(_PASSED_OVER)]
+    pieces = (piece for vma in watched for piece in space.table.populated(vma.start, vma.end))
+    for number, piece in enumerate(pieces):
+        if number:
+            yield Pause()
+        space.table.update(piece.start, piece.end, forget)

@@ -396,11 +396,11 @@ def unmerge(space: AddressSpace, piece: Vma) -> Operation[None]:
     Cost: O(entries), vectorised, and the copying.
     """
     frames = space.frames
-    paused = True
-    for part in space.table.populated(piece.start, piece.end) if frames.ksm_places else ():
-        if not paused:
+    if frames.ksm_places is None:
+        return
+    for number, part in enumerate(space.table.populated(piece.start, piece.end)):
+        if number:
             yield Pause()
-        paused = False
         while (pages := _merged_pages(space, part.start, part.end)).pfns.size:
             if frames.available < pages.pfns.size and frames.make_room:
                 yield from frames.make_room(pages.pfns.size)

@@ -348,12 +348,9 @@ def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:
     if space.huge:
         yield from _make_blocks_clean(space, vma)
         return
-
-    paused = True
-    for piece in space.table.populated(vma.start, vma.end):
-        if not paused:
+    for number, piece in enumerate(space.table.populated(vma.start, vma.end)):
+        if number:
             yield Pause()
-        paused = False
         entries = space.table.read(piece.start, piece.end)
         chosen, pfns = _free_to_go(space, entries)
         _free_lazily(space, piece, entries, chosen, pfns[chosen])

@@ -198,13 +198,11 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
         return
     with space.notifier.invalidation(spans, cause) as invalidation:
         yield from invalidation.deliver()
-        paused = True
-        for span in spans:
-            for piece in space.table.parts(span.start, span.end):
-                if not paused:
-                    yield Pause()
-                paused = False
-                _change_entries(space, piece)
+        parts = (part for span in spans for part in space.table.parts(span.start, span.end))
+        for number, part in enumerate(parts):
+            if number:
+                yield Pause()
+            _change_entries(space, part)
 
 
 def _populated_part(space: AddressSpace, span: AddressRange) -> AddressRange | None:
@@ -219,10 +217,8 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     vma = space.vmas.find(span.start)
     assert vma is not None
     shared, frames = vma.shared, space.frames
-    upgrades = vma.writable and (
-        shared or not vma.has(VmFlag.HUGETLB)
-    )  # hugetlb_change_protection() leaves it to faults
-    tracked = not space.is_soft_dirty(vma)
+    by_fault = vma.has(VmFlag.HUGETLB) and not shared  # hugetlb_change_protection() leaves it to that
+    upgrades, tracked = vma.writable and not by_fault, not space.is_soft_dirty(vma)
 
     def change(entries: Entries) -> None:
         entries &= _KEEP

@@ -339,11 +339,9 @@ def _realigned(space: AddressSpace, old: AddressRange, shift: int) -> Address:
 def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
     """move_page_tables(): every piece is moved whole or not at all."""
     tables = _whole_tables(space, old, target - old.start) if space.tracks_writes else None
-    paused = True
-    for piece in space.table.populated(old.start, old.end):
-        if not paused:
+    for number, piece in enumerate(space.table.populated(old.start, old.end)):
+        if number:
             yield Pause()
-        paused = False
         start = target + piece.start - old.start
         entries = space.table.read(piece.start, piece.end)
         moved = _written(entries, piece.start, tables) if tables else entries

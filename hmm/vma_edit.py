@@ -83,12 +83,10 @@ def zap(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
     Cost: O(directories + entries), vectorised.
     """
-    paused = True
-    for piece in space.table.parts(span.start, span.end):
-        if not paused:
+    for number, piece in enumerate(space.table.parts(span.start, span.end)):
+        if number:
             yield Pause()
         space.zap(piece.start, piece.end)
-        paused = False
 
 
 def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
