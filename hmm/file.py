@@ -149,9 +149,19 @@ class File:
                 del self.mappers[space_id]
         return [self.mappers[space_id] for space_id in sorted(self.mappers)]
 
-    def mappings(self, space: AddressSpace) -> list[Vma]:
-        """The VMAs of `space` that map the file, ascending.  Cost: O(VMAs)."""
-        return [vma for vma in space.vmas_with_entries if vma.mapping.backing is self]
+    def mapped_parts(self, space: AddressSpace, start: int, end: int) -> list[Vma]:
+        """The parts of VMAs of `space` that map the bytes [start, end) of the file, page-aligned; ascending.
+
+        Cost: O(VMAs).  Source: Linux include/linux/mm.h, vma_interval_tree_foreach().
+        """
+        parts = []
+        for vma in space.vmas_with_entries:
+            if vma.mapping.backing is self:
+                shift = vma.mapping.delta << PAGE_SHIFT
+                low, high = max(vma.start, start - shift), min(vma.end, end - shift)
+                if low < high:
+                    parts.append(vma.clip(low, high))
+        return parts
 
     def _is_mapped_in(self, space: AddressSpace) -> bool:
         return any(vma.mapping.backing is self for vma in space.vmas_with_entries)

@@ -116,15 +116,9 @@ def write_back(file: File, start: int, end: int) -> Operation[None]:
         file.frames.clear_flags(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT)), PageFlag.DIRTY)
 
 
-def _shared_spans(file: File, space: AddressSpace, start: int, end: int) -> tuple[AddressRange, ...]:
+def _shared_spans(file: File, space: AddressSpace, start: int, end: int) -> list[AddressRange]:
     """Where `space` maps the bytes [start, end) of the file for all to see."""
-    spans = []
-    for vma in file.mappings(space):
-        shift = vma.mapping.delta << PAGE_SHIFT
-        low, high = max(vma.start, start - shift), min(vma.end, end - shift)
-        if vma.shared and low < high:
-            spans.append(AddressRange(low, high))
-    return tuple(spans)
+    return [part.span for part in file.mapped_parts(space, start, end) if part.shared]
 
 
 def _dirty(space: AddressSpace, span: AddressRange) -> AddressRange | None:

@@ -31,7 +31,7 @@ from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, AddressRange, Entries, SpaceId, page_down, page_up
+from hmm.units import AddressRange, Entries, SpaceId, page_down, page_up
 
 __all__ = ["punch", "truncate"]
 
@@ -109,8 +109,8 @@ def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[No
                 invalidation = brackets.enter_context(space.notifier.invalidation(spans, Cause.TRUNCATE))
                 yield from invalidation.deliver()
         for space in file.mapping_spaces():
-            for span in _spans(file, space, start, end):
-                _zap(space, span, even_cows=even_cows)
+            for part in file.mapped_parts(space, start, end):
+                _zap(space, part.span, even_cows=even_cows)
 
 
 def _untold(
@@ -119,7 +119,7 @@ def _untold(
     # At first every mapping of the range, as the kernel; later only what has come to hold entries.
     new = {}
     for space in file.mapping_spaces():
-        spans = _spans(file, space, start, end)
+        spans = tuple(part.span for part in file.mapped_parts(space, start, end))
         if space.id in told:
             spans = tuple(
                 span
@@ -130,17 +130,6 @@ def _untold(
         if spans:
             new[space.id] = spans
     return new
-
-
-def _spans(file: File, space: AddressSpace, start: int, end: int) -> tuple[AddressRange, ...]:
-    # Where `space` maps the page-aligned bytes [start, end) of the file.
-    spans = []
-    for vma in file.mappings(space):
-        shift = vma.mapping.delta << PAGE_SHIFT
-        low, high = max(vma.start, start - shift), min(vma.end, end - shift)
-        if low < high:
-            spans.append(AddressRange(low, high))
-    return tuple(spans)
 
 
 def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tuple[Entries, Entries]:

@@ -191,13 +191,15 @@ def test_exit_keeps_the_pages_when_another_process_maps_the_file(world: Any, spa
     assert world.frames.available == FREE
 
 
-def test_mappings_names_every_vma_when_a_file_is_mapped_twice(world: Any, space: AddressSpace) -> None:
-    """The VMAs of one file, and of no other, ascending."""
+def test_mapped_parts_are_of_every_vma_when_a_file_is_mapped_twice(world: Any, space: AddressSpace) -> None:
+    """What maps some bytes of one file, and of no other, ascending, and no more of it."""
     file, other = world.file(), world.file()
     world.map(space, 2, flags=SHARED, file=file, at=8)
     world.map(space, 2, flags=SHARED, file=other, at=4)
     world.map(space, 2, flags=SHARED, file=file, at=0, offset=7)
-    assert [vma.offset_bytes >> 12 for vma in file.mappings(space)] == [7, 0]
+    assert [vma.offset_bytes >> 12 for vma in file.mapped_parts(space, 0, FILE_SIZE_MAX)] == [7, 0]
+    (part,) = file.mapped_parts(space, PAGE_SIZE, 7 * PAGE_SIZE)
+    assert (part.npages, part.offset_bytes) == (1, PAGE_SIZE)
 
 
 def test_str_names_kind_and_number_when_a_file_is_printed(world: Any) -> None:
