@@ -28,6 +28,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from hmm.units import Entries, Pfns
+
 __all__ = [
     "ACCESSED",
     "DEVICE",
@@ -96,20 +98,16 @@ NON_PRESENT = DEVICE | EXCLUSIVE | SWAP | MIGRATION | POISON
 # numpy takes an array without dimensions twice as fast as an int
 _SHIFT, _NONE = np.array(PFN_SHIFT, np.uint64), np.array(0, np.uint64)
 
-Entries = npt.NDArray[np.uint64]
-Pfns = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
 @overload
 def cpu_entry(pfns: int, flags: int) -> int: ...
 @overload
-def cpu_entry(pfns: npt.NDArray[np.int64] | npt.NDArray[np.uint64], flags: int | Entries) -> Entries: ...
+def cpu_entry(pfns: Pfns | Entries, flags: int | Entries) -> Entries: ...
 @overload
 def cpu_entry(pfns: Pfns | slice, flags: int) -> Entries: ...
-def cpu_entry(
-    pfns: int | npt.NDArray[np.int64] | npt.NDArray[np.uint64] | slice, flags: int | Entries
-) -> int | Entries:
+def cpu_entry(pfns: int | Pfns | Entries | slice, flags: int | Entries) -> int | Entries:
     """Build entries from frame numbers and flags (`pfn_pte()`, `make_device_private_entry()` and so on).
 
     Args:

@@ -36,6 +36,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -521,7 +522,7 @@ def _folios_among(frames: Frames, pfns: Pfns) -> list[Positions]:
     return [np.flatnonzero(belong_to(frames, pfns, head)) for head in heads_of(frames, pfns)]
 
 
-def _allocate(frames: Frames, pfns: Pfns, asked: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Pfns:
+def _allocate(frames: Frames, pfns: Pfns, asked: npt.NDArray[np.bool_]) -> Pfns:
     """Destinations for the pages that are asked for: int64[n], 0 for the others.
 
     Before anybody is told: while mirrors are waited for, others may take what is free.

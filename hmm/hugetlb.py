@@ -27,7 +27,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.file import File
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, SpaceId
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Pfns, SpaceId
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["HUGETLB_VM_FLAGS", "HugetlbFile", "HugetlbPool", "discard_pages", "require_whole_pages", "unreserve"]
@@ -67,7 +67,7 @@ class HugetlbPool:
             raise OutOfFramesError(f"{npages} huge pages are wanted, {self.free - self.reserved} are free")
         self.reserved += npages
 
-    def take(self, flags: PageFlag, *, reserved: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+    def take(self, flags: PageFlag, *, reserved: bool) -> Pfns | None:
         """A page that reads as zeroes; who takes it counts its mappings and references.
 
         Args:
@@ -110,9 +110,7 @@ class HugetlbFile(File):
         self.pool.reserve(len(numbers))
         self.reserved = numbers
 
-    def take(
-        self, space: AddressSpace, number: int, flags: PageFlag
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+    def take(self, space: AddressSpace, number: int, flags: PageFlag) -> Pfns | None:
         """A page for page `number`, as `HugetlbPool.take`."""
         reserved = number in self.reserved and self.owner in (0, space.id)
         pfns = self.pool.take(flags, reserved=reserved)

@@ -39,10 +39,9 @@ from hmm.spans import Spans, inside
 from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, Pfn, Pfns, page_numbers
 from hmm.violation import ViolationKind
 
-_NOTHING = np.empty(0, np.uint64)
-
 __all__ = ["DeadlinePolicy", "Mirror", "MirrorState"]
 
+_NOTHING = np.empty(0, np.uint64)
 _NOTED = pte.DIRTY | pte.VALID_DMA
 """What others have to know of an entry that changes."""
 _FEW = 16

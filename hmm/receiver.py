@@ -32,7 +32,7 @@ from hmm.operation import Await, WaitFor
 from hmm.sanitizer import History, Reports, kind_of_stale
 from hmm.spans import Spans, overlap
 from hmm.subscriber import Home
-from hmm.units import TASK_SIZE, Address, AddressRange, MirrorId, ProcessId
+from hmm.units import WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId
 from hmm.violation import Taking, Violation, ViolationKind
 
 __all__ = ["DeadlinePolicy", "MirrorState", "Receiver"]
@@ -102,7 +102,7 @@ class Receiver(ABC):
     @property
     def span(self) -> AddressRange:
         """All addresses of the address space."""
-        return AddressRange(0, TASK_SIZE)
+        return WHOLE_SPACE
 
     # ---- the life cycle
 
@@ -354,8 +354,8 @@ class Receiver(ABC):
             self.space.notifier.owing.discard(self.id)
 
     def _accepted(self, errno: int) -> int:
-        # hmm_mirror_update(): 0, ENOMEM and EIO are documented; others are warned of and become EIO.
-        if errno in (0, errnos.ENOMEM, errnos.EIO):
+        # hmm_mirror_update(): of errors ENOMEM and EIO are documented; others are warned of and become EIO.
+        if errno in (errnos.ENOMEM, errnos.EIO):
             return errno
         self.counters["undocumented_errors"] += 1
         return errnos.EIO

@@ -20,7 +20,7 @@ from hmm.address_space import AddressSpace
 from hmm.file import FILE_SIZE_MAX, File
 from hmm.frames import PageFlag
 from hmm.swap import area_of, slots_of
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Entries
+from hmm.units import PAGE_SHIFT, PAGE_SIZE
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["MemoryUse", "memory_use", "vm_flag_letters"]
@@ -132,11 +132,10 @@ def _swapped_of_file(space: AddressSpace, vma: Vma) -> int:
         return 0
     shift = vma.mapping.delta << PAGE_SHIFT
     first, end = vma.start + shift, min(vma.end + shift, FILE_SIZE_MAX)
-    offsets, entries = vma.backing.pages.valid(first, end) if first < end else _NOTHING
+    if first >= end:
+        return 0
+    offsets, entries = vma.backing.pages.valid(first, end)
     offsets = offsets[cpu_pte.is_swap(entries)]
     if not vma.shared and vma.writable:
         offsets = offsets[space.table.lookup((offsets.view(np.int64) - shift).view(np.uint64)) == 0]
     return offsets.size << PAGE_SHIFT
-
-
-_NOTHING: tuple[Entries, Entries] = (np.empty(0, np.uint64), np.empty(0, np.uint64))

@@ -43,14 +43,13 @@ from hmm.huge_split import cut
 from hmm.operation import Operation, Pause
 from hmm.swap import some_room
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_BYTES, TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.unmapped_area import MMAP_MIN_ADDR
 from hmm.userfaultfd import Userfaultfd
 from hmm.vma import Vma, VmFlag
 from hmm.vma_edit import modify
 
 __all__ = ["IOCTLS", "CopyMode", "Filled", "RegisterMode", "close", "fill", "register", "unregister", "wake"]
 
-MMAP_MIN_ADDRESS = 1 << 16
-"""The lowest address that ranges may have (vm.mmap_min_addr)."""
 _OF_SHMEM = (FileKind.SHARED_MEMORY, FileKind.FILE)
 """vma_is_shmem(): all files here are of memory."""
 IOCTLS = 1 << 2 | 1 << 3 | 1 << 4
@@ -85,7 +84,7 @@ class Filled:
 
 def _require_range(operation: str, span: AddressRange) -> None:
     """validate_range()."""
-    if not span or not is_page_aligned(span.start | span.end) or span.start < MMAP_MIN_ADDRESS or span.end > TASK_SIZE:
+    if not span or not is_page_aligned(span.start | span.end) or span.start < MMAP_MIN_ADDR or span.end > TASK_SIZE:
         raise InvalidRequestError(f"{operation}: {span} is not a range of pages", address=span.start)
 
 
