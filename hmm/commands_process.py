@@ -173,6 +173,11 @@ def exit_process(machine: Machine, process_id: ProcessId) -> Operation[None]:
         raise
 
 
+def process_mrelease(machine: Machine, process_id: ProcessId) -> Operation[None]:
+    """process_mrelease(2), as `oom_kill.process_mrelease`; the process has still to exit."""
+    yield from oom_kill.process_mrelease(machine.process(process_id).space)
+
+
 def _empty_space(machine: Machine, mmap_base: Address, brk_start: Address) -> AddressSpace:
     for value in (mmap_base, brk_start):
         if not 0 <= value < TASK_SIZE or not is_page_aligned(value):
@@ -205,11 +210,6 @@ def _leave(machine: Machine, space: AddressSpace) -> Operation[None]:
     except WouldDeadlockError:
         space.users += 1
         raise
-
-
-def process_mrelease(machine: Machine, process_id: ProcessId) -> Operation[None]:
-    """process_mrelease(2), as `oom_kill.process_mrelease`; the process is killed by it, and still has to exit."""
-    yield from oom_kill.process_mrelease(machine.process(process_id).space)
 
 
 def _end(machine: Machine, space: AddressSpace) -> Operation[None]:

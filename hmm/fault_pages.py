@@ -40,7 +40,7 @@ from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag, listed
-from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns
+from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma
 
@@ -298,10 +298,8 @@ class _Part:
         if not missing.any():
             return
         at = int(missing.argmax())
-        steps = self.addresses[at:] - self.addresses[at] == np.arange(missing.size - at, dtype=np.uint64) << np.uint64(
-            PAGE_SHIFT
-        )
-        run = missing[at:] & steps
+        pages = page_numbers(self.addresses[at:])
+        run = missing[at:] & (pages - pages[0] == np.arange(pages.size))
         npages = run.size if run.all() else int(run.argmin())
         self.attempt.leave_to_handler(self.vma, int(self.addresses[at]), npages)
         self.addresses, self.entries = self.addresses[:at], self.entries[:at]

@@ -37,7 +37,7 @@ __all__ = ["punch", "truncate"]
 
 
 def truncate(file: File, size_bytes: int) -> Operation[None]:
-    """Set the size of a file.
+    """Set the size of a file, which no other call changes meanwhile (`file.locked`).
 
     Pages behind the new end go, with all entries that map them and the private copies made of them; the rest
     of the last page is zeroed.  A larger size adds a hole.
@@ -60,14 +60,14 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
     try:
         yield from _unmap(file, page_up(size_bytes), FILE_SIZE_MAX, even_cows=True)
     except (TimedOutError, WouldDeadlockError):
-        file.size_bytes = max(file.size_bytes, before)
+        file.size_bytes = before
         raise
     file.zero(size_bytes, page_up(size_bytes))
-    file.drop_pages(page_up(file.size_bytes), FILE_SIZE_MAX)
+    file.drop_pages(page_up(size_bytes), FILE_SIZE_MAX)
 
 
 def punch(file: File, start: int, length: int) -> Operation[None]:
-    """Make a hole in a file and keep its size: fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE).
+    """Make a hole in a file and keep its size: fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE), as `truncate`.
 
     Whole pages go with the entries that map them; private copies stay.  Parts of pages are zeroed.
 
