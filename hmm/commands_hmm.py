@@ -148,9 +148,7 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT); nothing was
             changed.
     """
-    mirror = machine.receiver(mirror_id)
-    if not isinstance(mirror, IntervalMirror):
-        raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
+    mirror = _attached(machine, mirror_id)
     if mirror.owes:  # where this fails, it has to hear what comes after
         yield mirror.callbacks()
     yield from mirror.remove(list(mirror.notifiers))
@@ -438,11 +436,16 @@ def write_frames(
     frame_access.write_frames(mirror, addresses, pfns, data, since, offset=offset)
 
 
-def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+def _attached(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
     mirror = machine.receiver(mirror_id)
     if not isinstance(mirror, IntervalMirror):
         raise NoSuchObjectError(f"{mirror} has no interval notifiers", errnos.ENODEV)
-    mirror.require_live("hmm")
+    return mirror
+
+
+def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+    mirror = _attached(machine, mirror_id)
+    mirror.require_live()
     return mirror
 
 

@@ -106,18 +106,23 @@ class Receiver(ABC):
 
     # ---- the life cycle
 
-    def require_live(self, operation: str) -> None:
+    def require_live(self, operation: str = "") -> None:
         """Raise unless the driver still hears.
+
+        Args:
+            operation: what it is for; empty where who called knows that (`HmmError.named`).
 
         Raises:
             DeviceLostError: it was fenced (ENODEV).
             NoSuchObjectError: it was released: its process exited, or its own error killed it (ENODEV).
         """
+        if self.state is MirrorState.LIVE:
+            return
+        who = f"{operation}: {self}" if operation else str(self)
         if self.state is MirrorState.LOST:
-            raise DeviceLostError(f"{operation}: {self} was fenced: {self.lost_because}")
-        if self.state is MirrorState.RELEASED:
-            why = f": {self.lost_because}" if self.lost_because else ""
-            raise NoSuchObjectError(f"{operation}: {self} was released{why}", errnos.ENODEV)
+            raise DeviceLostError(f"{who} was fenced: {self.lost_because}")
+        why = f": {self.lost_because}" if self.lost_because else ""
+        raise NoSuchObjectError(f"{who} was released{why}", errnos.ENODEV)
 
     def require_access(self, address: Address, *, write: bool, since: int | None) -> None:
         """Raise unless a device may still access anything.

@@ -13,6 +13,7 @@ from machine_world import START, World, error_of
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import (
     BadAddressError,
+    DeviceLostError,
     HmmError,
     InvalidRequestError,
     NoSuchObjectError,
@@ -357,6 +358,15 @@ def test_mirror_is_not_ended_when_it_was_lost_while_others_finished(bench: Any) 
     assert record.result == 0
     assert not machine.take_outbox()
     machine.check()
+
+
+def test_lost_mirror_is_refused_in_the_name_of_the_call(bench: Any) -> None:
+    """What looks a mirror up for any call leaves the call's name to who knows it (`HmmError.named`)."""
+    bench.local.machine.fence(bench.mirror, "no answer in time")
+    with pytest.raises(DeviceLostError) as caught:
+        bench.call(commands_hmm.find_vma, bench.mirror, bench.span(0).start)
+    error = caught.value.named("find vma")
+    assert error.message == f"find vma: mirror {bench.mirror} (card) was fenced: no answer in time"
 
 
 def test_mirror_with_one_pass_cannot_put_it_off(bench: Any) -> None:
