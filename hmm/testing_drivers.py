@@ -11,6 +11,8 @@ sent, or an edit that came before the answer.
 **Invariants**: as long as a device may use a translation, the CPU's table has the same frame at that address, with no
 less permission (invariants 1, 3 and 12 of the project, seen from the device); once a driver has answered an event, its
 device gets through nothing older (invariant 5).
+
+**Absent**: what pages hold (testing_contents.py); the bytes of drivers that copy (testing_memory.py).
 """
 
 from __future__ import annotations
