@@ -255,7 +255,10 @@ def brk(space: AddressSpace, address: Address) -> Operation[Address]:
         elif new < old:
             if not space.vmas.overlapping(AddressRange(new, old)):
                 return space.brk_end
-            yield from unmap(space, AddressRange(new, old))
+            try:
+                yield from unmap(space, AddressRange(new, old))
+            except (InvalidRequestError, OutOfFramesError):  # a VMA that may not be cut there, or no VMA left for it
+                return space.brk_end
         space.brk_end = address
     if old < new and space.default_flags & VmFlag.LOCKED:
         yield from populate(space, AddressRange(old, new))

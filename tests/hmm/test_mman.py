@@ -484,6 +484,20 @@ def test_brk_stays_when_a_limit_is_reached(world: Any) -> None:
     assert world.run(brk(crowded, at(1))) == BASE
 
 
+def test_brk_stays_when_shrinking_would_cut_one_vma_too_many(world: Any) -> None:
+    """What is mapped at the end of the heap has become one VMA with it; do_vmi_align_munmap() fails: goto out."""
+    space = world.space(vmas=1)
+    space.brk_start = space.brk_end = BASE
+    world.run(brk(space, at(4)))
+    heap = space.vmas.find(BASE)
+    assert heap is not None
+    space.vmas.assign(pages(4, 6), heap.mapping)
+    assert world.run(brk(space, at(2))) == at(4)
+    assert layout(space) == "0-6:rw-p"
+    assert world.run(brk(space, BASE)) == BASE
+    assert layout(space) == "4-6:rw-p"
+
+
 def test_brk_brings_pages_in_when_future_memory_is_locked(world: Any, heap: AddressSpace) -> None:
     """mlockall(MCL_FUTURE) holds for the heap."""
     heap.default_flags = VmFlag.LOCKED
