@@ -49,6 +49,7 @@ from hmm.units import (
     AddressRange,
     Entries,
     Pfns,
+    all_but,
     block_starts,
 )
 from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
@@ -298,8 +299,10 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
 def _read_only(entries: Entries) -> Entries:
     # What devices held exclusively is the CPU's again: restore_exclusive_pte().
     shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
-    if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.EXCLUSIVE | cpu_pte.SWAP):
+    if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.DEVICE):
         return shared
+    # copy_nonpresent_pte(), of pages in a device's memory: "We do not preserve soft-dirty information".
+    shared[cpu_pte.is_device_private(entries) & cpu_pte.is_writable(entries)] &= all_but(cpu_pte.SOFT_DIRTY)
     exclusive = cpu_pte.is_device_exclusive(entries)
     shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
     shared[exclusive & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)

@@ -3,7 +3,7 @@
 The VMAs change first, piece by piece up to the first that may not; then the mirrors are told once of all that
 changed; then the entries follow.  An entry loses WRITE and gets it back at once where a write would need no fault:
 in shared mappings, and for private pages that belong to this process alone.  A page on a device loses its permission
-to be written for good, so that the driver is asked before it is written again.
+to be written for good, so that the driver is asked before it is written again; and it counts as written no longer.
 
 **Source**: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_range(), can_change_pte_writable()),
 6.12.
@@ -59,6 +59,8 @@ _LOCKED = int(VmFlag.LOCKED)
 _LOCKED_OR_COPIED = int(VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED)
 _KEEP = all_but(cpu_pte.WRITE)
 _WRITE = np.uint64(cpu_pte.WRITE)
+_DEVICE_WRITABLE = np.uint64(cpu_pte.DEVICE | cpu_pte.WRITE)
+_NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _FRAMED = np.uint64(cpu_pte.PRESENT | cpu_pte.SPECIAL)
 
@@ -220,7 +222,11 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     by_fault = vma.has(VmFlag.HUGETLB) and not shared  # hugetlb_change_protection() leaves it to that
     upgrades, tracked = vma.writable and not by_fault, not space.is_soft_dirty(vma)
 
+    has_devices = len(frames.regions) > 1
+
     def change(entries: Entries) -> None:
+        if has_devices:  # of their private pages: "We do not preserve soft-dirtiness"
+            entries[(entries & _DEVICE_WRITABLE) == _DEVICE_WRITABLE] &= _NOT_SOFT_DIRTY
         entries &= _KEEP
         if upgrades:
             upgradable = _upgradable(entries, frames, shared=shared)

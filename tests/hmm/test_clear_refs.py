@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from machine_world import FIXED, RW, START, World, span
 
@@ -251,6 +253,20 @@ def test_page_counts_as_written_when_a_device_gives_it_back() -> None:
     assert written(world, 2) == "w-"
     world.do(processes.fork, world.pid)
     assert written(world, 2) == "ww"
+
+
+@pytest.mark.parametrize("protects", [processes.mprotect, processes.fork])
+def test_page_of_a_device_counts_as_written_no_longer_when_it_is_write_protected(protects: Any) -> None:
+    """make_readable_device_private_entry(): "We do not preserve soft-dirtiness"; a page of the system's keeps it."""
+    world = World(limits=Limits(frames=256, device_frames=4))
+    device = world.do(devices.register_device, "card", memory_pages=4)
+    mirror = world.do(hmm.attach, device, world.pid)
+    forget(world)
+    store(world, 0, 3)
+    world.do(hmm.migrate_to_device, mirror, span(0, 2))
+    assert written(world, 3) == "www"
+    world.do(protects, world.pid, *((START, 3 * PAGE_SIZE, Prot.READ) if protects is processes.mprotect else ()))
+    assert written(world, 3) == "--w"
 
 
 @pytest.mark.parametrize("distance", [PMD_SIZE, 1 << 30])
