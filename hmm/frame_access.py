@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hmm import cpu_pte, pte
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError
 from hmm.events import EventState
-from hmm.frames import ZERO_PFN
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import blocks_of, mark_huge
 from hmm.interval_notifier import IntervalMirror
 from hmm.spans import inside
@@ -71,7 +71,7 @@ def read_frames(
 def write_frames(
     mirror: IntervalMirror, addresses: Entries, pfns: Pfns, data: bytes, since: int | None = None, *, offset: int = 0
 ) -> None:
-    """Write pages, or a part of them, and make their entries dirty.
+    """Write pages, or a part of them, and make the CPU's entries dirty; where it cannot use them, the pages.
 
     Args:
         data: the bytes, for every page at least one.
@@ -95,9 +95,11 @@ def write_frames(
     else:
         pages = given.reshape(-1, PAGE_SIZE)
     space.frames.scatter(pfns, pages)
-    space.table.store(addresses, entries | np.uint64(cpu_pte.DIRTY))
+    present = cpu_pte.is_present(entries)
+    space.table.store(addresses[present], entries[present] | np.uint64(cpu_pte.DIRTY))
+    space.frames.set_flags(pfns[~present], PageFlag.DIRTY)
     if space.huge:
-        partly = addresses[cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
+        partly = addresses[present & cpu_pte.is_huge(entries) & ~cpu_pte.is_dirty(entries)]
         for start in blocks_of(partly):
             mark_huge(space, start, cpu_pte.DIRTY)
 

@@ -36,7 +36,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
-from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
+from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, prepare_anon_vma
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.large_folio import are_compound, are_pinned
@@ -287,10 +287,10 @@ def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
     entries = space.table.lookup(addresses)
     whole = (migration.src[holes] & _COMPOUND) != 0
     free: _Mask = (entries == 0) | (cpu_pte.is_special(entries) & (whole | ~cpu_pte.is_huge(entries)))
-    private = are_private(frames, pfns)
-    flags: Entries = np.where(private, np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT | cpu_pte.DIRTY))
+    there, here = cpu_pte.DEVICE, READ_ONLY
     if migration.vma.writable:
-        flags |= np.uint64(cpu_pte.WRITE)
+        there, here = there | cpu_pte.WRITE, WRITTEN
+    flags: Entries = np.where(are_private(frames, pfns), np.uint64(there), np.uint64(here))
     if np.count_nonzero(whole):
         free &= ~whole | have_room(migration, holes, entries)
         flags[whole] |= np.uint64(cpu_pte.HUGE)

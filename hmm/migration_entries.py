@@ -58,6 +58,8 @@ __all__ = [
 
 _CARRIED_BITS = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE
 _CARRIED = np.array(_CARRIED_BITS, np.uint64)  # numpy takes arrays without dimensions in half the time of scalars
+_CARRIED_THERE = np.array(cpu_pte.WRITE | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE, np.uint64)
+"""To a device's private memory."""
 _STANDS_IN = np.array(cpu_pte.MIGRATION, np.uint64)
 _KEPT = np.array(ULONG_MAX & ~cpu_pte.FLAGS | _CARRIED_BITS, np.uint64)
 _NAMES = np.array(ULONG_MAX & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
@@ -202,8 +204,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
             entries, addresses, targeted = entries[ours], addresses[ours], targeted[ours]
         if not number:
             continue
-        flags = (entries & _CARRIED) | _kinds(frames, targeted)
-        _put_entries(place.space, addresses, cpu_pte.cpu_entry(targeted, flags))
+        _put_entries(place.space, addresses, cpu_pte.cpu_entry(targeted, _flags(frames, entries, targeted)))
         if number == referenced.size and isinstance(place.pages, slice):  # merged pages may be there more than once
             frames.attach(targeted)
             referenced = targeted[:0]
@@ -214,12 +215,18 @@ def replace(held: HeldPages, targets: Pfns) -> None:
         frames.put(referenced)
 
 
-def _kinds(frames: Frames, pfns: Pfns) -> Entries:
-    """What kind of entry names each of the frames, or all of them."""
+def _flags(frames: Frames, entries: Entries, pfns: Pfns) -> Entries:
+    """Flags of entries that name these frames, from the migration entries in their place: remove_migration_pte().
+
+    An entry of a page in a device's private memory says neither that it was used nor that it was written.
+    """
     sole = sole_region(frames, pfns)
-    if sole is not None:
-        return _DEVICE if sole.kind is RegionKind.DEVICE_PRIVATE else _PRESENT
-    return np.where(are_private(frames, pfns), _DEVICE, _PRESENT)
+    if sole is None:
+        private = are_private(frames, pfns)
+        return np.where(private, (entries & _CARRIED_THERE) | _DEVICE, (entries & _CARRIED) | _PRESENT)
+    if sole.kind is RegionKind.DEVICE_PRIVATE:
+        return (entries & _CARRIED_THERE) | _DEVICE
+    return (entries & _CARRIED) | _PRESENT
 
 
 def entries_of(space: AddressSpace, addresses: Entries) -> Entries:

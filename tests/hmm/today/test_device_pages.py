@@ -11,7 +11,8 @@ from area import BASE
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType, Reason
-from hmm.frames import RegionKind
+from hmm.fault_pages import WRITTEN
+from hmm.frames import PageFlag, RegionKind
 from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID, WRITE
 from hmm.mremap import MremapFlag
@@ -33,6 +34,37 @@ def test_migrate_moves_pages_when_they_are_private_memory(bench: Any) -> None:
     bench.local.machine.check()
     assert bench.read(0, 2 * PAGE_SIZE) == b"ab" * PAGE_SIZE
     assert bench.used == 0
+
+
+def test_entry_is_old_and_clean_when_its_page_was_in_private_memory(bench: Any) -> None:
+    """remove_migration_pte(): a device's entry has neither bit, so that none can come back; the folio stays dirty."""
+    bench.write(0, b"x")
+    frames, bits = bench.local.machine.frames, cpu_pte.ACCESSED | cpu_pte.DIRTY
+    assert bench.entry(0) & bits == bits
+    for move in (bench.to_device, bench.to_system):
+        move(0, 1)
+        assert not bench.entry(0) & bits
+        assert frames.flags_of(cpu_pte.cpu_pfn(bench.entry(0))) & PageFlag.DIRTY
+    assert cpu_pte.is_writable(bench.entry(0))
+    assert bench.entry(0) & cpu_pte.SOFT_DIRTY
+    bench.write(0, b"y")
+    assert bench.entry(0) & bits == bits
+
+
+@pytest.mark.parametrize(
+    ("prot", "flags"),
+    [
+        (Prot.READ, cpu_pte.PRESENT | cpu_pte.ACCESSED),
+        (Prot.READ | Prot.WRITE, WRITTEN),
+    ],
+)
+def test_hole_that_moves_to_coherent_memory_is_as_good_as_touched(bench: Any, prot: Prot, flags: int) -> None:
+    """migrate_vma_insert_page(): mk_pte() with vm_page_prot, and pte_mkwrite(pte_mkdirty()) where VM_WRITE."""
+    card = bench.call(commands_device.register_device, "card", memory_pages=2, kind=RegionKind.DEVICE_COHERENT)
+    mirror, _ = bench.attach(card, bench.process)
+    bench.map(1, prot)
+    bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0))
+    assert cpu_pte.cpu_flags(bench.entry(0)) == flags
 
 
 def test_migrate_makes_zero_pages_when_nothing_was_there(bench: Any) -> None:
