@@ -53,6 +53,7 @@ __all__ = [
     "Attempt",
     "Stop",
     "Strangers",
+    "copy_unshared",
     "prepare_anon_vma",
 ]
 
@@ -455,3 +456,23 @@ def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:
     assert now is not None
     if not now.anon_vma:
         space.vmas.set_anon_vma(now, space.vmas.find_mergeable_anon_vma(now) or space.new_anon_vma())
+
+
+def copy_unshared(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
+    """Give a process private pages of its own that it may only read: wp_page_copy() for FAULT_FLAG_UNSHARE.
+
+    Args:
+        addresses: uint64[n], n >= 1, ascending, in one VMA that has an `anon_vma`; mirrors have been told.
+        entries: uint64[n], what stands there: present entries.
+
+    Raises:
+        OutOfFramesError: too few frames are free; nothing was changed (ENOMEM).
+
+    Cost: O(n), vectorised, and the copying.
+    """
+    copies = space.frames.allocate_mapped(addresses.size, ANON_PAGE)
+    space.frames.copy(copies, np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries)))
+    space.claim(copies, int(addresses[0]))
+    flags = np.uint64(READ_ONLY) | (entries & np.uint64(cpu_pte.SOFT_DIRTY))
+    space.table.store(addresses, cpu_pte.cpu_entry(copies, flags))
+    space.drop(entries, replaced=True)

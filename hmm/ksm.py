@@ -39,7 +39,7 @@ from hmm.address_space import AddressSpace
 from hmm.ascending import unique
 from hmm.errors import InvalidRequestError, OutOfFramesError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
-from hmm.fault_pages import ANON_PAGE, READ_ONLY
+from hmm.fault_pages import READ_ONLY, copy_unshared
 from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.operation import Operation, Pause
@@ -408,7 +408,9 @@ def unmerge(space: AddressSpace, piece: Vma) -> Operation[None]:
                 yield from bracket.deliver()
                 now = space.table.lookup(pages.addresses)
                 pages = pages.of(now == pages.entries)
-                _copy(pages.of(np.arange(pages.pfns.size) < frames.available))
+                fitting = pages.of(np.arange(pages.pfns.size) < frames.available)
+                if fitting.pfns.size:  # else others were quicker while drivers were told, or there is no memory
+                    copy_unshared(space, fitting.addresses, fitting.entries)
             if pages.pfns.size and not frames.available and _merged_pages(space, part.start, part.end).pfns.size:
                 address = int(pages.addresses[-1])
                 raise OutOfFramesError(f"unmerge: {address:#x}: memory ran out", errnos.ENOMEM, address=address)
@@ -420,16 +422,3 @@ def _merged_pages(space: AddressSpace, start: int, end: int) -> _Pages:
     merged = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     merged[merged] = space.frames.test_flags(pfns[merged], PageFlag.KSM)
     return _Pages(space, addresses, entries, pfns).of(merged)
-
-
-def _copy(pages: _Pages) -> None:
-    """wp_page_copy() for FAULT_FLAG_UNSHARE."""
-    space, frames = pages.space, pages.space.frames
-    if not pages.pfns.size:
-        return  # others were quicker while drivers were told, or there is no memory
-    copies = frames.allocate_mapped(pages.pfns.size, ANON_PAGE)
-    frames.copy(copies, pages.pfns)
-    space.claim(copies, int(pages.addresses[0]))
-    kept = np.uint64(READ_ONLY) | (pages.entries & np.uint64(cpu_pte.SOFT_DIRTY))
-    space.table.store(pages.addresses, cpu_pte.cpu_entry(copies, kept))
-    space.drop(pages.entries)

@@ -28,7 +28,7 @@ from hmm.device_pages import move_to_system
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
 from hmm.fault import bring_in, continues, pieces, raise_stop
-from hmm.fault_pages import ANON_PAGE, READ_ONLY, prepare_anon_vma
+from hmm.fault_pages import copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, split_pmds
@@ -188,8 +188,4 @@ def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.int
             return
         same &= addresses < np.uint64(vma.end)
         prepare_anon_vma(space, vma)
-        copies = frames.allocate_mapped(int(np.count_nonzero(same)), ANON_PAGE)
-        frames.copy(copies, pfns[~alone][same])
-        space.claim(copies, vma.start)
-        space.table.store(addresses[same], cpu_pte.cpu_entry(copies, READ_ONLY))
-        space.drop(now[same])
+        copy_unshared(space, addresses[same], now[same])

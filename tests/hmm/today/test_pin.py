@@ -15,12 +15,14 @@ from hmm.errors import (
     OutOfFramesError,
     RangeBusyError,
 )
-from hmm.frames import RegionKind
+from hmm.frames import PageFlag, RegionKind
 from hmm.migration import MIGRATE
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
+
+FILE = MapFlag.PRIVATE | MapFlag.FIXED
 
 
 def pin(bench: Any, at: int, npages: int = 1, *, write: bool = False) -> int:
@@ -45,6 +47,23 @@ def test_pin_for_reading_copies_the_zero_page(bench: Any) -> None:
     bench.call(commands_process.unpin, number)
     assert pinned(bench, 0) == 0
     bench.local.machine.check()
+
+
+def test_pin_copies_what_is_known_of_the_page(bench: Any) -> None:
+    """wp_page_copy() for FAULT_FLAG_UNSHARE keeps the soft-dirty bit, and unmaps the old page without using it."""
+    bench.write(0, b"f")
+    bench.call(commands_process.fork, bench.process)
+    pin(bench, 0)
+    assert bench.entry(0) & cpu_pte.SOFT_DIRTY
+    file = bench.call(commands_file.open_file, "f", create=True)
+    bench.call(commands_file.truncate_file, file, PAGE_SIZE)
+    start = bench.span(32).start
+    bench.call(commands_process.mmap, bench.process, start, PAGE_SIZE, Prot.READ, FILE, file)
+    bench.read(32, 1)
+    page = cpu_pte.cpu_pfn(bench.entry(32))
+    pin(bench, 32)
+    assert cpu_pte.cpu_pfn(bench.entry(32)) != page
+    assert not bench.local.machine.frames.flags_of(page) & (PageFlag.REFERENCED | PageFlag.ACTIVE)
 
 
 def test_pin_copies_when_the_page_is_shared_by_fork(bench: Any) -> None:
