@@ -30,7 +30,7 @@ from hmm.anon_vma import Forest
 from hmm.ascending import among
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
-from hmm.fault_pages import ANON_PAGE, DIRTIED
+from hmm.fault_pages import ANON_PAGE, DIRTIED, READ_ONLY, WRITTEN
 from hmm.file import File
 from hmm.frames import PageFlag
 from hmm.huge_split import huge_blocks, split_pmds, whole_blocks
@@ -59,7 +59,7 @@ __all__ = ["exit_mmap", "fork"]
 
 _UNFAULTABLE = VmFlag.PFNMAP | VmFlag.MIXEDMAP
 _PRIVATE = VmFlag.SHARED | VmFlag.MAYWRITE
-_COPIED = cpu_pte.PRESENT | cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY
+_COPIED = READ_ONLY | DIRTIED
 
 
 def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
@@ -287,7 +287,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     parent.table.store(addresses, kept)
     copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
     frames.copy(copies, cpu_pte.cpu_pfn(entries))
-    flags = _COPIED | (cpu_pte.WRITE if vma.writable else 0)
+    flags = WRITTEN if vma.writable else _COPIED
     try:
         child.table.store(addresses, cpu_pte.cpu_entry(copies, flags))
     except OutOfFramesError:

@@ -15,6 +15,7 @@ from hmm.errors import (
     OutOfFramesError,
     RangeBusyError,
 )
+from hmm.fault_pages import WRITTEN
 from hmm.frames import PageFlag, RegionKind
 from hmm.migration import MIGRATE
 from hmm.operation_record import Caller
@@ -84,13 +85,13 @@ def test_pin_copies_when_the_page_is_shared_by_fork(bench: Any) -> None:
 
 
 def test_fork_copies_pinned_pages_at_once(bench: Any) -> None:
-    """The parent keeps the pinned page, writable; the child gets a copy of its own."""
+    """The parent keeps the pinned page, writable; the child gets a copy, as if it had written it: mk_pte()."""
     bench.write(0, b"p")
     pin(bench, 0, write=True)
     before = bench.entry(0)
     child = bench.call(commands_process.fork, bench.process)
     assert bench.entry(0) == before
-    assert cpu_pte.is_writable(bench.entry(0, child))
+    assert cpu_pte.cpu_flags(bench.entry(0, child)) == WRITTEN
     assert bench.read(0, 1, child) == b"p"
     assert cpu_pte.cpu_pfn(bench.entry(0, child)) != cpu_pte.cpu_pfn(before)
     bench.local.machine.check()
