@@ -17,6 +17,7 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError
+from hmm.fault_pages import READ_ONLY
 from hmm.file import File
 from hmm.operation import Operation, Pause
 from hmm.units import PAGE_SHIFT, PIECE_BYTES, AddressRange
@@ -37,7 +38,7 @@ def map_device(space: AddressSpace, span: AddressRange, mapping: Mapping) -> Ope
     if not isinstance(mapping.backing, File) or not mapping.has(VmFlag.MIXEDMAP | VmFlag.PFNMAP):
         return
     # vm_page_prot of a private mapping does not permit writing: the first write makes a copy.
-    flags = cpu_pte.PRESENT | (cpu_pte.WRITE if mapping.shared and mapping.writable else 0)
+    flags = READ_ONLY | (cpu_pte.WRITE if mapping.shared and mapping.writable else 0)
     try:
         for start in range(span.start, span.end, PIECE_BYTES):
             if start != span.start:

@@ -27,10 +27,10 @@ def flags(space: AddressSpace, page: int) -> int:
 
 
 def test_map_device_inserts_pages_when_the_driver_has_them(world: Any, space: AddressSpace) -> None:
-    """vm_insert_page(): there without a fault, zeroed, and gone with the mapping."""
+    """vm_insert_page(): there without a fault, zeroed, young as vm_page_prot is, and gone with the mapping."""
     world.map(space, 2, RW, SHARED, world.device_file(VmFlag.MIXEDMAP))
     assert world.frames.available == FREE - 2
-    assert flags(space, 0) == cpu_pte.PRESENT | cpu_pte.WRITE
+    assert cpu_pte.cpu_flags(space.table.get(at(0))) == cpu_pte.PRESENT | cpu_pte.WRITE | cpu_pte.ACCESSED
     assert world.run(read_memory(space, at(1), 1)).data == b"\0"
     world.run(munmap(space, at(0), 2 * PAGE_SIZE))
     assert world.frames.available == FREE
