@@ -12,7 +12,7 @@ levels:
 Level 0 is the root; `llevel` is the level whose entries are page entries. Addresses are Python ints and ends
 are exclusive, so that the end of a table of 64 bits is 2^64 and nothing wraps.
 
-**Source**: the hmm_pt patch of the 2015 series (hmm_pt_init(), hmm_pt_level_start(), hmm_pt_level_next()).
+**Source**: the hmm_pt patch of the 2015 series (hmm_pt_init(), hmm_pt_level_start(), hmm_pt_level_end()).
 
 **Invariants**: 0 <= llevel < MAX_LEVELS; shifts fall by 9 and end at PAGE_SHIFT; 1 <= root_entries <= 512.
 
@@ -81,10 +81,6 @@ class Geometry:
         """Index of the entry for `address` in its directory of `level` (`hmm_pt_index()`)."""
         return address >> self.shifts[level] & DIRECTORY_MASK
 
-    def entry_size(self, level: int) -> int:
-        """Bytes that one entry of `level` covers."""
-        return 1 << self.shifts[level]
-
     def entry_span(self, address: Address, level: int) -> tuple[Address, Address]:
         """The [start, end) of the entry of `level` that holds `address`, cut at the end of the table."""
         shift = self.shifts[level]
@@ -94,7 +90,3 @@ class Geometry:
     def directory_span(self, address: Address, level: int) -> tuple[Address, Address]:
         """The [start, end) of the directory of `level` that holds `address`; the root's is the table."""
         return (0, self.end) if level == 0 else self.entry_span(address, level - 1)
-
-    def next_boundary(self, address: Address, end: Address, level: int) -> Address:
-        """Where a loop over entries of `level` goes after `address`: the next entry, at most `end`."""
-        return min(self.entry_span(address, level)[1], end)

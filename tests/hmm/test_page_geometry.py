@@ -58,7 +58,6 @@ def test_entry_span_is_what_one_entry_covers() -> None:
     address = 0x7F12_3456_7890
     assert geometry.entry_span(address, 3) == (0x7F12_3456_7000, 0x7F12_3456_8000)
     assert geometry.entry_span(address, 2) == (0x7F12_3440_0000, 0x7F12_3460_0000)
-    assert geometry.entry_size(2) == 1 << 21
 
 
 def test_directory_span_is_the_entry_of_the_level_above() -> None:
@@ -77,16 +76,8 @@ def test_spans_are_cut_at_the_end_of_the_table() -> None:
         assert geometry.entry_span(geometry.last, level)[1] == geometry.end
 
 
-def test_next_boundary_does_not_wrap_at_the_top_of_64_bits() -> None:
+def test_spans_do_not_wrap_at_the_top_of_64_bits() -> None:
     """hmm_pt_level_next() compared minus one, because the end of the last entry is 2^64."""
     geometry = Geometry.covering(LAST_MAX)
     for level in range(6):
-        assert geometry.next_boundary(LAST_MAX, 1 << 64, level) == 1 << 64
         assert geometry.entry_span(LAST_MAX, level)[1] == 1 << 64
-
-
-def test_next_boundary_is_clipped_to_the_end_of_the_loop() -> None:
-    """hmm_pt_level_next(): the next entry, or the end of the range when that is nearer."""
-    geometry = Geometry.covering((1 << 48) - 1)
-    assert geometry.next_boundary(0x1000, 1 << 40, 2) == 1 << 21
-    assert geometry.next_boundary(0x1000, 0x3000, 2) == 0x3000
