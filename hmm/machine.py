@@ -343,6 +343,7 @@ class Machine:
 
     def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:
         self.current.operation_id = record.id
+        self.current.stretch += 1
         self._caller = record.caller
         record.refusal = None
         generator = record.generator

@@ -51,7 +51,7 @@ from hmm.migration import (
     narrowed,
     source_words,
 )
-from hmm.migration_entries import HeldPages, entries_of, replace, stand_in, unmap_everywhere
+from hmm.migration_entries import FindPlaces, Fresh, HeldPages, entries_of, replace, stand_in, unmap_everywhere
 from hmm.migration_folios import (
     all_or_none,
     are_all_selected,
@@ -134,10 +134,10 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
     with _invalidation(migration, migration.spans) as bracket, ExitStack() as brackets:
         yield from bracket.deliver()
         left = yield from split_large(migration)
-        if not migration.still_there:
+        vma = migration.vma_now
+        if vma is None:
             return
-        taken, pfns = _collect(migration, left)
-        held = _held(migration, taken, pfns)
+        taken, held = _collect(migration, vma, left)
         try:
             if not held.are_all_alone:
                 yield from unmap_everywhere(held, brackets)
@@ -162,13 +162,14 @@ def _invalidation(migration: Migration, spans: tuple[AddressRange, ...]) -> Inva
 # ---- setup
 
 
-def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
+def _collect(migration: Migration, vma: Vma, left: _Mask) -> tuple[Selection, HeldPages]:
     """Say what is there, and put migration entries in the place of what is to be moved: migrate_vma_collect_pmd().
 
     Args:
+        vma: as it is now: a touch may have given it an `anon_vma` since the migration began.
         left: bool[n], what is to stay.
 
-    Returns: which of the addresses have them, and int64[m] the frames there.
+    Returns: which of the addresses have them, and the pages there.
     """
     space = migration.space
     entries = entries_of(space, migration.addresses)
@@ -185,8 +186,10 @@ def _collect(migration: Migration, left: _Mask) -> tuple[Selection, Pfns]:
     migration.src[framed] = source_words(chosen, pfns)
     if migration.starts.size:
         migration.src[whole & (migration.src != 0)] |= _COMPOUND
-    stand_in(space, migration.addresses[framed], chosen, pfns)
-    return framed, pfns
+    addresses, indices = migration.addresses[framed], migration.indices(framed)
+    put = stand_in(space, addresses, chosen, pfns)
+    fresh = Fresh(Places(space, vma, addresses, slice(0, pfns.size)), put, space.current.stretch)
+    return framed, HeldPages(space.frames, pfns, indices, _finder(migration, vma, pfns, indices), fresh)
 
 
 def _reasons_to_stay(migration: Migration, pfns: Pfns) -> Iterator[_Mask]:
@@ -216,26 +219,24 @@ def _framed(migration: Migration, entries: Entries, left: _Mask) -> Selection:
     return np.flatnonzero(cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries))
 
 
-def _held(migration: Migration, taken: Selection, pfns: Pfns) -> HeldPages:
-    """The collected pages, in the order of their addresses, which is that of their page offsets."""
-    space, vma, frames = migration.space, migration.vma, migration.space.frames
-    indices = migration.indices(taken)
+def _finder(migration: Migration, vma: Vma, pfns: Pfns, indices: Pfns) -> FindPlaces:
+    """What finds where collected pages may be mapped: frames and page offsets, int64[n]."""
+    space, frames = migration.space, migration.space.frames
     private, cached = True, False
     if vma.backing is not None:
         anonymous = frames.test_flags(pfns, PageFlag.ANON)
         private, cached = bool(anonymous.any()), not anonymous.all()
-    now = space.vmas.find(int(migration.addresses[0]))  # a touch may have given it an anon_vma since
-    root = space.anon_vma_root((now or vma).anon_vma)
 
     def places() -> Iterator[Places]:
-        relatives = [space.relatives[number] for number in sorted(space.relatives)]
         if private:
+            relatives = [space.relatives[number] for number in sorted(space.relatives)]
+            root = space.anon_vma_root(vma.anon_vma)
             yield from anonymous_places(relatives, indices, vma.backing, root)
             yield from merged_places(frames, pfns)
         if cached and isinstance(vma.backing, File):
             yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
 
-    return HeldPages(frames, pfns, indices, places)
+    return places
 
 
 def _leave_referenced(migration: Migration, taken: Selection, held: HeldPages) -> None:

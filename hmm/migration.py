@@ -189,11 +189,11 @@ class Migration:
         return page_numbers(self.addresses[which]) + self.vma.mapping.delta
 
     @property
-    def still_there(self) -> bool:
-        """Whether the VMA is still where it was."""
+    def vma_now(self) -> Vma | None:
+        """The VMA as it is now; None if it is no longer where it was."""
         now, was = self.space.vmas.find(int(self.addresses[0])), self.vma.mapping
         same = now is not None and now.backing is was.backing and now.mapping.delta == was.delta
-        return same and now is not None and int(self.addresses[-1]) < now.end
+        return now if same and now is not None and int(self.addresses[-1]) < now.end else None
 
     @property
     def arrays(self) -> tuple[Entries, Entries]:

@@ -46,8 +46,8 @@ from hmm.zone_device import are_private, sole_region
 
 __all__ = [
     "FindPlaces",
+    "Fresh",
     "HeldPages",
-    "are_names_of",
     "entries_of",
     "range_of",
     "replace",
@@ -81,6 +81,20 @@ FindPlaces = Callable[[], Iterator[Places]]
 
 
 @dataclass(frozen=True, slots=True)
+class Fresh:
+    """All migration entries of some pages, just put in one place.
+
+    Attributes:
+        entries: uint64[n], as they were put.
+        stretch: when (`Current.stretch`): while it lasts nobody else sees them.
+    """
+
+    place: Places
+    entries: Entries
+    stretch: int
+
+
+@dataclass(slots=True, eq=False)
 class HeldPages:
     """Pages that a migration holds a reference of.
 
@@ -88,12 +102,27 @@ class HeldPages:
         pfns: int64[n].
         indices: int64[n], their page offsets, ascending.
         places: finds what may map them; its slices select from `pfns`.
+        fresh: their entries, if it is known; whoever changes one, or adds one elsewhere, forgets it.
     """
 
     frames: Frames
     pfns: Pfns
     indices: Pfns
     places: FindPlaces
+    fresh: Fresh | None = None
+
+    def standing(self) -> Iterator[tuple[Places, Entries]]:
+        """Where migration entries of the pages are, and the entries, uint64[n]."""
+        fresh = self.fresh
+        if fresh is not None and fresh.stretch == fresh.place.space.current.stretch:
+            yield fresh.place, fresh.entries
+            return
+        for place in self.places():
+            entries = entries_of(place.space, place.addresses)
+            ours = _are_names_of(entries, self.pfns[place.pages])
+            number = np.count_nonzero(ours)
+            if number:
+                yield (place, entries) if number == ours.size else (place.which(ours), entries[ours])
 
     @property
     def are_all_alone(self) -> bool:
@@ -101,7 +130,7 @@ class HeldPages:
         return int(np.count_nonzero(self.frames.refcount[self.pfns] == 1)) == self.pfns.size
 
 
-def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pfns) -> None:
+def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pfns) -> Entries:
     """Put migration entries in the place of entries that map frames, whose references become the migration's.
 
     Args:
@@ -109,13 +138,17 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pf
         entries: uint64[n], what stands there: present, or of a device's private page.
         pfns: int64[n], their frames.
 
+    Returns: uint64[n], the migration entries.
+
     Cost: O(n), vectorised.  Source: Linux mm/migrate_device.c, migrate_vma_collect_pmd(), which takes a reference and
     drops the entry's.
     """
     dirty = cpu_pte.having(entries, cpu_pte.DIRTY)
     space.frames.set_flags(pfns if dirty is entries else cpu_pte.cpu_pfn(dirty), PageFlag.DIRTY)
-    _put_entries(space, addresses, (entries & _KEPT) | _STANDS_IN)
+    put: Entries = (entries & _KEPT) | _STANDS_IN
+    _put_entries(space, addresses, put)
     space.frames.detach(pfns)
+    return put
 
 
 def unmap_everywhere(
@@ -160,6 +193,7 @@ def unmap_everywhere(
             mappings[place.pages] -= naming
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
+    held.fresh = None
     changes: list[tuple[AddressSpace, Pfns, Invalidation]] = []
     for space, parts in told.values():  # all are busy before one is told: others may wait for any of the pages
         pages = unique(page_numbers(np.concatenate(parts)))
@@ -196,16 +230,11 @@ def replace(held: HeldPages, targets: Pfns) -> None:
     frames.mapping[new] = frames.mapping[old]
     frames.index[new] = indices
     referenced = targets
-    for place in held.places():
-        entries = entries_of(place.space, place.addresses)
-        ours = are_names_of(entries, pfns[place.pages])
-        addresses, targeted = place.addresses, targets[place.pages]
-        if (number := np.count_nonzero(ours)) < ours.size:
-            entries, addresses, targeted = entries[ours], addresses[ours], targeted[ours]
-        if not number:
-            continue
-        _put_entries(place.space, addresses, cpu_pte.cpu_entry(targeted, _flags(frames, entries, targeted)))
-        if number == referenced.size and isinstance(place.pages, slice):  # merged pages may be there more than once
+    for place, entries in held.standing():
+        targeted = targets[place.pages]
+        flags = _flags(frames, entries, targeted)
+        _put_entries(place.space, place.addresses, cpu_pte.cpu_entry(targeted, flags))
+        if isinstance(place.pages, slice) and targeted.size == referenced.size:  # merged pages may be there repeatedly
             frames.attach(targeted)
             referenced = targeted[:0]
         else:
@@ -251,7 +280,7 @@ def range_of(addresses: Entries) -> AddressRange | None:
     return AddressRange(first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
 
 
-def are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
+def _are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """bool[n]: which entries are the migration entries of these pages."""
     names: npt.NDArray[np.bool_] = (entries & _NAMES) == cpu_pte.cpu_entry(pfns, cpu_pte.MIGRATION)
     return names

@@ -36,7 +36,7 @@ from hmm.huge_fault import has_table
 from hmm.huge_split import block_of, huge_blocks, split_folio, split_pmds
 from hmm.large_folio import are_compound
 from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
-from hmm.migration_entries import HeldPages, are_names_of, entries_of
+from hmm.migration_entries import HeldPages, entries_of
 from hmm.operation import Operation
 from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, all_but, block_starts
 from hmm.zone_device import are_in, sole_region
@@ -118,7 +118,7 @@ def _split_all(migration: Migration) -> Operation[None]:
     """Whatever is selected; what cannot be split is left out when pages are collected, as part of a large folio."""
     space = migration.space
     for block in _huge_blocks(migration):
-        if not migration.still_there:
+        if migration.vma_now is None:
             return
         entry = space.table.get(block.start)
         if cpu_pte.is_huge_zero(entry):
@@ -130,7 +130,7 @@ def _split_all(migration: Migration) -> Operation[None]:
 def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
     space = migration.space
     for block in _huge_blocks(migration):
-        if not migration.still_there:
+        if migration.vma_now is None:
             return
         entry = space.table.get(block.start)
         if not cpu_pte.is_huge(entry) or not _is_selected(migration, entry):
@@ -155,7 +155,7 @@ def _split_mapped_by_pages(migration: Migration, left: _Mask) -> Operation[None]
     large &= are_selected(migration, pfns)
     _, first = np.unique(pfns[large] // PMD_PAGES, return_index=True)
     for position in np.sort(positions[large][first]).tolist():
-        if not migration.still_there:
+        if migration.vma_now is None:
             return
         address = int(migration.addresses[position])
         entry = space.table.get(address)
@@ -250,10 +250,10 @@ def map_by_pages(held: HeldPages, chosen: _Mask) -> None:
     """
     if not np.count_nonzero(chosen):
         return
-    for place in held.places():
-        entries = entries_of(place.space, place.addresses)
-        ours = are_names_of(entries, held.pfns[place.pages]) & chosen[place.pages]
-        place.space.table.store(place.addresses[ours], entries[ours] & _NOT_HUGE)
+    for place, entries in held.standing():
+        small = chosen[place.pages]
+        place.space.table.store(place.addresses[small], entries[small] & _NOT_HUGE)
+    held.fresh = None
     held.frames.clear_flags(held.pfns[chosen], PageFlag.COMPOUND)
 
 

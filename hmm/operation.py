@@ -81,10 +81,12 @@ class Current:
 
     Attributes:
         operation_id: which operation is being advanced; the machine sets it, events and waits carry it.
+        stretch: serial number of what runs now without a yield: within one nobody else changes anything.
         insertions: serial numbers for the VMAs that are put into the reverse map.
     """
 
     operation_id: int = 0
+    stretch: int = 0
     insertions: Iterator[int] = field(default_factory=partial(count, 1))
 
 

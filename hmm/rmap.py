@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm.address_space import AddressSpace
 from hmm.anon_vma import AnonVma
@@ -52,6 +53,11 @@ class Places:
     addresses: Entries
     pages: slice | Pfns
     of_file: bool = False
+
+    def which(self, mask: npt.NDArray[np.bool_]) -> Places:
+        """Those that `mask`, bool[n], says."""
+        pages = np.flatnonzero(mask) + self.pages.start if isinstance(self.pages, slice) else self.pages[mask]
+        return Places(self.space, self.vma, self.addresses[mask], pages, self.of_file)
 
 
 def walk_order(space: AddressSpace, vma: Vma, *, of_file: bool = False) -> tuple[int, ...]:
