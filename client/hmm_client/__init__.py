@@ -10,7 +10,7 @@
 `hmm_client.sync` has the same without await, for scripts and notebooks.  `hmm_client.drivers` holds worked examples.
 
 Constants (`Prot`, `MapFlag`, ...) and errors are those of the core, `hmm`: what the daemon raised is raised here, with
-its class, errno and address.
+its class, errno and address.  A number that no message can carry is an ArgumentError, which is a ValueError.
 
 **Source**: design of the wire in proto/hmm_proto/v1; the names of calls are the kernel's.
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hmm.units import AddressRange
     from hmm.unmapped_area import MapFlag
     from hmm.vma import Prot
+    from hmm_client.arguments import ArgumentError
     from hmm_client.channel import DaemonError, UnavailableError, tls_credentials
     from hmm_client.client import Client, connect
     from hmm_client.device import Device
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AddressRange": "hmm.units",
     "Advice": "hmm.madvise",
+    "ArgumentError": "hmm_client.arguments",
     "Client": "hmm_client.client",
     "DaemonError": "hmm_client.channel",
     "DeadlinePolicy": "hmm.mirror",
@@ -89,6 +91,7 @@ _HOME = {
 __all__ = [
     "AddressRange",
     "Advice",
+    "ArgumentError",
     "Client",
     "DaemonError",
     "DeadlinePolicy",

@@ -6,7 +6,8 @@ A call is made alone by `Client.make`, which raises its error, or with others in
 which returns it.  The handles (`Process`) are made of these.
 
 Every function names its arguments and its errors as the system call does; the daemon judges them.  A number that does
-not fit into its field, as one below zero, never reaches it: that is a ValueError.
+not fit into its field, as one below zero, never reaches it: that is a ValueError, which the handles' methods make an
+ArgumentError that names call and argument.
 
 **Source**: proto/hmm_proto/v1/process.proto.
 

@@ -20,6 +20,7 @@ from hmm.errors import HmmError
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.units import ProcessId
+from hmm_client.arguments import names_arguments
 from hmm_client.calls import Call
 from hmm_client.channel import Channel, as_target, default_target, not_made_error
 from hmm_client.device import Device
@@ -70,6 +71,7 @@ def connect(
     return Client(channel, name=name, credit=credit, executor=executor)
 
 
+@names_arguments
 class Client:
     """A connection.  Made by `connect`.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
 from hmm.units import DeviceId, Pfn
+from hmm_client.arguments import names_arguments
 from hmm_client.driver import Driver, require_driver
 from hmm_client.interval_driver import IntervalDriver
 from hmm_client.interval_mirror import IntervalMirror
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hmm_client.client import Client
 
 
+@names_arguments
 class Device:
     """A registered device.
 

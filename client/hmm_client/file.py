@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hmm.file import FileKind
+from hmm_client.arguments import names_arguments
 from hmm_client.results import Completed, FileStatus
 from hmm_proto.convert import file_kind_from_proto, file_kind_to_proto
 from hmm_proto.status import from_call_result
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PART_BYTES = 1 << 20
 
 
+@names_arguments
 class File:
     """An open file.  Mappings of it outlive it.
 

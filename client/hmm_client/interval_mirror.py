@@ -29,6 +29,7 @@ import numpy as np
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
 from hmm.errors import InvalidRequestError, RangeBusyError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns
+from hmm_client.arguments import names_arguments
 from hmm_client.interval_driver import Adapter, IntervalDriver
 from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
@@ -46,6 +47,7 @@ MIGRATE_BYTES = 1 << 17 << PAGE_SHIFT
 """Migrations of more than this are several."""
 
 
+@names_arguments
 class IntervalMirror(Receiver):
     """An attached device.  Made by `Device.attach`.
 
@@ -313,6 +315,7 @@ class IntervalMirror(Receiver):
             await self.make("write_frames", request)
 
 
+@names_arguments
 class IntervalNotifier:
     """One subscription: `struct mmu_interval_notifier`.  Made by `IntervalMirror.insert`."""
 

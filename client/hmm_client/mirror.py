@@ -21,6 +21,7 @@ import numpy.typing as npt
 from hmm import pte
 from hmm.errors import HmmError, RangeBusyError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, Pfns
+from hmm_client.arguments import names_arguments
 from hmm_client.driver import Driver
 from hmm_client.event import pages_of
 from hmm_client.receiver import STALE_RETRIES, Receiver
@@ -153,6 +154,7 @@ class Faulted:
         return pte.pte_test_write(self.entries)
 
 
+@names_arguments
 class Mirror(Receiver):
     """A registered mirror of the 2015 interface, whose table the daemon keeps.  Made by `Device.mirror`.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hmm.units import AddressRange
+from hmm_client.arguments import names_arguments
 from hmm_proto.convert import range_to_proto
 from hmm_proto.status import from_call_result
 from hmm_proto.v1 import hmm_pb2
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hmm_client.session import Session
 
 
+@names_arguments
 class Pin:
     """Pinned pages.  Made by `Process.pin`; they outlive the process."""
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from hmm.smaps import MemoryUse
 from hmm.units import PAGE_SHIFT, AddressRange, Entries, ProcessId
 from hmm_client import calls
+from hmm_client.arguments import names_arguments
 from hmm_client.calls import PRIVATE_ANONYMOUS, READ_WRITE, Call
 from hmm_client.pin import Pin
 from hmm_client.results import Accessed, Completed, Mapped, MappingUse, Maps, MapsLine, ProgramBreak
@@ -41,6 +42,7 @@ class OpenFile(Protocol):
         """Names it."""
 
 
+@names_arguments
 class Process:
     """A handle of a process.  Any number of handles may name the same one.
 

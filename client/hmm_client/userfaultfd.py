@@ -28,6 +28,7 @@ from hmm.commands_userfaultfd import UserfaultMessage
 from hmm.errors import ConflictError
 from hmm.uffdio import CopyMode, RegisterMode
 from hmm.units import PAGE_SIZE, Address, AddressRange
+from hmm_client.arguments import names_arguments
 from hmm_client.channel import as_error
 from hmm_proto.convert import range_to_proto
 from hmm_proto.status import from_call_result
@@ -44,6 +45,7 @@ Handler: TypeAlias = Callable[[UserfaultMessage], "bytes | Awaitable[bytes | Non
 """What is to come to stand at `fault.address`: whole pages, or None when the handler has seen to it itself."""
 
 
+@names_arguments
 class Userfaultfd:
     """The handler's side.  Made by `Process.userfaultfd`, used in `async with`.
 

@@ -25,6 +25,7 @@ import grpc.aio
 
 from hmm.errors import NoSuchObjectError
 from hmm.ksm import KsmPass
+from hmm_client.arguments import names_arguments
 from hmm_client.channel import as_error
 from hmm_client.client import Client
 from hmm_client.device import Device
@@ -140,6 +141,7 @@ class Hold:
         return response
 
 
+@names_arguments
 class Harness:
     """What a daemon that was started with `harness` does for tests."""
 
