@@ -17,7 +17,7 @@ from hmm_client.certify.certificate import DEADLINE_S, LIMIT_S, Certificate, Tri
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.certify.findings import RULES
 from hmm_client.commands.connection import INTERRUPTED, OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run
-from hmm_client.commands.output import JSON, format_option, junit_option, print_json
+from hmm_client.commands.output import JSON, counted, format_option, junit_option, print_json
 from hmm_client.commands.progress import Progress
 
 SEEDS = "0:20"
@@ -157,7 +157,8 @@ def _print_trial(trial: Trial) -> None:
         for line in str(finding).splitlines():
             click.echo(f"       {line}")
     if trial.shortest:
-        click.echo(f"       shortest: {len(trial.shortest)} steps: {'; '.join(map(str, trial.shortest))}")
+        steps = counted(len(trial.shortest), "step")
+        click.echo(f"       shortest: {steps}: {'; '.join(map(str, trial.shortest))}")
     sys.stdout.flush()
 
 
@@ -174,7 +175,7 @@ def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str,
         span = f"{ran[0].seed}:{(ran[-1].seed or 0) + 1}"
         click.echo(f"{'FAIL' if bad else 'ok  '} storms {span}, {len(bad)} failed{which}")
     if certificate.passed:
-        click.echo(f"\npassed: {len(certificate.trials):,} trials in {took_s:.0f} s")
+        click.echo(f"\npassed: {counted(len(certificate.trials), 'trial')} in {took_s:.0f} s")
         return
     click.echo(f"\nnot passed: {failed} of {len(certificate.trials):,} trials failed, in {took_s:.0f} s")
     for rule, trial in certificate.broken.items():

@@ -134,6 +134,11 @@ def size(number: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(number: float, one: str, several: str = "") -> str:
+    """A number of things for people: `1 page`, `1,234 pages`; `several` where an s does not do."""
+    return f"{number:,.0f} {one if number == 1 else several or f'{one}s'}"
+
+
 def latency(microseconds: float) -> str:
     """A time for people, three digits of it: `1.52 ms`; `-` where nothing was measured."""
     if not microseconds:
@@ -159,5 +164,5 @@ def _shown(cell: object) -> str:
 
 def on_devices(pages: Iterable[tuple[str, int]]) -> str:
     """Where pages are that are not in system memory, from device names and numbers: "(gpu0: 16 pages)"."""
-    words = [f"{name}: {count:,} page{'s' if count > 1 else ''}" for name, count in pages]
+    words = [f"{name}: {counted(count, 'page')}" for name, count in pages]
     return f"({', '.join(words)})" if words else ""

@@ -11,7 +11,7 @@ from hmm_client.commands.addresses import parse_range
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.ids import MIRROR
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, on_devices, print_json
+from hmm_client.commands.output import JSON, counted, format_option, on_devices, print_json
 from hmm_proto.convert import range_to_proto
 from hmm_proto.v1 import inspection_pb2
 
@@ -40,7 +40,8 @@ def command(mirror: int, span: AddressRange | None, cpu: bool, form: str, where:
     leaves = [directory for directory in directories if directory.level == levels - 1]
     entries = sum(directory.valid_count for directory in leaves)
     what = f"process {mirror}" if cpu else f"mirror {mirror}"
-    click.echo(f"{what}: {levels} levels, {len(directories):,} directories, {entries:,} entries")
+    have = counted(len(directories), "directory", "directories"), counted(entries, "entry", "entries")
+    click.echo(f"{what}: {counted(levels, 'level')}, {', '.join(have)}")
     for stem, directory in zip(_stems([directory.level for directory in directories]), directories, strict=True):
         held = directory.reference_count - directory.valid_count
         away = on_devices((one.device_name, one.page_count) for one in directory.on_devices)

@@ -8,7 +8,7 @@ import click
 
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, driver_of, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, counted, driver_of, format_option, print_json, print_table, size
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -100,4 +100,4 @@ def _entries(mirror: inspection_pb2.MirrorStatus) -> object:
     # A mirror of today's interface has subscriptions; its driver keeps the table.
     if not mirror.notifier_count:
         return mirror.entry_count
-    return f"{mirror.notifier_count} notifier" + ("s" if mirror.notifier_count > 1 else "")
+    return counted(mirror.notifier_count, "notifier")

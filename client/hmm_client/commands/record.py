@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from hmm_client.commands.connection import UNUSABLE, fail
+from hmm_client.commands.output import counted
 from hmm_client.recordings import RecordingError, canonical
 from hmm_client.recordings import record as make_recording
 from hmm_client.recordings.record import DELAY_S
@@ -48,12 +49,10 @@ def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> No
     except RecordingError as error:
         fail(UNUSABLE, str(error))
     recording = recorded.recording
-    count = len(recording.plan.processes)
-    click.echo(
-        f"{folder}: {len(recording.log.calls):,} calls of {count} process{'es' if count > 1 else ''}, "
-        f"{len(canonical(recording.final))} mappings at the end",
-        err=True,
-    )
+    calls = counted(len(recording.log.calls), "call")
+    processes = counted(len(recording.plan.processes), "process", "processes")
+    mappings = counted(len(canonical(recording.final)), "mapping")
+    click.echo(f"{folder}: {calls} of {processes}, {mappings} at the end", err=True)
     if recording.plan.incomparable:
         click.echo(f"hmmctl: it cannot be replayed: {recording.plan.incomparable}", err=True)
     raise SystemExit(recorded.status)

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, failures, run, where_options
-from hmm_client.commands.output import JSON, format_option, latency, print_json, print_pairs, print_table
+from hmm_client.commands.output import JSON, counted, format_option, latency, print_json, print_pairs, print_table
 from hmm_client.commands.progress import Progress
 from hmm_client.embedded import embedded_daemon
 from hmm_client.recordings import Recording, RecordingError, demo_folder
@@ -196,8 +196,8 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 def _print(outcome: Outcome) -> None:
     replayed = outcome.replayed
-    several = "es" if replayed.processes > 1 else ""
-    click.echo(f"{replayed.program}: {replayed.calls:,} calls of {replayed.processes} process{several}")
+    processes = counted(replayed.processes, "process", "processes")
+    click.echo(f"{replayed.program}: {counted(replayed.calls, 'call')} of {processes}")
     click.echo()
     heads = (
         *("device", ">faults", ">pages", ">refused", ">checked", ">written", ">moved"),
@@ -211,7 +211,7 @@ def _print(outcome: Outcome) -> None:
         {
             "final mappings": f"{replayed.vmas}, "
             + ("equal to the kernel's /proc/PID/maps" if not replayed.layout else f"{len(replayed.layout)} different"),
-            "placements": f"{len(replayed.placed)} mappings would have gone elsewhere",
+            "placements": f"{counted(len(replayed.placed), 'mapping')} would have gone elsewhere",
             "differences": replayed.differences,
             "violations": len(outcome.violations),
             "unknown calls": len(replayed.unknown),

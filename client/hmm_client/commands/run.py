@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
-from hmm_client.commands.output import JSON, format_option, junit_option, print_json, print_table
+from hmm_client.commands.output import JSON, counted, format_option, junit_option, print_json, print_table
 from hmm_client.embedded import EmbeddedDaemonError, embedded_daemon
 
 if TYPE_CHECKING:
@@ -202,13 +202,14 @@ class _Progress:
             return
         if self.show_steps:
             verdict = f"{len(wrong)} not as expected" if wrong else "all as expected"
-            click.echo(f"{len(reports)} steps, {verdict}")
+            click.echo(f"{counted(len(reports), 'step')}, {verdict}")
             return
         if sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
         seconds = sum(report.seconds for report in reports)
         mark = "FAIL" if wrong else "ok  "
-        click.echo(f"{mark} {self.scenario.name:36}{len(reports):3} steps {seconds:6.2f} s  {self.scenario.title}")
+        steps = counted(len(reports), "step")
+        click.echo(f"{mark} {self.scenario.name:36}{steps:>9} {seconds:6.2f} s  {self.scenario.title}")
         for report in wrong:
             for text in report.wrong:
                 click.echo(f"     {self.scenario.path}:{report.step.line}: {report.step}: {text}")

@@ -11,7 +11,7 @@ from hmm.violation import ViolationKind
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.ids import DEVICE, MIRROR
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.output import JSON, counted, format_option, print_json
 from hmm_proto.v1 import inspection_pb2, violation_pb2
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ _ANSWERED = {
 def _violation(violation: violation_pb2.AccessViolation) -> list[str]:
     kind = word(violation_pb2.ViolationKind.DESCRIPTOR, violation.kind)
     access = _ANSWERED.get(violation.kind, "write" if violation.write else "read")
-    more = f" and {violation.pages - 1:,} more pages" if violation.pages > 1 else ""
+    more = f" and {counted(violation.pages - 1, 'more page')}" if violation.pages > 1 else ""
     lines = [f"{access} at {violation.address:#x}{more}, operation {violation.operation_id} ({kind.lower()})"]
     if violation.HasField("taking"):
         taking = violation.taking

@@ -9,7 +9,7 @@ import click
 
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, latency, print_json, print_pairs, print_table, size
+from hmm_client.commands.output import JSON, counted, format_option, latency, print_json, print_pairs, print_table, size
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ def command(form: str, where: Where) -> None:
         print_json(as_value(answer))
         return
     daemon = answer.daemon
+    mirrors = counted(daemon.mirrors, "mirror")
     print_pairs(
         {
             "version": daemon.version,
             "serving for": f"{daemon.uptime_ms / 1000:,.0f} s",
-            "processes": f"{daemon.processes:,} in {daemon.spaces:,} address spaces",
-            "devices": f"{daemon.devices:,} with {daemon.mirrors:,} mirrors on {daemon.streams:,} streams",
+            "processes": f"{daemon.processes:,} in {counted(daemon.spaces, 'address space')}",
+            "devices": f"{daemon.devices:,} with {mirrors} on {counted(daemon.streams, 'stream')}",
             "files": daemon.files,
             "frames": f"{daemon.frames_used:,} of {daemon.frames_total:,} ({size(daemon.frames_used << 12)})",
             "swap": f"{daemon.swap_used:,} of {daemon.swap_total:,} ({size(daemon.swap_used << 12)})",

@@ -23,7 +23,7 @@ import click
 
 from hmm_client.commands.connection import OK, Where, ask, where_options
 from hmm_client.commands.messages import word
-from hmm_client.commands.output import JSON, format_option, latency, print_json, size, table_lines
+from hmm_client.commands.output import JSON, counted, format_option, latency, print_json, size, table_lines
 from hmm_proto.v1 import inspection_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -95,10 +95,16 @@ class Page:
         daemon = self._after.statistics.daemon
         frames = f"{daemon.frames_used:,} of {daemon.frames_total:,} frames ({size(daemon.frames_used << 12)})"
         calls = f"{self._all_calls():,.0f} calls/s, {daemon.operations_pending:,} pending"
-        objects = f"{daemon.processes:,} processes, {daemon.devices:,} devices, {daemon.streams:,} streams"
+        objects = ", ".join(
+            (
+                counted(daemon.processes, "process", "processes"),
+                counted(daemon.devices, "device"),
+                counted(daemon.streams, "stream"),
+            )
+        )
         return [
             f"hmmd {daemon.version}, up {daemon.uptime_ms / 1000:,.0f} s, {size(daemon.resident_bytes)}, {frames}",
-            f"{calls}; {objects}; {daemon.rejected_answers:,} answers rejected",
+            f"{calls}; {objects}; {counted(daemon.rejected_answers, 'answer')} rejected",
         ]
 
     def mirrors(self) -> list[dict[str, Any]]:

@@ -273,7 +273,7 @@ def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]
 def _in_words(outcome: _Outcome, events: dict[str, list[str]]) -> str:
     parts = [outcome.error or outcome.signal or "done"]
     parts += [f"fenced {' '.join(sorted(outcome.fenced))}"] if outcome.fenced else []
-    parts += [f"{outcome.entries} entries"] if outcome.entries is not None else []
+    parts += [f"{outcome.entries} entr{'y' if outcome.entries == 1 else 'ies'}"] if outcome.entries is not None else []
     parts += ["retry" if outcome.retry else "no retry"] if outcome.retry is not None else []
     parts += [f"{name} heard {' '.join(heard)}" for name, heard in events.items() if heard]
     return "; ".join(parts)
