@@ -140,7 +140,7 @@ class Attempt:
     def fill_empty(self, vma: Vma, span: AddressRange) -> None:
         """Handle all of `span`, a part of the private anonymous VMA `vma` that holds no entry.
 
-        Cost: 5 ns per page when writing, 1 ns when reading.
+        Cost: 4 ns per page when writing, 1 ns when reading.
         """
         space = self.space
         if vma.mapping.userfaultfd:

@@ -124,7 +124,7 @@ def _pieces(rows: Offsets, most: int) -> Iterator[tuple[slice, slice | Offsets]]
 def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:
     """Copy the entries of [page, end) to `out`, uint64[end - page], C-contiguous; 0 where there is none."""
     if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
-        out[:] = _view(tree, tree.leaf(page), page, end)
+        out[...] = _view(tree, tree.leaf(page), page, end)
         return
     parts = _few_parts(tree, page, end)
     if parts is not None:
