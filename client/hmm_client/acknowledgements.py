@@ -136,11 +136,14 @@ class AcknowledgementLedger:
 
     def take(self) -> event_pb2.Acknowledgements:
         """Everything that was noted since the last time, as one message."""
-        message = event_pb2.Acknowledgements(answers=self._answers)
+        message = event_pb2.Acknowledgements()
+        if self._answers:
+            message.answers.extend(self._answers)
+            self._answers.clear()
+        mirror_ids, marks = message.mirror_ids, message.acknowledged_up_to
         for together_ids, sequences in self._together:
-            message.mirror_ids.extend(together_ids)
-            message.acknowledged_up_to.extend(sequences)
-        mirror_ids, marks = [], []
+            mirror_ids.extend(together_ids)
+            marks.extend(sequences)
         for mirror_id, slot in self._touched.items():
             mark, told = self._mark[slot], int(self._told[slot])
             mirror = self._irregular.get(mirror_id)
@@ -150,11 +153,8 @@ class AcknowledgementLedger:
                 self._told[slot] = mark
                 mirror_ids.append(mirror_id)
                 marks.append(mark)
-        message.mirror_ids.extend(mirror_ids)
-        message.acknowledged_up_to.extend(marks)
         self._touched.clear()
         self._together.clear()
-        self._answers.clear()
         for mirror_id in self._gone:
             self.forget(mirror_id)
         self._gone.clear()

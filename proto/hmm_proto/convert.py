@@ -299,9 +299,10 @@ def event_to_proto(event: Event) -> event_pb2.Event:
     message.pte_mask = event.pte_mask & _MASK
     if event.cause is not None:
         message.cause = event.cause.value
-    ranges = message.ranges
-    ranges.starts.extend([span.start for span in event.spans])
-    ranges.ends.extend([span.end for span in event.spans])
+    starts, ends = message.ranges.starts, message.ranges.ends
+    for span in event.spans:
+        starts.append(span.start)
+        ends.append(span.end)
     # Most events have nothing of what follows, and a test costs less than a field.
     if event.entries:
         message.entries = event.entries

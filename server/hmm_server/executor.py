@@ -263,7 +263,7 @@ class Executor:
         if not dispatches:
             return False
         going = [(dispatch, dispatch.audience.ids) for dispatch in dispatches]
-        if self.holds:
+        if self.holds.placed:
             going = self.holds.withhold(dispatches)
         self._route(going)
         return bool(going)
@@ -281,7 +281,7 @@ class Executor:
 
     def _resume(self) -> bool:
         ready = [record for record in self.machine.ready() if not isinstance(record.request, Pause)]
-        if self.holds:
+        if self.holds.placed:
             ready = [record for record in ready if not self._stays(_point_of(record), record)]
         for record in ready:
             if self.machine.is_ready(record):

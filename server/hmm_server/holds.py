@@ -121,9 +121,6 @@ class Holds:
         self._machine = machine
         self._last_id = 0
 
-    def __bool__(self) -> bool:
-        return bool(self.placed)
-
     def place(self, owner: str, name: str, where: Breakpoint, until_s: float, skip: int) -> Hold:
         """Put a hold in place."""
         self._last_id += 1

@@ -312,7 +312,7 @@ class Streams:
             event.deadline_ms = max(1, round(left_s * 1000))
         posting.size_bytes = event.ByteSize()
         self._note_sent(posting)
-        if self.executor.holds:
+        if self.executor.holds.placed:
             self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, mirror_ids)
         if self.observers.watchers:
             self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
@@ -425,7 +425,7 @@ class Streams:
             posting = served.settle(sequence)
             if posting is None:
                 continue
-            if self.executor.holds:
+            if self.executor.holds.placed:
                 self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
             latency_s = now_s - posting.sent_s
             served.note_answer(sequence, latency_s, now_ns)
@@ -442,7 +442,7 @@ class Streams:
         self.executor.machine.acknowledge_together(dispatch.operation_id, group.mirror_ids)
         posting.waiting.clear()
         group.stream.release(posting)
-        if self.executor.holds:
+        if self.executor.holds.placed:
             self.executor.come_to(Point.ACKNOWLEDGED, dispatch.operation_id, group.mirror_ids)
         latency_s = time.monotonic() - posting.sent_s
         group.traffic.note_answer(latency_s)

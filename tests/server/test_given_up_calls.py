@@ -237,7 +237,7 @@ async def test_nothing_is_left_when_the_caller_gives_up(serve: Any, give: Give) 
     assert not daemon.machine.operations
     assert not daemon.streams.open
     assert not daemon.executor.userfaultfds
-    assert not daemon.executor.holds
+    assert not daemon.executor.holds.placed
     assert not daemon.observers.watchers
     assert not [task for task in asyncio.all_tasks() if "hmm_server" in _file_of(task)]
     daemon.machine.check()
