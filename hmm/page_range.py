@@ -419,10 +419,11 @@ def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
         for _, index in _pieces(rows, _COPY_ROWS):
             tree.rows[index] = source
     else:
-        block = source.reshape(-1, DIRECTORY_ENTRIES)
-        for piece, index in _pieces(rows, _COPY_ROWS):
-            tree.rows[index] = block[piece]
-        if not np.bitwise_and.reduce(source):  # else all have a bit in common, as most do
+        block, common = source.reshape(-1, DIRECTORY_ENTRIES), ULONG_MAX
+        for piece, index in _pieces(rows, _PIECE_ROWS):
+            common &= int(np.bitwise_and.reduce(block[piece], axis=None))
+            tree.rows[index] = block[piece]  # while they are in the cache
+        if not common:  # else all have a bit in common, as most do
             used = np.count_nonzero(block, axis=1)
             tree.counts[rows] = used
             tree.arena.drop_all_empty(rows[used == 0])
