@@ -172,7 +172,7 @@ def _collect(migration: Migration, vma: Vma, left: _Mask) -> tuple[Selection, He
     Returns: which of the addresses have them, and the pages there.
     """
     space = migration.space
-    entries = entries_of(space, migration.addresses)
+    entries = entries_of(space.table, migration.addresses)
     whole = are_whole(migration, entries)
     framed = _framed(migration, entries, left)
     chosen = entries[framed]

@@ -30,6 +30,7 @@ from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.notifier import Invalidation
 from hmm.operation import Await, Operation, Pause, WaitFor
+from hmm.page_table import PageTable
 from hmm.rmap import Places, in_walk_order
 from hmm.units import (
     PAGE_SHIFT,
@@ -48,7 +49,10 @@ __all__ = [
     "FindPlaces",
     "Fresh",
     "HeldPages",
+    "are_names_of",
     "entries_of",
+    "index_of",
+    "put_entries",
     "range_of",
     "replace",
     "stand_in",
@@ -118,8 +122,8 @@ class HeldPages:
             yield fresh.place, fresh.entries
             return
         for place in self.places():
-            entries = entries_of(place.space, place.addresses)
-            ours = _are_names_of(entries, self.pfns[place.pages])
+            entries = entries_of(place.space.table, place.addresses)
+            ours = are_names_of(entries, self.pfns[place.pages])
             number = np.count_nonzero(ours)
             if number:
                 yield (place, entries) if number == ours.size else (place.which(ours), entries[ours])
@@ -146,7 +150,7 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pf
     dirty = cpu_pte.having(entries, cpu_pte.DIRTY)
     space.frames.set_flags(pfns if dirty is entries else cpu_pte.cpu_pfn(dirty), PageFlag.DIRTY)
     put: Entries = (entries & _KEPT) | _STANDS_IN
-    _put_entries(space, addresses, put)
+    put_entries(space.table, addresses, put)
     space.frames.detach(pfns)
     return put
 
@@ -233,7 +237,7 @@ def replace(held: HeldPages, targets: Pfns) -> None:
     for place, entries in held.standing():
         targeted = targets[place.pages]
         flags = _flags(frames, entries, targeted)
-        _put_entries(place.space, place.addresses, cpu_pte.cpu_entry(targeted, flags))
+        put_entries(place.space.table, place.addresses, cpu_pte.cpu_entry(targeted, flags))
         if isinstance(place.pages, slice) and targeted.size == referenced.size:  # merged pages may be there repeatedly
             frames.attach(targeted)
             referenced = targeted[:0]
@@ -258,18 +262,19 @@ def _flags(frames: Frames, entries: Entries, pfns: Pfns) -> Entries:
     return (entries & _CARRIED) | _PRESENT
 
 
-def entries_of(space: AddressSpace, addresses: Entries) -> Entries:
-    """uint64[n]: the entries at page addresses, ascending; a range is read at once."""
+def entries_of(table: PageTable, addresses: Entries) -> Entries:
+    """uint64[n]: the entries at page addresses, ascending and unique; a range is read at once."""
     span = range_of(addresses)
-    return space.table.lookup(addresses) if span is None else space.table.read(span.start, span.end)
+    return table.lookup(addresses) if span is None else table.read(span.start, span.end)
 
 
-def _put_entries(space: AddressSpace, addresses: Entries, entries: Entries) -> None:
+def put_entries(table: PageTable, addresses: Entries, entries: Entries) -> None:
+    """Store entries, uint64[n], at page addresses, ascending and unique; a range is filled at once."""
     span = range_of(addresses)
     if span is None:
-        space.table.store(addresses, entries)
+        table.store(addresses, entries)
     else:
-        space.table.fill(span.start, span.end, entries)
+        table.fill(span.start, span.end, entries)
 
 
 def range_of(addresses: Entries) -> AddressRange | None:
@@ -280,7 +285,12 @@ def range_of(addresses: Entries) -> AddressRange | None:
     return AddressRange(first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
 
 
-def _are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
+def index_of(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | slice:
+    """What selects the pages that a mask, bool[n], says: a slice, which copies nothing, for all of them."""
+    return slice(0, mask.size) if np.count_nonzero(mask) == mask.size else mask
+
+
+def are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """bool[n]: which entries are the migration entries of these pages."""
     names: npt.NDArray[np.bool_] = (entries & _NAMES) == cpu_pte.cpu_entry(pfns, cpu_pte.MIGRATION)
     return names

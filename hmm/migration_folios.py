@@ -143,7 +143,7 @@ def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
 
 def _split_mapped_by_pages(migration: Migration, left: _Mask) -> Operation[None]:
     space, frames = migration.space, migration.space.frames
-    entries = entries_of(space, migration.addresses)
+    entries = entries_of(space.table, migration.addresses)
     if int(np.bitwise_and.reduce(entries)) & cpu_pte.HUGE:
         return
     movable = cpu_pte.holds_frame(entries) & ~cpu_pte.is_device_exclusive(entries) & ~cpu_pte.is_huge(entries)

@@ -44,7 +44,7 @@ from hmm.errors import InvalidRequestError, NoSuchObjectError, OutOfFramesError,
 from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.fault_pages import ANON_PAGE
 from hmm.frames import PageFlag, Region
-from hmm.migration_entries import stand_in
+from hmm.migration_entries import are_names_of, entries_of, index_of, put_entries, stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.swap import some_room
@@ -167,9 +167,9 @@ class MirrorMemory:
         if mirror.state is not MirrorState.LIVE:
             return
         with space.notifier.copying(spans):
-            locked = self._lock(addresses)
+            locked, homes = self._lock(addresses)
             if locked.size:
-                yield from self._return(locked)
+                yield from self._return(locked, homes)
         if not locked.size and self._holds_any(addresses):
             # Its driver has given it up already, and whoever discards it has not come to it yet.
             assert space.notifier.invalidations_overlap(spans), f"{spans[0]} is on no device of {mirror}, nor anywhere"
@@ -198,18 +198,20 @@ class MirrorMemory:
         pfns = cpu_pte.cpu_pfn(entries[cpu_pte.is_device_private(entries)])
         return bool((space.frames.zone_device_data[pfns] == self.mirror.id).any())
 
-    def _lock(self, addresses: Entries) -> Entries:
-        """Put migration entries in the place of those of the pages that are there.  Returns: their addresses."""
-        mirror, space = self.mirror, self.mirror.space
-        cpu, own = space.table.lookup(addresses), mirror.table.lookup(addresses)
-        here = cpu_pte.is_device_private(cpu) & pte.pte_test_valid_dev(own)
-        addresses, cpu = addresses[here], cpu[here]
-        stand_in(space, addresses, cpu, cpu_pte.cpu_pfn(cpu))
-        return addresses
+    def _lock(self, addresses: Entries) -> tuple[Entries, Pfns]:
+        """Put migration entries in the place of those of the pages that are there.
 
-    def _return(self, addresses: Entries) -> Operation[None]:
+        Returns: their addresses, and int64[n], where they are.
+        """
+        mirror, space = self.mirror, self.mirror.space
+        cpu, own = entries_of(space.table, addresses), entries_of(mirror.table, addresses)
+        here = index_of(cpu_pte.is_device_private(cpu) & pte.pte_test_valid_dev(own))
+        addresses, homes = addresses[here], cpu_pte.cpu_pfn(cpu[here])
+        stand_in(space, addresses, cpu[here], homes)
+        return addresses, homes
+
+    def _return(self, addresses: Entries, homes: Pfns) -> Operation[None]:
         frames = self.mirror.space.frames
-        homes = self.mirror.pfns(self.mirror.table.lookup(addresses))
         now = homes.copy()
         try:
             targets = frames.allocate(min(addresses.size, frames.available))
@@ -219,7 +221,8 @@ class MirrorMemory:
             except BaseException:
                 frames.put(targets)
                 raise
-            frames.put(targets[~came])
+            if np.count_nonzero(came) < came.size:
+                frames.put(targets[~came])
             stays = outcome.state is EventState.ABANDONED
             now[:count] = np.where(came, targets, homes[:count] if stays else _LOST)
         finally:
@@ -243,18 +246,21 @@ class MirrorMemory:
             now, stays = np.where(stays, _LOST, now), np.zeros(stays.size, np.bool_)
         elif not live:
             frames.zone_device_data[homes[stays]] = 0
-        entries = space.table.lookup(addresses)
-        ours = cpu_pte.is_migration(entries) & (cpu_pte.cpu_pfn(entries) == homes)
-        came, lost = ~stays & (now != _LOST), now == _LOST
+        entries = entries_of(space.table, addresses)
+        ours = are_names_of(entries, homes)
+        lost = now == _LOST
+        came = index_of(~stays & ~lost)
         kinds = np.where(stays, np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT | cpu_pte.DIRTY))
         new = cpu_pte.cpu_entry(np.where(lost, 0, now), (entries & _CARRIED) | kinds)
         new[lost] = cpu_pte.POISON
-        space.table.store(addresses[ours], new[ours])
+        there = index_of(ours)
+        put_entries(space.table, addresses[there], new[there])
         frames.flags[now[came]] = np.uint16(ANON_PAGE | PageFlag.DIRTY)
         frames.index[now[came]], frames.mapping[now[came]] = frames.index[homes[came]], frames.mapping[homes[came]]
         frames.map_new(now[ours & ~lost])
-        frames.put(now[~ours & came])
-        frames.put(homes[~(ours & stays)])
+        if not isinstance(there, slice):
+            frames.put(now[~ours & ~stays & ~lost])
+        frames.put(homes[index_of(~(ours & stays))])
         if live:
             mirror.table.clear_many(addresses[~stays])
 
@@ -323,7 +329,8 @@ class MirrorMemory:
         frames = self.mirror.space.frames
         frames.copy(targets, sources)
         copied = np.ones(targets.size, np.bool_)
-        copied[failing_copies(frames, np.full(targets.size, self.mirror.id, np.int64))] = False
+        if frames.failing_copies:
+            copied[failing_copies(frames, np.full(targets.size, self.mirror.id, np.int64))] = False
         return copied
 
     # ---- what the driver does

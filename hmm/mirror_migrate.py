@@ -31,7 +31,7 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +50,11 @@ from hmm.events import Cause, EventState, EventType
 from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import huge_blocks, split_folio, split_pmds
-from hmm.migration_entries import stand_in
+from hmm.migration_entries import are_names_of, entries_of, index_of, put_entries, stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.mirror_memory import COPY_PAGES, MirrorMemory
 from hmm.operation import Await, Operation, WaitFor
-from hmm.units import PAGE_SHIFT, AddressRange, Entries, Pfns, is_page_aligned, page_numbers
+from hmm.units import PAGE_SIZE, AddressRange, Entries, Pfns, is_page_aligned, page_numbers
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 
 __all__ = ["MIGRATE_PAGES_MAX", "MakeRoom", "Moved", "migrate_range"]
@@ -67,6 +67,7 @@ MakeRoom = Callable[[AddressRange], Operation[int]]
 
 Mask = npt.NDArray[np.bool_]
 _CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_NOTHING = np.empty(0, np.uint64)
 _AWAY = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION
 
 
@@ -159,10 +160,11 @@ def _split(space: AddressSpace, blocks: list[AddressRange]) -> Operation[None]:
 
 def _away(mirror: Mirror, span: AddressRange) -> Entries:
     """uint64[n]: the pages that are neither in system memory nor in the device's own."""
+    if not mirror.space.table.either(span.start, span.end) & _AWAY:
+        return _NOTHING
     addresses, entries = mirror.space.table.valid(span.start, span.end)
     away = (entries & np.uint64(_AWAY)) != 0
-    if away.any():
-        away &= ~pte.pte_test_valid_dev(mirror.table.lookup(addresses))
+    away &= ~pte.pte_test_valid_dev(mirror.table.lookup(addresses))
     found: Entries = addresses[away]
     return found
 
@@ -180,22 +182,20 @@ class _Locked:
         addresses: uint64[n], ascending.
         entries: uint64[n], what stood there: an entry of a frame, of the zero page, or nothing.
         targets: int64[n], frames of the device; 0 for pages that stay.
+        pfns: int64[n], their frames, 0 for the zero page or none.
+        framed: bool[n], those that are in a frame of system memory.
     """
 
     addresses: Entries
     entries: Entries
-    targets: Pfns
+    targets: Pfns = field(init=False)
+    pfns: Pfns = field(init=False)
+    framed: Mask = field(init=False)
 
-    @property
-    def framed(self) -> Mask:
-        """bool[n]: those that are in a frame of system memory."""
-        framed: Mask = self.pfns != ZERO_PFN
-        return framed
-
-    @property
-    def pfns(self) -> Pfns:
-        """int64[n]: their frames, 0 for the zero page or none."""
-        return cpu_pte.cpu_pfn(self.entries)
+    def __post_init__(self) -> None:
+        self.targets = np.zeros(self.entries.size, np.int64)
+        self.pfns = cpu_pte.cpu_pfn(self.entries)
+        self.framed = self.pfns != ZERO_PFN
 
 
 def _attempt(memory: MirrorMemory, vma: Vma, span: AddressRange) -> Operation[tuple[int, HmmError | None] | None]:
@@ -223,24 +223,27 @@ def _attempt(memory: MirrorMemory, vma: Vma, span: AddressRange) -> Operation[tu
 
 def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
     space = mirror.space
+    addresses = np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64)
     entries = space.table.read(span.start, span.end)
-    empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
-    if vma.mapping.userfaultfd:
-        empty[:] = False  # as migrate_vma_insert_page(): its handler brings them in
-    framed = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
-    chosen = np.flatnonzero(empty | framed)
-    addresses = (np.uint64(span.start) + (chosen << PAGE_SHIFT).view(np.uint64)).astype(np.uint64)
-    locked = _Locked(addresses, entries[chosen], np.zeros(chosen.size, np.int64))
+    if not cpu_pte.are_plain(entries) or not cpu_pte.is_present(int(entries[0])):
+        empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
+        if vma.mapping.userfaultfd:
+            empty[:] = False  # as migrate_vma_insert_page(): its handler brings them in
+        chosen = empty | (cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries))
+        addresses, entries = addresses[chosen], entries[chosen]
+    locked = _Locked(addresses, entries)
     prepare_anon_vma(space, vma)
     _keep_places(mirror, addresses)
-    space.table.store(addresses[~locked.framed], cpu_pte.MIGRATION)
-    stand_in(space, addresses[locked.framed], locked.entries[locked.framed], locked.pfns[locked.framed])
+    framed = index_of(locked.framed)
+    if not isinstance(framed, slice):
+        space.table.store(addresses[~framed], cpu_pte.MIGRATION)
+    stand_in(space, addresses[framed], entries[framed], locked.pfns[framed])
     return locked
 
 
 def _keep_places(mirror: Mirror, addresses: Entries) -> None:
     # So that the mirror's directories cannot run out when the pages are on the device already.
-    entries = mirror.table.lookup(addresses)
+    entries = entries_of(mirror.table, addresses)
     mirror.table.store(addresses[entries == 0], pte.SELECT)
 
 
@@ -250,7 +253,8 @@ def _movable(mirror: Mirror, locked: _Locked) -> npt.NDArray[np.intp]:
     pfns = locked.pfns
     known = frames.mapcount[pfns] + (frames.private[pfns] != 0) + 1
     referenced = framed & (frames.refcount[pfns] != known)
-    return np.flatnonzero(~referenced)
+    movable: npt.NDArray[np.intp] = (~referenced).nonzero()[0]
+    return movable
 
 
 def _copy(memory: MirrorMemory, locked: _Locked) -> Operation[HmmError | None]:
@@ -273,7 +277,8 @@ def _copy(memory: MirrorMemory, locked: _Locked) -> Operation[HmmError | None]:
     except BaseException:
         frames.put(homes)
         raise
-    frames.put(homes[~carried])
+    if np.count_nonzero(carried) < carried.size:
+        frames.put(homes[~carried])
     locked.targets[fitting] = np.where(carried, homes, 0)
     return error or full
 
@@ -285,7 +290,7 @@ def _carry(
     mirror, addresses, pfns = memory.mirror, locked.addresses[fitting], locked.pfns[fitting]
     carried: Mask = np.ones(fitting.size, np.bool_)
     error: HmmError | None = None
-    if memory.region.remote or (mirror.table.lookup(addresses) & np.uint64(pte.VALID)).any():
+    if memory.region.remote or int(np.bitwise_or.reduce(entries_of(mirror.table, addresses))) & pte.VALID:
         outcome, carried = yield from memory.carry(EventType.COPY_TO_DEVICE, addresses, homes, pfns)
         mirror.require_live("migrate")
         if outcome.state is EventState.ABANDONED:
@@ -307,29 +312,33 @@ def _unlock(memory: MirrorMemory, vma: Vma, locked: _Locked) -> int:
         frames.put(locked.targets[locked.targets != 0])
         locked.targets[:] = 0
     addresses, saved, pfns, framed = locked.addresses, locked.entries, locked.pfns, locked.framed
-    now = space.table.lookup(addresses)
-    ours = cpu_pte.is_migration(now) & (cpu_pte.cpu_pfn(now) == pfns)
+    now = entries_of(space.table, addresses)
+    ours = are_names_of(now, pfns)
     moved = locked.targets != 0
     fresh = cpu_pte.WRITE if vma.writable else 0
     flags = np.where(framed, now & _CARRIED, np.uint64(fresh | cpu_pte.DIRTY)) | np.uint64(cpu_pte.DEVICE)
     new = np.where(moved, cpu_pte.cpu_entry(locked.targets, flags), saved)
-    space.table.store(addresses[ours], new[ours])
-    _take_over(memory, vma, locked, moved & ours)
-    back = pfns[framed & ~moved & ours]
-    frames.map(back)
-    frames.put(pfns[framed])
-    frames.put(locked.targets[moved & ~ours])
+    there = index_of(ours)
+    put_entries(space.table, addresses[there], new[there])
+    came, stays = moved & ours, ours & ~moved
+    _take_over(memory, vma, locked, came)
+    if np.count_nonzero(stays):
+        frames.map(pfns[framed & stays])
+    frames.put(pfns[index_of(framed)])
+    if not isinstance(there, slice):
+        frames.put(locked.targets[moved & ~ours])
     if live:
-        _set_entries(mirror, locked, moved & ours, new)
-    return int(np.count_nonzero(moved & ours))
+        _set_entries(mirror, locked, came, new)
+    return int(np.count_nonzero(came))
 
 
 def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> None:
     """The frames of the device become what those of the system were."""
     mirror, space, frames = memory.mirror, memory.mirror.space, memory.mirror.space.frames
-    homes, pfns = locked.targets[moved], locked.pfns[moved]
+    which = index_of(moved)
+    homes, pfns = locked.targets[which], locked.pfns[which]
     frames.flags[homes] = np.uint16(ANON_PAGE) | (frames.flags[pfns] & np.uint16(PageFlag.DIRTY))
-    frames.index[homes] = page_numbers(locked.addresses[moved]) + vma.mapping.delta
+    frames.index[homes] = page_numbers(locked.addresses[which]) + vma.mapping.delta
     frames.zone_device_data[homes] = mirror.id if mirror.state is MirrorState.LIVE else 0
     space.claim(homes, vma.start)
     frames.map_new(homes)
@@ -338,7 +347,7 @@ def _take_over(memory: MirrorMemory, vma: Vma, locked: _Locked, moved: Mask) -> 
 def _set_entries(mirror: Mirror, locked: _Locked, moved: Mask, cpu: Entries) -> None:
     """The mirror's entries of pages that moved; the others permit what they permitted before."""
     addresses, frames = locked.addresses, mirror.space.frames
-    entries = mirror.table.lookup(addresses)
+    entries = entries_of(mirror.table, addresses)
     written = moved & pte.pte_test_dirty(entries)
     frames.set_flags(locked.targets[written], PageFlag.DIRTY)
     mirror.unmap(entries[moved])
@@ -348,12 +357,14 @@ def _set_entries(mirror: Mirror, locked: _Locked, moved: Mask, cpu: Entries) -> 
     entries[valid & writable] |= np.uint64(pte.WRITE)
     entries[moved] = mirror.entries_on_device(locked.targets[moved])
     entries[moved & writable] |= np.uint64(pte.WRITE)
-    mirror.table.store(addresses, entries)
+    put_entries(mirror.table, addresses, entries)
 
 
 def _mirror_the_rest(mirror: Mirror, locked: _Locked) -> None:
     """The device may use the pages that stay as well; without room for their entries it faults them later."""
     kept = locked.addresses[locked.framed & (locked.targets == 0)]
+    if not kept.size:
+        return
     present = kept[cpu_pte.is_present(mirror.space.table.lookup(kept))]
     if present.size and not mirror.leaving:
         with suppress(OutOfFramesError):
