@@ -202,9 +202,10 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
     frames, src, heads = migration.space.frames, migration.src[pages], migration.heads
     sources = pfns_of(src)
     if heads.size:
-        pfns = _folios(migration, np.searchsorted(pages, heads), pages.size, region, failing=failing)
+        pfns = _folios(migration, pages.searchsorted(heads), pages.size, region, failing=failing)
         small = pfns == 0
-        pfns[small] = frames.allocate(int(np.count_nonzero(small)), region)
+        if number := int(np.count_nonzero(small)):
+            pfns[small] = frames.allocate(number, region)
         words = migrate_pfn(pfns) | (src & _WRITE)
         words[~small] |= _COMPOUND
     else:

@@ -52,6 +52,7 @@ __all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_foli
 
 _NOT_HUGE = all_but(cpu_pte.HUGE)
 _NOT_EXCLUSIVE = all_but(cpu_pte.EXCLUSIVE | cpu_pte.WRITE)
+_HUGETLB = int(PageFlag.HUGETLB)
 _PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
@@ -80,7 +81,7 @@ def huge_blocks(space: AddressSpace, span: AddressRange) -> list[AddressRange]:
 
 def _may_split(space: AddressSpace, start: Address) -> bool:
     entry = space.table.get(start)
-    return bool(entry & cpu_pte.HUGE) and not space.frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.HUGETLB
+    return bool(entry & cpu_pte.HUGE) and not space.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB
 
 
 def split_pmds(space: AddressSpace, blocks: Iterable[AddressRange]) -> Operation[None]:

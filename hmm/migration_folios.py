@@ -177,14 +177,15 @@ def _huge_blocks(migration: Migration) -> list[AddressRange]:
 
 def _head_of(migration: Migration, start: Address) -> int | None:
     """Where the words of a block begin that all of is to be migrated."""
-    addresses, at = migration.addresses, int(np.searchsorted(migration.addresses, start))
+    addresses, at = migration.addresses, int(migration.addresses.searchsorted(np.uint64(start)))
     last = at + PMD_PAGES - 1
     there = last < addresses.size and int(addresses[last]) == start + (PMD_PAGES - 1) * PAGE_SIZE
     return at if there else None
 
 
 def _is_selected(migration: Migration, entry: int) -> bool:
-    return cpu_pte.holds_frame(entry) and bool(are_selected(migration, np.array([cpu_pte.cpu_pfn(entry)]))[0])
+    frames = migration.space.frames
+    return cpu_pte.holds_frame(entry) and _selects(migration, frames.region_of(cpu_pte.cpu_pfn(entry)))
 
 
 # ---- when pages are collected
@@ -232,6 +233,8 @@ def split_unmapped(migration: Migration, held: HeldPages) -> Operation[None]:
     if not heads.size:
         return
     heads = heads[(migration.dst[heads] & np.uint64(VALID | COMPOUND)) == VALID]
+    if not heads.size:
+        return
     framed = _positions_of(heads[(migration.src[heads] & np.uint64(VALID)) != 0])
     if framed.size:
         starts = migration.addresses[framed[::PMD_PAGES]].tolist()

@@ -56,7 +56,7 @@ __all__ = ["COPY_PAGES", "Copy", "MirrorMemory"]
 COPY_PAGES = 512
 """Pages of one event that a driver carries: as many as a page has room for entries, as posted."""
 _LOST = np.int64(-1)
-_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_CARRIED = np.array(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY, np.uint64)
 
 Mask = npt.NDArray[np.bool_]
 Take = Callable[[Entries, Pfns], None]

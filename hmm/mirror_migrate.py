@@ -66,7 +66,7 @@ MakeRoom = Callable[[AddressRange], Operation[int]]
 """Asked once for room in the device's memory, before a migration of a range that would not fit; may do nothing."""
 
 Mask = npt.NDArray[np.bool_]
-_CARRIED = np.uint64(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY)
+_CARRIED = np.array(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY, np.uint64)
 _NOTHING = np.empty(0, np.uint64)
 _AWAY = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION
 
