@@ -90,7 +90,7 @@ class Container:
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send its first process a signal as if from nowhere: the engine must not know that somebody wanted it."""
         program = f"import os; os.kill({self.state()['Pid']}, {int(number)})"
-        docker("run", "--rm", "--pid=host", "--user=0", "--network=none", "--entrypoint=python", IMAGE, "-c", program)
+        docker("run", "--rm", "--pid=host", "--user=0", "--network=none", IMAGE, "python", "-c", program)
 
     def stop(self) -> int:
         """End it as an orchestrator does, with SIGTERM and then SIGKILL; its exit code."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,12 +76,32 @@ def test_daemon_is_given_settings_that_it_has(file: str) -> None:
     load({}, environment)
 
 
-@pytest.mark.parametrize("instruction", ["ENTRYPOINT", "HEALTHCHECK"])
+@pytest.mark.parametrize("instruction", ["^CMD", "^HEALTHCHECK"])
 def test_image_runs_a_command_of_the_project(instruction: str) -> None:
     """What the image starts is installed by the wheel."""
-    match = re.search(rf"^{instruction}.*?(\[.*\])$", DOCKERFILE, re.MULTILINE)
+    match = re.search(rf"{instruction}.*?(\[.*\])$", DOCKERFILE, re.MULTILINE)
     assert match is not None
     assert json.loads(match[1])[0] in SCRIPTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ((), "hmmd"),
+        (("--frames=64", "--tcp", "*:1"), "hmmd <--frames=64> <--tcp> <*:1>"),
+        (("hmmd", "--help"), "hmmd <--help>"),
+        (("printf", "<%s>", "a b", ""), "<a b><>"),
+    ],
+)
+def test_image_runs_hmmd_or_the_command_that_it_is_given(
+    tmp_path: Path, arguments: tuple[str, ...], printed: str
+) -> None:
+    """Options are the daemon's; what begins with a name is a command, with its own."""
+    (tmp_path / "hmmd").write_text('#!/bin/sh\nprintf hmmd; [ $# = 0 ] || printf " <%s>" "$@"\n')
+    (tmp_path / "hmmd").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / "docker" / "entrypoint", *arguments], env=path, capture_output=True, check=True)
+    assert done.stdout.decode() == printed
 
 
 def test_image_asks_for_its_health_with_a_command_that_exists() -> None:

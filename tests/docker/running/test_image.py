@@ -141,9 +141,26 @@ def test_daemon_says_what_is_wrong_when_it_cannot_start(run_container: Callable[
 
 def test_image_replays_a_program_by_itself() -> None:
     """The same image is a command line: a daemon of its own, two devices, and a recording, all confined."""
-    options = (*CONFINED, "--rm", "--tmpfs=/tmp", "--entrypoint=hmmctl")
-    done = docker("run", *options, IMAGE, "replay")
+    done = docker("run", *CONFINED, "--rm", "--tmpfs=/tmp", IMAGE, "hmmctl", "replay")
     assert re.search(r"^differences +0$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        (("--version",), "hmmd, version "),
+        (("hmmctl", "--version"), "hmmctl, version "),
+        (("python", "-m", "hmm_client.drivers.dummy", "--help"), "Usage: "),
+    ],
+)
+def test_image_runs_what_stands_behind_its_name(command: tuple[str, ...], printed: str) -> None:
+    """Options of the daemon, or any command that is in it."""
+    assert docker("run", *CONFINED, "--rm", IMAGE, *command).stdout.startswith(printed)
+
+
+def test_first_process_is_the_daemon_itself(daemon: Container) -> None:
+    """Signals reach it, and not a shell."""
+    assert daemon.status()["Name"] == "hmmd"
 
 
 def test_image_holds_what_is_locked_and_no_more() -> None:
@@ -154,21 +171,20 @@ print(platform.python_version())
 for found in metadata.distributions():
     print(found.name.lower().replace("_", "-"), found.version)
 """
-    options = (*CONFINED, "--rm", "--entrypoint=python")
-    version, *installed = docker("run", *options, IMAGE, "-c", program).stdout.splitlines()
+    run = ("run", *CONFINED, "--rm", IMAGE, "python")
+    version, *installed = docker(*run, "-c", program).stdout.splitlines()
     lines = re.findall(r"^[\w.-]+==[^\\\n]+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     there = {"python_full_version": version, "python_version": version.rpartition(".")[0]}
     locked = [lock for lock in map(Requirement, lines) if lock.marker is None or lock.marker.evaluate(there)]
     expected = {f"{lock.name} {str(lock.specifier).removeprefix('==')}" for lock in locked}
     assert {line for line in installed if not line.startswith("hmmd ")} == expected
-    assert docker("run", *options, IMAGE, "-m", "pip", check=False).returncode == 1
+    assert docker(*run, "-m", "pip", check=False).returncode == 1
 
 
 def test_image_is_small() -> None:
     """The base, and no more than 150 MB on top."""
     size = int(docker("image", "inspect", "--format={{.Size}}", IMAGE).stdout)
-    options = (*CONFINED, "--rm", "--entrypoint=du")
-    ours = int(docker("run", *options, IMAGE, "--summarize", "--bytes", "/opt/hmmd").stdout.split()[0])
+    ours = int(docker("run", *CONFINED, "--rm", IMAGE, "du", "--summarize", "--bytes", "/opt/hmmd").stdout.split()[0])
     assert 0 < ours < 150e6
     assert size < 350e6
 
@@ -187,7 +203,6 @@ specs = [module.__spec__ for module in list(sys.modules.values()) if getattr(mod
 files = [spec.cached for spec in specs if spec.has_location and (spec.origin or "").endswith(".py")]
 print(len(files), *(file for file in files if not os.path.exists(file)))
 """
-    options = (*CONFINED, "--rm", "--entrypoint=python")
-    count, *lacking = docker("run", *options, IMAGE, "-c", program).stdout.split()
+    count, *lacking = docker("run", *CONFINED, "--rm", IMAGE, "python", "-c", program).stdout.split()
     assert int(count) > 300
     assert lacking == []

@@ -80,8 +80,8 @@ def test_pods_work_together_and_end_in_good_order(run_pod: Callable[[str], Conta
     """The daemon answers its probe, the drivers come up, the harness completes, and SIGTERM ends all with 0."""
     daemon = run_pod("hmmd")
     port = container_of(workload_named("hmmd"))["readinessProbe"]["grpc"]["port"]
-    options = (*CONFINED[:-1], f"--network={network}", "--rm", "--no-healthcheck", "--entrypoint=python")
-    assert docker("run", *options, IMAGE, "-c", PROBE, f"hmmd:{port}").stdout == "SERVING\n"
+    options = (*CONFINED[:-1], f"--network={network}", "--rm", "--no-healthcheck")
+    assert docker("run", *options, IMAGE, "python", "-c", PROBE, f"hmmd:{port}").stdout == "SERVING\n"
     drivers = [run_pod(name) for name in ("dummy", "rdma")]
     harness = run_pod("harness")
     until(lambda: not harness.state()["Running"], f"the harness ends: {harness.logs()}")
