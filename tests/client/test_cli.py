@@ -255,3 +255,12 @@ def test_watch_names_the_reason_when_2015_has_no_word_for_it() -> None:
     assert " ".join(watch.event_line(event).split()) == "PROTECTION_VMA -> mirror 3 #7 (mprotect write; mprotect 9)"
     event.type, event.cause = types_pb2.EVENT_TYPE_DEVICE_RFAULT, ""
     assert " ".join(watch.event_line(event).split()) == "DEVICE_RFAULT -> mirror 3 #7 (mprotect 9)"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 processes"), (1, "1 process"), (2, "2 processes"), (1234, "1,234 processes")]
+)
+def test_number_of_things_is_said_as_people_do(number: int, said: str) -> None:
+    """One is no plural."""
+    assert output.counted(number, "process", "processes") == said
+    assert output.counted(number, "call") == said.replace("processes", "calls").replace("process", "call")
