@@ -178,7 +178,8 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
     ours = from_status(status) if status is not None else None
     if ours is not None:
         return ours
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        # CANCELLED: the daemon ended beneath the call.  What this side cancels is an asyncio.CancelledError instead.
         return _unavailable(error.code(), error.details() or "", target)
     return DaemonError(error.code(), error.details() or "")
 

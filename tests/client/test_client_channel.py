@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
+import grpc.aio
 import pytest
 
 import hmm_client
 from hmm_client.channel import as_target, default_target
+from hmm_proto.v1 import process_pb2_grpc
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -61,6 +64,25 @@ async def test_call_says_that_nobody_answers_when_the_daemon_is_stopped(tmp_path
             with pytest.raises(hmm_client.UnavailableError, match=r"stopped\.sock does not answer") as caught:
                 await client.create_process()
     assert caught.value.silent
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_call_says_that_the_connection_broke_when_it_is_cut(tmp_path: Path, code: grpc.StatusCode) -> None:
+    """A daemon that ends cuts calls that are still under way, and gRPC has two words for it."""
+
+    class Ending(process_pb2_grpc.ProcessServiceServicer):
+        async def CreateProcess(self, request: Any, context: Any) -> Any:  # noqa: N802 - the interface
+            await context.abort(code, "cut")
+
+    server = grpc.aio.server()
+    process_pb2_grpc.add_ProcessServiceServicer_to_server(Ending(), server)
+    server.add_insecure_port(f"unix:{tmp_path}/ending.sock")
+    await server.start()
+    async with hmm_client.connect(str(tmp_path / "ending.sock")) as client:
+        with pytest.raises(hmm_client.UnavailableError, match=r"the connection to .*ending\.sock broke: cut") as caught:
+            await client.create_process()
+    assert caught.value.broke
+    await server.stop(None)
 
 
 async def test_call_says_that_its_client_is_closed_when_it_is(shared_daemon: Daemon) -> None:
