@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 import hmm_client
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client.drivers import dummy, rdma
-from hmm_client.drivers.control import Control, decode, encode, tls_context
+from hmm_client.drivers.control import LINE_BYTES, Control, decode, encode, tls_context
 from hmm_client.drivers.remote import RemoteDriver, RemoteError
 
 if TYPE_CHECKING:
@@ -69,15 +69,51 @@ async def test_control_socket_serves_operations_as_lines(tmp_path: Path, client:
     assert not path.exists()
 
 
+async def double(number: int) -> int:
+    """An operation that takes a while."""
+    await asyncio.sleep(0)
+    return 2 * number
+
+
+async def test_request_is_answered_when_its_operation_fails_in_an_unforeseen_way(tmp_path: Path) -> None:
+    """Whoever asked for a range that cannot be waits for a reply, and gets one."""
+
+    async def measure(start: int, end: int) -> int:
+        return AddressRange(start, end).size_bytes
+
+    async with Control({"measure": measure}).serving(tmp_path / "control.sock"):
+        (reply,) = await ask(tmp_path / "control.sock", '{"id": 1, "op": "measure", "start": -1, "end": 5}')
+        assert reply["error"]["errno"] == "EIO"
+
+
+async def test_requests_are_answered_when_their_sender_has_said_all(tmp_path: Path) -> None:
+    """As `nc -N` does it: the end of what is asked is not the end of the answers."""
+    async with Control({"double": double}).serving(tmp_path / "control.sock"):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "control.sock")
+        writer.write(b'{"id": 1, "op": "double", "number": 21}\n')
+        writer.write_eof()
+        assert json.loads(await reader.read()) == {"id": 1, "result": 42}
+        writer.close()
+
+
+async def test_request_that_is_too_long_is_answered_and_ends_its_connection_alone(tmp_path: Path) -> None:
+    """Where the next one begins is not known; other connections go on."""
+    async with Control({"double": double}).serving(tmp_path / "control.sock"):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "control.sock")
+        writer.write(bytes(LINE_BYTES + 1))
+        reply = json.loads(await reader.readline())
+        assert reply["id"] is None
+        assert "longer than 16,777,216 bytes" in reply["error"]["message"]
+        writer.close()
+        async with RemoteDriver.connected(tmp_path / "control.sock") as remote:
+            assert await remote.call("double", number=21) == 42
+
+
 TLS = Path(__file__).parents[1] / "server" / "tls"
 
 
 async def test_control_over_tcp_serves_who_shows_a_certificate(unused_tcp_port: int) -> None:
     """Both ends show certificates of one authority; who shows none is cut off."""
-
-    async def double(number: int) -> int:
-        return 2 * number
-
     place = f"localhost:{unused_tcp_port}"
     authority = TLS / "authority.pem"
     server = tls_context(authority, TLS / "server.pem", TLS / "server.key", server=True)

@@ -122,31 +122,48 @@ class Control:
         reader = asyncio.StreamReader(limit=LINE_BYTES)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         await self._take(reader, _say)
-        await asyncio.gather(*self._tasks)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._take(reader, writer.write)
         writer.close()
 
     async def _take(self, reader: asyncio.StreamReader, say: Callable[[bytes], None]) -> None:
-        while line := await reader.readline():
-            task = asyncio.create_task(self._handle(line, say))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        """Take requests while there are any, and wait until all are answered; one that is too long is the last."""
+        async with asyncio.TaskGroup() as under_way:
+            try:
+                while line := await reader.readline():
+                    task = under_way.create_task(self._handle(line, say))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+            except ValueError:  # of readline(): where the next request begins is not known
+                say(_reply(None, _error("EINVAL", f"a request is longer than {LINE_BYTES:,} bytes")))
+            except OSError:
+                pass  # whoever asked is gone
 
     async def _handle(self, line: bytes, say: Callable[[bytes], None]) -> None:
         request_id = None
         try:
             request = json.loads(line)
             request_id = request.pop("id", None)
-            reply = {"result": await self._operations[request.pop("op")](**request)}
+            answer = {"result": await self._operations[request.pop("op")](**request)}
         except HmmError as error:
-            reply = {"error": {"errno": errno_name(error.errno), "message": error.message, "address": error.address}}
+            answer = _error(errno_name(error.errno), error.message, error.address)
         except DaemonError as error:
-            reply = {"error": {"errno": "EIO", "message": str(error), "address": None}}
+            answer = _error("EIO", str(error))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            reply = {"error": {"errno": "EINVAL", "message": repr(error), "address": None}}
-        say(json.dumps({"id": request_id} | reply).encode() + b"\n")
+            answer = _error("EINVAL", repr(error))
+        except Exception as error:  # noqa: BLE001 - whoever asked waits for an answer
+            _LOG.exception("a request cannot be handled")
+            answer = _error("EIO", repr(error))
+        say(_reply(request_id, answer))
+
+
+def _error(errno: str, message: str, address: int | None = None) -> dict[str, Any]:
+    return {"error": {"errno": errno, "message": message, "address": address}}
+
+
+def _reply(request_id: object, answer: Mapping[str, Any]) -> bytes:
+    return json.dumps({"id": request_id, **answer}).encode() + b"\n"
 
 
 def _help(make: Device) -> str:
