@@ -93,6 +93,9 @@ def test_first_device_operation_counts_mappings_of_a_device_when_they_come_first
         ({"state": [{**STATE, "maps": [[3, 4, "rw-p", "anon"]]}]}, "is no line of maps"),
         ({"state": [7]}, "a state is no JSON object"),
         ({"i": 1}, "operation 1 where 0 is due"),
+        ({"time": 7}, "unknown member of an operation 'time'"),
+        ({"res": {"ret": 0, "vals2": "1f*1"}}, "unknown result 'vals2'"),
+        ({"state": [{**STATE, "s2": "ff*4"}]}, "unknown member of a state 's2'"),
     ],
 )
 def test_read_names_file_and_line_when_an_operation_is_malformed(
@@ -114,6 +117,7 @@ def test_read_names_file_and_line_when_an_operation_is_malformed(
         (b"{]\n", ":1: "),
         (b"[]\n", ":1: the line is no JSON object"),
         (json.dumps({**HEADER, "window": None}).encode(), ":1: 'window' is None"),
+        (json.dumps({**HEADER, "thp": "madvise"}).encode(), ":1: 'thp' is 'madvise', not never or always"),
         (json.dumps(HEADER).encode(), "0 operations where the header promises 1"),
         (b"\xff\xfe", "decode"),
     ],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,11 @@ HANDLE_OPERATIONS = frozenset({"open", "close"})
 DEVICE_OPERATIONS = frozenset({"dread", "dwrite", "mig_dev", "mig_sys", "snap", "excl", "chk_excl", "release"})
 OPERATIONS = PROCESS_OPERATIONS | HANDLE_OPERATIONS | DEVICE_OPERATIONS
 
+THP = ("never", "always")
+"""What `thp` of a header may be."""
+_OPERATION_MEMBERS = frozenset({"i", "op", "p", "args", "res", "drv", "state"})
+_STATE_MEMBERS = frozenset({"p", "s0", "s1", "pm", "maps"})
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -50,7 +55,7 @@ class Header:
         window: pages.
         base: byte address of page 0.
         kind: its class: scripted, or the mix of a random one.
-        thp: `never` or `always`.
+        thp: one of THP.
         ops: number of operations.
         fault_around_pages: how many pages a file read fault maps at most.
         first_fix: the first operation that needed a correction of the stock driver; None when none did.
@@ -300,6 +305,13 @@ def _read(path: Path, number: int, text: str, parse: Callable[[_Json], _T]) -> _
         raise TraceError(str(error), path, number) from error
 
 
+def _only(line: _Json, names: Collection[str], what: str) -> None:
+    """Refuse what is not known: it would be passed over, and the trace say more than was compared."""
+    unknown = line.keys() - names
+    if unknown:
+        raise ValueError(f"unknown {what} {min(unknown)!r}")
+
+
 def _get(line: _Json, name: str, kind: type[_T]) -> _T:
     value = line[name]
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -312,13 +324,16 @@ def _optional(line: _Json, name: str, kind: type[_T]) -> _T | None:
 
 
 def _header(line: _Json) -> Header:
+    thp = _get(line, "thp", str)
+    if thp not in THP:
+        raise ValueError(f"'thp' is {thp!r}, not {' or '.join(THP)}")
     return Header(
         trace=_get(line, "trace", str),
         window=_get(line, "window", int),
         base=int(_get(line, "base", str), 0),
         kind=_get(line, "class", str),
         seed=_get(line, "seed", int),
-        thp=_get(line, "thp", str),
+        thp=thp,
         desc=_get(line, "desc", str),
         kernel=_get(line, "kernel", str),
         set=_get(line, "set", str),
@@ -329,6 +344,7 @@ def _header(line: _Json) -> Header:
 
 
 def _operation(line: _Json, number: int, window: int) -> Operation:
+    _only(line, _OPERATION_MEMBERS, "member of an operation")
     name = _get(line, "op", str)
     if name not in OPERATIONS:
         raise ValueError(f"unknown operation {name!r}")
@@ -351,17 +367,18 @@ _DEFAULTS: Mapping[type, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+_RESULT_MEMBERS = frozenset(field.name for field in fields(Result))
+
 
 def _members(cls: type[_T], line: _Json) -> _T:
     """A dataclass of integers and strings, each with a default, from the members of a JSON object."""
     defaults = _DEFAULTS[cls]
-    unknown = line.keys() - defaults.keys()
-    if unknown:
-        raise ValueError(f"unknown argument {min(unknown)!r}")
+    _only(line, defaults.keys(), "argument")
     return cls(**{name: _get(line, name, type(defaults[name])) for name in line})
 
 
 def _result(line: _Json) -> Result:
+    _only(line, _RESULT_MEMBERS, "result")
     vals, data, prot = (_optional(line, name, str) for name in ("vals", "data", "prot"))
     return Result(
         ret=_get(line, "ret", int),
@@ -379,6 +396,7 @@ def _result(line: _Json) -> Result:
 def _state(line: object, window: int) -> State:
     if not isinstance(line, dict):
         raise TypeError("a state is no JSON object")
+    _only(line, _STATE_MEMBERS, "member of a state")
     s0 = expand_bytes(_get(line, "s0", str))
     s1 = expand_bytes(_get(line, "s1", str)) if "s1" in line else s0
     pm = expand_bytes(_get(line, "pm", str))
