@@ -605,6 +605,33 @@ def test_segment_has_its_length_when_shmget_was_recorded() -> None:
     assert steps[7] == Detach(steps[7].origin, 0x7000)
 
 
+def test_segment_keeps_its_length_when_a_smaller_one_is_asked_for() -> None:
+    """ipc/shm.c, shm_more_checks(): shmget finds a segment that is at least as long; a layout may show more of it."""
+    initial = [Area(0x7000, 0xC000, "rw-s", 0, "/SYSV00000008", inode=6)]
+    steps = plan(
+        """
+        1 shmget(0x7, 12288, IPC_CREAT|0600) = 5
+        1 shmget(0x7, 100, 0) = 5
+        1 shmget(0x8, 100, 0) = 6
+        1 shmat(5, NULL, 0) = 0x20000
+        1 shmat(6, NULL, 0) = 0x30000
+        """,
+        initial,
+    ).steps
+    assert [step.length for step in steps if isinstance(step, Map)] == [0x3000, 0x5000]
+
+
+def test_segment_has_whole_huge_pages_when_shmget_says_their_size() -> None:
+    """ipc/shm.c, newseg(): SHM_HUGE_SHIFT as MAP_HUGE_SHIFT."""
+    steps = plan(
+        """
+        1 shmget(IPC_PRIVATE, 5, IPC_CREAT|SHM_HUGETLB|30<<SHM_HUGE_SHIFT|0600) = 6
+        1 shmat(6, NULL, 0) = 0x40000000
+        """
+    ).steps
+    assert [step.length for step in steps if isinstance(step, Map)] == [1 << 30]
+
+
 def test_segment_has_the_length_of_its_area_when_shmget_was_not_recorded() -> None:
     """ipc/shm.c, newseg(): the inode in a layout is the segment's id; where no layout shows it, its length is open."""
     final = [

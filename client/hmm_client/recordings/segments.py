@@ -1,14 +1,15 @@
 """System V shared memory: how long what shmat maps is.
 
-shmat does not say.  It is as long as the segment, which shmget tells if it was recorded too; else as long as a layout
-shows it (the inode that maps shows of a segment is its id); else the layout that the call meets has to tell.
+shmat does not say.  It is as long as the segment, which is at least what a recorded shmget asked for, and what a layout
+shows of it (the inode that maps shows of a segment is its id); else the layout that the call meets has to tell.
 
-Source: Linux ipc/shm.c, newseg(), do_shmat().
+Source: Linux ipc/shm.c, newseg(), shm_more_checks(), do_shmat().
 Absent: permissions and lifetime of segments.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from hmm_client.recordings.strace import Call
 NAME = "/SYSV"
 """What the names of segments begin with."""
 _SHMLBA = PAGE_SIZE
-_HUGE_PAGE = 1 << kernel.HUGE_PAGE_SHIFT_DEFAULT
+_HUGE_SHIFT = re.compile(r"\b(\d+)<<SHM_HUGE_SHIFT\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ class Segments:
         """Take note of a successful shmget(key, size, flags)."""
         key = 0 if call.arguments[0] == "IPC_PRIVATE" else number(call.arguments[0]) & 0xFFFF_FFFF
         size = number(call.arguments[1])
-        if size or result not in self.known:  # size 0 finds a segment that exists
-            unit = _HUGE_PAGE if "SHM_HUGETLB" in call.text else PAGE_SIZE
-            self.known[result] = _Segment(f"{NAME}{key:08x}", -(-size // unit) * unit)
+        unit = _page_size(call.arguments[2])
+        found = self.known.get(result)  # a segment that exists may be asked for as a smaller one
+        length = max(-(-size // unit) * unit, found.length if found else 0)
+        self.known[result] = _Segment(f"{NAME}{key:08x}", length)
 
     def attach(self, origin: Origin, call: Call, result: int) -> Map:
         """The step of a successful shmat(id, address, flags)."""
@@ -69,4 +71,12 @@ class Segments:
     def _segment(self, identity: int) -> _Segment:
         shown = [area for area in self.layouts if area.inode == identity and (area.source or "").startswith(NAME)]
         known = self.known.get(identity, _Segment((shown[0].source or "") if shown else f"{NAME}00000000", 0))
-        return _Segment(known.name, known.length or max((page_up(a.offset + a.length) for a in shown), default=0))
+        return _Segment(known.name, max([known.length, *(page_up(area.offset + area.length) for area in shown)]))
+
+
+def _page_size(flag_text: str) -> int:
+    """The unit of a segment's length: `SHM_HUGETLB|30<<SHM_HUGE_SHIFT|0600` names another one."""
+    if "SHM_HUGETLB" not in flag_text:
+        return PAGE_SIZE
+    shift = _HUGE_SHIFT.search(flag_text)
+    return 1 << (int(shift[1]) if shift else kernel.HUGE_PAGE_SHIFT_DEFAULT)
