@@ -3,11 +3,11 @@
 Forgetting what was written takes the permission to write from every entry: the next write faults, and says so by the
 soft-dirty bit (pagemap.py).  Mirrors hear of it, as their devices' writes have to fault too.
 
-**Source**: Linux fs/proc/task_mmu.c (clear_refs_write(), clear_soft_dirty(), clear_refs_test_walk()),
+**Source**: Linux fs/proc/task_mmu.c (clear_refs_write(), clear_soft_dirty(), pte_is_pinned(), clear_refs_test_walk()),
 Documentation/admin-guide/mm/soft-dirty.rst, 6.12.
 
-**Invariants**: after forgetting what was written no entry permits writing, unless its page is pinned or of hugetlb
-memory, which is not watched.
+**Invariants**: after forgetting what was written no entry permits writing, unless its page is private, small and
+pinned, or of hugetlb memory, which is not watched.
 
 **Absent**: resetting the peak of resident memory (5), which is not counted.
 """
@@ -15,6 +15,9 @@ memory, which is not watched.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import partial
+
+import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -31,6 +34,9 @@ __all__ = ["ClearRefs", "clear_refs"]
 _NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
 _NOT_WRITTEN = all_but(cpu_pte.SOFT_DIRTY | cpu_pte.WRITE)
 _NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
+_WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
+_ASKED = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE | cpu_pte.SPECIAL | cpu_pte.HUGE)
+"""pte_is_pinned() asks of small writable pages; clear_soft_dirty_pmd() asks of none."""
 _PASSED_OVER = VmFlag.PFNMAP | VmFlag.HUGETLB
 """clear_refs_test_walk(), and clear_refs_walk_ops, which has no hugetlb_entry."""
 
@@ -90,17 +96,17 @@ def _forget_writes(space: AddressSpace) -> Operation[None]:
         if vma.has(VmFlag.SOFTDIRTY):
             space.vmas.set_mapping(vma, vma.mapping.with_flags(vma.flags & ~VmFlag.SOFTDIRTY))
 
-    def forget(entries: Entries) -> None:
+    def forget(entries: Entries, *, shared: bool) -> None:
         present = cpu_pte.is_present(entries)
-        framed = present & ~cpu_pte.is_special(entries)
-        kept = framed.copy()
-        kept[framed] = are_pinned(space.frames, cpu_pte.cpu_pfn(entries[framed]))
+        kept = np.full(entries.size, not shared)
+        kept &= (entries & _ASKED) == _WRITABLE
+        kept[kept] = are_pinned(space.frames, cpu_pte.cpu_pfn(entries[kept]))
         entries[present & ~kept] &= _NOT_WRITTEN
         entries[~present] &= _NOT_SOFT_DIRTY
 
     watched = [vma for vma in space.vmas if not vma.has(_PASSED_OVER)]
-    pieces = (piece for vma in watched for piece in space.table.populated(vma.start, vma.end))
-    for number, piece in enumerate(pieces):
+    pieces = ((vma, piece) for vma in watched for piece in space.table.populated(vma.start, vma.end))
+    for number, (vma, piece) in enumerate(pieces):
         if number:
             yield Pause()
-        space.table.update(piece.start, piece.end, forget)
+        space.table.update(piece.start, piece.end, partial(forget, shared=vma.shared))

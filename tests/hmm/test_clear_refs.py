@@ -108,6 +108,33 @@ def test_pinned_pages_are_left_alone() -> None:
     assert written(world, 2) == "w-"
 
 
+def test_pinned_pages_are_watched_when_they_are_read_only_or_shared() -> None:
+    """pte_is_pinned() is false without pte_write(), and outside of is_cow_mapping()."""
+    world = World()
+    store(world, 0)
+    world.do(processes.mmap, world.pid, span(1).start, PAGE_SIZE, RW, MapFlag.SHARED | FIXED & ~MapFlag.PRIVATE)
+    store(world, 1)
+    for page in range(2):
+        world.do(processes.pin, world.pid, span(page), write=True)
+    world.do(processes.mprotect, world.pid, span(0).start, PAGE_SIZE, Prot.READ)
+    forget(world)
+    assert written(world, 2) == "--"
+    assert not cpu_pte.is_writable(world.machine.processes[world.pid].space.table.get(span(1).start))
+
+
+def test_pinned_huge_pages_are_watched() -> None:
+    """clear_soft_dirty_pmd() does not ask for pins."""
+    world = World(limits=Limits(frames=8 * PMD_PAGES))
+    world.machine.processes[world.pid].space.thp = Thp.ALWAYS
+    first = 2 * PMD_PAGES
+    world.do(processes.mmap, world.pid, span(first).start, PMD_SIZE, RW, FIXED)
+    store(world, first)
+    world.do(processes.pin, world.pid, span(first), write=True)
+    assert cpu_pte.is_huge(world.machine.processes[world.pid].space.table.get(span(first).start))
+    forget(world)
+    assert written(world, PMD_PAGES, first=first) == "-" * PMD_PAGES
+
+
 @pytest.mark.parametrize(("what", "left"), [(ClearRefs.ALL, 0), (ClearRefs.ANON, 0), (ClearRefs.MAPPED, 1)])
 def test_uses_are_forgotten_of_the_mappings_that_were_meant(what: int, left: int) -> None:
     """clear_refs_pte_range() clears the accessed bits; nobody hears of it."""
