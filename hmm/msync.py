@@ -3,8 +3,8 @@
 Write-back makes the pages of a file clean: whoever writes to one of them afterwards takes a fault first.  So every
 mirror of every process that maps the range is told, and then their entries lose WRITE and DIRTY.
 
-**Source**: Linux mm/msync.c, mm/rmap.c (folio_mkclean(), page_mkclean_one()), mm/page-writeback.c
-(folio_clear_dirty_for_io()), 6.12.
+**Source**: Linux mm/msync.c, fs/sync.c (vfs_fsync_range()), mm/rmap.c (folio_mkclean(), page_mkclean_one()),
+mm/page-writeback.c (folio_clear_dirty_for_io()), 6.12.
 
 **Invariants**: after a write-back no shared mapping of the range has a writable or a dirty entry.
 
@@ -59,6 +59,8 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
     Raises:
         InvalidRequestError: a start within a page, unknown flags, or MS_SYNC with MS_ASYNC (EINVAL).
         BadAddressError: a part is not mapped; the other parts were written back, unless MS_ASYNC (ENOMEM).
+        InvalidRequestError: MS_SYNC of a shared mapping of a device, whose driver has no fsync(); what lies below it
+            was written back (EINVAL).
         RangeBusyError: MS_INVALIDATE of a locked mapping (EBUSY).
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
 
@@ -81,6 +83,8 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
             raise RangeBusyError(f"msync: {vma} is locked", errnos.EBUSY, address=vma.start)
         piece = vma.clip(at, end)
         if flags & MsyncFlag.SYNC and isinstance(piece.backing, File) and piece.shared:
+            if piece.backing.kind is FileKind.DEVICE:
+                raise InvalidRequestError(f"msync: {piece} has nothing to be written back to", address=piece.start)
             shift = piece.mapping.delta << PAGE_SHIFT
             yield from write_back(piece.backing, piece.start + shift, piece.end + shift)
         at = piece.end

@@ -18,7 +18,7 @@ from hmm.frames import PageFlag
 from hmm.mman import MapFlag, mmap, munmap
 from hmm.msync import MsyncFlag, msync, write_back
 from hmm.units import PAGE_SIZE
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 
 def sync(world: Any, space: AddressSpace, first: int, last: int, flags: int = MsyncFlag.SYNC) -> int:
@@ -143,6 +143,20 @@ def test_msync_refuses_to_invalidate_when_memory_is_locked(world: Any, space: Ad
     with pytest.raises(RangeBusyError) as error:
         sync(world, space, 0, 1, MsyncFlag.INVALIDATE)
     assert error.value.errno == errno.EBUSY
+
+
+def test_msync_stops_when_it_meets_a_device(world: Any, space: AddressSpace, file: File) -> None:
+    """vfs_fsync_range() is EINVAL without fsync(), as in dmirror_fops; private mappings and MS_ASYNC do not ask it."""
+    device = File(9, "/dev/x", FileKind.DEVICE, world.frames, vm_flags=VmFlag.MIXEDMAP)
+    for first, flags, what in (0, SHARED, file), (1, SHARED, device), (2, SHARED, world.file(1)), (3, PRIVATE, device):
+        world.map(space, 1, RW, flags, what, at=first)
+    for page in (0, 2):
+        world.run(write_memory(space, at(page), b"x"))
+    with pytest.raises(InvalidRequestError) as error:
+        sync(world, space, 0, 3)
+    assert (error.value.errno, error.value.address) == (errno.EINVAL, at(1))
+    assert entries(space, 0, 1) + entries(space, 2, 3) == "rd"
+    assert sync(world, space, 2, 4) == sync(world, space, 0, 4, MsyncFlag.ASYNC) == 0
 
 
 @pytest.mark.parametrize(
