@@ -194,8 +194,8 @@ def _new_flags(piece: Vma, prot: int) -> int:
 
 
 def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) -> Operation[None]:
-    """Tell the mirrors of those parts that have page tables, then change the entries: change_protection()."""
-    spans = tuple(span for piece in changed if (span := _populated_part(space, piece.span)))
+    """Tell the mirrors of what may have entries, then change these: change_protection()."""
+    spans = tuple(span for piece in changed if (span := _told_part(space, piece)))
     if not spans:
         return
     with space.notifier.invalidation(spans, cause) as invalidation:
@@ -207,8 +207,14 @@ def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) ->
             _change_entries(space, part)
 
 
-def _populated_part(space: AddressSpace, span: AddressRange) -> AddressRange | None:
-    """`span` from its first 1 GiB on that has page tables, for whatever page, as change_pud_range() tells of it."""
+def _told_part(space: AddressSpace, piece: Vma) -> AddressRange | None:
+    """`piece` from its first 1 GiB on that has page tables, for whatever page, as change_pud_range() tells of it.
+
+    Of hugetlb memory all is told, with tables or without: hugetlb_change_protection().
+    """
+    span = piece.span
+    if piece.has(VmFlag.HUGETLB):
+        return span
     around = span.start & _PUD_MASK, min(-(-span.end & _PUD_MASK), TASK_SIZE)
     first = next(space.table.populated(*around), None)
     return first and AddressRange(max(span.start, first.start & _PUD_MASK), span.end)

@@ -140,6 +140,16 @@ def test_mprotect_leaves_writing_to_a_fault(bench: Any) -> None:
     assert cpu_pte.cpu_pfn(bench.entry(0)) == before
 
 
+def test_mprotect_tells_of_all_hugetlb_memory_when_nothing_was_touched(bench: Any) -> None:
+    """hugetlb_change_protection() asks for no page tables before it tells, unlike change_pud_range()."""
+    bench.map(BLOCK, flags=PRIVATE)
+    told = len(bench.heard.events)
+    bench.call(commands_process.mprotect, bench.process, *place(bench, 0, BLOCK), Prot.READ)
+    assert [(event.cause, event.spans) for event in bench.heard.events[told:]] == [
+        (Cause.MPROTECT_READ, (bench.span(0, BLOCK),))
+    ]
+
+
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
     bench.map(2 * BLOCK, flags=PRIVATE)
