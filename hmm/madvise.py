@@ -145,7 +145,7 @@ def _begins_in_page(vma: Vma) -> bool:
 _REFUSED: dict[Advice, Callable[[Vma], bool]] = {
     Advice.DOFORK: lambda vma: vma.has(VmFlag.IO),
     Advice.WIPEONFORK: lambda vma: not vma.mapping.anonymous,
-    Advice.DODUMP: lambda vma: vma.mapping.special,
+    Advice.DODUMP: lambda vma: vma.mapping.special and not vma.has(VmFlag.HUGETLB),
     Advice.DONTNEED: lambda vma: vma.has(_NOT_DISCARDED) or _begins_in_page(vma),
     Advice.DONTNEED_LOCKED: lambda vma: vma.has(VmFlag.PFNMAP) or _begins_in_page(vma),
     Advice.FREE: lambda vma: vma.has(_NOT_DISCARDED) or not vma.mapping.anonymous,

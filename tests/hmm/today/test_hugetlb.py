@@ -150,6 +150,15 @@ def test_mprotect_tells_of_all_hugetlb_memory_when_nothing_was_touched(bench: An
     ]
 
 
+def test_dumps_of_hugetlb_memory_can_be_asked_for(bench: Any) -> None:
+    """madvise_vma_behavior(): VM_DONTEXPAND is in VM_SPECIAL, but MADV_DODUMP passes over that for hugetlb memory."""
+    bench.map(BLOCK, flags=PRIVATE)
+    for advice, expected in (Advice.DONTDUMP, True), (Advice.DODUMP, False):
+        bench.call(commands_process.madvise, bench.process, *place(bench, 0, BLOCK), advice)
+        (vma,) = bench.local.machine.process(bench.process).space.vmas
+        assert vma.has(VmFlag.DONTDUMP) is expected
+
+
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
     bench.map(2 * BLOCK, flags=PRIVATE)
