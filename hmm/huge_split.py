@@ -48,12 +48,23 @@ from hmm.units import (
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import are_private
 
-__all__ = ["block_of", "cut", "folio_places", "huge_blocks", "ours", "split_folio", "split_pmds", "whole_blocks"]
+__all__ = [
+    "PUD_SIZE",
+    "block_of",
+    "cut",
+    "folio_places",
+    "has_directory",
+    "huge_blocks",
+    "ours",
+    "split_folio",
+    "split_pmds",
+    "whole_blocks",
+]
 
 _NOT_HUGE = all_but(cpu_pte.HUGE)
 _NOT_EXCLUSIVE = all_but(cpu_pte.EXCLUSIVE | cpu_pte.WRITE)
 _HUGETLB = int(PageFlag.HUGETLB)
-_PUD_SIZE = 1 << 30
+PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
 
@@ -109,7 +120,7 @@ def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[None]:
     if not blocks:
         return
     yield from split_pmds(space, blocks)
-    populated = tuple(block for block in blocks if _has_directory(space, block))
+    populated = tuple(block for block in blocks if has_directory(space, block.start))
     if populated:
         with space.notifier.invalidation(populated, Cause.VMA_CUT) as bracket:
             yield from bracket.deliver()
@@ -128,10 +139,10 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressR
                 yield block_of(edge)
 
 
-def _has_directory(space: AddressSpace, block: AddressRange) -> bool:
-    # mm_find_pmd() finds the entry of a block, empty or not, where its 1 GiB has a directory.
-    start = block.start & -_PUD_SIZE
-    return space.table.holds(start, min(start + _PUD_SIZE, TASK_SIZE))
+def has_directory(space: AddressSpace, address: Address) -> bool:
+    """Whether the 1 GiB of an address has a directory, where mm_find_pmd() finds a block's entry, empty or not."""
+    start = address & -PUD_SIZE
+    return space.table.holds(start, min(start + PUD_SIZE, TASK_SIZE))
 
 
 # ---- folios

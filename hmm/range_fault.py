@@ -10,7 +10,8 @@ Each page has one word.  Going in it may say what is wanted (REQ_FAULT, REQ_WRIT
 A huge page in the private memory of another device is ERROR as long as it is not wanted, where a small one is 0.
 
 The walk is ascending.  The first page that needs a fault makes the kernel fault everything behind it, up to the end of
-the request, of the VMA or of the directory: pages of the own device that lie there come back to system memory.
+the request, of the VMA or of the directory: pages of the own device that lie there come back to system memory.  The
+pages of a huge page are asked for together, and so are those without a page table.
 
 **Source**: Linux mm/hmm.c, include/linux/hmm.h; 6.12, with the bits of the words as of 6.16.
 
@@ -32,6 +33,8 @@ from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.fault import bring_in, continues
 from hmm.frames import ZERO_PFN
+from hmm.huge_fault import has_table
+from hmm.huge_split import PUD_SIZE, has_directory
 from hmm.interval_notifier import IntervalMirror
 from hmm.operation import Operation, Pause
 from hmm.units import (
@@ -39,6 +42,7 @@ from hmm.units import (
     PIECE_BYTES,
     PMD_PAGES,
     PMD_SHIFT,
+    PMD_SIZE,
     TASK_SIZE,
     Address,
     AddressRange,
@@ -137,12 +141,13 @@ class HmmRange:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    # A part of one VMA as it is: words, and bool[n]: what has to be faulted, for writing, what cannot be had.
+    # A part of one VMA as it is: words, and bool[n]: what has to be faulted, for writing, what cannot be had; and what
+    # is asked for together.
     words: Entries
     need: _Mask
     need_write: _Mask
     hopeless: _Mask
-    populated: bool
+    at_once: list[slice]
 
 
 def range_fault(request: HmmRange) -> Operation[None]:
@@ -198,7 +203,7 @@ def _part(request: HmmRange, at: Address, stop: Address) -> Operation[Address]:
         return span.end
     if _all_there(request, span):
         return span.end
-    look = _look(request, span)
+    look = _look(request, vma, span)
     done = _done(look)
     out = request.slice(span)
     out[:done] = (out[:done] & np.uint64(STICKY)) | look.words[:done]
@@ -238,12 +243,16 @@ def _all_there(request: HmmRange, span: AddressRange) -> bool:
     return True
 
 
-def _look(request: HmmRange, span: AddressRange) -> _Look:
+def _look(request: HmmRange, vma: Vma, span: AddressRange) -> _Look:
     """hmm_vma_handle_pte() for all pages of a part of one VMA."""
     space = request.space
     entries = space.table.read(span.start, span.end)
     pfns = cpu_pte.cpu_pfn(entries)
     fault, write = request.wants(span)
+    at_once = [] if request.uniform else _asked_at_once(space, vma, span, entries)
+    if at_once and vma.has(VmFlag.HUGETLB) and has_directory(space, span.start):
+        for pages in at_once:  # hmm_vma_walk_hugetlb_entry() looks at the first word only
+            fault[pages], write[pages] = fault[pages.start], write[pages.start]
     present = cpu_pte.is_present(entries)
     own = cpu_pte.is_device_private(entries)
     if own.any():
@@ -260,9 +269,34 @@ def _look(request: HmmRange, span: AddressRange) -> _Look:
         words[huge & cpu_pte.is_device_private(entries) & ~own] = np.uint64(ERROR)
     need_write = write & ~writable & ~own
     need = np.where(present, need_write, fault & ~own)
+    for pages in at_once:
+        need[pages], need_write[pages] = need[pages].any(), need_write[pages].any()
     hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)
     words[registers] = np.uint64(ERROR)
-    return _Look(words, need, need_write, hopeless, bool(entries.any()))
+    return _Look(words, need, need_write, hopeless, at_once)
+
+
+def _asked_at_once(space: AddressSpace, vma: Vma, span: AddressRange, entries: Entries) -> list[slice]:
+    """Which pages of a part of one VMA are faulted from the first on when one of them needs it, and as all need it.
+
+    Those of a huge page, and those that have no page table.
+
+    Args:
+        entries: uint64[n], those of the part.
+
+    Source: Linux mm/hmm.c, hmm_range_need_fault(), as hmm_vma_walk_hole() and hmm_vma_handle_pmd() call it.
+    """
+    found, at = [], span.start
+    small = {number << PMD_SHIFT & -PUD_SIZE for number in space.tables}  # GiBs with a page table, maybe an empty one
+    while at < span.end:
+        first = (at - span.start) >> PAGE_SHIFT
+        below = vma.has(VmFlag.HUGETLB) or at & -PUD_SIZE in small or has_directory(space, at)
+        size = PMD_SIZE if below else PUD_SIZE
+        end = min(span.end, (at & -size) + size)
+        if size == PUD_SIZE or cpu_pte.is_huge(int(entries[first])) or not has_table(space, at & -size):
+            found.append(slice(first, (end - span.start) >> PAGE_SHIFT))
+        at = end
+    return found
 
 
 def _done(look: _Look) -> int:
@@ -309,7 +343,5 @@ def _to_be_faulted(
         return (chosen << PAGE_SHIFT).view(np.uint64), write
     page = start + first
     end = min(start + look.need.size, (page // PMD_PAGES + 1) * PMD_PAGES)
-    write = bool(look.need_write[first])
-    if not look.populated:
-        write = bool(look.need_write[first : end - start].any())
-    return AddressRange(page << PAGE_SHIFT, end << PAGE_SHIFT), write
+    end = next((start + pages.stop for pages in look.at_once if pages.start == first), end)
+    return AddressRange(page << PAGE_SHIFT, end << PAGE_SHIFT), bool(look.need_write[first])

@@ -50,6 +50,17 @@ def test_write_brings_a_huge_page_when_the_block_is_empty(bench: Any) -> None:
     assert bench.heard.events == []
 
 
+def test_huge_page_is_asked_for_as_one_when_a_page_of_it_is_wanted(bench: Any) -> None:
+    """hmm_vma_handle_pmd(): a write that one page is wanted for is one of all that are asked about."""
+    bench.read(0, 1)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
+    words = np.zeros(4, np.uint64)
+    words[2] = range_fault.REQ_FAULT | range_fault.REQ_WRITE
+    asked = bench.mirror, bench.notifier, sequence, bench.span(0, 4), 0, int(words[2]), words
+    bench.call(commands_hmm.range_fault, *asked)
+    assert cpu_pte.is_writable(space(bench).table.read(*edges(bench.span(0, 4)))).all()
+
+
 def test_read_brings_the_huge_zero_page_when_the_block_is_empty(bench: Any) -> None:
     """It is no file, but is not anonymous either: pagemap_pmd_range() shows it as one."""
     assert bench.read(5, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)

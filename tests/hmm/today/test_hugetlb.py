@@ -214,6 +214,22 @@ def test_mremap_moves_and_shrinks_by_whole_pages(bench: Any) -> None:
     assert bench.entry(0) == 0
 
 
+def test_first_word_counts_when_devices_ask_for_a_hugetlb_page(bench: Any) -> None:
+    """hmm_vma_walk_hugetlb_entry() looks at that of the first page that is asked about, and at no other."""
+    bench.map(BLOCK, flags=PRIVATE)
+    bench.read(0, 1)
+    both = range_fault.REQ_FAULT | range_fault.REQ_WRITE
+
+    def fault(*words: int) -> list[int]:
+        sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
+        asked = bench.mirror, bench.notifier, sequence, bench.span(8, 2), 0, both, np.array(words, np.uint64)
+        found = bench.call(commands_hmm.range_fault, *asked).words
+        return (found & np.uint64(range_fault.VALID | range_fault.WRITE)).tolist()
+
+    assert fault(0, both) == [range_fault.VALID] * 2
+    assert fault(both, 0) == [range_fault.VALID | range_fault.WRITE] * 2
+
+
 def test_devices_see_huge_pages_that_cannot_leave(bench: Any) -> None:
     """Order 9; no migration (EINVAL), no exclusive access; the mirrors of 2015 map them by small entries."""
     bench.map(BLOCK, flags=PRIVATE)

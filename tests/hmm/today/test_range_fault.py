@@ -136,6 +136,14 @@ def test_page_requests_count_when_the_mask_says_so(bench: Any) -> None:
     assert flags_of(found) == [VALID | WRITE, 0, VALID | WRITE]
 
 
+def test_pages_without_a_page_table_are_asked_for_together_when_one_is_wanted(bench: Any) -> None:
+    """hmm_vma_walk_hole() faults all of them, for writing if one is wanted so, from the first on."""
+    words = np.array([0, REQ_FAULT, BOTH, 0], np.uint64)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    found = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0, 4), 0, BOTH, words).require()
+    assert flags_of(found) == [VALID | WRITE] * 4
+
+
 def test_fault_fails_when_the_section_is_outdated(bench: Any) -> None:
     """An invalidation since read_begin is EBUSY, with the sequence to start again from."""
     sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
