@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -26,6 +27,8 @@ from hmm_proto.v1 import types_pb2
 
 MESSAGE_BYTES = 8 << 20
 """Largest message in either direction; what is larger travels in parts."""
+RPC_ERRORS = (grpc.aio.AioRpcError, grpc.aio.UsageError)
+"""What gRPC raises of a call: it failed, or its channel is closed."""
 SYSTEM_SOCKET = "/run/hmmd/hmmd.sock"
 KEPT_BUFFER_BYTES = 32 << 20
 """Freed memory up to this size is used again instead of being given back to the kernel."""
@@ -142,21 +145,25 @@ class Channel:
             mark = (("hmm-in-callback", str(callback)),) if callback else ()
             try:
                 return await method(message, metadata=self.metadata + mark)
-            except grpc.aio.AioRpcError as error:
+            except RPC_ERRORS as error:
                 raise as_error(error, self.target) from None
-            except grpc.aio.UsageError:
-                raise UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{self.target}: this client is closed") from None
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                raise _closed(self.target) from None  # while the call was under way
 
     async def stream(self, method: Any, message: Message) -> AsyncIterator[Any]:
         """Make one call whose responses come in parts; raises as `request`."""
-        call = method(message, metadata=self.metadata)
+        call = None
         try:
+            call = method(message, metadata=self.metadata)
             async for response in call:
                 yield response
-        except grpc.aio.AioRpcError as error:
+        except RPC_ERRORS as error:
             raise as_error(error, self.target) from None
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     async def close(self) -> None:
         """Close the connection; calls under way end with an error."""
@@ -172,8 +179,10 @@ def not_made_error(result: types_pb2.CallResult) -> HmmError | DaemonError:
     return from_call_result(result) or DaemonError(grpc.StatusCode.UNKNOWN, "a call was not made, without a reason")
 
 
-def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
-    """What a failed call raises: the model's own error where the daemon sent one."""
+def as_error(error: Exception, target: str) -> Exception:
+    """What a call raises that ended with one of RPC_ERRORS: the model's own error where the daemon sent one."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return _closed(target)
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     ours = from_status(status) if status is not None else None
     if ours is not None:
@@ -182,6 +191,16 @@ def as_error(error: grpc.aio.AioRpcError, target: str) -> Exception:
         # CANCELLED: the daemon ended beneath the call.  What this side cancels is an asyncio.CancelledError instead.
         return _unavailable(error.code(), error.details() or "", target)
     return DaemonError(error.code(), error.details() or "")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is being cancelled; what it waited for may have been cancelled by itself."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _closed(target: str) -> UnavailableError:
+    return UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{target}: this client is closed")
 
 
 def _unavailable(code: grpc.StatusCode, details: str, target: str) -> UnavailableError:

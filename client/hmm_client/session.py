@@ -34,7 +34,7 @@ from hmm.errors import DeviceLostError
 from hmm.units import MirrorId
 from hmm_client.acknowledgements import AcknowledgementLedger
 from hmm_client.callbacks import Callback, current
-from hmm_client.channel import Channel, DaemonError, as_error, not_made_error
+from hmm_client.channel import RPC_ERRORS, Channel, DaemonError, as_error, not_made_error
 from hmm_client.event import Change
 from hmm_client.together import Together
 from hmm_proto import wire
@@ -159,16 +159,16 @@ class Session:
             DaemonError: it could not be reached.
         """
         method: Any = channel.grpc.stream_stream(_METHOD, response_deserializer=session_pb2.SessionResponse.FromString)
-        call = method(metadata=channel.metadata)
-        session = cls(call, channel.target)
         hello = session_pb2.Hello(protocol_version=PROTOCOL_VERSION, pid=os.getpid(), name=name, credit=credit)
         try:
+            call = method(metadata=channel.metadata)
             await call.write(session_pb2.SessionRequest(hello=hello).SerializeToString())
             first = await call.read()
-        except grpc.aio.AioRpcError as error:
+        except RPC_ERRORS as error:
             raise as_error(error, channel.target) from None
         if not isinstance(first, session_pb2.SessionResponse):
             raise DaemonError(grpc.StatusCode.UNAVAILABLE, f"{channel.target}: the session ended before it began")
+        session = cls(call, channel.target)
         session.welcome = first.welcome
         session._start(first)
         return session

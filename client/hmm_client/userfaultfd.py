@@ -29,7 +29,7 @@ from hmm.errors import ConflictError
 from hmm.uffdio import CopyMode, RegisterMode
 from hmm.units import PAGE_SIZE, Address, AddressRange
 from hmm_client.arguments import names_arguments
-from hmm_client.channel import as_error
+from hmm_client.channel import RPC_ERRORS, as_error
 from hmm_proto.convert import range_to_proto
 from hmm_proto.status import from_call_result
 from hmm_proto.v1 import userfaultfd_pb2
@@ -74,7 +74,10 @@ class Userfaultfd:
             OutOfFramesError: too many userfaultfds (ENOMEM).
         """
         request = userfaultfd_pb2.OpenUserfaultfdRequest(process_id=self.process.id, features=self._features)
-        self._call = self._client.userfaultfds.OpenUserfaultfd(request, metadata=self._client.channel.metadata)
+        try:
+            self._call = self._client.userfaultfds.OpenUserfaultfd(request, metadata=self._client.channel.metadata)
+        except RPC_ERRORS as error:
+            raise as_error(error, self._client.channel.target) from None
         first = await self._next()
         assert first is not None
         self.id = first.userfaultfd_id
@@ -143,7 +146,7 @@ class Userfaultfd:
     async def _next(self) -> userfaultfd_pb2.OpenUserfaultfdResponse | None:
         try:
             message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
+        except RPC_ERRORS as error:
             raise as_error(error, self._client.channel.target) from None
         return None if message is grpc.aio.EOF else message
 

@@ -16,7 +16,8 @@ import pytest
 
 import hmm_client
 from hmm_client.channel import as_target, default_target
-from hmm_proto.v1 import process_pb2_grpc
+from hmm_client.harness import Harness, HoldPoint
+from hmm_proto.v1 import inspection_pb2, process_pb2_grpc
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -90,8 +91,34 @@ async def test_call_says_that_its_client_is_closed_when_it_is(shared_daemon: Dae
     async with hmm_client.connect(shared_daemon.target) as client:
         process = await client.create_process()
     await client.close()
-    with pytest.raises(hmm_client.UnavailableError, match="this client is closed"):
-        await process.mmap(4096)
+    watching = client.channel.stream(client.inspection.Watch, inspection_pb2.WatchRequest())
+    for call in (
+        process.mmap(4096),
+        client.register_device("gpu"),
+        process.userfaultfd().open(),
+        Harness(client).hold(HoldPoint.EVENT_SENT).__aenter__(),
+        anext(watching),
+    ):
+        with pytest.raises(hmm_client.UnavailableError, match="this client is closed"):
+            await call
+
+
+async def test_call_under_way_says_that_its_client_is_closed_when_that_happens(shared_daemon: Daemon) -> None:
+    """Nobody cancelled whoever waits for it; who is cancelled is told so."""
+    async with hmm_client.connect(shared_daemon.target) as handler:
+        process = await handler.create_process()
+        heap = await process.mmap(4096)
+        async with process.userfaultfd() as missing:
+            await missing.register(heap.span)
+            client = hmm_client.connect(shared_daemon.target)
+            reads = [asyncio.create_task(client.process(process.id).read(heap.address, 1)) for _ in range(2)]
+            assert await missing.read()
+            reads[0].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reads[0]
+            await client.close()
+            with pytest.raises(hmm_client.UnavailableError, match="this client is closed"):
+                await reads[1]
 
 
 def test_tls_credentials_are_read_from_files(tmp_path: Path) -> None:

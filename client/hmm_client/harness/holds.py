@@ -21,12 +21,10 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self
 
-import grpc.aio
-
 from hmm.errors import NoSuchObjectError
 from hmm.ksm import KsmPass
 from hmm_client.arguments import names_arguments
-from hmm_client.channel import as_error
+from hmm_client.channel import RPC_ERRORS, as_error
 from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.interval_mirror import IntervalMirror
@@ -84,7 +82,10 @@ class Hold:
             AccessDeniedError: the daemon was not started with `harness` (EPERM).
             NoSuchObjectError: there is no such process (ESRCH).
         """
-        self._call = self._client.harness.Hold(self._request, metadata=self._client.channel.metadata)
+        try:
+            self._call = self._client.harness.Hold(self._request, metadata=self._client.channel.metadata)
+        except RPC_ERRORS as error:
+            raise as_error(error, self._client.channel.target) from None
         self.id = (await self._read()).hold_id
         return self
 
@@ -134,7 +135,7 @@ class Hold:
     async def _read(self) -> harness_pb2.HoldResponse:
         try:
             response = await self._call.read()
-        except grpc.aio.AioRpcError as error:
+        except RPC_ERRORS as error:
             raise as_error(error, self._client.channel.target) from None
         if not isinstance(response, harness_pb2.HoldResponse):
             raise HoldEndedError(f"{self!r} ended: the daemon is gone")
