@@ -186,7 +186,11 @@ class Callbacks:
             self._start_task(event, result)
             return
         self.heard = event.sequence
-        self._finish(event, None if result is None and not event.wants_answer else _answer(event, result))
+        try:
+            answer = None if result is None and not event.wants_answer else _answer(event, result)
+        except Exception as error:  # noqa: BLE001 - what it returned is no answer: as good as an exception
+            answer = _refusal(event, error)
+        self._finish(event, answer)
 
     def _call(self, event: Event) -> Any:
         if event.type is EventType.RELEASE:

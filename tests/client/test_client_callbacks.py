@@ -80,6 +80,27 @@ async def test_exception_is_the_answer(error: Exception, errno: int) -> None:
         assert await answers.wait_for(1) == [(1, errno)]
 
 
+async def test_nonsense_that_an_update_returns_is_answered_as_an_exception_is() -> None:
+    """It is the driver's mistake: it must not end the session, nor leave the event unanswered."""
+
+    class Plain(Driver):
+        def update(self, event: Event) -> Any:
+            return True
+
+    class Coroutine(Driver):
+        async def update(self, event: Event) -> Any:
+            return True
+
+    with ThreadPoolExecutor(1) as executor:
+        for driver, where in ((Plain(), None), (Plain(), executor), (Coroutine(), None)):
+            answers = Answers()
+            Callbacks(driver, answers, executor=where).deliver(event(1))
+            assert await answers.wait_for(1) == [(1, errnos.EIO)]
+    answers = Answers()
+    assert not Callbacks(Plain(), answers).run(event(1))
+    assert answers.all == [(1, errnos.EIO)]
+
+
 async def test_plain_update_runs_on_a_thread_when_there_is_an_executor() -> None:
     """The loop stays free; one mirror's events stay in order there too."""
     threads = []
