@@ -40,6 +40,7 @@ from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
 from hmm.spans import inside, overlap
 from hmm.units import (
     PAGE_SHIFT,
+    PAGE_SIZE,
     PIECE_PAGES,
     PMD_PAGES,
     PMD_SIZE,
@@ -56,11 +57,12 @@ from hmm.units import (
     spans_of,
     spans_of_pages,
 )
-from hmm.vma import VmFlag
+from hmm.vma import Vma, VmFlag
 
 __all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
+_NOT_WRITABLE = all_but(cpu_pte.WRITE)
 _KEPT = all_but(cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.DIRTY)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
@@ -357,12 +359,31 @@ def _revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[
 
 def _restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
     """What exclusive entries become when the CPU gets them back: restore_exclusive_pte()."""
-    vma = space.vmas.find(int(addresses[0])) if addresses.size else None
-    given = (entries & ~_EXCLUSIVE) | _PRESENT
-    given[cpu_pte.is_writable(given)] |= np.uint64(DIRTIED)  # its device may have written
-    if vma is not None and not vma.writable:
-        given &= ~np.uint64(cpu_pte.WRITE)
+    given: Entries = (entries & ~_EXCLUSIVE) | _PRESENT
+    if not addresses.size:
+        return given
+    for vma in space.vmas.mapped_pieces(AddressRange(int(addresses[0]), int(addresses[-1]) + PAGE_SIZE)):
+        first, behind = np.searchsorted(addresses, (vma.start, vma.end)).tolist()
+        part = given[first:behind]
+        writable = _were_writable(space, vma, part)
+        part[writable] |= np.uint64(DIRTIED | cpu_pte.WRITE)  # its device may have written
+        if not vma.writable:
+            writable[:] = False
+        part[~writable] &= _NOT_WRITABLE
     return given
+
+
+def _were_writable(space: AddressSpace, vma: Vma, entries: Entries) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages of a VMA the CPU may write when it has them back, if the VMA permits it."""
+    if space.semantics.exclusive_remembers_write:
+        return cpu_pte.is_writable(entries)
+    # As can_change_pte_writable() has it.
+    writable = space.frames.test_flags(cpu_pte.cpu_pfn(entries), PageFlag.ANON_EXCLUSIVE)
+    if not vma.writable:
+        writable[:] = False
+    elif not space.is_soft_dirty(vma):  # the next write is to be seen
+        writable &= (entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0
+    return writable
 
 
 RESOLVERS[cpu_pte.EXCLUSIVE] = _revoke

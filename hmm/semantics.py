@@ -32,6 +32,8 @@ class Semantics:
             large folio behind its first, are left alone, and it goes on behind them.  Otherwise pages are taken one by
             one, of large folios too, and the first that is not private memory ends it: such a page alone is EOPNOTSUPP;
             and they stay mapped, so that their folios can be split, which gives them back.
+        exclusive_remembers_write: what the CPU gets back from a device may be written if it could be when it was taken
+            and its protection has not changed since; otherwise if its mapping permits it now.
         migration_splits: a migration splits every huge page that it meets, and leaves pages of large folios that are
             mapped by page entries where they are.  Otherwise it splits both, but only those that it selects.
     """
@@ -40,6 +42,7 @@ class Semantics:
     fault_oom_errno: int
     uffd_unregisters_others: bool
     exclusive_ranges: bool
+    exclusive_remembers_write: bool
     migration_splits: bool
 
 
@@ -48,6 +51,7 @@ LINUX_6_12 = Semantics(
     fault_oom_errno=errnos.EFAULT,
     uffd_unregisters_others=True,
     exclusive_ranges=True,
+    exclusive_remembers_write=True,
     migration_splits=True,
 )
 LINUX_7 = Semantics(
@@ -55,6 +59,7 @@ LINUX_7 = Semantics(
     fault_oom_errno=errnos.ENOMEM,
     uffd_unregisters_others=False,
     exclusive_ranges=False,
+    exclusive_remembers_write=False,
     migration_splits=False,
 )
 PROFILES = {semantics.name: semantics for semantics in (LINUX_6_12, LINUX_7)}

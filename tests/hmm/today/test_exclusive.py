@@ -11,6 +11,7 @@ from machine_world import FIXED, RW, START, World, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
+from hmm.clear_refs import ClearRefs
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Event, Reason
 from hmm.inspection import holdings
@@ -18,7 +19,7 @@ from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller
-from hmm.semantics import LINUX_7
+from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
@@ -142,6 +143,33 @@ def test_revoked_entry_obeys_the_new_protection(bench: Any) -> None:
     assert cpu_pte.is_device_exclusive(bench.entry(0))
     assert bench.read(0, 1) == b"q"
     assert not cpu_pte.is_writable(bench.entry(0))
+
+
+@pytest.mark.parametrize(("semantics", "writable"), [(LINUX_6_12, False), (LINUX_7, True)])
+def test_revoked_entry_obeys_the_last_protection_when_that_changed_twice(
+    make_bench: Any, semantics: Semantics, writable: bool
+) -> None:
+    """change_pte_range() of 6.12 makes the entry readable for good; restore_exclusive_pte() of 7.2 asks the VMA."""
+    bench = make_bench(semantics=semantics)
+    take(bench, 0)
+    for prot in (Prot.READ, RW):
+        bench.call(commands_process.mprotect, bench.process, bench.span(0).start, PAGE_SIZE, prot)
+    bench.read(0, 1)
+    assert cpu_pte.is_writable(bench.entry(0)) == writable
+    bench.local.machine.check()
+
+
+@pytest.mark.parametrize(("semantics", "written"), [(LINUX_6_12, True), (LINUX_7, False)])
+def test_revoked_entry_counts_as_written_when_the_kernel_is_old(
+    make_bench: Any, semantics: Semantics, written: bool
+) -> None:
+    """restore_exclusive_pte() of 6.12 calls pte_mkdirty(); that of 7.2 leaves it to the next write."""
+    bench = make_bench(semantics=semantics)
+    take(bench, 0)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    bench.read(0, 1)
+    assert bool(bench.entry(0) & cpu_pte.SOFT_DIRTY) == written
+    assert cpu_pte.is_writable(bench.entry(0)) == written
 
 
 @pytest.mark.parametrize(("cut", "reasons"), [(False, []), (True, [Reason.EXCLUSIVE])])
