@@ -152,8 +152,10 @@ class Answers:
         if served is None:
             self._reject(mirror_id, sequence, f"mirror {mirror_id} is not served by this stream")
             return None
-        mirror = self._machine.receivers[mirror_id]
-        if mirror.state is MirrorState.LOST:
+        mirror = served.receiver
+        if mirror_id not in self._machine.receivers:
+            rule = f"{mirror} is unregistered"
+        elif mirror.state is MirrorState.LOST:
             rule = f"DEVICE_LOST: {mirror} was fenced: {mirror.lost_because}"
         elif sequence > served.last_sent and sequence > served.sent_up_to:
             rule = f"event {sequence} was never sent; the last one is {served.sent_up_to}"

@@ -369,6 +369,8 @@ class Executor:
     # ---- deadlines
 
     def _set_deadline(self, running: Running) -> None:
+        if running.deadline is not None:  # an event that a hold kept back may leave for its mirrors one by one
+            running.deadline.cancel()
         running.event_s = time.monotonic()
         running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running)
 

@@ -93,8 +93,10 @@ class Session:
                 self._streams.disconnect(stream, why)
                 await asyncio.wait({writer}, timeout=FAREWELL_S)
                 reader.result()  # what made no sense is its caller's error
-            else:
+            elif stream.mailbox.closed:
                 why = "the daemon ended it"
+            if writer.done() and not writer.cancelled():
+                writer.result()  # a bug is not an end in good order
         finally:
             self._streams.disconnect(stream, why)
             reader.cancel()

@@ -68,8 +68,8 @@ class Streams:
         self.totals = Totals(executor.machine, self.served)
         self.rejected = 0
         self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
-        # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
         self._groups: dict[Audience, list[Group]] = {}
+        # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
         self._epochs = itertools.count(time.time_ns() >> 10)
         self._loop = asyncio.get_running_loop()
         executor.router = self
@@ -110,7 +110,7 @@ class Streams:
         stream.mailbox.close(why)
         del self.open[stream.epoch]
         log.info("%s has ended: %s; it had %d mirrors", stream, why, len(stream.mirrors), extra=stream.fields)
-        for mirror_id in stream.mirrors:
+        for mirror_id in list(stream.mirrors):  # a call that waited for one may end here, and unregister it
             self.executor.fence(mirror_id, f"{stream} has ended: {why}")
         for pin_id in list(stream.pins):
             self._start(stream.owner, stream.name, unpin, pin_id)
@@ -343,11 +343,11 @@ class Streams:
         # A mirror that was fenced or unregistered while the event waited for the window.
         if dispatch.waiting.issuperset(posting.mirror_ids):
             return
-        served, receivers = self.served, self.executor.machine.receivers
+        served = self.served
         pairs = [
             (mirror_id, sequence)
             for mirror_id, sequence in zip(posting.mirror_ids, posting.sequences, strict=True)
-            if mirror_id in served and sequence in receivers[mirror_id].unanswered  # abandoned ones included
+            if mirror_id in served and sequence in served[mirror_id].receiver.unanswered  # abandoned ones included
         ]
         posting.mirror_ids = [mirror_id for mirror_id, _ in pairs]
         posting.sequences = [sequence for _, sequence in pairs]

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from hmm_proto.v1 import device_pb2, harness_pb2, harness_pb2_grpc, process_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, harness_pb2, harness_pb2_grpc, hmm_pb2, process_pb2, range_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -240,6 +240,49 @@ async def test_mirror_is_fenced_when_its_deadline_passes_under_a_hold(serve: Any
     assert (await scene.served.mirror_status(scene.mirror)).state == "lost"
     await scene.release(hold_id)
     assert list((await unmapping).result.fenced_mirrors) == [scene.mirror]
+
+
+async def test_deadline_begins_anew_when_a_hold_lets_the_rest_of_an_event_go(serve: Any) -> None:
+    """One mirror hears at once, one behind another event that is held: the clock that ran for the first has stopped."""
+    served = await serve(harness=True, acknowledgement_s=600.0)
+    scene = Scene(served)
+    scene.pid = await served.new_process()
+    await served.mmap(scene.pid, BASE, END)
+    driver = await served.driver()
+    device = await driver.make("register_device", device_pb2.RegisterDeviceRequest(name="gpu"))
+    mirrors = []
+    for start in (BASE, HALF):
+        attach = hmm_pb2.AttachRequest(device_id=device.device_id, process_id=scene.pid)
+        mirrors.append((await driver.make("attach", attach)).mirror_id)
+        insert = hmm_pb2.InsertNotifierRequest(mirror_id=mirrors[-1], start=start, length=END - start)
+        await driver.make("insert_notifier", insert)
+    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_EVENT, "madvise")
+    first = scene.discard(BASE, BASE + PAGE)
+    await stream.read()
+    page = range_pb2.AddressRange(start=HALF, end=HALF + PAGE)
+    second = await driver.send("make_exclusive", hmm_pb2.MakeExclusiveRequest(mirror_id=mirrors[1], range=page))
+    early = await driver.events.get()
+    assert list(early.mirror_ids) == mirrors[1:]
+    (clock,) = [running.deadline for running in served.daemon.executor.running.values() if running.deadline]
+    await scene.release(hold_id)
+    assert clock.cancelled()
+    await driver.acknowledge(early)
+    for _ in range(2):
+        await driver.acknowledge(await driver.events.get())
+    assert ((await first).result.errno, (await second).make_exclusive.result.errno) == (0, 0)
+
+
+async def test_answer_is_rejected_when_its_mirror_is_unregistered_under_a_hold(scene: Scene) -> None:
+    """The mirror is gone before its driver is told; an answer for it does not end the session."""
+    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_END, "unregister_mirror")
+    reply = await scene.driver.send("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=scene.mirror))
+    for _ in range(2):
+        await scene.driver.acknowledge(await scene.driver.events.get())
+    await stream.read()
+    await scene.driver.answer(mirror_ids=[scene.mirror], acknowledged_up_to=[1])
+    assert "is unregistered" in (await scene.driver.violations.get()).rule
+    await scene.release(hold_id)
+    assert (await reply).unregister_mirror.result.errno == 0
 
 
 async def test_pending_names_a_hold_that_nobody_has_come_to(scene: Scene) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmm import pte
-from hmm_proto.v1 import device_pb2, event_pb2, process_pb2, range_pb2, session_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, session_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -490,6 +490,39 @@ async def test_cut_off_session_fences_its_mirrors_at_once(mirrored: Any) -> None
     status = await served.mirror_status(mirror)
     assert (status.state, status.entry_count, status.epoch) == ("lost", 0, 0)
     assert status.lost_because
+
+
+async def test_cut_off_session_fences_all_its_mirrors_when_calls_wait_for_one(mirrored: Any) -> None:
+    """A mirror that is being unregistered goes while the others are fenced; none is left out, and nothing waits."""
+    served, driver, pid, first = mirrored
+    await driver.fault(first, BASE, END)
+    device = await driver.make("register_device", device_pb2.RegisterDeviceRequest(name="exclusive"))
+    attach = hmm_pb2.AttachRequest(device_id=device.device_id, process_id=pid)
+    second, third = [(await driver.make("attach", attach)).mirror_id for _ in range(2)]
+    await driver.make("insert_notifier", hmm_pb2.InsertNotifierRequest(mirror_id=third, start=BASE, length=PAGE))
+    page = range_pb2.AddressRange(start=END - PAGE, end=END)
+    exclusive = await driver.send("make_exclusive", hmm_pb2.MakeExclusiveRequest(mirror_id=second, range=page))
+    await driver.acknowledge(await driver.events.get())
+    assert (await exclusive).make_exclusive.result.errno == 0
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, BASE + PAGE))
+    await driver.events.get()
+    await driver.send("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=first))
+    await served.until(lambda: len(served.daemon.executor.running) == 2)
+    driver.call.cancel()
+    await unmapping
+    await served.until(lambda: not served.daemon.streams.open)
+    assert {mirror.state.value for mirror in served.daemon.machine.receivers.values()} == {"lost"}
+    assert not (await served.pending()).operations
+
+
+async def test_session_ends_as_a_bug_when_its_writer_has_one(mirrored: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be written is no end in good order: the log has the traceback, the driver no more than INTERNAL."""
+    served, driver, _, _ = mirrored
+    (stream,) = served.daemon.streams.open.values()
+    no_posting: Any = object()
+    stream.mailbox.post(no_posting)
+    assert await driver.call.code() is grpc.StatusCode.INTERNAL
+    assert "hit a bug" in caplog.text
 
 
 async def test_half_closed_session_without_bye_is_a_death(mirrored: Any) -> None:
