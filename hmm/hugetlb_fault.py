@@ -79,8 +79,7 @@ def _install(attempt: Attempt, vma: Vma, start: Address) -> bool:
     space.table.require(start, start + PMD_SIZE)  # before a page is taken, and with it a reservation
     if vma.shared:
         pfns = _cached(space, file, _number(vma, start))
-        flags = READ_ONLY | (cpu_pte.WRITE if vma.writable else 0)
-        flags = WRITTEN if attempt.write else flags
+        flags = WRITTEN if vma.writable else READ_ONLY  # make_huge_pte(), for a read as well
     else:
         prepare_anon_vma(space, vma)
         pfns = file.take(space, _number(vma, start), _PRIVATE_PAGE)

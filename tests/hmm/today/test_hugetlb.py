@@ -159,6 +159,15 @@ def test_dumps_of_hugetlb_memory_can_be_asked_for(bench: Any) -> None:
         assert vma.has(VmFlag.DONTDUMP) is expected
 
 
+def test_read_of_shared_hugetlb_memory_leaves_it_dirty(bench: Any) -> None:
+    """make_huge_pte() is huge_pte_mkdirty() where the mapping is shared and writable, whatever the access was."""
+    bench.map(BLOCK, flags=SHARED)
+    bench.map(BLOCK, at=BLOCK, prot=Prot.READ, flags=SHARED)
+    bench.read(0, 1)
+    bench.read(BLOCK, 1)
+    assert [bool(cpu_pte.is_dirty(bench.entry(at))) for at in (0, BLOCK)] == [True, False]
+
+
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
     bench.map(2 * BLOCK, flags=PRIVATE)
