@@ -6,7 +6,7 @@ in shared mappings, and for private pages that belong to this process alone.  A 
 to be written for good, so that the driver is asked before it is written again; and it counts as written no longer.
 
 **Source**: Linux mm/mprotect.c (do_mprotect_pkey(), mprotect_fixup(), change_pte_range(), can_change_pte_writable()),
-6.12.
+mm/mmap.c (vma_wants_writenotify()), 6.12.
 
 **Invariants**: no writable entry remains in a mapping that does not permit writing.
 
@@ -60,6 +60,7 @@ _LOCKED_OR_COPIED = int(VmFlag.WRITE | VmFlag.SHARED | VmFlag.LOCKED)
 _KEEP = all_but(cpu_pte.WRITE)
 _WRITE = np.uint64(cpu_pte.WRITE)
 _DEVICE_WRITABLE = np.uint64(cpu_pte.DEVICE | cpu_pte.WRITE)
+_SOFT_DIRTY, _DIRTIED = np.uint64(cpu_pte.SOFT_DIRTY), np.uint64(cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY)
 _NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
 _PRESENT = np.uint64(cpu_pte.PRESENT)
 _FRAMED = np.uint64(cpu_pte.PRESENT | cpu_pte.SPECIAL)
@@ -226,8 +227,9 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
     assert vma is not None
     shared, frames = vma.shared, space.frames
     by_fault = vma.has(VmFlag.HUGETLB) and not shared  # hugetlb_change_protection() leaves it to that
-    upgrades, tracked = vma.writable and not by_fault, not space.is_soft_dirty(vma)
+    upgrades, tracked = vma.writable and not by_fault, not (space.is_soft_dirty(vma) or vma.has(VmFlag.HUGETLB))
 
+    noticed = _DIRTIED if shared else _SOFT_DIRTY
     has_devices = len(frames.regions) > 1
 
     def change(entries: Entries) -> None:
@@ -236,8 +238,8 @@ def _change_entries(space: AddressSpace, span: AddressRange) -> None:
         entries &= _KEEP
         if upgrades:
             upgradable = _upgradable(entries, frames, shared=shared)
-            if tracked:  # pte_needs_soft_dirty_wp(): the next write is to be seen
-                upgradable &= (entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0
+            if tracked:  # the next write is to be seen: vma_wants_writenotify(), pte_needs_soft_dirty_wp()
+                upgradable &= (entries & noticed) == noticed
             entries |= upgradable * _WRITE
 
     space.table.update(span.start, span.end, change)

@@ -89,6 +89,23 @@ def test_mprotect_leaves_pages_read_only_that_are_watched() -> None:
     assert written(world, 2) == "-w"
 
 
+def test_mprotect_leaves_shared_pages_read_only_that_are_watched_and_clean() -> None:
+    """can_change_pte_writable() of a VM_SHARED mapping is pte_dirty(), though mremap has made the entry soft-dirty."""
+    world = World()
+    forget(world)
+    flags = MapFlag.SHARED | FIXED & ~MapFlag.PRIVATE
+    world.do(processes.mmap, world.pid, span(4).start, 2 * PAGE_SIZE, RW, flags)
+    forget(world)
+    world.do(processes.read_memory, world.pid, span(4).start, 1)
+    store(world, 5)
+    move = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.do(processes.mremap, world.pid, span(4).start, 2 * PAGE_SIZE, 2 * PAGE_SIZE, move, span(20).start)
+    for prot in (Prot.READ, RW):
+        world.do(processes.mprotect, world.pid, span(20).start, 2 * PAGE_SIZE, prot)
+    entries = [world.machine.processes[world.pid].space.table.get(span(page).start) for page in (20, 21)]
+    assert [cpu_pte.is_writable(entry) for entry in entries] == [False, True]
+
+
 def test_child_watches_as_its_parent_does() -> None:
     """fork copies flags of mappings and bits of entries."""
     world = World()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
+from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError, OutOfFramesError, Signal
 from hmm.events import Cause
 from hmm.limits import Limits
@@ -166,6 +167,15 @@ def test_read_of_shared_hugetlb_memory_leaves_it_dirty(bench: Any) -> None:
     bench.read(0, 1)
     bench.read(BLOCK, 1)
     assert [bool(cpu_pte.is_dirty(bench.entry(at))) for at in (0, BLOCK)] == [True, False]
+
+
+def test_mprotect_makes_shared_hugetlb_memory_writable_when_writes_are_watched(bench: Any) -> None:
+    """vma_wants_writenotify(): hugetlb memory does not support soft-dirty tracking."""
+    bench.map(BLOCK, prot=Prot.READ, flags=SHARED)
+    bench.read(0, 1)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    bench.call(commands_process.mprotect, bench.process, *place(bench, 0, BLOCK), RW)
+    assert cpu_pte.is_writable(bench.entry(0))
 
 
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
