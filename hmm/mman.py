@@ -63,7 +63,6 @@ _VM_FLAGS = (
 # Plain integers: the operators of an IntFlag cost most of a microsecond each.
 _MAY, _ACCOUNT, _WRITE = int(MAY_FLAGS), int(VmFlag.ACCOUNT), int(VmFlag.WRITE)
 _ACCOUNTING = int(VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB)
-_SPECIAL, _LOCKED = int(SPECIAL_FLAGS), int(LOCKED_FLAGS)
 _PRIVATE, _SHARED = int(MapFlag.PRIVATE), int(MapFlag.SHARED)
 _SHARED_VALIDATE = int(MapFlag.SHARED_VALIDATE)
 _VM_SHARED = int(VmFlag.SHARED | VmFlag.MAYSHARE)
@@ -128,13 +127,16 @@ def mmap(
         start = place(space, length, address, flags, file, offset)
         span = AddressRange(start, start + length)
         vm_flags = _vm_flags(space, span, prot, flags, file, offset)
+        populates = vm_flags.has(VmFlag.LOCKED) or (flags.has(MapFlag.POPULATE) and not flags.has(MapFlag.NONBLOCK))
+        if vm_flags & SPECIAL_FLAGS:  # populated, but not locked: vma_supports_mlock() is asked by mmap_region()
+            vm_flags &= ~LOCKED_FLAGS
         if file is None and vm_flags.has(VmFlag.SHARED):
             assert shared_memory is not None, "nothing makes shared anonymous memory"
             file = shared_memory(length)
         delta = 0 if file is None else (offset - start) >> PAGE_SHIFT
         turn.hold(span)
         yield from _mmap_region(space, span, Mapping(vm_flags, file, delta))
-    if vm_flags.has(VmFlag.LOCKED) or (flags.has(MapFlag.POPULATE) and not flags.has(MapFlag.NONBLOCK)):
+    if populates:
         yield from populate(space, span)
     return start
 
@@ -162,8 +164,6 @@ def _vm_flags(
     bits |= _anonymous_flags(flags) if file is None else _file_flags(flags, file, offset, span.size_bytes)
     if bits & _ACCOUNTING == _WRITE:
         bits |= _ACCOUNT
-    if bits & _SPECIAL:
-        bits &= ~_LOCKED
     return VmFlag(bits)
 
 

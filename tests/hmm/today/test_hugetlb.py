@@ -178,6 +178,14 @@ def test_mprotect_makes_shared_hugetlb_memory_writable_when_writes_are_watched(b
     assert cpu_pte.is_writable(bench.entry(0))
 
 
+@pytest.mark.parametrize("kind", [PRIVATE, SHARED])
+def test_mmap_brings_hugetlb_memory_in_when_it_is_to_be_locked(bench: Any, kind: MapFlag) -> None:
+    """do_mmap() populates for the VM_LOCKED that was asked for; mmap_region() clears it by vma_supports_mlock()."""
+    bench.map(BLOCK, flags=kind | MapFlag.LOCKED)
+    assert cpu_pte.is_huge(bench.entry(0))
+    assert not next(iter(bench.local.machine.process(bench.process).space.vmas)).has(VmFlag.LOCKED)
+
+
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
     bench.map(2 * BLOCK, flags=PRIVATE)
