@@ -144,7 +144,7 @@ def mmap(
 def _hugetlb_file(length: int, flags: MapFlag, factory: HugeMemoryFactory | None) -> File:
     if int(flags) >> _HUGE_SHIFT & _HUGE_MASK not in (0, PMD_SHIFT):
         raise InvalidRequestError(f"mmap: no huge pages are of the size that {flags!r} asks for")
-    if flags & _MAP_TYPE not in (MapFlag.PRIVATE, MapFlag.SHARED):
+    if flags & _MAP_TYPE not in (MapFlag.PRIVATE, MapFlag.SHARED, MapFlag.SHARED_VALIDATE):
         raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}")
     if factory is None:
         raise OutOfFramesError("mmap: there are no huge pages")

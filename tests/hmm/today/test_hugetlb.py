@@ -186,6 +186,13 @@ def test_mmap_brings_hugetlb_memory_in_when_it_is_to_be_locked(bench: Any, kind:
     assert not next(iter(bench.local.machine.process(bench.process).space.vmas)).has(VmFlag.LOCKED)
 
 
+def test_mmap_takes_shared_validate_for_hugetlb_memory(bench: Any) -> None:
+    """ksys_mmap_pgoff() makes a file before do_mmap() looks at MAP_TYPE: LEGACY_MAP_MASK has MAP_HUGETLB."""
+    bench.map(BLOCK, flags=MapFlag.SHARED_VALIDATE | ANONYMOUS)
+    assert next(iter(bench.local.machine.process(bench.process).space.vmas)).has(VmFlag.SHARED)
+    assert free(bench) == (4, 1)
+
+
 def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     """hugetlb_wp(): mirrors hear of the copied page; a child has no reservation, and gets SIGBUS from an empty pool."""
     bench.map(2 * BLOCK, flags=PRIVATE)
