@@ -69,6 +69,7 @@ _KEPT = np.array(ULONG_MAX & ~cpu_pte.FLAGS | _CARRIED_BITS, np.uint64)
 _NAMES = np.array(ULONG_MAX & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
 """The kind of an entry, and its frame."""
 _DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESENT, np.uint64)
+_HUGE_WRITTEN, _SOFT_DIRTY = np.uint64(cpu_pte.HUGE | cpu_pte.DIRTY), np.uint64(cpu_pte.SOFT_DIRTY)
 _MAPPED = np.array(cpu_pte.PRESENT | cpu_pte.DEVICE, np.uint64)
 _PAGE_STATE = np.array(
     PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND,
@@ -237,6 +238,9 @@ def replace(held: HeldPages, targets: Pfns) -> None:
     for place, entries in held.standing():
         targeted = targets[place.pages]
         flags = _flags(frames, entries, targeted)
+        if place.space.huge:
+            # remove_migration_pmd() calls pmd_mkdirty() last, which makes the entry soft-dirty too.
+            flags[(flags & _HUGE_WRITTEN) == _HUGE_WRITTEN] |= _SOFT_DIRTY
         put_entries(place.space.table, place.addresses, cpu_pte.cpu_entry(targeted, flags))
         if isinstance(place.pages, slice) and targeted.size == referenced.size:  # merged pages may be there repeatedly
             frames.attach(targeted)

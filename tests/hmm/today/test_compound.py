@@ -11,6 +11,7 @@ from blocks import BLOCK, RW, advise, heard, move, protect, shown, space, unmap
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.address_space import Thp
+from hmm.clear_refs import ClearRefs
 from hmm.commands_hmm import Migrated
 from hmm.errors import RangeBusyError
 from hmm.events import Cause, EventType, Reason
@@ -342,6 +343,21 @@ def test_making_room_moves_whole_huge_pages_out(make_bench: Callable[..., Any]) 
     assert shown(bench) == "W512 d8 .504"
     bench.call(commands_hmm.migrate_to_device, mirror, bench.span(0, BLOCK), compound=True)
     assert shown(bench) == "D512 w8 .504"
+
+
+def test_huge_page_counts_as_written_when_its_device_had_no_room(make_bench: Callable[..., Any]) -> None:
+    """remove_migration_pmd(): pmd_mkdirty() comes last and makes it soft-dirty; remove_migration_pte() undoes that."""
+    bench = make_linux_7(make_bench, memory_pages=1)
+    bench.map(2, at=4 * BLOCK)
+    bench.write(4 * BLOCK, bytes(2 * PAGE_SIZE))
+    to_device(bench, 4 * BLOCK, 1)
+    bench.write(0, DATA)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    for at, npages in ((0, BLOCK), (4 * BLOCK + 1, 1)):
+        assert not to_device(bench, at, npages).src[0] & np.uint64(MIGRATE)
+    assert shown(bench) == "R512 .512"
+    assert bench.entry(0) & cpu_pte.SOFT_DIRTY
+    assert not bench.entry(4 * BLOCK + 1) & cpu_pte.SOFT_DIRTY
 
 
 # ---- looked at
