@@ -1,13 +1,14 @@
 """Pinning: pages are brought in and kept where they are, for DMA by devices that cannot fault.
 
 A pinned private page must be the one that its process keeps: what is shared by fork, or still the file's or the zero
-page, is copied first, even when it is only to be read.
+page, is copied first, even when it is only to be read.  A page that is there is not used by being pinned: its entry
+stays as old or clean as it was.
 
 A page in the private memory of a device comes back first, as at every touch.  One in coherent memory stays there for
 a short pin, and is moved to system memory for a long one: a device's memory must be able to be emptied.
 
-**Source**: Linux mm/gup.c (pin_user_pages() with and without FOLL_LONGTERM, check_vma_flags(), gup_must_unshare(),
-migrate_longterm_unpinnable_folios()), mm/memory.c (wp_page_copy() for FAULT_FLAG_UNSHARE), 6.12.
+**Source**: Linux mm/gup.c (pin_user_pages() with and without FOLL_LONGTERM, without FOLL_TOUCH, check_vma_flags(),
+gup_must_unshare(), migrate_longterm_unpinnable_folios()), mm/memory.c (wp_page_copy() for FAULT_FLAG_UNSHARE), 6.12.
 
 **Invariants**: a pinned anonymous page is exclusive to the process that it was pinned for.
 
@@ -108,15 +109,25 @@ def _permitting(space: AddressSpace, address: int, write: bool) -> Vma:
 
 def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool) -> Operation[Pfns]:
     # As many of the first pages of `piece` as are there at once.
+    wanted = np.uint64(cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0))
     while True:
-        stop = yield from bring_in(space, piece, write=write)
-        if stop is not None:
-            if not continues(space, piece, stop):
-                raise_stop(stop, write=write)
-            piece = AddressRange(piece.start, stop.address)
-        # What was waited for may have come with other mappings.
-        piece = AddressRange(piece.start, min(piece.end, _permitting(space, piece.start, write).end))
-        entries = space.table.read(piece.start, piece.end)
+        missing = np.flatnonzero((space.table.read(piece.start, piece.end) & wanted) != wanted)
+        if missing.size:
+            target = piece if missing.size == piece.npages else _addresses(piece, missing)
+            stop = yield from bring_in(space, target, write=write)
+            if stop is not None:
+                if not continues(space, target, stop):
+                    raise_stop(stop, write=write)
+                piece = AddressRange(piece.start, stop.address)
+        # What was waited for may have come with other mappings, and what was there may have gone.
+        span = AddressRange(piece.start, min(piece.end, _permitting(space, piece.start, write).end))
+        entries = space.table.read(span.start, span.end)
+        gone = np.flatnonzero((entries & wanted) != wanted)
+        if gone.size:
+            entries = entries[: gone[0]]
+            if not entries.size:
+                continue
+        piece = AddressRange(piece.start, piece.start + (entries.size << PAGE_SHIFT))
         shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
         if not shared.any():
             pfns = cpu_pte.cpu_pfn(entries)
@@ -127,6 +138,10 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
             yield from _move_off_device(space, piece, on_device)
         elif not (yield from _keep_huge(space, piece, entries, shared)):
             yield from _unshare(space, piece, np.flatnonzero(shared))
+
+
+def _addresses(piece: AddressRange, which: npt.NDArray[np.intp]) -> Entries:
+    return ((which + (piece.start >> PAGE_SHIFT)) << PAGE_SHIFT).view(np.uint64)
 
 
 def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
@@ -166,8 +181,8 @@ def _keep_huge(
 def _unshare(space: AddressSpace, piece: AddressRange, which: npt.NDArray[np.intp]) -> Operation[None]:
     """do_wp_page() for FAULT_FLAG_UNSHARE: a page nobody else has becomes exclusive, others are copied."""
     frames = space.frames
+    addresses = _addresses(piece, which)
     pages = which + (piece.start >> PAGE_SHIFT)
-    addresses = (pages << PAGE_SHIFT).view(np.uint64)
     entries = space.table.lookup(addresses)
     pfns = np.where(cpu_pte.is_special(entries), ZERO_PFN, cpu_pte.cpu_pfn(entries))
     alone = frames.test_flags(pfns, PageFlag.ANON) & (frames.refcount[pfns] == 1)

@@ -17,6 +17,7 @@ from hmm.errors import (
 )
 from hmm.fault_pages import WRITTEN
 from hmm.frames import PageFlag, RegionKind
+from hmm.madvise import Advice
 from hmm.migration import MIGRATE
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
@@ -48,6 +49,18 @@ def test_pin_for_reading_copies_the_zero_page(bench: Any) -> None:
     bench.call(commands_process.unpin, number)
     assert pinned(bench, 0) == 0
     bench.local.machine.check()
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_pin_uses_no_page_that_is_there(bench: Any, write: bool) -> None:
+    """pin_user_pages() is without FOLL_TOUCH, so that follow_page_pte() leaves entry and folio as they are."""
+    bench.write(0, b"x")
+    span = bench.span(0, 1)
+    bench.call(commands_process.madvise, bench.process, span.start, span.size_bytes, Advice.FREE)
+    pin(bench, 0, 2, write=write)
+    assert pinned(bench, 0) == pinned(bench, 1) == 1
+    assert not bench.entry(0) & (cpu_pte.DIRTY | cpu_pte.ACCESSED)
+    assert bench.entry(1) & cpu_pte.ACCESSED
 
 
 def test_pin_copies_what_is_known_of_the_page(bench: Any) -> None:
