@@ -51,6 +51,8 @@ from hmm_server.views import operation_status
 PROTOCOL_VERSION = 1
 GROUPINGS_KEPT = 256
 """Audiences of which it is known which streams serve them."""
+AGAIN_S = 0.1
+"""Without a lease: how long after the first try a device that was in use is tried to be removed again."""
 REJECTIONS_KEPT = 256
 """Answers that were rejected and can be asked for."""
 log = logging.getLogger(__name__)
@@ -196,7 +198,16 @@ class Streams:
             remove = unregister_mirror if mirror_id in self.executor.machine.mirrors else detach
             self.executor.start(partial(self._gone, mirror_id), owner, remove, mirror_id)
         for device_id in stream.devices:
-            self.executor.start(lambda _: None, owner, unregister_device, device_id)
+            self._remove(device_id, owner)
+
+    def _remove(self, device_id: DeviceId, owner: Caller) -> None:
+        # It may be in use yet: by a mirror on another stream, or one that waits for its last callbacks.
+        def ended(record: OperationRecord[None]) -> None:
+            if record.error is not None and device_id in self.executor.machine.devices:
+                self._loop.call_later(max(self.config.lease_s, AGAIN_S), self._remove, device_id, owner)
+
+        if not self.executor.draining:
+            self.executor.start(ended, owner, unregister_device, device_id)
 
     def _gone(self, mirror_id: MirrorId, _: OperationRecord[None]) -> None:
         self.detach(mirror_id)

@@ -174,6 +174,22 @@ async def test_lost_mirrors_go_when_the_lease_ends(serve: Any) -> None:
     await served.until(lambda: not served.daemon.machine.receivers and not served.daemon.machine.devices)
 
 
+async def test_device_goes_with_its_last_mirror_when_another_stream_serves_that(serve: Any) -> None:
+    """The lease of who registered it may end long before: nothing that nobody owns any more is left behind."""
+    served = await serve(lease_s=0)
+    first, second = await served.driver(), await served.driver()
+    pid = await served.new_process()
+    device = await first.make("register_device", device_pb2.RegisterDeviceRequest(name="card"))
+    attach = hmm_pb2.AttachRequest(device_id=device.device_id, process_id=pid)
+    assert (await second.make("attach", attach)).mirror_id
+    ended = served.daemon.executor.operations.ended_by_name
+    await first.bye()
+    await served.until(lambda: ended["unregister_device"])
+    assert served.daemon.machine.devices
+    await second.bye()
+    await served.until(lambda: not served.daemon.machine.devices)
+
+
 def _frames(**fields: Any) -> hmm_pb2.WriteFramesRequest:
     return hmm_pb2.WriteFramesRequest(**{"mirror_id": 1, "pages": bytes(8), "pfns": bytes(8), "data": b"x"} | fields)
 
