@@ -22,9 +22,12 @@ from hmm.operation_record import Caller, OperationRecord
 from hmm_proto.status import DRAINING_REASON, INTERNAL_REASON, is_not_made, to_call_result
 from hmm_proto.v1 import types_pb2
 from hmm_server.executor import DrainingError, Executor
+from hmm_server.logs import about
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+BREATH_S = 0.005
+"""Whoever makes many calls in one message lets others run at the latest after this time."""
 log = logging.getLogger(__name__)
 
 
@@ -100,11 +103,15 @@ async def attempt(
         return not_made(name, error)
 
 
-def not_made(name: str, error: BaseException) -> types_pb2.CallResult:
-    """Why the call of that name in a batch or on a session was not made, or that it hit a bug."""
+def not_made(name: str, error: BaseException, record: OperationRecord[Any] | None = None) -> types_pb2.CallResult:
+    """Why the call of that name in a batch or on a session was not made, or that it hit a bug.
+
+    Args:
+        record: the call, if it was.
+    """
     if isinstance(error, HmmError):
         return to_call_result(error.named(name.replace("_", " ")))
     if isinstance(error, DrainingError):
         return types_pb2.CallResult(reason=DRAINING_REASON, message="the daemon is ending")
-    log.error("a call hit a bug", exc_info=error)
+    log.error("%s hit a bug", name, exc_info=error, extra=about(record))
     return types_pb2.CallResult(reason=INTERNAL_REASON, message="a bug of the daemon; see its log")

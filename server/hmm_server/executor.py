@@ -230,14 +230,18 @@ class Executor:
         """
         self.machine.acknowledge(answers)
 
-    def fence(self, mirror_id: MirrorId, why: str) -> None:
-        """Give a mirror up; `pump` has to follow."""
+    def fence(self, mirror_id: MirrorId, why: str, record: OperationRecord[Any] | None = None) -> None:
+        """Give a mirror up; `pump` has to follow.
+
+        Args:
+            record: the call that waited for it, where that is why.
+        """
         mirror = self.machine.receivers.get(mirror_id)
         if mirror is None:
             return
         unanswered = list(mirror.unanswered)
         self.machine.fence(mirror_id, why)
-        log.info("%s is lost: %s", mirror, why, extra=about(mirror=mirror))
+        log.info("%s is lost: %s", mirror, why, extra=about(record, mirror))
         assert self.router is not None
         self.router.settled(mirror_id, unanswered, EventState.FENCED)
         self.router.lost(mirror_id, why)
@@ -275,7 +279,7 @@ class Executor:
             if running is not None:
                 self._set_deadline(running)
             for mirror_id in self.router.route(dispatch, mirror_ids):
-                self.fence(mirror_id, "nobody serves it")
+                self.fence(mirror_id, "nobody serves it", running.record if running else None)
         if self._impatient:
             self._fence_waited_for()
 
@@ -408,7 +412,7 @@ class Executor:
             extra=about(record, mirror),
         )
         if mirror.policy is DeadlinePolicy.FENCE:
-            self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s")
+            self.fence(mirror_id, f"event {sequence} was not answered within {self.acknowledgement_s:g} s", record)
         else:
             self.machine.abandon(mirror_id, sequence)
             assert self.router is not None

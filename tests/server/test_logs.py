@@ -67,11 +67,11 @@ async def test_every_line_of_a_call_names_it_in_fields(tmp_path: Path) -> None:
     text = daemon.read_log()
     lines = [json.loads(line) for line in text.splitlines()]
     about = [line for line in lines if line.get("operation_id") == unmapped.operation_id]
-    late, ended = about
+    late, lost, ended = about
     assert (late["operation"], late["caller"], late["mirror"], late["device"]) == ("munmap", "program", 1, "gpu0")
     assert (ended["operation"], ended["caller"], ended["errno"]) == ("munmap", "program", 0)
     assert ended["duration_ms"] >= 200
-    lost = next(line for line in lines if "is lost" in line["message"])
+    assert "is lost" in lost["message"]
     assert (lost["mirror"], lost["device"]) == (1, "gpu0")
     assert all("operation_id" in line for line in lines if line["message"].startswith("operation "))
     assert any(line.get("driver") == "gpu driver" and line["pid"] > 0 for line in lines)
