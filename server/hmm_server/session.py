@@ -1,7 +1,8 @@
 """One session: reads a driver's batches, starts its calls, and writes whatever its mailbox holds.
 
-The reader takes answers before calls and never waits for anything but the next message; the writer is the only one
-that writes.  The session ends when either does: at Bye, at the end of the stream (a death), or when the daemon ends.
+The reader takes answers before calls and waits for nothing but the next message, and for a driver that asks without
+reading; the writer is the only one that writes.  The session ends when either does: at Bye, at the end of the stream (a
+death), or when the daemon ends.
 
 **Source**: `ServicerContext.read` returns the end of the stream for a driver that was killed, as for one that closed
 its half: only Bye tells them apart.
@@ -24,7 +25,7 @@ from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
 from hmm_server.callers import NAME_LENGTH_MAX
-from hmm_server.calls import not_made
+from hmm_server.calls import BREATH_S, not_made
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide, Result
 from hmm_server.interceptors import require_read
@@ -126,7 +127,7 @@ class Session:
     async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
         message: Any = first
         while message is not grpc.aio.EOF:
-            stream.heard_s = time.monotonic()
+            stream.heard_s = breathed_s = time.monotonic()
             require_read(message)
             if message.HasField("hello") and message is not first:
                 stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
@@ -134,12 +135,15 @@ class Session:
                 stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
             for call in message.calls:
                 self._start(stream, call)
+                if stream.mailbox.is_overfull:
+                    await stream.mailbox.room()  # nothing more is asked for, not even what has small replies
+                elif time.monotonic() - breathed_s > BREATH_S:
+                    await asyncio.sleep(0)
+                    breathed_s = time.monotonic()
             if message.HasField("bye"):
                 return f"bye: {message.bye.reason[:REASON_LENGTH_MAX]}" if message.bye.reason else "bye"
             if stream.mailbox.wakes_writer:
                 await asyncio.sleep(0)  # the replies leave before the next message is asked for
-            if stream.mailbox.is_overfull:
-                await stream.mailbox.room()  # not even small replies are read
             message = await self._context.read()
         return "its driver went away without Bye"
 
@@ -195,6 +199,7 @@ class Session:
         return Caller(self._caller.token, self._caller.name, callback)
 
     def _ended(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
+        under_way.record = record
         try:
             result = self._side.response(under_way.name, under_way.request, stream, record)
         except Exception as error:  # noqa: BLE001 - as in _start()
@@ -210,7 +215,7 @@ class Session:
         if under_way.timer is not None:
             under_way.timer.cancel()
         if isinstance(result, BaseException):
-            stream.mailbox.reply(encoded(request_id, "not_made", not_made(under_way.name, result)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(name, result, under_way.record)))
         elif isinstance(result, ArrayReply):
             for response, arrays, more in result.parts(self._config.part_bytes):
                 stream.mailbox.reply(encoded(request_id, name, response, arrays, more=more))

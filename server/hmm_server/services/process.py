@@ -20,14 +20,12 @@ from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
 from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
 from hmm_server.callers import caller_from
-from hmm_server.calls import attempt, make, not_made
+from hmm_server.calls import BREATH_S, attempt, make, not_made
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.interceptors import require_read
 from hmm_server.process_calls import CALLS, require_at_most, require_name
 
-BREATH_S = 0.005
-"""A batch lets others run at the latest after this time."""
 SILENCE_S = 1.0
 """How long a client may write nothing while the end of its call waits for it to write all."""
 
