@@ -297,7 +297,8 @@ def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
         flags[whole] |= np.uint64(cpu_pte.HUGE)
         space.huge = True
     prepare_anon_vma(space, migration.vma)
-    if migration.vma.mapping.userfaultfd:  # what is missing is for its handler to bring in
+    # What is missing is for its handler to bring in; check_stable_address_space().
+    if migration.vma.mapping.userfaultfd or space.unstable:
         return np.zeros(holes.size, np.bool_)
     try:
         space.table.store(addresses[free], cpu_pte.cpu_entry(pfns, flags)[free])

@@ -458,6 +458,15 @@ def test_reaped_memory_is_gone_and_nothing_comes_any_more(bench: Any) -> None:
     bench.local.machine.check()
 
 
+def test_holes_are_not_migrated_when_the_process_is_reaped(bench: Any) -> None:
+    """migrate_vma_insert_page() asks check_stable_address_space()."""
+    bench.call(commands_process.process_mrelease, bench.process)
+    assert not bench.to_device(0, 4).src.any()
+    assert [bench.entry(at) for at in range(4)] == [0] * 4
+    assert bench.used == 0
+    bench.local.machine.check()
+
+
 def test_device_may_use_a_page_until_its_driver_has_finished(bench: Any) -> None:
     """A start only begins to stop the device; it may use what it has until the second pass is answered."""
     first, second = two_mirrors(bench, two_pass=(True, False))
