@@ -272,9 +272,6 @@ def _fill_holes(migration: Migration) -> Operation[None]:
     if not holes.size:
         return
     rest = AddressRange(int(migration.addresses[holes[0]]), int(migration.addresses[-1]) + PAGE_SIZE)
-    if migration.vma.backing is not None:
-        migration.src[holes] = 0
-        return
     with _invalidation(migration, (rest,)) as bracket:
         yield from bracket.deliver()
         yield from split_zero_pages(migration, holes)
@@ -284,6 +281,9 @@ def _fill_holes(migration: Migration) -> Operation[None]:
 
 def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
     space, frames = migration.space, migration.space.frames
+    nothing = np.zeros(holes.size, np.bool_)
+    if migration.vma.backing is not None:
+        return nothing
     addresses = migration.addresses[holes]
     entries = space.table.lookup(addresses)
     whole = (migration.src[holes] & _COMPOUND) != 0
@@ -299,11 +299,11 @@ def _insert(migration: Migration, holes: Positions, pfns: Pfns) -> _Mask:
     prepare_anon_vma(space, migration.vma)
     # What is missing is for its handler to bring in; check_stable_address_space().
     if migration.vma.mapping.userfaultfd or space.unstable:
-        return np.zeros(holes.size, np.bool_)
+        return nothing
     try:
         space.table.store(addresses[free], cpu_pte.cpu_entry(pfns, flags)[free])
     except OutOfFramesError:
-        return np.zeros(holes.size, np.bool_)
+        return nothing
     frames.set_flags(pfns[free], ANON_PAGE)
     frames.map_new(pfns[free])
     space.claim(pfns[free], int(addresses[0]))

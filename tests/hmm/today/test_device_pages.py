@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from area import BASE
 
-from hmm import commands_device, commands_hmm, commands_process, cpu_pte
+from hmm import (
+    commands_device,
+    commands_file,
+    commands_hmm,
+    commands_process,
+    commands_userfaultfd,
+    cpu_pte,
+)
 from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.fault_pages import WRITTEN
@@ -487,3 +494,20 @@ def test_pages_in_coherent_memory_are_not_freed_lazily(bench: Any) -> None:
     bench.call(commands_process.madvise, bench.process, bench.span(0).start, PAGE_SIZE, Advice.FREE)
     assert bench.entry(0) == before
     assert cpu_pte.is_dirty(before)
+
+
+def test_zero_page_of_a_file_stays_when_it_was_told_of(bench: Any) -> None:
+    """__migrate_device_pages() tells of the first hole; then migrate_vma_insert_page() asks vma_is_anonymous()."""
+    file = bench.call(commands_file.open_file, "data", create=True)
+    bench.call(commands_file.truncate_file, file, 4 * PAGE_SIZE)
+    span = bench.span(0, 4)
+    how = Prot.READ | Prot.WRITE, MapFlag.PRIVATE | MapFlag.FIXED
+    bench.call(commands_process.mmap, bench.process, span.start, span.size_bytes, *how, file)
+    handler = bench.call(commands_userfaultfd.create_userfaultfd, bench.process)
+    bench.call(commands_userfaultfd.uffd_register, handler, span, 1)
+    bench.call(commands_userfaultfd.uffd_zeropage, handler, bench.span(1))
+    bench.heard.events.clear()
+    assert not bench.to_device(0, 4).src.any()
+    assert [event.spans for event in bench.heard.events] == [(span,), (bench.span(1, 3),)]
+    assert bench.used == 0
+    bench.local.machine.check()
