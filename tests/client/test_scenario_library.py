@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import hmm_client
+from hmm_client.embedded import EmbeddedDaemon
 from hmm_client.harness.holds import HoldPoint
 from hmm_client.harness.misbehaviour import Kind
 from hmm_client.scenario import Scenario, ScenarioError, StepReport, library, read_scenario, run_scenario
@@ -45,6 +47,35 @@ async def test_scenario_comes_out_as_it_says(run: Run, name: str) -> None:
     """What the library says happens, happens."""
     reports = await run(library.find(name))
     assert [(report.step.line, report.wrong) for report in reports if report.wrong] == []
+
+
+@pytest.mark.slow
+async def test_programs_end_with_their_scenario_when_the_daemon_goes_away(tmp_path: Path) -> None:
+    """What cannot be let go any more, a hold, keeps no process alive."""
+    program, pid_file = tmp_path / "program.py", tmp_path / "pid"
+    program.write_text(
+        "import os, pathlib\n"
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+        "print('{\"ready\": {}}', flush=True)\n"
+        "input()\n"
+    )
+    (tmp_path / "gone.toml").write_text(
+        f'title = "gone"\n[processes.app]\n[programs.gpu]\ncommand = ["python", "{program}"]\n'
+        '[[steps]]\nhold = "end"\npoint = "before the end"\noperation = "munmap"\n'
+    )
+    daemon = EmbeddedDaemon(tmp_path, harness=True)
+    try:
+        steps = run_scenario(
+            read_scenario(tmp_path / "gone.toml"), lambda name: hmm_client.connect(daemon.target, name=name)
+        )
+        assert not (await anext(steps)).wrong
+        daemon.process.kill()
+        daemon.process.wait()
+        await steps.aclose()
+    finally:
+        daemon.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
 
 
 @pytest.mark.slow

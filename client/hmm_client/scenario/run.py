@@ -124,7 +124,7 @@ class _Run:
 
     async def _end(self) -> None:
         for hold in self._actions.holds.values():
-            with suppress(HoldEndedError):
+            with suppress(HoldEndedError, DaemonError):
                 await hold.__aexit__(None, None, None)
         for program in self._actions.programs.values():
             await program.kill()
