@@ -103,8 +103,8 @@ class Invalidation:
             audience = notifier.audience(event)
         if notifier.revision != event.revision:
             event = self._event()  # numbered when it is sent, so that revisions ascend
-        notifier.mark(event)
         if audience is not None:
+            notifier.mark(event, audience)
             yield from notifier.broadcast(event, audience, certain=self.certain)
 
     def _late_answers(self, event: Event) -> Operation[None]:
@@ -335,9 +335,9 @@ class Notifier:
         """
         return Invalidation(self, self.current.operation_id, cause, spans, owner, blockable, certain, initiator)
 
-    def mark(self, event: Event) -> None:
-        """Make the sequence odd: from now on a read section over the event's ranges must be repeated."""
-        if event.reason is not None:
+    def mark(self, event: Event, audience: Audience) -> None:
+        """Make the sequence odd if a subscription hears of it: from now on its read sections must be repeated."""
+        if event.reason is not None and audience.selective:
             self.sequence |= 1
 
     def back_off(self, spans: Spans) -> Operation[None]:

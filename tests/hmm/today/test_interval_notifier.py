@@ -153,6 +153,22 @@ def test_remove_waits_when_an_invalidation_runs(bench: Any) -> None:
     assert removal.done
 
 
+def test_remove_does_not_wait_when_what_changes_concerns_a_mirror_of_2015_alone(bench: Any) -> None:
+    """mn_itree_inv_start_range() makes the sequence odd only if a subscription overlaps."""
+    machine = bench.local.machine
+    old = bench.call(commands_device.register_mirror, bench.call(commands_device.register_device, "old"), bench.process)
+    bench.call(commands_hmm.remove_notifier, bench.mirror, bench.notifier)
+    number = bench.call(commands_hmm.insert_notifier, bench.mirror, bench.span(8).start, PAGE_SIZE)
+    call = machine.start(Caller(), commands_process.munmap, bench.process, BASE, PAGE_SIZE)
+    (told,) = machine.take_outbox()
+    assert told.mirror_id == old
+    removal = machine.start(Caller(), commands_hmm.remove_notifier, bench.mirror, number)
+    assert removal.done
+    machine.answer(old, told.sequence)
+    machine.resume(call.id)
+    machine.check()
+
+
 def test_remove_fails_when_called_inside_a_callback(bench: Any) -> None:
     """It would wait for the callback that it is called from: EDEADLK."""
     errors: list[HmmError] = []
