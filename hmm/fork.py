@@ -283,7 +283,8 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     frames = parent.frames
     given_back = cpu_pte.is_device_exclusive(entries)
     kept = entries & ~np.uint64(cpu_pte.EXCLUSIVE)
-    kept[given_back] |= np.uint64(cpu_pte.PRESENT | DIRTIED)
+    kept[given_back] |= np.uint64(cpu_pte.PRESENT)
+    kept[given_back & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)  # as in _read_only()
     parent.table.store(addresses, kept)
     copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
     frames.copy(copies, cpu_pte.cpu_pfn(entries))

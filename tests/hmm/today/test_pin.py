@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
+from hmm.clear_refs import ClearRefs
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
@@ -214,3 +215,17 @@ def test_unpin_is_refused_when_the_pin_is_somebody_elses(bench: Any) -> None:
         assert machine.start(Caller(token="yours"), commands_process.unpin, record.result).result
     machine.start(owner, commands_process.unpin, record.result)
     assert not machine.pins
+
+
+@pytest.mark.parametrize("prot", [Prot.READ, Prot.READ | Prot.WRITE])
+def test_fork_gives_a_pinned_page_back_from_its_device_as_written_when_the_cpu_may_write_it(
+    bench: Any, prot: Prot
+) -> None:
+    """restore_exclusive_pte() calls pte_mkdirty() if the exclusive entry is a writable one, and else leaves it."""
+    pin(bench, 0, write=True)
+    bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+    bench.call(commands_process.mprotect, bench.process, bench.span(0).start, PAGE_SIZE, prot)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    bench.call(commands_process.fork, bench.process)
+    assert bool(bench.entry(0) & cpu_pte.SOFT_DIRTY) == bool(prot & Prot.WRITE)
+    bench.local.machine.check()
