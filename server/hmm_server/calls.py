@@ -107,11 +107,13 @@ def not_made(name: str, error: BaseException, record: OperationRecord[Any] | Non
     """Why the call of that name in a batch or on a session was not made, or that it hit a bug.
 
     Args:
-        record: the call, if it was.
+        record: the call, if it was started.
     """
+    operation_id = record.id if record is not None else 0
     if isinstance(error, HmmError):
-        return to_call_result(error.named(name.replace("_", " ")))
+        return to_call_result(error.named(name.replace("_", " ")), operation_id)
     if isinstance(error, DrainingError):
         return types_pb2.CallResult(reason=DRAINING_REASON, message="the daemon is ending")
     log.error("%s hit a bug", name, exc_info=error, extra=about(record))
-    return types_pb2.CallResult(reason=INTERNAL_REASON, message="a bug of the daemon; see its log")
+    message = "a bug of the daemon; see its log"
+    return types_pb2.CallResult(operation_id=operation_id, reason=INTERNAL_REASON, message=message)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmm import pte
-from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, process_pb2, range_pb2, session_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, inspection_pb2, process_pb2, range_pb2, session_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -328,6 +328,16 @@ async def test_call_is_not_made_when_it_makes_no_sense(mirrored: Any) -> None:
     their_device = await theirs.make("register_device", device_pb2.RegisterDeviceRequest(name="theirs"))
     taking = device_pb2.UnregisterDeviceRequest(device_id=their_device.device_id)
     assert (await driver.make("unregister_device", taking)).reason == "NOT_OWNER"
+
+
+async def test_call_that_was_started_and_not_made_names_its_operation(mirrored: Any) -> None:
+    """It can be asked for, as any other; what was not even started has no number."""
+    served, driver, _, _ = mirrored
+    refused = await driver.make("discard_range", device_pb2.DiscardRangeRequest(mirror_id=99))
+    request = inspection_pb2.GetOperationRequest(operation_id=refused.operation_id)
+    operation = (await served.inspection.GetOperation(request)).operation
+    assert (operation.name, operation.result.reason) == ("discard_range", refused.reason)
+    assert (await driver.make("fault", device_pb2.FaultRequest(mirror_id=99))).operation_id == 0
 
 
 async def test_call_is_not_made_when_its_number_is_under_way(mirrored: Any) -> None:
