@@ -200,8 +200,10 @@ class Daemon:
         self.health_target = listen_for_health(server, self.config)
         await server.start()
         log.info("health checks at %s", self.health_target)
-        yield
-        await server.stop(LAST_S)
+        try:
+            yield
+        finally:
+            await server.stop(LAST_S)
 
     async def drain(self) -> None:
         """End in good order."""

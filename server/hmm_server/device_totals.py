@@ -74,7 +74,7 @@ class Totals:
         self._past.setdefault(served.receiver.device.id, DeviceTotals()).add(served.receiver, served)
 
     def now(self) -> dict[str, DeviceTotals]:
-        """The totals of every device that is registered, by its name."""
+        """The totals of the devices that are registered, by name, which several may have."""
         machine = self._machine
         self._past = {number: totals for number, totals in self._past.items() if number in machine.devices}
         found: dict[DeviceId, DeviceTotals] = {}
@@ -85,4 +85,7 @@ class Totals:
         for receiver in machine.receivers.values():
             if receiver.device.id in found:
                 found[receiver.device.id].add(receiver, self._served.get(receiver.id))
-        return {machine.devices[number].name: totals for number, totals in found.items()}
+        named: dict[str, DeviceTotals] = {}
+        for number, totals in found.items():
+            named.setdefault(machine.devices[number].name, DeviceTotals()).merge(totals)
+        return named

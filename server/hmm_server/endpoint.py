@@ -47,9 +47,11 @@ def claimed(path: Path) -> Iterator[Path]:
         raise EndpointError(f"{path}: {error.strerror}: {error.filename}") from error
     try:
         _lock(lock, path)
-        _remove_stale(path)
-        yield path
-        path.unlink(missing_ok=True)
+        remove_stale(path)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(lock)
 
@@ -61,7 +63,12 @@ def _lock(lock: int, path: Path) -> None:
         raise EndpointError(f"{path}: another hmmd serves it") from None
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
+    """Remove a socket that nobody serves any more.
+
+    Raises:
+        EndpointError: something else is there.
+    """
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):

@@ -1,16 +1,16 @@
 """Metrics for Prometheus: what the counters say, by device and kind, whenever somebody asks.
 
 Nothing is counted here: a scrape reads the counters that are kept anyway, on the event loop, and the text is made and
-sent by a thread of its own.  Counters of mirrors are added up by device, those of mirrors that are gone included, so
-that no series ever falls while its device is there.
+sent by a thread of its own.  Counters of mirrors are added up by the name of their device, those of mirrors that are
+gone included, so that no series ever falls while its devices are there.
 
     hmmd_events_total{device="gpu0",type="munmap"} 12
 
 **Source**: the naming rules of Prometheus: base units (seconds, bytes), `_total` for counters, no label whose values
 a program can make without bound: devices have a limit, addresses, processes and mirrors are none of them.
 
-**Invariants**: a series of a device does not fall while the device is registered; a scrape never delays a callback by
-more than the reading of the counters.
+**Invariants**: no series comes twice; a series of a device does not fall while the device is registered; a scrape
+never delays a callback by more than the reading of the counters.
 
 **Absent**: per mirror figures (`GetStatistics`), who asks (endpoint: anybody who can connect).
 """
@@ -20,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import socketserver
 import threading
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from hmm.receiver import MirrorState
 from hmm_server import VERSION
 from hmm_server.config import ConfigError, is_port
 from hmm_server.device_totals import DeviceTotals
-from hmm_server.endpoint import EndpointError
+from hmm_server.endpoint import EndpointError, remove_stale
 from hmm_server.streams import Streams
 from hmm_server.traffic import LATENCY_BOUNDS_S
 
@@ -113,31 +114,33 @@ class DaemonCollector(Collector):
 
     def _frames(self) -> Iterator[Metric]:
         machine = self._streams.executor.machine
-        frames = GaugeMetricFamily(
-            "hmmd_frames", "Frames of 4096 bytes, by memory and state.", labels=["memory", "kind", "state"]
-        )
+        counts: Counter[tuple[str, ...]] = Counter()
         for region in machine.frames.regions:
             device = machine.devices.get(region.owner)
             memory = device.name if device else "system"
-            frames.add_metric([memory, region.kind.value, "used"], region.used)
-            frames.add_metric([memory, region.kind.value, "free"], region.free)
-        yield frames
+            counts[memory, region.kind.value, "used"] += region.used
+            counts[memory, region.kind.value, "free"] += region.free
+        yield _gauge("frames", "Frames of 4096 bytes, by memory and state.", ("memory", "kind", "state"), counts)
 
     def _mirrors(self) -> Iterator[Metric]:
         machine = self._streams.executor.machine
-        mirrors = GaugeMetricFamily(
-            "hmmd_mirrors", "Mirrors that exist, by device and state.", labels=["device", "state"]
-        )
-        unanswered = GaugeMetricFamily(
-            "hmmd_unanswered_events", "Events that drivers have not answered yet, by device.", labels=["device"]
-        )
-        for device in machine.devices.values():
-            own = [receiver for receiver in machine.receivers.values() if receiver.device is device]
-            for state in MirrorState:
-                mirrors.add_metric([device.name, state.value], sum(one.state is state for one in own))
-            unanswered.add_metric([device.name], sum(len(one.unanswered) for one in own))
-        yield mirrors
-        yield unanswered
+        names = [device.name for device in machine.devices.values()]
+        mirrors: Counter[tuple[str, ...]] = Counter({(name, state.value): 0 for name in names for state in MirrorState})
+        unanswered: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in names})
+        for receiver in machine.receivers.values():
+            mirrors[receiver.device.name, receiver.state.value] += 1
+            unanswered[receiver.device.name,] += len(receiver.unanswered)
+        yield _gauge("mirrors", "Mirrors that exist, by device and state.", ("device", "state"), mirrors)
+        text = "Events that drivers have not answered yet, by device."
+        yield _gauge("unanswered_events", text, ("device",), unanswered)
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], counts: Mapping[tuple[str, ...], int]) -> Metric:
+    # Counted first, since two devices may have one name.
+    family = GaugeMetricFamily(f"hmmd_{name}", text, labels=labels)
+    for values, count in counts.items():
+        family.add_metric(values, count)
+    return family
 
 
 # ---- devices
@@ -265,7 +268,7 @@ def serving_metrics(place: str, streams: Streams) -> Iterator[str]:
     host, port, path = _parse(place)
     try:
         if path:
-            path.unlink(missing_ok=True)
+            remove_stale(path)
             server: WSGIServer = _UnixServer(str(path), _Handler)
             server.set_app(app)
             path.chmod(0o600)

@@ -52,6 +52,18 @@ def test_stale_socket_is_replaced(place: Path) -> None:
         assert not place.exists()
 
 
+def test_socket_is_removed_when_serving_fails(place: Path) -> None:
+    """A daemon that cannot serve its TCP port leaves no socket behind that nobody listens on."""
+
+    def fail(path: Path) -> None:
+        path.touch()
+        raise EndpointError("the port is taken")
+
+    with pytest.raises(EndpointError, match="taken"), claimed(place) as path:
+        fail(path)
+    assert not place.exists()
+
+
 def test_claim_is_refused_when_something_else_is_there(place: Path) -> None:
     """A file that is no socket is not thrown away."""
     place.parent.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from typing import Any
 
 import pytest
@@ -106,6 +107,18 @@ async def test_series_of_a_device_do_not_fall_when_its_mirror_goes(mirrored: Any
     assert not [name for name in values(await get(served.daemon.metrics_place)) if "device=gpu0" in name]
 
 
+async def test_devices_of_one_name_are_one_series(mirrored: Any) -> None:
+    """Two series with the same labels would make a scrape worthless: what they count is added up."""
+    served, driver, pid, _ = mirrored
+    second = await driver.mirror(pid)
+    await driver.fault(second, BASE, END)
+    text = await get(served.daemon.metrics_place)
+    samples = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    found = values(text)
+    assert (found["hmmd_faults_total{device=gpu0}"], found["hmmd_mirrors{device=gpu0,state=live}"]) == (2, 2)
+
+
 async def test_names_follow_the_conventions(mirrored: Any) -> None:
     """A prefix, base units, help for every family, and no label that a program can fill without bound."""
     served, *_ = mirrored
@@ -123,20 +136,26 @@ async def test_names_follow_the_conventions(mirrored: Any) -> None:
 
 
 async def test_scrape_on_a_unix_socket_is_for_the_owner_only(served: Any, tmp_path: Any) -> None:
-    """As the daemon's own socket; it is gone with the server, and whatever was there before is replaced."""
+    """As the daemon's own socket; it is gone with the server, and one that was left behind is replaced."""
     path = tmp_path / "metrics.sock"
-    path.touch()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
     with serving_metrics(f"unix:{path}", served.daemon.streams) as where:
         assert path.stat().st_mode & 0o777 == 0o600
         assert "hmmd_build_info" in await get(where)
     assert not path.exists()
 
 
-async def test_place_that_is_not_understood_or_taken_is_refused(served: Any) -> None:
-    """A word is no port; a port that somebody listens on is not ours."""
+async def test_place_that_is_not_understood_or_taken_is_refused(served: Any, tmp_path: Any) -> None:
+    """A word is no port; a port that somebody listens on is not ours; a file that is no socket is not thrown away."""
     for place in ("everywhere", "localhost:", "127.0.0.1:99999"):
         with pytest.raises(ConfigError, match="PORT"), serving_metrics(place, served.daemon.streams):
             pass
+    precious = tmp_path / "precious"
+    precious.touch()
+    with pytest.raises(EndpointError, match="no socket"), serving_metrics(f"unix:{precious}", served.daemon.streams):
+        pass
+    assert precious.exists()
     with serving_metrics("0", served.daemon.streams) as where:
         port = where.removesuffix("/metrics").rpartition(":")[2]
         with pytest.raises(EndpointError, match="cannot serve metrics"), serving_metrics(port, served.daemon.streams):
