@@ -440,10 +440,10 @@ class Streams:
                 self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
             latency_s = now_s - posting.sent_s
             served.note_answer(sequence, latency_s, now_ns)
-            if self.observers.watchers:
-                self.observers.publish(
-                    partial(_settled, served.id, sequence, EventState.ACKNOWLEDGED, errno, latency_s)
-                )
+            assert posting.dispatch is not None
+            state = posting.dispatch.state_of(served.id)
+            if state is not EventState.ABANDONED:  # which was told when it came about
+                self.observers.publish(partial(_settled, served.id, sequence, state, errno, latency_s))
 
     def _acknowledged_together(self, posting: Posting) -> None:
         """All of a group have answered an event, which nobody had answered before."""

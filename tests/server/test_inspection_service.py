@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from hmm_proto.v1 import device_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -117,6 +117,34 @@ async def test_watch_tells_events_answers_operations_and_losses(mirrored: Any) -
     driver.call.cancel()
     await _collect(watching, seen, lambda: seen[-1].HasField("mirror_lost"))
     assert seen[-1].mirror_lost.mirror_id == mirror
+
+
+async def test_watch_tells_how_events_ended(serve: Any) -> None:
+    """An event that may not block can be refused; one that was abandoned ends once, whenever its answer comes."""
+    served = await serve(acknowledgement_s=600.0)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    driver = await served.driver()
+    mirror = await driver.mirror(pid, policy=types_pb2.DEADLINE_POLICY_FAIL)
+    await driver.fault(mirror, BASE, END)
+    watching = served.inspection.Watch(inspection_pb2.WatchRequest())
+    await watching.read()
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
+    late = await driver.events.get()
+    await served.let_deadlines_pass()
+    assert (await unmapping).result.errno == errnos.ETIMEDOUT
+    await driver.acknowledge(late)
+    release = process_pb2.ProcessMreleaseRequest(process_id=pid)
+    releasing = asyncio.ensure_future(served.process.ProcessMrelease(release))
+    refused = await driver.events.get()
+    answer = event_pb2.Answer(mirror_id=mirror, event_sequence=refused.event_sequences[0], errno=errnos.EAGAIN)
+    await driver.answer(answers=[answer])
+    assert (await releasing).result.errno == errnos.EAGAIN
+    seen: list[tuple[int, int]] = []
+    while len(seen) < 2:
+        told = (await watching.read()).observations
+        seen += [(one.settled.event_sequence, one.settled.state) for one in told if one.HasField("settled")]
+    assert seen == [(1, types_pb2.EVENT_STATE_ABANDONED), (2, types_pb2.EVENT_STATE_REFUSED)]
 
 
 async def test_watch_leaves_out_other_mirrors_and_owners(served: Any) -> None:
