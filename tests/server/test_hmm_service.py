@@ -90,6 +90,7 @@ async def test_driver_needs_nothing_but_unary_calls_and_a_stream(attached: Attac
     )
     event = await attached.event()
     assert (event.reason, event.initiator) == (types_pb2.REASON_MIGRATE, attached.mirror)
+    assert event.notifier_seq % 2 == 1
     await attached.acknowledge(event)
     await attached.acknowledge(await attached.event())  # holes are filled: told once more
     moved = await migrating
