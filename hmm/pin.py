@@ -1,8 +1,8 @@
 """Pinning: pages are brought in and kept where they are, for DMA by devices that cannot fault.
 
-A pinned private page must be the one that its process keeps: what is shared by fork, or still the file's or the zero
-page, is copied first, even when it is only to be read.  A page that is there is not used by being pinned: its entry
-stays as old or clean as it was.
+A pinned private page must be the one that its process keeps: what is shared by fork is copied first, even when it is
+only to be read, and for a long pin what is still the file's or the zero page.  A page that is there is not used by
+being pinned: its entry stays as old or clean as it was.
 
 A page in the private memory of a device comes back first, as at every touch.  One in coherent memory stays there for
 a short pin, and is moved to system memory for a long one: a device's memory must be able to be emptied.
@@ -63,7 +63,7 @@ def pin_user_pages(space: AddressSpace, span: AddressRange, *, write: bool, long
 
     Args:
         span: page-aligned.
-        long_term: FOLL_LONGTERM: out of devices' memory.
+        long_term: FOLL_LONGTERM: out of devices' memory; pages of private mappings that are the process's own.
 
     Returns: int64[npages], their frames, to be given to `Frames.unpin`.
 
@@ -128,7 +128,7 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
             if not entries.size:
                 continue
         piece = AddressRange(piece.start, piece.start + (entries.size << PAGE_SHIFT))
-        shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries)
+        shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries, long_term)
         if not shared.any():
             pfns = cpu_pte.cpu_pfn(entries)
             on_device = pfns[owners(space.frames, pfns) != 0] if long_term else pfns[:0]
@@ -150,8 +150,13 @@ def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Op
         raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
 
 
-def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) -> npt.NDArray[np.bool_]:
-    """gup_must_unshare(): pages of private mappings that this process does not have to itself."""
+def _to_be_unshared(
+    space: AddressSpace, piece: AddressRange, entries: Entries, long_term: bool
+) -> npt.NDArray[np.bool_]:
+    """gup_must_unshare(): pages of private mappings that this process does not have to itself.
+
+    A short pin does not mind pages of files and the zero page, as it need not see what is written afterwards.
+    """
     vma = space.vmas.find(piece.start)
     assert vma is not None
     if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE | VmFlag.HUGETLB) != VmFlag.MAYWRITE:
@@ -159,6 +164,8 @@ def _to_be_unshared(space: AddressSpace, piece: AddressRange, entries: Entries) 
     pfns = cpu_pte.cpu_pfn(entries)
     shared: npt.NDArray[np.bool_] = ~cpu_pte.is_writable(entries)
     shared &= ~space.frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    if not long_term:
+        shared &= space.frames.test_flags(pfns, PageFlag.ANON)
     return shared
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.file import File, FileKind
-from hmm.frames import PageFlag
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
 from hmm.madvise import Advice
@@ -357,14 +357,17 @@ class Contents:
             self.known[child.id, page] = Known(0 if vma.flags & VmFlag.WIPEONFORK else known.byte)
 
     def _learn_pinned(self, record: OperationRecord[Any], one: _UnderWay, space: AddressSpace) -> None:
-        """A private page is its process's alone now, and stays where it is."""
+        """A private page is its process's alone now, and stays where it is; a short pin may be of the zero page."""
         _, span, *_ = record.arguments
-        pfns = self.machine.pins[record.result].pfns.tolist()
+        pin = self.machine.pins[record.result]
+        pfns = pin.pfns.tolist()
         frames = self.pinned[record.result] = {}
         for page in self._pages(((span.start, span.size_bytes),)):
             vma = _vma(space, page)
             if vma is not None and vma.backing is None and one.is_undisturbed((space.id, page)):
-                frames[space.id, page] = pfns[(page - span.start) >> PAGE_SHIFT]
+                pfn = pfns[(page - span.start) >> PAGE_SHIFT]
+                if pin.long_term or pfn != ZERO_PFN:
+                    frames[space.id, page] = pfn
 
     # ---- what calls read
 

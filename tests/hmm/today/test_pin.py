@@ -25,6 +25,7 @@ from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
+RW = Prot.READ | Prot.WRITE
 FILE = MapFlag.PRIVATE | MapFlag.FIXED
 
 
@@ -49,6 +50,22 @@ def test_pin_for_reading_copies_the_zero_page(bench: Any) -> None:
     assert pinned(bench, 0) == 1
     bench.call(commands_process.unpin, number)
     assert pinned(bench, 0) == 0
+    bench.local.machine.check()
+
+
+def test_short_pin_for_reading_takes_the_pages_of_files_and_the_zero_page(bench: Any) -> None:
+    """gup_must_unshare(): without FOLL_LONGTERM only pages that are PageAnon() and shared are copied."""
+    file = bench.call(commands_file.open_file, "f", create=True)
+    bench.call(commands_file.truncate_file, file, PAGE_SIZE)
+    bench.call(commands_process.mmap, bench.process, bench.span(1).start, PAGE_SIZE, RW, FILE, file)
+    bench.write(2, b"x")
+    bench.call(commands_process.fork, bench.process)
+    told = len(bench.heard.events)
+    pin_number = bench.call(commands_process.pin, bench.process, bench.span(0, 3), write=False, long_term=False)
+    assert [event.spans for event in bench.heard.events[told:]] == [(bench.span(2),)]
+    assert cpu_pte.is_special(bench.entry(0))
+    assert not bench.local.machine.frames.flags_of(cpu_pte.cpu_pfn(bench.entry(1))) & PageFlag.ANON
+    bench.call(commands_process.unpin, pin_number)
     bench.local.machine.check()
 
 
