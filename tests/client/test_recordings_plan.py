@@ -585,6 +585,20 @@ def test_ring_has_the_length_that_the_layout_gives_when_io_setup_maps_it() -> No
     assert steps[2] == Failed(steps[2].origin, "EINVAL", None)
 
 
+def test_plan_names_the_line_when_a_call_that_ran_beside_another_is_not_understood() -> None:
+    """Which of two calls came first is asked before what they mean."""
+    with pytest.raises(RecordingError, match=r"strace\.log:3: mremap: 'foo' is not a number"):
+        plan(
+            f"""
+            {START}
+            1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_SIGHAND|CLONE_THREAD) = 2
+            1 mremap(foo, 4096, 8192, MREMAP_MAYMOVE <unfinished ...>
+            2 mmap(NULL, 4096, {ANON}) = 0x9000
+            1 <... mremap resumed>) = 0x7000
+            """
+        )
+
+
 def test_segment_has_its_length_when_shmget_was_recorded() -> None:
     """shmat says no length; pages of hugetlb are larger."""
     steps = plan(

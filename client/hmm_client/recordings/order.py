@@ -103,7 +103,7 @@ def _handed_over(calls: Sequence[Call], spaces: Mapping[int, int]) -> list[tuple
             if spaces.get(other.pid, other.pid) != spaces.get(call.pid, call.pid):
                 continue
             for giver, taker in ((call, other), (other, call)):
-                if _overlap(_given(giver), _taken(taker)):
+                if _overlap(_exchanged(giver)[0], _exchanged(taker)[1]):
                     givers[giver.line] = giver
                     takers.setdefault(giver.line, []).append(taker)
         if call.is_split:
@@ -113,6 +113,14 @@ def _handed_over(calls: Sequence[Call], spaces: Mapping[int, int]) -> list[tuple
 
 def _overlap(left: tuple[int, int] | None, right: tuple[int, int] | None) -> bool:
     return left is not None and right is not None and left[0] < right[1] and right[0] < left[1]
+
+
+def _exchanged(call: Call) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The addresses that a call gave back and handed out; of one that is not understood, its step will say so."""
+    try:
+        return _given(call), _taken(call)
+    except (ValueError, IndexError):
+        return None, None
 
 
 def _given(call: Call) -> tuple[int, int] | None:
