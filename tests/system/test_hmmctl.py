@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -325,6 +326,17 @@ async def test_replay_prints_one_object_when_json_is_asked_for() -> None:
         assert (value["program"], value["calls"], value["vmas"]) == ("true", 14, 19)
         assert value["differences"] == value["placements"] == value["violations"] == 0
         assert min(value["faults"], value["events"]) > 0
+
+
+async def test_replay_reports_unknown_calls_when_json_is_asked_for(daemon: Daemon, tmp_path: Path) -> None:
+    """Its object has no place for them, so they go to stderr: they are never dropped silently."""
+    folder = shutil.copytree(DATA / "real-programs" / "true", tmp_path / "true")
+    log = (folder / "strace.log").read_text().replace("brk(NULL)", "mnovel(NULL)", 1)
+    (folder / "strace.log").write_text(log)
+    done = await hmmctl("replay", "-t", daemon.target, "--format", "json", folder)
+    assert len(done.values) == 1
+    assert "true: Unknown calls, not replayed:" in done.stderr
+    assert "mnovel(NULL)" in done.stderr
 
 
 async def test_replay_replays_the_others_when_one_recording_is_unusable(daemon: Daemon, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ MIGRATE_PAGES = 64
 ACKNOWLEDGEMENT_S = 30.0
 """Of a daemon of our own: a slow machine is no hanging device."""
 SHOWN = 10
+UNKNOWN = "Unknown calls, not replayed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def command(
             outcomes.append(run(_replay(recording, where, (target, small), devices, device_pages if migrate else 0)))
             if form == JSON:
                 print_json(_as_json(outcomes[-1]))
+                _print_some(f"{recording.program}: {UNKNOWN}", outcomes[-1].replayed.unknown, err=True)
             else:
                 _print(outcomes[-1])
     if len(outcomes) < max(1, len(folders)):
@@ -222,7 +224,7 @@ def _print(outcome: Outcome) -> None:
         ("Calls that ended otherwise", replayed.outcomes),
         ("Mappings that differ", replayed.layout),
         ("Violations", outcome.violations),
-        ("Unknown calls, not replayed", replayed.unknown),
+        (UNKNOWN, replayed.unknown),
         ("Mappings that would have gone elsewhere", replayed.placed),
     ):
         _print_some(heading, [str(item) for item in items])
@@ -244,10 +246,10 @@ def _row(device: DeviceReport) -> tuple[object, ...]:
     )
 
 
-def _print_some(heading: str, items: list[str]) -> None:
+def _print_some(heading: str, items: list[str], *, err: bool = False) -> None:
     if items:
-        click.echo(f"\n{heading}:")
+        click.echo(f"\n{heading}:", err=err)
     for item in items[:SHOWN]:
-        click.echo(f"  {item}".replace("\n", "\n  "))
+        click.echo(f"  {item}".replace("\n", "\n  "), err=err)
     if len(items) > SHOWN:
-        click.echo(f"  and {len(items) - SHOWN:,} more")
+        click.echo(f"  and {len(items) - SHOWN:,} more", err=err)
