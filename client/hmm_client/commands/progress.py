@@ -15,6 +15,9 @@ import click
 LINE_EVERY_S = 5.0
 """Without a terminal: one line at most so often."""
 
+BAR_CHARACTERS = 24
+"""So long that in 80 columns there is room for what is done now."""
+
 
 class Progress:
     """Progress towards a known total; to be used in `with`."""
@@ -34,13 +37,14 @@ class Progress:
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
+                progress.BarColumn(BAR_CHARACTERS),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[now]}"),  # behind the rest, which its length must not move
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self._what, total=self._total)
+            self._task = self._bar.add_task(self._what, total=self._total, now="")
             self._bar.start()
         return self
 
@@ -54,7 +58,7 @@ class Progress:
         """So many steps further; `what` says what is done now."""
         self._done += steps
         if self._bar is not None:
-            self._bar.update(self._task, advance=steps, description=f"{self._what} {what}".rstrip())
+            self._bar.update(self._task, advance=steps, now=what)
             return
         now = time.monotonic()
         if now - self._said_at >= LINE_EVERY_S:

@@ -110,8 +110,8 @@ def _print(reports: list[TraceReport], show: int) -> None:
     for report in reports:
         groups.setdefault((report.trace.header.set, report.trace.header.kind), []).append(report)
     rows = [(*group, *_row(groups[group])) for group in sorted(groups)]
-    of_levels = (head for level in Level for head in (f">{level.value}", ">differences"))
-    heads = ("set", "class", ">traces", ">operations", *of_levels)
+    of_levels = (head for level in Level for head in (f">{level.value}", ">differ"))
+    heads = ("set", "class", ">traces", ">ops", *of_levels)
     print_table(heads, [*rows, ("all", "", *_row(reports))])
     found = [difference for report in reports for difference in report.differences]
     differences = sorted(found, key=lambda difference: list(Level).index(difference.level))
