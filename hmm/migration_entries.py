@@ -72,9 +72,17 @@ _DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESEN
 _HUGE_WRITTEN, _SOFT_DIRTY = np.uint64(cpu_pte.HUGE | cpu_pte.DIRTY), np.uint64(cpu_pte.SOFT_DIRTY)
 _MAPPED = np.array(cpu_pte.PRESENT | cpu_pte.DEVICE, np.uint64)
 _PAGE_STATE = np.array(
-    PageFlag.ANON | PageFlag.ANON_EXCLUSIVE | PageFlag.SWAPBACKED | PageFlag.DIRTY | PageFlag.KSM | PageFlag.COMPOUND,
+    PageFlag.ANON
+    | PageFlag.ANON_EXCLUSIVE
+    | PageFlag.SWAPBACKED
+    | PageFlag.DIRTY
+    | PageFlag.KSM
+    | PageFlag.COMPOUND
+    | PageFlag.REFERENCED
+    | PageFlag.ACTIVE,
     np.uint16,
 )
+"""What goes with a page: folio_migrate_flags(), folio_migrate_mapping()."""
 
 _MIGRATIONS = {
     Cause.MIGRATE_TO_DEVICE, Cause.MIGRATE_TO_SYSTEM, Cause.MIGRATE_SHARED, Cause.MEMORY_FAILURE,
@@ -219,9 +227,9 @@ def unmap_everywhere(
 def replace(held: HeldPages, targets: Pfns) -> None:
     """End the migration: entries of `held.pfns[i]` become entries of `targets[i]`, which may be the same frame.
 
-    What the page was (anonymous, exclusive to one process, dirty, part of a large folio) goes with it: of large folios
-    the new frames are one too.  The migration's reference of the old frame is dropped, and that of the new one, if
-    it is another: or passes to the entry where each page has one in one VMA.
+    What the page was (anonymous, exclusive to one process, dirty, used, part of a large folio) goes with it: of large
+    folios the new frames are one too.  The migration's reference of the old frame is dropped, and that of the new one,
+    if it is another: or passes to the entry where each page has one in one VMA.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
     """

@@ -24,6 +24,7 @@ from hmm.madvise import Advice
 from hmm.migration import MIGRATE, VALID, WRITE
 from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller
+from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -511,3 +512,14 @@ def test_zero_page_of_a_file_stays_when_it_was_told_of(bench: Any) -> None:
     assert [event.spans for event in bench.heard.events] == [(span,), (bench.span(1, 3),)]
     assert bench.used == 0
     bench.local.machine.check()
+
+
+def test_page_stays_referenced_when_it_moves(bench: Any) -> None:
+    """folio_migrate_flags() hands it on; smaps asks folio_test_referenced(), on the device and back."""
+    bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))  # FOLL_TOUCH
+    bench.call(commands_hmm.give_back_exclusive, bench.mirror)
+    space = bench.local.machine.processes[bench.process].space
+    vma = space.vmas.find(bench.span(0).start)
+    for move in (bench.to_device, bench.to_system):
+        move(0, 1)
+        assert memory_use(space, vma).referenced == PAGE_SIZE
