@@ -29,7 +29,7 @@ from hmm.operation import Operation
 from hmm.swap import area_of, free_entries, read_in, slots_of, some_room
 from hmm.swap_area import Slots
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, AddressRange, Entries, Pfns
-from hmm.vma import Vma
+from hmm.vma import Vma, VmFlag
 
 __all__ = ["read_ahead"]
 
@@ -75,8 +75,8 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
     pfns = _cache(frames, slots)
     frames.map(pfns)
     free_entries(frames, slots, dirty=write)
-    # do_swap_page(): a page that this process alone has, by the marker or because it is about to copy it otherwise.
-    exclusive = marked | (frames.refcount[pfns] == 1) if write else marked
+    # do_swap_page(): a page that this process alone has, by the marker, or as should_try_to_free_swap() lets it look.
+    exclusive = marked | (frames.refcount[pfns] == 1) if write or vma.has(VmFlag.LOCKED) else marked
     flags = (entries & np.uint64(cpu_pte.SOFT_DIRTY)) | np.uint64(READ_ONLY)
     if vma.writable:
         tracked = not write and not space.is_soft_dirty(vma)  # pte_needs_soft_dirty_wp()

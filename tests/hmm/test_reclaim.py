@@ -25,6 +25,7 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.madvise import Advice
+from hmm.mlock import MlockFlag
 from hmm.operation import Await, WaitFor
 from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, VALID
@@ -282,6 +283,19 @@ def test_exclusive_page_is_writable_at_once_when_it_comes_back() -> None:
     memory.call(processes.mprotect, memory.pid, START, PAGE_SIZE, Prot.READ)
     memory.read(span(0))
     assert not cpu_pte.is_writable(memory.entries(span(0))[0])
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_page_that_nobody_else_has_is_writable_at_once_when_it_is_read_back_into_locked_memory(locked: bool) -> None:
+    """should_try_to_free_swap() is true for VM_LOCKED, so that do_swap_page() finds one reference; else for writes."""
+    memory = Memory()
+    memory.write(span(0))
+    memory.advise(span(0), Advice.PAGEOUT)
+    memory.call(processes.exit_process, memory.fork())
+    if locked:
+        memory.call(processes.mlock, memory.pid, START, PAGE_SIZE, MlockFlag.ONFAULT)
+    memory.read(span(0))
+    assert cpu_pte.is_writable(memory.entries(span(0))[0]) is locked
 
 
 def test_soft_dirty_survives_swap() -> None:
