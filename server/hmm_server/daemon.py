@@ -209,11 +209,11 @@ class Daemon:
         """End in good order."""
         log.info("draining: %d calls under way, %d streams open", len(self.executor.running), len(self.streams.open))
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.ensure_future(self._server.stop(self.config.drain_s + STOP_S))
-        await self.executor.drain(self.config.drain_s)
+        await self.executor.drain(self.config.drain_s)  # refuses what starts; answers that come one by one are taken
         for stream in list(self.streams.open.values()):
             stream.mailbox.close("the daemon is ending")
         self.observers.close()
+        stopping = asyncio.ensure_future(self._server.stop(STOP_S + LAST_S))
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self.guard.quiet()

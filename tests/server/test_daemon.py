@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, inspection_pb2, process_pb2, process_pb2_grpc, types_pb2
 from hmm_server import VERSION
 
 PAGE = 4096
@@ -192,6 +192,29 @@ async def test_drain_waits_for_answers_and_refuses_new_calls(serve: Any) -> None
     await draining
 
 
+async def test_drain_takes_answers_that_come_as_calls_of_their_own(serve: Any) -> None:
+    """A driver with a plain stream answers by Acknowledge, and is asked for that to the last."""
+    served = await serve(drain_s=60.0)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, BASE + PAGE)
+    stream = served.device.WatchEvents(device_pb2.WatchEventsRequest())
+    epoch = (await stream.read()).welcome.epoch
+    device = await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="gpu"))
+    request = device_pb2.RegisterMirrorRequest(device_id=device.device_id, process_id=pid, epoch=epoch)
+    await served.device.RegisterMirror(request)
+    unmapping = asyncio.ensure_future(served.munmap(pid, BASE, BASE + PAGE))
+    (event,) = (await stream.read()).events
+    draining = asyncio.ensure_future(served.daemon.drain())
+    await served.until(lambda: served.daemon.executor.draining)
+    answers = event_pb2.Acknowledgements(
+        epoch=epoch, mirror_ids=event.mirror_ids, acknowledged_up_to=event.event_sequences
+    )
+    await served.device.Acknowledge(device_pb2.AcknowledgeRequest(acknowledgements=answers))
+    result = (await unmapping).result
+    assert (result.errno, list(result.fenced_mirrors)) == (0, [])
+    await draining
+
+
 async def test_drain_fences_drivers_that_do_not_answer(serve: Any) -> None:
     """When the time is up, even a mirror with policy BLOCK is fenced, so that the call and the daemon end."""
     served = await serve(drain_s=0.05)
@@ -209,8 +232,6 @@ async def test_drain_fences_drivers_that_do_not_answer(serve: Any) -> None:
 
 async def test_drain_ends_watchers_and_streams(serve: Any) -> None:
     """Streams that would last for ever are told goodbye."""
-    from hmm_proto.v1 import device_pb2, inspection_pb2  # noqa: PLC0415
-
     served = await serve()
     watching = served.inspection.Watch(inspection_pb2.WatchRequest())
     await watching.read()
