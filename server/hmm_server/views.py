@@ -181,7 +181,7 @@ def on_devices(machine: Machine, pfns: Pfns) -> list[inspection_pb2.DevicePages]
 def directory_parts(
     machine: Machine, table: PageTable, span: AddressRange, frames: Callable[[Entries], Pfns]
 ) -> Iterator[inspection_pb2.GetPageTableResponse]:
-    """The directories of a table in messages, depth first.  The table may not change between two of them.
+    """The directories of a table in messages, depth first.  What changes between two of them is told as it is then.
 
     Args:
         frames: the frames that entries of this table name.
