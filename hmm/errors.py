@@ -56,8 +56,10 @@ class HmmError(Exception):
         hole_end: end of the unmapped hole that holds `address`, so that a caller can skip all of it.
         reason: a constant for programs; finer than the class where one class has several.
         violation: what a device did that it must not; None for every other error.
+        operation_id: the call that ended with it, where a runner notes that; 0: none.
     """
 
+    operation_id: int = 0
     errno_default: ClassVar[int] = errnos.EINVAL
     reason: str = "INVALID"
 

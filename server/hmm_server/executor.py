@@ -325,7 +325,9 @@ class Executor:
         self._end(record, running.started_s, running.then)
 
     def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any]) -> None:
-        if record.error is not None and not isinstance(record.error, HmmError):
+        if isinstance(record.error, HmmError):
+            record.error.operation_id = record.id
+        elif record.error is not None:
             log.error(
                 *("operation %d (%s) hit a bug", record.id, record.name),
                 exc_info=record.error,

@@ -116,6 +116,8 @@ class Guard(grpc.aio.ServerInterceptor):
             yield
         except HmmError as error:
             status = to_status(error.named(_in_words(method)))
+            if error.operation_id:
+                fields["operation_id"] = error.operation_id
         except UnknownTokenError:
             status = _status(code_pb2.UNAUTHENTICATED, "TOKEN", "a token is needed that this daemon knows")
         except DrainingError:

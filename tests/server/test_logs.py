@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hmm.errors import NoSuchObjectError
 from hmm_client import Driver, Event, connect
 from hmm_client.embedded import EmbeddedDaemon
 from hmm_server.logs import JsonFormatter
@@ -62,6 +63,9 @@ async def test_every_line_of_a_call_names_it_in_fields(tmp_path: Path) -> None:
         mirror = await (await driver.register_device("gpu0")).mirror(process, Hanging(), fault_events=False)
         await mirror.fault(mapped.span)
         unmapped = await process.munmap(mapped.address, 4096)
+        await process.exit()
+        with pytest.raises(NoSuchObjectError):
+            await process.mmap(4096)
     assert daemon.stop() == 0
     assert unmapped.fenced_mirrors == (mirror.id,)
     text = daemon.read_log()
@@ -74,5 +78,7 @@ async def test_every_line_of_a_call_names_it_in_fields(tmp_path: Path) -> None:
     assert "is lost" in lost["message"]
     assert (lost["mirror"], lost["device"]) == (1, "gpu0")
     assert all("operation_id" in line for line in lines if line["message"].startswith("operation "))
+    refused = next(line for line in lines if "there is no process" in line["message"] and "Mmap" in line["message"])
+    assert refused["operation_id"] > unmapped.operation_id
     assert any(line.get("driver") == "gpu driver" and line["pid"] > 0 for line in lines)
     assert "s3cret" not in text
