@@ -193,7 +193,7 @@ async def test_drain_waits_for_answers_and_refuses_new_calls(serve: Any) -> None
 
 
 async def test_drain_takes_answers_that_come_as_calls_of_their_own(serve: Any) -> None:
-    """A driver with a plain stream answers by Acknowledge, and is asked for that to the last."""
+    """A driver with a plain stream answers by Acknowledge; until then `pending` says what the drain waits for."""
     served = await serve(drain_s=60.0)
     pid = await served.new_process()
     await served.mmap(pid, BASE, BASE + PAGE)
@@ -206,6 +206,7 @@ async def test_drain_takes_answers_that_come_as_calls_of_their_own(serve: Any) -
     (event,) = (await stream.read()).events
     draining = asyncio.ensure_future(served.daemon.drain())
     await served.until(lambda: served.daemon.executor.draining)
+    assert [waiting.name for waiting in (await served.pending()).operations] == ["munmap"]
     answers = event_pb2.Acknowledgements(
         epoch=epoch, mirror_ids=event.mirror_ids, acknowledged_up_to=event.event_sequences
     )
