@@ -40,15 +40,14 @@ class IntervalDriver:
                 tries again.  Anything else that is raised is logged and counts as done.
         """
 
-    def invalidate_start(self, event: Event) -> object | None:
+    def invalidate_start(self, event: Event) -> object | Awaitable[object] | None:
         """The first pass of a subscription that has two: start, and do not wait.
 
         Returns: what `invalidate_finish` is to be called with; None: there is nothing left to finish.
 
         Raises: as `invalidate`.
         """
-        self.invalidate(event)
-        return None
+        return self.invalidate(event)
 
     def invalidate_finish(self, event: Event, token: object) -> Awaitable[None] | None:
         """The second pass: wait until the device has stopped.  `event` is the first one, under a number of its own."""
@@ -89,11 +88,19 @@ class Adapter(Driver):
             return self._driver.invalidate_finish(event, self._tokens.pop((event.mirror.id, event.finishes)))
         if not any(event.overlaps(span) for span in self.two_pass):
             return self._driver.invalidate(event)
-        token = self._driver.invalidate_start(event)
-        if token is None:
-            return None
-        self._tokens[event.mirror.id, event.revision] = token
-        raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        started = self._driver.invalidate_start(event)
+        if inspect.isawaitable(started):
+            return self._start(event, started)
+        self._started(event, started)
+        return None
+
+    async def _start(self, event: Event, started: Awaitable[object]) -> None:
+        self._started(event, await started)
+
+    def _started(self, event: Event, token: object) -> None:
+        if token is not None:
+            self._tokens[event.mirror.id, event.revision] = token
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
 
     def lost(self, mirror: IntervalMirror, why: str) -> None:  # type: ignore[override]
         """As `IntervalDriver.lost`."""

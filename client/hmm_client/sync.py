@@ -17,7 +17,7 @@ Every method is the asynchronous one of the same name and has its arguments, res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import update_wrapper
@@ -333,8 +333,7 @@ class IntervalDriver:
 
     def invalidate_start(self, event: Event) -> object | None:
         """The first pass of a subscription that has two: start; what is returned goes to `invalidate_finish`."""
-        self.invalidate(event)
-        return None
+        return self.invalidate(event)  # type: ignore[func-returns-value]  # an awaitable of an `async def`
 
     def invalidate_finish(self, event: Event, token: object) -> None:
         """The second pass: wait until the device has stopped."""
@@ -356,21 +355,21 @@ class _IntervalAdapter(aio_interval_driver.IntervalDriver):
     """Hands an interval driver the handles of this module."""
 
     def __init__(self, driver: IntervalDriver, loop: LoopThread, executor: ThreadPoolExecutor) -> None:
-        self._driver = driver
+        self._driver = cast("aio_interval_driver.IntervalDriver", driver)
         self._loop = loop
         self._executor = executor
 
-    def invalidate(self, event: aio_event.Event) -> None:
-        self._driver.invalidate(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+    def invalidate(self, event: aio_event.Event) -> Awaitable[None] | None:
+        return self._driver.invalidate(Event.at(event, IntervalMirror(event.mirror, self._loop)))
 
-    def invalidate_start(self, event: aio_event.Event) -> object | None:
+    def invalidate_start(self, event: aio_event.Event) -> object | Awaitable[object] | None:
         return self._driver.invalidate_start(Event.at(event, IntervalMirror(event.mirror, self._loop)))
 
-    def invalidate_finish(self, event: aio_event.Event, token: object) -> None:
-        self._driver.invalidate_finish(Event.at(event, IntervalMirror(event.mirror, self._loop)), token)
+    def invalidate_finish(self, event: aio_event.Event, token: object) -> Awaitable[None] | None:
+        return self._driver.invalidate_finish(Event.at(event, IntervalMirror(event.mirror, self._loop)), token)
 
-    def migrate_to_ram(self, event: aio_event.Event) -> None:
-        self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))
+    def migrate_to_ram(self, event: aio_event.Event) -> Awaitable[None] | None:
+        return self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))
 
     def lost(self, mirror: aio_interval.IntervalMirror, why: str) -> None:
         _submit(self._executor, self._driver.lost, IntervalMirror(mirror, self._loop), why)
@@ -393,8 +392,8 @@ class _Adapter(aio_driver.Driver):
     def copy_from_device(self, event: aio_event.Event) -> Copied:
         return self._driver.copy_from_device(Event.at(event, Mirror(event.mirror, self._loop)))
 
-    def release(self, mirror: aio_mirror.Mirror) -> None:
-        self._driver.release(Mirror(mirror, self._loop))
+    def release(self, mirror: aio_mirror.Mirror) -> Awaitable[None] | None:
+        return self._driver.release(Mirror(mirror, self._loop))  # type: ignore[func-returns-value]  # as `invalidate_start`
 
     def lost(self, mirror: aio_mirror.Mirror, why: str) -> None:
         _submit(self._executor, self._driver.lost, Mirror(mirror, self._loop), why)

@@ -496,6 +496,31 @@ async def test_drivers_finish_when_all_have_started(bench: Bench) -> None:
     assert (set(log[:2]), set(log[2:])) == ({"start one", "start two"}, {"finish one", "finish two"})
 
 
+async def test_device_has_stopped_when_the_first_of_two_passes_is_a_coroutine(bench: Bench) -> None:
+    """A driver that leaves `invalidate_start` as it is stops in `invalidate`, whatever kind of function that is."""
+    log: list[str] = []
+
+    class OnePass(IntervalDriver):
+        async def invalidate(self, event: Event) -> None:
+            await asyncio.sleep(0)
+            log.append("stopped")
+
+    class Starting(IntervalDriver):
+        async def invalidate_start(self, event: Event) -> object:
+            await asyncio.sleep(0)
+            log.append("started")
+            return event.revision
+
+        def invalidate_finish(self, event: Event, token: object) -> None:
+            log.append("finished" if token == event.finishes else "another token")
+
+    for driver in (OnePass(), Starting()):
+        mirror = await bench.device.attach(bench.process, driver)
+        await mirror.insert(0, mirror.address_end, two_pass=True)
+    await bench.process.munmap(bench.mapped.address, PAGE_SIZE)
+    assert sorted(log) == ["finished", "started", "stopped"]
+
+
 async def test_reaping_is_tried_again_when_a_driver_refuses(bench: Bench) -> None:
     """process_mrelease(): EAGAIN, with those finishing who had started; the next time everything goes."""
     log: list[str] = []

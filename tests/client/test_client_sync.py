@@ -140,6 +140,35 @@ assert results == [1, "EDEADLK"], results
     )
 
 
+def test_callback_that_is_a_coroutine_has_run_when_its_event_is_answered(shared_daemon: Daemon) -> None:
+    """What a driver has to do may be `async def` here too, in both interfaces."""
+    run(
+        shared_daemon,
+        """
+class Released(Driver):
+    done = False
+    async def release(self, mirror):
+        self.done = True
+driver, ending = Released(), client.create_process("ending")
+client.register_device("gpu").mirror(ending, driver)
+ending.exit()
+assert driver.done
+class Gpu(hmm_client.sync.IntervalDriver):
+    stopped = 0
+    async def invalidate(self, event):
+        self.stopped += 1
+for two_pass in (False, True):
+    gpu = Gpu()
+    mirror = client.register_device("gpu").attach(process, gpu)
+    mirror.insert(0, 1 << 47, two_pass=two_pass)
+    process.munmap(mapped.address, PAGE)
+    assert gpu.stopped == 1
+    mirror.detach()
+    process.mmap(PAGE, address=mapped.address)
+""",
+    )
+
+
 def test_driver_is_told_when_its_mirror_is_lost(shared_daemon: Daemon) -> None:
     """Closing with a mirror registered fences it, and `lost` says so."""
     run(
