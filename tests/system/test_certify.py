@@ -19,6 +19,7 @@ from hmm_client.certify import RULES, Certificate, certify, driver_process
 from hmm_client.certify import stage as stages
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.adversity import Adversity, Run
+from hmm_client.certify.certificate import certifying
 from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, draw, shortest
 from hmm_client.harness import HoldPoint
@@ -58,6 +59,29 @@ async def test_our_driver_passes_the_whole_suite(name: str) -> None:
     certificate = await certify(ours(name), seeds=range(1))
     assert certificate.passed, certificate.broken
     assert len(certificate.trials) == len(ADVERSITIES) + 1 + 1
+
+
+async def test_driver_is_gone_when_its_certification_is_broken_off() -> None:
+    """Even one that does not leave when its standard input ends."""
+    staying = [sys.executable, "-c", "import time; print('{\"ready\": {}}', flush=True); time.sleep(60)"]
+    async with certifying(staying, DEADLINE_S, ANSWER_S, LIMIT_S) as certifier:
+        driver = await certifier.start_driver()
+        assert not driver.ended
+    assert driver.ended
+
+
+async def test_driver_is_gone_when_nobody_waits_for_it_to_be_ready(tmp_path: Path) -> None:
+    """Its start is broken off before it has said a word."""
+    begun = tmp_path / "pid"
+    os.mkfifo(begun)
+    script = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    starting = asyncio.create_task(driver_process.DriverProcess.start([sys.executable, "-c", script], "nowhere"))
+    pid = int(await asyncio.to_thread(begun.read_text))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 async def test_driver_in_javascript_passes(packages: None) -> None:

@@ -112,13 +112,18 @@ class Certifier:
         self._auditor = Auditor(self._client)
         return self._client
 
-    async def end_daemon(self) -> None:
-        """End it in good order."""
+    async def end(self) -> None:
+        """End the daemon in good order, and a driver that was not let leave by force."""
+        if self._driver is not None:
+            await self._driver.kill()
+        await self._end_daemon()
+
+    async def _end_daemon(self) -> None:
         await asyncio.to_thread(self._daemon.stop)
 
     async def _replace_daemon(self) -> Client:
         self._daemon.process.kill()
-        await self.end_daemon()
+        await self._end_daemon()
         return await self.start_daemon()
 
     async def start_driver(self) -> DriverProcess:
@@ -229,7 +234,7 @@ async def certifying(
             await certifier.start_driver()
             yield certifier
         finally:
-            await certifier.end_daemon()
+            await certifier.end()
 
 
 async def certify(

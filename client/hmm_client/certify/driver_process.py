@@ -97,6 +97,9 @@ class DriverProcess:
             await driver.kill()
             instead = driver._instead or ", nor anything else (does it flush?)"
             raise DriverSilentError(f'it did not print {{"ready": {{}}}} within {START_S:g} s{instead}') from None
+        except asyncio.CancelledError:
+            await driver.kill()  # it is a process: nobody else would end it
+            raise
         return driver
 
     @property
