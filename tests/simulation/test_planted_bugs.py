@@ -412,7 +412,7 @@ BUGS: list[tuple[str, Plant, str]] = [
     ("swap-memory", drivers_are_not_asked_for_pages, ""),
     ("swap-memory", reclaim_tells_nobody, "reaches pages"),
 ]
-RARE = {reaping_ignores_refusals: 130, written_pages_are_dropped: 200}
+RARE = {fork_shares_pinned_pages: 120, reaping_ignores_refusals: 130, written_pages_are_dropped: 200}
 """What one seed in hundreds finds, and the first one that is tried."""
 
 
