@@ -39,7 +39,8 @@ COMMANDS = {
 HELP = """Look into a running hmmd, replay programs on it, and verify it.
 
 A daemon is looked for at $HMMD_SOCKET, $XDG_RUNTIME_DIR/hmmd/hmmd.sock or /run/hmmd/hmmd.sock; --target says
-otherwise.  `replay`, `run` and `verify` need none: they start one of their own.
+otherwise.  `replay`, `run` and `verify` start one of their own unless --target is given, `certify` always does;
+`record` needs none.
 
 With --format json every line is one value; what a daemon tells has the fields of its message in hmm.v1
 (proto/hmm_proto/v1), numbers as numbers and enumerations as words.

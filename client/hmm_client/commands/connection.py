@@ -141,7 +141,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def failures(where: Where) -> Iterator[None]:
-    """Turn what can go wrong into a line on stderr and an exit code."""
+    """Turn what can go wrong into a line on stderr and an exit code; of files, `hmm_client.cli` does so."""
     from hmm.errors import HmmError  # noqa: PLC0415 - takes longer than --help may
     from hmm_client.channel import DaemonError, UnavailableError, as_target, default_target  # noqa: PLC0415
     from hmm_client.embedded import EmbeddedDaemonError  # noqa: PLC0415
@@ -170,8 +170,6 @@ def failures(where: Where) -> Iterator[None]:
         fail(UNUSABLE, str(error))
     except HmmError as error:
         fail(REFUSED, str(error))
-    except FileNotFoundError as error:
-        fail(UNUSABLE, f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
