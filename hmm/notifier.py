@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from hmm.dispatch import Audience, Dispatch, Past
-from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError
+from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError, WouldDeadlockError
 from hmm.events import IS_INVALIDATION, TAKES, Cause, Event, EventState, EventType
 from hmm.operation import Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
@@ -108,13 +108,17 @@ class Invalidation:
             yield from notifier.broadcast(event, audience, certain=self.certain)
 
     def _late_answers(self, event: Event) -> Operation[None]:
-        # A death is told in the end even to those who owe an answer; everything else is not told to anybody.
+        # A death is told in the end even to those who owe an answer, and goes on when some have been told; everything
+        # else is not told to anybody.
         notifier = self.notifier
         try:
             while owing := [one for one in notifier.listeners(event) if one.awaits_late_answer()]:
                 yield Await(WaitFor.LATE_ANSWERS, notifier.space_id, event.spans, mirror_id=owing[0].id)
         except TimedOutError:
             if not self.certain:
+                raise
+        except WouldDeadlockError:
+            if not notifier.closed:
                 raise
 
     def _vacate(self, event: Event) -> Operation[None]:

@@ -14,11 +14,12 @@ from hmm import commands_device as devices
 from hmm import commands_file as files
 from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
-from hmm.errors import WouldDeadlockError
+from hmm.errors import TimedOutError, WouldDeadlockError
 from hmm.events import Delivery
 from hmm.inspection import pending
 from hmm.journal import digest
 from hmm.madvise import Advice
+from hmm.mirror import DeadlinePolicy
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SIZE
 from hmm.unmapped_area import MapFlag
@@ -223,3 +224,22 @@ def test_pending_shows_calls_that_may_go_on_and_have_not_yet() -> None:
             world.resume(first)
     (left,) = pending(world.machine)
     assert (left.operation_id, left.answers) == (second.id, ())
+
+
+def test_exit_goes_on_when_the_late_answer_that_it_comes_to_wait_for_is_its_own_callbacks() -> None:
+    """The event of that callback was given up when the end had been told to some already: it cannot be refused."""
+    world = World()
+    attached = world.do(hmm.attach, world.devices[0], world.pid, policy=DeadlinePolicy.FAIL)
+    world.do(hmm.insert_notifier, attached, START, PAGE_SIZE)
+    world.do(processes.write_memory, world.pid, START, b"there")
+    taking = world.start(hmm.make_exclusive, attached, span(0))
+    other, event = world.sent()
+    assert event.mirror_id == attached
+    world.machine.answer(other.mirror_id, other.sequence)
+    ending = world.start(processes.exit_process, world.pid, caller=inside(event))
+    world.machine.abandon(attached, event.sequence)
+    world.settle()
+    assert isinstance(error_of(taking), TimedOutError)
+    assert (ending.done, ending.error) == (True, None)
+    assert not world.machine.spaces
+    world.machine.check()
