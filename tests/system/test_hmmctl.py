@@ -275,7 +275,7 @@ async def test_stats_counts_events_when_a_driver_has_answered(daemon: Daemon, mi
     assert mirror["events_by_type"] == {"DEVICE_WFAULT": 1, "MUNMAP": 1}
     assert mirror["acknowledgement"]["count"] == 2
     text = (await hmmctl("stats", "-t", daemon.target)).stdout
-    assert "address spaces" in text
+    assert "in 1 address space\n" in text
     assert "ack p99" in text
 
 
