@@ -440,6 +440,8 @@ class Streams:
                 self.executor.come_to(Point.ACKNOWLEDGED, posting.event.operation_id, (served.id,))
             latency_s = now_s - posting.sent_s
             served.note_answer(sequence, latency_s, now_ns)
+            if not self.observers.watchers:
+                continue
             assert posting.dispatch is not None
             state = posting.dispatch.state_of(served.id)
             if state is not EventState.ABANDONED:  # which was told when it came about
