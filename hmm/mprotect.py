@@ -174,7 +174,10 @@ def _change_vmas(space: AddressSpace, plan: list[tuple[Vma, VmFlag]]) -> tuple[l
 
 
 def _change_vmas_back(space: AddressSpace, changed: list[Vma]) -> None:
-    """Give parts of VMAs the flags that they had."""
+    """Give parts of VMAs the flags that they had.
+
+    Not by `modify_flags`: halfway there may be more VMAs than the limit, and there are as many as before in the end.
+    """
     for piece in changed:
         now = space.vmas.find(piece.start)
         assert now is not None
