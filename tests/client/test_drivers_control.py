@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -84,6 +85,49 @@ async def test_request_is_answered_when_its_operation_fails_in_an_unforeseen_way
     async with Control({"measure": measure}).serving(tmp_path / "control.sock"):
         (reply,) = await ask(tmp_path / "control.sock", '{"id": 1, "op": "measure", "start": -1, "end": 5}')
         assert reply["error"]["errno"] == "EIO"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "message"),
+    [
+        ("not JSON", "a request is one line of JSON: "),
+        ("[1]", "a request is a JSON object, not [1]"),
+        ('{"number": 1}', "there is no operation None; there are double"),
+        ('{"op": ["double"], "number": 1}', "there is no operation ['double']; there are double"),
+        ('{"op": "halve", "number": 1}', "there is no operation 'halve'; there are double"),
+        ('{"op": "double"}', "double(number): missing a required argument: 'number'"),
+        ('{"op": "double", "number": 1, "more": 2}', "double(number): got an unexpected keyword argument 'more'"),
+        ('{"op": "double", "number": "0x10"}', "double: number is of type int, not '0x10'"),
+        ('{"op": "double", "number": true}', "double: number is of type int, not True"),
+    ],
+)
+async def test_request_is_refused_by_name_when_it_makes_no_sense(
+    tmp_path: Path, request_line: str, message: str
+) -> None:
+    """The message says what there is and what was wrong, in the words of the request and not of Python."""
+    async with Control({"double": double}).serving(tmp_path / "control.sock"):
+        (reply,) = await ask(tmp_path / "control.sock", request_line)
+        assert reply["error"]["errno"] == "EINVAL"
+        assert reply["error"]["message"].startswith(message)
+
+
+async def test_control_takes_no_place_of_somebody_elses(tmp_path: Path) -> None:
+    """A file stays where it is, as does the socket of a driver that lives; one that nobody serves is replaced."""
+    path = tmp_path / "control.sock"
+    path.write_text("not a socket")
+    with pytest.raises(FileExistsError, match=r"no socket.*control\.sock"):
+        async with Control({}).serving(path):
+            pass
+    assert path.read_text() == "not a socket"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    async with Control({"double": double}).serving(path):
+        with pytest.raises(OSError, match=r"in use.*control\.sock"):
+            async with Control({}).serving(path):
+                pass
+        (reply,) = await ask(path, '{"id": 1, "op": "double", "number": 21}')
+        assert reply == {"id": 1, "result": 42}
 
 
 async def test_requests_are_answered_when_their_sender_has_said_all(tmp_path: Path) -> None:

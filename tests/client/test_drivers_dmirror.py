@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -120,9 +121,33 @@ def test_write_fails_when_the_mapping_is_read_only(bench: Bench) -> None:
     assert error.value.errno == errno.EPERM
 
 
-@pytest.mark.parametrize(("address", "npages"), [(BASE + 1, 1), (BASE, 0)])
+def test_write_is_refused_when_it_ends_inside_a_page(bench: Bench) -> None:
+    """The device writes whole pages; the part was left out, and the write answered as done."""
+    with pytest.raises(InvalidRequestError, match="5,000 bytes are no whole pages"):
+        bench.open().write(page(0), b"w" * 5000)
+    assert bench.cpu_read(0, 1) == b"\0"
+
+
+class Ending(InProcessHmm):
+    """Lets the process end between the two calls that open the device."""
+
+    def insert_notifier(self, mirror_id: MirrorId, start: Address, length: int, *, filtered: bool) -> int:
+        """As it is, of a process that has exited."""
+        self._local.call(commands_process.exit_process, 1)
+        return super().insert_notifier(mirror_id, start, length, filtered=filtered)
+
+
+def test_open_leaves_no_mirror_when_it_fails(clean: Bench) -> None:
+    """Its process ends in the midst of it."""
+    card = Card(Ending(clean.local), "unlucky", pages=16)
+    with pytest.raises(InvalidRequestError):
+        card.open(clean.process)
+    assert not clean.local.machine.receivers
+
+
+@pytest.mark.parametrize(("address", "npages"), [(BASE + 1, 1), (BASE, 0), (-PAGE_SIZE, 1), (BASE, 1 << 60)])
 def test_commands_fail_when_the_range_is_malformed(bench: Bench, address: Address, npages: int) -> None:
-    """An address inside a page, and no pages, are EINVAL for every command."""
+    """An address inside a page, no pages, and none of an address space, are EINVAL for every command."""
     handle = bench.open()
     commands: list[Callable[[Address, int], object]] = [
         handle.read, handle.migrate_to_device, handle.migrate_to_system, handle.snapshot,
@@ -361,3 +386,17 @@ async def test_ioctls_of_the_process_do_what_those_of_the_kernel_do(shared_daemo
         await ioctls["close"](handle=handle)
         with pytest.raises(NoSuchObjectError):
             await ioctls["close"](handle=handle)
+
+
+async def test_ioctls_are_refused_when_there_is_no_such_device_or_handle(shared_daemon: Daemon) -> None:
+    """The last device is not number -1; of two that close a handle at a time one finds it gone."""
+    async with hmm_client.connect(shared_daemon.target, name="dmirror") as client:
+        process = await client.create_process("application")
+        ioctls = await operations(client)
+        for device in (-1, 4):
+            with pytest.raises(NoSuchObjectError, match=f"no device {device}: 0 to 3"):
+                await ioctls["open"](device=device, process=process.id)
+        handle = (await ioctls["open"](device=0, process=process.id))["handle"]
+        closing = [ioctls["close"](handle=handle) for _ in range(2)]
+        ends = await asyncio.gather(*closing, return_exceptions=True)
+        assert [type(end) for end in ends] == [type(None), NoSuchObjectError]

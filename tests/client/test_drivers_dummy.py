@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hmm_client
-from hmm.errors import BadAddressError, ConflictError, InvalidRequestError
-from hmm.units import PAGE_SIZE
+from hmm.errors import BadAddressError, ConflictError, InvalidRequestError, NoSuchObjectError
+from hmm.units import PAGE_SIZE, TASK_SIZE
 from hmm_client import Advice, Process
 from hmm_client.drivers.dummy import Counters, DummyDevices, DummyDriver, Minor
 
@@ -77,6 +77,33 @@ async def test_expose_mm_is_refused_when_the_minor_is_busy(
     await minor.close()
 
 
+async def test_transfer_is_refused_when_no_process_can_have_its_bytes(minor: Minor, process: Process) -> None:
+    """Less than nothing, and addresses beyond all memory, are EINVAL, of a minor that mirrors nothing as well."""
+    with pytest.raises(InvalidRequestError, match="mirrors no process"):
+        await minor.read(0, 0)
+    await minor.expose_mm(process)
+    for address, size in [(0, -1), (-PAGE_SIZE, 1), (TASK_SIZE - 1, 2), (1 << 64, 1)]:
+        with pytest.raises(InvalidRequestError, match=f"read: no process has {size} bytes"):
+            await minor.read(address, size)
+        with pytest.raises(InvalidRequestError, match=f"migrate: no process has {size} bytes"):
+            await minor.migrate(address, size)
+    assert await minor.migrate(100, 0) == Counters()
+
+
+async def test_minor_is_closed_once_when_two_close_it(client: hmm_client.Client, process: Process) -> None:
+    """The second has nothing to do; and who closes before the mirror is there closes nothing."""
+    minor = Minor(await client.register_device("closed twice"), DummyDriver())
+    exposing = asyncio.create_task(minor.expose_mm(process))
+    await asyncio.sleep(0)
+    await minor.close()
+    with pytest.raises(ConflictError):
+        await minor.expose_mm(await client.create_process("other"))
+    mirror = await exposing
+    await asyncio.gather(minor.close(), minor.close())
+    assert mirror.released
+    await minor.expose_mm(process)
+
+
 async def test_minor_stays_free_when_exposing_fails(client: hmm_client.Client, minor: Minor) -> None:
     """A process that does not exist leaves the minor as it was."""
     with pytest.raises(hmm_client.mirror.HmmError, match="ESRCH"):
@@ -107,7 +134,8 @@ async def test_devices_are_four_with_four_minors(client: hmm_client.Client, proc
         await devices.expose_mm(device, device, process.id)
     with pytest.raises(ConflictError, match="EINVAL"):
         await devices.expose_mm(0, 1, process.id)
-    with pytest.raises(IndexError):
-        await devices.expose_mm(4, 0, process.id)
+    for device, minor in [(4, 0), (-1, 0), (0, 4)]:
+        with pytest.raises(NoSuchObjectError, match=f"no minor {minor} of device {device}"):
+            await devices.expose_mm(device, minor, process.id)
     for device in range(4):
         await devices.close(device, device)

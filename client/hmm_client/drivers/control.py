@@ -17,24 +17,31 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno as errnos
+import inspect
 import json
 import logging
+import os
+import reprlib
 import signal
+import socket
 import ssl
+import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from hmm.errors import HmmError, errno_name
+from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, errno_name
 from hmm_client.channel import DaemonError, UnavailableError, as_target, default_target
 from hmm_client.client import Client
 from hmm_client.commands.connection import Where, where_options
 
+T = TypeVar("T")
 Operation = Callable[..., Awaitable[Any]]
 Device = Callable[[Client], Awaitable[Mapping[str, Operation]]]
 
@@ -75,11 +82,19 @@ def tls_context(ca: str | Path, certificate: str | Path, key: str | Path, *, ser
     return context
 
 
+class Mirrored(dict[int, T]):
+    """What a driver has for each process that it was told to mirror; the errors are those of who asks for another."""
+
+    def __missing__(self, process: int) -> T:
+        raise NoSuchObjectError(f"process {process} is not mirrored")
+
+
 class Control:
     """Serves the operations of one driver.
 
     Args:
-        operations: by name; called with the request's other fields as keywords.
+        operations: by name; called with the request's other fields as keywords.  Arguments that are annotated as int,
+            str or bool are nothing else.
     """
 
     def __init__(self, operations: Mapping[str, Operation]) -> None:
@@ -112,7 +127,7 @@ class Control:
     async def _listen(self, place: str | Path, tls: ssl.SSLContext | None) -> asyncio.Server:
         if tcp := host_and_port(place):
             return await asyncio.start_server(self._serve, *tcp, ssl=tls, limit=LINE_BYTES, start_serving=False)
-        _unlink(Path(place))
+        _require_free(Path(place))
         server = await asyncio.start_unix_server(self._serve, place, limit=LINE_BYTES, start_serving=False)
         _make_private(Path(place))
         return server
@@ -143,19 +158,51 @@ class Control:
     async def _handle(self, line: bytes, say: Callable[[bytes], None]) -> None:
         request_id = None
         try:
-            request = json.loads(line)
+            request = _request(line)
             request_id = request.pop("id", None)
-            answer = {"result": await self._operations[request.pop("op")](**request)}
+            answer = {"result": await self._operation(request)(**request)}
         except HmmError as error:
             answer = _error(errno_name(error.errno), error.message, error.address)
         except DaemonError as error:
             answer = _error("EIO", str(error))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            answer = _error("EINVAL", repr(error))
+            answer = _error("EINVAL", f"{type(error).__name__}: {error}")
         except Exception as error:  # noqa: BLE001 - whoever asked waits for an answer
             _LOG.exception("a request cannot be handled")
             answer = _error("EIO", repr(error))
         say(_reply(request_id, answer))
+
+    def _operation(self, request: dict[str, Any]) -> Operation:
+        """Take the operation out of a request, the rest of which are its arguments."""
+        name = request.pop("op", None)
+        operation = self._operations.get(name) if isinstance(name, str) else None
+        if operation is None:
+            raise InvalidRequestError(f"there is no operation {_short(name)}; there are {', '.join(self._operations)}")
+        signature = inspect.signature(operation)
+        try:
+            signature.bind(**request)
+        except TypeError as error:
+            raise InvalidRequestError(f"{name}({', '.join(signature.parameters)}): {error}") from None
+        for argument, value in request.items():
+            wanted = _PLAIN.get(signature.parameters[argument].annotation)
+            if wanted is not None and type(value) is not wanted:
+                raise InvalidRequestError(f"{name}: {argument} is of type {wanted.__name__}, not {_short(value)}")
+        return operation
+
+
+_PLAIN: Mapping[object, type] = {kind: kind for kind in (bool, int, str)} | {"bool": bool, "int": int, "str": str}
+"""Annotations that mean what JSON has; they are strings where a module postpones them."""
+_short = reprlib.repr
+
+
+def _request(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except ValueError as error:
+        raise InvalidRequestError(f"a request is one line of JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise InvalidRequestError(f"a request is a JSON object, not {_short(request)}")
+    return request
 
 
 def _error(errno: str, message: str, address: int | None = None) -> dict[str, Any]:
@@ -178,6 +225,22 @@ def _say(line: bytes) -> None:
 
 def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
+
+
+def _require_free(path: Path) -> None:
+    """Remove a socket that nobody serves any more.
+
+    Raises:
+        OSError: somebody serves it, or something else is there (EADDRINUSE, EEXIST).
+    """
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise FileExistsError(errnos.EEXIST, "there is something, and it is no socket", str(path))
+    with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError):
+        probe.connect(str(path))
+        raise OSError(errnos.EADDRINUSE, os.strerror(errnos.EADDRINUSE), str(path))
+    path.unlink()
 
 
 def _make_private(path: Path) -> None:

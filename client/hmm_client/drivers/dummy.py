@@ -24,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import pte
-from hmm.errors import ConflictError, InvalidRequestError
+from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, page_down
 from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.device_memory import MemoryDriver
-from hmm_client.drivers.accesses import Accesses
-from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.drivers.accesses import Accesses, accessed
+from hmm_client.drivers.control import Mirrored, Operation, decode, driver_command, encode
 from hmm_client.event import Event
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
@@ -111,12 +111,13 @@ class Minor:
         """HMM_DUMMY_READ: the device reads `size` bytes of the process.
 
         Raises:
+            InvalidRequestError: no process is mirrored, or none has such bytes (EINVAL).
             BadAddressError: nothing readable is mapped at `error.address` (EFAULT).
             AccessDeniedError: the mapping there is not readable (EACCES).
         """
         counters = Counters()
-        parts = [await self._transfer(at, length, None, counters) for at, length in _pieces(address, size)]
-        return b"".join(parts), counters
+        pieces = self._pieces("read", address, size)
+        return b"".join([await self._transfer(at, length, None, counters) for at, length in pieces]), counters
 
     async def write(self, address: Address, data: bytes) -> Counters:
         """HMM_DUMMY_WRITE: the device writes bytes to the process.
@@ -124,7 +125,7 @@ class Minor:
         Raises: as `read`, for writing; what lies below the piece that failed is written.
         """
         counters = Counters()
-        for at, length in _pieces(address, len(data)):
+        for at, length in self._pieces("write", address, len(data)):
             await self._transfer(at, length, data[at - address : at - address + length], counters)
         return counters
 
@@ -135,20 +136,28 @@ class Minor:
 
         Raises:
             BadAddressError: a part is not mapped (EFAULT).
-            InvalidRequestError: a part is not private anonymous memory (EINVAL).
+            InvalidRequestError: a part is not private anonymous memory; or as `read` (EINVAL).
             OutOfFramesError: the device is full; what moved has moved (ENOMEM).
         """
         mirror = self._exposed()
-        span = AddressRange(page_down(address), page_down(address + size - 1) + PAGE_SIZE)
+        span = accessed("migrate", address, size)
+        if not span:
+            return Counters()
+        span = span.page_aligned()
         moved = await mirror.migrate(span)
         in_device = int(np.count_nonzero(pte.pte_test_valid_dev(moved.entries)))
         return Counters(span.npages - in_device, 0, in_device, moved.npages)
 
     async def close(self) -> None:
         """Close the file: the mirror is unregistered, and the minor is free again."""
-        if self._mirror is not None and not self._mirror.lost:
-            await self._mirror.unregister()
-        self._mirror, self._busy = None, False
+        mirror, self._mirror = self._mirror, None
+        if mirror is None:
+            return  # it is not open, or not yet; or somebody else is closing it
+        try:
+            if not mirror.lost:
+                await mirror.unregister()
+        finally:
+            self._busy = False
 
     async def _transfer(self, address: Address, length: int, data: bytes | None, counters: Counters) -> bytes:
         mirror = self._exposed()
@@ -191,6 +200,10 @@ class Minor:
         memory.write(own, offset, part)
         return b""
 
+    def _pieces(self, operation: str, address: Address, size: int) -> list[tuple[Address, int]]:
+        self._exposed()
+        return _transfers(accessed(operation, address, size))
+
     def _exposed(self) -> Mirror:
         if self._mirror is None:
             raise InvalidRequestError("this minor mirrors no process")
@@ -212,10 +225,9 @@ def _runs(address: Address, length: int, in_device: npt.NDArray[np.bool_]) -> li
     return [(start, stop - start) for start, stop in pairwise(bounds)]
 
 
-def _pieces(address: Address, size: int) -> list[tuple[Address, int]]:
-    end = address + size
-    bounds = [address, *range((address // TRANSFER_BYTES + 1) * TRANSFER_BYTES, end, TRANSFER_BYTES), end]
-    return [(start, stop - start) for start, stop in pairwise(bounds) if stop > start]
+def _transfers(span: AddressRange) -> list[tuple[Address, int]]:
+    cuts = range((span.start // TRANSFER_BYTES + 1) * TRANSFER_BYTES, span.end, TRANSFER_BYTES)
+    return [(start, stop - start) for start, stop in pairwise([span.start, *cuts, span.end]) if stop > start]
 
 
 class DummyDevices:
@@ -237,25 +249,31 @@ class DummyDevices:
 
     async def expose_mm(self, device: int, minor: int, process: int) -> dict[str, int]:
         """Mirror the process of this id."""
-        mirror = await self._minors[device][minor].expose_mm(self._client.process(process))
+        mirror = await self._minor(device, minor).expose_mm(self._client.process(process))
         return {"mirror": mirror.id}
 
     async def read(self, device: int, minor: int, address: int, size: int) -> dict[str, int | str]:
         """Read bytes."""
-        data, counters = await self._minors[device][minor].read(address, size)
+        data, counters = await self._minor(device, minor).read(address, size)
         return {"data": encode(data), **asdict(counters)}
 
     async def write(self, device: int, minor: int, address: int, data: str) -> dict[str, int]:
         """Write bytes."""
-        return asdict(await self._minors[device][minor].write(address, decode(data)))
+        return asdict(await self._minor(device, minor).write(address, decode(data)))
 
     async def migrate(self, device: int, minor: int, address: int, size: int) -> dict[str, int]:
         """Move pages to the device."""
-        return asdict(await self._minors[device][minor].migrate(address, size))
+        return asdict(await self._minor(device, minor).migrate(address, size))
 
     async def close(self, device: int, minor: int) -> None:
         """Stop mirroring."""
-        await self._minors[device][minor].close()
+        await self._minor(device, minor).close()
+
+    def _minor(self, device: int, minor: int) -> Minor:
+        if device not in range(DEVICES) or minor not in range(MINORS):
+            there = f"devices 0 to {DEVICES - 1} have minors 0 to {MINORS - 1}"
+            raise NoSuchObjectError(f"there is no minor {minor} of device {device}: {there}", errnos.ENODEV)
+        return self._minors[device][minor]
 
 
 async def operations(client: Client) -> Mapping[str, Operation]:
@@ -271,7 +289,7 @@ class CertifiedDummy:
         self._client = client
         self._device = device
         self._driver = DummyDriver()
-        self._minors: dict[int, Minor] = {}
+        self._minors: Mirrored[Minor] = Mirrored()
 
     async def mirror(self, process: int) -> None:
         """Open a minor and expose the process."""
@@ -281,7 +299,8 @@ class CertifiedDummy:
 
     async def unmirror(self, process: int) -> None:
         """Close it."""
-        await self._minors.pop(process).close()
+        await self._minors[process].close()
+        del self._minors[process]
 
     async def read(self, process: int, address: int, length: int) -> dict[str, str]:
         """HMM_DUMMY_READ."""

@@ -63,6 +63,8 @@ class OverWireHmm:
     def detach(self, mirror_id: MirrorId) -> None:
         """Get no more events; a mirror that was lost gets none anyhow."""
         mirror = self._mirrors.pop(mirror_id)
+        for notifier in [notifier for notifier in self._notifiers if notifier[0] == mirror_id]:
+            del self._notifiers[notifier]
         if not mirror.lost:
             mirror.detach()
 

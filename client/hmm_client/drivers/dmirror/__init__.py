@@ -218,7 +218,12 @@ class Handle:
         self._lock = RLock()  # dmirror->mutex; in one process an event comes in the midst of a call of the same thread
         self._moving: list[_Moving] = []  # calls that move or take pages
         self.id = card.hmm.attach(card.id, process_id, self.update)
-        self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=self._profile.ignores_own_migrations)
+        filtered = self._profile.ignores_own_migrations
+        try:
+            self._notifier = self._hmm.insert_notifier(self.id, 0, TASK_SIZE, filtered=filtered)
+        except BaseException:
+            self._hmm.detach(self.id)
+            raise
 
     def close(self) -> None:
         """Close the file: all pages of the device go back to system memory, whoever put them there."""
@@ -251,7 +256,7 @@ class Handle:
 
         Raises:
             BadAddressError: a page cannot be had (EFAULT); nothing is read then.
-            InvalidRequestError: an address inside a page, or no pages (EINVAL).
+            InvalidRequestError: an address inside a page, no pages, or none of the address space (EINVAL).
         """
         return self._read(_checked("read", address, npages), self._range_fault)
 
@@ -263,8 +268,11 @@ class Handle:
         """HMM_DMIRROR_WRITE: the device writes whole pages.
 
         Raises: as `read`; what lies below the page that cannot be had may be written.
+            InvalidRequestError: as `read`; or a part of a page (EINVAL).
             AccessDeniedError: a page may not be written (EPERM).
         """
+        if not is_page_aligned(len(data)):
+            raise InvalidRequestError(f"write: {len(data):,} bytes are no whole pages", address=address)
         span = _checked("write", address, len(data) >> PAGE_SHIFT)
         faults, at = 0, span.start
         while (at := self._write_mapped(AddressRange(at, span.end), data[at - span.start :])) < span.end:
@@ -579,10 +587,9 @@ class Handle:
 
 
 def _checked(operation: str, address: Address, npages: int) -> AddressRange:
-    end = address + (npages << PAGE_SHIFT)
-    if not is_page_aligned(address) or npages <= 0 or end > TASK_SIZE:
-        raise InvalidRequestError(f"{operation}: {npages} pages at {address:#x}")
-    return AddressRange(address, end)
+    if not is_page_aligned(address) or npages <= 0 or not 0 <= address <= TASK_SIZE - (npages << PAGE_SHIFT):
+        raise InvalidRequestError(f"{operation}: {npages:,} pages at {address:#x}: one or more, of an address space")
+    return AddressRange(address, address + (npages << PAGE_SHIFT))
 
 
 @contextmanager

@@ -14,17 +14,18 @@ pages.
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
 import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from hmm.errors import HmmError, NoSuchObjectError
+from hmm.errors import ConflictError, HmmError, NoSuchObjectError
 from hmm.units import PAGE_MASK, PAGE_SHIFT
 from hmm_client import sync
 from hmm_client.client import Client
-from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.drivers.control import Mirrored, Operation, decode, driver_command, encode
 from hmm_client.drivers.dmirror import Card, Handle, Reply, load
 from hmm_client.drivers.over_wire import OverWireHmm
 
@@ -58,6 +59,8 @@ class Ioctls:
 
     async def open(self, device: int, process: int) -> dict[str, int]:
         """Open the device file for the process of this id: mirror it."""
+        if device not in range(len(self._cards)):
+            raise NoSuchObjectError(f"there is no device {device}: 0 to {len(self._cards) - 1}", errnos.ENODEV)
         handle = await self._threads.run(self._cards[device].open, process)
         number = next(self._numbers)
         self._handles[number] = handle
@@ -65,8 +68,9 @@ class Ioctls:
 
     async def close(self, handle: int) -> None:
         """Close it."""
-        await self._threads.run(self._find(handle).close)
-        del self._handles[handle]
+        closed = self._find(handle)
+        del self._handles[handle]  # nobody else closes it
+        await self._threads.run(closed.close)
 
     async def read(self, handle: int, address: int, npages: int) -> dict[str, int | str]:
         """HMM_DMIRROR_READ."""
@@ -122,15 +126,18 @@ class CertifiedMirror:
     def __init__(self, card: Card, threads: Threads) -> None:
         self._card = card
         self._threads = threads
-        self._handles: dict[int, Handle] = {}
+        self._handles: Mirrored[Handle] = Mirrored()
 
     async def mirror(self, process: int) -> None:
         """Open the device file."""
+        if process in self._handles:
+            raise ConflictError(f"process {process} is mirrored already")
         self._handles[process] = await self._threads.run(self._card.open, process)
 
     async def unmirror(self, process: int) -> None:
         """Close it."""
-        await self._threads.run(self._handles.pop(process).close)
+        await self._threads.run(self._handles[process].close)
+        del self._handles[process]
 
     async def read(self, process: int, address: int, length: int) -> dict[str, str]:
         """The device reads."""
