@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hmm_client
+from hmm.errors import ConflictError
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Advice, MapFlag, MremapFlag, Process, Prot
 from hmm_client.drivers.prefetch import Behaviour, PrefetchDevice
@@ -49,6 +50,22 @@ async def test_device_faults_and_checks_where_the_program_is(client: hmm_client.
     assert done.violations == []
     assert {"DEVICE_RFAULT", "DEVICE_WFAULT"} <= set(done.events)
     assert done.latency_us(50) > 0
+    await device.stop()
+
+
+async def test_program_is_followed_no_more_when_it_is_let_go(client: hmm_client.Client, process: Process) -> None:
+    """Once, while it lives; then it may be followed again, but not twice at a time."""
+    device = await PrefetchDevice.register(client, "prefetch letting go")
+    await device.attach(process)
+    (mirror,) = device.mirrors
+    await device.detach(process.id)
+    assert mirror.released
+    assert not device.mirrors
+    await device.attach(process)
+    with pytest.raises(ConflictError):
+        await device.attach(process)
+    await process.exit()
+    await device.detach(process.id)
     await device.stop()
 
 

@@ -13,6 +13,7 @@ from hmm.errors import AccessDeniedError, BadAddressError, ConflictError, Invali
 from hmm.units import PAGE_SIZE
 from hmm_client import Advice, Process, Prot
 from hmm_client.drivers.rdma import RdmaCard
+from hmm_client.harness import Harness, HoldPoint
 from hmm_client.results import Mapped
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ NPAGES = 16
 
 
 @pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
+async def client(harness_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
     """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="rdma") as client:
+    async with hmm_client.connect(harness_daemon.target, name="rdma") as client:
         yield client
 
 
@@ -119,6 +120,66 @@ async def test_post_is_refused_when_key_or_part_are_wrong(card: RdmaCard, proces
         await card.reg_mr(process, mapped.address, 0)
     with pytest.raises(BadAddressError):
         await card.reg_mr(process, mapped.span.end, PAGE_SIZE)
+
+
+async def test_region_is_refused_when_no_card_or_process_can_have_it(card: RdmaCard, process: Process) -> None:
+    """Nothing is made for it: no translations of a petabyte."""
+    for address, length in [(-PAGE_SIZE, PAGE_SIZE), (0, -1), (1 << 64, 1), (0, 1 << 60)]:
+        with pytest.raises(InvalidRequestError, match="reg_mr: no process has"):
+            await card.reg_mr(process, address, length)
+    with pytest.raises(InvalidRequestError, match="1 to 68,719,476,736 bytes"):
+        await card.reg_mr(process, 0, (1 << 36) + 1)
+
+
+async def test_region_is_faulted_in_when_it_is_larger_than_one_fault(card: RdmaCard, process: Process) -> None:
+    """The daemon takes 262,144 pages at most; a region of more comes in by several faults."""
+    mapped = await process.mmap((1 << 30) + PAGE_SIZE, Prot.READ)
+    await card.reg_mr(process, mapped.address, mapped.length, writable=False)
+    assert card.statistics.pages_faulted == 262_145
+
+
+async def test_process_is_mirrored_once_when_two_register_at_a_time(
+    card: RdmaCard, process: Process, mapped: Mapped
+) -> None:
+    """Neither is refused because the other one's mirror is being made."""
+    regions = await asyncio.gather(*(card.reg_mr(process, mapped.page(page).start, PAGE_SIZE) for page in range(2)))
+    assert regions[0].mirror is regions[1].mirror
+
+
+async def test_post_is_refused_when_its_region_goes_while_it_faults(
+    client: hmm_client.Client, card: RdmaCard, process: Process, mapped: Mapped
+) -> None:
+    """No event reaches a region that was given back, so that no translation of it can be used."""
+    region = await card.reg_mr(process, mapped.address, 2 * PAGE_SIZE)
+    await process.madvise(mapped.address, PAGE_SIZE, Advice.DONTNEED)
+    async with Harness(client).hold(HoldPoint.BEFORE_END, "fault", process=process) as hold:
+        post = asyncio.create_task(card.post_read(region.key, mapped.address, 2 * PAGE_SIZE))
+        await hold.reached()
+        card.dereg_mr(region.key)
+        await process.madvise(mapped.page(1).start, PAGE_SIZE, Advice.DONTNEED)
+    with pytest.raises(NoSuchObjectError, match="no memory region"):
+        await post
+
+
+async def test_registration_fails_as_its_fault_does_when_the_process_ends_meanwhile(
+    client: hmm_client.Client, card: RdmaCard, process: Process, mapped: Mapped
+) -> None:
+    """The region is gone by then, which is no reason to fail in another way."""
+    async with Harness(client).hold(HoldPoint.BEFORE_END, "fault", process=process) as hold:
+        registering = asyncio.create_task(card.reg_mr(process, mapped.address, PAGE_SIZE))
+        await hold.reached()
+        await process.exit()
+    with pytest.raises(NoSuchObjectError):
+        await registering
+
+
+async def test_process_is_mirrored_no_more_when_it_is_let_go(card: RdmaCard, process: Process, mapped: Mapped) -> None:
+    """Once, while it lives; it may be mirrored again."""
+    region = await card.reg_mr(process, mapped.address, PAGE_SIZE)
+    await card.unmirror(process)
+    assert region.mirror.released
+    assert not card._accesses
+    await card.reg_mr(process, mapped.address, PAGE_SIZE)
 
 
 async def test_regions_go_when_their_process_exits(card: RdmaCard, process: Process, mapped: Mapped) -> None:

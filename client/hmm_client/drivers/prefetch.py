@@ -24,6 +24,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,6 +138,7 @@ class PrefetchDevice(MemoryDriver):
         self._by_mirror: dict[int, _Program] = {}
         self._waiting: asyncio.Queue[tuple[_Program, AddressRange]] = asyncio.Queue(WAITING_PLACES)
         self._released: list[Mirror] = []
+        self._leaving: set[Mirror] = set()
         self._stamp = 0
         self._engine = asyncio.create_task(self._run())
 
@@ -171,7 +173,8 @@ class PrefetchDevice(MemoryDriver):
         super().release(mirror)
         await self._program(mirror).accesses.all_ended()
         self.statistics.events["RELEASE"] += 1
-        self._released.append(mirror)  # the mirror goes later, since this is a callback of it
+        if mirror not in self._leaving:
+            self._released.append(mirror)  # the mirror goes later, since this is a callback of it
 
     def lost(self, mirror: Mirror, why: str) -> None:
         """The daemon has given the mirror up: a device that always answers must not be lost."""
@@ -181,7 +184,12 @@ class PrefetchDevice(MemoryDriver):
     # ---- what the program's side calls
 
     async def attach(self, process: Process) -> None:
-        """Follow a process from now on."""
+        """Follow a process from now on.
+
+        Raises:
+            ConflictError: it is followed already (EINVAL).
+            NoSuchObjectError: there is no such process (ESRCH).
+        """
         mirror = await self._device.mirror(process, self)
         self._programs[process.id] = self._program(mirror)
 
@@ -236,9 +244,9 @@ class PrefetchDevice(MemoryDriver):
     async def detach(self, process_id: ProcessId) -> None:
         """Follow a process no more."""
         await self.idle()
-        program = self._programs.pop(process_id, None)
-        if program is not None and not program.mirror.lost and program.mirror not in self._released:
-            await program.mirror.unregister()
+        program = self._programs.get(process_id)
+        if program is not None and program.mirror not in self._released:
+            await self._leave(program.mirror)
         await self._unregister_released()
 
     # ---- the engine: one thing at a time, so that nothing but its own program changes what it sees
@@ -257,10 +265,17 @@ class PrefetchDevice(MemoryDriver):
 
     async def _unregister_released(self) -> None:
         while self._released:
-            mirror = self._released.pop()
-            self._programs.pop(mirror.process.id, None)
-            self._by_mirror.pop(mirror.id, None)
-            await mirror.unregister()
+            await self._leave(self._released.pop())
+
+    async def _leave(self, mirror: Mirror) -> None:
+        self._programs.pop(mirror.process.id, None)
+        self._leaving.add(mirror)
+        try:
+            with suppress(NoSuchObjectError, DeviceLostError):  # it is gone already
+                await mirror.unregister()
+        finally:
+            self._leaving.discard(mirror)
+        self._by_mirror.pop(mirror.id, None)
 
     async def _visit(self, program: _Program, span: AddressRange) -> None:
         pages = self._choose(program, span)

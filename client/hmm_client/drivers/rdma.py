@@ -15,19 +15,21 @@ Serves JSON lines: reg_mr, dereg_mr, post_read, post_write, statistics.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from hmm import pte
-from hmm.errors import AccessDeniedError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import AccessDeniedError, DeviceLostError, InvalidRequestError, NoSuchObjectError
 from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
 from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.driver import Driver
-from hmm_client.drivers.accesses import Accesses
+from hmm_client.drivers.accesses import Accesses, accessed
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
 from hmm_client.event import Event
 from hmm_client.mirror import Mirror, Segment
@@ -35,6 +37,10 @@ from hmm_client.process import Process
 
 MAX_POST_BYTES = 1 << 20
 """The card's largest message (max_msg_sz)."""
+MAX_REGION_BYTES = 1 << 36
+"""The card's largest region (max_mr_size)."""
+FAULT_PAGES = 1 << 16
+"""A region is faulted in so many pages at a time."""
 
 
 @dataclass(slots=True)
@@ -123,6 +129,8 @@ class RdmaCard(Driver):
         self._regions: dict[int, MemoryRegion] = {}
         self._accesses: dict[int, Accesses] = {}
         self._released: list[Mirror] = []
+        self._leaving: set[Mirror] = set()
+        self._mirroring = asyncio.Lock()
         self._keys = itertools.count(0x1000)
         self.statistics = Statistics()
 
@@ -145,7 +153,8 @@ class RdmaCard(Driver):
         """The process is gone: so are its regions.  The mirror goes later, since this is a callback of it."""
         self._forget(mirror)
         await self._accesses_of(mirror).all_ended()
-        self._released.append(mirror)
+        if mirror not in self._leaving:
+            self._released.append(mirror)
 
     def lost(self, mirror: Mirror, why: str) -> None:  # noqa: ARG002 - the interface
         """The mirror was fenced: its regions are gone."""
@@ -157,18 +166,21 @@ class RdmaCard(Driver):
         """ibv_reg_mr(IBV_ACCESS_ON_DEMAND): register memory and fault all of it in.
 
         Raises:
+            InvalidRequestError: it is empty or too large, or no process has it (EINVAL).
             BadAddressError: nothing usable is mapped at `error.address` (EFAULT).
             AccessDeniedError: the mapping there does not permit it (EACCES).
         """
-        if length <= 0:
-            raise InvalidRequestError("reg_mr: the region is empty")
+        if not 0 < accessed("reg_mr", address, length).size_bytes <= MAX_REGION_BYTES:
+            raise InvalidRequestError(f"reg_mr: a region has 1 to {MAX_REGION_BYTES:,} bytes, not {length:,}")
         mirror = await self.mirror(process)
         region = MemoryRegion(next(self._keys), mirror, address, length, writable=writable)
         self._regions[region.key] = region  # from now on events reach it
         try:
-            await self._fault(region, region.missing(address, length, write=writable), write=writable)
+            missing = region.missing(address, length, write=writable)
+            for first in range(0, missing.size, FAULT_PAGES):
+                await self._fault(region, missing[first : first + FAULT_PAGES], write=writable)
         except BaseException:
-            del self._regions[region.key]
+            self._regions.pop(region.key, None)  # its process may have ended meanwhile
             raise
         return region
 
@@ -215,6 +227,7 @@ class RdmaCard(Driver):
         self.statistics.stale_posts += bool(missing.size)
         while missing.size:
             await self._fault(region, missing, write=write)
+            self._region(region.key)  # events do not reach it any more if it has gone meanwhile
             missing = region.missing(address, length, write=write)
 
     async def _fault(self, region: MemoryRegion, pages: Entries, *, write: bool) -> None:
@@ -229,10 +242,11 @@ class RdmaCard(Driver):
     async def mirror(self, process: Process) -> Mirror:
         """The mirror of a process, made when it is first asked for."""
         await self._unregister_released()
-        mirror = self._mirrors.get(process.id)
-        if mirror is None:
-            mirror = await self._device.mirror(process, self, fault_events=False)
-            self._mirrors[process.id] = mirror
+        async with self._mirroring:  # a process has one, however many ask at a time
+            mirror = self._mirrors.get(process.id)
+            if mirror is None:
+                mirror = await self._device.mirror(process, self, fault_events=False)
+                self._mirrors[process.id] = mirror
         return mirror
 
     async def unmirror(self, process: Process) -> None:
@@ -240,12 +254,21 @@ class RdmaCard(Driver):
         mirror = self._mirrors.get(process.id)
         if mirror is not None:
             self._forget(mirror)
-            await mirror.unregister()
+            await self._leave(mirror)
         await self._unregister_released()
 
     async def _unregister_released(self) -> None:
         while self._released:
-            await self._released.pop().unregister()
+            await self._leave(self._released.pop())
+
+    async def _leave(self, mirror: Mirror) -> None:
+        self._leaving.add(mirror)
+        try:
+            with suppress(NoSuchObjectError, DeviceLostError):  # it is gone already
+                await mirror.unregister()
+        finally:
+            self._leaving.discard(mirror)
+        self._accesses.pop(mirror.id, None)
 
     # ---- bookkeeping
 
