@@ -162,6 +162,32 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
         ),
         ("nth = 3", "nth = -3", 57, "nth: -3 is no number"),
         ("stale_answers", "stolen_answers", 60, "there is no counter 'stolen_answers'"),
+        ("[processes.app]", "[processes.app]\nname = 1", 5, "process app: 'name' is not known"),
+        ('"16 KiB"', '"9999999999999 GiB"', 14, "length: '9999999999999 GiB' is more than 64 bits hold"),
+        ("text+0x1000", "0x10000000000000000", 23, "at: '0x10000000000000000' is more than 64 bits hold"),
+        ("delay 0.25", "delay nan", 8, "on_update: nan is no number of seconds"),
+        ("within_s = 1", "within_s = inf", 23, "within_s: inf is no number of seconds"),
+        ("nth = 3", "nth = 4294967296", 57, "nth: 4294967296 is no number from 0 to 4,294,967,295"),
+        ('note = "a word"', "note = 5", 30, "note: 5 is no text"),
+        ('rule = "a rule"', "rule = 5", 2, "rule: 5 is no text"),
+        ('wait = "unmap"', 'give_up = "unmap"\n[[steps]]\nwait = "unmap"', 41, "there is no step in the background"),
+        ('[[steps]]\nwait = "unmap"\n', "", 30, "nobody hears how the step in the background 'unmap' ends"),
+        (
+            'background = "unmap"',
+            'background = "unmap"\nexpect = { error = "EBUSY" }',
+            30,
+            "what is expected of a step in",
+        ),
+        ("expect.counters", "expect.data", 60, "data: {'stale_answers': 1} is no text"),
+        ("expect.counters = { stale_answers = 1 }", "expect.error = 'EIO'", 60, "expect: 'error' cannot be expected"),
+        (
+            "error = ",
+            "counters = { stale_answers = 1 }, error = ",
+            23,
+            "expect: 'counters' cannot be expected of fault",
+        ),
+        ('as = "child"', 'as = "app"', 41, "there is a process 'app' already"),
+        ('release = "end"', 'release = "end"\n[[steps]]\nrelease = "end"', 57, "there is no hold 'end'; there is none"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )
@@ -173,6 +199,29 @@ def test_read_scenario_names_file_and_line_when_it_is_wrong(
     with pytest.raises(ScenarioError) as caught:
         read(tmp_path, GOOD.replace(old, new, 1))
     assert str(caught.value).startswith(f"{tmp_path}/scenario.toml:{line}: {message}")
+
+
+def test_read_scenario_knows_what_is_gone_again(tmp_path: Path) -> None:
+    """A pin, a userfaultfd: named before it is made, twice, or after its end."""
+    making = '[[steps]]\nprocess = "app"\ncall = "pin"\nat = "0x1000"\nas = "it"\n'
+    ending = '[[steps]]\nprocess = "app"\ncall = "unpin"\npin = "it"\n'
+    opening = making.replace("pin", "userfaultfd")
+    closing = ending.replace("unpin", "close").replace("pin", "userfaultfd")
+    start = "[processes.app]\n"
+    for make, end, kind in [(making, ending, "pin"), (opening, closing, "userfaultfd")]:
+        assert len(read(tmp_path, start + make + end + make).steps) == 3
+        for text in (end, make + end + end):
+            with pytest.raises(ScenarioError, match=f"there is no {kind} 'it'; there is none"):
+                read(tmp_path, start + text)
+        with pytest.raises(ScenarioError, match=f"there is a {kind} 'it' already"):
+            read(tmp_path, start + make + make)
+
+
+def test_data_is_refused_where_it_is_no_byte(tmp_path: Path) -> None:
+    """It was written as a question mark."""
+    text = '[processes.app]\n[[steps]]\nprocess = "app"\ncall = "write"\nat = "0x1000"\ndata = "\u03c0"\n'
+    with pytest.raises(ScenarioError, match=r"scenario.toml:2: data: '\u03c0' is no byte"):
+        read(tmp_path, text)
 
 
 PROGRAM = """\
@@ -229,6 +278,7 @@ def test_read_scenario_takes_programs(tmp_path: Path) -> None:
         ('"mirror"', '"fault"', 6, "call: 'fault' is none of mirror, unmirror, read, write, kill, stop, go_on, end"),
         ('give_up = "tie"', 'give_up = "bow"', 11, "there is no step in the background 'bow'; there is tie"),
         ('pending = ["gpu"]', 'pending = ["tpu"]', 14, "there is no driver 'tpu'; there is gpu"),
+        ('["python", "driver.py"]', "[]", 3, "command: [] starts nothing"),
         ("[programs.gpu]", "[drivers.gpu]\n[programs.gpu]", 4, "there is a driver 'gpu' already"),
     ],
 )

@@ -49,6 +49,81 @@ async def test_scenario_comes_out_as_it_says(run: Run, name: str) -> None:
     assert [(report.step.line, report.wrong) for report in reports if report.wrong] == []
 
 
+WRONG = """\
+[processes.app]
+[drivers.gpu]
+mirrors = ["app"]
+[drivers.now]
+interface = "today"
+mirrors = ["app"]
+[drivers.idle]
+[[steps]]
+process = "app"
+call = "mmap"
+length = 4096
+as = "heap"
+[[steps]]
+driver = "now"
+call = "subscribe"
+at = "heap"
+as = "all"
+[[steps]]
+driver = "now"
+call = "fault"
+at = "heap"
+[[steps]]
+driver = "gpu"
+call = "subscribe"
+at = "heap"
+as = "some"
+[[steps]]
+driver = "gpu"
+call = "range_fault"
+at = "heap"
+[[steps]]
+driver = "now"
+call = "read_retry"
+[[steps]]
+driver = "idle"
+call = "table"
+at = "heap"
+[[steps]]
+driver = "gpu"
+call = "inside"
+[[steps]]
+driver = "gpu"
+call = "fault"
+at = "0xfffffffffffff000"
+length = "2 pages"
+[[steps]]
+process = "app"
+call = "read"
+at = "0x1000"
+[[steps]]
+hold = "never"
+point = "event sent"
+driver = "now"
+"""
+
+
+@pytest.mark.slow
+async def test_step_that_ends_with_an_error_says_why(run: Run, tmp_path: Path) -> None:
+    """Also where the driver has not what the step is about, which is an error like others and ends nothing else."""
+    (tmp_path / "wrong.toml").write_text(WRONG)
+    reports = await run(read_scenario(tmp_path / "wrong.toml"))
+    wrong = [text.partition(" instead of none: ")[::2] for report in reports for text in report.wrong]
+    assert [(error, why) for error, why in wrong if "Value out of range" not in why] == [
+        ("error EINVAL", "now mirrors nothing by a mirror of 2015"),
+        ("error EINVAL", "gpu mirrors nothing by a mirror of today's interface"),
+        ("error EINVAL", "gpu has no subscription"),
+        ("error EINVAL", "now has begun no read section of 'all'"),
+        ("error EINVAL", "idle mirrors nothing by a mirror of 2015"),
+        ("error EINVAL", "it has called nothing inside a callback, or all is told"),
+        ("signal SEGV_MAPERR", "read 1 bytes at 0x1000: SEGV_MAPERR at 0x1000"),
+    ]
+    assert len(wrong) == 8
+
+
 @pytest.mark.slow
 async def test_programs_end_with_their_scenario_when_the_daemon_goes_away(tmp_path: Path) -> None:
     """What cannot be let go any more, a hold, keeps no process alive."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
+from hmm_client.commands.connection import OK, REFUSED, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
 from hmm_client.commands.output import JSON, counted, format_option, junit_option, print_json, print_table
 from hmm_client.embedded import EmbeddedDaemonError, embedded_daemon
 
@@ -87,7 +87,8 @@ def command(
     Without --target a daemon is started for the purpose, with the settings of the scenario's [daemon].  With it, that
     daemon must have been started with --harness if calls are to be held.
 
-    Exit codes: 0 as expected; 1 not; 2 a file is not understood; 3 no daemon can be reached.
+    Exit codes: 0 as expected; 1 not; 2 a file is not understood; 3 no daemon can be reached; 4 a scenario cannot be
+    set up.
     """
     from hmm_client.scenario import library  # noqa: PLC0415 - takes longer than --help may
 
@@ -141,12 +142,16 @@ def _quiet() -> Iterator[None]:
 
 
 async def _run(scenario: Scenario, where: Where, target: str, progress: _Progress) -> list[StepReport]:
-    from hmm_client.scenario import run_scenario  # noqa: PLC0415 - takes longer than --help may
+    from hmm.errors import HmmError  # noqa: PLC0415 - takes longer than --help may
+    from hmm_client.scenario import run_scenario  # noqa: PLC0415
 
     reports = []
-    async for report in run_scenario(scenario, lambda name: where.connect(target, name=name)):
-        reports.append(report)
-        progress.step(report, len(reports))
+    try:
+        async for report in run_scenario(scenario, lambda name: where.connect(target, name=name)):
+            reports.append(report)
+            progress.step(report, len(reports))
+    except HmmError as error:
+        fail(REFUSED, f"{scenario.path}: it cannot be set up: {error}")
     return reports
 
 

@@ -155,7 +155,7 @@ class Harness:
         operation: str = "",
         *,
         process: Process | None = None,
-        mirror: Mirror | None = None,
+        mirror: Mirror | IntervalMirror | None = None,
         caller: str = "",
         skip: int = 0,
         lease_s: float | None = None,

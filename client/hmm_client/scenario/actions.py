@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
+from hmm.errors import InvalidRequestError
 from hmm.mremap import MremapFlag
 from hmm.units import AddressRange, page_up
 from hmm.unmapped_area import MapFlag
@@ -27,6 +28,8 @@ from hmm_client.scenario.model import Step
 from hmm_client.scenario.program import Program
 from hmm_client.userfaultfd import Userfaultfd
 from hmm_proto.v1 import event_pb2
+
+T = TypeVar("T")
 
 
 class Actions:
@@ -165,8 +168,7 @@ class Actions:
             case "release":
                 driven.script.release()
             case "inside":
-                if (error := driven.driver.errors.pop(0)) is not None:
-                    raise error
+                driven.driver.tell()
             case "read_on":
                 (await driven.client.session()).go_on_reading()
             case "die":
@@ -219,7 +221,7 @@ class Actions:
         if step.call in ("kill", "stop", "go_on", "end"):
             await getattr(program, step.call)()
             return None
-        process = self.processes[given["process"] or next(iter(self.processes))]
+        process = _first_or(self.processes, given["process"], "process")
         match step.call:
             case "mirror":
                 await program.mirror(process)
@@ -260,7 +262,7 @@ class Actions:
             given["point"],
             given["operation"],
             process=self.processes[process] if process else None,
-            mirror=self.driven[driver].mirror(process) if driver else None,
+            mirror=self.driven[driver].of(process) if driver else None,
             skip=given["skip"],
         )
         self.holds[step.subject] = await hold.__aenter__()
@@ -270,7 +272,7 @@ class Actions:
         if step.subject == "allocation":
             await self._harness.fail_allocation(given["nth"])
         else:
-            driven, nth = self.driven[given["driver"] or next(iter(self.driven))], given["nth"]
+            driven, nth = _first_or(self.driven, given["driver"], "driver"), given["nth"]
             match step.subject:
                 case "copy":
                     await self._harness.fail_copy(driven.of(given["mirrors"]), nth)
@@ -297,3 +299,9 @@ class Actions:
             return AddressRange(start, start + given["length"])
         label = given["at"].partition("+")[0].strip()
         return AddressRange(start, max(start, self.labels[label].end) if label in self.labels else start + 1)
+
+
+def _first_or(known: dict[str, T], name: str | None, kind: str) -> T:
+    if not known:
+        raise InvalidRequestError(f"there is no {kind}")
+    return known[name or next(iter(known))]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from hmm.errors import HmmError
+from hmm.errors import HmmError, InvalidRequestError
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client.client import Client
 from hmm_client.device import Device
@@ -19,6 +20,8 @@ from hmm_client.interval_mirror import IntervalMirror, IntervalNotifier
 from hmm_client.mirror import Mirror
 from hmm_client.receiver import Answer
 from hmm_client.scenario.model import Inside, Interface
+
+T = TypeVar("T")
 
 
 class Script(Misbehaviour):
@@ -71,6 +74,18 @@ class ScenarioDriver(TableDriver):
                 self.errors.append(None)
         super().update(event)
 
+    def tell(self) -> None:
+        """How its calls inside callbacks ended, one each time.
+
+        Raises:
+            HmmError: as the call did.
+            InvalidRequestError: there was none that was not told yet (EINVAL).
+        """
+        if not self.errors:
+            raise InvalidRequestError("it has called nothing inside a callback, or all is told")
+        if (error := self.errors.pop(0)) is not None:
+            raise error
+
     async def _call(self, event: Event) -> None:
         mirror: Mirror = event.mirror
         span = event.spans[-1]
@@ -103,16 +118,46 @@ class Driven:
     sequences: dict[str, int] = field(default_factory=dict)
 
     def mirror(self, process: str | None = None) -> Mirror:
-        """Its mirror of a process; None: its first."""
-        return self.mirrors[process or next(iter(self.mirrors))]
+        """Its mirror of a process; None: its first.  Raises: as `tie`."""
+        return self._of(self.mirrors, process, "of 2015")
 
     def tie(self, process: str | None = None) -> IntervalMirror:
-        """Its tie of today's interface to a process; None: its first."""
-        return self.attached[process or next(iter(self.attached))]
+        """Its tie of today's interface to a process; None: its first.
+
+        Raises:
+            InvalidRequestError: there is none (EINVAL).
+        """
+        return self._of(self.attached, process, "of today's interface")
 
     def of(self, process: str | None = None) -> Mirror | IntervalMirror:
-        """Its mirror of a process, of whichever interface; None: its first."""
+        """Its mirror of a process, of whichever interface; None: its first.  Raises: as `tie`."""
         return self.mirror(process) if self.mirrors else self.tie(process)
+
+    def subscription(self, name: str | None) -> str:
+        """The name of one of its subscriptions; None: of the last one.
+
+        Raises:
+            InvalidRequestError: there is none (EINVAL).
+        """
+        if not self.subscriptions or (name is not None and name not in self.subscriptions):
+            raise InvalidRequestError(f"{self.device.name} has no subscription{f' {name!r}' if name else ''}")
+        return name or list(self.subscriptions)[-1]
+
+    def sequence(self, name: str) -> int:
+        """What the read section began with that is under way in a subscription.
+
+        Raises:
+            InvalidRequestError: none was begun (EINVAL).
+        """
+        if name not in self.sequences:
+            raise InvalidRequestError(f"{self.device.name} has begun no read section of {name!r}")
+        return self.sequences[name]
+
+    def _of(self, ties: dict[str, T], process: str | None, kind: str) -> T:
+        if not ties or (process is not None and process not in ties):
+            what = "nothing" if process is None else f"no {process}"
+            raise InvalidRequestError(f"{self.device.name} mirrors {what} by a mirror {kind}")
+        return ties[process or next(iter(ties))]
 
     @property
     def ids(self) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,15 +53,17 @@ class _Reader:
         self._processes: list[str] = []
         self._files: dict[str, int] = {}
         self._labels: set[str] = set()
-        self._background: set[str] = set()
+        self._background: dict[str, int] = {}  # those that nothing has waited for yet, with their lines
         self._holds: set[str] = set()
-        self._made: dict[str, set[str]] = {"subscription": set(), "pin": set()}
+        self._made: dict[str, set[str]] = {"subscription": set(), "pin": set(), "userfaultfd": set()}
 
     def read(self) -> Scenario:
         unknown = self._tables.keys() - TABLES
         if unknown:
             self._fail(self._line_of(min(unknown)), f"there is no {min(unknown)!r} in a scenario")
-        self._processes += self._table("processes")
+        for name, table in self._table("processes").items():
+            self._arguments(self._line_of(f"processes.{name}"), f"process {name}", table, {})
+            self._processes.append(name)
         for name, table in self._table("files").items():
             line = self._line_of(f"files.{name}")
             self._files[name] = self._arguments(line, f"file {name}", table, grammar.FILE)["size"]
@@ -79,16 +81,19 @@ class _Reader:
         if not tables:
             self._fail(len(self._lines), "a scenario has at least one step, [[steps]]")
         processes = tuple(self._processes)
+        steps = tuple(self._step(line, dict(table)) for line, table in zip(lines, tables, strict=True))
+        for name, line in self._background.items():
+            self._fail(line, f"nobody hears how the step in the background {name!r} ends: nothing waits for it")
         return Scenario(
             path=self._path,
             title=self._value(self._line_of("title"), "title", values.text, self._tables.get("title", self._path.stem)),
-            rule=str(self._tables.get("rule", "")),
+            rule=self._text(self._line_of("rule"), self._tables, "rule"),
             settings=self._table("daemon"),
             processes=processes,
             files=self._files,
             drivers=self._drivers,
             programs=self._programs,
-            steps=tuple(self._step(line, dict(table)) for line, table in zip(lines, tables, strict=True)),
+            steps=steps,
         )
 
     def _driver(self, name: str, table: Any) -> DriverSpec:
@@ -99,9 +104,11 @@ class _Reader:
         return DriverSpec(**given)
 
     def _step(self, line: int, table: dict[str, Any]) -> Step:
-        expectation = self._expectation(line, table.pop("expect", {}))
-        background = str(table.pop("background", ""))
-        note = str(table.pop("note", ""))
+        expected = table.pop("expect", {})
+        expectation = self._expectation(line, expected)
+        background, note = self._text(line, table, "background"), self._text(line, table, "note")
+        table.pop("background", None)
+        table.pop("note", None)
         kind = self._kind(line, table)
         written = table.pop(kind)
         if kind in STEPS:
@@ -119,8 +126,11 @@ class _Reader:
             call = self._value(line, "call", values.one_of({one: one for one in CALLS[kind]}), table.pop("call", None))
             arguments = self._arguments(line, f"{kind} {call}", table, CALLS[kind][call])
         self._require_known(line, kind, subject, arguments)
-        self._declare(kind, call, subject, arguments)
-        self._background |= {background} - {""}
+        self._require_expectable(line, call or kind, background, expected)
+        self._declare(line, kind, call, subject, arguments)
+        if background:
+            self._new(line, "step in the background", background, self._background)
+            self._background[background] = line
         return Step(line, kind, subject, call, arguments, background, note, expectation)
 
     def _kind(self, line: int, table: dict[str, Any]) -> str:
@@ -156,20 +166,45 @@ class _Reader:
             label, plus, offset = (part.strip() for part in str(arguments.get(key) or "0x0").partition("+"))
             if plus:
                 self._value(line, key, values.offset, offset)
-            if label not in self._labels and not re.fullmatch(r"0x[0-9a-fA-F]+", label):
+            if label in self._labels:
+                continue
+            if not values.is_address(label):
                 self._known(line, "mapping", label, sorted(self._labels))
+            self._value(line, key, values.address, label)
 
-    def _declare(self, kind: str, call: str, subject: str, arguments: dict[str, Any]) -> None:
-        """Note the names that a step makes."""
+    def _require_expectable(self, line: int, what: str, background: str, expected: dict[str, Any]) -> None:
+        if background and expected:
+            self._fail(line, "what is expected of a step in the background stands at the step that waits for it")
+        known = grammar.EXPECTED.get(what, grammar.EXPECTED[""])
+        for name in expected:
+            if name not in known:
+                there = ", ".join(one for one in grammar.EXPECT if one in known) or "nothing"
+                self._fail(line, f"expect: {name!r} cannot be expected of {what}; there may be {there}")
+
+    def _declare(self, line: int, kind: str, call: str, subject: str, arguments: dict[str, Any]) -> None:
+        """Note the names that a step makes, and those that it takes away."""
         made = arguments.get("as")
-        if kind == "hold":
-            self._holds.add(subject)
-        elif made is not None and call == "fork":
-            self._processes.append(made)
-        elif made is not None and call in ("subscribe", "pin"):
-            self._made["pin" if call == "pin" else "subscription"].add(made)
-        elif made is not None:
-            self._labels.add(made)
+        match call or kind:
+            case "hold":
+                self._new(line, "hold", subject, self._holds)
+                self._holds.add(subject)
+            case "wait" | "give_up":
+                del self._background[subject]
+            case "release" if kind == "release":
+                self._holds.remove(subject)
+            case "fork":
+                self._new(line, "process", made, self._processes)
+                self._processes.append(str(made))
+            case "subscribe" | "pin" | "userfaultfd":
+                names = self._made["subscription" if call == "subscribe" else call]
+                self._new(line, call, made, names)
+                names.add(str(made))
+            case "unpin":
+                self._made["pin"].remove(arguments["pin"])
+            case "close":
+                self._made["userfaultfd"].remove(arguments["userfaultfd"])
+            case _ if made is not None:
+                self._labels.add(made)
 
     def _expectation(self, line: int, table: Any) -> Expectation:
         given = self._arguments(line, "expect", table, grammar.EXPECT)
@@ -215,6 +250,14 @@ class _Reader:
             return parse(value)
         except values.WrongValueError as error:
             self._fail(line, f"{name}: {error}")
+
+    def _text(self, line: int, table: dict[str, Any], name: str) -> str:
+        written: str = self._value(line, name, values.text, table[name]) if name in table else ""
+        return written
+
+    def _new(self, line: int, kind: str, name: object, names: Container[object]) -> None:
+        if name in names:
+            self._fail(line, f"there is a {kind} {name!r} already")
 
     def _known(self, line: int, kind: str, name: object, names: Any) -> None:
         if name not in names:

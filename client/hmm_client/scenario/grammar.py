@@ -153,6 +153,14 @@ EXPECT: Arguments = {
     "counters": (values.table, {}),
     "within_s": (values.seconds, WITHIN_S),
 }
+_LOOKING = frozenset({"within_s"})
+EXPECTED: Mapping[str, frozenset[str]] = {
+    "pending": _LOOKING,
+    "counters": _LOOKING | {"counters"},
+    "give_up": frozenset(),
+    "": frozenset(EXPECT) - {"counters"},
+}
+"""What may be expected of a step, by its kind or call; "" is of all others."""
 DRIVER: Arguments = {
     "mirrors": (values.names, ()),
     "policy": (_POLICY, DeadlinePolicy.FENCE),
@@ -164,5 +172,5 @@ DRIVER: Arguments = {
     "memory": (values.size, 0),
     "credit": (values.number, 0),
 }
-PROGRAM: Arguments = {"command": (values.names, REQUIRED)}
+PROGRAM: Arguments = {"command": (values.command, REQUIRED)}
 FILE: Arguments = {"size": (values.size, 0)}

@@ -30,11 +30,13 @@ class ProgramError(Exception):
 
     Attributes:
         errno: by name; "gone" when the program has ended.
+        message: what it says.
     """
 
-    def __init__(self, errno: str) -> None:
+    def __init__(self, errno: str, message: str = "") -> None:
         super().__init__(errno)
         self.errno = errno
+        self.message = message
 
 
 class Program:
@@ -104,13 +106,14 @@ class Program:
             ProgramError: it did not.
         """
         if not await self._process.leave():
-            raise ProgramError("gone")
+            raise ProgramError("gone", "it did not leave with exit code 0")
 
 
 async def _answer(order: Awaitable[T]) -> T:
     try:
         return await order
     except RefusalError as error:
-        raise ProgramError(str(error).partition(":")[0]) from None
-    except (DriverGoneError, DriverSilentError):
-        raise ProgramError("gone") from None
+        errno, _, message = str(error).partition(": ")
+        raise ProgramError(errno, message) from None
+    except (DriverGoneError, DriverSilentError) as error:
+        raise ProgramError("gone", str(error)) from None

@@ -9,6 +9,7 @@ longer than it says; what the scenario made ends with it.
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
 import itertools
 import os
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from hmm.errors import HmmError, SegmentationFault, errno_name
 from hmm.units import PAGE_SHIFT
+from hmm_client.arguments import ArgumentError
 from hmm_client.channel import DaemonError
 from hmm_client.client import Client
 from hmm_client.harness.holds import HoldEndedError
@@ -52,7 +54,11 @@ class StepReport:
 
 @dataclass(slots=True)
 class _Outcome:
-    """How a step ended."""
+    """How a step ended.
+
+    Attributes:
+        why: what the error says.
+    """
 
     error: str = ""
     signal: str = ""
@@ -60,6 +66,7 @@ class _Outcome:
     entries: int | None = None
     retry: bool | None = None
     fenced: frozenset[str] = frozenset()
+    why: str = ""
 
 
 async def run_scenario(scenario: Scenario, connect: Callable[[str], Client]) -> AsyncIterator[StepReport]:
@@ -131,7 +138,8 @@ class _Run:
         for driven in self._actions.driven.values():
             await driven.client.close()
         for userfaultfd in self._actions.userfaultfds.values():
-            await userfaultfd.close()
+            with suppress(HmmError, DaemonError):
+                await userfaultfd.close()
         for task, _ in self._background.values():
             task.cancel()
         await asyncio.gather(*(task for task, _ in self._background.values()), return_exceptions=True)
@@ -176,11 +184,13 @@ class _Run:
         try:
             result = await self._actions.take(step)
         except SegmentationFault as error:
-            return _Outcome(signal=error.signal.value)
+            return _Outcome(signal=error.signal.value, why=error.message)
         except HmmError as error:
-            return _Outcome(error=errno_name(error.errno))
+            return _Outcome(error=errno_name(error.errno), why=error.message)
+        except ArgumentError as error:
+            return _Outcome(error=errno_name(errnos.EINVAL), why=str(error))
         except ProgramError as error:
-            return _Outcome(error=error.errno)
+            return _Outcome(error=error.errno, why=error.message)
         except HoldEndedError as error:
             return _Outcome(error=str(error))
         return self._result(step, result)
@@ -257,7 +267,8 @@ def _compare(expected: Expectation, found: _Outcome, events: dict[str, list[str]
     for name in ("error", "signal"):
         wanted, got = getattr(expected, name), getattr(found, name)
         if wanted != got:
-            wrong.append(f"{name} {got or 'none'} instead of {wanted or 'none'}")
+            why = f": {found.why}" if got and found.why else ""
+            wrong.append(f"{name} {got or 'none'} instead of {wanted or 'none'}{why}")
     for name in ("data", "entries", "retry"):
         wanted, got = getattr(expected, name), getattr(found, name)
         if wanted is not None and wanted != got:

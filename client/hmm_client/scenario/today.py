@@ -60,7 +60,7 @@ async def _move(driven: Driven, step: Step, span: AddressRange) -> int:
 
 
 async def _read_section(driven: Driven, step: Step, span: AddressRange | None) -> object:
-    name = step.arguments["subscription"] or list(driven.subscriptions)[-1]
+    name = driven.subscription(step.arguments["subscription"])
     notifier = driven.subscriptions[name]
     match step.call:
         case "unsubscribe":
@@ -71,7 +71,7 @@ async def _read_section(driven: Driven, step: Step, span: AddressRange | None) -
             driven.sequences[name] = await notifier.read_begin()
             return None
         case "read_retry":
-            return await notifier.read_retry(driven.sequences[name])
+            return await notifier.read_retry(driven.sequence(name))
         case _:
             assert span is not None
             faulted = await _range_fault(driven, name, step.arguments, span.page_aligned())
@@ -82,4 +82,4 @@ async def _range_fault(driven: Driven, name: str, given: Mapping[str, Any], span
     notifier = driven.subscriptions[name]
     if given["deadline_s"] is not None:
         return await notifier.fault(span, given["want"], deadline_s=given["deadline_s"])
-    return await notifier.range_fault(span, driven.sequences[name], given["want"])
+    return await notifier.range_fault(span, driven.sequence(name), given["want"])

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import errno as errnos
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, ULONG_MAX
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.harness.misbehaviour import Act, Kind
@@ -40,32 +41,47 @@ def flag(value: object) -> bool:
 
 
 def number(value: object) -> int:
-    """A number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise WrongValueError(f"{value!r} is no number")
+    """A number that is not negative, of 32 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise WrongValueError(f"{value!r} is no number from 0 to {(1 << 32) - 1:,}")
     return value
 
 
 def seconds(value: object) -> float:
     """A time."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise WrongValueError(f"{value!r} is no number of seconds")
     return float(value)
 
 
 def size(value: object) -> int:
-    """A number of bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", value) if isinstance(value, str) else None
+    """A number of bytes that an address space can have."""
+    written = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    found = re.fullmatch(r"([0-9]+)\s*([A-Za-z]*)", written) if isinstance(written, str) else None
     if found is None or found[2] not in _UNITS:
         raise WrongValueError(f'{value!r} is no number of bytes; write 4096, "16 KiB" or "4 pages"')
-    return int(found[1]) * _UNITS[found[2]]
+    return _address(int(found[1]) * _UNITS[found[2]], written)
+
+
+def _address(number_: int, written: object) -> int:
+    if number_ > ULONG_MAX:
+        raise WrongValueError(f"{written!r} is more than 64 bits hold")
+    return number_
+
+
+def is_address(written: str) -> bool:
+    """Whether this is no name, but an address."""
+    return re.fullmatch(r"0x[0-9a-fA-F]+", written) is not None
+
+
+def address(written: str) -> int:
+    """An address that is written as one."""
+    return _address(int(written, 16), written)
 
 
 def offset(written: str) -> int:
     """What is added to an address: as `size`, hexadecimal as well."""
-    return int(written, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", written) else size(written)
+    return address(written) if is_address(written) else size(written)
 
 
 def prot(value: object) -> Prot:
@@ -101,7 +117,9 @@ def data(value: object) -> bytes:
     """Bytes, a character each."""
     if not isinstance(value, str):
         raise WrongValueError(f'{value!r} is no text; bytes are written as in "\\u0000abc"')
-    return value.encode("latin-1", "replace")
+    if value and max(value) > "\xff":
+        raise WrongValueError(f"{max(value)!r} is no byte: those are \\u0000 to \\u00ff")
+    return value.encode("latin-1")
 
 
 def names(value: object) -> tuple[str, ...]:
@@ -109,6 +127,14 @@ def names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise WrongValueError(f"{value!r} is no list")
     return tuple(map(text, value))
+
+
+def command(value: object) -> tuple[str, ...]:
+    """What starts a program: a list of texts with something in it."""
+    words = names(value)
+    if not words:
+        raise WrongValueError("[] starts nothing")
+    return words
 
 
 def table(value: object) -> dict[str, Any]:
