@@ -294,12 +294,19 @@ async def test_pending_names_a_hold_that_nobody_has_come_to(scene: Scene) -> Non
 
 
 async def test_hold_is_refused_when_it_makes_no_sense(scene: Scene, decode: Any) -> None:
-    """No point, no such process, no such hold, somebody else's hold."""
-    for request, errno in (
-        (harness_pb2.HoldRequest(), errnos.EINVAL),
-        (harness_pb2.HoldRequest(point=harness_pb2.HOLD_POINT_BEFORE_END, process_id=99), errnos.ESRCH),
+    """No point; a process, mirror, call or hold that there is not; a mirror where none counts; somebody else's."""
+    end, sent = harness_pb2.HOLD_POINT_BEFORE_END, harness_pb2.HOLD_POINT_EVENT_SENT
+    owner = await scene.served.driver(token="mine")
+    theirs = await owner.mirror(await scene.served.new_process(metadata=MINE))
+    for request, errno, message in (
+        (harness_pb2.HoldRequest(), errnos.EINVAL, "a point is needed"),
+        (harness_pb2.HoldRequest(point=end, process_id=99), errnos.ESRCH, "no process 99"),
+        (harness_pb2.HoldRequest(point=sent, mirror_id=99), errnos.ENODEV, "no mirror 99"),
+        (harness_pb2.HoldRequest(point=sent, mirror_id=theirs), errnos.EPERM, "belongs to another owner"),
+        (harness_pb2.HoldRequest(point=end, mirror_id=scene.mirror), errnos.EINVAL, "'before the end' is the same"),
+        (harness_pb2.HoldRequest(point=end, operation="munmap|exit"), errnos.EINVAL, "no call 'exit'; names are like"),
     ):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match=message) as caught:
             await scene.harness.Hold(request).read()
         assert decode(caught).errno == errno
     with pytest.raises(grpc.aio.AioRpcError) as caught:

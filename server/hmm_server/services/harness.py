@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import difflib
 import errno as errnos
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from hmm.commands_device import (
 from hmm.commands_hmm import inject_migration_failure
 from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
+from hmm.testing_coverage import COMMANDS
 from hmm_proto import convert
 from hmm_proto.v1 import harness_pb2, harness_pb2_grpc
 from hmm_server import holds
@@ -74,14 +76,25 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
     def _place(self, request: harness_pb2.HoldRequest, context: Context) -> holds.Hold:
         if request.point not in POINTS:
             raise convert.malformed("hold: a point is needed")
+        point = POINTS[request.point]
+        for name in request.operation.split("|") if request.operation else ():
+            if name not in COMMANDS:
+                near = " or ".join(difflib.get_close_matches(name, COMMANDS)) or "those that `hmmctl pending` shows"
+                raise convert.malformed(f"hold: there is no call {name!r}; names are like {near}")
+        if request.mirror_id and point not in (Point.EVENT_SENT, Point.ACKNOWLEDGED):
+            raise convert.malformed(f"hold: {point.value!r} is the same point for all mirrors")
         caller = caller_from(context.invocation_metadata())
-        process = self._executor.machine.processes.get(request.process_id)
+        machine = self._executor.machine
+        process, mirror = machine.processes.get(request.process_id), machine.receivers.get(request.mirror_id)
         if request.process_id and process is None:
             raise NoSuchObjectError(f"hold: there is no process {request.process_id}", errnos.ESRCH)
-        if process is not None and process.owner not in ("", caller.token):
-            raise AccessDeniedError(f"hold: {process} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
+        if request.mirror_id and mirror is None:
+            raise NoSuchObjectError(f"hold: there is no mirror {request.mirror_id}", errnos.ENODEV)
+        for named in (process, mirror):
+            if named is not None and named.owner not in ("", caller.token):
+                raise AccessDeniedError(f"hold: {named} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
         where = Breakpoint(
-            POINTS[request.point],
+            point,
             request.operation,
             request.process_id,
             process.space.id if process else 0,
