@@ -62,6 +62,8 @@ class DirectoryArena:
         counts: int32[n], entries in use of each row.
         count: `counts` as a memoryview.
         held: per row, how many walks hold it; few, so a dict.
+        near, near_leaf: number and offset of the leaf that was found last (`DirectoryTree.leaf()`); the number is -1
+            for none, and whenever a directory has been freed since.
     """
 
     __slots__ = (
@@ -79,6 +81,8 @@ class DirectoryArena:
         "held",
         "index",
         "max_directories",
+        "near",
+        "near_leaf",
         "rows",
         "words",
     )
@@ -114,6 +118,7 @@ class DirectoryArena:
         self._reserved = 0
         self.held: dict[int, int] = {}
         self.max_directories = max_directories
+        self.near, self.near_leaf = -1, NULL
 
     # -- how much is used
 
@@ -240,6 +245,7 @@ class DirectoryArena:
         while not count[row] and row != ROOT >> DIRECTORY_SHIFT and row not in held:
             slot = self._parent[row]
             self.words[slot] = NULL
+            self.near = -1
             self._free_stack[self._nfree] = row << DIRECTORY_SHIFT
             self._nfree += 1
             row = slot >> DIRECTORY_SHIFT
@@ -257,6 +263,7 @@ class DirectoryArena:
         while rows.size > 1:
             slots = self._parents[rows]
             self.index[slots] = NULL
+            self.near = -1
             np.left_shift(rows[::-1], DIRECTORY_SHIFT, out=self._free[self._nfree : self._nfree + rows.size])
             self._nfree += rows.size
             first, last = int(slots[0]) >> DIRECTORY_SHIFT, int(slots[-1]) >> DIRECTORY_SHIFT

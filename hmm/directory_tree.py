@@ -99,13 +99,19 @@ class DirectoryTree:
 
     def leaf(self, page: int) -> int:
         """Offset of the leaf that holds `page`, or NULL."""
+        arena = self.arena
+        if page >> DIRECTORY_SHIFT == arena.near:
+            return arena.near_leaf
         words = self.words
         if self.four_levels:  # a process's address space: the same, unrolled
             offset = words[words[ROOT | page >> 27] | page >> 18 & 511]
-            return words[offset | page >> 9 & 511]
-        offset = ROOT
-        for shift in self.upper_shifts:
-            offset = words[offset | page >> shift & DIRECTORY_MASK]
+            offset = words[offset | page >> 9 & 511]
+        else:
+            offset = ROOT
+            for shift in self.upper_shifts:
+                offset = words[offset | page >> shift & DIRECTORY_MASK]
+        if offset:
+            arena.near, arena.near_leaf = page >> DIRECTORY_SHIFT, offset
         return offset
 
     def absent_levels(self, page: int) -> int:
@@ -124,13 +130,17 @@ class DirectoryTree:
         Raises:
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
-        words, new_child = self.words, self.arena.new_child
-        if self.arena.available < len(self.upper_shifts):
-            self.arena.require(self.absent_levels(page))
+        arena = self.arena
+        if page >> DIRECTORY_SHIFT == arena.near:
+            return arena.near_leaf
+        words, new_child = self.words, arena.new_child
+        if arena.available < len(self.upper_shifts):
+            arena.require(self.absent_levels(page))
         offset = ROOT
         for shift in self.upper_shifts:
             slot = offset | page >> shift & DIRECTORY_MASK
             offset = words[slot] or new_child(slot)
+        arena.near, arena.near_leaf = page >> DIRECTORY_SHIFT, offset
         return offset
 
     def next_leaf(self, page: int, end: int) -> tuple[int, int]:
@@ -378,6 +388,8 @@ class DirectoryTree:
         used = np.count_nonzero(self.rows[rows], axis=1)
         assert (used == self.counts[rows]).all(), (rows, used, self.counts[rows])
         assert (may_be_empty[rows] | (used > 0)).all(), "an empty directory is linked"
+        near, arena.near = arena.near, -1
+        assert near == -1 or self.leaf(near << DIRECTORY_SHIFT) == arena.near_leaf, "the leaf found last is another"
         self._check_end()
         arena.check(in_use)
 

@@ -85,7 +85,7 @@ class PageTable:
         geometry: levels, shifts, spans.
     """
 
-    __slots__ = ("__weakref__", "_four_levels", "_last", "_tree", "_words", "geometry")
+    __slots__ = ("__weakref__", "_arena", "_four_levels", "_last", "_tree", "_words", "geometry")
 
     def __init__(self, last: Address, *, max_directories: int = 1 << 18) -> None:
         """Make an empty table.
@@ -105,6 +105,7 @@ class PageTable:
             raise InvalidRequestError(f"no page table has last={last:#x}, max_directories={max_directories}")
         self.geometry = Geometry.covering(last)
         self._tree = DirectoryTree(self.geometry, max_directories)
+        self._arena = self._tree.arena
         self._words = self._tree.words
         self._last = self.geometry.last
         self._four_levels = self.geometry.levels == 4
@@ -546,10 +547,14 @@ class PageTable:
         """
         if not 0 <= address <= self._last:
             self._check_address(address)
-        words = self._words
-        if self._four_levels:
-            offset = words[words[ROOT | address >> 39] | address >> 30 & 511]
-            return words[words[offset | address >> 21 & 511] | address >> 12 & 511]
+        words, arena, number = self._words, self._arena, address >> 21
+        if number == arena.near:
+            return words[arena.near_leaf | address >> 12 & 511]
+        if self._four_levels:  # as DirectoryTree.leaf()
+            leaf = words[words[words[ROOT | address >> 39] | address >> 30 & 511] | number & 511]
+            if leaf:
+                arena.near, arena.near_leaf = number, leaf
+            return words[leaf | address >> 12 & 511]
         page = address >> PAGE_SHIFT
         return words[self._tree.leaf(page) | page & DIRECTORY_MASK]
 

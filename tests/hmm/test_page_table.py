@@ -119,6 +119,29 @@ class TestOnePage:
         table.check()
         assert table.directories == 1
 
+    @pytest.mark.parametrize("last", [ALL, LAST])
+    @pytest.mark.parametrize(
+        "forget",
+        [
+            lambda table: [table.set(address, 0) for address in (0, LEAF)],
+            lambda table: table.clear(0, 2 * LEAF),
+            lambda table: table.clear_many(_addresses(0, 512)),
+            lambda table: table.zap(0, 40 * LEAF),
+        ],
+    )
+    def test_get_finds_nothing_when_the_directory_has_gone_to_another_range(
+        self, last: int, forget: Callable[[PageTable], object]
+    ) -> None:
+        """A directory that was found once is freed, and serves other addresses."""
+        table = PageTable(last)
+        for address in (0, LEAF):
+            table.set(address, 7)
+            assert table.get(address) == 7
+        forget(table)
+        table.fill(UPPER, UPPER + 2 * LEAF, 9)
+        assert [table.get(address) for address in (0, LEAF, UPPER, UPPER + LEAF)] == [0, 0, 9, 9]
+        table.check()
+
     def test_set_counts_entries_in_use(self, table: PageTable) -> None:
         """An entry that is not zero keeps its directory, whatever its bits mean."""
         transient = 8
