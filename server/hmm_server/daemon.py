@@ -52,6 +52,7 @@ from hmm_server.services.harness import HarnessService
 from hmm_server.services.hmm import HmmService
 from hmm_server.services.inspection import InspectionService
 from hmm_server.services.process import ProcessService
+from hmm_server.services.reflection import Reflection
 from hmm_server.services.session import SessionService
 from hmm_server.services.userfaultfd import UserfaultfdService
 from hmm_server.streams import Streams
@@ -152,7 +153,7 @@ class Daemon:
         harness_pb2_grpc.add_HarnessServiceServicer_to_server(HarnessService(self.executor, self.config), handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self.config.reflection:
-            _add_reflection(handlers)
+            handlers.add_generic_rpc_handlers((Reflection((*SERVICES, health.SERVICE_NAME)),))
 
     @asynccontextmanager
     async def serving(self, path: Path | None = None) -> AsyncIterator[Daemon]:
@@ -220,11 +221,3 @@ class Daemon:
         await self._server.stop(LAST_S)
         await stopping
         log.info("stopped")
-
-
-def _add_reflection(handlers: Any) -> None:
-    from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc  # noqa: PLC0415 - loaded only when served
-
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    add: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-    add(reflection.aio.ReflectionServicer(names), handlers)
