@@ -84,6 +84,20 @@ async def test_driver_is_gone_when_nobody_waits_for_it_to_be_ready(tmp_path: Pat
         os.kill(pid, 0)
 
 
+async def test_driver_ends_when_it_is_started_by_a_shell(tmp_path: Path) -> None:
+    """It hangs; the shell's end alone would leave it behind, with the pipe that its answers are awaited from."""
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
+    script = f"import time; alive = open({str(alive)!r}, 'w');print('{{\"ready\": {{}}}}', flush=True); time.sleep(600)"
+    ended = asyncio.create_task(asyncio.to_thread(alive.read_bytes))  # with whoever holds it open for writing
+    shell = ["sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, script]
+    driver = await driver_process.DriverProcess.start(shell, "nowhere")
+    assert not ended.done()
+    await driver.kill()
+    assert driver.ended
+    await ended
+
+
 async def test_driver_in_javascript_passes(packages: None) -> None:
     """What is asked of a driver can be met in another language."""
     driver = Path(__file__).with_name("javascript") / "driver.js"

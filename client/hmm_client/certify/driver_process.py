@@ -1,7 +1,7 @@
 """The driver that is certified, as a process: what it is asked, one JSON line each, and how it ends.
 
 **Invariants**: whatever it prints, an order is answered, or fails with one of the errors below; of a line at most
-LINE_BYTES are kept.
+LINE_BYTES are kept.  It leads a process group, so that what it has started itself ends with it: a shell's child, say.
 
 **Absent**: what it is asked when (`adversities`), what its answers mean (`findings`).
 """
@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,7 @@ class DriverProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=LINE_BYTES,
+                start_new_session=True,
             )
         except OSError as error:
             raise DriverGoneError(f"it cannot be started: {error.strerror}") from error
@@ -210,9 +212,10 @@ class DriverProcess:
     # ---- how it ends
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        if not self.ended:
-            self._process.send_signal(number)
+        """Send a signal, to what it has started as well."""
+        if not self._reader.done():  # somebody is there, or nobody else can have the number
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     async def wait(self, seconds: float) -> bool:
         """Wait for its end.  Returns: whether it has ended."""
@@ -230,9 +233,10 @@ class DriverProcess:
 
     async def kill(self) -> None:
         """End it, however it is."""
-        if not self.ended:
-            self._process.kill()
-        await self._reader
+        self.signal(signal.SIGKILL)
+        if not await self.wait(LEAVE_S):  # who has left its group holds its standard output open
+            self._reader.cancel()
+            await asyncio.wait({self._reader})
 
 
 def _shown(printed: object) -> str:
