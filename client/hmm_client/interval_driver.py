@@ -50,7 +50,11 @@ class IntervalDriver:
         return self.invalidate(event)
 
     def invalidate_finish(self, event: Event, token: object) -> Awaitable[None] | None:
-        """The second pass: wait until the device has stopped.  `event` is the first one, under a number of its own."""
+        """The second pass: wait until the device has stopped.
+
+        `event` is the first one, under a number of its own; the very same while the subscription comes or goes, when
+        the daemon may ask for no second pass.
+        """
 
     def migrate_to_ram(self, event: Event) -> Awaitable[None] | None:
         """Stop using pages of the device's memory that this mirror put there: they go back to the CPU, which asked."""
@@ -64,11 +68,14 @@ class Adapter(Driver):
     """An interval driver as callbacks want it.
 
     Attributes:
-        two_pass: the ranges that were ever subscribed with two passes.
+        two_pass: the ranges that are subscribed with two passes.
+        unsettled: those that may be, or may not be any more: the daemon has not said.  Whoever starts there finishes at
+            once, which is right in either case.
     """
 
     def __init__(self, driver: IntervalDriver) -> None:
         self.two_pass: list[AddressRange] = []
+        self.unsettled: list[AddressRange] = []
         self._driver = driver
         self._tokens: dict[tuple[int, int], object] = {}
         if inspect.iscoroutinefunction(driver.invalidate):
@@ -86,21 +93,26 @@ class Adapter(Driver):
             return self._driver.migrate_to_ram(event)
         if event.finishes:
             return self._driver.invalidate_finish(event, self._tokens.pop((event.mirror.id, event.finishes)))
-        if not any(event.overlaps(span) for span in self.two_pass):
+        two_pass = any(event.overlaps(span) for span in self.two_pass)
+        if not two_pass and not any(event.overlaps(span) for span in self.unsettled):
             return self._driver.invalidate(event)
         started = self._driver.invalidate_start(event)
         if inspect.isawaitable(started):
-            return self._start(event, started)
-        self._started(event, started)
-        return None
+            return self._start(event, started, two_pass)
+        return self._started(event, started, two_pass)
 
-    async def _start(self, event: Event, started: Awaitable[object]) -> None:
-        self._started(event, await started)
+    async def _start(self, event: Event, started: Awaitable[object], two_pass: bool) -> None:
+        finished = self._started(event, await started, two_pass)
+        if finished is not None:
+            await finished
 
-    def _started(self, event: Event, token: object) -> None:
-        if token is not None:
-            self._tokens[event.mirror.id, event.revision] = token
-            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+    def _started(self, event: Event, token: object, two_pass: bool) -> Awaitable[None] | None:
+        if token is None:
+            return None
+        if not two_pass:
+            return self._driver.invalidate_finish(event, token)
+        self._tokens[event.mirror.id, event.revision] = token
+        raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
 
     def lost(self, mirror: IntervalMirror, why: str) -> None:  # type: ignore[override]
         """As `IntervalDriver.lost`."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
-from hmm.errors import InvalidRequestError, RangeBusyError
+from hmm.errors import HmmError, InvalidRequestError, RangeBusyError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns
 from hmm_client.arguments import names_arguments
 from hmm_client.interval_driver import Adapter, IntervalDriver
@@ -97,10 +97,30 @@ class IntervalMirror(Receiver):
         request = hmm_pb2.InsertNotifierRequest(
             mirror_id=self.id, start=start, length=length, filtered=filtered, two_pass=two_pass
         )
+        notifier = IntervalNotifier(self, 0, AddressRange(start, start + length), two_pass=two_pass)
+        unsettled = self._adapter.unsettled
         if two_pass:
-            self._adapter.two_pass.append(AddressRange(start, start + length))
-        response = await self.make("insert_notifier", request)
-        return IntervalNotifier(self, response.notifier_id, AddressRange(start, start + length))
+            unsettled.append(notifier.span)
+        try:
+            notifier.id = (await self.make("insert_notifier", request)).notifier_id
+        except HmmError:
+            if two_pass:
+                unsettled.remove(notifier.span)  # there is none
+            raise
+        if two_pass:
+            self._adapter.two_pass.append(notifier.span)
+            unsettled.remove(notifier.span)
+        return notifier
+
+    async def remove(self, notifier: IntervalNotifier) -> None:
+        """As `IntervalNotifier.remove`."""
+        two_pass, unsettled = self._adapter.two_pass, self._adapter.unsettled
+        if notifier.two_pass and notifier.span in two_pass:
+            two_pass.remove(notifier.span)
+            unsettled.append(notifier.span)  # for good, where it is not known whether it is gone
+        await self.make("remove_notifier", hmm_pb2.RemoveNotifierRequest(mirror_id=self.id, notifier_id=notifier.id))
+        if notifier.two_pass and notifier.span in unsettled:
+            unsettled.remove(notifier.span)
 
     async def detach(self) -> None:
         """End all subscriptions, after callbacks under way; pages that it put on its device stay there.
@@ -140,7 +160,7 @@ class IntervalMirror(Receiver):
         Returns: words, uint64[npages] each: MIGRATE stands in `src` of the pages that were moved, `dst` has their new
         frames.  With COMPOUND one stands for all of a huge page, and the others of that are 0.
 
-        Raises:
+        Raises: what parts before have moved stays moved;
             InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in (EINVAL).
             NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
         """
@@ -274,10 +294,11 @@ class IntervalMirror(Receiver):
         self, addresses: Entries, pfns: Pfns | None, offset: int, length: int | None, heard: int | None
     ) -> bytes:
         wanted = addresses.size * PAGE_SIZE - offset if length is None else length
+        heard = self.heard if heard is None else heard  # of all parts: the driver has looked once
         parts = []
         for pages, frames, at, end in _parts("read", addresses, pfns, offset, wanted):
             request = hmm_pb2.ReadFramesRequest(mirror_id=self.id, pages=pages, pfns=frames, dma=pfns is None)
-            request.heard_sequence = self.heard if heard is None else heard
+            request.heard_sequence = heard
             request.offset, request.length = 0 if at else offset, end - at
             parts.append((await self.make("read_frames", request)).data)
         return b"".join(parts)
@@ -306,11 +327,12 @@ class IntervalMirror(Receiver):
         await self._write(pages, None, data, offset, heard)
 
     async def _write(self, addresses: Entries, pfns: Pfns | None, data: bytes, offset: int, heard: int | None) -> None:
+        heard = self.heard if heard is None else heard
         for pages, frames, at, end in _parts("write", addresses, pfns, offset, len(data)):
             request = hmm_pb2.WriteFramesRequest(
                 mirror_id=self.id, pages=pages, pfns=frames, data=data[at:end], dma=pfns is None
             )
-            request.heard_sequence = self.heard if heard is None else heard
+            request.heard_sequence = heard
             request.offset = 0 if at else offset
             await self.make("write_frames", request)
 
@@ -319,10 +341,11 @@ class IntervalMirror(Receiver):
 class IntervalNotifier:
     """One subscription: `struct mmu_interval_notifier`.  Made by `IntervalMirror.insert`."""
 
-    def __init__(self, mirror: IntervalMirror, notifier_id: int, span: AddressRange) -> None:
+    def __init__(self, mirror: IntervalMirror, notifier_id: int, span: AddressRange, *, two_pass: bool = False) -> None:
         self.mirror = mirror
         self.id = notifier_id
         self.span = span
+        self.two_pass = two_pass
 
     def __repr__(self) -> str:
         return f"<notifier {self.id} of {self.mirror!r} for {self.span}>"
@@ -333,8 +356,7 @@ class IntervalNotifier:
         Raises:
             WouldDeadlockError: called from inside a callback (EDEADLK).
         """
-        request = hmm_pb2.RemoveNotifierRequest(mirror_id=self.mirror.id, notifier_id=self.id)
-        await self.mirror.make("remove_notifier", request)
+        await self.mirror.remove(self)
 
     async def read_begin(self) -> int:
         """Begin a read section; waits while the range is being invalidated.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,9 @@ from hmm.events import Reason
 from hmm.migration import MIGRATE
 from hmm.range_fault import DMA_MAPPED, ERROR, REQ_FAULT, REQ_WRITE, VALID, WRITE, word_pfns
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries
+from hmm.violation import ViolationKind
 from hmm_client import Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier, Process, Prot
+from hmm_client.harness import Harness, HoldPoint
 from hmm_client.results import Mapped
 from hmm_proto.v1 import inspection_pb2
 
@@ -520,6 +522,80 @@ async def test_device_has_stopped_when_the_first_of_two_passes_is_a_coroutine(be
         await mirror.insert(0, mirror.address_end, two_pass=True)
     await bench.process.munmap(bench.mapped.address, PAGE_SIZE)
     assert sorted(log) == ["finished", "started", "stopped"]
+
+
+async def test_device_has_stopped_when_a_subscription_of_two_passes_is_gone(bench: Bench) -> None:
+    """Nobody asks for a second pass then: what is told for another subscription is done when it is answered."""
+    log: list[str] = []
+
+    class Both(TwoPass):
+        def invalidate(self, event: Event) -> None:
+            log.append("stop")
+
+    mirror = await bench.device.attach(bench.process, Both("it", log))
+    await mirror.insert(0, mirror.address_end)
+    with pytest.raises(InvalidRequestError):
+        await mirror.insert(bench.mapped.address, 0, two_pass=True)
+    two_pass = await mirror.insert(0, mirror.address_end, two_pass=True)
+    await bench.process.munmap(bench.span(0).start, PAGE_SIZE)
+    await two_pass.remove()
+    with pytest.raises(NoSuchObjectError):
+        await two_pass.remove()
+    await bench.process.munmap(bench.span(1).start, PAGE_SIZE)
+    assert log == ["start it", "finish it", "stop"]
+
+
+async def test_device_has_stopped_when_a_subscription_of_two_passes_comes_or_goes(harness_daemon: Daemon) -> None:
+    """The driver does not know whether a second pass will be asked for, and finishes what it starts."""
+    log: list[str] = []
+
+    class Finishing(TwoPass):
+        async def invalidate_finish(self, event: Event, token: object) -> None:
+            log.append("finish" if token == event.revision else "another token")
+
+    async with harness_daemon.connect("two passes") as client:
+        process = await client.create_process("victim")
+        span = (await process.mmap(2 * PAGE_SIZE)).span
+        device = await client.register_device("gpu0")
+        mirror = await device.attach(process, Finishing("it", log))
+        await mirror.insert(0, mirror.address_end)
+        async with Harness(client).hold(HoldPoint.BEFORE_END, "insert_notifier", process=process) as hold:
+            inserting = asyncio.create_task(mirror.insert(0, mirror.address_end, two_pass=True))
+            await hold.reached()
+            await process.munmap(span.start, PAGE_SIZE)
+            assert log == ["start it", "finish"]
+        notifier = await inserting
+        async with Harness(client).hold(HoldPoint.BEFORE_END, "remove_notifier", process=process) as hold:
+            removing = asyncio.create_task(notifier.remove())
+            await hold.reached()
+            await process.munmap(span.start + PAGE_SIZE, PAGE_SIZE)
+        await removing
+        assert log == ["start it", "finish"] * 2
+
+
+async def test_access_in_parts_begins_once(harness_daemon: Daemon) -> None:
+    """What the driver has heard between two parts makes no use after invalidation of it: it answered too early."""
+    async with harness_daemon.connect("parts") as client:
+        process = await client.create_process("victim")
+        span = (await process.mmap(512 * PAGE_SIZE)).span
+        device = await client.register_device("gpu0")
+        mirror = await device.attach(process, IntervalDriver())
+        notifier = await mirror.insert(0, mirror.address_end)
+        pfns = word_pfns((await notifier.fault(span, BOTH)).words)
+        addresses = np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64)
+        accesses: list[Coroutine[Any, Any, object]] = [
+            mirror.read_frames(addresses, pfns),
+            mirror.write_frames(addresses[:-1], pfns[:-1], bytes(511 * PAGE_SIZE)),
+        ]
+        for gone, access in enumerate(accesses, 1):
+            async with Harness(client).hold(HoldPoint.BEFORE_END, "read_frames|write_frames", process=process) as hold:
+                accessing = asyncio.create_task(access)
+                await hold.reached()
+                await process.munmap(span.end - gone * PAGE_SIZE, PAGE_SIZE)
+            with pytest.raises(BadAddressError) as caught:
+                await accessing
+            assert caught.value.violation is not None
+            assert caught.value.violation.kind is ViolationKind.EARLY_ACKNOWLEDGEMENT
 
 
 async def test_reaping_is_tried_again_when_a_driver_refuses(bench: Bench) -> None:
