@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 from coverage import Coverage
+from hypothesis import HealthCheck, settings
 
 import hmm_client
 from hmm_client.embedded import as_flags
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; it would be inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, however long one takes: a busy machine, or chance, is no failure.
+settings.register_profile("hmmd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hmmd")
 
 TESTS = Path(__file__).parent
 MEASURED = ("hmm", "simulation")

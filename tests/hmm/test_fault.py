@@ -656,7 +656,7 @@ def outcome(world: Any, operation: Any) -> object:
     return "done"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     layout=PIECES,
     touched=st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=12),

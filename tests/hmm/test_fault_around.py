@@ -158,7 +158,7 @@ def test_read_loses_nothing_when_directories_run_out(world: Any) -> None:
     world.frames.check()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     at=st.integers(0, 40),
     npages=st.integers(1, 80),

@@ -110,7 +110,7 @@ def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return int(request.param)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS, low=st.integers(0, NPAGES), size=st.integers(1, 20), length=st.integers(0, NPAGES))
 def test_map_equals_a_list_after_any_operations(
     chunk_size: int,
@@ -172,7 +172,7 @@ def assert_holes_agree(vmas: VmaMap, model: Model, size: int, window: tuple[int,
     vmas.check()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS, where=SPANS, target=st.integers(0, NPAGES))
 def test_replace_puts_pieces_back_when_they_were_taken_out(
     chunk_size: int, steps: list[tuple[tuple[int, int], Mapping | None]], where: tuple[int, int], target: int
