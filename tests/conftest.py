@@ -26,8 +26,13 @@ settings.load_profile("hmmd")
 
 TESTS = Path(__file__).parent
 MEASURED = ("hmm", "simulation")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
+PATIENCE: dict[str, object] = {"acknowledgement_s": 600.0, "fault_s": 600.0, "ping_timeout_ms": 600_000}
+"""Settings of daemons unless others are asked for: what drivers, faults and connections may take on a busy machine."""
+
+SOON_S = 2.0
+"""A deadline that tests wait for: time enough for drivers that answer at once."""
 
 
 @dataclass
@@ -47,9 +52,9 @@ class Daemon:
 
     @classmethod
     async def start(cls, socket: Path, **settings: object) -> Daemon:
-        """Start one, and wait until it serves."""
+        """Start one that is patient unless `settings` say otherwise, and wait until it serves."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *as_flags(settings)),
+            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *as_flags(PATIENCE | settings)),
             env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -93,7 +98,7 @@ def measured_where_hmm_is_tested(request: pytest.FixtureRequest) -> Iterator[Non
 
 @pytest.fixture
 async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Daemon]]]:
-    """Starts daemons: call it with the settings of hmm_server.config as keywords."""
+    """Starts patient daemons: call it with the settings of hmm_server.config as keywords."""
     daemons: list[Daemon] = []
 
     async def start(**settings: object) -> Daemon:
@@ -108,7 +113,7 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
 
 @pytest.fixture
 async def daemon(request: pytest.FixtureRequest, start_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
-    """A daemon for one test, with the default settings or with those that the test is parametrized with."""
+    """A patient daemon for one test, with the settings, if any, that the test is parametrized with."""
     return await start_daemon(**getattr(request, "param", {}))
 
 
@@ -130,17 +135,17 @@ async def start_session_daemon(
 
 @pytest.fixture(scope="session")
 async def shared_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
-    """A daemon with the default settings, for all tests that do not mind what else is in it."""
+    """A patient daemon, for all tests that do not mind what else is in it."""
     return await start_session_daemon()
 
 
 @pytest.fixture(scope="session")
 async def harness_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
-    """A daemon that holds calls and injects failures, whose deadlines are far away."""
-    return await start_session_daemon(harness=True, acknowledgement_s=600.0, fault_s=600.0, drain_s=0.1)
+    """A patient daemon that holds calls and injects failures."""
+    return await start_session_daemon(harness=True, lease_s=600.0, drain_s=0.1)
 
 
 @pytest.fixture(scope="session")
 async def hasty_daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
     """A daemon whose drivers have to answer soon."""
-    return await start_session_daemon(acknowledgement_s=0.5)
+    return await start_session_daemon(acknowledgement_s=SOON_S)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-START_S = 30.0
+START_S = 60.0
 """How long the daemon may take until it serves."""
 END_S = 20.0
 """How long it may take to end after SIGTERM: more than its own `drain_s`."""

@@ -457,7 +457,9 @@ async def test_driver_is_lost_when_it_does_not_answer(start_daemon: Any) -> None
     """The deadline of acknowledgements holds for both interfaces: the mirror is fenced, the call completes."""
     daemon: Daemon = await start_daemon(acknowledgement_s=0.05)
     bench = await Bench.make(daemon.connect())
+    await bench.notifier.remove()  # what it does not hear it need not answer in time
     await bench.mirror.make_exclusive(bench.span(8, 2))
+    bench.notifier = await bench.mirror.insert(0, bench.mirror.address_end)
     bench.driver.gate.clear()
     done = await bench.process.munmap(bench.mapped.address, PAGE_SIZE)
     assert done.fenced_mirrors == (bench.mirror.id,)

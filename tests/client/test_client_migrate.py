@@ -180,7 +180,7 @@ async def test_events_of_others_pass_a_copy_that_is_under_way(process: Process, 
         await take(event)
 
     driver.memory.take = slowly  # type: ignore[method-assign]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await mirror.migrate(AddressRange(mapped.address, mapped.address + 2 * PAGE_SIZE))
     assert "MUNMAP" in driver.heard
 

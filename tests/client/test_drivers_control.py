@@ -210,7 +210,7 @@ def test_driver_process_ends_in_good_order_when_it_is_told_to(shared_daemon: Dae
         assert driver.stdout.readline() == b"ready\n"
         assert shared_daemon.socket.with_name("prefetch.sock").is_socket()
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(timeout=30) == 0
+        assert driver.wait(timeout=60) == 0
     assert not shared_daemon.socket.with_name("prefetch.sock").exists()
 
 
@@ -234,4 +234,4 @@ def test_patient_driver_waits_for_its_daemon(tmp_path: Path) -> None:
             assert driver.stdout is not None
             assert driver.stdout.readline() == b"ready\n"
             served.send_signal(signal.SIGTERM)
-        assert driver.wait(timeout=30) == 1
+        assert driver.wait(timeout=60) == 1

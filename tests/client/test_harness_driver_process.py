@@ -33,7 +33,7 @@ process_id, start, script = int(sys.argv[1]), int(sys.argv[2]), scripts[sys.argv
 with sync.connect(name="driver") as client:
     device = client.register_device("gpu")
     script = Misbehaviour(script, own_process=True)
-    mirror = device.mirror(client.process(process_id), sync.Driver(), misbehaviour=script)
+    mirror = device.mirror(client.process(process_id), sync.Driver(), fault_events=False, misbehaviour=script)
     mirror.fault(AddressRange(start, start + 4096))
     print("ready")
     signal.pause()
@@ -43,9 +43,10 @@ Start = Callable[[str], tuple[DriverProcess, Process, int]]
 
 
 @pytest.fixture
-def rig(hasty_daemon: Daemon) -> Iterator[SyncRig]:
-    """A rig on a daemon whose drivers have to answer soon."""
-    with SyncRig(hasty_daemon.target) as rig:
+def rig(request: pytest.FixtureRequest, harness_daemon: Daemon, hasty_daemon: Daemon) -> Iterator[SyncRig]:
+    """A rig on a patient daemon, or on one whose drivers have to answer soon if the parameter is `hasty`."""
+    daemon = hasty_daemon if getattr(request, "param", "") == "hasty" else harness_daemon
+    with SyncRig(daemon.target) as rig:
         yield rig
 
 
@@ -93,19 +94,32 @@ def test_mirror_is_fenced_when_its_driver_dies_of_the_event(start: Start) -> Non
     assert driver.wait() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("rig", ["hasty"], indirect=True)
 @pytest.mark.parametrize("how", ["behave", "stop"])
-def test_mirror_is_fenced_when_its_driver_is_stopped(start: Start, rig: SyncRig, how: str) -> None:
-    """SIGSTOP, from outside or at the event: pending names it, its deadline ends the waiting."""
+def test_mirror_is_fenced_when_its_driver_is_stopped(start: Start, how: str) -> None:
+    """SIGSTOP, from outside or at the event: its deadline ends the waiting."""
+    driver, process, address = start(how)
+    if how == "behave":
+        driver.stop()
+    assert len(process.munmap(address, PAGE).fenced_mirrors) == 1
+    driver.go_on()
+
+
+@pytest.mark.parametrize("how", ["behave", "stop"])
+def test_pending_names_the_event_when_its_driver_is_stopped(start: Start, rig: SyncRig, how: str) -> None:
+    """As long as it is stopped, and no longer: SIGKILL ends the waiting too."""
     driver, process, address = start(how)
     if how == "behave":
         driver.stop()
     unmapping = rig.background(process.munmap, address, PAGE)
-    seen = set[int]()
-    while not unmapping.done():
-        seen.update(event.state for one in rig.pending().operations for event in one.events)
-    assert types_pb2.EVENT_STATE_SENT in seen
+    sent: list[str] = []
+    while not sent:
+        mine = [one for one in rig.pending().operations if one.process_id == process.id]
+        events = [event for one in mine for event in one.events]
+        sent = [event.driver_name for event in events if event.state == types_pb2.EVENT_STATE_SENT]
+    assert sent == ["driver"]
+    driver.kill()
     assert len(unmapping.result().fenced_mirrors) == 1
-    driver.go_on()
 
 
 def test_wait_for_line_says_what_was_printed_instead(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hmm_client.recordings import Recorded, RecordingError, compare, record
 
 PROGRAMS = Path(__file__).parent / "data" / "programs"
 DELAY_S = 0.25
-PATIENCE_S = (DELAY_S, 1.0, 4.0)
+PATIENCE_S = (DELAY_S, 1.0, 4.0, 16.0)
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +32,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def patiently(command: list[str], folder: Path) -> Recorded:
-    """Record with a longer delay when the machine was too busy to look in time."""
+def patiently(command: list[str], folder: Path, begin: Callable[[], object] = lambda: None) -> Recorded:
+    """Record, with a longer delay when the machine was too busy to look in time; `begin` comes before each try."""
     for delay_s in PATIENCE_S:
+        begin()
         try:
             return record(command, folder / f"{delay_s}", delay_s=delay_s)
         except RecordingError as error:
@@ -130,7 +132,7 @@ def test_record_ends_its_command_when_it_is_told_to_end(tmp_path: Path, number: 
         assert recording.stdout is not None
         assert recording.stdout.readline() == "here\n"
         recording.send_signal(number)
-        assert recording.wait(30) == status
+        assert recording.wait(60) == status
         assert recording.stdout.read() == ""  # nobody is left who could write
     assert not (tmp_path / "out").exists()
 
@@ -156,7 +158,7 @@ def test_record_starts_the_command_as_it_starts_without(
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("SIGNS", "a=b=c d")
     alone = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    record(command, tmp_path / "out", delay_s=DELAY_S)
+    patiently(command, tmp_path, capfd.readouterr)
     recorded = capfd.readouterr().out
     expected, found = (
         sorted(line for part in text.split("\0") for line in part.splitlines() if line.startswith(seen))

@@ -36,6 +36,8 @@ PAGE = 4096
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 BASE = 0x10000000000
+PATIENCE: dict[str, Any] = {"acknowledgement_s": 600.0, "fault_s": 600.0, "ping_timeout_ms": 600_000}
+"""What drivers, faults and connections may take where it is not the subject: a busy machine is no failure."""
 
 
 class Driver:
@@ -202,6 +204,11 @@ class Served:
         while not condition():  # noqa: ASYNC110 - what changes is the daemon's state, which wakes nobody
             await asyncio.sleep(0)
 
+    async def until_answered(self, *mirror_ids: int) -> None:
+        """Wait for answers that are on their way: what is asked on another stream may overtake them."""
+        receivers = self.daemon.machine.receivers
+        await self.until(lambda: not any(receivers[mirror_id].unanswered for mirror_id in mirror_ids))
+
     async def let_deadlines_pass(self) -> None:
         """The time of drivers is up, as soon as a call waits for them; for daemons that give them for ever."""
         executor = self.daemon.executor
@@ -231,7 +238,7 @@ async def serve(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serve
 
         async def start(**settings: Any) -> Served:
             path = tmp_path_factory.mktemp("d") / "s"
-            config = Config(**{"frames": 1 << 14, "drain_s": 0.2} | settings)
+            config = Config(**{"frames": 1 << 14, "drain_s": 0.2} | PATIENCE | settings)
             daemon = await stack.enter_async_context(Daemon(config).serving(path))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"unix:{path}"))
             served = Served(daemon, channel, f"unix:{path}")
@@ -243,7 +250,7 @@ async def serve(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serve
 
 @pytest.fixture
 async def served(serve: Serve) -> Served:
-    """A daemon with default settings."""
+    """A daemon whose drivers and faults have all the time that they need."""
     return await serve()
 
 

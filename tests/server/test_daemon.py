@@ -71,7 +71,7 @@ def test_signal_ends_a_daemon_that_does_not_serve_yet(tmp_path: Path, number: si
     os.mkfifo(settings)
     with subprocess.Popen([*HMMD, f"--config={settings}"]) as daemon, settings.open("w"):  # opened when it reads
         daemon.send_signal(number)
-        assert daemon.wait(timeout=30) == 0
+        assert daemon.wait(timeout=60) == 0
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ async def test_cpu_setting_pins_the_process(place: Path) -> None:
 
 async def test_drain_waits_for_answers_and_refuses_new_calls(serve: Any) -> None:
     """While it drains, a call under way gets its answer and ends; new ones are UNAVAILABLE, health says so."""
-    served = await serve(drain_s=5.0)
+    served = await serve(drain_s=60.0)
     pid = await served.new_process()
     await served.mmap(pid, BASE, END)
     driver = await served.driver()

@@ -16,8 +16,6 @@ BASE = 0x10000000000
 END = BASE + 16 * PAGE
 SHORT_S = 0.05
 """For drivers that do not answer at all."""
-FOREVER_S = 600.0
-"""For drivers that answer what they please: `let_deadlines_pass` ends the time for the rest."""
 
 
 async def _mirrored(served: Any, policy: int, **fields: Any) -> tuple[Any, int, int]:
@@ -44,7 +42,7 @@ async def test_fence_completes_the_call_and_names_the_mirror(serve: Any) -> None
 
 async def test_fence_spares_the_mirrors_that_answered(serve: Any) -> None:
     """Only those that did not answer are lost."""
-    served = await serve(acknowledgement_s=FOREVER_S)
+    served = await serve()
     driver, pid, hung = await _mirrored(served, types_pb2.DEADLINE_POLICY_FENCE)
     alive = await driver.mirror(pid, "gpu1")
     unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
@@ -75,7 +73,7 @@ async def test_fail_ends_the_call_and_changes_nothing(serve: Any) -> None:
 
 async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
     """After an abandoned event a mirror gets no other until it has answered; the next call waits and fails too."""
-    served = await serve(acknowledgement_s=FOREVER_S)
+    served = await serve()
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
     first = asyncio.ensure_future(served.munmap(pid, BASE, END))
     await served.let_deadlines_pass()
@@ -96,7 +94,7 @@ async def test_fail_sends_nothing_new_until_the_late_answer(serve: Any) -> None:
 
 async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered(serve: Any) -> None:
     """It waits for callbacks that run, but under the policy FAIL not for ever; once the answer came it succeeds."""
-    served = await serve(acknowledgement_s=FOREVER_S)
+    served = await serve()
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
     unmapping = asyncio.ensure_future(served.munmap(pid, BASE, END))
     await served.let_deadlines_pass()
@@ -114,7 +112,7 @@ async def test_unregistering_times_out_when_an_abandoned_event_is_never_answered
 
 async def test_unregistering_changes_nothing_when_its_own_event_is_not_answered(serve: Any) -> None:
     """FAIL: a driver that does not answer that it stops is still registered, has its pages, and hears of changes."""
-    served = await serve(acknowledgement_s=FOREVER_S)
+    served = await serve()
     driver, pid, mirror = await _mirrored(served, types_pb2.DEADLINE_POLICY_FAIL)
     entries = served.daemon.machine.mirrors[mirror].table.count
     leaving = device_pb2.UnregisterMirrorRequest(mirror_id=mirror)

@@ -90,7 +90,7 @@ async def told(served: Any, method: MethodDescriptor, wrong: Wrong) -> str:
         response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
     )
     request = wrong.message(method.input_type)
-    call = rpc(iter([request]) if method.client_streaming else request, timeout=5)
+    call = rpc(iter([request]) if method.client_streaming else request, timeout=60)
     try:
         response = await (call.read() if method.server_streaming else call)
     except grpc.aio.AioRpcError as error:

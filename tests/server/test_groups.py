@@ -12,7 +12,6 @@ from hmm_proto.v1 import event_pb2, types_pb2
 PAGE = 4096
 BASE = 0x10000000000
 END = BASE + 16 * PAGE
-FOREVER_S = 600.0
 
 
 class Scene:
@@ -112,6 +111,7 @@ async def test_pending_names_each_mirror_of_a_group_that_has_not_answered(scene:
     unmapping = scene.unmap(0)
     event = await scene.driver.events.get()
     await scene.driver.answer(mirror_ids=event.mirror_ids[:1], acknowledged_up_to=event.event_sequences[:1])
+    await scene.served.until_answered(scene.mirrors[0])
     (operation,) = (await scene.served.pending()).operations
     assert [(one.mirror_id, one.state) for one in operation.events] == [
         (mirror, types_pb2.EVENT_STATE_SENT) for mirror in scene.mirrors[1:]
@@ -152,6 +152,7 @@ async def test_mirrors_of_two_drivers_are_two_groups(scene: Scene) -> None:
         assert (list(ours.mirror_ids), list(others.mirror_ids)) == (scene.mirrors, theirs)
         assert [*ours.event_sequences, *others.event_sequences] == [page + 1] * 5
         await other.acknowledge(others)
+        await scene.served.until_answered(*theirs)
         (operation,) = (await scene.served.pending()).operations
         assert [one.mirror_id for one in operation.events] == scene.mirrors
         await scene.driver.acknowledge(ours)
@@ -161,7 +162,7 @@ async def test_mirrors_of_two_drivers_are_two_groups(scene: Scene) -> None:
 
 async def test_abandoned_event_still_leaves_when_the_window_opens(serve: Any) -> None:
     """It waited for credit beyond its deadline; its mirrors answer it late, and then hear of the next."""
-    scene = Scene(await serve(acknowledgement_s=FOREVER_S, credit=1))
+    scene = Scene(await serve(credit=1))
     blocked = await scene.served.new_process()
     await scene.served.mmap(blocked, BASE, END)
     await scene.set_up(2, policy=types_pb2.DEADLINE_POLICY_FAIL)

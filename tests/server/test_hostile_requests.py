@@ -318,7 +318,7 @@ async def test_session_is_not_read_when_its_client_reads_nothing(serve: Any) -> 
     batch = session_pb2.SessionRequest(calls=asking)
     queued_bytes = 0
     while queued_bytes < 4096:
-        await asyncio.wait_for(call.write(batch), 5)
+        await asyncio.wait_for(call.write(batch), 60)
         (shown,) = (await served.pending()).streams
         queued_bytes = shown.queued_bytes
     assert queued_bytes < 2 * 4096 + 256

@@ -121,7 +121,7 @@ async def test_watch_tells_events_answers_operations_and_losses(mirrored: Any) -
 
 async def test_watch_tells_how_events_ended(serve: Any) -> None:
     """An event that may not block can be refused; one that was abandoned ends once, whenever its answer comes."""
-    served = await serve(acknowledgement_s=600.0)
+    served = await serve()
     pid = await served.new_process()
     await served.mmap(pid, BASE, END)
     driver = await served.driver()

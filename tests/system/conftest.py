@@ -22,7 +22,7 @@ from hmm_client.drivers.remote import RemoteDriver
 if TYPE_CHECKING:
     from tests.conftest import Daemon
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
 JAVASCRIPT = Path(__file__).with_name("javascript")
 INSTALL_S = 300
