@@ -122,10 +122,14 @@ class MisbehavingDriver(Driver):
 
     # ---- what the test calls
 
-    async def mirror(self, process: int, policy: str = "fence") -> int:
+    async def mirror(self, process: int, policy: str = "fence", *, fault_events: bool = True) -> int:
         """Mirror a process; the mirror's id."""
         made = await self._device.mirror(
-            self._client.process(process), self, policy=DeadlinePolicy(policy), concurrent=True
+            self._client.process(process),
+            self,
+            policy=DeadlinePolicy(policy),
+            concurrent=True,
+            fault_events=fault_events,
         )
         self._mirrors[made.id] = made
         return made.id
