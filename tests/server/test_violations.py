@@ -128,7 +128,10 @@ async def test_reports_and_rejections_are_seen_by_their_owner_only(served: Any) 
     await driver.make("device_write", write(mirror, BASE))
     await driver.answer(mirror_ids=[mirror], acknowledged_up_to=[99])
     await driver.violations.get()
-    await driver.make("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=mirror))
+    unregistering = await driver.send("unregister_mirror", device_pb2.UnregisterMirrorRequest(mirror_id=mirror))
+    for _ in range(2):
+        await driver.acknowledge(await driver.events.get())
+    await unregistering
     mine = await violations(served, token="mine")
     assert [(report.mirror_id, report.gone) for report in mine.mirrors] == [(mirror, True)]
     assert [one.violation.event_sequence for one in mine.rejected_answers] == [99]
