@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("HMMD_IMAGE", "hmmd")
-TIMEOUT_S = 90.0
+TIMEOUT_S = 180.0
 """Far more than anything takes; a busy machine is no failure."""
 CONFINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 SERVICE = "com.docker.compose.service"

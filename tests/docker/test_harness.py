@@ -32,7 +32,7 @@ def run_harness(daemon: Daemon, *options: str, drivers: dict[str, str] = DRIVERS
             assert driver.stdout is not None
             assert driver.stdout.readline() == b"ready\n"
         command = [sys.executable, str(HARNESS), *places.values(), f"--target={daemon.target}", *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=os.environ)
 
 
 async def test_harness_ends_with_0_when_all_holds(start_daemon: Callable[..., Awaitable[Daemon]]) -> None:

@@ -20,7 +20,7 @@ from hmm_client import Advice, Process, Prot
 if TYPE_CHECKING:
     from tests.conftest import Daemon
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first one may have to install packages
 
 HERE = Path(__file__).with_name("javascript")
 TIMEOUT_S = 60.0
