@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +83,17 @@ class Daemon:
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self.process.wait(), TIMEOUT_S)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that the kernel gives to nobody who has not asked for this one."""
+    given_first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(given_first - 1 - os.getpid() % 1000, 1024, -1):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no port is free")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -156,9 +156,9 @@ async def test_request_that_is_too_long_is_answered_and_ends_its_connection_alon
 TLS = Path(__file__).parents[1] / "server" / "tls"
 
 
-async def test_control_over_tcp_serves_who_shows_a_certificate(unused_tcp_port: int) -> None:
+async def test_control_over_tcp_serves_who_shows_a_certificate(free_port: int) -> None:
     """Both ends show certificates of one authority; who shows none is cut off."""
-    place = f"localhost:{unused_tcp_port}"
+    place = f"localhost:{free_port}"
     authority = TLS / "authority.pem"
     server = tls_context(authority, TLS / "server.pem", TLS / "server.key", server=True)
     client = tls_context(authority, TLS / "client.pem", TLS / "client.key")

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator
@@ -38,14 +37,6 @@ def fetch(url: str) -> str:
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
         text: str = response.read().decode()
         return text
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 @pytest.fixture
@@ -81,11 +72,11 @@ async def test_promtool_finds_nothing_wrong(metrics: str) -> None:
     assert (process.returncode, said.decode()) == (0, "")
 
 
-async def test_server_scrapes_and_answers_questions(metrics: str, tmp_path: Path) -> None:
+async def test_server_scrapes_and_answers_questions(metrics: str, tmp_path: Path, free_port: int) -> None:
     """The target is up, and what happened can be asked for in PromQL."""
     configuration = tmp_path / "prometheus.yml"
     configuration.write_text(CONFIGURATION.format(target=metrics.removeprefix("http://").removesuffix("/metrics")))
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port}"
     with (tmp_path / "prometheus.log").open("wb") as log:
         server = await asyncio.create_subprocess_exec(
             "prometheus",
