@@ -27,6 +27,9 @@ START_S = 60.0
 """How long the daemon may take until it serves."""
 END_S = 20.0
 """How long it may take to end after SIGTERM: more than its own `drain_s`."""
+PATIENCE: dict[str, object] = {"fault_s": 15.0, "ping_timeout_ms": 60_000}
+"""Settings for tests of drivers: on a slow machine a fault that waits does not hang, nor does whoever answers no ping;
+a driver that is stopped and goes on has lost its mirrors by the deadline, and not its session."""
 
 
 class EmbeddedDaemonError(Exception):

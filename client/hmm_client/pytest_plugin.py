@@ -70,9 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _start(config: pytest.Config, folder: Path, settings: dict[str, Any]) -> EmbeddedDaemon:
-    from hmm_client.embedded import EmbeddedDaemon  # noqa: PLC0415 - who uses no fixture does not pay
+    from hmm_client.embedded import PATIENCE, EmbeddedDaemon  # noqa: PLC0415 - who uses no fixture does not pay
 
-    daemon = EmbeddedDaemon(folder, log=folder / "hmmd.log", **{"harness": True, "drain_s": 0.5} | settings)
+    settings = PATIENCE | {"harness": True, "drain_s": 0.5} | settings
+    daemon = EmbeddedDaemon(folder, log=folder / "hmmd.log", **settings)
     config.stash.setdefault(STARTED, []).append(daemon.started_s)
     return daemon
 

@@ -392,7 +392,7 @@ async def test_verify_finds_nothing_when_traces_go_through_a_daemon(
 SCENARIO = """
 title = "A driver that hangs is fenced, and munmap ends"
 [daemon]
-acknowledgement_s = 0.5
+acknowledgement_s = 2.0
 [processes.app]
 [drivers.gpu]
 mirrors = ["app"]

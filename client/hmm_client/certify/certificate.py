@@ -29,10 +29,10 @@ from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, Storm, draw, shortest
 from hmm_client.channel import DaemonError, UnavailableError
 from hmm_client.client import Client, connect
-from hmm_client.embedded import EmbeddedDaemon
+from hmm_client.embedded import PATIENCE, EmbeddedDaemon
 
-DEADLINE_S = 2.0
-"""How long a driver has for the answer to an event."""
+DEADLINE_S = 5.0
+"""How long a driver has for the answer to an event: as long as hmmd gives it, unless told otherwise."""
 LIMIT_S = 120.0
 """How long a trial may take: ours take two seconds, and a driver has twenty for the answer to each order."""
 CLEANING_S = 2.0
@@ -99,7 +99,11 @@ class Certifier:
 
     async def start_daemon(self) -> Client:
         """A daemon of our own, and a client of it: the first one, or another after `kill_daemon`."""
-        settings = {"acknowledgement_s": self._deadline_s, "swap_pages": SWAP_PAGES, "log_level": "error"}
+        settings = PATIENCE | {
+            "acknowledgement_s": self._deadline_s,
+            "swap_pages": SWAP_PAGES,
+            "log_level": "error",
+        }
         starting = asyncio.ensure_future(
             asyncio.to_thread(EmbeddedDaemon, self._folder, log=None, harness=True, **settings)
         )

@@ -26,8 +26,8 @@ from hmm_client.replay_devices import DeviceReport, ReplayDevices
 
 DEVICES = 2
 MIGRATE_PAGES = 64
-ACKNOWLEDGEMENT_S = 30.0
-"""Of a daemon of our own: a slow machine is no hanging device."""
+PATIENCE = {"acknowledgement_s": 30.0, "fault_s": 30.0}
+"""Settings of a daemon of our own: a slow machine is no hanging device."""
 SHOWN = 10
 UNKNOWN = "Unknown calls, not replayed"
 
@@ -125,11 +125,10 @@ def command(
     with failures(where), ExitStack() as stack:
         if not recordings:
             raise SystemExit(UNUSABLE)
-        target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=ACKNOWLEDGEMENT_S))
+        target = where.target or stack.enter_context(embedded_daemon(**PATIENCE))
         small = target
         if memory and swap:
-            settings = {"frames": memory, "swap_pages": swap, "acknowledgement_s": ACKNOWLEDGEMENT_S}
-            small = stack.enter_context(embedded_daemon(**settings))
+            small = stack.enter_context(embedded_daemon(frames=memory, swap_pages=swap, **PATIENCE))
         outcomes = []
         for recording in recordings:
             outcomes.append(run(_replay(recording, where, (target, small), devices, device_pages if migrate else 0)))

@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from hmm_client.commands.connection import OK, REFUSED, UNEXPECTED, UNUSABLE, Where, fail, failures, run, where_options
 from hmm_client.commands.output import JSON, counted, format_option, junit_option, print_json, print_table
-from hmm_client.embedded import EmbeddedDaemonError, embedded_daemon
+from hmm_client.embedded import PATIENCE, EmbeddedDaemonError, embedded_daemon
 
 if TYPE_CHECKING:
     from hmm_client.scenario import Scenario, StepReport
@@ -42,7 +42,7 @@ class _Daemons:
 
         if self.where.target:
             return self.where.target
-        settings = {"log_level": "error", "harness": True, "drain_s": 0.5, **scenario.settings}
+        settings = {**PATIENCE, "log_level": "error", "harness": True, "drain_s": 0.5, **scenario.settings}
         key = repr(sorted(settings.items()))
         if key not in self.targets:
             try:
