@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from hmm_client import sync
 from hmm_client.cli import main
-from hmm_client.embedded import embedded_daemon
+from hmm_client.embedded import PATIENCE, embedded_daemon
 from hmm_client.recordings.errors import TraceError
 from hmm_client.recordings.ktrace import expand, read_trace
 from hmm_client.verification import Aspect, InProcess, Level, Subject, TraceReport, verify
@@ -135,7 +135,10 @@ def verified(path: Path, make: Callable[[], Subject] = InProcess) -> TraceReport
 @pytest.fixture(scope="module")
 def over_wire() -> Iterator[Callable[[], Subject]]:
     """Makes subjects that are processes and devices of a daemon."""
-    with embedded_daemon() as target, sync.connect(target, name="verify") as client:
+    with (
+        embedded_daemon(acknowledgement_s=600.0, **PATIENCE) as target,
+        sync.connect(target, name="verify") as client,
+    ):
         yield lambda: OverWire(client)
 
 

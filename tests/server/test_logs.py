@@ -74,7 +74,7 @@ async def test_every_line_of_a_call_names_it_in_fields(tmp_path: Path) -> None:
     late, lost, ended = about
     assert (late["operation"], late["caller"], late["mirror"], late["device"]) == ("munmap", "program", 1, "gpu0")
     assert (ended["operation"], ended["caller"], ended["errno"]) == ("munmap", "program", 0)
-    assert ended["duration_ms"] >= 200
+    assert ended["duration_ms"] >= 199  # the loop's clock counts milliseconds
     assert "is lost" in lost["message"]
     assert (lost["mirror"], lost["device"]) == (1, "gpu0")
     assert all("operation_id" in line for line in lines if line["message"].startswith("operation "))

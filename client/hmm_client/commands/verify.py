@@ -15,7 +15,7 @@ import click
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, where_options
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
 from hmm_client.commands.progress import Progress
-from hmm_client.embedded import embedded_daemon
+from hmm_client.embedded import PATIENCE, embedded_daemon
 from hmm_client.recordings import ktrace
 from hmm_client.recordings.ktrace import Arguments, Operation
 from hmm_client.verification import Counts, Difference, InProcess, Level, Subject, TraceReport, verify
@@ -66,7 +66,7 @@ def _daemon(where: Where) -> Iterator[Callable[[], Subject]]:
     from hmm_client.verification.over_wire import OverWire  # noqa: PLC0415
 
     with ExitStack() as stack:
-        target = where.target or stack.enter_context(embedded_daemon())
+        target = where.target or stack.enter_context(embedded_daemon(acknowledgement_s=60.0, **PATIENCE))
         secure = where.tls or where.ca or where.certificate
         credentials = tls_credentials(where.ca, where.certificate, where.key) if secure else None
         client = stack.enter_context(sync.connect(target, where.token, name="hmmctl verify", credentials=credentials))

@@ -14,14 +14,14 @@ from selftest_rig import Rig
 from hmm_client import sync
 from hmm_client.drivers.dmirror import LINUX_6_12_CORRECTED, Profile
 from hmm_client.drivers.over_wire import OverWireHmm
-from hmm_client.embedded import embedded_daemon
+from hmm_client.embedded import PATIENCE, embedded_daemon
 
 
 @pytest.fixture(scope="session")
 def selftest_client() -> Iterator[sync.Client]:
     """A client of a daemon that the cases of 6.12 share, one after the other; with huge pages set aside."""
     with (
-        embedded_daemon(hugetlb_pages=4, swap_pages=4096, harness=True) as target,
+        embedded_daemon(hugetlb_pages=4, swap_pages=4096, harness=True, acknowledgement_s=600.0, **PATIENCE) as target,
         sync.connect(target, name="selftest") as client,
     ):
         yield client

@@ -23,7 +23,7 @@ from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client import sync
 from hmm_client.drivers.dmirror import LINUX_7_CORRECTED, Flag, Profile
-from hmm_client.embedded import embedded_daemon
+from hmm_client.embedded import PATIENCE, embedded_daemon
 
 OFFSETS = (0, HUGE // 4, HUGE // 2)
 SIZES = (HUGE // 4, HUGE // 2, HUGE, 2 * HUGE, 4 * HUGE, 8 * HUGE, *([128 * HUGE] if ALL else []))
@@ -36,7 +36,8 @@ NOTHING = np.zeros(HUGE // 4, np.int32)
 @pytest.fixture(scope="module")
 def selftest_client() -> Iterator[sync.Client]:
     """A client of a daemon that models a kernel as new as these cases."""
-    settings = {"semantics": LINUX_7.name, "harness": True}  # FLAGS lets allocations fail
+    settings = PATIENCE | {"acknowledgement_s": 600.0, "semantics": LINUX_7.name}
+    settings["harness"] = True  # FLAGS lets allocations fail
     with embedded_daemon(**settings) as target, sync.connect(target, name="selftest") as client:
         yield client
 
