@@ -155,6 +155,7 @@ async def test_pagemap_joins_pages_that_are_alike(daemon: Daemon, mirrored: Mirr
     assert (first["start"], first["end"]) == (mirrored.span.start, mirrored.span.start + 8192)
     assert first["flags"] == ["present", "exclusive", "soft-dirty"]
     assert first["frame"] > 0
+    mirrored.driver.go_on.set()
     await mirrored.process.clear_refs(4)
     assert (await hmmctl(*arguments)).values[0]["flags"] == ["present", "exclusive"]
     assert "present exclusive" in (await hmmctl(*arguments[:-2])).stdout
