@@ -108,6 +108,32 @@ class Holding:
     npages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An address space that an internal error left half changed.
+
+    Attributes:
+        owner: the token of its processes.
+        because: what failed, and how.
+    """
+
+    owner: str
+    space_id: SpaceId
+    processes: tuple[ProcessId, ...]
+    because: str
+
+
+def broken(machine: Machine) -> list[Broken]:
+    """Every address space that is not to be trusted any more."""
+    found: list[Broken] = []
+    for space in machine.spaces.values():
+        if space.notifier.broken:
+            users = processes_of(machine, space.id)
+            owner = machine.processes[users[0]].owner if users else ""
+            found.append(Broken(owner, space.id, tuple(users), space.notifier.broken))
+    return found
+
+
 def holdings(machine: Machine) -> list[Holding]:
     """Everything that is held, exclusive access first.
 

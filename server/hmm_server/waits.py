@@ -56,6 +56,11 @@ class Waits:
             streams=[stream_status(stream, now_s) for stream in self._streams.open.values() if sees(stream.owner)],
             holds=[hold_status(hold, now_s) for hold in self._executor.holds.placed.values() if sees(hold.owner)],
             holdings=[self._holding(one) for one in inspection.holdings(self._machine) if sees(one.owner)],
+            broken_spaces=[
+                inspection_pb2.BrokenSpace(space_id=one.space_id, process_ids=one.processes, because=one.because)
+                for one in inspection.broken(self._machine)
+                if sees(one.owner)
+            ],
         )
 
     def _holding(self, one: Holding) -> inspection_pb2.Holding:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from hmm_client.cli import COMMANDS, Commands, main
-from hmm_client.commands import output, pagetable, watch
+from hmm_client.commands import output, pagetable, pending, watch
 from hmm_client.commands.messages import as_value, word
 from hmm_proto.v1 import event_pb2, inspection_pb2, types_pb2
 
@@ -246,6 +246,18 @@ ROWS = [("a-rather-long-name", 1, 0, 1_000), ("short", 2, 0, 0)]
 def test_table_loses_what_says_least_when_the_terminal_is_narrow(width: int | None, lines: list[str]) -> None:
     """First spare columns that hold nothing, then other spare ones, then the ends of long texts."""
     assert output.table_lines(HEADS, ROWS, width, spare=("c", "b")) == lines
+
+
+def test_pending_says_so_when_an_address_space_is_broken() -> None:
+    """A bug that left a process half changed is no call that waits, and is told below those."""
+    answer = inspection_pb2.GetPendingResponse()
+    answer.broken_spaces.add(space_id=7, process_ids=[2, 3], because="munmap of [0x1000, 0x2000) failed half-way")
+    assert pending.calls_that_wait(answer) == [
+        "nothing is pending",
+        "",
+        "The memory of process 2, process 3 is broken, and no call changes it any more: "
+        "munmap of [0x1000, 0x2000) failed half-way",
+    ]
 
 
 def test_watch_names_the_reason_when_2015_has_no_word_for_it() -> None:

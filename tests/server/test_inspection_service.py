@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
+from hmm.address_space import AddressSpace
+from hmm.madvise import Advice
 from hmm_proto.v1 import device_pb2, event_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
 
 PAGE = 4096
@@ -99,6 +101,35 @@ async def test_walk_shows_every_level_of_every_table(mirrored: Any) -> None:
     assert nowhere.walks[0].flags == ""
     with pytest.raises(grpc.aio.AioRpcError):
         await served.inspection.WalkAddress(inspection_pb2.WalkAddressRequest(process_id=pid, address=1 << 47))
+
+
+async def test_pending_shows_an_address_space_that_a_bug_has_broken(
+    mirrored: Any, decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a bug left half changed is never used quietly: its calls are INTERNAL, `pending` says why, others go on."""
+    served, driver, pid, _ = mirrored
+
+    def zap(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AddressSpace, "zap", zap)
+        discard = process_pb2.MadviseRequest(process_id=pid, address=BASE, length=PAGE, advice=Advice.DONTNEED)
+        discarding = asyncio.ensure_future(served.process.Madvise(discard))
+        await driver.acknowledge(await driver.events.get())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await discarding
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    (broken,) = (await served.pending()).broken_spaces
+    assert list(broken.process_ids) == [pid]
+    assert "planted" in broken.because
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.mmap(pid, END, END + PAGE)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    (process,) = (await served.inspection.ListProcesses(inspection_pb2.ListProcessesRequest())).processes
+    assert process.broken == broken.because
+    other = await served.new_process("not concerned")
+    await served.mmap(other, BASE, END)
 
 
 async def test_watch_tells_events_answers_operations_and_losses(mirrored: Any) -> None:

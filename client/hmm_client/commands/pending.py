@@ -26,8 +26,8 @@ def command(check: bool, form: str, where: Where) -> None:
     """Show who is waiting for whom, and why.
 
     Of each call that has not ended: how long it has been under way, what it waits for, which driver has not answered
-    which event, how long that driver still has, and what happens then.  Then what drivers hold between two calls: pages
-    that a device has to itself, and pins.
+    which event, how long that driver still has, and what happens then.  Then address spaces that a bug of hmmd has broken, and
+    what drivers hold between two calls: pages that a device has to itself, and pins.
     """
     answer = ask(where, _ask)
     if form == JSON:
@@ -58,6 +58,9 @@ def calls_that_wait(answer: inspection_pb2.GetPendingResponse) -> list[str]:
     for hold in answer.holds:
         if not hold.operation_id:
             lines += ["", f"{_hold(hold)}: nothing has come, it is for {hold.awaits}"]
+    for space in answer.broken_spaces:
+        whose = ", ".join(f"process {number}" for number in space.process_ids)
+        lines += ["", f"The memory of {whose} is broken, and no call changes it any more: {space.because}"]
     return lines
 
 
