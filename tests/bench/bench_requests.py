@@ -2,7 +2,7 @@
 
 A round makes the same request for many neighbouring ranges, then the next request for all of them.  The yardstick
 is the same work in plain C (requests.c), compiled on the spot, in turns with ours.  What the kernel does beside it and
-the model does not (clearing pages, flushing TLBs) is in neither.
+the model does not (clearing pages, flushing TLBs) is in neither; the kernel's own figures stand below, as context.
 
 Large requests are measured in CPU time on both sides: where others work too, each is interrupted.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ FRAMES = 1 << 19
 FLAGS = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED | MapFlag.NORESERVE
 FAULT, MIRROR, SNAPSHOT, MUNMAP = "fault in", "mirror what is there", "snapshot", "munmap"
 BOTH = "fault in and mirror in one call"
+MADV_POPULATE_WRITE = 23
+"""Python's mmap module does not know it."""
 TARGETS_NS = {(FAULT, 1): 8_000.0, (FAULT, 512): 20_000.0}
 TARGETS_NS_PER_PAGE = {FAULT: 5.0, SNAPSHOT: 2.5, MUNMAP: 10.0}
 
@@ -104,6 +107,22 @@ class Model:
         }
 
 
+def _kernel(rounds: int, npages: int) -> Iterator[Row]:
+    """What this kernel takes for private memory of this process."""
+    populated, unmapped = [], []
+    for _ in range(rounds):
+        memory = mmap.mmap(-1, npages << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        began = perf_counter_ns()
+        memory.madvise(MADV_POPULATE_WRITE)
+        between = perf_counter_ns()
+        memory.close()
+        populated.append((between - began) / npages)
+        unmapped.append((perf_counter_ns() - between) / npages)
+    yield alone(f"the kernel: {FAULT}, pages cleared", "ns/page", populated)
+    yield alone(f"the kernel: {MUNMAP}, TLBs flushed", "ns/page", unmapped)
+
+
 @dataclass
 class Figures:
     """Of one request: nanoseconds, ours and the yardstick's, one figure per round."""
@@ -119,6 +138,7 @@ def measure(quick: bool) -> Iterator[Row]:
     gc.collect()
     for npages, repeats in ((1, 100), (512, 10), (1 << 14 if quick else 1 << 18, 1)):
         yield from _measure_size(model, yardstick, npages, repeats, 5 if quick else 9)
+    yield from _kernel(3, 1 << 14)
 
 
 def _measure_size(model: Model, yardstick: Yardstick, npages: int, repeats: int, rounds: int) -> Iterator[Row]:
