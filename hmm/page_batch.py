@@ -19,14 +19,14 @@ import numpy as np
 from hmm.ascending import tally
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_geometry import DIRECTORY_SHIFT
-from hmm.units import PAGE_SHIFT, Entries
+from hmm.units import PAGE_SHIFT, PIECE_PAGES, Entries
 
 __all__ = ["clear_pages", "lookup_addresses", "store_pages"]
 
 _ZERO = np.uint64(0)
 _TO_ROW = np.array(DIRECTORY_SHIFT)
 _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
-_PIECE = 1 << 13  # of a lookup, whose temporaries then stay in the cache
+_PIECE = 1 << 13  # whose temporaries stay in the cache
 
 
 def lookup_addresses(tree: DirectoryTree, addresses: Entries, low: int, high: int, out: Entries) -> None:
@@ -57,6 +57,16 @@ def store_pages(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> En
     """
     tree.settle()
     tree.require_leaves(pages)
+    if pages.size <= PIECE_PAGES:
+        return _store_piece(tree, pages, entries)
+    old = np.empty(pages.size, np.uint64)
+    for at in range(0, pages.size, _PIECE):
+        piece = slice(at, at + _PIECE)
+        old[piece] = _store_piece(tree, pages[piece], entries if isinstance(entries, int) else entries[piece])
+    return old
+
+
+def _store_piece(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> Entries:
     slots = tree.slots_allocate(pages)
     old: Entries = tree.entries.take(slots)
     tree.entries[slots] = entries
@@ -79,6 +89,15 @@ def clear_pages(tree: DirectoryTree, pages: Pages) -> Entries:
     Returns: uint64[n], the entries before, 0 where there was none.
     """
     tree.settle()
+    if pages.size <= PIECE_PAGES:
+        return _clear_piece(tree, pages)
+    old = np.empty(pages.size, np.uint64)
+    for at in range(0, pages.size, _PIECE):
+        old[at : at + _PIECE] = _clear_piece(tree, pages[at : at + _PIECE])
+    return old
+
+
+def _clear_piece(tree: DirectoryTree, pages: Pages) -> Entries:
     slots = tree.slots(pages, int(pages[0]), int(pages[-1]))
     old: Entries = tree.entries.take(slots)
     used = np.count_nonzero(old)

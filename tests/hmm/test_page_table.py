@@ -649,6 +649,20 @@ class TestBatches:
         found = table.lookup(pages.astype(np.uint64) << np.uint64(12))
         assert np.array_equal(found, pages.astype(np.uint64) + np.uint64(1))
 
+    @pytest.mark.parametrize("one", [True, False])
+    def test_store_and_clear_of_many_pages_go_in_pieces(self, table: PageTable, one: bool) -> None:
+        """A batch of any size is one change, also where a directory lies in two pieces and some pages are there."""
+        addresses = np.arange(40_000, dtype=np.uint64) * np.uint64(3 * PAGE)
+        table.store(addresses[:30_000:2], 7)
+        there = np.where((np.arange(40_000) < 30_000) & (np.arange(40_000) % 2 == 0), 7, 0)
+        entries = _numbers(1, 40_000)
+        assert np.array_equal(table.store(addresses, 9 if one else entries), there)
+        table.check()
+        assert table.count == 40_000
+        assert np.array_equal(table.clear_many(addresses), np.full(40_000, 9) if one else entries)
+        table.check()
+        assert table.directories == 1
+
     @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 1, 3, 4], [0, 3, 2, 1, 4], [1, 2, 3]])
     def test_lookup_finds_leaves_in_any_order_of_memory(self, table: PageTable, order: list[int]) -> None:
         """Directories that lie in order are found by one addition, others by a walk, with the same result."""
