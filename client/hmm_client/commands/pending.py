@@ -26,8 +26,8 @@ def command(check: bool, form: str, where: Where) -> None:
     """Show who is waiting for whom, and why.
 
     Of each call that has not ended: how long it has been under way, what it waits for, which driver has not answered
-    which event, how long that driver still has, and what happens then.  Then address spaces that a bug of hmmd has broken,
-    and what drivers hold between two calls: pages that a device has to itself, and pins.
+    which event, how long that driver still has, and what happens then.  Then address spaces that a bug of hmmd has
+    broken, and what drivers hold between two calls: pages that a device has to itself, and pins.
     """
     answer = ask(where, _ask)
     if form == JSON:
