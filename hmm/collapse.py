@@ -16,6 +16,7 @@ import errno as errnos
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
@@ -24,9 +25,11 @@ from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.fault_pages import ANON_PAGE, WRITTEN
 from hmm.frames import PageFlag
-from hmm.large_folio import heads_of, members
+from hmm.huge_fault import has_table
+from hmm.huge_split import has_directory
+from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation
-from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, pmd_up
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, Pfns, pmd_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.zone_device import owners
 
@@ -51,7 +54,7 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
     Raises:
         InvalidRequestError: the VMA cannot have huge pages or never had a page, or a block has no page table, no page
             that may be written, or pages that are no memory of its own (EINVAL).
-        OutOfFramesError: no run of frames is free (ENOMEM); the blocks before it are collapsed.
+        OutOfFramesError: no run of frames is free (ENOMEM); the blocks before it are collapsed, and nobody heard of it.
         RangeBusyError: somebody else refers to a page (EAGAIN); all other blocks are collapsed.  A userfaultfd misses a
             page (EBUSY, SCAN_EXCEED_NONE_PTE); the blocks before it are collapsed.
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
@@ -97,6 +100,22 @@ def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | 
     failure = _scan(space, block, entries)
     if failure is not None:
         return failure
+    folio = space.frames.allocate_folio()  # before anything is brought in or told: alloc_charge_folio()
+    if folio is None:
+        return _Failure(errnos.ENOMEM, "no run of frames is free", ends=True)
+    collapsed = False
+    try:
+        failure = yield from _collapse_into(space, block, folio)
+        collapsed = failure is None and cpu_pte.cpu_pfn(space.table.get(block.start)) == int(folio[0])
+    finally:
+        if not collapsed:
+            space.frames.put(folio)
+    return failure
+
+
+def _collapse_into(space: AddressSpace, block: AddressRange, folio: Pfns) -> Operation[_Failure | None]:
+    """collapse_huge_page()."""
+    entries = space.table.read(block.start, block.end)
     away = np.flatnonzero((entries != 0) & ~cpu_pte.is_present(entries))
     if away.size:
         addresses = np.uint64(block.start) + away.astype(np.uint64) * np.uint64(PAGE_SIZE)
@@ -108,38 +127,72 @@ def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | 
         turn.hold(block)
         with space.notifier.invalidation((block,), Cause.COLLAPSE) as bracket:
             yield from bracket.deliver()
-            return _replace(space, block)
+            return _replace(space, block, folio)
 
 
 def _away(entries: Entries) -> _Failure | None:
-    """check_pmd_state() of a huge page: it is there already, or in the memory of a device."""
-    if cpu_pte.is_device_private(int(entries[0])):
-        return _Failure(errnos.EINVAL, "the huge page is in a device's memory")
-    return None
+    """find_pmd_or_thp_or_none() of a huge page: it is there already, in the memory of a device, or on its way."""
+    if cpu_pte.is_present(int(entries[0])):
+        return None
+    return _Failure(errnos.EINVAL, "the huge page is in a device's memory, or on its way")
 
 
 def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failure | None:
-    """hpage_collapse_scan_pmd(): what is in the way."""
-    vma, frames = space.vmas.find(block.start), space.frames
+    """hpage_collapse_scan_pmd(): what is in the way, of pages the first."""
+    vma = space.vmas.find(block.start)
     if vma is None or block.end > vma.end or not _allowed(vma):
         return _Failure(errnos.EINVAL, "no VMA that may have huge pages covers it", ends=True)
-    if not entries.any() and block.start >> PMD_SHIFT not in space.tables:
-        return _Failure(errnos.EINVAL, "there is no page table", ends=True)
-    here = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
+    if not has_table(space, block.start):
+        # SCAN_PMD_NONE; without a directory above SCAN_PMD_NULL, which does not end it
+        return _Failure(errnos.EINVAL, "there is no page table", ends=has_directory(space, block.start))
+    return _in_the_way(space, vma, entries)
+
+
+def _in_the_way(space: AddressSpace, vma: Vma, entries: Entries) -> _Failure | None:
+    present = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
+    here = entries[present]
     pfns = cpu_pte.cpu_pfn(here)
-    if owners(frames, pfns).any():
-        return _Failure(errnos.EINVAL, "pages are in a device's memory")
-    alike = np.concatenate([pfns, *(members(frames, head) for head in heads_of(frames, pfns))])
-    if (frames.refcount[alike] != frames.mapcount[alike] + (frames.private[alike] != 0)).any():
+    alien = owners(space.frames, pfns) != 0
+    failing = np.zeros(entries.size, np.bool_)
+    failing[present] = alien | _are_referenced(space, pfns, entries)
+    if vma.mapping.userfaultfd:
+        failing |= cpu_pte.is_special(entries) | (entries == 0)
+    if failing.any():
+        at = int(failing.argmax())
+        if not present[at]:
+            return _MISSED
+        if alien[np.count_nonzero(present[:at])]:
+            return _Failure(errnos.EINVAL, "a page is in a device's memory")
         return _Failure(errnos.EAGAIN, "somebody refers to a page")
-    missing = vma.mapping.userfaultfd and (cpu_pte.is_special(entries) | (entries == 0)).any()
-    if missing or not cpu_pte.is_writable(here).any():
-        return _MISSED if missing else _Failure(errnos.EINVAL, "no page may be written")
-    assert frames.all_have(pfns, PageFlag.ANON), f"{block} has pages that are not private"
+    assert space.frames.all_have(pfns, PageFlag.ANON), f"{vma} has pages that are not private"
+    if not cpu_pte.is_writable(here).any():
+        return _Failure(errnos.EINVAL, "no page may be written")
     return None
 
 
-def _replace(space: AddressSpace, block: AddressRange) -> _Failure | None:
+def _are_referenced(space: AddressSpace, pfns: Pfns, entries: Entries) -> npt.NDArray[np.bool_]:
+    """bool[n]: to which frames, or folios with them, somebody refers but page-table entries: is_refcount_suitable().
+
+    Args:
+        entries: all of the block.
+    """
+    frames = space.frames
+
+    def found(some: Pfns) -> npt.NDArray[np.bool_]:
+        referenced: npt.NDArray[np.bool_]
+        referenced = frames.refcount[some] != frames.mapcount[some] + (frames.private[some] != 0)
+        return referenced
+
+    referenced = found(pfns)
+    # What a device has to itself is referenced and not mapped, in 6.12.
+    held = entries[cpu_pte.is_device_exclusive(entries)] if space.semantics.exclusive_ranges else entries[:0]
+    for head in heads_of(frames, pfns):
+        if found(members(frames, head)).any() or belong_to(frames, cpu_pte.cpu_pfn(held), head).any():
+            referenced |= belong_to(frames, pfns, head)
+    return referenced
+
+
+def _replace(space: AddressSpace, block: AddressRange, folio: Pfns) -> _Failure | None:
     """collapse_huge_page() from where mirrors have been told."""
     frames = space.frames
     entries = space.table.read(block.start, block.end)
@@ -150,16 +203,15 @@ def _replace(space: AddressSpace, block: AddressRange) -> _Failure | None:
         return failure
     if ((entries != 0) & ~cpu_pte.is_present(entries)).any():
         return _Failure(errnos.EINVAL, "a page went elsewhere meanwhile")
-    pfns = frames.allocate_huge(ANON_PAGE)
-    if pfns is None:
-        return _Failure(errnos.ENOMEM, "no run of frames is free", ends=True)
     framed = np.flatnonzero((entries != 0) & ~cpu_pte.is_special(entries))
-    frames.copy(pfns[framed], cpu_pte.cpu_pfn(entries[framed]))
+    frames.copy(folio[framed], cpu_pte.cpu_pfn(entries[framed]))
     vma = space.vmas.find(block.start)
     assert vma is not None
     flags = WRITTEN if vma.writable else WRITTEN & ~cpu_pte.WRITE
-    space.table.fill(block.start, block.end, cpu_pte.cpu_entry(pfns, flags | cpu_pte.HUGE))
-    space.claim(pfns, block.start)
+    frames.map_new(folio)
+    frames.set_flags(folio, ANON_PAGE)
+    space.table.fill(block.start, block.end, cpu_pte.cpu_entry(folio, flags | cpu_pte.HUGE))
+    space.claim(folio, block.start)
     space.huge = True
     space.tables.discard(block.start >> PMD_SHIFT)
     space.drop(entries[entries != 0])

@@ -33,6 +33,7 @@ from hmm.rmap import Places, anonymous_places, in_walk_order
 from hmm.units import (
     PMD_MASK,
     PMD_PAGES,
+    PMD_SHIFT,
     PMD_SIZE,
     TASK_SIZE,
     Address,
@@ -142,7 +143,9 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressR
 def has_directory(space: AddressSpace, address: Address) -> bool:
     """Whether the 1 GiB of an address has a directory, where mm_find_pmd() finds a block's entry, empty or not."""
     start = address & -PUD_SIZE
-    return space.table.holds(start, min(start + PUD_SIZE, TASK_SIZE))
+    if space.table.holds(start, min(start + PUD_SIZE, TASK_SIZE)):
+        return True
+    return any(number << PMD_SHIFT & -PUD_SIZE == start for number in space.tables)
 
 
 # ---- folios

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from blocks import BLOCK, MOVE, RW, advise, edges, heard, move, protect, shown, space, unmap
 
-from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
+from hmm import commands_device, commands_hmm, commands_process, commands_userfaultfd, cpu_pte, range_fault
 from hmm.address_space import Thp
 from hmm.errors import HmmError
 from hmm.events import Cause, EventType, Reason
 from hmm.frames import PageFlag
+from hmm.huge_split import PUD_SIZE
 from hmm.large_folio import likely_mapped_shared
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
@@ -631,6 +632,56 @@ def test_collapse_may_be_tried_again_when_a_page_is_pinned(bench: Any) -> None:
     small(bench)
     bench.call(commands_process.pin, bench.process, bench.span(3), write=True)
     assert refused(bench, 0, BLOCK) == errno.EAGAIN
+
+
+def test_collapse_of_the_second_block_goes_on_where_the_first_has_no_directory(make_bench: Callable[..., Any]) -> None:
+    """madvise_collapse(): SCAN_PMD_NULL (mm_find_pmd()) is passed over, SCAN_PMD_NONE ends it; EINVAL for both."""
+    bench = make_bench(frames=8 * BLOCK, thp=Thp.MADVISE, mapped_pages=BLOCK)
+    edge = PUD_SIZE // PAGE_SIZE - bench.span(0).start % PUD_SIZE // PAGE_SIZE
+    bench.map(3 * BLOCK, at=edge - BLOCK)
+    bench.write(edge + 3, b"a")
+    with pytest.raises(HmmError) as raised:
+        advise(bench, edge - BLOCK, 2 * BLOCK, Advice.COLLAPSE)
+    assert raised.value.errno == errno.EINVAL
+    assert cpu_pte.is_huge(bench.entry(edge))
+    bench.write(edge + 2 * BLOCK - 1, b"b")
+    advise(bench, edge, BLOCK, Advice.NOHUGEPAGE)
+    bench.call(commands_process.munmap, bench.process, bench.span(edge).start, PMD_SIZE)
+    bench.map(BLOCK, at=edge)
+    with pytest.raises(HmmError) as raised:
+        advise(bench, edge, 2 * BLOCK, Advice.COLLAPSE)
+    assert raised.value.errno == errno.EINVAL
+    assert not cpu_pte.is_huge(bench.entry(edge + BLOCK))
+
+
+def test_collapse_is_refused_for_the_first_page_that_is_in_the_way(bench: Any) -> None:
+    """hpage_collapse_scan_pmd() looks at one entry after the other: a page missed by a userfaultfd before a pin."""
+    small(bench)
+    bench.call(commands_process.pin, bench.process, bench.span(3), write=True)
+    number = bench.call(commands_userfaultfd.create_userfaultfd, bench.process)
+    bench.call(commands_userfaultfd.uffd_register, number, bench.span(0, BLOCK), 1)
+    assert refused(bench, 0, BLOCK) == errno.EBUSY
+
+
+def test_collapse_may_be_tried_again_when_a_device_has_the_first_page_of_a_folio_to_itself(bench: Any) -> None:
+    """is_refcount_suitable(): page_make_device_exclusive_one() unmaps a page and keeps its reference."""
+    bench.write(0, b"x")
+    bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0))
+    bench.call(commands_process.write_memory, bench.process, bench.span(1).start, b"y")
+    bench.heard.events.clear()
+    assert refused(bench, 0, BLOCK) == errno.EAGAIN
+    assert heard(bench) == []
+
+
+def test_collapse_tells_nobody_when_no_run_of_frames_is_free(make_bench: Callable[..., Any]) -> None:
+    """collapse_huge_page(): alloc_charge_folio() comes before pages are brought in, and before the notifiers."""
+    bench = make_bench(frames=BLOCK, memory_pages=8, thp=Thp.MADVISE, mapped_pages=BLOCK)
+    bench.write(3, b"ab")
+    bench.write(4, b"c")
+    bench.to_device(4, 1)
+    bench.heard.events.clear()
+    assert refused(bench, 0, BLOCK) == errno.ENOMEM
+    assert heard(bench) == []
 
 
 def use(bench: Any) -> MemoryUse:
