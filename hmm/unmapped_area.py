@@ -6,13 +6,13 @@ where the huge pages of their object do: private anonymous memory of whole 2 MiB
 which at least one aligned 2 MiB is mapped.
 
 **Source**: Linux mm/mmap.c (__get_unmapped_area(), round_hint_to_min()), arch/x86/kernel/sys_x86_64.c
-(arch_get_unmapped_area_topdown()), mm/huge_memory.c (__thp_get_unmapped_area()), mm/shmem.c
+(arch_get_unmapped_area_topdown()), arch/x86/mm/hugetlbpage.c, mm/huge_memory.c (__thp_get_unmapped_area()), mm/shmem.c
 (shmem_get_unmapped_area() with the default huge=never), 6.12 with the correction "no hint" of 6.12.9.
 
 **Invariants**: what is returned is page-aligned, inside the address space, not below MMAP_MIN_ADDR, and free unless
 MAP_FIXED asked for it.
 
-**Absent**: randomisation; hugetlbfs; the alignment for the caches of AMD family 15h.
+**Absent**: randomisation; the alignment for the caches of AMD family 15h.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class MapFlag(Flags):
     SYNC = 0x8_0000
     FIXED_NOREPLACE = 0x10_0000
     UNINITIALIZED = 0x400_0000
+
+
+_ANYWHERE = MapFlag(0)
 
 
 def place(
@@ -121,16 +124,17 @@ def get_unmapped_area(
 
 
 def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
-    """hugetlb_get_unmapped_area()."""
+    """hugetlb_get_unmapped_area() of x86: it asks neither for MAP_32BIT nor for MAP_ABOVE4G."""
     if (length | (hint if flags.has(MapFlag.FIXED) else 0)) & (PMD_SIZE - 1):
         raise InvalidRequestError(f"{length:#x} bytes at {hint:#x} are not whole huge pages", address=hint)
     if flags.has(MapFlag.FIXED):
         return hint
-    hint = (hint + PMD_SIZE - 1) & -PMD_SIZE
-    if hint and hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
-        return hint
+    if hint:
+        hint &= -PMD_SIZE  # maybe to 0, which is too low then
+        if hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
+            return hint
     padded = length + PMD_SIZE - PAGE_SIZE
-    return (_unmapped_area(space, padded, 0, flags) + padded - length) & -PMD_SIZE
+    return (_unmapped_area(space, padded, 0, _ANYWHERE) + padded - length) & -PMD_SIZE
 
 
 def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | None) -> bool:

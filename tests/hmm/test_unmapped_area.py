@@ -139,6 +139,21 @@ def test_place_does_not_align_when_the_file_is_shared_memory(world: Any, space: 
     assert place(space, PMD_SIZE, 0, MapFlag.SHARED, file) == MMAP_BASE - PMD_SIZE
 
 
+@pytest.mark.parametrize("flags", [SHARED, SHARED | MapFlag.LOW_2G, SHARED | MapFlag.ABOVE4G])
+def test_place_rounds_the_hint_down_when_hugetlb_memory_is_mapped(
+    world: Any, space: AddressSpace, flags: MapFlag
+) -> None:
+    """hugetlb_get_unmapped_area() of arch/x86/mm/hugetlbpage.c, which asks for no other flag than MAP_FIXED."""
+    file = world.file(kind=FileKind.HUGETLB)
+    assert place(space, PMD_SIZE, (1 << 40) + PMD_SIZE - 1, flags, file) == 1 << 40
+    fill(space, 1 << 40, (1 << 40) + PAGE_SIZE)
+    found = place(space, PMD_SIZE, (1 << 40) + PAGE_SIZE, flags, file)
+    assert (found, found % PMD_SIZE) == ((MMAP_BASE - PMD_SIZE) & -PMD_SIZE, 0)
+    with pytest.raises(AccessDeniedError) as raised:
+        place(space, PMD_SIZE, MMAP_MIN_ADDR, flags, file)
+    assert raised.value.errno == errno.EPERM
+
+
 def test_place_does_not_align_when_only_the_plain_length_fits(space: AddressSpace) -> None:
     """The failure may be due to the padding: it is tried once more without."""
     hole = (1 << 40) + PAGE_SIZE
