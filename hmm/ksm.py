@@ -234,7 +234,8 @@ class Ksm:
         ]
         fresh = fresh[np.isin(fresh, np.concatenate([t[t != p.pfns] for p, t in now]))] if now else fresh
         frames.clear_flags(fresh, PageFlag.ANON_EXCLUSIVE)
-        frames.set_flags(fresh, PageFlag.KSM | PageFlag.DIRTY | PageFlag.REFERENCED)
+        frames.set_flags(fresh, PageFlag.KSM | PageFlag.DIRTY)
+        frames.mark_accessed(fresh)
         frames.mapping[fresh] = 0
         if fresh.size:
             frames.ksm_places = self.places

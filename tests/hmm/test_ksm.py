@@ -81,6 +81,17 @@ def test_equal_pages_become_one_that_nobody_may_write(world: World) -> None:
     assert world.machine.frames.regions[0].used == 3
 
 
+def test_merged_page_counts_as_used_once_more(world: World) -> None:
+    """try_to_merge_one_page() calls mark_page_accessed(): a page that was referenced before becomes active."""
+    write(world, 0, "aa")
+    (kept,) = frames(world, 1, 1)
+    world.machine.frames.set_flags_one(kept, PageFlag.REFERENCED)
+    scan(world)
+    assert frames(world, 0, 2) == [kept, kept]
+    active = world.machine.frames.test_flags(np.array([kept]), PageFlag.ACTIVE)
+    assert active.all()
+
+
 def test_pages_are_merged_when_they_stayed_as_they_were_for_a_pass(world: World) -> None:
     """cmp_and_merge_page() only notes the checksum of a page that has changed: it would change again."""
     write(world, 0, "aaaa")
