@@ -116,6 +116,7 @@ class Frames(FrameContents):
             a device's.
         swap: where contents go while memory is short; None: nowhere.
         failing_copies: by mirror, that the copy of the nth page from now on fails, to its device or back; once.
+        zero_page_poisoned: a memory failure was injected into the zero page, which goes on to be used.
         ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
         pinned: how many pins there are.
         poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
@@ -151,6 +152,7 @@ class Frames(FrameContents):
         self.ksm_places: Callable[[Pfns], Iterator[Any]] | None = None
         self.pinned = 0
         self.poisoned = 0
+        self.zero_page_poisoned = False
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
         self._mapcount = self.mapcount.data

@@ -7,7 +7,9 @@ and write.  A page that is in swap as well is read from there again.
     what stands there           becomes of the call
     a small page                goes on with the next
     a huge page                 is split, and loses the page asked for; the rest of it is passed over
-    the zero page               ends: EBUSY
+    the zero page               ends: EBUSY, from the second time on EHWPOISON
+    a page of a file, or in     ends: EBUSY, after it was lost like others
+    swap as well, that is pinned
     a page in coherent memory   ends: ENXIO, as the device's driver would have to deal with it
     a lost page                 ends: EFAULT
 
@@ -64,8 +66,9 @@ def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[
 
     Raises:
         BadAddressError: a page cannot be had, or is lost already (EFAULT); another call is taking it, or a huge page
-            cannot be split, as somebody refers to it (EHWPOISON).
-        RangeBusyError: a page is the zero page (EBUSY).
+            cannot be split, as somebody refers to it, or it is the zero page for the second time (EHWPOISON).
+        RangeBusyError: a page is the zero page; or of a file, or in swap as well, and somebody refers to it: it is
+            poisoned, and those behind it are not (EBUSY).
         NoSuchObjectError: a page is in coherent memory of a device (ENXIO).
         InvalidRequestError: hugetlb memory (EOPNOTSUPP).
         OutOfFramesError: a page could not be brought in (ENOMEM).
@@ -103,6 +106,7 @@ def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
         entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
     pfns = cpu_pte.cpu_pfn(entries[:first])
     first = min(first, _leading(_are_plain(space.frames, entries[:first])), _until_repeated(pfns))
+    first = min(first, _leading(~_are_referenced(space.frames, pfns[:first])) + 1)
     end = part.start + (first << PAGE_SHIFT)
     if first:
         addresses = np.arange(part.start, end, PAGE_SIZE, dtype=np.uint64)
@@ -155,6 +159,9 @@ def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     frames, entry = space.frames, space.table.get(address)
     pfn = cpu_pte.cpu_pfn(entry)
     if cpu_pte.is_special(entry) and not entry & cpu_pte.HUGE:
+        if frames.zero_page_poisoned:
+            raise BadAddressError(f"memory failure: {address:#x} is the zero page again", EHWPOISON, address=address)
+        frames.zero_page_poisoned = True
         raise RangeBusyError(f"memory failure: {address:#x} is the zero page", address=address)
     if owners(frames, np.array([pfn]))[0]:
         raise NoSuchObjectError(f"memory failure: {address:#x} is in a device's memory", errnos.ENXIO, address=address)
@@ -215,9 +222,24 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
             frames.unpoison(pfns)
             replace(held, pfns)
             raise
+        referenced = _are_referenced(frames, pfns, mine=1)
         for place in places():
             _lose(held, place)
         _leave_swap_cache(frames, pfns)
+    if referenced.any():
+        address = int(addresses[referenced.argmax()])
+        raise RangeBusyError(f"memory failure: somebody still refers to the page at {address:#x}", address=address)
+
+
+def _are_referenced(frames: Frames, pfns: Pfns, mine: int = 0) -> npt.NDArray[np.bool_]:
+    """bool[n]: to which pages of files, or in swap as well, somebody refers but entries: has_extra_refcount().
+
+    Nobody asks that of others: me_pagecache_clean().
+    """
+    referenced = frames.refcount[pfns] - frames.mapcount[pfns] - mine > 1
+    referenced &= ~frames.test_flags(pfns, PageFlag.ANON) | (frames.private[pfns] != 0)
+    found: npt.NDArray[np.bool_] = referenced
+    return found
 
 
 def _lose(held: HeldPages, place: Places) -> None:

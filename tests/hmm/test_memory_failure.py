@@ -193,7 +193,7 @@ def test_failure_ends_at_the_first_page_that_cannot_fail(world: World) -> None:
     assert poison(world, 0, 4) == errno.EBUSY
     assert entry(world, 3) == 0
     assert poison(world, 1) == errno.EFAULT
-    assert poison(world, 15, 2) == errno.EBUSY
+    assert poison(world, 15, 2) == EHWPOISON  # TestSetPageHWPoison(): it is the same zero page
     write(world, 15)
     assert poison(world, 15, 2) == errno.EFAULT
     assert signals(world, 1, first=15) == [Signal.BUS_POISON]
@@ -219,6 +219,17 @@ def test_shared_memory_keeps_the_lost_page(world: World, around: int) -> None:
     world.do(files.punch_file, file, PAGE_SIZE, PAGE_SIZE)
     world.do(processes.madvise, world.pid, span(32).start, 4 * PAGE_SIZE, Advice.DONTNEED)
     assert signals(world, 4, first=32) == [None] * 4
+
+
+def test_failure_ends_at_a_page_of_a_file_that_is_pinned_and_that_one_is_lost(world: World) -> None:
+    """me_pagecache_clean(): has_extra_refcount() asks it of pages of files, whoever maps them, and of no others."""
+    file = world.do(files.open_file, "f", create=True)
+    world.do(files.write_file, file, 0, b"s" * 4 * PAGE_SIZE)
+    flags = MapFlag.SHARED | MapFlag.FIXED
+    world.do(processes.mmap, world.pid, span(32).start, 4 * PAGE_SIZE, RW, flags, file)
+    world.do(processes.pin, world.pid, span(33), write=True)
+    assert poison(world, 32, 4) == errno.EBUSY
+    assert signals(world, 4, first=32) == [Signal.BUS_POISON, Signal.BUS_POISON, None, None]
 
 
 def test_hole_in_a_file_leaves_entries_of_lost_pages(world: World) -> None:
