@@ -98,6 +98,7 @@ class Cause(Enum):
 
     MUNMAP = "munmap"  # munmap, MAP_FIXED over something, brk and mremap shrinking
     MREMAP_MOVE = "mremap move"  # move_page_tables(): the old range
+    MREMAP_MOVE_HUGETLB = "mremap move of hugetlb memory"  # move_hugetlb_page_tables()
     MADV_DONTNEED = "madvise dontneed"
     MADV_FREE = "madvise free"
     TRUNCATE = "truncate"  # ftruncate, hole punch, MADV_REMOVE: unmap_mapping_range()
@@ -142,6 +143,7 @@ _DISCARDING = frozenset({Cause.MUNMAP, Cause.MADV_DONTNEED, Cause.TRUNCATE, Caus
 CAUSES: dict[Cause, Told] = {
     Cause.MUNMAP: Told(EventType.MUNMAP, Reason.UNMAP),
     Cause.MREMAP_MOVE: Told(EventType.MIGRATE, Reason.UNMAP),
+    Cause.MREMAP_MOVE_HUGETLB: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MADV_DONTNEED: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MADV_FREE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.TRUNCATE: Told(EventType.MUNMAP, Reason.CLEAR),

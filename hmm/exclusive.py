@@ -85,8 +85,8 @@ def make_device_exclusive_range(
     the first that is not private memory.
 
     Raises:
-        InvalidRequestError: an empty, unaligned or too long range (EINVAL); under linux-7 the first page is not private
-            memory (EOPNOTSUPP).
+        InvalidRequestError: an empty, unaligned or too long range (EINVAL); the first page is hugetlb memory, or, under
+            linux-7, not private memory (EOPNOTSUPP).
         BadAddressError: nothing is mapped at the first page, or it is behind the end of its file (EFAULT).
         AccessDeniedError: the first page may not be written (EFAULT).
         OutOfFramesError: memory ran out at the first page (ENOMEM).
@@ -182,6 +182,8 @@ def _writable_end(space: AddressSpace, span: AddressRange) -> int:
         error: HmmError | None = None
         if vma is None:
             error = BadAddressError(f"exclusive access: nothing is mapped at {at:#x}", address=at)
+        elif vma.has(VmFlag.HUGETLB):
+            error = InvalidRequestError(f"exclusive access: {vma} cannot be split", errnos.EOPNOTSUPP, address=at)
         elif not vma.writable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
             error = AccessDeniedError(f"exclusive access: {vma} may not be written", errnos.EFAULT, address=at)
         if error is not None:
@@ -199,10 +201,8 @@ def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
     pfns = cpu_pte.cpu_pfn(entries)
     private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
-    if space.huge:
-        private &= ~cpu_pte.is_huge(entries)  # hugetlb memory, as everything else was split
-        if space.semantics.exclusive_ranges:
-            private[private] = ~_are_tails(space.frames, pfns[private])
+    if space.huge and space.semantics.exclusive_ranges:
+        private[private] = ~_are_tails(space.frames, pfns[private])
     chosen = np.flatnonzero(private)
     return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]
 

@@ -35,6 +35,7 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SHIFT,
     PMD_SIZE,
+    PUD_SIZE,
     TASK_SIZE,
     Address,
     AddressRange,
@@ -50,7 +51,6 @@ from hmm.vma import Vma, VmFlag
 from hmm.zone_device import are_private
 
 __all__ = [
-    "PUD_SIZE",
     "block_of",
     "cut",
     "folio_places",
@@ -65,7 +65,6 @@ __all__ = [
 _NOT_HUGE = all_but(cpu_pte.HUGE)
 _NOT_EXCLUSIVE = all_but(cpu_pte.EXCLUSIVE | cpu_pte.WRITE)
 _HUGETLB = int(PageFlag.HUGETLB)
-PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _ZERO_PAGE = np.uint64(cpu_pte.cpu_entry(ZERO_PFN, cpu_pte.PRESENT | cpu_pte.ACCESSED | cpu_pte.SPECIAL))
 

@@ -9,10 +9,11 @@ fs/hugetlbfs/inode.c, 6.12.
 
 **Invariants**: no more pages are reserved than are free.
 
-**Absent**: faults (hugetlb_fault.py); pools of several sizes or nodes; surplus pages; named files of hugetlbfs.
+**Absent**: faults (hugetlb_fault.py); pools of several sizes or nodes; surplus pages; named files of hugetlbfs; page
+tables that processes share (huge_pmd_share()), but mirrors are told as if there were some.
 
-Differs: the pool does not grow, and takes its pages when the machine is made.  A page that its owner gives up while a
-child still maps it is not reserved again; the kernel reserves it at once and lacks one until it is free.
+Differs: the pool does not grow, and takes its pages when the machine is made.  A page that its owner gives up while it
+is pinned is not reserved again; the kernel does that when it is free.
 """
 
 from __future__ import annotations
@@ -27,10 +28,18 @@ from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.file import File
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Pfns, SpaceId
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, PUD_SIZE, AddressRange, Pfns, SpaceId
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["HUGETLB_VM_FLAGS", "HugetlbFile", "HugetlbPool", "discard_pages", "require_whole_pages", "unreserve"]
+__all__ = [
+    "HUGETLB_VM_FLAGS",
+    "HugetlbFile",
+    "HugetlbPool",
+    "discard_pages",
+    "require_whole_pages",
+    "told_span",
+    "unreserve",
+]
 
 HUGETLB_VM_FLAGS = VmFlag.HUGETLB | VmFlag.DONTEXPAND
 
@@ -63,9 +72,13 @@ class HugetlbPool:
 
     def reserve(self, npages: int) -> None:
         """Keep pages for later.  Raises: OutOfFramesError: fewer are free and not reserved (ENOMEM)."""
-        if npages > self.free - self.reserved:
+        if not self.has(npages):
             raise OutOfFramesError(f"{npages} huge pages are wanted, {self.free - self.reserved} are free")
         self.reserved += npages
+
+    def has(self, npages: int) -> bool:
+        """Whether so many are free and not reserved."""
+        return npages <= self.free - self.reserved
 
     def take(self, flags: PageFlag, *, reserved: bool) -> Pfns | None:
         """A page that reads as zeroes; who takes it counts its mappings and references.
@@ -118,6 +131,10 @@ class HugetlbFile(File):
             self.reserved.discard(number)
         return pfns
 
+    def may_take(self, space: AddressSpace, number: int, others: int) -> bool:
+        """Whether `take` finds a page after it has found so many others that are not reserved."""
+        return (number in self.reserved and self.owner in (0, space.id)) or self.pool.has(others + 1)
+
     def restore(self, number: int) -> None:
         """Reserve a page again that has just become free."""
         self.reserved.add(number)
@@ -135,6 +152,21 @@ class HugetlbFile(File):
         if unused:
             self.unreserve(list(self.reserved))
         return unused
+
+
+def told_span(space: AddressSpace, piece: Vma) -> AddressRange:
+    """What mirrors are told of when a part of a VMA is about to change: of hugetlb memory GiBs that may share a table.
+
+    Source: Linux mm/hugetlb.c, adjust_range_if_pmd_sharing_possible().
+    """
+    if not piece.has(VmFlag.HUGETLB) or not piece.has(VmFlag.MAYSHARE):
+        return piece.span
+    whole = space.vmas.find(piece.start) or piece
+    first, end = -(-whole.start // PUD_SIZE) * PUD_SIZE, whole.end & -PUD_SIZE
+    if piece.end <= first or piece.start >= end:
+        return piece.span
+    start = piece.start & -PUD_SIZE if piece.start > first else piece.start
+    return AddressRange(start, -(-piece.end // PUD_SIZE) * PUD_SIZE if piece.end < end else piece.end)
 
 
 def discard_pages(space: AddressSpace, vma: Vma) -> None:

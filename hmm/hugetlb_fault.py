@@ -21,15 +21,17 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import OutOfFramesError, Signal
+from hmm.errors import OutOfFramesError, SegmentationFault, Signal
+from hmm.events import Cause
 from hmm.fault_pages import READ_ONLY, WRITTEN, Attempt, Stop, prepare_anon_vma
 from hmm.frames import PageFlag
 from hmm.huge_fault import blocks_of, mark_huge
 from hmm.hugetlb import HugetlbFile
+from hmm.operation import Operation
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries, Pfns
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["copy_pinned_pages", "fault_hugetlb"]
+__all__ = ["copy_pinned_pages", "fault_hugetlb", "unshare"]
 
 _PRIVATE_PAGE = PageFlag.ANON | PageFlag.ANON_EXCLUSIVE
 
@@ -107,36 +109,78 @@ def _cached(space: AddressSpace, file: HugetlbFile, number: int) -> Pfns | None:
 
 def _touch(attempt: Attempt, vma: Vma, start: Address, entry: int) -> bool:
     """A page that is there."""
-    space, frames = attempt.space, attempt.space.frames
+    space = attempt.space
     if not attempt.write or entry & cpu_pte.WRITE or vma.shared:
         mark_huge(space, start, WRITTEN if attempt.write else READ_ONLY)
         return True
-    head = cpu_pte.cpu_pfn(entry)
-    alone = frames.flags_of(head) & PageFlag.ANON_EXCLUSIVE or int(frames.mapcount[head]) == 1
-    if frames.flags_of(head) & PageFlag.ANON and alone:
-        pfns = np.arange(head, head + PMD_PAGES)
-        frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
-        space.claim(pfns, start)
+    if _keep(space, start, entry):
         mark_huge(space, start, WRITTEN)
         return True
     return _copy(attempt, vma, start)
+
+
+def _keep(space: AddressSpace, start: Address, entry: int) -> bool:
+    """Make a private page its process's own if nobody else maps it.  Returns: whether it is."""
+    frames, head = space.frames, cpu_pte.cpu_pfn(entry)
+    alone = frames.flags_of(head) & PageFlag.ANON_EXCLUSIVE or int(frames.mapcount[head]) == 1
+    if not (frames.flags_of(head) & PageFlag.ANON and alone):
+        return False
+    pfns = np.arange(head, head + PMD_PAGES)
+    frames.set_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+    space.claim(pfns, start)
+    return True
 
 
 def _copy(attempt: Attempt, vma: Vma, start: Address) -> bool:
     """hugetlb_wp()."""
     space = attempt.space
     if attempt.told is not None and not np.isin(np.uint64(start), attempt.told):
+        waiting = sum(_is_hugetlb(space, int(pages[0])) for pages in attempt.copies)
+        if not _file(vma).may_take(space, _number(vma, start), waiting):
+            return False  # mirrors are told when there is a page to copy to
         attempt.copies.append(np.arange(start, start + PMD_SIZE, PAGE_SIZE, dtype=np.uint64))
         return True
+    return _replace(space, vma, start, WRITTEN)
+
+
+def _replace(space: AddressSpace, vma: Vma, start: Address, flags: int) -> bool:
+    """Map a copy in the place of a page.  Returns: whether there was a page for it."""
     pfns = _file(vma).take(space, _number(vma, start), _PRIVATE_PAGE)
     if pfns is None:
         return False
     old = space.table.read(start, start + PMD_SIZE)
     space.frames.copy(pfns, cpu_pte.cpu_pfn(old))
-    _map(space, start, pfns, WRITTEN)
+    _map(space, start, pfns, flags)
     space.claim(pfns, start)
     space.drop(old)
     return True
+
+
+def unshare(space: AddressSpace, vma: Vma, start: Address) -> Operation[None]:
+    """Give a process the private page that it has at `start` to itself, to be read: hugetlb_wp(), FAULT_FLAG_UNSHARE.
+
+    When the page has changed while mirrors were told it is left alone.
+
+    Raises: SegmentationFault: the pool has no page for a copy (EFAULT).
+    """
+    entry = space.table.get(start)
+    if _keep(space, start, entry):
+        return
+    done = _file(vma).may_take(space, _number(vma, start), 0)
+    if done:
+        block = AddressRange(start, start + PMD_SIZE)
+        with space.notifier.invalidation((block,), Cause.COPY_ON_WRITE) as bracket:
+            yield from bracket.deliver()
+            now = space.vmas.find(start)
+            if now is None or space.table.get(start) != entry:
+                return
+            done = _replace(space, now, start, READ_ONLY)
+    if not done:
+        raise SegmentationFault(f"no huge page is free for a copy of {start:#x}", Signal.BUS_ADRERR, start)
+
+
+def _is_hugetlb(space: AddressSpace, address: Address) -> bool:
+    return bool(space.frames.flags_of(cpu_pte.cpu_pfn(space.table.get(address))) & PageFlag.HUGETLB)
 
 
 def copy_pinned_pages(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries) -> None:

@@ -52,7 +52,7 @@ from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind, locked
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import cut, huge_blocks, split_folio, split_pmds
-from hmm.hugetlb import discard_pages
+from hmm.hugetlb import discard_pages, told_span
 from hmm.ksm import unmerge
 from hmm.large_folio import belong_to, heads_of, likely_mapped_shared
 from hmm.memory_failure import inject_memory_failure
@@ -292,7 +292,8 @@ def _discard(space: AddressSpace, pieces: list[Vma], cause: Cause) -> Operation[
     """Tell every mirror, then drop the pages (DONTNEED), or make them clean so that reclaim may (FREE)."""
     if not pieces:
         return
-    with space.notifier.invalidation(tuple(piece.span for piece in pieces), cause) as invalidation:
+    told = tuple(told_span(space, piece) for piece in pieces)
+    with space.notifier.invalidation(told, cause) as invalidation:
         yield from invalidation.deliver()
         for piece in pieces:
             if cause is Cause.MADV_FREE:

@@ -30,9 +30,10 @@ from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequ
 from hmm.events import Cause
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import cut
+from hmm.hugetlb import told_span
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
-from hmm.units import TASK_SIZE, Address, AddressRange, Entries, all_but, is_page_aligned, page_up
+from hmm.units import PUD_SIZE, TASK_SIZE, Address, AddressRange, Entries, all_but, is_page_aligned, page_up
 from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
 from hmm.vma_edit import modify_flags
 
@@ -52,7 +53,7 @@ _DOWN, _UP = int(ProtGrow.DOWN), int(ProtGrow.UP)
 _GROW = _DOWN | _UP
 _ACCESS = int(ACCESS_FLAGS)
 _KNOWN = _ACCESS | 0x8  # PROT_SEM
-_PUD_MASK = -(1 << 30)
+_PUD_MASK = -PUD_SIZE
 _ACCOUNT = int(VmFlag.ACCOUNT)
 _RESERVING = int(VmFlag.ACCOUNT | VmFlag.WRITE | VmFlag.HUGETLB | VmFlag.SHARED | VmFlag.NORESERVE)
 _LOCKED = int(VmFlag.LOCKED)
@@ -199,12 +200,13 @@ def _new_flags(piece: Vma, prot: int) -> int:
 
 def _change_protection(space: AddressSpace, changed: list[Vma], cause: Cause) -> Operation[None]:
     """Tell the mirrors of what may have entries, then change these: change_protection()."""
-    spans = tuple(span for piece in changed if (span := _told_part(space, piece)))
-    if not spans:
+    pieces = [(piece, span) for piece in changed if (span := _told_part(space, piece))]
+    if not pieces:
         return
-    with space.notifier.invalidation(spans, cause) as invalidation:
+    told = tuple(told_span(space, piece) if piece.has(VmFlag.HUGETLB) else span for piece, span in pieces)
+    with space.notifier.invalidation(told, cause) as invalidation:
         yield from invalidation.deliver()
-        parts = (part for span in spans for part in space.table.parts(span.start, span.end))
+        parts = (part for _, span in pieces for part in space.table.parts(span.start, span.end))
         for number, part in enumerate(parts):
             if number:
                 yield Pause()

@@ -33,6 +33,7 @@ from hmm.errors import BadAddressError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.huge_split import block_of, cut, huge_blocks, split_pmds, whole_blocks
+from hmm.hugetlb import told_span
 from hmm.ksm import unmerge
 from hmm.notifier import Turn
 from hmm.operation import Operation, Pause
@@ -42,6 +43,7 @@ from hmm.units import (
     PMD_MASK,
     PMD_SHIFT,
     PMD_SIZE,
+    PUD_SIZE,
     TASK_SIZE,
     ULONG_MAX,
     Address,
@@ -57,7 +59,6 @@ from hmm.vma_edit import may_expand, release_files, unmap
 
 __all__ = ["MremapFlag", "mremap"]
 
-_PUD_SIZE = 1 << 30
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _UNRESIZABLE = VmFlag.DONTEXPAND | VmFlag.PFNMAP
 
@@ -271,7 +272,10 @@ def _copied(vma: Vma, shift: int) -> Mapping:
 
 def _tell_and_move(space: AddressSpace, old: AddressRange, new: AddressRange, *, dontunmap: bool) -> Operation[None]:
     notifier = space.notifier
-    with notifier.invalidation((old,), Cause.MREMAP_MOVE) as move:
+    vma = space.vmas.find(old.start)
+    assert vma is not None
+    cause = Cause.MREMAP_MOVE_HUGETLB if vma.has(VmFlag.HUGETLB) else Cause.MREMAP_MOVE
+    with notifier.invalidation((told_span(space, vma.clip(old.start, old.end)),), cause) as move:
         yield from move.deliver()
         yield from split_pmds(
             space, [block for block in huge_blocks(space, old) if not _moves_whole(space, block, old, new)]
@@ -359,7 +363,7 @@ def _whole_tables(space: AddressSpace, old: AddressRange, shift: int) -> tuple[A
     if vma is not None and vma.has(VmFlag.HUGETLB):  # move_huge_pte() marks nothing
         return old, old
     start = _realigned(space, old, shift)
-    first, second = [_aligned_part(start, old.end, size, shift) for size in (PMD_SIZE, _PUD_SIZE)]
+    first, second = [_aligned_part(start, old.end, size, shift) for size in (PMD_SIZE, PUD_SIZE)]
     return first, second
 
 

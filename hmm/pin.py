@@ -33,6 +33,7 @@ from hmm.fault_pages import copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, split_pmds
+from hmm.hugetlb_fault import unshare
 from hmm.operation import Operation, Pause
 from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, SpaceId, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
@@ -159,7 +160,7 @@ def _to_be_unshared(
     """
     vma = space.vmas.find(piece.start)
     assert vma is not None
-    if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE | VmFlag.HUGETLB) != VmFlag.MAYWRITE:
+    if vma.flags & (VmFlag.SHARED | VmFlag.MAYWRITE) != VmFlag.MAYWRITE:
         return np.zeros(entries.size, np.bool_)
     pfns = cpu_pte.cpu_pfn(entries)
     shared: npt.NDArray[np.bool_] = ~cpu_pte.is_writable(entries)
@@ -174,10 +175,16 @@ def _keep_huge(
 ) -> Operation[bool]:
     """do_huge_pmd_wp_page() for FAULT_FLAG_UNSHARE: a huge page nobody else has becomes exclusive, others are split.
 
+    Hugetlb pages are copied, one at a time.
+
     Returns: whether there were any, so that the pages have to be looked at again.
     """
     pages = np.flatnonzero(shared & cpu_pte.is_huge(entries)) + (piece.start >> PAGE_SHIFT)
     starts = unique(pages // PMD_PAGES * PMD_PAGES << PAGE_SHIFT).tolist()
+    vma = space.vmas.find(piece.start)
+    if starts and vma is not None and vma.has(VmFlag.HUGETLB):
+        yield from unshare(space, vma, starts[0])
+        return True
     alien = [start for start in starts if not reuse_huge(space, start, space.table.get(start))]
     yield from split_pmds(space, map(block_of, alien))
     for start in alien:

@@ -34,7 +34,7 @@ from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, 
 from hmm.fault import bring_in, continues
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
-from hmm.huge_split import PUD_SIZE, has_directory
+from hmm.huge_split import has_directory
 from hmm.interval_notifier import IntervalMirror
 from hmm.operation import Operation, Pause
 from hmm.units import (
@@ -43,6 +43,7 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SHIFT,
     PMD_SIZE,
+    PUD_SIZE,
     TASK_SIZE,
     Address,
     AddressRange,

@@ -30,6 +30,7 @@ from hmm.errors import InvalidRequestError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag
+from hmm.hugetlb import told_span
 from hmm.operation import Operation
 from hmm.units import AddressRange, Entries, SpaceId, page_down, page_up
 
@@ -119,7 +120,7 @@ def _untold(
     # At first every mapping of the range, as the kernel; later only what has come to hold entries.
     new = {}
     for space in file.mapping_spaces():
-        spans = tuple(part.span for part in file.mapped_parts(space, start, end))
+        spans = tuple(told_span(space, part) for part in file.mapped_parts(space, start, end))
         if space.id in told:
             spans = tuple(
                 span

@@ -42,6 +42,7 @@ def test_pte_mask_is_that_of_the_type(etype: EventType, mask: int) -> None:
         (Cause.MPROTECT_WRITE, EventType.NONE, Reason.PROTECTION_VMA),
         (Cause.FORK, EventType.FORK, Reason.PROTECTION_PAGE),
         (Cause.FORK_HUGETLB, EventType.FORK, Reason.CLEAR),
+        (Cause.MREMAP_MOVE_HUGETLB, EventType.MIGRATE, Reason.CLEAR),
         (Cause.COPY_ON_WRITE, EventType.MIGRATE, Reason.CLEAR),
         (Cause.CLEAR_SOFT_DIRTY, EventType.WRITE_PROTECT, Reason.SOFT_DIRTY),
         (Cause.WRITE_BACK, EventType.WRITE_PROTECT, Reason.PROTECTION_PAGE),

@@ -15,14 +15,13 @@ from hmm.address_space import Thp
 from hmm.errors import HmmError
 from hmm.events import Cause, EventType, Reason
 from hmm.frames import PageFlag
-from hmm.huge_split import PUD_SIZE
 from hmm.large_folio import likely_mapped_shared
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.pagemap import FILE, pagemap
 from hmm.smaps import MemoryUse, memory_use
-from hmm.units import PAGE_SIZE, PMD_SHIFT, PMD_SIZE
+from hmm.units import PAGE_SIZE, PMD_SHIFT, PMD_SIZE, PUD_SIZE
 from hmm.vma import Prot
 
 

@@ -12,13 +12,13 @@ import pytest
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError, OutOfFramesError, Signal
-from hmm.events import Cause
+from hmm.events import Cause, Reason
 from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
-from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
+from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, PUD_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
@@ -210,6 +210,70 @@ def test_child_shares_and_copies_whole_pages(bench: Any) -> None:
     assert free(bench) == (3, 2)
 
 
+def test_nobody_hears_of_a_copy_when_the_pool_has_no_page_for_it(bench: Any) -> None:
+    """hugetlb_wp() tells of the copy when it has a page: alloc_hugetlb_folio() comes first."""
+    bench.map(3 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x" * (2 * PMD_SIZE + 1))
+    child = bench.call(commands_process.fork, bench.process)
+    bench.attach(bench.device, child)
+    bench.heard.events.clear()
+    done = bench.call(commands_process.write_memory, bench.process, bench.span(0).start, b"y" * 2 * PMD_SIZE)
+    assert (done.done, done.signal) == (PMD_SIZE, Signal.BUS_ADRERR)
+    assert [event.spans for event in bench.heard.events] == [(bench.span(0, BLOCK),)]
+
+
+@pytest.mark.parametrize("long_term", [False, True])
+def test_pin_for_reading_copies_a_page_that_a_child_maps(bench: Any, long_term: bool) -> None:
+    """gup_must_unshare() in follow_huge_pmd(), hugetlb_wp() for FAULT_FLAG_UNSHARE: EFAULT where there is no page."""
+    bench.map(3 * BLOCK, flags=PRIVATE)
+    bench.write(0, b"x" * 3 * PMD_SIZE)
+    child = bench.call(commands_process.fork, bench.process)
+    bench.heard.events.clear()
+    before = cpu_pte.cpu_pfn(bench.entry(0))
+    bench.call(commands_process.pin, bench.process, bench.span(3, 2), write=False, long_term=long_term)
+    assert cpu_pte.cpu_pfn(bench.entry(0)) != before
+    assert not cpu_pte.is_writable(bench.entry(0))
+    assert [(event.cause, event.spans) for event in bench.heard.events] == [
+        (Cause.COPY_ON_WRITE, (bench.span(0, BLOCK),))
+    ]
+    bench.call(commands_process.pin, child, bench.span(3), write=False, long_term=long_term)
+    assert cpu_pte.cpu_pfn(bench.entry(0, child)) == before  # nobody else maps it any more
+    with pytest.raises(HmmError) as raised:
+        bench.call(commands_process.pin, bench.process, bench.span(2 * BLOCK - 1), write=False, long_term=long_term)
+    assert raised.value.errno == errno.EFAULT
+    bench.local.machine.check()
+
+
+def test_mirrors_hear_of_whole_gibibytes_when_processes_may_share_their_tables(bench: Any) -> None:
+    """adjust_range_if_pmd_sharing_possible(): not before the first whole GiB of a VMA, and of no private one."""
+    gib = PUD_SIZE // PAGE_SIZE
+    first = gib - bench.span(0).start // PAGE_SIZE % gib
+    flags = MapFlag.NORESERVE
+    bench.map(2 * gib, at=first - BLOCK, flags=SHARED | flags)
+    bench.map(2 * gib, at=first + 4 * gib, flags=PRIVATE | flags)
+    bench.heard.events.clear()
+
+    def told(at: int, npages: int, command: Any = commands_process.madvise, *args: Any) -> list[tuple[Any, Any]]:
+        bench.call(command, bench.process, *place(bench, at, npages), *(args or (Advice.DONTNEED,)))
+        heard = [(event.reason, event.spans) for event in bench.heard.events]
+        bench.heard.events.clear()
+        return heard
+
+    assert told(first - BLOCK, BLOCK) == [(Reason.CLEAR, (bench.span(first - BLOCK, BLOCK),))]
+    assert told(first - BLOCK, 2 * BLOCK) == [(Reason.CLEAR, (bench.span(first - BLOCK, gib + BLOCK),))]
+    assert told(first + BLOCK, BLOCK) == [(Reason.CLEAR, (bench.span(first, gib),))]
+    assert told(first + gib, BLOCK) == [(Reason.CLEAR, (bench.span(first + gib, BLOCK),))]
+    assert told(first + 5 * gib, BLOCK) == [(Reason.CLEAR, (bench.span(first + 5 * gib, BLOCK),))]
+    assert told(first + BLOCK, BLOCK, commands_process.madvise, Advice.REMOVE) == [
+        (Reason.CLEAR, (bench.span(first, gib),))
+    ]
+    move = PMD_SIZE, MremapFlag.MAYMOVE | MremapFlag.FIXED, bench.span(first + 8 * gib).start
+    assert told(first + BLOCK, BLOCK, commands_process.mremap, *move)[0] == (
+        Reason.CLEAR,
+        (bench.span(first, gib),),
+    )
+
+
 def test_shared_mapping_shows_the_same_pages_to_a_child(bench: Any) -> None:
     """They are the file's, which goes with its last mapping."""
     bench.map(BLOCK, flags=SHARED)
@@ -265,7 +329,7 @@ def test_first_word_counts_when_devices_ask_for_a_hugetlb_page(bench: Any) -> No
 
 
 def test_devices_see_huge_pages_that_cannot_leave(bench: Any) -> None:
-    """Order 9; no migration (EINVAL), no exclusive access; the mirrors of 2015 map them by small entries."""
+    """Order 9; no migration (EINVAL), no exclusive access (check_vma_flags()); of 2015: mapped by small entries."""
     bench.map(BLOCK, flags=PRIVATE)
     sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
     flags = range_fault.REQ_FAULT | range_fault.REQ_WRITE
@@ -275,7 +339,9 @@ def test_devices_see_huge_pages_that_cannot_leave(bench: Any) -> None:
     with pytest.raises(HmmError) as raised:
         bench.to_device(0, 4)
     assert raised.value.errno == errno.EINVAL
-    assert not bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0, 2)).any()
+    with pytest.raises(HmmError) as raised:
+        bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(0, 2))
+    assert raised.value.errno == errno.EOPNOTSUPP
     old = bench.call(commands_device.register_device, "old")
     mirror = bench.call(commands_device.register_mirror, old, bench.process)
     bench.local.attach(mirror, type(bench.heard)())
