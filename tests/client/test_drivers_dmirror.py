@@ -36,7 +36,7 @@ class Bench:
     """One process with 200 private pages, and two cards."""
 
     def __init__(self, profile: Profile) -> None:
-        self.local = Local(Machine(Limits(frames=2000, device_frames=2000)))
+        self.local = Local(Machine(Limits(frames=4000, device_frames=2000, hugetlb_pages=1)))
         self.hmm = InProcessHmm(self.local)
         self.process = self.local.call(commands_process.create_process, "bench")
         self.cards = [Card(self.hmm, f"dmirror{n}", pages=800, profile=profile) for n in range(2)]
@@ -234,6 +234,15 @@ def test_device_write_revokes_exclusive_pages(bench: Bench) -> None:
     handle.exclusive(page(0), 1)
     assert handle.write(page(0), b"w" * PAGE_SIZE).faults == 1
     handle.check_exclusive(page(0), 1)
+
+
+def test_exclusive_fails_with_the_errno_of_the_profile_where_hugetlb_memory_is(kernel: Bench, clean: Bench) -> None:
+    """check_vma_flags() of gup.c refuses FOLL_SPLIT_PMD there (EOPNOTSUPP); dmirror_exclusive() of 6.12 says EBUSY."""
+    for bench, number in ((kernel, errno.EBUSY), (clean, errno.EOPNOTSUPP)):
+        bench.map(1024, 512, RW, FIXED | MapFlag.HUGETLB)
+        with pytest.raises(HmmError) as raised:
+            bench.open().exclusive(page(1024), 1)
+        assert raised.value.errno == number
 
 
 def test_exclusive_fails_with_the_errno_of_the_profile(kernel: Bench, clean: Bench) -> None:

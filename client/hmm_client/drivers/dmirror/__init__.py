@@ -45,7 +45,6 @@ from hmm.errors import (
     HmmError,
     InvalidRequestError,
     NoSuchObjectError,
-    OutOfFramesError,
     RangeBusyError,
 )
 from hmm.events import Event, EventType, Reason
@@ -108,6 +107,8 @@ _LOCAL = {
 }
 
 
+_NOT_HAD = (errnos.EFAULT, errnos.ENOMEM, errnos.EOPNOTSUPP)
+"""What get_user_pages_remote() fails with where a page cannot be had for writing, or is hugetlb memory."""
 _IN_USE = 1 << 2
 _TAG = np.uint64(3)
 _PFN_SHIFT = np.uint64(12)
@@ -552,7 +553,9 @@ class Handle:
             try:
                 with _alive("exclusive"):
                     pfns = self._hmm.make_exclusive(self.id, batch)
-            except (BadAddressError, AccessDeniedError, OutOfFramesError) as error:
+            except HmmError as error:
+                if error.errno not in _NOT_HAD:
+                    raise
                 raise self._not_taken(batch.start, self._profile.exclusive_errno) from error
             if pfns.size == batch.npages and self._enter_taken(batch, pfns, moving):
                 return
