@@ -59,7 +59,7 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["give_back", "held_exclusively", "make_device_exclusive_range"]
+__all__ = ["give_back", "held_exclusively", "make_device_exclusive_range", "restored"]
 
 _EXCLUSIVE = np.uint64(cpu_pte.EXCLUSIVE)
 _NOT_WRITABLE = all_but(cpu_pte.WRITE)
@@ -354,11 +354,15 @@ def _revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[
         yield from bracket.deliver()
         entries = space.table.lookup(touched.addresses)
         held = cpu_pte.is_device_exclusive(entries)
-        space.table.store(touched.addresses[held], _restored(space, touched.addresses[held], entries[held]))
+        space.table.store(touched.addresses[held], restored(space, touched.addresses[held], entries[held]))
 
 
-def _restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
-    """What exclusive entries become when the CPU gets them back: restore_exclusive_pte()."""
+def restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
+    """What exclusive entries become when the CPU gets them back: restore_exclusive_pte().
+
+    Args:
+        addresses: uint64[n], ascending; entries: uint64[n], all exclusive.
+    """
     given: Entries = (entries & ~_EXCLUSIVE) | _PRESENT
     if not addresses.size:
         return given

@@ -30,6 +30,7 @@ from hmm.anon_vma import Forest
 from hmm.ascending import among
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import Cause
+from hmm.exclusive import restored
 from hmm.fault_pages import ANON_PAGE, DIRTIED, READ_ONLY, WRITTEN
 from hmm.file import File
 from hmm.frames import PageFlag
@@ -225,6 +226,7 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
     if not addresses.size:
         return
     if _is_cow(vma):
+        entries = _given_back(parent, addresses, entries)
         pinned = _pinned(parent, entries)
         if pinned.any() and vma.has(VmFlag.HUGETLB):
             blocks = block_starts(addresses)
@@ -255,6 +257,16 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
     parent.frames.clear_flags(pfns, PageFlag.ANON_EXCLUSIVE)
 
 
+def _given_back(parent: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
+    """Let the CPU have what devices have to themselves: copy_nonpresent_pte().  Returns: the entries from now on."""
+    held = cpu_pte.is_device_exclusive(entries)
+    if held.any():
+        entries = entries.copy()
+        entries[held] = restored(parent, addresses[held], entries[held])
+        parent.table.store(addresses[held], entries[held])
+    return entries
+
+
 def _split_pinned(parent: AddressSpace, copied: list[Vma]) -> Operation[None]:
     """Huge pages that must stay the parent's alone are copied by small pages: copy_huge_pmd()."""
     if not parent.huge:
@@ -281,11 +293,6 @@ def _pinned(parent: AddressSpace, entries: Entries) -> npt.NDArray[np.bool_]:
 def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
     """The child gets copies at once, the parent keeps its pages: copy_present_page()."""
     frames = parent.frames
-    given_back = cpu_pte.is_device_exclusive(entries)
-    kept = entries & ~np.uint64(cpu_pte.EXCLUSIVE)
-    kept[given_back] |= np.uint64(cpu_pte.PRESENT)
-    kept[given_back & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)  # as in _read_only()
-    parent.table.store(addresses, kept)
     copies = frames.allocate_mapped(addresses.size, ANON_PAGE)
     frames.copy(copies, cpu_pte.cpu_pfn(entries))
     flags = WRITTEN if vma.writable else _COPIED
@@ -298,15 +305,11 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
 
 
 def _read_only(entries: Entries) -> Entries:
-    # What devices held exclusively is the CPU's again: restore_exclusive_pte().
-    shared: Entries = entries & ~np.uint64(cpu_pte.WRITE | cpu_pte.EXCLUSIVE)
-    if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.DEVICE):
+    shared: Entries = entries & ~np.uint64(cpu_pte.WRITE)
+    if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.SWAP | cpu_pte.DEVICE):
         return shared
     # copy_nonpresent_pte(), of pages in a device's memory: "We do not preserve soft-dirty information".
     shared[cpu_pte.is_device_private(entries) & cpu_pte.is_writable(entries)] &= all_but(cpu_pte.SOFT_DIRTY)
-    exclusive = cpu_pte.is_device_exclusive(entries)
-    shared[exclusive] |= np.uint64(cpu_pte.PRESENT)
-    shared[exclusive & cpu_pte.is_writable(entries)] |= np.uint64(DIRTIED)
     shared[cpu_pte.is_swap(entries)] &= ~np.uint64(cpu_pte.SWP_EXCLUSIVE)
     return shared
 

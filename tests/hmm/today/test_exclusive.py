@@ -159,6 +159,22 @@ def test_revoked_entry_obeys_the_last_protection_when_that_changed_twice(
     bench.local.machine.check()
 
 
+@pytest.mark.parametrize(("semantics", "asks"), [(LINUX_6_12, False), (LINUX_7, True)])
+def test_fork_gives_a_page_back_as_the_mapping_is_now(make_bench: Any, semantics: Semantics, asks: bool) -> None:
+    """try_restore_exclusive_pte() in copy_nonpresent_pte(): 7.2 asks can_change_pte_writable(), and not the entry."""
+    bench = make_bench(semantics=semantics)
+    take(bench, 0)
+    where = bench.span(0)
+    for prot in Prot.READ, RW:
+        bench.call(commands_process.mprotect, bench.process, where.start, where.size_bytes, prot)
+    bench.call(commands_process.fork, bench.process)
+    assert bool(cpu_pte.is_dirty(bench.entry(0))) is asks
+    take(bench, 1)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    bench.call(commands_process.fork, bench.process)
+    assert bool(cpu_pte.is_dirty(bench.entry(1))) is not asks
+
+
 @pytest.mark.parametrize(("semantics", "written"), [(LINUX_6_12, True), (LINUX_7, False)])
 def test_revoked_entry_counts_as_written_when_the_kernel_is_old(
     make_bench: Any, semantics: Semantics, written: bool
