@@ -422,12 +422,13 @@ class _Part:
         return before
 
     def _upgrade(self, addresses: Entries, entries: Entries) -> None:
-        # As wp_page_reuse().
+        # As wp_page_reuse(), for registers by way of wp_pfn_shared().
         if not self.vma.shared:
             self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.ANON_EXCLUSIVE)
             self.space.claim(cpu_pte.cpu_pfn(entries), self.vma.start)
         else:
-            self.space.frames.set_flags(cpu_pte.cpu_pfn(entries), PageFlag.DIRTY)  # fault_dirty_shared_page()
+            pfns = cpu_pte.cpu_pfn(entries)
+            self.space.frames.set_flags(pfns[~cpu_pte.is_special(entries)], PageFlag.DIRTY)  # fault_dirty_shared_page()
         self.space.table.store(addresses, entries | np.uint64(WRITTEN))
 
     def _copy(self, addresses: Entries, entries: Entries) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.clear_refs import ClearRefs, clear_refs
 from hmm.cpu_access import read_memory, read_pages, touch, write_memory, write_pages
 from hmm.errors import InvalidRequestError, OutOfFramesError, Signal
 from hmm.fork import fork
@@ -202,6 +203,19 @@ def test_registers_are_skipped_when_every_page_gets_a_byte(world: Any, space: Ad
     span = AddressRange(start, start + 3 * PAGE_SIZE)
     assert world.run(write_pages(space, span, 5, np.array([1, 2, 3], np.uint8))).done == 3
     assert world.run(read_pages(space, span, 5)).data == b"\1\xff\3"
+
+
+def test_registers_become_writable_again_when_writes_are_watched(world: Any, space: AddressSpace) -> None:
+    """wp_pfn_shared(): they have no struct page that could be marked; some entries are writable and others are not."""
+    start = world.map(space, 3, flags=SHARED, file=world.device_file(REGISTERS))
+    world.run(write_memory(space, start + PAGE_SIZE, b"x"))
+    world.run(clear_refs(space, ClearRefs.SOFT_DIRTY))
+    for prot in Prot.READ, Prot.READ | Prot.WRITE:
+        world.run(mprotect(space, start, 3 * PAGE_SIZE, prot))
+    assert [bool(space.table.get(start + at * PAGE_SIZE) & cpu_pte.WRITE) for at in range(3)] == [False, True, False]
+    assert world.run(write_memory(space, start, bytes(3 * PAGE_SIZE))).done == 3 * PAGE_SIZE
+    assert space.table.common(start, start + 3 * PAGE_SIZE) & cpu_pte.WRITE
+    world.frames.check()
 
 
 def test_registers_become_memory_when_a_private_mapping_is_written(world: Any, space: AddressSpace) -> None:
