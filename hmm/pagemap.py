@@ -7,7 +7,8 @@
     62    SWAP            not present: in swap, on a device, taken from the CPU by one, or lost
     63    PRESENT
 
-**Source**: Linux fs/proc/task_mmu.c (pte_to_pagemap_entry()), Documentation/admin-guide/mm/pagemap.rst, 6.12.
+**Source**: Linux fs/proc/task_mmu.c (pte_to_pagemap_entry(), pagemap_pte_hole()),
+Documentation/admin-guide/mm/pagemap.rst, 6.12.
 
 **Invariants**: nothing is changed by looking.
 
@@ -67,6 +68,8 @@ def pagemap(space: AddressSpace, span: AddressRange) -> Entries:
     words[(entries & np.uint64(cpu_pte.SOFT_DIRTY)) != 0] |= np.uint64(SOFT_DIRTY)
     for vma in space.vmas.mapped_pieces(span):
         first = (vma.start - span.start) >> PAGE_SHIFT
+        if vma.has(VmFlag.PFNMAP):  # registers show as a hole: walk_page_test()
+            words[first : first + vma.npages] = 0
         if space.is_soft_dirty(vma):  # all of a new mapping is, whether or not it was written
             words[first : first + vma.npages] |= np.uint64(SOFT_DIRTY)
         elif vma.has(VmFlag.HUGETLB):  # pagemap_hugetlb_range() knows of nothing else

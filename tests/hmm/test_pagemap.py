@@ -9,10 +9,13 @@ from area import at
 
 from hmm import pagemap as bits
 from hmm.address_space import AddressSpace
+from hmm.clear_refs import ClearRefs, clear_refs
 from hmm.cpu_access import touch
 from hmm.errors import InvalidRequestError
 from hmm.pagemap import pagemap
 from hmm.units import PAGE_SIZE, TASK_SIZE, AddressRange
+from hmm.unmapped_area import MapFlag
+from hmm.vma import VmFlag
 
 FLAGS = {"P": bits.PRESENT, "S": bits.SWAP, "F": bits.FILE, "1": bits.MMAP_EXCLUSIVE, "D": bits.SOFT_DIRTY}
 
@@ -40,6 +43,15 @@ def test_pagemap_tells_file_pages_when_they_are_mapped(world: Any, space: Addres
     world.run(touch(space, AddressRange(at(0), at(2)), write=False))
     world.run(touch(space, AddressRange(at(1), at(2)), write=True))
     assert shown(space, 0, 2) == ["PF1D", "P1D"]
+
+
+def test_pagemap_shows_registers_as_a_hole(world: Any, space: AddressSpace) -> None:
+    """walk_page_test(): VM_PFNMAP goes to pagemap_pte_hole(), which knows of VM_SOFTDIRTY alone."""
+    world.map(space, 1, flags=MapFlag.SHARED, file=world.device_file(VmFlag.IO | VmFlag.PFNMAP))
+    assert space.table.get(at(0))
+    assert shown(space, 0, 1) == ["D"]
+    world.run(clear_refs(space, ClearRefs.SOFT_DIRTY))
+    assert pagemap(space, AddressRange(at(0), at(1))).tolist() == [0]
 
 
 @pytest.mark.parametrize(
