@@ -159,8 +159,8 @@ def range_fault(request: HmmRange) -> Operation[None]:
         RangeBusyError: an invalidation came since read_begin: begin again (EBUSY).
         AccessDeniedError: a page is wanted for writing and its VMA does not permit it (EPERM), `error.address`.
         BadAddressError: a page that is wanted cannot be had: no mapping, no permission to read, behind the end of its
-            file, registers, lost, missing for a userfaultfd while the lock may not be dropped, or no memory (EFAULT;
-            without memory ENOMEM under linux-7), `error.address`.  Pages below it have been faulted in.
+            file, registers, lost, missing for a userfaultfd while the lock may not be dropped, or no memory (EFAULT),
+            `error.address`.  Pages below it have been faulted in.
 
     Cost: O(pages + VMAs), vectorised.
     """
@@ -316,8 +316,7 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     if stop is None or continues(request.space, target, stop):
         return
     if stop.signal is None:
-        number = request.space.semantics.fault_oom_errno
-        raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", number, address=stop.address)
+        raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", address=stop.address)
     raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)
 
 

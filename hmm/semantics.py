@@ -3,9 +3,8 @@
     linux-6.12   the default, and what recordings are compared with
     linux-7      what current drivers are written for
 
-**Source**: Linux 6.12 and 7.0: mm/hmm.c, hmm_vma_fault(); mm/rmap.c, make_device_exclusive_range(), which became
-make_device_exclusive() for one page; mm/migrate_device.c, migrate_vma_collect_pmd(); fs/userfaultfd.c,
-userfaultfd_unregister().
+**Source**: Linux 6.12 and 7.2: mm/rmap.c, make_device_exclusive_range(), which became make_device_exclusive() for one
+page; mm/migrate_device.c, migrate_vma_collect_pmd(); fs/userfaultfd.c, userfaultfd_unregister().
 
 **Absent**: what drivers may use under either: invalidations with two passes, range faults that take the lock
 themselves, the words of 6.16 and its helpers for DMA; page locks, so that nobody finds a page of a device busy; a
@@ -15,7 +14,6 @@ see.
 
 from __future__ import annotations
 
-import errno as errnos
 from dataclasses import dataclass
 
 __all__ = ["LINUX_6_12", "LINUX_7", "PROFILES", "Semantics"]
@@ -26,7 +24,6 @@ class Semantics:
     """The rules of one kernel, where they are not everybody's.
 
     Attributes:
-        fault_oom_errno: what hmm_range_fault() returns when a fault runs out of memory.
         uffd_unregisters_others: UFFDIO_UNREGISTER takes VMAs from other userfaultfds too.
         exclusive_ranges: pages are taken from the CPU in ranges: those that are not private memory, and pages of a
             large folio behind its first, are left alone, and it goes on behind them.  Otherwise pages are taken one by
@@ -39,7 +36,6 @@ class Semantics:
     """
 
     name: str
-    fault_oom_errno: int
     uffd_unregisters_others: bool
     exclusive_ranges: bool
     exclusive_remembers_write: bool
@@ -48,7 +44,6 @@ class Semantics:
 
 LINUX_6_12 = Semantics(
     "linux-6.12",
-    fault_oom_errno=errnos.EFAULT,
     uffd_unregisters_others=True,
     exclusive_ranges=True,
     exclusive_remembers_write=True,
@@ -56,7 +51,6 @@ LINUX_6_12 = Semantics(
 )
 LINUX_7 = Semantics(
     "linux-7",
-    fault_oom_errno=errnos.ENOMEM,
     uffd_unregisters_others=False,
     exclusive_ranges=False,
     exclusive_remembers_write=False,
