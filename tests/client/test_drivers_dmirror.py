@@ -12,7 +12,14 @@ import pytest
 import hmm_client
 from hmm import commands_process, commands_userfaultfd
 from hmm.commands_hmm import Migrated
-from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import (
+    AccessDeniedError,
+    BadAddressError,
+    HmmError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+)
 from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
@@ -147,7 +154,7 @@ def test_open_leaves_no_mirror_when_it_fails(clean: Bench) -> None:
 
 @pytest.mark.parametrize(("address", "npages"), [(BASE + 1, 1), (BASE, 0), (-PAGE_SIZE, 1), (BASE, 1 << 60)])
 def test_commands_fail_when_the_range_is_malformed(bench: Bench, address: Address, npages: int) -> None:
-    """An address inside a page, no pages, and none of an address space, are EINVAL for every command."""
+    """An address inside a page, no pages, and an end beyond all addresses, are EINVAL for every command."""
     handle = bench.open()
     commands: list[Callable[[Address, int], object]] = [
         handle.read, handle.migrate_to_device, handle.migrate_to_system, handle.snapshot,
@@ -156,6 +163,33 @@ def test_commands_fail_when_the_range_is_malformed(bench: Bench, address: Addres
     for command in commands:
         with pytest.raises(InvalidRequestError):
             command(address, npages)
+
+
+@pytest.mark.parametrize("first", [TASK_SIZE - PAGE_SIZE, TASK_SIZE, (1 << 64) - 4 * PAGE_SIZE])
+def test_commands_find_nothing_outside_the_address_space(bench: Bench, first: Address) -> None:
+    """dmirror_fops_unlocked_ioctl() asks for no address space; hmm_vma_walk_hole() has no VMA there."""
+    handle = bench.open()
+    for command in (handle.read, handle.read_unlocked):
+        with pytest.raises(BadAddressError) as fault:
+            command(first, 2)
+        assert fault.value.errno == errno.EFAULT
+    with pytest.raises(BadAddressError):
+        handle.write(first, bytes(2 * PAGE_SIZE))
+    for move in (handle.migrate_to_device, handle.migrate_to_system):
+        with pytest.raises(InvalidRequestError) as refused:
+            move(first, 2)
+        assert refused.value.errno == errno.EINVAL
+    assert handle.snapshot(first, 2).data == b"\xff\xff"
+    with pytest.raises(HmmError) as kept:
+        handle.exclusive(first, 2)
+    assert kept.value.errno == (errno.EBUSY if bench.cards[0].profile is LINUX_6_12_CORRECTED else errno.EFAULT)
+    assert handle.check_exclusive(first, 2).cpages == 0
+
+
+def test_commands_have_no_buffer_when_the_pages_are_too_many(bench: Bench) -> None:
+    """dmirror_bounce_init(): vmalloc() of more than there is memory."""
+    with pytest.raises(OutOfFramesError):
+        bench.open().read(BASE, 1 << 40)
 
 
 def test_migrate_moves_pages_and_reads_them_there(bench: Bench) -> None:

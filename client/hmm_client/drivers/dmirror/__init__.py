@@ -45,6 +45,7 @@ from hmm.errors import (
     HmmError,
     InvalidRequestError,
     NoSuchObjectError,
+    OutOfFramesError,
     RangeBusyError,
 )
 from hmm.events import Event, EventType, Reason
@@ -61,6 +62,7 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SHIFT,
     TASK_SIZE,
+    ULONG_MAX,
     Address,
     AddressRange,
     Entries,
@@ -109,6 +111,8 @@ _LOCAL = {
 
 _NOT_HAD = (errnos.EFAULT, errnos.ENOMEM, errnos.EOPNOTSUPP)
 """What get_user_pages_remote() fails with where a page cannot be had for writing, or is hugetlb memory."""
+_PAGES_MAX = 1 << 26
+"""There are no buffers for more: 256 GiB of bytes."""
 _IN_USE = 1 << 2
 _TAG = np.uint64(3)
 _PFN_SHIFT = np.uint64(12)
@@ -200,11 +204,11 @@ class _Moving:
             own = event.initiator == mirror_id or self.reason is Reason.EXCLUSIVE  # which names nobody
             if own and event.reason is self.reason and event.overlaps(self.span):
                 self.operation_id = event.operation_id
-                self.before = table.read(self.span.start, self.span.end)
+                self.before = _entries_in(table, self.span)
         elif event.operation_id != self.operation_id:
             self.taken.append(event.spans)
         elif event.reason is not self.reason and self.before is not None:  # a huge page was split
-            pages = np.arange(self.span.start, self.span.end, PAGE_SIZE, dtype=np.uint64)
+            pages = _addresses(self.span, self.before.size)
             self.before[inside(pages, event.spans)] = 0
 
 
@@ -257,7 +261,8 @@ class Handle:
 
         Raises:
             BadAddressError: a page cannot be had (EFAULT); nothing is read then.
-            InvalidRequestError: an address inside a page, no pages, or none of the address space (EINVAL).
+            InvalidRequestError: an address inside a page, no pages, or an end beyond all addresses (EINVAL).
+            OutOfFramesError: too many pages for any buffer (ENOMEM).
         """
         return self._read(_checked("read", address, npages), self._range_fault)
 
@@ -344,8 +349,7 @@ class Handle:
         Raises: AccessDeniedError: the device has a page of the range for itself (EPERM).
         """
         span = _checked("check", address, npages)
-        entries = self._table.read(span.start, span.end)
-        if ((entries & _TAG) == Tag.ATOMIC).any():
+        if ((_entries_in(self._table, span) & _TAG) == Tag.ATOMIC).any():
             raise AccessDeniedError(f"{span} has pages held exclusively", errnos.EPERM)
         return Reply()
 
@@ -419,7 +423,7 @@ class Handle:
     def _read_mapped(self, span: AddressRange, parts: list[bytes]) -> Address:
         """dmirror_do_read(): up to the first page without an entry.  Returns: its address."""
         with self._lock:
-            entries = self._table.read(span.start, span.end)
+            entries = _entries_in(self._table, span)
             count = _leading(entries != 0)
             if count:
                 parts.append(self._hmm.read_frames(self.id, _addresses(span, count), _pfns(entries[:count])))
@@ -428,7 +432,7 @@ class Handle:
     def _write_mapped(self, span: AddressRange, data: bytes) -> Address:
         """dmirror_do_write(): up to the first page without an entry for writing.  Returns: its address."""
         with self._lock:
-            entries = self._table.read(span.start, span.end)
+            entries = _entries_in(self._table, span)
             count = _leading((entries & _TAG) == Tag.WRITE)
             if count:
                 self._hmm.write_frames(
@@ -499,17 +503,24 @@ class Handle:
         return True
 
     def _range_fault(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+        inside_space = _inside(span)
         while True:
-            sequence = self._hmm.read_begin(self.id, self._notifier)
+            sequence, words = self._hmm.read_begin(self.id, self._notifier), np.empty(0, np.uint64)
             try:
-                return self._hmm.range_fault(self.id, self._notifier, sequence, span, flags), sequence
+                if inside_space:
+                    words = self._hmm.range_fault(self.id, self._notifier, sequence, inside_space, flags)
+                return _with_outside(words, span, flags), sequence
             except RangeBusyError:
                 continue
 
     def _range_fault_unlocked(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+        inside_space = _inside(span)
+        if not inside_space:
+            return self._range_fault(span, flags)
         while True:
             try:
-                return self._hmm.range_fault_unlocked(self.id, self._notifier, span, flags)
+                words, sequence = self._hmm.range_fault_unlocked(self.id, self._notifier, inside_space, flags)
+                return _with_outside(words, span, flags), sequence
             except RangeBusyError:
                 continue
 
@@ -531,16 +542,17 @@ class Handle:
 
     # ---- pieces
 
-    def _batches(self, span: AddressRange) -> list[AddressRange]:
+    def _batches(self, span: AddressRange) -> Iterator[AddressRange]:
         step = self._profile.batch_pages << PAGE_SHIFT
-        return [AddressRange(at, min(at + step, span.end)) for at in range(span.start, span.end, step)]
+        for at in range(span.start, span.end, step):
+            yield AddressRange(at, min(at + step, span.end))
 
     def _readable_parts(self, span: AddressRange) -> Iterator[AddressRange]:
         """What one migration each can move: within a VMA, at most a batch, looked up when it is its turn."""
         at = span.start
         while at < span.end:
             with _alive("migrate"):
-                vma = self._hmm.find_vma(self.id, at)
+                vma = self._hmm.find_vma(self.id, at) if at < TASK_SIZE else None
             if vma is None or not vma.readable:
                 raise InvalidRequestError(f"migrate: nothing readable is mapped at {at:#x}", address=at)
             part = AddressRange(at, min(span.end, at + (self._profile.migrate_pages << PAGE_SHIFT), vma.end))
@@ -552,7 +564,7 @@ class Handle:
         with self._listening(batch, Reason.EXCLUSIVE) as moving:
             try:
                 with _alive("exclusive"):
-                    pfns = self._hmm.make_exclusive(self.id, batch)
+                    pfns = self._make_exclusive(batch)
             except HmmError as error:
                 if error.errno not in _NOT_HAD:
                     raise
@@ -569,11 +581,16 @@ class Handle:
             part = AddressRange(at, batch.end)
             with self._listening(part, Reason.EXCLUSIVE) as moving:
                 with _alive("exclusive"):
-                    pfns = self._hmm.make_exclusive(self.id, part)
+                    pfns = self._make_exclusive(part)
                 complete = self._enter_taken(part, pfns, moving)
             if not complete:
                 raise self._not_taken(at + (int((pfns == 0).argmax()) << PAGE_SHIFT), errnos.EOPNOTSUPP)
             at += pfns.size << PAGE_SHIFT
+
+    def _make_exclusive(self, span: AddressRange) -> Pfns:
+        if span.start >= TASK_SIZE:
+            raise BadAddressError(f"exclusive access: nothing is mapped at {span.start:#x}", address=span.start)
+        return self._hmm.make_exclusive(self.id, _inside(span))
 
     def _enter_taken(self, span: AddressRange, pfns: Pfns, moving: _Moving) -> bool:
         """Enter pages that were taken, from the start of a range.  Returns: whether they were all."""
@@ -590,9 +607,40 @@ class Handle:
 
 
 def _checked(operation: str, address: Address, npages: int) -> AddressRange:
-    if not is_page_aligned(address) or npages <= 0 or not 0 <= address <= TASK_SIZE - (npages << PAGE_SHIFT):
-        raise InvalidRequestError(f"{operation}: {npages:,} pages at {address:#x}: one or more, of an address space")
+    """dmirror_fops_unlocked_ioctl(): the range may lie outside the address space, where nothing is mapped."""
+    if not is_page_aligned(address) or npages <= 0 or not 0 <= address <= ULONG_MAX - (npages << PAGE_SHIFT):
+        raise InvalidRequestError(f"{operation}: {npages:,} pages at {address:#x} are no range of pages")
+    if npages > _PAGES_MAX:
+        raise OutOfFramesError(f"{operation}: {npages:,} pages are too many for any buffer")
     return AddressRange(address, address + (npages << PAGE_SHIFT))
+
+
+def _inside(span: AddressRange) -> AddressRange:
+    """The part of a range that is in the address space."""
+    return AddressRange(min(span.start, TASK_SIZE), min(span.end, TASK_SIZE))
+
+
+def _entries_in(table: PageTable, span: AddressRange) -> Entries:
+    """The entries of the part of a range that is in the address space; those of the rest are missing."""
+    part = _inside(span)
+    return table.read(part.start, part.end) if part else np.empty(0, np.uint64)
+
+
+def _with_outside(words: Entries, span: AddressRange, flags: int) -> Entries:
+    """What hmm_range_fault() says of a range, some of which may be outside the address space: hmm_vma_walk_hole().
+
+    Args:
+        words: uint64[n], of the part inside.
+
+    Raises: BadAddressError: pages outside are asked for (EFAULT).
+    """
+    outside = span.npages - words.size
+    if not outside:
+        return words
+    if flags & words_of.REQ_FAULT:
+        address = span.start + (words.size << PAGE_SHIFT)
+        raise BadAddressError(f"range fault: {address:#x} is outside the address space", address=address)
+    return np.concatenate((words, np.full(outside, words_of.ERROR, np.uint64)))
 
 
 @contextmanager
