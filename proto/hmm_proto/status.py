@@ -1,8 +1,9 @@
 """HmmError <-> google.rpc.Status and CallResult: one table, and the functions that read it side by side.
 
 An error survives the journey: what the client raises has the class, errno, reason, address, notifier sequence and
-hole of what the core raised.  It travels in two ways.  A call that was not made is a status with one `ErrorInfo`.
-A kernel call that was made and failed is a `CallResult` in the response, since it may have had effects.
+hole of what the core raised.  It travels in two ways.  A call that was not made is a status with one `ErrorInfo`, whose
+metadata say which call it was and what that was about.  A kernel call that was made and failed is a `CallResult` in the
+response, since it may have had effects.
 
 **Source**: google/rpc/error_details.proto (ErrorInfo); include/uapi/asm-generic/errno.h for the numbers.
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from hmm.errors import (
@@ -42,6 +44,13 @@ from hmm_proto.violations import violation_from_proto, violation_to_proto
 DOMAIN = "hmm.v1"
 INTERNAL_REASON = "INTERNAL"
 """Reason of a call that a bug of the daemon ended; its text stays in the daemon's log."""
+_NUMBERS = frozenset(
+    {
+        *("process_id", "device_id", "mirror_id", "notifier_id", "file_id", "pin_id", "userfaultfd_id", "operation_id"),
+        *("notifier_seq", "event_sequence", "heard_sequence", "epoch"),
+    }
+)
+"""Fields of requests that say in numbers what a call is about."""
 MESSAGE_BYTES_MAX = 1024
 """Of a status; what is longer is cut off."""
 DRAINING_REASON = "DRAINING"
@@ -106,15 +115,27 @@ def is_not_made(error: HmmError) -> bool:
 # ---- google.rpc.Status
 
 
-def to_status(error: HmmError) -> status_pb2.Status:
-    """The status of a call that was not made."""
-    metadata = {"errno": str(error.errno)}
+def to_status(
+    error: HmmError, operation: str = "", request: Message | None = None, revision: int = 0
+) -> status_pb2.Status:
+    """The status of a call that was not made.
+
+    Args:
+        operation: the call, in words.
+        request: what was asked for; ids, ranges and sequences in it go along.
+        revision: of the address space that it is about; 0: not told.
+    """
+    metadata = {"errno": str(error.errno)} | subject(request)
+    if operation:
+        metadata["operation"] = operation
     metadata |= {
         name: str(value)
         for name, value in (
             ("address", error.address),
             ("notifierSeq", error.notifier_seq),
             ("holeEnd", error.hole_end),
+            ("operationId", error.operation_id or None),
+            ("revision", revision or None),
         )
         if value is not None
     }
@@ -124,6 +145,25 @@ def to_status(error: HmmError) -> status_pb2.Status:
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     code: int = _BY_CLASS[type(error)].code.value[0]
     return status_pb2.Status(code=code, message=_shortened(error.message), details=[detail])
+
+
+def subject(request: Message | None) -> dict[str, str]:
+    """What a request is about: its numbers that name something, in JSON names, and the range, as `start` and `end`."""
+    found: dict[str, str] = {}
+    if request is None:
+        return found
+    for field, value in request.ListFields():
+        if field.name in _NUMBERS:
+            found[field.json_name] = str(value)
+        elif field.name == "range":
+            found |= {"start": str(value.start), "end": str(value.end)}
+        elif field.name == "ranges" and value.starts and value.ends:
+            found |= {"start": str(value.starts[0]), "end": str(value.ends[-1])}
+    length = getattr(request, "length", 0) or getattr(request, "old_length", 0)
+    start = getattr(request, "address", 0) or getattr(request, "start", 0)
+    if start and length and isinstance(length, int):
+        found |= {"start": str(start), "end": str(start + length)}
+    return found
 
 
 def _shortened(message: str) -> str:
@@ -136,7 +176,7 @@ def from_status(status: status_pb2.Status) -> HmmError | None:
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
-            return _error(
+            error = _error(
                 info.reason,
                 status.message,
                 int(info.metadata.get("errno", "0")),
@@ -145,6 +185,8 @@ def from_status(status: status_pb2.Status) -> HmmError | None:
                 _number(info.metadata, "holeEnd"),
                 info.metadata.get("signal", ""),
             )
+            error.operation_id = _number(info.metadata, "operationId") or 0
+            return error
     return None
 
 
@@ -189,6 +231,7 @@ def from_call_result(result: types_pb2.CallResult) -> HmmError | None:
         result.hole_end if result.HasField("hole_end") else None,
         types_pb2.Signal.Name(result.signal).removeprefix("SIGNAL_") if result.signal else "",
     )
+    error.operation_id = result.operation_id
     if result.HasField("violation"):
         error.violation = violation_from_proto(result.violation)
     return error

@@ -116,7 +116,7 @@ class Daemon:
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
         self.observers = Observers(config.watch_entries)
         self.streams = Streams(self.executor, self.observers, config)
-        self.guard = Guard(Tokens(config.token_file))
+        self.guard = Guard(self.machine, Tokens(config.token_file))
         self.targets: list[str] = []
         self.health_target = ""
         self.metrics_place = ""

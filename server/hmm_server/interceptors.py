@@ -1,9 +1,9 @@
 """The guard round every RPC: tokens in, errors out, one log line and one count for each.
 
-An HmmError becomes its google.rpc.Status, which names the call.  Anything else is a bug: the client sees INTERNAL
-without text, the log has the traceback (gRPC's own default is UNKNOWN with the exception's text).  Bytes that are no
-message reach a handler as the error that they are, to be raised by `require_read`: one message at a time where requests
-come in a stream.
+An HmmError becomes its google.rpc.Status, which names the call and what it was about.  Anything else is a bug: the
+client sees INTERNAL without text, the log has the traceback (gRPC's own default is UNKNOWN with the exception's text).
+Bytes that are no message reach a handler as the error that they are, to be raised by `require_read`: one message at a
+time where requests come in a stream.
 
 **Invariants**: no exception of a service reaches gRPC.
 
@@ -24,11 +24,12 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from hmm.errors import HmmError
+from hmm.errors import AccessDeniedError, HmmError
+from hmm.machine import Machine
 from hmm_proto import convert
 from hmm_proto.status import DOMAIN, DRAINING_REASON, INTERNAL_REASON, to_status
 from hmm_server.callers import Tokens, UnknownTokenError, caller_from
@@ -44,7 +45,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class Guard(grpc.aio.ServerInterceptor):
     """Wraps the handlers of hmm.v1; others (health, reflection) pass."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, machine: Machine, tokens: Tokens) -> None:
+        self._machine = machine
         self.calls: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self._tokens = tokens
@@ -71,6 +73,14 @@ class Guard(grpc.aio.ServerInterceptor):
             self._guarded[method] = self._guard(method, handler)
         return self._guarded[method]
 
+    def _revision(self, error: HmmError, request: Message | None) -> int:
+        # Of the address space that was asked about; of somebody else's nothing is told.
+        if isinstance(error, AccessDeniedError):
+            return 0
+        receiver = self._machine.receivers.get(getattr(request, "mirror_id", 0))
+        owner = receiver or self._machine.processes.get(getattr(request, "process_id", 0))
+        return owner.space.notifier.revision if owner else 0
+
     def _guard(self, method: str, handler: Handler) -> Handler:
         kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
         behaviour = getattr(handler, "_".join(kind))
@@ -85,7 +95,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _wrap_coroutine(self, method: str, behaviour: Any) -> Any:
         async def guarded(request: Any, context: Context) -> Any:
-            async with self._watching(method, context):
+            async with self._watching(method, request, context):
                 require_read(request)
                 return await behaviour(request, context)
 
@@ -93,7 +103,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _wrap_generator(self, method: str, behaviour: Any) -> Any:
         async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._watching(method, context):
+            async with self._watching(method, request, context):
                 require_read(request)
                 async with aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
@@ -102,7 +112,7 @@ class Guard(grpc.aio.ServerInterceptor):
         return guarded
 
     @asynccontextmanager
-    async def _watching(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _watching(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
         started_s = time.perf_counter()
         self.calls[method] += 1
         self._active += 1
@@ -115,7 +125,9 @@ class Guard(grpc.aio.ServerInterceptor):
             self._tokens.require(caller)
             yield
         except HmmError as error:
-            status = to_status(error.named(_in_words(method)))
+            operation = _in_words(method)
+            asked = request if isinstance(request, Message) else None
+            status = to_status(error.named(operation), operation, asked, self._revision(error, asked))
             if error.operation_id:
                 fields["operation_id"] = error.operation_id
         except UnknownTokenError:

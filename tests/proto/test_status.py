@@ -6,10 +6,14 @@ import errno as errnos
 from collections import Counter
 
 import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
 
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, OutOfFramesError, SegmentationFault, Signal
 from hmm.violation import Taking, Violation, ViolationKind
 from hmm_proto import status
+from hmm_proto.v1 import device_pb2, hmm_pb2, process_pb2
+from hmm_proto.v1.range_pb2 import AddressRange, AddressRanges
 
 
 def _all_classes(root: type[HmmError]) -> list[type[HmmError]]:
@@ -42,6 +46,39 @@ def test_status_returns_equal_error_when_decoded(error_class: type[HmmError]) ->
     decoded = status.from_status(status.to_status(error))
     assert decoded is not None
     assert _attributes(decoded) == _attributes(error)
+
+
+def test_status_says_which_call_it_was_and_what_that_was_about() -> None:
+    """What a program needs to know of a call that another part of it made: objects, range and sequences."""
+    error = HmmError("no")
+    error.operation_id = 12
+    request = hmm_pb2.RangeFaultRequest(mirror_id=3, notifier_id=4, notifier_seq=6, range=AddressRange(start=1, end=9))
+    sent = status.to_status(error, "range fault", request, revision=8)
+    info = error_details_pb2.ErrorInfo()
+    assert sent.details[0].Unpack(info)
+    assert dict(info.metadata) == {
+        "errno": "22", "operation": "range fault", "operationId": "12", "revision": "8",
+        "mirrorId": "3", "notifierId": "4", "notifierSeq": "6", "start": "1", "end": "9",
+    }  # fmt: skip
+    decoded = status.from_status(sent)
+    assert decoded is not None
+    assert decoded.operation_id == 12
+
+
+@pytest.mark.parametrize(
+    ("request_", "about"),
+    [
+        (process_pb2.MunmapRequest(process_id=1, address=4096, length=8192), ("4096", "12288")),
+        (process_pb2.MremapRequest(process_id=1, address=4096, old_length=4096), ("4096", "8192")),
+        (device_pb2.FaultRequest(ranges=AddressRanges(starts=[4096, 16384], ends=[8192, 20480])), ("4096", "20480")),
+        (process_pb2.BrkRequest(process_id=1, address=4096), (None, None)),
+        (process_pb2.CreateProcessRequest(name="p"), (None, None)),
+    ],
+)
+def test_status_says_the_range_however_a_request_names_it(request_: Message, about: tuple[str | None, ...]) -> None:
+    """First byte and first byte behind; nothing where a call is about no range."""
+    found = status.subject(request_)
+    assert (found.get("start"), found.get("end")) == about
 
 
 @pytest.mark.parametrize("error_class", CLASSES)

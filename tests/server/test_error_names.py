@@ -11,6 +11,8 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from hmm_proto.status import MESSAGE_BYTES_MAX
 from hmm_proto.v1 import (
@@ -156,3 +158,28 @@ async def test_error_arrives_when_its_message_has_a_long_name(served: Any) -> No
     message = caught.value.details() or ""
     assert message.startswith("open: there is no file \N{GRINNING FACE}")
     assert len(message.encode()) <= MESSAGE_BYTES_MAX
+
+
+async def test_status_tells_the_revision_of_the_space_to_those_who_may_see_it(served: Any) -> None:
+    """Whoever has heard of events can tell which of them came before; of others' processes nothing is told."""
+    pid = await served.new_process(metadata=(("hmm-token", "mine"),))
+    await served.process.Mmap(
+        process_pb2.MmapRequest(process_id=pid, address=BASE, length=PAGE, prot=3, flags=0x32),
+        metadata=(("hmm-token", "mine"),),
+    )
+    malformed = inspection_pb2.WalkAddressRequest(process_id=pid, address=1 << 60)
+    revision = served.daemon.machine.processes[pid].space.notifier.revision
+    told = await _metadata(served.inspection.WalkAddress(malformed, metadata=(("hmm-token", "mine"),)))
+    assert (told["operation"], told["processId"]) == ("walk address", str(pid))
+    assert int(told.get("revision", 0)) == revision
+    assert "revision" not in await _metadata(served.inspection.WalkAddress(malformed))
+
+
+async def _metadata(call: Any) -> dict[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    status = rpc_status.from_call(caught.value)
+    assert status is not None
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return dict(info.metadata)

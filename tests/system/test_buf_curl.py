@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import errno
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from google.rpc import error_details_pb2
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -71,13 +74,23 @@ async def test_buf_curl_calls_a_streaming_method(daemon: Daemon) -> None:
 
 
 async def test_buf_curl_shows_the_error_with_its_details(daemon: Daemon) -> None:
-    """A status that is not OK carries reason and errno as google.rpc.ErrorInfo."""
+    """A status that is not OK carries reason, errno, call and object as google.rpc.ErrorInfo."""
     method = "http://hmmd/hmm.v1.ProcessService/Fork"
     status, _, errors = await curl(daemon, method, data={"processId": "99"})
     assert status != 0
     report = json.loads(errors)
     assert report["code"] == "not_found"
     assert "there is no process 99" in report["message"]
+    (detail,) = report["details"]
+    assert detail["type"] == "google.rpc.ErrorInfo"
+    info = error_details_pb2.ErrorInfo.FromString(base64.b64decode(detail["value"] + "=="))
+    assert (info.reason, info.domain) == ("NO_SUCH_OBJECT", "hmm.v1")
+    assert dict(info.metadata) == {
+        "errno": str(errno.ESRCH),
+        "operation": "fork",
+        "operationId": "1",
+        "processId": "99",
+    }
 
 
 def _messages(output: str) -> list[dict[str, Any]]:

@@ -298,10 +298,11 @@ async def test_command_ends_with_four_when_the_daemon_refuses(daemon: Daemon, ar
     assert done.stderr.startswith(("hmmctl: ESRCH: ", "hmmctl: ENODEV: "))
 
 
-async def test_replay_reads_the_same_when_memory_is_small() -> None:
-    """Pages go to swap and come back under two devices: layout and contents are those with enough memory."""
+@pytest.mark.parametrize("migrating", [(), ("--migrate", "--device-pages", 8)], ids=["swap", "swap and migration"])
+async def test_replay_reads_the_same_when_memory_is_small(migrating: tuple[object, ...]) -> None:
+    """Pages go to swap and small devices, and come back: layout and contents are those with enough memory."""
     folder = DATA / "real-programs" / "true"
-    done = await hmmctl("replay", "--memory", 80, "--swap", 4000, "--format", "json", folder)
+    done = await hmmctl("replay", *migrating, "--memory", 80, "--swap", 4000, "--format", "json", folder)
     assert done.code == 0
     assert (done.value["differences"], done.value["violations"]) == (0, 0)
     assert (await hmmctl("replay", "--memory", 80, folder)).code == 2
