@@ -273,20 +273,28 @@ def _requests(span: AddressRange, words: Entries | None) -> Entries:
 
 
 def migrate_to_device(
-    machine: Machine, mirror_id: MirrorId, span: AddressRange, *, compound: bool = False
+    machine: Machine,
+    mirror_id: MirrorId,
+    span: AddressRange,
+    *,
+    compound: bool = False,
+    wanted: device_pages.Wanted | None = None,
 ) -> Operation[Migrated]:
     """Move what can be moved of a part of one VMA to the mirror's device, as `device_pages.migrate_to_device`.
 
     If the device evicts, pages that went there longest ago make room (`device_pages.make_room`).
 
-    Raises: also NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
+    Raises: also
+        InvalidRequestError: `wanted` is not of one page each (EINVAL).
+        NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
     """
+    npages = _wanted_pages(span, wanted)
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
-    if mirror.device.evicts and span.npages > region.free:
-        yield from device_pages.make_room(mirror.space, machine.spaces, span, region)
+    if mirror.device.evicts and npages > region.free:
+        yield from device_pages.make_room(mirror.space, machine.spaces, span, region, wanted)
         _live(machine, mirror_id)
-    moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound)
+    moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound, wanted=wanted)
     migration = yield from moving
     if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
         forget_holder(machine.frames, mirror_id)
@@ -294,16 +302,30 @@ def migrate_to_device(
 
 
 def migrate_to_system(
-    machine: Machine, mirror_id: MirrorId, span: AddressRange, *, compound: bool = False
+    machine: Machine,
+    mirror_id: MirrorId,
+    span: AddressRange,
+    *,
+    compound: bool = False,
+    wanted: device_pages.Wanted | None = None,
 ) -> Operation[Migrated]:
     """Move what the mirror's device has of a part of one VMA back, as `device_pages.migrate_to_system`.
 
     Raises: as `migrate_to_device`.
     """
+    _wanted_pages(span, wanted)
     mirror = _live(machine, mirror_id)
     region = _region(machine, mirror.device)
-    moving = device_pages.migrate_to_system(mirror.space, span, region, mirror_id, compound=compound)
+    moving = device_pages.migrate_to_system(mirror.space, span, region, mirror_id, compound=compound, wanted=wanted)
     return _words((yield from moving))
+
+
+def _wanted_pages(span: AddressRange, wanted: device_pages.Wanted | None) -> int:
+    if wanted is None:
+        return span.npages
+    if wanted.size != span.npages:
+        raise InvalidRequestError(f"migrate: {wanted.size} pages are wanted or not, of the {span.npages} of {span}")
+    return int(np.count_nonzero(wanted))
 
 
 @immediate

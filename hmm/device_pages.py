@@ -34,6 +34,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -66,11 +68,13 @@ from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import (
+    PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_PAGES,
     PMD_MASK,
     PMD_PAGES,
     PMD_SIZE,
+    ULONG_MAX,
     WHOLE_SPACE,
     AddressRange,
     DeviceId,
@@ -84,7 +88,10 @@ from hmm.units import (
 from hmm.vma import Backing
 from hmm.zone_device import are_locked, are_remote, failing_copies, owners, used_frames
 
-__all__ = ["evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
+__all__ = ["Wanted", "evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
+
+Wanted: TypeAlias = npt.NDArray[np.bool_]
+"""Of each page of a range whether a driver gives it a destination."""
 
 _PRIVATE = Select.DEVICE_PRIVATE | Select.COMPOUND
 _MIGRATE = np.array(MIGRATE, np.uint64)
@@ -94,19 +101,27 @@ _COMPOUND = np.array(COMPOUND, np.uint64)
 
 
 def migrate_to_device(
-    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId, *, compound: bool = False
+    space: AddressSpace,
+    span: AddressRange,
+    region: Region,
+    mirror_id: MirrorId,
+    *,
+    compound: bool = False,
+    wanted: Wanted | None = None,
 ) -> Operation[Migration]:
     """Move what can be moved of a range to a device's memory, in ascending order as far as there is room.
 
     Args:
         mirror_id: who is told when a page has to come back.
         compound: huge pages move as such, where the kernel that is modelled can do that and a run of frames is free.
+        wanted: bool[npages], the pages that get a destination; None for all.  The others are taken out of the page
+            tables and put back, as by a driver that leaves `dst` 0; the first page of a huge one decides for all of it.
 
     Returns, Raises, Cost: as `migrate_vma`.
     """
 
     def copy(migration: Migration) -> Operation[None]:
-        pages = (migration.src & _MIGRATE).nonzero()[0][: region.free]
+        pages = _chosen(migration, (migration.src & _MIGRATE).nonzero()[0], wanted)[: region.free]
         failing = _failing(migration, pages)
         if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
             pages = np.delete(pages, failing)
@@ -125,29 +140,45 @@ def migrate_to_device(
 
 
 def migrate_to_system(
-    space: AddressSpace, span: AddressRange, region: Region, mirror_id: MirrorId, *, compound: bool = False
+    space: AddressSpace,
+    span: AddressRange,
+    region: Region,
+    mirror_id: MirrorId,
+    *,
+    compound: bool = False,
+    wanted: Wanted | None = None,
 ) -> Operation[Migration]:
     """Move what a device has of a range back to system memory, as far as there is room.
 
     Args:
         mirror_id: who asks.
-        compound: as for `migrate_to_device`.
+        compound, wanted: as for `migrate_to_device`.
 
     Returns, Raises, Cost: as `migrate_vma`.
     """
+    copy = _to_system if wanted is None else partial(_to_system, wanted=wanted)
     select = _select(region) | Select.COMPOUND if compound else _select(region)
-    return (yield from migrate_vma(space, span, _to_system, select=select, owner=region.owner, initiator=mirror_id))
+    return (yield from migrate_vma(space, span, copy, select=select, owner=region.owner, initiator=mirror_id))
+
+
+def _chosen(migration: Migration, pages: Positions, wanted: Wanted | None) -> Positions:
+    """Those of the pages that get a destination."""
+    if wanted is None:
+        return pages
+    into = (migration.addresses[pages] & np.uint64(~PMD_MASK & ULONG_MAX)) >> np.uint64(PAGE_SHIFT)
+    into[migration.src[pages] & _COMPOUND == 0] = 0
+    return pages[wanted[pages - into.view(np.int64)]]
 
 
 def _select(region: Region) -> Select:
     return Select.DEVICE_PRIVATE if region.kind is RegionKind.DEVICE_PRIVATE else Select.DEVICE_COHERENT
 
 
-def _to_system(migration: Migration) -> Operation[None]:
-    frames, pages = migration.space.frames, migration.pages
+def _to_system(migration: Migration, wanted: Wanted | None = None) -> Operation[None]:
+    frames, pages = migration.space.frames, _chosen(migration, migration.pages, wanted)
     if frames.available < pages.size:
         yield from some_room(frames, pages.size)
-        pages = migration.pages[: frames.available]
+        pages = _chosen(migration, migration.pages, wanted)[: frames.available]
     failing = _failing(migration, pages)
     if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
         pages = pages[:failing]
@@ -405,7 +436,11 @@ def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region
 
 
 def make_room(
-    space: AddressSpace, spaces: Mapping[SpaceId, AddressSpace], span: AddressRange, region: Region
+    space: AddressSpace,
+    spaces: Mapping[SpaceId, AddressSpace],
+    span: AddressRange,
+    region: Region,
+    wanted: Wanted | None = None,
 ) -> Operation[int]:
     """Move out of a device's memory what went there longest ago, so that a range fits, or as much as there can be room.
 
@@ -414,6 +449,7 @@ def make_room(
     Args:
         space, span: what is about to be moved there; what it has there already stays.
         spaces: all that there are, by id.
+        wanted: as for `migrate_to_device`.
 
     Returns: number of pages moved; less than were needed when pages are in use, or system memory runs out.
 
@@ -424,13 +460,15 @@ def make_room(
     """
     frames, moved = space.frames, 0
     pfns = cpu_pte.cpu_pfn(space.table.read(span.start, span.end))
+    if wanted is not None:
+        pfns = pfns[wanted]
     there = pfns[(pfns >= region.start) & (pfns < region.end)]
-    wanted = min(span.npages - there.size, region.total - there.size) - region.free
-    if wanted <= 0:
+    needed = min(pfns.size - there.size, region.total - there.size) - region.free
+    if needed <= 0:
         return 0
     used = used_frames(frames, region.number)
     used = used[(frames.pincount[used] == 0) & ~np.isin(used, there)]
-    oldest = used[np.argsort(frames.lru[used], kind="stable")[:wanted]]
+    oldest = used[np.argsort(frames.lru[used], kind="stable")[:needed]]
     if are_compound(frames, oldest).any():
         oldest = with_folios(frames, oldest)
     try:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
 from hmm.errors import HmmError, InvalidRequestError, RangeBusyError
@@ -148,7 +149,9 @@ class IntervalMirror(Receiver):
 
     # ---- moving pages, and taking them
 
-    async def migrate_to_device(self, span: AddressRange, *, compound: bool = False) -> Migrated:
+    async def migrate_to_device(
+        self, span: AddressRange, *, compound: bool = False, wanted: npt.NDArray[np.bool_] | None = None
+    ) -> Migrated:
         """Move what can be moved of a part of one mapping to the device, as far as it has room.
 
         More than 512 MiB is moved in parts.
@@ -156,6 +159,8 @@ class IntervalMirror(Receiver):
         Args:
             compound: huge pages move as such (MIGRATE_VMA_SELECT_COMPOUND); under linux-6.12 they are split all the
                 same.
+            wanted: bool[npages], the pages that get a destination; None for all.  The others stay where they are, as
+                those do whose `dst` a driver of the kernel leaves 0; of a huge page that moves as one the first counts.
 
         Returns: words, uint64[npages] each: MIGRATE stands in `src` of the pages that were moved, `dst` has their new
         frames.  With COMPOUND one stands for all of a huge page, and the others of that are 0.
@@ -164,19 +169,29 @@ class IntervalMirror(Receiver):
             InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in (EINVAL).
             NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
         """
-        return await self._migrate("migrate_to_device", hmm_pb2.MigrateToDeviceRequest, span, compound)
+        return await self._migrate("migrate_to_device", hmm_pb2.MigrateToDeviceRequest, span, compound, wanted)
 
-    async def migrate_to_system(self, span: AddressRange, *, compound: bool = False) -> Migrated:
+    async def migrate_to_system(
+        self, span: AddressRange, *, compound: bool = False, wanted: npt.NDArray[np.bool_] | None = None
+    ) -> Migrated:
         """Move what the device has of a part of one mapping back to system memory; as `migrate_to_device`."""
-        return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span, compound)
+        return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span, compound, wanted)
 
-    async def _migrate(self, name: str, message: Any, span: AddressRange, compound: bool) -> Migrated:
+    async def _migrate(
+        self, name: str, message: Any, span: AddressRange, compound: bool, wanted: npt.NDArray[np.bool_] | None
+    ) -> Migrated:
+        if wanted is not None and wanted.shape != (span.npages,):
+            raise InvalidRequestError(f"{name}: {wanted.size} pages are wanted or not, of the {span.npages} of {span}")
         spans = [
             AddressRange(at, min(at + MIGRATE_BYTES, span.end)) for at in range(span.start, span.end, MIGRATE_BYTES)
         ]
         parts: list[Any] = []
         for part in spans or [span]:
-            replies = await self.call(name, message(mirror_id=self.id, range=range_to_proto(part), compound=compound))
+            request = message(mirror_id=self.id, range=range_to_proto(part), compound=compound)
+            if wanted is not None:
+                first = (part.start - span.start) // PAGE_SIZE
+                request.wanted = wanted[first : first + part.npages].astype(np.uint8).tobytes()
+            replies = await self.call(name, request)
             self.require(replies[-1])
             parts += replies
         src, dst = (b"".join(getattr(part, array) for part in parts) for array in ("src", "dst"))

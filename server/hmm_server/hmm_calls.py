@@ -14,7 +14,7 @@ from hmm import commands_hmm, commands_process
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
 from hmm.iommu import IOVA_LAST
 from hmm.machine import Machine
-from hmm.units import PAGE_SHIFT, TASK_SIZE, AddressRange, Entries, is_page_aligned
+from hmm.units import PAGE_SHIFT, TASK_SIZE, Entries, is_page_aligned
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import hmm_pb2, types_pb2
@@ -88,17 +88,23 @@ def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> Array
 
 
 def _to_device(q: hmm_pb2.MigrateToDeviceRequest) -> Invocation:
-    return invoke(commands_hmm.migrate_to_device, q.mirror_id, _migrated_range(q), compound=q.compound)
+    return _migration(commands_hmm.migrate_to_device, q)
 
 
 def _to_system(q: hmm_pb2.MigrateToSystemRequest) -> Invocation:
-    return invoke(commands_hmm.migrate_to_system, q.mirror_id, _migrated_range(q), compound=q.compound)
+    return _migration(commands_hmm.migrate_to_system, q)
 
 
-def _migrated_range(q: hmm_pb2.MigrateToDeviceRequest | hmm_pb2.MigrateToSystemRequest) -> AddressRange:
+def _migration(command: Any, q: hmm_pb2.MigrateToDeviceRequest | hmm_pb2.MigrateToSystemRequest) -> Invocation:
     span = convert.range_from_proto(q.range)
     require_at_most("migrate: pages", span.npages, MIGRATE_PAGES_MAX)
-    return span
+    wanted = None
+    if q.wanted:
+        flags = np.frombuffer(q.wanted, np.uint8)
+        if flags.max() > 1:
+            raise convert.malformed("migrate: pages are wanted (1) or not (0)")
+        wanted = flags.astype(np.bool_)
+    return invoke(command, q.mirror_id, span, compound=q.compound, wanted=wanted)
 
 
 def _migrated(response: Any, migrated: Migrated | None) -> ArrayReply:

@@ -29,7 +29,7 @@ from hmm.migration import MIGRATE
 from hmm.range_fault import DMA_MAPPED, ERROR, REQ_FAULT, REQ_WRITE, VALID, WRITE, word_pfns
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries
 from hmm.violation import ViolationKind
-from hmm_client import Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier, Process, Prot
+from hmm_client import Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier, Process, Prot, interval_mirror
 from hmm_client.harness import Harness, HoldPoint
 from hmm_client.results import Mapped
 from hmm_proto.v1 import inspection_pb2
@@ -330,6 +330,20 @@ async def test_pages_migrate_and_come_back(bench: Bench) -> None:
     await bench.mirror.migrate_to_device(bench.span(0, 3))
     assert await bench.device.evict() == 3
     assert await bench.device.evict() == 0
+
+
+async def test_only_pages_that_are_wanted_migrate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver chooses page by page, as by leaving `dst` 0, also where a migration travels in parts; or is told why."""
+    monkeypatch.setattr(interval_mirror, "MIGRATE_BYTES", 2 * PAGE_SIZE)
+    await bench.process.write(bench.mapped.address, b"x" * 3 * PAGE_SIZE)
+    wanted = np.array([True, False, True])
+    moved = await bench.mirror.migrate_to_device(bench.span(0, 3), wanted=wanted)
+    assert (moved.src & np.uint64(MIGRATE)).astype(bool).tolist() == wanted.tolist()
+    back = await bench.mirror.migrate_to_system(bench.span(0, 3), wanted=~wanted)
+    assert not (back.src & np.uint64(MIGRATE)).any()
+    assert await bench.device.evict() == 2
+    with pytest.raises(InvalidRequestError, match="2 pages are wanted or not, of the 3"):
+        await bench.mirror.migrate_to_device(bench.span(0, 3), wanted=wanted[:2])
 
 
 async def test_driver_is_told_when_the_cpu_wants_a_page_back(bench: Bench) -> None:

@@ -76,6 +76,17 @@ def words(bench: Any, at: int, npages: int, mirror: int = 0, flags: int = 0) -> 
 # ---- there
 
 
+@pytest.mark.parametrize(("first", "left"), [(True, "D512 .512"), (False, "W512 .512")])
+def test_first_page_decides_whether_a_huge_page_gets_a_destination(bench: Any, first: bool, left: str) -> None:
+    """Its first word is the huge page's: what stands for the others in `dst` is not looked at, and it stays huge."""
+    bench.write(0, DATA)
+    wanted = np.full(BLOCK, not first)
+    wanted[0] = first
+    to_device(bench, wanted=wanted)
+    assert shown(bench) == left
+    assert bench.read(0, len(DATA)) == DATA
+
+
 def test_migration_moves_a_huge_page_as_one(bench: Any) -> None:
     """migrate_vma_collect_huge_pmd(): one word with COMPOUND for it, one event, and the entry stays huge."""
     bench.write(0, DATA)

@@ -99,6 +99,36 @@ def test_migrate_leaves_pages_when_they_are_shared_memory(bench: Any) -> None:
     bench.local.machine.check()
 
 
+def test_migrate_moves_the_pages_that_get_a_destination(bench: Any) -> None:
+    """migrate_vma_pages(): where `dst` is 0 the page, or the hole, is what it was; mirrors hear of all of them."""
+    bench.write(0, b"abcd" * (PAGE_SIZE // 2))  # two pages; two holes follow
+    moved = bench.call(
+        commands_hmm.migrate_to_device, bench.mirror, bench.span(0, 4), wanted=np.array([False, True, True, False])
+    )
+    assert [bool(word & MIGRATE) for word in moved.src.tolist()] == [False, True, True, False]
+    assert [word != 0 for word in moved.dst.tolist()] == [False, True, True, False]
+    assert [cpu_pte.is_device_private(bench.entry(at)) for at in range(4)] == [False, True, True, False]
+    assert bench.entry(3) == 0
+    assert bench.heard.events[0].spans == (bench.span(0, 4),)
+    bench.local.machine.check()
+    back = bench.call(
+        commands_hmm.migrate_to_system, bench.mirror, bench.span(0, 4), wanted=np.array([True, False, True, True])
+    )
+    assert [bool(word & MIGRATE) for word in back.src.tolist()] == [False, False, True, False]
+    assert [cpu_pte.is_device_private(bench.entry(at)) for at in range(4)] == [False, True, False, False]
+    assert bench.used == 1
+    bench.local.machine.check()
+    assert bench.read(0, 2 * PAGE_SIZE) == b"abcd" * (PAGE_SIZE // 2)
+
+
+@pytest.mark.parametrize("command", [commands_hmm.migrate_to_device, commands_hmm.migrate_to_system])
+def test_migrate_is_refused_when_wanted_pages_are_those_of_another_range(bench: Any, command: Any) -> None:
+    """EINVAL, and nothing is moved or told."""
+    with pytest.raises(InvalidRequestError, match="of the 4 of"):
+        bench.call(command, bench.mirror, bench.span(0, 4), wanted=np.ones(3, np.bool_))
+    assert not bench.heard.events
+
+
 def test_migrate_moves_the_first_pages_when_the_device_is_small(make_bench: Any) -> None:
     """Without room the rest stays in system memory; the call succeeds."""
     bench = make_bench(memory_pages=3)
@@ -373,6 +403,17 @@ def evicting(bench: Any, pages: int) -> None:
 def where(bench: Any, npages: int) -> str:
     """For each page, whether it is on a device or in system memory."""
     return "".join("d" if cpu_pte.is_device_private(bench.entry(page)) else "s" for page in range(npages))
+
+
+def test_migrate_makes_room_only_for_the_pages_that_get_a_destination(bench: Any) -> None:
+    """A device that evicts gives up no more than the call needs."""
+    evicting(bench, 4)
+    bench.write(0, bytes(range(1, 9)) * PAGE_SIZE)
+    bench.to_device(0, 4)
+    wanted = np.array([False, False, True, False])
+    bench.call(commands_hmm.migrate_to_device, bench.mirror, bench.span(4, 4), wanted=wanted)
+    assert where(bench, 8) == "sdddssds"
+    bench.local.machine.check()
 
 
 def test_migrate_moves_as_many_as_there_is_room_for_when_the_device_does_not_evict(bench: Any) -> None:
