@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-TIMEOUT_S = 110.0
+TIMEOUT_S = 280.0
 PROGRAMS = Path(sys.executable).parent
 SHOWN_ONLY = frozenset({"mermaid", "text"})
 FENCE = re.compile(r"^```(?P<language>[a-z+]*)(?: +(?P<name>\S+))?$")

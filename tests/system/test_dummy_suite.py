@@ -20,6 +20,7 @@ import hmm_client
 from hmm.units import PAGE_SIZE
 from hmm_client import MapFlag, Process, Prot
 from hmm_client.drivers.control import decode, encode
+from hmm_client.drivers.remote import RemoteError
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -276,25 +277,43 @@ async def test_stress002_device_reads_what_is_there_now_when_memory_is_mapped_ag
 async def test_stress003_successful_read_is_correct_when_it_races_with_munmap(process: Process, minor: Dummy) -> None:
     """Races (1024) of a device's read with munmap: either EFAULT, or the data that was there."""
     outcomes: list[str] = []
+    span = 4 * PAGE_SIZE
 
     async def after(round_trips: int, call: Awaitable[T]) -> T:
         for _ in range(round_trips):
             await process.brk()
         return await call
 
-    async def race(turn: int) -> None:
-        mapped = await process.mmap(4 * PAGE_SIZE)
-        await process.write(mapped.address, pattern(4, seed=turn))
-        # Either has a head start of some round trips, or none.
-        reading = asyncio.ensure_future(after(turn % 5, minor.read(mapped.address, 4 * PAGE_SIZE)))
-        await after(turn % 3, process.munmap(mapped.address, 4 * PAGE_SIZE))
-        (outcome,) = await asyncio.gather(reading, return_exceptions=True)
-        if isinstance(outcome, BaseException):
-            outcomes.append(str(outcome)[:6])
-        else:
-            outcomes.append("read" if outcome[0] == pattern(4, seed=turn) else "wrong data")
+    async def prepare(turn: int) -> int:
+        address = (await process.mmap(span)).address
+        await process.write(address, pattern(4, seed=turn))
+        return address
+
+    async def race(turn: int, address: int) -> None:
+        # Either has a head start of some round trips, or none; of sixteen one is over before the other begins.
+        reading, unmapping = minor.read(address, span), process.munmap(address, span)
+        match turn % 16:
+            case 0:
+                outcomes.append(await outcome(turn, reading))
+                await unmapping
+            case 1:
+                await unmapping
+                outcomes.append(await outcome(turn, reading))
+            case _:
+                racing = asyncio.ensure_future(outcome(turn, after(turn % 5, reading)))
+                await after(turn % 3, unmapping)
+                outcomes.append(await racing)
+
+    async def outcome(turn: int, reading: Awaitable[tuple[bytes, dict[str, Any]]]) -> str:
+        try:
+            data, _ = await reading
+        except RemoteError as error:
+            return error.errno
+        return "read" if data == pattern(4, seed=turn) else "wrong data"
 
     for start in range(0, RACES, 16):
-        await asyncio.gather(*(race(turn) for turn in range(start, start + 16)))
+        turns = range(start, start + 16)
+        addresses = await asyncio.gather(*map(prepare, turns))  # before any of them is free for another again
+        await asyncio.gather(*map(race, turns, addresses))
     assert len(outcomes) == RACES
     assert set(outcomes) == {"read", "EFAULT"}
