@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 LOG_BYTES = 64 << 10
 """So much of a daemon's log is shown, from its end."""
-ASK_S = 10.0
+ASK_S = 60.0
 """How long a daemon may take to say what is pending."""
 DAEMONS = pytest.StashKey[list[tuple["EmbeddedDaemon", int]]]()
 SEED = pytest.StashKey[int]()
