@@ -134,7 +134,7 @@ def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
     if device.region:
         region = machine.frames.region(device.region)
         if region.used:
-            yield from evict(machine.frames, machine.spaces, region)
+            yield from evict(machine.frames, machine.spaces, region, machine.current.operation_id)
             device = _device_without_mirrors(machine, device_id)  # one may have come, or another call was quicker
         machine.frames.remove_region(device.region)
     del machine.devices[device_id]

@@ -357,7 +357,7 @@ def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
 def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
     """Move everything in a device's memory to system memory, as `device_pages.evict`."""
     region = _region(machine, machine.device(device_id))
-    return (yield from device_pages.evict(machine.frames, machine.spaces, region))
+    return (yield from device_pages.evict(machine.frames, machine.spaces, region, machine.current.operation_id))
 
 
 def make_exclusive(

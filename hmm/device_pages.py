@@ -62,7 +62,7 @@ from hmm.migration import (
     migrate_pfn,
     pfns_of,
 )
-from hmm.migration_entries import HeldPages, replace, unmap_everywhere, until_released
+from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.migration_folios import map_by_pages
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
@@ -86,7 +86,7 @@ from hmm.units import (
     spans_of,
 )
 from hmm.vma import Backing
-from hmm.zone_device import are_locked, are_remote, failing_copies, owners, used_frames
+from hmm.zone_device import are_remote, failing_copies, owners, used_frames
 
 __all__ = ["Wanted", "evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
 
@@ -298,7 +298,9 @@ def _bring_back(space: AddressSpace, touched: Strangers, _write: bool) -> Operat
                 raise SegmentationFault(f"the copy of {address:#x} from the device failed", Signal.BUS_ADRERR, address)
             frames.failing_copies[mirror_id] = 1  # a CPU comes to those before it first
         elif not migration.pages.size:
-            yield until_released(space, chosen)
+            entries = space.table.lookup(chosen)
+            there = cpu_pte.is_device_private(entries)
+            yield from wait_on_locked(space, chosen[there], cpu_pte.cpu_pfn(entries[there]))
 
 
 def _by_holder(frames: Frames, touched: Strangers) -> list[tuple[DeviceId, MirrorId, Entries]]:
@@ -406,11 +408,12 @@ RESOLVERS[cpu_pte.DEVICE] = _bring_back
 # ---- eviction
 
 
-def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region) -> Operation[int]:
+def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region, operation_id: int) -> Operation[int]:
     """Move everything in a device's memory to system memory, whoever has mapped it.
 
     Args:
         spaces: all that there are, by id; kept up while the call waits, as all such arguments here.
+        operation_id: whose locks the pages have meanwhile.
 
     Returns: number of pages moved.
 
@@ -430,7 +433,7 @@ def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region
         used = used_frames(frames, region.number)
         pfns = used[(used >= first) & (used < first + step)]
         if pfns.size:
-            moved += yield from move_to_system(frames, spaces, pfns)
+            moved += yield from move_to_system(frames, spaces, pfns, operation_id)
             yield Pause()
     return moved
 
@@ -478,13 +481,16 @@ def make_room(
                     moved += yield from subscriber.home.give_up(oldest)
         step = frames.batch_pages if frames.make_room else PIECE_PAGES
         for first in range(0, oldest.size, step):
-            moved += yield from move_to_system(frames, spaces, oldest[first : first + step])
+            part = oldest[first : first + step]
+            moved += yield from move_to_system(frames, spaces, part, space.current.operation_id)
     except OutOfFramesError:
         pass  # as much as there is room for
     return moved
 
 
-def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns) -> Operation[int]:
+def move_to_system(
+    frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns, operation_id: int
+) -> Operation[int]:
     """Move frames of devices to system memory, as far as nobody else uses them; where memory is reclaimed, a batch.
 
     Large folios stay large where a run of frames is free; otherwise they are split.
@@ -492,6 +498,7 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     Args:
         spaces: those that may map them, by id; a child that fork adds meanwhile is one.
         pfns: int64[n], unique.
+        operation_id: as for `evict`.
 
     Returns: number of pages moved.
 
@@ -502,7 +509,7 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     """
     if pfns.size > frames.available:  # before they are taken: reclaim may wait for a driver that touches one of them
         yield from some_room(frames, pfns.size)
-    pfns = pfns[(frames.mapcount[pfns] > 0) & ~are_locked(frames, pfns)]  # those that are there, and not on their way
+    pfns = pfns[(frames.mapcount[pfns] > 0) & ~frames.locks.are_locked(pfns) & ~_have_homes(frames, spaces, pfns)]
     if not pfns.size:
         return 0
     if frames.make_room:
@@ -524,6 +531,7 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
     held, targets = HeldPages(frames, pfns, indices, places), pfns
     room = np.zeros(pfns.size, np.int64)
     with ExitStack() as brackets:
+        brackets.enter_context(frames.locks.lock(pfns, operation_id))
         try:
             room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
             yield from unmap_everywhere(held, brackets, only_where_mapped=True)
@@ -542,6 +550,12 @@ def move_to_system(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns:
             replace(held, targets)
             frames.put(room[(room != 0) & (targets != room)])
     return int(np.count_nonzero(targets != pfns))
+
+
+def _have_homes(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages a mirror of 2015 has there, which alone gives them up."""
+    subscribers = [one for space in spaces.values() for one in space.notifier.subscribers.values()]
+    return np.isin(frames.zone_device_data[pfns], [one.id for one in subscribers if one.home is not None])
 
 
 def _places(space: AddressSpace, indices: Pfns, backing: Backing | None) -> Iterator[Places]:

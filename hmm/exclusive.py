@@ -34,6 +34,7 @@ from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members, with_folios
+from hmm.migration_entries import wait_on_locked
 from hmm.operation import Await, Operation, WaitFor
 from hmm.populate import mark_accessed
 from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
@@ -101,6 +102,11 @@ def make_device_exclusive_range(
         pages, pfns = _suitable(space, got)
         if not space.semantics.exclusive_ranges:
             got, pages, pfns = _up_to_refusal(got, pages, pfns)
+            if (yield from wait_on_locked(space, _addresses_of(pages), pfns)):
+                continue
+        else:  # folio_trylock()
+            free = ~space.frames.locks.are_locked(pfns)
+            pages, pfns = pages[free], pfns[free]
         if not pages.size:
             return np.zeros(got.npages, np.int64)
         taken = yield from _take(space, pages, pfns, owner, initiator)
@@ -229,11 +235,12 @@ def _take(
 
     Returns: bool[n], which of them no page table maps any more; None when they changed meanwhile.
     """
-    addresses = (pages << PAGE_SHIFT).view(np.uint64)
+    addresses = _addresses_of(pages)
     spans = spans_of_pages(pages)
     space.frames.get(pfns)
+    folios = with_folios(space.frames, pfns)
     try:
-        with ExitStack() as brackets:
+        with ExitStack() as brackets, space.frames.locks.lock(folios, space.current.operation_id):
             bracket = space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator)
             yield from brackets.enter_context(bracket).deliver()
             heads: list[int] = []
@@ -259,6 +266,10 @@ def _take(
             return taken
     finally:
         space.frames.put(pfns)
+
+
+def _addresses_of(pages: Pfns) -> Entries:
+    return (pages << PAGE_SHIFT).view(np.uint64)
 
 
 def _set_exclusive(space: AddressSpace, addresses: Entries, entries: Entries) -> None:

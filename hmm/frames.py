@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import unique
+from hmm.folio_lock import FolioLocks
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind, listed
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_slice
 from hmm.swap_area import SwapArea
@@ -61,7 +62,6 @@ class PageFlag(IntFlag):
     """
 
     NONE = 0
-    LOCKED = 1 << 0
     REFERENCED = 1 << 1
     DIRTY = 1 << 2
     LRU = 1 << 3
@@ -120,6 +120,7 @@ class Frames(FrameContents):
         ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
         pinned: how many pins there are.
         poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
+        locks: which frames one call has to itself.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
             again; None when nothing can be reclaimed.
 
@@ -153,6 +154,7 @@ class Frames(FrameContents):
         self.pinned = 0
         self.poisoned = 0
         self.zero_page_poisoned = False
+        self.locks = FolioLocks()
         # One element of a memoryview costs a quarter of one of an array.
         self._refcount = self.refcount.data
         self._mapcount = self.mapcount.data
@@ -581,6 +583,7 @@ class Frames(FrameContents):
         """
         super().check()
         self._allocator.check()
+        self.locks.check()
         assert int(self.pincount[: self.used_end].sum()) == self.pinned, "pins are miscounted"
         for region in self.regions:
             free = self._allocator.free_mask(region)

@@ -43,7 +43,7 @@ from hmm.errors import (
 from hmm.events import Delivery, EventState
 from hmm.file import File
 from hmm.frame_contents import MemoryProvider, anonymous_memory
-from hmm.frames import Frames, PageFlag
+from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.limits import Limits
@@ -67,7 +67,9 @@ PAST_RECEIVERS = 256
 """Receivers that are gone and whose violations can still be asked for."""
 
 _NOBODY = Caller()
-_MAY_BE_CUT_SHORT = frozenset({WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS, WaitFor.USERFAULT})
+_MAY_BE_CUT_SHORT = frozenset(
+    {WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS, WaitFor.FOLIO, WaitFor.USERFAULT}
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -295,6 +297,8 @@ class Machine:
                 return mirror is None or (mirror.low_water >= request.ticket and not mirror.leaving)
             case WaitFor.MEMORY:
                 return self.reclaim.ended != request.ticket
+            case WaitFor.FOLIO:
+                return not self.frames.locks.holders(request.ticket)
             case WaitFor.FILE:
                 file = self.files.get(request.file_id)
                 return file is None or not file.locked_by
@@ -319,6 +323,8 @@ class Machine:
             return [] if receiver is None or receiver.leaving in (0, record.id) else [receiver.leaving]
         if request.wait_for is WaitFor.MEMORY:
             return list(self.reclaim.running)
+        if request.wait_for is WaitFor.FOLIO:
+            return self.frames.locks.holders(request.ticket)
         if request.wait_for is WaitFor.FILE:
             file = self.files.get(request.file_id)
             return [file.locked_by] if file is not None and file.locked_by else []
@@ -600,8 +606,10 @@ class Machine:
         counted = np.zeros_like(mapcount)
         for space in self.spaces.values():
             _, entries = checked.look(space.table, space.table.in_use)
-            migrating = bool(cpu_pte.is_migration(entries).any())
-            assert self.operations or not migrating, f"space {space.id} has migration entries and nothing migrates"
+            moving = cpu_pte.cpu_pfn(entries[cpu_pte.is_migration(entries)])
+            assert self.operations or not moving.size, f"space {space.id} has migration entries and nothing migrates"
+            nobodys = moving[(moving != ZERO_PFN) & ~self.frames.locks.are_locked(moving)]
+            assert not nobodys.size, f"space {space.id} has a migration entry of frame {nobodys[0]}, which nobody moves"
             held = entries[cpu_pte.holds_frame(entries)]
             np.add.at(counted, cpu_pte.cpu_pfn(held), np.int32(1))
             writable = cpu_pte.cpu_pfn(held[cpu_pte.is_writable(held)])

@@ -47,7 +47,7 @@ from hmm.fault import bring_in, pieces
 from hmm.file import File
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
-from hmm.migration_entries import HeldPages, replace, unmap_everywhere
+from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
@@ -211,6 +211,9 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     frames.poison(pfns)
     with ExitStack() as brackets:
         try:
+            while (yield from wait_on_locked(space, addresses, pfns)):  # folio_lock()
+                pass
+            brackets.enter_context(frames.locks.lock(pfns, space.current.operation_id))
             yield from unmap_everywhere(held, brackets, cause=Cause.MEMORY_FAILURE, certain=True)
             while frames.mapcount[pfns].any():  # mremap or fork took them along meanwhile, to where nobody was told
                 found = yield from unmap_everywhere(

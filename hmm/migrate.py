@@ -6,7 +6,8 @@
     finalize   entries become entries of the new page, or of the old one where it stayed
 
 Each page has a source word and a destination word, as the kernel's arrays.  A migration fails page by page: what
-could not be moved has no MIGRATE in its source word when all is done.  The address range is busy throughout.
+could not be moved has no MIGRATE in its source word when all is done.  The address range is busy throughout, and the
+pages are locked: of two migrations of a page at once the first one has it, and the second passes over it.
 
 Only anonymous memory moves: pages of files come back to where they were, copies of them that a process has to
 itself move like any other.  A hole is moved too, as if a page of zeroes were there.  Huge pages move as such, or are
@@ -17,7 +18,7 @@ split (migration_folios.py).
 **Invariants**: when the operation ends, however it ends, no migration entry of it is left, and every page taken out
 is back in the tables it was taken from or has been replaced there.
 
-**Absent**: which destinations are chosen (device_pages.py); the swap cache.
+**Absent**: which destinations are chosen (device_pages.py), who waits for whom (folio_lock.py).
 
 Differs: a page that several processes map makes one event per address space, not one per mapping.
 """
@@ -75,7 +76,7 @@ from hmm.units import (
     is_page_aligned,
 )
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
-from hmm.zone_device import are_locked, are_private, owners
+from hmm.zone_device import are_private, owners
 
 __all__ = ["Copy", "migrate_vma", "run"]
 
@@ -138,10 +139,12 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
         if vma is None:
             return
         taken, held = _collect(migration, vma, left)
+        lock = brackets.enter_context(held.frames.locks.lock(held.pfns, migration.space.current.operation_id))
         try:
             if not held.are_all_alone:
                 yield from unmap_everywhere(held, brackets)
-                _leave_referenced(migration, taken, held)
+                taken, held = _leave_referenced(migration, vma, taken, held)
+                lock.keep(held.pfns)
             yield from copy(migration)
             yield from split_unmapped(migration, held)
             _check_destinations(migration)
@@ -188,8 +191,13 @@ def _collect(migration: Migration, vma: Vma, left: _Mask) -> tuple[Selection, He
         migration.src[whole & (migration.src != 0)] |= _COMPOUND
     addresses, indices = migration.addresses[framed], migration.indices(framed)
     put = stand_in(space, addresses, chosen, pfns)
-    fresh = Fresh(Places(space, vma, addresses, slice(0, pfns.size)), put, space.current.stretch)
-    return framed, HeldPages(space.frames, pfns, indices, _finder(migration, vma, pfns, indices), fresh)
+    held = _hold(migration, vma, pfns, indices)
+    held.fresh = Fresh(Places(space, vma, addresses, slice(0, pfns.size)), put, space.current.stretch)
+    return framed, held
+
+
+def _hold(migration: Migration, vma: Vma, pfns: Pfns, indices: Pfns) -> HeldPages:
+    return HeldPages(migration.space.frames, pfns, indices, _finder(migration, vma, pfns, indices))
 
 
 def _reasons_to_stay(migration: Migration, pfns: Pfns) -> Iterator[_Mask]:
@@ -197,8 +205,8 @@ def _reasons_to_stay(migration: Migration, pfns: Pfns) -> Iterator[_Mask]:
     frames = migration.space.frames
     if not are_all_selected(migration, pfns):
         yield ~are_selected(migration, pfns)
-    if Select.SYSTEM not in migration.select:
-        yield are_locked(frames, pfns)
+    if frames.locks.held:  # folio_trylock()
+        yield frames.locks.are_locked(pfns)
     if frames.pinned:
         # folio_try_share_anon_rmap_pte() fails for pages pinned by the only process that has them.
         yield are_pinned(frames, pfns) & frames.test_flags(pfns, PageFlag.ANON_EXCLUSIVE)
@@ -239,25 +247,38 @@ def _finder(migration: Migration, vma: Vma, pfns: Pfns, indices: Pfns) -> FindPl
     return places
 
 
-def _leave_referenced(migration: Migration, taken: Selection, held: HeldPages) -> None:
-    """Leave the pages that somebody else still uses where they are: migrate_vma_check_page()."""
+def _leave_referenced(migration: Migration, vma: Vma, taken: Selection, held: HeldPages) -> tuple[Selection, HeldPages]:
+    """Put the pages back that somebody else still uses, and unlock them: migrate_vma_check_page().
+
+    Returns: the others.
+    """
     frames, pfns = held.frames, held.pfns
-    cached = ~frames.test_flags(pfns, PageFlag.ANON)
+    cached = ~frames.test_flags(pfns, PageFlag.ANON) | (frames.private[pfns] != 0)
     kept = (frames.mapcount[pfns] > 0) | (frames.refcount[pfns] > 1 + cached)
     all_or_none(kept, (migration.src[taken] & _COMPOUND) != 0)
+    if not np.count_nonzero(kept):
+        return taken, held
     migration.src[narrowed(taken, kept)] = 0
+    replace(_hold(migration, vma, pfns[kept], held.indices[kept]), pfns[kept])
+    return narrowed(taken, ~kept), _hold(migration, vma, pfns[~kept], held.indices[~kept])
 
 
 # ---- pages
 
 
 def _check_destinations(migration: Migration) -> None:
-    """Refuse what cannot be: pages of files in a device's memory; MIGRATE goes where nothing is moved."""
-    if migration.vma.backing is None and np.count_nonzero(migration.dst) == migration.dst.size:
-        return  # anonymous pages, and each has somewhere to go
-    frames, pages = migration.space.frames, migration.pages
+    """Refuse what cannot be: pages of files in a device's memory; MIGRATE goes where nothing is moved.
+
+    So it does of pages in the swap cache: as long as an entry names their slot, folio_free_swap() fails.
+    """
+    frames = migration.space.frames
+    uncached = migration.vma.backing is None and frames.swap is None
+    if uncached and np.count_nonzero(migration.dst) == migration.dst.size:
+        return  # each has somewhere to go
+    pages = migration.pages
     sources, targets = migration.source_pfns(pages), migration.target_pfns(pages)
-    refused = (targets == 0) | ((owners(frames, targets) != 0) & ~frames.test_flags(sources, PageFlag.ANON))
+    cached = ~frames.test_flags(sources, PageFlag.ANON) | (frames.private[sources] != 0)
+    refused = (targets == 0) | (cached & (owners(frames, targets) != 0))
     migration.src[pages[refused]] &= NOT_MIGRATE
 
 

@@ -1,9 +1,9 @@
 """Migration entries: they stand in for a page while it is being moved, in every page table that had it.
 
-Whoever touches such an entry waits until the move has ended.  The page is held by one reference of the migration
-alone, so that what is mapped nowhere else and referenced by nobody else cannot change.  When the move ends, the
-entries that are still there become entries of the new page, or of the old one; an entry that was unmapped or moved
-meanwhile is found, or not, where the reverse map says.
+Whoever touches such an entry waits until the page is unlocked, when the move has ended.  The page is held by one
+reference of the migration alone, so that what is mapped nowhere else and referenced by nobody else cannot change.  When
+the move ends, the entries that are still there become entries of the new page, or of the old one; an entry that was
+unmapped or moved meanwhile is found, or not, where the reverse map says.
 
 **Source**: Linux mm/rmap.c (try_to_migrate_one()), mm/migrate.c (remove_migration_pte()), include/linux/swapops.h.
 
@@ -29,7 +29,7 @@ from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
 from hmm.notifier import Invalidation
-from hmm.operation import Await, Operation, Pause, WaitFor
+from hmm.operation import Await, Operation, WaitFor
 from hmm.page_table import PageTable
 from hmm.rmap import Places, in_walk_order
 from hmm.units import (
@@ -57,7 +57,7 @@ __all__ = [
     "replace",
     "stand_in",
     "unmap_everywhere",
-    "until_released",
+    "wait_on_locked",
 ]
 
 _CARRIED_BITS = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE
@@ -83,11 +83,6 @@ _PAGE_STATE = np.array(
     np.uint16,
 )
 """What goes with a page: folio_migrate_flags(), folio_migrate_mapping()."""
-
-_MIGRATIONS = {
-    Cause.MIGRATE_TO_DEVICE, Cause.MIGRATE_TO_SYSTEM, Cause.MIGRATE_SHARED, Cause.MEMORY_FAILURE,
-}  # fmt: skip
-"""While there is one of these, entries may stand in for pages."""
 
 FindPlaces = Callable[[], Iterator[Places]]
 """Where the pages of a migration could be mapped now."""
@@ -314,37 +309,36 @@ def _names(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     return result
 
 
-def until_released(space: AddressSpace, addresses: Entries) -> Await | Pause:
-    """Somebody holds pages, and has to go on first: who changes a range that they are in, here or in a relative.
+def wait_on_locked(space: AddressSpace, addresses: Entries, pfns: Pfns) -> Operation[bool]:
+    """Wait until the first locked one of some pages is unlocked.
 
     Args:
-        addresses: uint64[n], ascending.  Where fork copied entries they are the same in the relative; where mremap
-            moved them they are not, and any migration may be the one.
+        addresses: uint64[n], where they are, or were.
+        pfns: int64[n], their frames.
+
+    Returns: whether one of them was locked.
+
+    Source: Linux mm/filemap.c, folio_wait_bit_common().
     """
-    spans = spans_of(addresses)
-    notifiers = [notifier for _, notifier in sorted(space.notifiers.items())]
-    for notifier in notifiers:
-        busy = Await(WaitFor.INVALIDATIONS, notifier.space_id, spans)
-        blockers = notifier.blockers(busy)
-        if blockers and notifier.current.operation_id not in blockers:
-            return busy
-    for notifier in notifiers:
-        for running in notifier.invalidations:
-            if running.cause in _MIGRATIONS and running.operation_id != notifier.current.operation_id:
-                return Await(WaitFor.INVALIDATIONS, notifier.space_id, running.spans)
-    return Pause()
+    locks = space.frames.locks
+    locked = locks.are_locked(pfns)
+    if not locked.any():
+        return False
+    first = int(locked.argmax())
+    lock, start = locks.of(int(pfns[first])), int(addresses[first])
+    assert lock is not None
+    yield Await(WaitFor.FOLIO, space.id, (AddressRange(start, start + PAGE_SIZE),), lock.ticket)
+    return True
 
 
 def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
-    # migration_entry_wait(): the range is busy until the migration has ended; where fork or mremap took an entry, the
-    # one that it was in.
+    """migration_entry_wait()."""
     spans = spans_of(pages.addresses)
     if space.notifier.copies_overlap(spans):
         yield Await(WaitFor.COPIES, space.id, spans)
-    elif space.notifier.invalidations_overlap(spans):
-        yield Await(WaitFor.INVALIDATIONS, space.id, spans)
-    else:
-        yield until_released(space, pages.addresses)
+        return
+    waited = yield from wait_on_locked(space, pages.addresses, cpu_pte.cpu_pfn(pages.entries))
+    assert waited, f"nobody moves the pages that entries stand in for at {spans[0]}"
 
 
 RESOLVERS[cpu_pte.MIGRATION] = _wait

@@ -169,7 +169,8 @@ class MirrorMemory:
         with space.notifier.copying(spans):
             locked, homes = self._lock(addresses)
             if locked.size:
-                yield from self._return(locked, homes)
+                with space.frames.locks.lock(homes, space.current.operation_id):
+                    yield from self._return(locked, homes)
         if not locked.size and self._holds_any(addresses):
             # Its driver has given it up already, and whoever discards it has not come to it yet.
             assert space.notifier.invalidations_overlap(spans), f"{spans[0]} is on no device of {mirror}, nor anywhere"

@@ -206,11 +206,12 @@ def _attempt(memory: MirrorMemory, vma: Vma, span: AddressRange) -> Operation[tu
         with notifier.invalidation((span,), Cause.MIGRATE_TO_DEVICE, owner=owner, initiator=initiator) as bracket:
             locked = _lock(mirror, vma, span)
             try:
-                yield from bracket.deliver()
-                mirror.require_filling("migrate")
-                if copying.backoff:
-                    return None
-                error = yield from _copy(memory, locked)
+                with mirror.space.frames.locks.lock(locked.pfns[locked.framed], notifier.current.operation_id):
+                    yield from bracket.deliver()
+                    mirror.require_filling("migrate")
+                    if copying.backoff:
+                        return None
+                    error = yield from _copy(memory, locked)
             finally:
                 moved = _unlock(memory, vma, locked)
         if mirror.state is MirrorState.LIVE:
@@ -225,11 +226,12 @@ def _lock(mirror: Mirror, vma: Vma, span: AddressRange) -> _Locked:
     space = mirror.space
     addresses = np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64)
     entries = space.table.read(span.start, span.end)
-    if not cpu_pte.are_plain(entries) or not cpu_pte.is_present(int(entries[0])):
+    if not cpu_pte.are_plain(entries) or not cpu_pte.is_present(int(entries[0])) or space.frames.locks.held:
         empty = (entries == 0) | (cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == ZERO_PFN))
         if vma.mapping.userfaultfd:
             empty[:] = False  # as migrate_vma_insert_page(): its handler brings them in
         chosen = empty | (cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries))
+        chosen &= ~space.frames.locks.are_locked(cpu_pte.cpu_pfn(entries))
         addresses, entries = addresses[chosen], entries[chosen]
     locked = _Locked(addresses, entries)
     prepare_anon_vma(space, vma)

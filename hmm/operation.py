@@ -54,6 +54,7 @@ class WaitFor(Enum):
     SETTLED = "the end of changes that the mirror has been told of"
     USERFAULT = "the handler of userfaultfd"  # the ticket is that of the wait
     FILE = "a call that changes the file"
+    FOLIO = "the lock of a page that is on its way"  # the ticket is the lock's
     MEMORY = "others that reclaim memory"  # the ticket is the number of reclaims that have ended
 
 

@@ -147,7 +147,7 @@ def _addresses(piece: AddressRange, which: npt.NDArray[np.intp]) -> Entries:
 
 def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
     """migrate_device_coherent_folio()."""
-    if not (yield from move_to_system(space.frames, space.relatives, unique(pfns))):
+    if not (yield from move_to_system(space.frames, space.relatives, unique(pfns), space.current.operation_id)):
         raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
 
 

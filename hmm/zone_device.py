@@ -79,19 +79,6 @@ def used_frames(frames: Frames, region_number: int) -> Pfns:
     return np.flatnonzero(frames.refcount[region.first : region.top]) + region.first
 
 
-def are_locked(frames: Frames, pfns: Pfns) -> npt.NDArray[np.bool_]:
-    """Which pages of devices another call has that moves them, or takes them for a device: bool[n].
-
-    Nothing else refers to such a page but its entries and its pins.  Source: folio_trylock() fails for it, Linux
-    mm/migrate_device.c, migrate_vma_collect_pmd(), migrate_device_pfn_lock().
-    """
-    known = frames.mapcount[pfns]
-    if frames.pinned:
-        known += frames.pincount[pfns]
-    locked: npt.NDArray[np.bool_] = frames.refcount[pfns] != known
-    return locked
-
-
 def forget_holder(frames: Frames, mirror_id: MirrorId) -> None:
     """Nobody is to be told any more when pages that this mirror put on a device come back."""
     for region in frames.regions[1:]:

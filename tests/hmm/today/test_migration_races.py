@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from area import at, pages
-from machine_world import START, World, error_of, span
+from machine_world import FIXED, START, World, error_of, span
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause, EventType
 from hmm.frames import RegionKind
+from hmm.inspection import pending
 from hmm.limits import Limits
-from hmm.migration import MIGRATE
+from hmm.migration import MIGRATE, PFN_SHIFT, VALID
 from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.operation import Operation, Pause
@@ -438,3 +440,123 @@ def test_touch_tells_who_has_its_page_when_another_put_it_there_meanwhile() -> N
     world.settle()
     assert touching.done
     machine.check()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_first_of_two_migrations_has_a_page_of_system_memory_when_relatives_move_it_at_once(first: int) -> None:
+    """The second one finds the page locked and passes over it, and the first one moves it for both.
+
+    Source: Linux mm/migrate_device.c: folio_trylock() of migrate_vma_collect_pmd().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    relatives = (parent, world.do(commands_process.fork, parent))
+    mirrors = [world.do(commands_hmm.attach, card, process) for process in relatives]
+    for mirror in mirrors:
+        world.do(commands_hmm.insert_notifier, mirror, START, 2 * PAGE_SIZE)
+    slow = mirrors[1 - first]
+    winning = world.start(commands_hmm.migrate_to_device, mirrors[first], span(0))
+    (owed,) = world.settle(slow)
+    assert owed.event.cause is Cause.MIGRATE_SHARED
+    losing = world.start(commands_hmm.migrate_to_device, slow, span(0, 2))
+    (whole,) = world.settle(slow)
+    machine.answer(slow, whole.sequence)
+    (hole,) = world.settle(slow)
+    assert hole.event.spans == (span(1),)
+    machine.check()
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert int(winning.result.src[0]) & MIGRATE
+    assert machine.frames.region_of(int(winning.result.dst[0]) >> PFN_SHIFT).owner == card
+    machine.answer(slow, hole.sequence)
+    world.settle()
+    assert [int(word) for word in losing.result.src] == [0, MIGRATE]
+    machine.check()
+    tables = [machine.processes[process].space.table for process in relatives]
+    assert all(cpu_pte.is_device_private(table.get(START)) for table in tables)
+    for process in relatives:
+        assert world.do(commands_process.read_memory, process, START, 4).data == b"page"
+
+
+def test_touch_waits_for_the_migration_that_has_its_page_and_pending_says_for_which() -> None:
+    """Until the page is unlocked, and not until the range is quiet.
+
+    Source: Linux mm/filemap.c, migration_entry_wait_on_locked().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    child = world.do(commands_process.fork, parent)
+    slow = world.do(commands_hmm.attach, card, child)
+    world.do(commands_hmm.insert_notifier, slow, START, PAGE_SIZE)
+    moving = world.start(commands_hmm.migrate_to_device, world.do(commands_hmm.attach, card, parent), span(0))
+    (owed,) = world.settle(slow)
+    reading = world.start(commands_process.read_memory, parent, START, 4)
+    (waiting,) = [blocked for blocked in pending(machine) if blocked.operation_id == reading.id]
+    assert waiting.operations == (moving.id,)
+    assert waiting.request == f"the lock of a page that is on its way {span(0)}"
+    machine.answer(slow, owed.sequence)
+    world.resume(moving)
+    world.settle()
+    assert reading.result.data == b"page"
+    machine.check()
+
+
+def test_migration_gives_back_a_page_in_use_before_it_tells_of_holes() -> None:
+    """What cannot be moved is mapped and unlocked at once, and not when the migration ends.
+
+    Source: Linux mm/migrate_device.c, the end of migrate_device_unmap(); __migrate_device_pages() comes later.
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, process = world.machine, world.pid
+    table = machine.processes[process].space.table
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    world.do(commands_process.write_memory, process, START, b"page")
+    referenced = np.array([cpu_pte.cpu_pfn(table.get(START))])
+    machine.frames.get(referenced)
+    attached = world.do(commands_hmm.attach, card, process)
+    slow = world.do(commands_hmm.attach, world.do(commands_device.register_device, "other"), process)
+    world.do(commands_hmm.insert_notifier, slow, START + PAGE_SIZE, PAGE_SIZE)
+    migrating = world.start(commands_hmm.migrate_to_device, attached, span(0, 2))
+    (whole,) = world.settle(slow)
+    machine.answer(slow, whole.sequence)
+    (holes,) = world.settle(slow)
+    assert holes.event.spans == (span(1),)
+    assert cpu_pte.is_present(table.get(START))
+    assert world.do(commands_process.read_memory, process, START, 4).data == b"page"
+    machine.check()
+    machine.answer(slow, holes.sequence)
+    world.settle()
+    assert [int(word) & MIGRATE for word in migrating.result.src] == [0, MIGRATE]
+    machine.frames.put(referenced)
+    machine.check()
+
+
+def test_migration_leaves_a_page_in_the_swap_cache_when_a_relative_has_it_in_swap() -> None:
+    """It is unmapped, and put back when it cannot leave its slot: its word has no MIGRATE, but the page.
+
+    Source: Linux mm/migrate_device.c, __migrate_device_pages(): folio_free_swap().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, swap_pages=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    child = world.do(commands_process.fork, parent)
+    hog = world.do(commands_process.create_process, "hog")
+    world.do(commands_process.mmap, hog, at(0), 64 * PAGE_SIZE, Prot.READ | Prot.WRITE, FIXED)
+    world.do(commands_process.touch, hog, pages(0, 64), write=True)
+    world.do(commands_process.exit_process, hog)
+    space = machine.processes[parent].space
+    assert cpu_pte.is_swap(space.table.lookup(np.array([START], np.uint64)))[0]
+    assert world.do(commands_process.read_memory, parent, START, 4).data == b"page"
+    pfn = cpu_pte.cpu_pfn(space.table.get(START))
+    assert machine.frames.private[pfn]
+    migrated = world.do(commands_hmm.migrate_to_device, world.do(commands_hmm.attach, card, parent), span(0))
+    assert int(migrated.src[0]) == pfn << PFN_SHIFT | VALID
+    assert cpu_pte.cpu_pfn(space.table.get(START)) == pfn
+    assert machine.frames.regions[1].free == 8
+    machine.check()
+    assert world.do(commands_process.read_memory, child, START, 4).data == b"page"
