@@ -46,6 +46,7 @@ from hmm.units import (
 from hmm.zone_device import are_private, sole_region
 
 __all__ = [
+    "CARRIED",
     "FindPlaces",
     "Fresh",
     "HeldPages",
@@ -61,7 +62,8 @@ __all__ = [
 ]
 
 _CARRIED_BITS = cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE
-_CARRIED = np.array(_CARRIED_BITS, np.uint64)  # numpy takes arrays without dimensions in half the time of scalars
+CARRIED = np.array(_CARRIED_BITS, np.uint64)  # numpy takes arrays without dimensions in half the time of scalars
+"""What goes with an entry while a page is moved, to memory that the CPU reaches."""
 _CARRIED_THERE = np.array(cpu_pte.WRITE | cpu_pte.SOFT_DIRTY | cpu_pte.HUGE, np.uint64)
 """To a device's private memory."""
 _STANDS_IN = np.array(cpu_pte.MIGRATION, np.uint64)
@@ -263,10 +265,10 @@ def _flags(frames: Frames, entries: Entries, pfns: Pfns) -> Entries:
     sole = sole_region(frames, pfns)
     if sole is None:
         private = are_private(frames, pfns)
-        return np.where(private, (entries & _CARRIED_THERE) | _DEVICE, (entries & _CARRIED) | _PRESENT)
+        return np.where(private, (entries & _CARRIED_THERE) | _DEVICE, (entries & CARRIED) | _PRESENT)
     if sole.kind is RegionKind.DEVICE_PRIVATE:
         return (entries & _CARRIED_THERE) | _DEVICE
-    return (entries & _CARRIED) | _PRESENT
+    return (entries & CARRIED) | _PRESENT
 
 
 def entries_of(table: PageTable, addresses: Entries) -> Entries:

@@ -44,7 +44,7 @@ from hmm.errors import InvalidRequestError, NoSuchObjectError, OutOfFramesError,
 from hmm.events import Cause, Delivery, Event, EventState, EventType
 from hmm.fault_pages import ANON_PAGE
 from hmm.frames import PageFlag, Region
-from hmm.migration_entries import are_names_of, entries_of, index_of, put_entries, stand_in
+from hmm.migration_entries import CARRIED, are_names_of, entries_of, index_of, put_entries, stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.swap import some_room
@@ -56,7 +56,6 @@ __all__ = ["COPY_PAGES", "Copy", "MirrorMemory"]
 COPY_PAGES = 512
 """Pages of one event that a driver carries: as many as a page has room for entries, as posted."""
 _LOST = np.int64(-1)
-_CARRIED = np.array(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY, np.uint64)
 
 Mask = npt.NDArray[np.bool_]
 Take = Callable[[Entries, Pfns], None]
@@ -252,7 +251,7 @@ class MirrorMemory:
         lost = now == _LOST
         came = index_of(~stays & ~lost)
         kinds = np.where(stays, np.uint64(cpu_pte.DEVICE), np.uint64(cpu_pte.PRESENT | cpu_pte.DIRTY))
-        new = cpu_pte.cpu_entry(np.where(lost, 0, now), (entries & _CARRIED) | kinds)
+        new = cpu_pte.cpu_entry(np.where(lost, 0, now), (entries & CARRIED) | kinds)
         new[lost] = cpu_pte.POISON
         there = index_of(ours)
         put_entries(space.table, addresses[there], new[there])

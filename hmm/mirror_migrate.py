@@ -50,7 +50,7 @@ from hmm.events import Cause, EventState, EventType
 from hmm.fault_pages import ANON_PAGE, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import huge_blocks, split_folio, split_pmds
-from hmm.migration_entries import are_names_of, entries_of, index_of, put_entries, stand_in
+from hmm.migration_entries import CARRIED, are_names_of, entries_of, index_of, put_entries, stand_in
 from hmm.mirror import Mirror, MirrorState
 from hmm.mirror_memory import COPY_PAGES, MirrorMemory
 from hmm.operation import Await, Operation, WaitFor
@@ -66,7 +66,6 @@ MakeRoom = Callable[[AddressRange], Operation[int]]
 """Asked once for room in the device's memory, before a migration of a range that would not fit; may do nothing."""
 
 Mask = npt.NDArray[np.bool_]
-_CARRIED = np.array(cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.ACCESSED | cpu_pte.SOFT_DIRTY, np.uint64)
 _NOTHING = np.empty(0, np.uint64)
 _AWAY = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION
 
@@ -318,7 +317,7 @@ def _unlock(memory: MirrorMemory, vma: Vma, locked: _Locked) -> int:
     ours = are_names_of(now, pfns)
     moved = locked.targets != 0
     fresh = cpu_pte.WRITE if vma.writable else 0
-    flags = np.where(framed, now & _CARRIED, np.uint64(fresh | cpu_pte.DIRTY)) | np.uint64(cpu_pte.DEVICE)
+    flags = np.where(framed, now & CARRIED, np.uint64(fresh | cpu_pte.DIRTY)) | np.uint64(cpu_pte.DEVICE)
     new = np.where(moved, cpu_pte.cpu_entry(locked.targets, flags), saved)
     there = index_of(ours)
     put_entries(space.table, addresses[there], new[there])

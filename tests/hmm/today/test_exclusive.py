@@ -430,3 +430,33 @@ def test_take_tells_relatives_nothing_of_a_mapping_that_went_while_they_were_tol
             machine.answer(told.mirror_id, told.sequence)
     assert heard == [(span(1, 2),)]
     assert taking.result.size == 2
+
+
+@pytest.mark.parametrize("semantics", [LINUX_6_12, LINUX_7])
+def test_second_of_two_calls_finds_the_page_locked_when_both_want_it(semantics: Semantics) -> None:
+    """In 6.12 it goes without; in current kernels it waits, and then takes the page from the first one.
+
+    Source: Linux mm/rmap.c: folio_trylock() of make_device_exclusive_range(), 6.12; folio_lock_killable() of
+    make_device_exclusive(), 7.0.
+    """
+    world = World(mirrors=0)
+    machine, process = world.machine, world.pid
+    machine.processes[process].space.semantics = semantics
+    card = world.do(commands_device.register_device, "card")
+    first, second = (world.do(commands_hmm.attach, card, process) for _ in range(2))
+    world.do(commands_hmm.insert_notifier, first, START, PAGE_SIZE)
+    world.do(commands_process.write_memory, process, START, b"page")
+    winning = world.start(commands_hmm.make_exclusive, first, span(0))
+    (owed,) = world.settle(first)
+    losing = world.start(commands_hmm.make_exclusive, second, span(0, 2))
+    assert losing.done == (semantics is LINUX_6_12)
+    if losing.done:
+        assert (losing.result > 0).tolist() == [False, True]
+    else:
+        assert machine.blockers(losing) == [winning.id]
+    machine.check()
+    machine.answer(first, owed.sequence)
+    world.settle()
+    assert winning.result[0]
+    assert losing.done
+    machine.check()
