@@ -1,9 +1,12 @@
-"""Today's interface in process: pages that move to a device and back, range faults and snapshots, exclusive access.
+"""Device memory in process: pages that move to a device and back, range faults and snapshots, exclusive access.
 
 What is moved is compared with memcpy of as many pages, scattered over both memories as the model's are; the yardstick
 of a snapshot is the kernel's own, /proc/self/pagemap of as many pages of this process.  What a migration costs beside
 the bytes stands beside the least that it can cost here: an empty call that tells the mirror, and one step of numpy for
 each column of the frames, and each state of the table, that 512 pages pass through.
+
+Of the interface of 2015 there is the way to the device, with the update that tells the driver its entries, and the way
+back by a touch of the CPU.
 
 All of it is CPU time, in turns: where others work too, each is interrupted.
 """
@@ -69,9 +72,13 @@ class Memcpy:
 
 
 class Model:
-    """One process, a device with memory, and its mirror, which hears of everything and answers at once."""
+    """One process, a device with memory, and its mirror, which hears of everything and answers at once.
 
-    def __init__(self, npages: int, memory_pages: int, *, huge: bool = False) -> None:
+    Args:
+        posted: it is a mirror of the interface as posted in 2015.
+    """
+
+    def __init__(self, npages: int, memory_pages: int, *, huge: bool = False, posted: bool = False) -> None:
         limits = Limits(frames=2 * npages + 1024, device_frames=memory_pages)
         self.local = Local(Machine(limits, semantics=LINUX_7 if huge else LINUX_6_12))
         self.frames = self.local.machine.frames
@@ -79,10 +86,13 @@ class Model:
             self._shuffle()
         self.process = self.local.call(processes.create_process, thp=Thp.ALWAYS if huge else Thp.NEVER)
         device = self.local.call(devices.register_device, "card", memory_pages=memory_pages)
-        self.mirror = self.local.call(today.attach, device, self.process)
         self.whole = AddressRange(START, START + (npages << PAGE_SHIFT))
         size = self.whole.size_bytes + PAGE_SIZE  # and a page that nothing is in
-        self.notifier = self.local.call(today.insert_notifier, self.mirror, START, size)
+        if posted:
+            self.mirror = self.local.call(devices.register_mirror, device, self.process)
+        else:
+            self.mirror = self.local.call(today.attach, device, self.process)
+            self.notifier = self.local.call(today.insert_notifier, self.mirror, START, size)
         self.local.call(processes.mmap, self.process, START, size, Prot.READ | Prot.WRITE, FLAGS)
         for span in self.blocks():
             self.local.call(processes.write_memory, self.process, span.start, bytes(range(256)) * 16 * BLOCK)
@@ -110,6 +120,14 @@ class Model:
         for span in self.blocks():
             there.append(self.timed(today.migrate_to_device, self.mirror, span, **options))
             back.append(self.timed(today.migrate_to_system, self.mirror, span, **options))
+        return median(there), median(back)
+
+    def posted_there_and_back(self) -> tuple[float, float]:
+        """The same by the interface of 2015, and back by a touch."""
+        there, back = [], []
+        for span in self.blocks():
+            there.append(self.timed(devices.migrate, self.mirror, span))
+            back.append(self.timed(processes.touch, self.process, span, write=False))
         return median(there), median(back)
 
     def empty_event(self) -> float:
@@ -173,13 +191,18 @@ def _no_copy(_: FrameContents, __: Pfns, ___: Pfns) -> None:
 def _migration(rounds: int) -> Iterator[Row]:
     npages = 64 * BLOCK
     memcpy, model, huge = Memcpy(npages), Model(npages, npages), Model(npages, npages, huge=True)
+    posted = Model(npages, npages, posted=True)
     columns, blocks = Columns(npages), range(0, npages, BLOCK)
     there, back, copied, bookkeeping, as_one, least = [], [], [], [], [], []
+    posted_there, posted_back = [], []
     copy = FrameContents.copy
     for _ in range(rounds):
         to_device, to_system = model.there_and_back()
         there.append(to_device)
         back.append(to_system)
+        to_device, to_system = posted.posted_there_and_back()
+        posted_there.append(to_device)
+        posted_back.append(to_system)
         copied.append(median(memcpy.nanoseconds(at, BLOCK) for at in blocks))
         least.append((model.empty_event() + median(columns.move(at, BLOCK) for at in blocks)) / 1000)
         FrameContents.copy = _no_copy  # type: ignore[method-assign]
@@ -188,8 +211,11 @@ def _migration(rounds: int) -> Iterator[Row]:
         FrameContents.copy = copy  # type: ignore[method-assign]
     model.local.machine.check()
     huge.local.machine.check()
+    posted.local.machine.check()
     yield compared("migrate 2 MiB to the device / memcpy", "ns", there, copied, 1.3)
     yield compared("migrate 2 MiB back / memcpy", "ns", back, copied, 1.3)
+    yield compared("2015: migrate 2 MiB to the device / memcpy", "ns", posted_there, copied)
+    yield compared("2015: 2 MiB back by a touch of the CPU / memcpy", "ns", posted_back, copied)
     title = "migrate 2 MiB to the device, without the bytes / the least"
     yield compared(title, "us", bookkeeping, least, 30.0, "value")
     yield compared("the same of a huge page / of small ones", "us", as_one, bookkeeping, 1.3)
