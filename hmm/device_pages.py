@@ -33,7 +33,6 @@ far as there is room, where the kernel's test driver follows a null pointer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import TypeAlias
 
@@ -530,11 +529,10 @@ def move_to_system(
     frames.get(pfns)
     held, targets = HeldPages(frames, pfns, indices, places), pfns
     room = np.zeros(pfns.size, np.int64)
-    with ExitStack() as brackets:
-        brackets.enter_context(frames.locks.lock(pfns, operation_id))
+    with frames.locks.lock(pfns, operation_id):
         try:
             room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
-            yield from unmap_everywhere(held, brackets, only_where_mapped=True)
+            yield from unmap_everywhere(held, only_where_mapped=True)
             free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
             for folio in _folios_among(frames, pfns):
                 free[folio] = free[folio].all()

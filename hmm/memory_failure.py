@@ -209,15 +209,15 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     held = HeldPages(frames, pfns, indices, places)
     frames.get(pfns)
     frames.poison(pfns)
-    with ExitStack() as brackets:
+    with ExitStack() as lock:
         try:
             while (yield from wait_on_locked(space, addresses, pfns)):  # folio_lock()
                 pass
-            brackets.enter_context(frames.locks.lock(pfns, space.current.operation_id))
-            yield from unmap_everywhere(held, brackets, cause=Cause.MEMORY_FAILURE, certain=True)
+            lock.enter_context(frames.locks.lock(pfns, space.current.operation_id))
+            yield from unmap_everywhere(held, cause=Cause.MEMORY_FAILURE, certain=True)
             while frames.mapcount[pfns].any():  # mremap or fork took them along meanwhile, to where nobody was told
                 found = yield from unmap_everywhere(
-                    held, brackets, only_where_mapped=True, cause=Cause.MEMORY_FAILURE, certain=True
+                    held, only_where_mapped=True, cause=Cause.MEMORY_FAILURE, certain=True
                 )
                 if not found:
                     break

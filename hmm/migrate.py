@@ -6,8 +6,8 @@
     finalize   entries become entries of the new page, or of the old one where it stayed
 
 Each page has a source word and a destination word, as the kernel's arrays.  A migration fails page by page: what
-could not be moved has no MIGRATE in its source word when all is done.  The address range is busy throughout, and the
-pages are locked: of two migrations of a page at once the first one has it, and the second passes over it.
+could not be moved has no MIGRATE in its source word when all is done.  The address range is busy until the pages are
+collected.  Then they are locked: who touches one waits, and another migration passes over it.
 
 Only anonymous memory moves: pages of files come back to where they were, copies of them that a process has to
 itself move like any other.  A hole is moved too, as if a page of zeroes were there.  Huge pages move as such, or are
@@ -26,7 +26,6 @@ Differs: a page that several processes map makes one event per address space, no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import reduce
 from operator import or_
 
@@ -132,17 +131,17 @@ def _checked(space: AddressSpace, span: AddressRange) -> Vma:
 
 def run(migration: Migration, copy: Copy) -> Operation[None]:
     """All steps of a migration whose pages are chosen; nothing is moved if their VMA is gone when mirrors were told."""
-    with _invalidation(migration, migration.spans) as bracket, ExitStack() as brackets:
+    with _invalidation(migration, migration.spans) as bracket:
         yield from bracket.deliver()
         left = yield from split_large(migration)
         vma = migration.vma_now
         if vma is None:
             return
         taken, held = _collect(migration, vma, left)
-        lock = brackets.enter_context(held.frames.locks.lock(held.pfns, migration.space.current.operation_id))
+    with held.frames.locks.lock(held.pfns, migration.space.current.operation_id) as lock:
         try:
             if not held.are_all_alone:
-                yield from unmap_everywhere(held, brackets)
+                yield from unmap_everywhere(held)
                 taken, held = _leave_referenced(migration, vma, taken, held)
                 lock.keep(held.pfns)
             yield from copy(migration)

@@ -15,7 +15,6 @@ unmapped or moved meanwhile is found, or not, where the reverse map says.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,6 @@ from hmm.events import Cause
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import Frames, PageFlag, RegionKind
-from hmm.notifier import Invalidation
 from hmm.operation import Await, Operation, WaitFor
 from hmm.page_table import PageTable
 from hmm.rmap import Places, in_walk_order
@@ -163,7 +161,6 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pf
 
 def unmap_everywhere(
     held: HeldPages,
-    brackets: ExitStack,
     *,
     only_where_mapped: bool = False,
     cause: Cause = Cause.MIGRATE_SHARED,
@@ -171,8 +168,8 @@ def unmap_everywhere(
 ) -> Operation[bool]:
     """Replace every entry that maps one of the pages, in all address spaces, after their mirrors were told.
 
-    Only pages that are mapped are looked for.  The ranges stay busy until `brackets` is closed.  An entry that came
-    meanwhile where nobody was told stays, and with it the page.
+    Only pages that are mapped are looked for.  An entry that came meanwhile where nobody was told stays, and with it
+    the page.
 
     Args:
         only_where_mapped: do not tell those who could map a page and do not.
@@ -204,20 +201,17 @@ def unmap_everywhere(
         if chosen.any():
             told.setdefault(place.space.id, (place.space, []))[1].append(place.addresses[chosen])
     held.fresh = None
-    changes: list[tuple[AddressSpace, Pfns, Invalidation]] = []
-    for space, parts in told.values():  # all are busy before one is told: others may wait for any of the pages
+    for space, parts in told.values():
         pages = unique(page_numbers(np.concatenate(parts)))
-        bracket = space.notifier.invalidation(spans_of_pages(pages), cause, certain=certain)
-        changes.append((space, pages, brackets.enter_context(bracket)))
-    for space, pages, bracket in changes:
-        yield from bracket.deliver()
-        for place in [place for place in held.places() if place.space is space]:
-            entries = space.table.lookup(place.addresses)
-            naming = _names(entries, held.pfns[place.pages])
-            naming &= among(page_numbers(place.addresses), pages)
-            named = held.pfns[place.pages][naming]
-            stand_in(space, place.addresses[naming], entries[naming], named)
-            frames.put(named)
+        with space.notifier.invalidation(spans_of_pages(pages), cause, certain=certain) as bracket:
+            yield from bracket.deliver()
+            for place in [place for place in held.places() if place.space is space]:
+                entries = space.table.lookup(place.addresses)
+                naming = _names(entries, held.pfns[place.pages])
+                naming &= among(page_numbers(place.addresses), pages)
+                named = held.pfns[place.pages][naming]
+                stand_in(space, place.addresses[naming], entries[naming], named)
+                frames.put(named)
     return bool(told)
 
 

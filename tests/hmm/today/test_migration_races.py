@@ -18,6 +18,7 @@ from hmm.mirror import DeadlinePolicy
 from hmm.mremap import MremapFlag
 from hmm.operation import Operation, Pause
 from hmm.operation_record import Caller
+from hmm.range_fault import REQ_FAULT, word_pfns
 from hmm.units import PAGE_SIZE, MirrorId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -502,6 +503,32 @@ def test_touch_waits_for_the_migration_that_has_its_page_and_pending_says_for_wh
     world.resume(moving)
     world.settle()
     assert reading.result.data == b"page"
+    machine.check()
+
+
+def test_read_section_begins_while_a_migration_of_its_range_goes_on() -> None:
+    """The range is busy until its pages are collected, and not until they have moved.
+
+    Source: Linux mm/migrate_device.c, mmu_notifier_invalidate_range_end() of migrate_vma_collect().
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, parent = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    world.do(commands_process.write_memory, parent, START, b"page")
+    slow = world.do(commands_hmm.attach, card, world.do(commands_process.fork, parent))
+    world.do(commands_hmm.insert_notifier, slow, START, PAGE_SIZE)
+    mirror = world.do(commands_hmm.attach, card, parent)
+    notifier = world.do(commands_hmm.insert_notifier, mirror, START, PAGE_SIZE)
+    moving = world.start(commands_hmm.migrate_to_device, mirror, span(0))
+    (owed,) = world.settle(slow)
+    sequence = world.do(commands_hmm.read_begin, mirror, notifier)
+    faulting = world.start(commands_hmm.range_fault, mirror, notifier, sequence, span(0), REQ_FAULT)
+    assert machine.blockers(faulting) == [moving.id]
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert int(moving.result.src[0]) & MIGRATE
+    words = faulting.result.require()
+    assert word_pfns(words).tolist() == [int(moving.result.dst[0]) >> PFN_SHIFT]
     machine.check()
 
 
