@@ -51,6 +51,7 @@ __all__ = [
     "are_names_of",
     "entries_of",
     "index_of",
+    "migration_entry_wait",
     "put_entries",
     "range_of",
     "replace",
@@ -327,14 +328,24 @@ def wait_on_locked(space: AddressSpace, addresses: Entries, pfns: Pfns) -> Opera
     return True
 
 
-def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
-    """migration_entry_wait()."""
-    spans = spans_of(pages.addresses)
+def migration_entry_wait(space: AddressSpace, addresses: Entries, entries: Entries) -> Operation[None]:
+    """Wait until the first of the pages is unlocked that migration entries stand in for; then all are to be looked at.
+
+    Args:
+        addresses, entries: uint64[n], as they are now; n > 0.
+
+    Source: Linux mm/migrate.c.
+    """
+    spans = spans_of(addresses)
     if space.notifier.copies_overlap(spans):
         yield Await(WaitFor.COPIES, space.id, spans)
         return
-    waited = yield from wait_on_locked(space, pages.addresses, cpu_pte.cpu_pfn(pages.entries))
+    waited = yield from wait_on_locked(space, addresses, cpu_pte.cpu_pfn(entries))
     assert waited, f"nobody moves the pages that entries stand in for at {spans[0]}"
+
+
+def _wait(space: AddressSpace, pages: Strangers, _write: bool) -> Operation[None]:
+    yield from migration_entry_wait(space, pages.addresses, pages.entries)
 
 
 RESOLVERS[cpu_pte.MIGRATION] = _wait

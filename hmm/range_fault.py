@@ -36,9 +36,11 @@ from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
 from hmm.huge_split import has_directory
 from hmm.interval_notifier import IntervalMirror
+from hmm.migration_entries import migration_entry_wait
 from hmm.operation import Operation, Pause
 from hmm.units import (
     PAGE_SHIFT,
+    PAGE_SIZE,
     PIECE_BYTES,
     PMD_PAGES,
     PMD_SHIFT,
@@ -308,16 +310,40 @@ def _done(look: _Look) -> int:
 
 def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: int) -> Operation[None]:
     """hmm_vma_fault(): fault from the first page on that needs it, in each directory to its end."""
+    space = request.space
     target, write = _to_be_faulted(request, span, look, first)
     address = span.start + (first << PAGE_SHIFT)
+    if space.frames.locks.held or space.notifier.copies:
+        still = yield from _not_moving(space, target)
+        if still is None:
+            return
+        target = still
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
-    stop = yield from bring_in(request.space, target, write=write, may_retry=request.may_retry)
-    if stop is None or continues(request.space, target, stop):
+    stop = yield from bring_in(space, target, write=write, may_retry=request.may_retry)
+    if stop is None or continues(space, target, stop):
         return
     if stop.signal is None:
         raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", address=stop.address)
     raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)
+
+
+def _not_moving(space: AddressSpace, target: AddressRange | Entries) -> Operation[AddressRange | Entries | None]:
+    """What of the pages is not on its way: that may need no fault when it has arrived.
+
+    Returns: None when the first of them was, and has been waited for.
+
+    Source: Linux mm/hmm.c, hmm_vma_handle_pte(): after migration_entry_wait() the page is looked at again.
+    """
+    addresses = target
+    if isinstance(addresses, AddressRange):
+        addresses = np.arange(addresses.start, addresses.end, PAGE_SIZE, dtype=np.uint64)
+    entries = space.table.lookup(addresses)
+    moving = cpu_pte.is_migration(entries)
+    if moving[0]:
+        yield from migration_entry_wait(space, addresses[:1], entries[:1])
+        return None
+    return addresses[~moving] if moving.any() else target
 
 
 def _to_be_faulted(

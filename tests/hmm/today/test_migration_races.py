@@ -509,7 +509,9 @@ def test_touch_waits_for_the_migration_that_has_its_page_and_pending_says_for_wh
 def test_read_section_begins_while_a_migration_of_its_range_goes_on() -> None:
     """The range is busy until its pages are collected, and not until they have moved.
 
-    Source: Linux mm/migrate_device.c, mmu_notifier_invalidate_range_end() of migrate_vma_collect().
+    A range fault waits for the page, and has it in the memory of its own device, where it needs no fault.
+    Source: Linux mm/migrate_device.c, mmu_notifier_invalidate_range_end() of migrate_vma_collect(); mm/hmm.c,
+    migration_entry_wait() of hmm_vma_handle_pte().
     """
     world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
     machine, parent = world.machine, world.pid
