@@ -36,7 +36,7 @@ from hmm.huge_fault import has_table
 from hmm.huge_split import block_of, huge_blocks, split_folio, split_pmds
 from hmm.large_folio import are_compound
 from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
-from hmm.migration_entries import HeldPages, entries_of
+from hmm.migration_entries import HeldPages, entries_of, range_of
 from hmm.operation import Operation
 from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, all_but, block_starts
 from hmm.zone_device import are_in, sole_region
@@ -108,7 +108,7 @@ def split_large(migration: Migration) -> Operation[_Mask]:
         return left
     if migration.space.semantics.migration_splits:
         yield from _split_all(migration)
-    else:
+    elif not _move_as_one(migration):
         yield from _split_selected(migration, left)
         yield from _split_mapped_by_pages(migration, left)
     return left
@@ -125,6 +125,14 @@ def _split_all(migration: Migration) -> Operation[None]:
             yield from split_pmds(space, (block,))
         elif cpu_pte.is_huge(entry):
             yield from split_folio(space, block.start)
+
+
+def _move_as_one(migration: Migration) -> bool:
+    """Whether all of the pages are in huge pages that are asked for as such."""
+    span = range_of(migration.addresses) if Select.COMPOUND in migration.select else None
+    if span is None or (span.start | span.end) & ~PMD_MASK:
+        return False
+    return bool(int(np.bitwise_and.reduce(migration.space.table.read(span.start, span.end))) & cpu_pte.HUGE)
 
 
 def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
