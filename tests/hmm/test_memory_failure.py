@@ -395,3 +395,29 @@ def test_failure_is_that_of_what_is_mapped_when_drivers_have_answered(world: Wor
     assert injecting.result == 0
     world.machine.check()
     assert signals(world, 1) == [Signal.BUS_POISON]
+
+
+def test_failure_waits_for_a_migration_that_has_the_page_and_then_takes_it(world: World) -> None:
+    """The reference that it has keeps the page where it is: the migration puts it back, and unlocks it.
+
+    Source: Linux mm/memory-failure.c, folio_lock() of memory_failure().
+    """
+    machine, parent = world.machine, world.pid
+    write(world, 0)
+    child = world.do(processes.fork, parent)
+    card = world.do(devices.register_device, "card", memory_pages=8)
+    slow = world.do(hmm.attach, card, child)
+    world.do(hmm.insert_notifier, slow, START, PAGE_SIZE)
+    moving = world.start(hmm.migrate_to_device, world.do(hmm.attach, card, parent), span(0))
+    (owed,) = world.settle(slow)
+    failing = world.start(processes.madvise, child, START, PAGE_SIZE, Advice.HWPOISON)
+    assert machine.blockers(failing) == [moving.id]
+    machine.answer(slow, owed.sequence)
+    for told in world.settle(slow):
+        machine.answer(slow, told.sequence)
+    world.settle()
+    assert failing.done
+    assert failing.error is None
+    assert [int(word) for word in moving.result.src] == [0]
+    machine.check()
+    assert signals(world, 1) == signals(world, 1, pid=child) == [Signal.BUS_POISON]
