@@ -23,7 +23,9 @@ from hmm.hugetlb import HUGETLB_VM_FLAGS, HugetlbFile
 from hmm.machine import Machine
 from hmm.operation import Operation, immediate
 from hmm.unmapped_area import MapFlag
-from hmm.vma import VmFlag
+from hmm.vma import SPECIAL_FLAGS, VmFlag
+
+_DRIVER_FLAGS = SPECIAL_FLAGS | VmFlag.DONTCOPY | VmFlag.DONTDUMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,14 @@ def open_device_file(machine: Machine, name: str, vm_flags: VmFlag) -> int:
     """A driver's device file, for processes to map.
 
     Args:
-        vm_flags: what the driver's mmap adds to the VMA: IO and PFNMAP for registers, MIXEDMAP for pages.
+        vm_flags: what the driver's mmap adds to the VMA: IO and PFNMAP for registers, MIXEDMAP for pages; besides
+            DONTEXPAND, DONTCOPY, DONTDUMP.
+
+    Raises:
+        InvalidRequestError: a flag that is not a driver's to set (EINVAL).
     """
+    if vm_flags & ~_DRIVER_FLAGS:
+        raise InvalidRequestError(f"open: {vm_flags & ~_DRIVER_FLAGS:#x} are no VM flags that a driver's mmap adds")
     file = _new_file(machine, name, FileKind.DEVICE)
     file.vm_flags = vm_flags
     file.open()

@@ -201,7 +201,7 @@ class IntervalMirror(Receiver):
         """Take pages from the CPU until it touches them; it is as if nobody had them mapped.
 
         Args:
-            span: at most 32,768 pages.
+            span: at most 65,536 pages.
             owned: the event names this device and mirror.
 
         Returns: int64[n], frames up to the first page that could not be had, 0 for one that is not private memory.

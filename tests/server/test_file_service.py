@@ -13,7 +13,7 @@ from hmm_proto.v1 import file_pb2, inspection_pb2, process_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
-VM_PFNMAP, VM_IO = 0x400, 0x4000
+VM_PFNMAP, VM_IO, VM_HUGETLB = 0x400, 0x4000, 0x40_0000
 
 
 async def _create(served: Any, name: str = "/data", size: int = 2 * PAGE) -> int:
@@ -88,6 +88,9 @@ async def test_open_file_ends_with_status_when_it_cannot(served: Any, decode: An
         (file_pb2.OpenFileRequest(create=True), errnos.EINVAL),
         (file_pb2.OpenFileRequest(name="/s", create=True, kind=file_pb2.FILE_KIND_SHARED_MEMORY), errnos.EINVAL),
         (file_pb2.OpenFileRequest(name="x" * 4097, create=True), errnos.E2BIG),
+        (file_pb2.OpenFileRequest(name="/r", create=True, vm_flags=VM_IO), errnos.EINVAL),
+        (file_pb2.OpenFileRequest(name="/d", kind=file_pb2.FILE_KIND_DEVICE, vm_flags=VM_HUGETLB), errnos.EINVAL),
+        (file_pb2.OpenFileRequest(name="/d", kind=file_pb2.FILE_KIND_DEVICE, vm_flags=1 << 63), errnos.EINVAL),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await served.file.OpenFile(request)

@@ -37,6 +37,8 @@ def _open(q: file_pb2.OpenFileRequest) -> Invocation:
         raise convert.malformed("open: shared memory is made by mmap")
     if kind is FileKind.DEVICE:
         return invoke(commands_file.open_device_file, q.name, VmFlag(q.vm_flags))
+    if q.vm_flags:
+        raise convert.malformed("open: VM flags are for device files")
     return invoke(commands_file.open_file, q.name, create=q.create, exclusive=q.exclusive)
 
 
