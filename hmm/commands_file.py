@@ -107,8 +107,8 @@ def open_device_file(machine: Machine, name: str, vm_flags: VmFlag) -> int:
     Raises:
         InvalidRequestError: a flag that is not a driver's to set (EINVAL).
     """
-    if vm_flags & ~_DRIVER_FLAGS:
-        raise InvalidRequestError(f"open: {vm_flags & ~_DRIVER_FLAGS:#x} are no VM flags that a driver's mmap adds")
+    if others := int(vm_flags) & ~int(_DRIVER_FLAGS):
+        raise InvalidRequestError(f"open: {others:#x} are no VM flags that a driver's mmap adds")
     file = _new_file(machine, name, FileKind.DEVICE)
     file.vm_flags = vm_flags
     file.open()

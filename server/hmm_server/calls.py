@@ -107,13 +107,14 @@ def not_made(name: str, error: BaseException, record: OperationRecord[Any] | Non
     """Why the call of that name in a batch or on a session was not made, or that it hit a bug.
 
     Args:
-        record: the call, if it was started.
+        record: the call, if it was started and its error does not say so.
     """
-    operation_id = record.id if record is not None else 0
+    operation_id: int = getattr(error, "operation_id", 0) if record is None else record.id
     if isinstance(error, HmmError):
         return to_call_result(error.named(name.replace("_", " ")), operation_id)
     if isinstance(error, DrainingError):
         return types_pb2.CallResult(reason=DRAINING_REASON, message="the daemon is ending")
-    log.error("%s hit a bug", name, exc_info=error, extra=about(record))
+    if not hasattr(error, "operation_id"):  # what ended the call itself has been logged by the executor
+        log.error("%s hit a bug", name, exc_info=error, extra=about(record))
     message = "a bug of the daemon; see its log"
     return types_pb2.CallResult(operation_id=operation_id, reason=INTERNAL_REASON, message=message)

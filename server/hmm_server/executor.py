@@ -325,9 +325,9 @@ class Executor:
         self._end(record, running.started_s, running.then)
 
     def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any]) -> None:
-        if isinstance(record.error, HmmError):
-            record.error.operation_id = record.id
-        elif record.error is not None:
+        if record.error is not None:
+            vars(record.error)["operation_id"] = record.id  # of an HmmError, or of a bug's exception, for the guard
+        if record.error is not None and not isinstance(record.error, HmmError):
             log.error(
                 *("operation %d (%s) hit a bug", record.id, record.name),
                 exc_info=record.error,

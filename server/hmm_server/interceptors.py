@@ -1,4 +1,4 @@
-"""The guard round every RPC: tokens in, errors out, one log line and one count for each.
+"""The guard round every RPC: tokens in, errors out, one log line for each.
 
 An HmmError becomes its google.rpc.Status, which names the call and what it was about.  Anything else is a bug: the
 client sees INTERNAL without text, the log has the traceback (gRPC's own default is UNKNOWN with the exception's text).
@@ -17,7 +17,6 @@ import inspect
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
@@ -47,8 +46,6 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, machine: Machine, tokens: Tokens) -> None:
         self._machine = machine
-        self.calls: Counter[str] = Counter()
-        self.failures: Counter[str] = Counter()
         self._tokens = tokens
         self._guarded: dict[str, Handler] = {}
         self._active = 0
@@ -114,7 +111,6 @@ class Guard(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _watching(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
         started_s = time.perf_counter()
-        self.calls[method] += 1
         self._active += 1
         self._quiet.clear()
         status: status_pb2.Status | None = None
@@ -134,15 +130,18 @@ class Guard(grpc.aio.ServerInterceptor):
             status = _status(code_pb2.UNAUTHENTICATED, "TOKEN", "a token is needed that this daemon knows")
         except DrainingError:
             status = _status(code_pb2.UNAVAILABLE, DRAINING_REASON, "the daemon is ending")
-        except Exception:
-            log.exception("%s hit a bug", method, extra=fields)
-            status = _status(code_pb2.INTERNAL, INTERNAL_REASON, "a bug of the daemon; see its log")
+        except Exception as error:
+            operation_id = getattr(error, "operation_id", 0)
+            if operation_id:  # the executor has logged it, with its traceback
+                fields["operation_id"] = operation_id
+            else:
+                log.exception("%s hit a bug", method, extra=fields)
+            status = _status(code_pb2.INTERNAL, INTERNAL_REASON, "a bug of the daemon; see its log", operation_id)
         finally:
             self._active -= 1
             if not self._active:
                 self._quiet.set()
         if status is not None:
-            self.failures[method] += 1
             log.info("%s: %s", method, status.message, extra=fields)
             await context.abort_with_status(rpc_status.to_status(status))
         milliseconds = round((time.perf_counter() - started_s) * 1e3, 3)
@@ -171,7 +170,8 @@ def require_read(request: Any) -> None:
         raise request
 
 
-def _status(code: int, reason: str, message: str) -> status_pb2.Status:
+def _status(code: int, reason: str, message: str, operation_id: int = 0) -> status_pb2.Status:
     detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    metadata = {"operationId": str(operation_id)} if operation_id else {}
+    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
     return status_pb2.Status(code=code, message=message, details=[detail])

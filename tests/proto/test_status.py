@@ -32,7 +32,7 @@ def _example(error_class: type[HmmError]) -> HmmError:
 def _attributes(error: HmmError) -> tuple[object, ...]:
     return (
         type(error), error.message, error.errno, error.reason, error.address, error.notifier_seq, error.hole_end,
-        getattr(error, "signal", None),
+        getattr(error, "signal", None), error.operation_id,
     )  # fmt: skip
 
 
@@ -41,8 +41,9 @@ TAKING = Taking(5, "MUNMAP", "munmap", 70, 0x1000, 0x4000, True, "munmap", "prog
 
 @pytest.mark.parametrize("error_class", CLASSES)
 def test_status_returns_equal_error_when_decoded(error_class: type[HmmError]) -> None:
-    """Class, errno, reason, address, sequence and hole of every class of errors survive as a google.rpc.Status."""
+    """Class, errno, reason, address, sequence, hole, operation of every class of errors survive a google.rpc.Status."""
     error = _example(error_class)
+    error.operation_id = 12
     decoded = status.from_status(status.to_status(error))
     assert decoded is not None
     assert _attributes(decoded) == _attributes(error)
@@ -85,6 +86,7 @@ def test_status_says_the_range_however_a_request_names_it(request_: Message, abo
 def test_call_result_returns_equal_error_when_decoded(error_class: type[HmmError]) -> None:
     """The same holds for errors of kernel calls, which travel in responses."""
     error = _example(error_class)
+    error.operation_id = 12
     result = status.to_call_result(error, 12, (3, 4))
     decoded = status.from_call_result(result)
     assert decoded is not None

@@ -16,7 +16,9 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 
 from hmm_proto.v1 import device_pb2, event_pb2, inspection_pb2, process_pb2, process_pb2_grpc, types_pb2
 from hmm_server import VERSION
@@ -259,19 +261,31 @@ async def test_calls_are_exhausted_when_too_many_are_under_way(serve: Any) -> No
 
 
 async def test_bug_is_internal_without_text(served: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """An exception that is no HmmError reaches the client as INTERNAL without text, and the log with its traceback."""
+    """An exception that is no HmmError reaches the client as INTERNAL without text, and the log once, with traceback.
+
+    Both name the call.
+    """
     pid = await served.new_process()
     served.daemon.machine.processes[pid].space = None
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.munmap(pid, BASE, END)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "NoneType" not in (caught.value.details() or "")
+    (logged,) = [record for record in caplog.records if record.exc_info]
     assert "AttributeError" in caplog.text
+    status, detail = rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo()  # type: ignore[arg-type]
+    assert status is not None
+    status.details[0].Unpack(detail)
+    assert detail.metadata["operationId"] == str(logged.__dict__["operation_id"])
+    assert {record.__dict__.get("operation_id") for record in caplog.records} == {logged.__dict__["operation_id"]}
+    caplog.clear()
     batch = process_pb2.ExecuteRequest(
         calls=[process_pb2.Call(munmap=process_pb2.MunmapRequest(process_id=pid, address=BASE, length=PAGE))]
     )
     (outcome,) = (await served.process.Execute(batch)).outcomes
     assert (outcome.not_made.reason, outcome.not_made.errno) == ("INTERNAL", 0)
+    (logged,) = [record for record in caplog.records if record.exc_info]
+    assert outcome.not_made.operation_id == logged.__dict__["operation_id"]
     del served.daemon.machine.processes[pid]
 
 
