@@ -56,8 +56,10 @@ MIRROR_FLAGS = (
 )
 
 
-def process_status(machine: Machine, process: Process, operations: int) -> inspection_pb2.ProcessStatus:
-    """One process.  Cost: O(mappings + directories)."""
+def process_status(
+    machine: Machine, process: Process, operations: int, sees: Callable[[str], bool]
+) -> inspection_pb2.ProcessStatus:
+    """One process, with the mirrors that may be seen.  Cost: O(mappings + directories)."""
     space = process.space
     return inspection_pb2.ProcessStatus(
         process_id=process.id,
@@ -68,7 +70,7 @@ def process_status(machine: Machine, process: Process, operations: int) -> inspe
         vma_count=len(space.vmas),
         mapped_bytes=sum(vma.end - vma.start for vma in space.vmas),
         resident_pages=inspection.resident_pages(space, WHOLE_SPACE),
-        mirror_ids=[mirror.id for mirror in machine.receivers.values() if mirror.space is space],
+        mirror_ids=[one.id for one in machine.receivers.values() if one.space is space and sees(one.owner)],
         operation_count=operations,
         broken=space.notifier.broken,
     )

@@ -49,6 +49,24 @@ async def test_lists_leave_out_what_belongs_to_another_token(served: Any) -> Non
     assert [p.name for p in mine] == ["mine", "everybody's"]
 
 
+async def test_mirrors_of_another_token_are_not_shown(served: Any) -> None:
+    """Neither on a device of everybody, nor with a process of everybody."""
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    anybody, owner = await served.driver(), await served.driver(token="mine")
+    device = (await anybody.make("register_device", device_pb2.RegisterDeviceRequest(name="shared"))).device_id
+    request = device_pb2.RegisterMirrorRequest(device_id=device, process_id=pid, no_fault_events=True)
+    mirror = (await owner.make("register_mirror", request)).mirror_id
+    for metadata, shown in ((MINE, [mirror]), ((), [])):
+        devices = (await served.inspection.ListDevices(inspection_pb2.ListDevicesRequest(), metadata=metadata)).devices
+        assert [one.mirror_id for one in devices[0].mirrors] == shown
+        listed = await served.inspection.ListProcesses(inspection_pb2.ListProcessesRequest(), metadata=metadata)
+        assert list(listed.processes[0].mirror_ids) == shown
+        walk = inspection_pb2.WalkAddressRequest(process_id=pid, address=BASE)
+        walked = await served.inspection.WalkAddress(walk, metadata=metadata)
+        assert [one.mirror_id for one in walked.walks] == [0, *shown]
+
+
 async def test_look_ups_are_denied_when_owned_by_another_token(served: Any, decode: Any) -> None:
     """Maps, walks and tables of others are PERMISSION_DENIED."""
     pid = await served.new_process(metadata=MINE)

@@ -46,6 +46,16 @@ def write(mirror: int, address: int, **fields: Any) -> device_pb2.DeviceWriteReq
     return device_pb2.DeviceWriteRequest(mirror_id=mirror, addresses=[address], lengths=[1], data=b"x", **fields)
 
 
+async def test_rejected_answers_are_those_of_the_device_that_is_asked_for(mirrored: Any) -> None:
+    """As the violations of its mirrors."""
+    served, driver, _, mirror = mirrored
+    await driver.answer(mirror_ids=[mirror], acknowledged_up_to=[99])
+    await driver.violations.get()
+    (device,) = (await served.inspection.ListDevices(inspection_pb2.ListDevicesRequest())).devices
+    assert len((await violations(served, device_id=device.device_id)).rejected_answers) == 1
+    assert not (await violations(served, device_id=device.device_id + 1)).rejected_answers
+
+
 async def test_error_names_the_event_its_call_and_who_acknowledged(mirrored: Any) -> None:
     """The reply itself says what had taken the page, for whom, and when the driver gave it up."""
     served, driver, pid, mirror = mirrored

@@ -60,7 +60,9 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         busy = [one.space_id for one in inspection.pending(machine)]
         processes = [machine.processes[process_id] for process_id in page.keys]
         return inspection_pb2.ListProcessesResponse(
-            processes=[views.process_status(machine, process, busy.count(process.space.id)) for process in processes],
+            processes=[
+                views.process_status(machine, process, busy.count(process.space.id), sees) for process in processes
+            ],
             next_page_token=page.next_token,
         )
 
@@ -79,7 +81,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
                     [
                         views.mirror_status(mirror, served.get(mirror.id))
                         for mirror in machine.receivers.values()
-                        if mirror.device is device
+                        if mirror.device is device and sees(mirror.owner)
                     ],
                 )
                 for device in machine.devices.values()
@@ -121,7 +123,8 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         if request.address >= TASK_SIZE:
             raise convert.malformed(f"walk: {request.address:#x} is beyond the address space")
         vma = space.vmas.find(request.address)
-        mirrors = [mirror for mirror in self._machine.mirrors.values() if mirror.space is space]
+        sees = _sees(context)
+        mirrors = [mirror for mirror in self._machine.mirrors.values() if mirror.space is space and sees(mirror.owner)]
         return inspection_pb2.WalkAddressResponse(
             mapping=views.mapping(self._machine, space, vma) if vma else None,
             walks=[
@@ -185,12 +188,15 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             and request.mirror_id in (0, receiver.id)
             and request.device_id in (0, receiver.device.id)
         ]
+        devices = {receiver.id: receiver.device.id for receiver, _ in reports.receivers(self._machine)}
         rejections = [
             inspection_pb2.RejectedAnswer(
                 epoch=stream.epoch, driver_name=stream.name, violation=violation, time_ns=time_ns
             )
             for stream, violation, time_ns in self._streams.rejections
-            if sees(stream.owner) and request.mirror_id in (0, violation.mirror_id)
+            if sees(stream.owner)
+            and request.mirror_id in (0, violation.mirror_id)
+            and request.device_id in (0, devices.get(violation.mirror_id))
         ]
         return inspection_pb2.GetViolationsResponse(
             mirrors=[reports.mirror_report(self._streams, receiver, gone=gone) for receiver, gone in chosen],
