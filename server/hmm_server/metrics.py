@@ -18,13 +18,17 @@ never delays a callback by more than the reading of the counters.
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 import socketserver
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, make_wsgi_app
@@ -46,9 +50,15 @@ from hmm_server.endpoint import EndpointError, remove_stale
 from hmm_server.streams import Streams
 from hmm_server.traffic import LATENCY_BOUNDS_S
 
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
 SCRAPE_S = 5.0
 """How long a scrape waits for the event loop."""
+IDLE_S = 10.0
+"""How long a connection may say nothing: each has a thread."""
 BUCKETS = [*(f"{bound:g}" for bound in LATENCY_BOUNDS_S), "+Inf"]
+log = logging.getLogger(__name__)
 _OUTCOMES = ("acknowledged", "refused", "fenced", "abandoned")
 
 
@@ -60,12 +70,26 @@ class DaemonCollector(Collector):
         self._loop = asyncio.get_running_loop()
 
     def collect(self) -> Iterable[Metric]:
-        """All families of metrics, as they are now."""
+        """All families of metrics, as they are now.
 
-        async def read() -> list[Metric]:
-            return list(self.read())
+        Raises:
+            TimeoutError: the loop does not come to it within SCRAPE_S.
+            RuntimeError: the loop has ended.
+        """
+        found: Future[list[Metric]] = Future()
 
-        return asyncio.run_coroutine_threadsafe(read(), self._loop).result(SCRAPE_S)
+        def read() -> None:
+            if found.set_running_or_notify_cancel():
+                try:
+                    found.set_result(list(self.read()))
+                except Exception as error:  # noqa: BLE001 - it is the scrape's
+                    found.set_exception(error)
+
+        self._loop.call_soon_threadsafe(read)
+        try:
+            return found.result(SCRAPE_S)
+        finally:
+            found.cancel()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing in advance: registering must not wait for the loop that it is done on."""
@@ -231,10 +255,16 @@ def registry_of(streams: Streams) -> CollectorRegistry:
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the interface
+        """Somebody asked for nothing, or did not wait for the answer."""
+        log.debug("a scrape was broken off: %r", sys.exception())
 
-class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer, WSGIServer):
-    daemon_threads = True
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _UnixServer(socketserver.UnixStreamServer, _Server):
     def server_bind(self) -> None:
         socketserver.UnixStreamServer.server_bind(self)
         self.server_name, self.server_port = "localhost", 0
@@ -242,6 +272,8 @@ class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer, WS
 
 
 class _Handler(WSGIRequestHandler):
+    timeout = IDLE_S
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the interface
         """A scrape every few seconds is nothing to be told."""
 
@@ -264,7 +296,7 @@ def serving_metrics(place: str, streams: Streams) -> Iterator[str]:
         ConfigError: the place is not understood.
         EndpointError: it cannot listen there.
     """
-    app = make_wsgi_app(registry_of(streams))
+    app = _patient(make_wsgi_app(registry_of(streams)))
     host, port, path = _parse(place)
     try:
         if path:
@@ -274,8 +306,9 @@ def serving_metrics(place: str, streams: Streams) -> Iterator[str]:
             path.chmod(0o600)
             where = f"unix:{path}"
         else:
-            server = make_server(host, port, app, _Server, _Handler)
-            where = f"http://{host}:{server.server_port}/metrics"
+            is_v6 = ":" in host
+            server = make_server(host, port, app, _Server6 if is_v6 else _Server, _Handler)
+            where = f"http://{f'[{host}]' if is_v6 else host}:{server.server_port}/metrics"
     except OSError as error:
         raise EndpointError(f"cannot serve metrics at {place}: {error.strerror or error}") from error
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
@@ -295,4 +328,19 @@ def _parse(place: str) -> tuple[str, int, Path | None]:
     host, _, port = place.rpartition(":")
     if not is_port(port):
         raise ConfigError(f"metrics is {place!r}; it must be PORT, HOST:PORT or unix:PATH")
-    return host or "127.0.0.1", int(port), None
+    return host.strip("[]") or "127.0.0.1", int(port), None
+
+
+def _patient(app: WSGIApplication) -> WSGIApplication:
+    """The same, but a daemon that is too busy to be read, or is ending, says so to who asks and not to its log."""
+
+    def asked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            return app(environ, start_response)
+        except (TimeoutError, RuntimeError) as error:
+            busy = isinstance(error, TimeoutError)
+            log.warning("a scrape was not answered: %s", f"busy for {SCRAPE_S:g} s" if busy else error)
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"the daemon is busy or ending\n"]
+
+    return asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from hmm_proto.v1 import device_pb2
+from hmm_server import metrics
 from hmm_server.config import Config, ConfigError
 from hmm_server.endpoint import EndpointError
 from hmm_server.metrics import registry_of, serving_metrics
@@ -160,6 +162,44 @@ async def test_place_that_is_not_understood_or_taken_is_refused(served: Any, tmp
         port = where.removesuffix("/metrics").rpartition(":")[2]
         with pytest.raises(EndpointError, match="cannot serve metrics"), serving_metrics(port, served.daemon.streams):
             pass
+
+
+async def test_scrape_of_a_busy_daemon_is_refused_and_said_in_the_log(
+    served: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """503, and a line of the log in place of a traceback between its lines."""
+    monkeypatch.setattr(metrics, "SCRAPE_S", 0.01)
+    answers: list[bytes] = []
+
+    def scrape(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as asking:
+            asking.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            answers.append(asking.recv(100))
+
+    with serving_metrics("0", served.daemon.streams) as where:
+        scraping = threading.Thread(target=scrape, args=(int(where.removesuffix("/metrics").rpartition(":")[2]),))
+        scraping.start()
+        scraping.join()  # the loop does nothing else meanwhile
+    assert answers[0].startswith(b"HTTP/1.0 503")
+    assert "a scrape was not answered: busy for 0.01 s" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_connection_that_asks_for_nothing_is_closed(
+    served: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each has a thread, which is not left to it."""
+    monkeypatch.setattr(metrics._Handler, "timeout", 0.01)
+    with serving_metrics("0", served.daemon.streams) as where:
+        reader, writer = await asyncio.open_connection("127.0.0.1", where.removesuffix("/metrics").rpartition(":")[2])
+        assert await reader.read() == b""
+        writer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_place_may_be_an_address_of_ipv6() -> None:
+    """In brackets, as everywhere."""
+    assert metrics._parse("[::1]:9100") == ("::1", 9100, None)
 
 
 async def test_nothing_is_served_unless_asked_for(served: Any) -> None:
