@@ -35,7 +35,7 @@ def run(daemon: Daemon, body: str) -> None:
     """Run a script after PRELUDE; its assertions are the test's."""
     script = PRELUDE + "".join(f"    {line}\n" for line in body.strip().splitlines())
     done = subprocess.run(
-        [sys.executable, "-c", script, daemon.target], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, daemon.target], capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 

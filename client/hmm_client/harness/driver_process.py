@@ -75,7 +75,7 @@ class DriverProcess:
         """What it has printed so far."""
         return self._text if self._text is not None else self.output.read_text(errors="replace")
 
-    def wait_for_line(self, line: str, within_s: float = 30.0) -> None:
+    def wait_for_line(self, line: str, within_s: float = 60.0) -> None:
         """Wait until it has printed a line.
 
         Raises:
@@ -102,7 +102,7 @@ class DriverProcess:
         """SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
-    def wait(self, within_s: float = 30.0) -> int:
+    def wait(self, within_s: float = 60.0) -> int:
         """Wait for its end.  Returns: its exit code, negative for a signal.
 
         Raises:
