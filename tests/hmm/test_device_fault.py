@@ -30,7 +30,7 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.mirror import MirrorState
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
@@ -65,8 +65,10 @@ class Recorder:
 class Bench:
     """One process, one device, one mirror with a recording driver."""
 
-    def __init__(self, *, dma: bool = False, frames: int = 2048, update_on_fault: bool = True) -> None:
-        self.local = Local(Machine(Limits(frames=frames, device_frames=0)))
+    def __init__(
+        self, *, dma: bool = False, frames: int = 2048, update_on_fault: bool = True, hugetlb_pages: int = 0
+    ) -> None:
+        self.local = Local(Machine(Limits(frames=frames, device_frames=0, hugetlb_pages=hugetlb_pages)))
         self.call = self.local.call
         self.machine = self.local.machine
         self.pid = self.call(processes.create_process, "p")
@@ -182,6 +184,24 @@ def test_fault_is_efault_when_the_vma_maps_a_device(bench: Bench, flags: VmFlag)
     file = bench.call(files.open_device_file, "/dev/thing", flags)
     bench.map(span(32, 2), file=file, flags=MapFlag.SHARED | MapFlag.FIXED)
     assert bench.error(span(32)).errno == errno.EFAULT
+
+
+def test_fault_mirrors_hugetlb_memory_by_pages() -> None:
+    """As v12 does, whether a huge page is there or not: its test for "none" was inverted."""
+    bench = Bench(hugetlb_pages=2)
+    huge = AddressRange(PMD_SIZE, 3 * PMD_SIZE)
+    bench.map(huge, flags=FIXED | MapFlag.HUGETLB)
+    bench.call(processes.write_memory, bench.pid, huge.start, b"there")
+    for start in (huge.start, huge.start + PMD_SIZE):
+        (part,) = bench.fault(AddressRange(start, start + 4 * PAGE_SIZE), write=True).parts
+        assert part.error is None
+    first = bench.entries(AddressRange(huge.start, huge.start + 4 * PAGE_SIZE))
+    pfn = pte.pte_pfn(first[0])
+    assert first == [pte.pte_from_pfn(pfn + number) | pte.WRITE for number in range(4)]
+    assert bench.call(devices.device_read, bench.id, [(huge.start, 5)]) == b"there"
+    bench.call(processes.munmap, bench.pid, huge.start, huge.size_bytes)
+    assert not bench.mirror.table.count
+    bench.machine.check()
 
 
 def test_fault_beyond_the_end_of_a_file_is_efault_and_keeps_what_came_before(bench: Bench) -> None:

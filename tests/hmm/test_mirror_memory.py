@@ -40,7 +40,7 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy, MirrorState
 from hmm.operation_record import Caller
 from hmm.testing_memory import CarriedMemory
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -92,9 +92,16 @@ class Bench:
     """A process with a window of private pages, mirrored by devices with memory."""
 
     def __init__(
-        self, *, copies: bool = True, frames: int = 400, memory_pages: int = 32, cards: int = 1, evicts: bool = False
+        self,
+        *,
+        copies: bool = True,
+        frames: int = 400,
+        memory_pages: int = 32,
+        cards: int = 1,
+        evicts: bool = False,
+        hugetlb_pages: int = 0,
     ) -> None:
-        self.local = Local(Machine(Limits(frames=frames, device_frames=1024)))
+        self.local = Local(Machine(Limits(frames=frames, device_frames=1024, hugetlb_pages=hugetlb_pages)))
         self.machine = self.local.machine
         self.memory = CarriedMemory(self.machine)
         self.call = self.local.call
@@ -356,6 +363,16 @@ def test_migrate_fails_when_memory_is_not_private_and_anonymous(carried: Bench) 
     for at, kind in ((20, InvalidRequestError), (21, InvalidRequestError), (22, AccessDeniedError)):
         with pytest.raises(kind):
             carried.migrate(at)
+
+
+def test_migrate_fails_when_memory_is_hugetlb() -> None:
+    """v12 mirrors it and never moves it: EINVAL, and its driver hears nothing."""
+    bench = Bench(frames=1024, hugetlb_pages=1)
+    bench.call(processes.mmap, bench.pid, 8 * PMD_SIZE, PMD_SIZE, RW, FIXED | MapFlag.HUGETLB)
+    bench.call(processes.write_memory, bench.pid, 8 * PMD_SIZE, b"there")
+    with pytest.raises(InvalidRequestError):
+        bench.call(devices.migrate, bench.mirrors[0], AddressRange(8 * PMD_SIZE, 8 * PMD_SIZE + PAGE_SIZE))
+    assert bench.drivers[0].heard() == []
 
 
 def test_migrate_ends_at_the_end_of_the_mapping(bench: Bench) -> None:

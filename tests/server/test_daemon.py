@@ -299,3 +299,32 @@ async def test_reflection_lists_the_services(served: Any) -> None:
     names = [service.name for service in (await call.read()).list_services_response.service]
     await call.done_writing()
     assert {"hmm.v1.ProcessService", "hmm.v1.SessionService", "grpc.health.v1.Health"} <= set(names)
+
+
+async def test_reflection_is_not_there_when_it_is_switched_off(serve: Any) -> None:
+    """UNIMPLEMENTED, as of every service that a server does not have."""
+    from grpc_reflection.v1alpha import reflection_pb2_grpc  # noqa: PLC0415
+
+    served = await serve(reflection=False)
+    call = reflection_pb2_grpc.ServerReflectionStub(served.channel).ServerReflectionInfo()
+    assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_message_is_refused_when_it_is_larger_than_the_setting_allows(serve: Any) -> None:
+    """RESOURCE_EXHAUSTED before anything is done; the connection goes on."""
+    served = await serve(message_bytes=1 << 16, part_bytes=4096)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, BASE + (1 << 20))
+    large = process_pb2.WriteMemoryRequest(process_id=pid, address=BASE, data=bytes(1 << 17))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.process.WriteMemory(large)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    written = await served.process.WriteMemory(
+        process_pb2.WriteMemoryRequest(process_id=pid, address=BASE, data=b"small")
+    )
+    assert written.result.errno == 0
+
+
+async def test_tcp_is_not_served_unless_it_is_asked_for(served: Any) -> None:
+    """One target, the socket's."""
+    assert [target.partition(":")[0] for target in served.daemon.targets] == ["unix"]
