@@ -15,7 +15,9 @@ The entry of a page in the device's memory goes only with the page.
 
 Differs: an error on an event of a range kills the mirror as in the posted code, but its table is emptied with
 dirty propagated; the posted code dropped the recorded dirty bits of device entries.  Discarding a range leaves the
-entries of pages in the device's memory, which in the posted code were lost with them.
+entries of pages in the device's memory, which in the posted code were lost with them.  References are numbers: a mirror
+is found by its own until its driver has unregistered it, or its lease has ended, and every call looks it up anew; where
+hmm_mirror_ref() fails there is no such mirror (ENODEV), and nothing is left for ops->free() to do.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ its recorded last layout; children are processes of their own, whose layout is n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hmm.errors import HmmError, errno_name
+from hmm.errors import HmmError, NoSuchObjectError, errno_name
 from hmm.units import AddressRange, page_up
 from hmm.unmapped_area import MapFlag
 from hmm_client.client import Client
@@ -158,6 +159,7 @@ class _Run:
         self._client = client
         self._devices = devices
         self._files: dict[str, File] = {}
+        self._made: list[str] = []
         self.processes: dict[ProcessIndex, Process] = {}
         self.threads: dict[int, tuple[ProcessIndex, Process]] = {}
         self._found = False
@@ -189,10 +191,18 @@ class _Run:
             await self._exit(index)
         for file in self._files.values():
             await file.close()
+        for name in self._made:
+            with suppress(NoSuchObjectError):  # another replay of the same files may have ended before
+                await self._client.unlink_file(name)
         return self.done
 
     async def _open(self, name: str, size_bytes: int) -> None:
-        file = self._files[name] = await self._client.open_file(name, create=True)
+        try:
+            file = await self._client.open_file(name)
+        except NoSuchObjectError:
+            file = await self._client.open_file(name, create=True)
+            self._made.append(name)
+        self._files[name] = file
         if (await file.status()).size_bytes < size_bytes:
             await file.truncate(size_bytes)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hmm import pte
+from hmm.errors import NoSuchObjectError
 from hmm.units import AddressRange
 from hmm_client import Process
 from hmm_client.recordings import Recording, RecordingError, demo_folder
@@ -98,6 +99,19 @@ async def test_replay_counts_what_it_did_when_it_ends(daemon: Daemon) -> None:
     assert sum(steps) == len(recording.plan.steps)
     assert (len(devices.attached), devices.settled) == (1, 1)
     assert {AddressRange(area.start, area.end) for area in recording.initial} <= set(devices.followed)
+
+
+async def test_replay_leaves_the_files_that_there_were_when_it_ends(daemon: Daemon) -> None:
+    """A program's files are made for it, and go with it; of one that somebody has already it takes the bytes there."""
+    recording, client = Recording.load(TRUE), daemon.connect()
+    theirs, *others = recording.file_sizes()
+    kept = await client.open_file(theirs, create=True)
+    await replay(recording, client, NoDevices())
+    assert (await (await client.open_file(theirs)).status()).size_bytes == (await kept.status()).size_bytes > 0
+    assert others
+    for name in others:
+        with pytest.raises(NoSuchObjectError):
+            await client.open_file(name)
 
 
 async def test_replay_makes_processes_of_children_when_a_program_forks(daemon: Daemon) -> None:
