@@ -273,10 +273,10 @@ def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Ope
         flags = (piece.flags & ~removed) | added
         if flags == piece.flags:
             continue
-        yield from cut(space, (piece,))
         try:
             if advice is Advice.UNMERGEABLE:
                 yield from unmerge(space, piece)
+            yield from cut(space, (piece,))
             modify_flags(space, piece, flags)
         except OutOfFramesError as error:
             raise RangeBusyError(f"madvise: {error.message}", errnos.EAGAIN, address=piece.start) from error

@@ -73,5 +73,6 @@ def _resident(space: AddressSpace, piece: Vma) -> npt.NDArray[np.bool_]:
         shift = piece.mapping.delta << PAGE_SHIFT
         first, stop = piece.start + shift, min(piece.end + shift, FILE_SIZE_MAX)
         if first < stop:
-            found[: (stop - first) >> PAGE_SHIFT] |= cpu_pte.is_present(piece.backing.pages.read(first, stop))
+            unmapped = entries[: (stop - first) >> PAGE_SHIFT] == 0  # the file is not asked for private pages in swap
+            found[: unmapped.size] |= unmapped & cpu_pte.is_present(piece.backing.pages.read(first, stop))
     return found

@@ -9,7 +9,7 @@ against what is mapped; what was there before is unmapped, the VMA is made, and 
 
 **Absent**: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
 
-Differs: MAP_DROPPABLE is not known.
+Differs: MAP_DROPPABLE is refused as where there is no VM_DROPPABLE.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ _VM_FLAGS = (
 _MAY, _ACCOUNT, _WRITE = int(MAY_FLAGS), int(VmFlag.ACCOUNT), int(VmFlag.WRITE)
 _ACCOUNTING = int(VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB)
 _PRIVATE, _SHARED = int(MapFlag.PRIVATE), int(MapFlag.SHARED)
+_DROPPABLE = 0x8
 _SHARED_VALIDATE = int(MapFlag.SHARED_VALIDATE)
 _VM_SHARED = int(VmFlag.SHARED | VmFlag.MAYSHARE)
 _HEAP_FLAGS = VmFlag.READ | VmFlag.WRITE | MAY_FLAGS | VmFlag.ACCOUNT
@@ -95,7 +96,7 @@ def mmap(
     Raises:
         InvalidRequestError: no length, an offset or a fixed address within a page, neither shared nor private, a
             stack that is shared or of a file (EINVAL); the file's offsets end before (EOVERFLOW); a flag that
-            MAP_SHARED_VALIDATE does not know (EOPNOTSUPP).
+            MAP_SHARED_VALIDATE does not know, or MAP_DROPPABLE (EOPNOTSUPP).
         NoSuchObjectError: no file without MAP_ANONYMOUS (EBADF).
         OutOfFramesError: no room, too many VMAs, RLIMIT_AS; or too few huge pages are free, and then what MAP_FIXED
             found there is gone already (ENOMEM).
@@ -173,7 +174,8 @@ def _anonymous_flags(flags: MapFlag) -> int:
         return 0
     if kind == _SHARED and not flags.has(MapFlag.GROWSDOWN):
         return _VM_SHARED
-    raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}")
+    number = errnos.EOPNOTSUPP if kind == _DROPPABLE else errnos.EINVAL
+    raise InvalidRequestError(f"mmap: no anonymous memory is of the kind {flags!r}", number)
 
 
 def _file_flags(flags: MapFlag, file: File, offset: int, length: int) -> int:

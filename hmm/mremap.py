@@ -16,8 +16,7 @@ move_soft_dirty_pte(), move_normal_pmd()), mm/ksm.c (ksm_madvise()), mm/vma.c (c
 
 **Absent**: RLIMIT_MEMLOCK (EAGAIN), moves of several VMAs at once (6.17).
 
-Differs: the event of a move is never widened to a 2 MiB boundary, and both events are sent before the first entry
-moves.
+Differs: both events are sent before the first entry moves.
 """
 
 from __future__ import annotations
@@ -225,7 +224,7 @@ def _grow(space: AddressSpace, turn: Turn, request: _Remap) -> Operation[Address
         if growth.end <= TASK_SIZE and not space.vmas.overlapping(growth):
             if vma.mapping.special:
                 raise OutOfFramesError(f"{request}: {vma} never merges, not even with its continuation")
-            space.vmas.assign(growth, vma.mapping)
+            space.vmas.assign(growth, vma.mapping, moved=True)
             return request.start
     if not request.flags & MremapFlag.MAYMOVE:
         raise OutOfFramesError(f"{request}: no room to grow in place", address=vma.end)
@@ -247,10 +246,13 @@ def _move_vma(space: AddressSpace, turn: Turn, vma: Vma, request: _Remap, map_fl
     if old and vma.has(VmFlag.MERGEABLE):  # lest merged pages turn up elsewhere; the flag stays
         yield from unmerge(space, vma.clip(old.start, old.end))
     if request.dontunmap and vma.has(LOCKED_FLAGS):
+        yield from cut(space, (vma.clip(old.start, old.end),))
+        vma = _require_vma(space, request)  # a touch beside the part may have given it an anon_vma
         space.vmas.assign(old, vma.mapping, merge=False)  # what stays locked is a VMA of its own
         vma = vma.clip(old.start, old.end)
     with space.restoring(new):
-        space.vmas.assign(new, _copied(vma, start - request.start), apart_from=vma if request.dontunmap else None)
+        apart = vma if request.dontunmap else None
+        space.vmas.assign(new, _copied(vma, start - request.start), apart_from=apart, moved=True)
         if old:
             yield from _tell_and_move(space, old, new, dontunmap=request.dontunmap)
     _forget_userfaultfd(space, new)
@@ -271,11 +273,12 @@ def _copied(vma: Vma, shift: int) -> Mapping:
 
 
 def _tell_and_move(space: AddressSpace, old: AddressRange, new: AddressRange, *, dontunmap: bool) -> Operation[None]:
-    notifier = space.notifier
     vma = space.vmas.find(old.start)
     assert vma is not None
-    cause = Cause.MREMAP_MOVE_HUGETLB if vma.has(VmFlag.HUGETLB) else Cause.MREMAP_MOVE
-    with notifier.invalidation((told_span(space, vma.clip(old.start, old.end)),), cause) as move:
+    huge = vma.has(VmFlag.HUGETLB)
+    told = told_span(space, vma.clip(old.start, old.end)) if huge else _from_where_it_begins(space, old, new)
+    notifier, cause = space.notifier, Cause.MREMAP_MOVE_HUGETLB if huge else Cause.MREMAP_MOVE
+    with notifier.invalidation((told,), cause) as move:
         yield from move.deliver()
         yield from split_pmds(
             space, [block for block in huge_blocks(space, old) if not _moves_whole(space, block, old, new)]
@@ -291,6 +294,11 @@ def _tell_and_move(space: AddressSpace, old: AddressRange, new: AddressRange, *,
             space.vmas.erase(old)
             space.free_tables(old)
     release_files(gone)
+
+
+def _from_where_it_begins(space: AddressSpace, old: AddressRange, new: AddressRange) -> AddressRange:
+    """What move_page_tables() tells of."""
+    return AddressRange(_realigned(space, old, new.start - old.start), old.end)
 
 
 def _moves_whole(space: AddressSpace, block: AddressRange, old: AddressRange, new: AddressRange) -> bool:

@@ -23,7 +23,7 @@ from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import DIRTIED, READ_ONLY, Strangers
-from hmm.file import File
+from hmm.file import FILE_SIZE_MAX, File
 from hmm.frames import Frames, PageFlag
 from hmm.operation import Operation
 from hmm.swap import area_of, free_entries, read_in, slots_of, some_room
@@ -110,20 +110,23 @@ RESOLVERS[cpu_pte.SWAP] = _swap_in
 def read_ahead(space: AddressSpace, span: AddressRange) -> Operation[None]:
     """Bring what is in swap of a range into memory, and map none of it, as far as there is room: MADV_WILLNEED.
 
+    Of a mapping of a file these are the file's pages; private copies stay where they are.
+
     Args:
         span: page-aligned, a part of one VMA.
 
-    Cost: O(entries), vectorised, and the copying.
+    Cost: O(entries), vectorised, and the copying.  Source: Linux mm/madvise.c, madvise_willneed().
     """
     vma = space.vmas.find(span.start)
     if space.frames.swap is None or vma is None:
+        return
+    if isinstance(vma.backing, File):
+        yield from _read_file_ahead(space, vma.clip(span.start, span.end), vma.backing)
         return
     for addresses, entries in space.table.chunks(span.start, min(span.end, vma.end), PIECE_PAGES):
         swapped = addresses[cpu_pte.is_swap(entries)]
         if swapped.size:
             yield from _read_ahead(space, swapped)
-    if isinstance(vma.backing, File):
-        yield from _read_file_ahead(space, vma.clip(span.start, span.end), vma.backing)
 
 
 def _read_ahead(space: AddressSpace, addresses: Entries) -> Operation[None]:
@@ -138,7 +141,8 @@ def _read_ahead(space: AddressSpace, addresses: Entries) -> Operation[None]:
 
 def _read_file_ahead(space: AddressSpace, piece: Vma, file: File) -> Operation[None]:
     frames, shift = space.frames, piece.mapping.delta << PAGE_SHIFT
-    for offsets, entries in file.pages.chunks(piece.start + shift, piece.end + shift, PIECE_PAGES):
+    start, end = piece.start + shift, min(piece.end + shift, FILE_SIZE_MAX)
+    for offsets, entries in file.pages.chunks(start, end, PIECE_PAGES) if start < end else ():
         swapped = offsets[cpu_pte.is_swap(entries)]
         if frames.available < swapped.size:
             yield from some_room(frames, swapped.size)

@@ -2,8 +2,8 @@
 
 The free space below `mmap_base` is filled from the top; when it is full, the space above a third of the address
 space is searched from the bottom.  A hint is taken when it is free.  Mappings that could hold huge pages begin
-where the huge pages of their object do: private anonymous memory of whole 2 MiB and no hint, and regular files of
-which at least one aligned 2 MiB is mapped.
+where the huge pages of their object do: private anonymous memory and devices of whole 2 MiB and no hint, and regular
+files of which at least one aligned 2 MiB is mapped.
 
 **Source**: Linux mm/mmap.c (__get_unmapped_area(), round_hint_to_min()), arch/x86/kernel/sys_x86_64.c
 (arch_get_unmapped_area_topdown()), arch/x86/mm/hugetlbpage.c, mm/huge_memory.c (__thp_get_unmapped_area()), mm/shmem.c
@@ -138,9 +138,10 @@ def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag
 
 
 def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | None) -> bool:
-    if file is None:
-        return not flags.has(MapFlag.SHARED) and not hint and length % PMD_SIZE == 0
-    return file.kind is FileKind.FILE
+    if file is not None and file.kind is not FileKind.DEVICE:
+        return file.kind is FileKind.FILE
+    # A driver's file has no get_unmapped_area() of its own; shared anonymous memory has shmem's.
+    return not hint and length % PMD_SIZE == 0 and (file is not None or not flags.has(MapFlag.SHARED))
 
 
 def _aligned_area(space: AddressSpace, length: int, hint: Address, flags: MapFlag, offset: int) -> Address:

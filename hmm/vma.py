@@ -341,14 +341,17 @@ def mergeable(existing: Mapping, added: Mapping) -> bool:
     )
 
 
-def merged(a: Mapping, b: Mapping) -> Mapping:
-    """The mapping of the VMA that two mergeable neighbours become."""
+def merged(a: Mapping, b: Mapping, flags: VmFlag) -> Mapping:
+    """The mapping of the VMA that two mergeable neighbours become.
+
+    Args:
+        flags: those of one of them, for VM_SOFTDIRTY.
+    """
     if a is b:
         return a
     if b.anon_vma and not a.anon_vma:
         a = a.with_anon_vma(b.anon_vma, cloned=b.cloned)
-    flags = a.flags._value_ | b.flags._value_
-    return a if flags == a.flags._value_ else a.with_flags(VmFlag(flags))
+    return a if flags._value_ == a.flags._value_ else a.with_flags(flags)
 
 
 def merges_upwards(grown: Mapping, added: Mapping, above: Mapping) -> bool:

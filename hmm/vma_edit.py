@@ -72,9 +72,11 @@ def modify(space: AddressSpace, piece: Vma, mapping: Mapping) -> None:
     if len(vmas) <= max(before, space.limits.vmas):
         return
     # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
-    at = piece.start if len(vmas) - before == 2 and before < space.limits.vmas else whole.start
-    parts = [(start, end, whole.mapping) for start, end in ((whole.start, at), (at, whole.end)) if start < end]
-    vmas.replace(whole.span, parts, merge=False)
+    at, end = piece.start, whole.end
+    if len(vmas) - before == 2 and before < space.limits.vmas:
+        vmas.replace(whole.span, [(whole.start, at, whole.mapping), (at, end, whole.mapping)], merge=False)
+    else:
+        vmas.rejoin(whole)
     raise OutOfFramesError(f"{piece} cannot be cut out of {whole}: the space has {before} VMAs already")
 
 

@@ -113,10 +113,16 @@ class VmaMap(IntervalMap[Vma]):
         return AddressRange(at, above.start if above else max(span.end, self._limit))
 
     def assign(
-        self, span: AddressRange, mapping: Mapping, *, merge: bool = True, apart_from: Vma | None = None
+        self,
+        span: AddressRange,
+        mapping: Mapping,
+        *,
+        merge: bool = True,
+        apart_from: Vma | None = None,
+        moved: bool = False,
     ) -> None:
         """Map `span` anew, whatever was there; see `replace`."""
-        self.replace(span, ((span.start, span.end, mapping),), merge=merge, apart_from=apart_from)
+        self.replace(span, ((span.start, span.end, mapping),), merge=merge, apart_from=apart_from, moved=moved)
 
     def erase(self, span: AddressRange) -> None:
         """Unmap `span`; VMAs that reach out of it keep their outer parts."""
@@ -129,6 +135,7 @@ class VmaMap(IntervalMap[Vma]):
         *,
         merge: bool = True,
         apart_from: Vma | None = None,
+        moved: bool = False,
     ) -> None:
         """Make `vmas`, ascending and inside `span`, all that is mapped there.
 
@@ -143,6 +150,8 @@ class VmaMap(IntervalMap[Vma]):
             span: page-aligned, not empty.
             merge: False to keep the given cuts, so that `span` begins and ends a VMA.
             apart_from: the one neighbour that is not merged with.
+            moved: what merges has the VM_SOFTDIRTY of the neighbour that takes it in, as copy_vma() and
+                vma_merge_extend() set no flags; else its own, as mmap_region() and mprotect_fixup() set them.
 
         Cost: O(log n) plus the VMAs replaced.
         Source: Linux mm/vma.c, vma_merge_new_range(), vma_merge_existing_range().
@@ -164,7 +173,7 @@ class VmaMap(IntervalMap[Vma]):
             high, outer = start, 1
         for piece_start, piece_end, added in vmas:
             if grown and joins_below and high == piece_start and mergeable(grown, added):
-                grown, same = merged(grown, added), None
+                grown, same = merged(grown, added, (grown if moved else added).flags), None
             else:
                 if grown:
                     result.append(same or new_vma((low, high, grown, serial, serial)))
@@ -177,7 +186,7 @@ class VmaMap(IntervalMap[Vma]):
         if touched and touched[-1][1] > end:
             edge, high_end, above, _, _ = touched[-1]
             if grown and added and joins_above and high == end and merges_upwards(grown, added, above):
-                grown, same = merged(grown, above), None
+                grown, same = merged(grown, above, (above if moved and low == start else grown).flags), None
             else:
                 if grown:
                     result.append(same or new_vma((low, high, grown, serial, serial)))
@@ -186,6 +195,14 @@ class VmaMap(IntervalMap[Vma]):
         if grown:
             result.append(same or new_vma((low, high, grown, serial, serial)))
         self._splice(slot, result)
+
+    def rejoin(self, whole: Vma) -> None:
+        """Put back a VMA that was cut in pieces, with its place in the reverse map."""
+        slot = self._touching(whole.start, whole.end)
+        touched = self._items(slot)
+        below = [vma for vma in touched if vma.end <= whole.start]
+        above = [vma for vma in touched if vma.start >= whole.end]
+        self._splice(slot, [*below, whole, *above])
 
     def inherit(self, vmas: Sequence[Vma]) -> None:
         """Make a parent's VMAs, ascending, all that is mapped here: dup_mmap().

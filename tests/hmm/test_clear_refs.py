@@ -20,7 +20,7 @@ from hmm.madvise import Advice
 from hmm.mremap import MremapFlag
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 
 def written(world: World, npages: int, first: int = 0, pid: int = 0) -> str:
@@ -60,6 +60,61 @@ def test_new_mappings_count_as_written() -> None:
     world.do(processes.mmap, world.pid, span(4).start, 2 * PAGE_SIZE, RW, FIXED)
     assert "w" in written(world, 16)
     assert written(world, 2, first=4) == "ww"
+
+
+def soft_dirty(world: World, npages: int) -> list[tuple[int, int, bool]]:
+    """The VMAs of the window in pages, and whether they have VM_SOFTDIRTY ("sd" in VmFlags of smaps)."""
+    vmas = world.machine.processes[world.pid].space.vmas.overlapping(span(0, npages))
+    return [
+        ((vma.start - START) // PAGE_SIZE, (vma.end - START) // PAGE_SIZE, vma.has(VmFlag.SOFTDIRTY)) for vma in vmas
+    ]
+
+
+def sparse_world(*places: int) -> World:
+    """Two clean pages at 0, and two that were mapped since at each of the given places."""
+    world = World()
+    world.do(processes.munmap, world.pid, START, 16 * PAGE_SIZE)
+    world.do(processes.mmap, world.pid, START, 2 * PAGE_SIZE, RW, FIXED)
+    forget(world)
+    for place in places:
+        world.do(processes.mmap, world.pid, span(place).start, 2 * PAGE_SIZE, RW, FIXED)
+    return world
+
+
+def test_mprotect_gives_what_it_merges_with_the_flags_of_the_changed_part() -> None:
+    """mprotect_fixup() resets the flags of the merged VMA to those of the part, VM_SOFTDIRTY with them."""
+    world = sparse_world()
+    world.do(processes.mmap, world.pid, span(2).start, 2 * PAGE_SIZE, Prot.READ, FIXED)
+    assert soft_dirty(world, 4) == [(0, 2, False), (2, 4, True)]
+    world.do(processes.mprotect, world.pid, START, 2 * PAGE_SIZE, Prot.READ)
+    assert soft_dirty(world, 4) == [(0, 4, False)]
+    world.machine.check()
+
+
+def test_mprotect_makes_a_neighbour_soft_dirty_when_the_changed_part_is() -> None:
+    """The same the other way round: madvise_update_vma(), mlock_fixup() and mprotect_fixup() are alike."""
+    world = sparse_world()
+    world.do(processes.mmap, world.pid, span(2).start, 2 * PAGE_SIZE, Prot.READ, FIXED)
+    world.do(processes.mprotect, world.pid, span(2).start, 2 * PAGE_SIZE, RW)
+    assert soft_dirty(world, 4) == [(0, 4, True)]
+
+
+def test_mremap_leaves_the_flags_of_the_vma_that_takes_in_what_moved() -> None:
+    """copy_vma() merges by vma_merge_new_range(), which sets no flags: what moved is not soft-dirty any more."""
+    world = sparse_world(4)
+    move = MremapFlag.MAYMOVE | MremapFlag.FIXED
+    world.do(processes.mremap, world.pid, span(4).start, 2 * PAGE_SIZE, 2 * PAGE_SIZE, move, span(2).start)
+    assert soft_dirty(world, 6) == [(0, 4, False)]
+    upwards = sparse_world(6)
+    upwards.do(processes.mremap, upwards.pid, START, 2 * PAGE_SIZE, 2 * PAGE_SIZE, move, span(4).start)
+    assert soft_dirty(upwards, 8) == [(4, 8, True)]
+
+
+def test_mremap_that_grows_a_vma_up_to_the_next_one_leaves_its_flags() -> None:
+    """vma_merge_extend() sets no flags either: the VMA above has those of the one that grew."""
+    world = sparse_world(4)
+    world.do(processes.mremap, world.pid, START, 2 * PAGE_SIZE, 4 * PAGE_SIZE, 0)
+    assert soft_dirty(world, 6) == [(0, 6, False)]
 
 
 def test_mirrors_of_both_kinds_hear_of_the_whole_space() -> None:

@@ -210,6 +210,7 @@ def test_mmap_waits_when_another_call_has_its_turn(world: Any, space: AddressSpa
         ((BASE, PAGE_SIZE, RW, MapFlag.PRIVATE), NoSuchObjectError, errno.EBADF),
         ((BASE, PAGE_SIZE, RW, MapFlag.ANONYMOUS), InvalidRequestError, errno.EINVAL),
         ((BASE, PAGE_SIZE, RW, MapFlag.ANONYMOUS | MapFlag.SHARED_VALIDATE), InvalidRequestError, errno.EINVAL),
+        ((BASE, PAGE_SIZE, RW, MapFlag.ANONYMOUS | MapFlag(8)), InvalidRequestError, errno.EOPNOTSUPP),  # DROPPABLE
         ((BASE, PAGE_SIZE, RW, SHARED_ANON | MapFlag.GROWSDOWN), InvalidRequestError, errno.EINVAL),
         ((BASE, PAGE_SIZE, RW, ANON | MapFlag.HUGETLB), OutOfFramesError, errno.ENOMEM),
         ((BASE + 1, PAGE_SIZE, RW, ANON | MapFlag.FIXED), InvalidRequestError, errno.EINVAL),

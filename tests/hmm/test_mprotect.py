@@ -148,6 +148,19 @@ def test_mprotect_stops_when_there_are_too_many_vmas(world: Any) -> None:
     assert layout(space) == "0-2:r--p 2-4:rw-p 8-9:r--p"
 
 
+def test_mprotect_leaves_a_vma_where_the_reverse_map_has_it_when_it_may_not_be_cut(world: Any) -> None:
+    """split_vma() looks at sysctl_max_map_count before anything is taken out of a tree: vma_prepare() comes later."""
+    space = world.space(vmas=3)
+    for page in (0, 5, 10):
+        world.map(space, 4, at=page)
+    before = [(vma.inserted, vma.chained) for vma in space.vmas]
+    for first, last in ((5, 7), (6, 8), (7, 9)):
+        with pytest.raises(OutOfFramesError):
+            protect(world, space, first, last, Prot.READ)
+    assert [(vma.inserted, vma.chained) for vma in space.vmas] == before
+    assert layout(space) == "0-4:rw-p 5-9:rw-p 10-14:rw-p"
+
+
 @pytest.mark.parametrize(
     ("start", "length", "prot", "kind", "number"),
     [

@@ -233,6 +233,25 @@ def test_mremap_moves_into_its_continuation_when_nothing_was_touched(world: Any,
     assert layout(space) == "2-6:rw-p"
 
 
+def test_mremap_tells_from_the_start_of_the_block_when_it_moves_from_there(world: Any, space: AddressSpace) -> None:
+    """try_realign_addr() moves both ends down where nothing lies below them; the range that is told begins there."""
+    block = PMD_SIZE // PAGE_SIZE
+    first = -BASE // PAGE_SIZE % block + 10  # ten pages into a block
+    npages, to = block + 100, first + 4 * block
+    world.map(space, npages, at=first)
+    listener = world.listen(space)
+    remap(world, space, (first, first + npages), npages, FIXED, to)
+    world.map(space, 1, at=to - 5)
+    remap(world, space, (to, to + npages), npages, FIXED, first)
+    move, removal = (Cause.MREMAP_MOVE, Cause.MUNMAP)
+    assert [(event.cause, event.spans) for event in listener.events] == [
+        (move, (pages(first - 10, first + npages),)),
+        (removal, (pages(first, first + npages),)),
+        (move, (pages(to, to + npages),)),
+        (removal, (pages(to, to + npages),)),
+    ]
+
+
 # ---- MREMAP_DONTUNMAP
 
 

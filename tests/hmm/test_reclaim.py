@@ -19,6 +19,7 @@ from hmm.address_space import Thp
 from hmm.clear_refs import ClearRefs
 from hmm.errors import HmmError, OutOfFramesError
 from hmm.events import EventType, Reason
+from hmm.file import FILE_SIZE_MAX
 from hmm.frames import PageFlag
 from hmm.interval_notifier import IntervalMirror
 from hmm.limits import Limits
@@ -526,6 +527,34 @@ def test_mincore_and_willneed_agree_about_the_swap_cache() -> None:
     assert all(memory.swapped(span(0, 4)))
     memory.write(span(8, 32))
     assert memory.read(span(0, 4)) == [2] * 4
+
+
+def test_mincore_and_willneed_ask_the_file_for_no_private_copy_in_swap() -> None:
+    """mincore_pte_range() asks the swap cache alone; madvise_willneed() of a file brings in the file's own pages."""
+    memory = Memory()
+    file = memory.call(files.open_file, "f", create=True)
+    memory.call(files.write_file, file, 0, bytes(4 * PAGE_SIZE))
+    private = MapFlag.PRIVATE | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(100).start, 4 * PAGE_SIZE, RW, private, file)
+    memory.write(span(100, 2), 5)
+    memory.advise(span(100, 2), Advice.PAGEOUT)
+    for advice in (None, Advice.WILLNEED):
+        if advice is not None:
+            memory.advise(span(100, 4), advice)
+        found = memory.call(processes.mincore, memory.pid, span(100).start, 4 * PAGE_SIZE)
+        assert found.tolist() == [0, 0, 1, 1]
+    assert memory.read(span(100, 4)) == [5, 5, 0, 0]
+
+
+def test_willneed_passes_over_what_lies_behind_the_end_of_any_file() -> None:
+    """shmem_swapin_range() finds nothing in the page cache there."""
+    memory = Memory()
+    file = memory.call(files.open_file, "f", create=True)
+    private = MapFlag.PRIVATE | MapFlag.FIXED
+    offset = FILE_SIZE_MAX - PAGE_SIZE
+    memory.call(processes.mmap, memory.pid, span(100).start, 4 * PAGE_SIZE, RW, private, file, offset)
+    memory.advise(span(100, 4), Advice.WILLNEED)
+    memory.advise(span(102, 2), Advice.WILLNEED)
 
 
 def test_cold_pages_go_first() -> None:

@@ -154,6 +154,17 @@ def test_place_rounds_the_hint_down_when_hugetlb_memory_is_mapped(
     assert raised.value.errno == errno.EPERM
 
 
+def test_place_aligns_to_huge_pages_when_the_file_is_a_device(world: Any, space: AddressSpace) -> None:
+    """__get_unmapped_area() (6.12): a file without get_unmapped_area() is as private anonymous memory, shared or not."""
+    device = world.file(0, FileKind.DEVICE)
+    for flags in (MapFlag.SHARED, MapFlag.PRIVATE):
+        assert place(space, 2 * PMD_SIZE, 0, flags, device) % PMD_SIZE == 0
+        assert place(space, 2 * PMD_SIZE, 0, flags, device, 3 * PAGE_SIZE) % PMD_SIZE == 3 * PAGE_SIZE
+        assert place(space, PMD_SIZE + PAGE_SIZE, 0, flags, device) == MMAP_BASE - PMD_SIZE - PAGE_SIZE
+        hint = (1 << 40) + PAGE_SIZE
+        assert place(space, PMD_SIZE, hint, flags, device) == hint
+
+
 def test_place_does_not_align_when_only_the_plain_length_fits(space: AddressSpace) -> None:
     """The failure may be due to the padding: it is tried once more without."""
     hole = (1 << 40) + PAGE_SIZE

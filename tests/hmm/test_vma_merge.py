@@ -86,13 +86,14 @@ def test_merge_is_refused_when_the_mapping_is_special(flag: VmFlag) -> None:
     assert cuts(vmas) == [(0, 2), (2, 4)]
 
 
-def test_merged_mapping_is_soft_dirty_and_has_the_family_of_either_side() -> None:
-    """The VMA that two become keeps VM_SOFTDIRTY of either and the one anon_vma there is."""
+def test_merged_mapping_has_the_flags_asked_for_and_the_family_of_either_side() -> None:
+    """The VMA that two become has the VM_SOFTDIRTY that the caller says, and the one anon_vma there is."""
     touched = Mapping(RW, None, 0, 7, cloned=True)
     soft = Mapping(RW | VmFlag.SOFTDIRTY)
-    assert merged(soft, touched) == Mapping(RW | VmFlag.SOFTDIRTY, None, 0, 7, cloned=True)
-    assert merged(touched, soft) == Mapping(RW | VmFlag.SOFTDIRTY, None, 0, 7, cloned=True)
-    assert merged(touched, ANON) is touched
+    assert merged(soft, touched, soft.flags) == Mapping(RW | VmFlag.SOFTDIRTY, None, 0, 7, cloned=True)
+    assert merged(touched, soft, soft.flags) == Mapping(RW | VmFlag.SOFTDIRTY, None, 0, 7, cloned=True)
+    assert merged(touched, soft, touched.flags) is touched
+    assert merged(touched, ANON, ANON.flags) is touched
 
 
 def test_assign_joins_both_sides_when_they_fit() -> None:

@@ -68,8 +68,7 @@ class Model:
         for other in others:
             if other.anon_vma and not first.anon_vma:
                 first = replace(first, anon_vma=other.anon_vma, cloned=other.cloned)
-            first = replace(first, flags=first.flags | other.flags)
-        self.vmas.append((joined[0][0], joined[-1][1], first))
+        self.vmas.append((joined[0][0], joined[-1][1], replace(first, flags=mapping.flags)))
         self.vmas.sort(key=lambda vma: vma[0])
 
     @staticmethod
