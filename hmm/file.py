@@ -52,7 +52,7 @@ from hmm.units import (
 )
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["FILE_SIZE_MAX", "File", "FileKind", "locked", "read", "write"]
+__all__ = ["FILE_SIZE_MAX", "File", "FileKind", "locked", "read", "write", "zero"]
 
 T = TypeVar("T")
 
@@ -251,7 +251,7 @@ class File:
 
     def zero(self, start: int, end: int) -> None:
         """Fill [start, end), bytes inside one page, with zeroes; a hole is zero already."""
-        entry = self.pages.get(start) if start < end else 0
+        entry = self.pages.get(start)
         if cpu_pte.is_swap(entry):
             area_of(self.frames).write(cpu_pte.cpu_pfn(entry), start & _OFFSET, bytes(end - start))
         elif entry:
@@ -280,6 +280,18 @@ def locked(file: File, operation_id: int, call: Operation[T]) -> Operation[T]:
         return (yield from call)
     finally:
         file.locked_by = 0
+
+
+def zero(file: File, start: int, end: int) -> Operation[None]:
+    """Fill [start, end), bytes inside one page, with zeroes; a page in swap is brought in, where there is room for it.
+
+    Source: Linux mm/shmem.c, shmem_get_partial_folio().
+    """
+    if start < end:
+        swapped = cpu_pte.is_swap(file.pages.read(page_down(start), page_up(end)))
+        if swapped.any():
+            yield from _swap_in(file, page_down(start), swapped)
+        file.zero(start, end)
 
 
 def read(file: File, start: int, length: int) -> Operation[bytes]:
@@ -345,18 +357,20 @@ def _swap_in(file: File, start: Address, swapped: npt.NDArray[np.bool_]) -> Oper
 def write(file: File, start: int, data: bytes) -> Operation[int]:
     """Write bytes to a file, as pwrite() does: fills holes, and moves the end when it writes behind it.
 
-    Returns: number of bytes written; less than given when frames ran out half way.
+    Returns: number of bytes written; less than given when frames ran out half way, or the file cannot be that long.
 
     Raises:
         InvalidRequestError: a negative offset, or a device file (EINVAL); behind FILE_SIZE_MAX (EFBIG).
         OutOfFramesError: not one page could be written (ENOMEM).
         BadAddressError: the first page is in memory that lost its contents (EIO).
 
-    Cost: that of copying the bytes.  Source: Linux mm/shmem.c, shmem_write_begin(), shmem_write_end().
+    Cost: that of copying the bytes.
+    Source: Linux mm/shmem.c, shmem_write_begin(), shmem_write_end(); fs/read_write.c, generic_write_checks_count().
     """
     _require_bytes(file, "write", start, len(data))
-    if start + len(data) > FILE_SIZE_MAX:
+    if data and start >= FILE_SIZE_MAX:
         raise InvalidRequestError(f"write: {file} cannot grow beyond {FILE_SIZE_MAX:#x} bytes", errnos.EFBIG)
+    data = data[: FILE_SIZE_MAX - start]
     done = 0
     while done < len(data):
         at = start + done

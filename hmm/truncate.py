@@ -26,9 +26,9 @@ import numpy as np
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import InvalidRequestError, TimedOutError, WouldDeadlockError
+from hmm.errors import InvalidRequestError, NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
-from hmm.file import FILE_SIZE_MAX, File, FileKind
+from hmm.file import FILE_SIZE_MAX, File, FileKind, zero
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.hugetlb import told_span
 from hmm.operation import Operation
@@ -41,7 +41,7 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
     """Set the size of a file, which no other call changes meanwhile (`file.locked`).
 
     Pages behind the new end go, with all entries that map them and the private copies made of them; the rest
-    of the last page is zeroed.  A larger size adds a hole.
+    of the last page is zeroed, at the old size as well.  A larger size adds a hole.  Mirrors hear of pages that go.
 
     Raises:
         InvalidRequestError: a negative size, or a device file (EINVAL); above FILE_SIZE_MAX (EFBIG).
@@ -55,16 +55,18 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
     if size_bytes > FILE_SIZE_MAX:
         raise InvalidRequestError(f"truncate: {size_bytes:#x} bytes are too many for a file", errnos.EFBIG)
     before, file.size_bytes = file.size_bytes, size_bytes
-    if size_bytes >= before:
+    if size_bytes > before:
         return
     # The size comes first: from here on no touch brings back what is about to go.
-    try:
-        yield from _unmap(file, page_up(size_bytes), FILE_SIZE_MAX, even_cows=True)
-    except (TimedOutError, WouldDeadlockError):
-        file.size_bytes = before
-        raise
-    file.zero(size_bytes, page_up(size_bytes))
-    file.drop_pages(page_up(size_bytes), FILE_SIZE_MAX)
+    hole = page_up(size_bytes)
+    if before > hole:
+        try:
+            yield from _unmap(file, hole, FILE_SIZE_MAX, even_cows=True)
+        except (TimedOutError, WouldDeadlockError):
+            file.size_bytes = before
+            raise
+        file.drop_pages(hole, FILE_SIZE_MAX)
+    yield from zero(file, size_bytes, hole)
 
 
 def punch(file: File, start: int, length: int) -> Operation[None]:
@@ -73,14 +75,16 @@ def punch(file: File, start: int, length: int) -> Operation[None]:
     Whole pages go with the entries that map them; private copies stay.  Parts of pages are zeroed.
 
     Raises:
-        InvalidRequestError: a negative offset, no length, or a device file (EINVAL); above FILE_SIZE_MAX
-            (EFBIG).
+        InvalidRequestError: a negative offset, or no length (EINVAL); above FILE_SIZE_MAX (EFBIG).
+        NoSuchObjectError: a device file (ENODEV).
         TimedOutError: a mirror with policy FAIL did not answer; the pages are still there (ETIMEDOUT).
 
     Cost: as `truncate`.  Source: Linux mm/shmem.c, shmem_fallocate(); fs/open.c, vfs_fallocate().
     """
-    if file.kind is FileKind.DEVICE or start < 0 or length <= 0:
+    if start < 0 or length <= 0:
         raise InvalidRequestError(f"punch: {file} cannot have a hole of {length} bytes at {start}")
+    if file.kind is FileKind.DEVICE:
+        raise NoSuchObjectError(f"punch: {file} has no pages", errnos.ENODEV)
     end = start + length
     if end > FILE_SIZE_MAX:
         raise InvalidRequestError(f"punch: {end:#x} is behind the end of any file", errnos.EFBIG)
@@ -89,10 +93,10 @@ def punch(file: File, start: int, length: int) -> Operation[None]:
         yield from _unmap(file, first, last, even_cows=False)
         file.drop_pages(first, last)
     if last < first:
-        file.zero(start, end)
+        yield from zero(file, start, end)
     else:
-        file.zero(start, first)
-        file.zero(last, end)
+        yield from zero(file, start, first)
+        yield from zero(file, last, end)
 
 
 def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[None]:
@@ -137,7 +141,7 @@ def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tupl
     # Addresses and entries that have to go: zap_present_pte(), should_zap_folio().
     addresses, entries = space.table.valid(span.start, span.end)
     if not even_cows and entries.size:
-        framed = cpu_pte.holds_frame(entries)
+        framed = cpu_pte.holds_frame(entries) | cpu_pte.is_migration(entries)
         own = framed & space.frames.test_flags(np.where(framed, cpu_pte.cpu_pfn(entries), ZERO_PFN), PageFlag.ANON)
         own |= cpu_pte.is_swap(entries)  # only private pages leave an entry behind when they go to swap
         own |= cpu_pte.is_poison(entries)  # zap_nonpresent_ptes() asks should_zap_cows()

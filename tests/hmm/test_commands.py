@@ -197,7 +197,7 @@ def test_device_file_has_its_name_and_the_flags_of_its_driver(local: Local) -> N
     vma = local.machine.spaces[1].vmas.find(START)
     assert vma is not None
     assert vma.has(VmFlag.PFNMAP)
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(NoSuchObjectError):
         local.call(files.punch_file, file, 0, PAGE_SIZE)
 
 

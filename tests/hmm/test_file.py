@@ -139,6 +139,8 @@ def test_write_is_refused_when_the_file_would_grow_too_long(world: Any) -> None:
         write(world, file, FILE_SIZE_MAX, b"x")
     assert refused.value.errno == errno.EFBIG
     assert write(world, file, FILE_SIZE_MAX - 1, b"x") == 1
+    assert write(world, file, FILE_SIZE_MAX - 1, b"xyz") == 1  # generic_write_checks_count()
+    assert write(world, file, FILE_SIZE_MAX + 5, b"") == 0
 
 
 def test_read_and_write_are_refused_when_it_is_a_device_file(world: Any) -> None:

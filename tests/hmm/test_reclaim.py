@@ -557,6 +557,24 @@ def test_willneed_passes_over_what_lies_behind_the_end_of_any_file() -> None:
     memory.advise(span(102, 2), Advice.WILLNEED)
 
 
+def test_punching_a_part_of_a_page_brings_it_in_from_swap() -> None:
+    """shmem_get_partial_folio() reads the page back, and truncate_inode_partial_folio() zeroes it in memory."""
+    memory = Memory()
+    file = memory.call(files.open_file, "f", create=True)
+    memory.call(files.write_file, file, 0, b"x" * 3 * PAGE_SIZE)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    memory.call(processes.mmap, memory.pid, span(100).start, 3 * PAGE_SIZE, RW, shared, file)
+    memory.read(span(100, 3))
+    memory.advise(span(100, 3), Advice.PAGEOUT)
+    assert files.status(memory.machine, file).resident_pages == 0
+    memory.call(files.punch_file, file, 1, 2)
+    assert files.status(memory.machine, file).resident_pages == 1
+    memory.call(files.truncate_file, file, 3 * PAGE_SIZE - 1)
+    assert files.status(memory.machine, file).resident_pages == 2
+    data = memory.call(files.read_file, file, 0, 3 * PAGE_SIZE)
+    assert (data[:4], data[-2:], len(data)) == (b"x\0\0x", b"xx", 3 * PAGE_SIZE - 1)
+
+
 def test_cold_pages_go_first() -> None:
     """MADV_COLD: folio_deactivate() puts pages where they are reclaimed unless they are used."""
     memory = Memory()

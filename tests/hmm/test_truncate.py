@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from hmm import cpu_pte
 from hmm import file as files
 from hmm.address_space import AddressSpace
 from hmm.cpu_access import read_memory, read_pages, touch, write_memory
-from hmm.errors import InvalidRequestError, Signal, TimedOutError
+from hmm.errors import InvalidRequestError, NoSuchObjectError, Signal, TimedOutError
 from hmm.events import Cause, EventState, EventType, Reason
 from hmm.file import FILE_SIZE_MAX, File
 from hmm.fork import fork
@@ -53,6 +54,32 @@ def test_truncate_zeroes_the_rest_of_the_page_when_the_end_is_inside(world: Any,
     assert file.size_bytes == PAGE_SIZE + 2
     assert world.frames.available == FREE - 2
     file.check()
+
+
+def test_truncate_tells_nobody_when_no_page_goes(world: Any, space: AddressSpace) -> None:
+    """shmem_setattr() unmaps where the old end lies behind the page of the new one."""
+    file = filled(world, 2)
+    start = world.map(space, 3, flags=SHARED, file=file)
+    world.run(touch(space, pages(start, 2), write=True))
+    listener = world.listen(space)
+    for size in (2 * PAGE_SIZE, 2 * PAGE_SIZE - 7, PAGE_SIZE + 1, 2 * PAGE_SIZE):
+        world.run(truncate(file, size))
+    assert not listener.events
+    world.run(truncate(file, PAGE_SIZE))
+    assert [event.cause for event in listener.events] == [Cause.TRUNCATE]
+    file.check()
+
+
+def test_truncate_zeroes_the_rest_of_the_last_page_when_the_size_stays(world: Any, space: AddressSpace) -> None:
+    """shmem_setattr() calls shmem_truncate_range() for the size that a file has: what a mapping wrote there goes."""
+    file = filled(world, 1)
+    world.run(truncate(file, 2))
+    start = world.map(space, 1, flags=SHARED, file=file)
+    world.run(write_memory(space, start, b"abcd"))
+    world.run(truncate(file, 3))
+    assert world.run(read_memory(space, start, 4)).data == b"abcd"
+    world.run(truncate(file, 3))
+    assert world.run(read_memory(space, start, 4)).data == b"abc\0"
 
 
 def test_truncate_unmaps_all_spaces_when_the_file_shrinks(world: Any, space: AddressSpace) -> None:
@@ -228,6 +255,18 @@ def test_punch_leaves_private_copies_when_the_page_goes(world: Any, space: Addre
     world.frames.check()
 
 
+def test_punch_leaves_private_copies_that_are_being_migrated(world: Any, space: AddressSpace) -> None:
+    """zap_pte_range() asks should_zap_folio() of a migration entry's page: private ones stay."""
+    file = filled(world, 2)
+    start = world.map(space, 2, file=file)
+    world.run(write_memory(space, start, b"x"))
+    before = space.table.get(start)
+    migrating = cpu_pte.cpu_entry(cpu_pte.cpu_pfn(before), cpu_pte.MIGRATION)
+    space.table.set(start, migrating)
+    world.run(punch(file, 0, 2 * PAGE_SIZE))
+    assert space.table.get(start) == migrating
+
+
 def test_punch_does_nothing_when_the_range_is_behind_the_end(world: Any) -> None:
     """A hole in a hole."""
     file = filled(world, 1)
@@ -257,10 +296,13 @@ def test_punch_is_refused_when_the_range_is_impossible(world: Any, start: int, l
 
 
 def test_truncate_and_punch_are_refused_when_it_is_a_device_file(world: Any, space: AddressSpace) -> None:
-    """A device file has no size, whether it is mapped or not: EINVAL."""
+    """A device file has no size, whether it is mapped or not: EINVAL; vfs_fallocate() has ENODEV for it."""
     file = world.device_file(VmFlag.MIXEDMAP)
     world.run(mmap(space, 0, PAGE_SIZE, Prot.READ, MapFlag.SHARED, file))
     with pytest.raises(InvalidRequestError):
         world.run(truncate(file, 0))
     with pytest.raises(InvalidRequestError):
+        world.run(punch(file, 0, 0))
+    with pytest.raises(NoSuchObjectError) as refused:
         world.run(punch(file, 0, 1))
+    assert refused.value.errno == errno.ENODEV

@@ -155,7 +155,7 @@ def test_place_rounds_the_hint_down_when_hugetlb_memory_is_mapped(
 
 
 def test_place_aligns_to_huge_pages_when_the_file_is_a_device(world: Any, space: AddressSpace) -> None:
-    """__get_unmapped_area() (6.12): a file without get_unmapped_area() is as private anonymous memory, shared or not."""
+    """__get_unmapped_area() (6.12) treats a file without get_unmapped_area() as private anonymous memory."""
     device = world.file(0, FileKind.DEVICE)
     for flags in (MapFlag.SHARED, MapFlag.PRIVATE):
         assert place(space, 2 * PMD_SIZE, 0, flags, device) % PMD_SIZE == 0
