@@ -28,7 +28,8 @@ are shared memory, so their pages go to swap as well; the memory of devices (dev
 Differs: the kernel finds the entries of a page by the reverse map, one page at a time; here all page tables are looked
 through once for a batch of pages, as its multi-generational LRU does to age them.  Pages come to the lists when memory
 is first short, in order of their frame numbers, which is that of their allocation.  One event for all pages of an
-address space, where the kernel sends one per page.
+address space, where the kernel sends one per page.  Pages that a device holds exclusively do not go; the kernel takes
+them from it when memory is short.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.large_folio import belong_to, heads_of
 from hmm.operation import Await, Current, Operation, WaitFor
+from hmm.rmap import walk_order
 from hmm.swap import area_of, free_slots
 from hmm.swap_area import Slots
 from hmm.units import (
     PAGE_SHIFT,
+    PAGE_SIZE,
     PIECE_PAGES,
     PMD_PAGES,
     PMD_SHIFT,
@@ -421,7 +424,7 @@ class Reclaim:
         frames, going = self.frames, kept & ~self.frames.test_flags(victims, PageFlag.DIRTY)
         frames.set_flags(victims[kept], PageFlag.SWAPBACKED)
         nothing_left = np.ones(victims.size, np.bool_)
-        for part in sorted(now, key=lambda part: part.space.id):
+        for part in _in_walk_order(part.of(kept[victims.searchsorted(part.pfns)]) for part in now):
             positions = victims.searchsorted(part.pfns)
             dirty = cpu_pte.is_dirty(part.entries)
             frames.set_flags(part.pfns[dirty & going[positions]], PageFlag.DIRTY)
@@ -528,6 +531,19 @@ def _as_it_is(part: _Mapped) -> _Mapped:
     entries = part.space.table.lookup(part.addresses)
     same = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == part.pfns)
     return _Mapped(part.space, part.addresses, entries, part.pfns).of(same & ~_locked(part))
+
+
+def _in_walk_order(parts: Iterable[_Mapped]) -> list[_Mapped]:
+    """Entries of private pages, VMA by VMA as the reverse map comes to them: rmap_walk_anon()."""
+    found: list[tuple[tuple[int, ...], SpaceId, _Mapped]] = []
+    for part in parts:
+        if part.addresses.size:
+            span = AddressRange(int(part.addresses[0]), int(part.addresses[-1]) + PAGE_SIZE)
+            for vma in part.space.vmas.overlapping(span):
+                mine = part.of(_inside(part.addresses, [vma.span]))
+                if mine.addresses.size:
+                    found.append((walk_order(part.space, vma), part.space.id, mine))
+    return [mine for _, _, mine in sorted(found, key=lambda one: one[:2])]
 
 
 def _barred(part: _Mapped) -> _Mask:

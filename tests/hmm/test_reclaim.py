@@ -370,6 +370,18 @@ def test_page_that_others_map_is_freed_lazily_when_it_is_clean_itself() -> None:
     assert memory.read(span(0, 2), child) == [8, 8]
 
 
+def test_page_that_others_map_is_lost_to_who_is_met_before_the_one_that_wrote_it() -> None:
+    """rmap_walk_anon() goes by the offset at which VMAs begin: the child's comes first once the parent's is cut."""
+    memory = Memory()
+    memory.write(span(0, 2), 8)
+    child = memory.fork()
+    memory.advise(span(1), Advice.FREE, pid=child)
+    memory.advise(span(0), Advice.DONTDUMP)
+    memory.write(span(32, 31), 1)
+    assert memory.read(span(0, 2)) == [8, 8]
+    assert memory.read(span(0, 2), child) == [8, 0]
+
+
 def test_page_that_others_map_is_left_alone_when_it_is_dirty_itself() -> None:
     """madvise_free_pte_range(): folio_test_dirty() and more than one mapping; so is what is in the swap cache."""
     memory = Memory()
