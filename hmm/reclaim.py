@@ -16,8 +16,8 @@ Pages in locked mappings, pinned, held exclusively by a device, referenced by an
 another way (an invalidation of their range runs) stay where they are.
 
 **Source**: Linux mm/vmscan.c (shrink_inactive_list(), shrink_active_list(), folio_check_references(),
-shrink_folio_list(), too_many_isolated()), mm/rmap.c (try_to_unmap_one()), mm/shmem.c (shmem_writepage()), mm/madvise.c
-(madvise_cold_or_pageout_pte_range()); 6.12.
+shrink_folio_list(), too_many_isolated()), mm/rmap.c (folio_referenced_one(), try_to_unmap_one()), mm/shmem.c
+(shmem_writepage()), mm/madvise.c (madvise_cold_or_pageout_pte_range()); 6.12.
 
 **Invariants**: only what was told of is unmapped; a page is freed when every entry that named it names its slot, or
 nothing where it can be had again from its file; contents are in the slot before the first entry names it.
@@ -85,6 +85,7 @@ _COPY_PAGES = 64
 _ON_LISTS = np.uint16(PageFlag.ANON | PageFlag.SWAPBACKED)
 _LRU = np.uint16(PageFlag.LRU)
 _ACTIVE = np.uint16(PageFlag.ACTIVE)
+_NO_RECENCY = VmFlag.SEQ_READ | VmFlag.RAND_READ
 _NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _SWAPPED = np.uint64(cpu_pte.SWAP)
@@ -119,7 +120,8 @@ class _Look:
 
     Attributes:
         mapped: one for every address space.
-        accessed: int64[frames], how many entries that name a frame were used since they were last looked at.
+        accessed: int64[frames], how many entries that name a frame were used since they were last looked at; those in
+            mappings that are read once, or anywhere (MADV_SEQUENTIAL, MADV_RANDOM), do not count.
         evictable: bool[frames], frames that could go.
     """
 
@@ -262,7 +264,7 @@ class Reclaim:
                 continue
             mapped.append(part)
             named += np.bincount(part.pfns, minlength=top)
-            accessed += np.bincount(part.pfns[(part.entries & np.uint64(cpu_pte.ACCESSED)) != 0], minlength=top)
+            accessed += np.bincount(part.pfns[_young(part)], minlength=top)
             barred[part.pfns[_barred(part)]] = True
         refcount, mapcount, flags = frames.refcount[:top], frames.mapcount[:top], frames.flags[:top]
         anonymous, cached = (flags & np.uint16(PageFlag.ANON)) != 0, frames.private[:top] != 0
@@ -566,9 +568,15 @@ def _inside(addresses: Entries, spans: list[AddressRange]) -> _Mask:
     return inside
 
 
+def _young(part: _Mapped) -> _Mask:
+    """bool[n]: which entries were used, where that counts: vma_has_recency()."""
+    young: _Mask = (part.entries & np.uint64(cpu_pte.ACCESSED)) != 0
+    return young & ~_inside(part.addresses, [vma.span for vma in part.space.vmas if vma.has(_NO_RECENCY)])
+
+
 def _clear_accessed(mapped: list[_Mapped], cleared: _Mask) -> None:
     """What folio_referenced() leaves: the processor says anew what is used."""
     for part in mapped:
-        young = cleared[part.pfns] & ((part.entries & np.uint64(cpu_pte.ACCESSED)) != 0)
+        young = cleared[part.pfns] & _young(part)
         if young.any():
             part.space.table.store(part.addresses[young], part.entries[young] & _NOT_ACCESSED)

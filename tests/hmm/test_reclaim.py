@@ -597,6 +597,17 @@ def test_cold_pages_go_first() -> None:
     assert not any(memory.swapped(span(0, 20)))
 
 
+@pytest.mark.parametrize("advice", [Advice.SEQUENTIAL, Advice.RANDOM])
+def test_use_of_pages_does_not_count_where_it_says_nothing_of_the_next(advice: Advice) -> None:
+    """invalid_folio_referenced_vma(): folio_referenced() asks no VMA without vma_has_recency(), nor clears its bits."""
+    memory = Memory()
+    memory.write(span(0, 32))
+    memory.advise(span(20, 8), advice)
+    memory.write(span(40, 4))
+    assert all(memory.swapped(span(20, 4)))
+    assert not any(memory.swapped(span(0, 20)))
+
+
 def test_pageout_leaves_what_another_process_maps() -> None:
     """madvise_cold_or_pageout_pte_range(): folio_likely_mapped_shared() ones are left."""
     memory = Memory()
