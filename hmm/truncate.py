@@ -72,7 +72,8 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
 def punch(file: File, start: int, length: int) -> Operation[None]:
     """Make a hole in a file and keep its size: fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE), as `truncate`.
 
-    Whole pages go with the entries that map them; private copies stay.  Parts of pages are zeroed.
+    Whole pages go with the entries that map them; private copies stay.  Parts of pages are zeroed.  A hole that ends
+    in the first page makes everybody unmap all that follows it, though no page goes.
 
     Raises:
         InvalidRequestError: a negative offset, or no length (EINVAL); above FILE_SIZE_MAX (EFBIG).
@@ -92,6 +93,8 @@ def punch(file: File, start: int, length: int) -> Operation[None]:
     if first < last:
         yield from _unmap(file, first, last, even_cows=False)
         file.drop_pages(first, last)
+    elif not last:  # the last byte before page 0 is behind all others, and everything is unmapped up to there
+        yield from _unmap(file, first, FILE_SIZE_MAX, even_cows=False)
     if last < first:
         yield from zero(file, start, end)
     else:

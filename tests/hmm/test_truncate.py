@@ -244,6 +244,25 @@ def test_punch_zeroes_bytes_when_no_whole_page_is_inside(world: Any, start: int,
     assert world.frames.available == FREE - 2
 
 
+@pytest.mark.parametrize(("start", "length", "left"), [(0, 1, 0), (1, 1, 1), (0, PAGE_SIZE - 1, 0), (PAGE_SIZE, 1, 4)])
+def test_punch_unmaps_all_that_follows_when_it_ends_in_the_first_page(
+    world: Any, space: AddressSpace, start: int, length: int, left: int
+) -> None:
+    """shmem_fallocate() compares the last byte to unmap, -1 there, as an unsigned number; seen on 6.12.117."""
+    file = filled(world, 4)
+    at = world.map(space, 4, flags=SHARED, file=file)
+    private = world.map(space, 4, file=file, at=10)
+    world.run(touch(space, pages(at, 4), write=True))
+    world.run(touch(space, pages(private, 2), write=True))
+    listener = world.listen(space)
+    world.run(punch(file, start, length))
+    assert [entry != 0 for entry in space.table.read(at, at + 4 * PAGE_SIZE).tolist()] == [k < left for k in range(4)]
+    assert space.table.valid(private, private + 4 * PAGE_SIZE)[0].size == 2
+    assert bool(listener.events) == (left < 4)
+    assert letters(world, space, at, 4).replace(".", "A") in ("ABCD", "AACD")
+    file.check()
+
+
 def test_punch_leaves_private_copies_when_the_page_goes(world: Any, space: AddressSpace) -> None:
     """even_cows=0: a copied private page is no longer the file's; one that was only read is."""
     file = filled(world, 3)
