@@ -305,6 +305,18 @@ def test_command_shows_the_difference_when_there_is_one(tmp_path: Path) -> None:
     ]
 
 
+def test_command_shows_as_many_differences_as_it_is_asked_for(tmp_path: Path) -> None:
+    """The first in full, and how many more there are; counts and exit code are of all."""
+    operations = copy.deepcopy(true_lines())
+    operations[2]["res"]["ret"], operations[5]["res"]["sigpage"] = 1, 5
+    path = write(tmp_path / "false.jsonl", operations)
+    result = CliRunner().invoke(main, ["verify", "--in-process", "--show", "1", str(path)])
+    assert result.exit_code == 1
+    assert f"{path}:4: ret (semantic)" in result.stdout
+    assert "sigpage (semantic)" not in result.stdout
+    assert "and 1 more" in result.stdout
+
+
 @pytest.mark.parametrize("content", ["", "{}\n", "no json\n"])
 def test_command_ends_with_two_when_a_trace_is_unusable(tmp_path: Path, content: str) -> None:
     """An input that cannot be read is told from a difference."""

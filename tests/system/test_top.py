@@ -121,6 +121,21 @@ def drain(terminal: int) -> None:
             pass
 
 
+async def test_top_prints_one_page_on_a_terminal_when_it_is_told_to(traffic: Traffic) -> None:
+    """With --once it ends by itself where it would go on."""
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", "top", "--once", "-t", traffic.target, "-i", "0.1"),
+        stdout=theirs,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    draining = asyncio.to_thread(drain, ours)
+    await asyncio.wait_for(asyncio.gather(process.wait(), draining), TIMEOUT_S)
+    os.close(ours)
+    assert process.returncode == 0
+
+
 async def test_top_draws_itself_anew_on_a_terminal(traffic: Traffic) -> None:
     """A screen of its own, drawn again and again, left behind as it was at Ctrl-C."""
     ours, theirs = pty.openpty()
