@@ -48,7 +48,7 @@ from hmm.units import (
     all_but,
 )
 from hmm.userfaultfd import Userfaultfd
-from hmm.vma import Vma, VmFlag
+from hmm.vma import UFFD_FLAGS, Vma, VmFlag
 from hmm.vma_map import VmaMap
 
 MMAP_BASE = TASK_SIZE - (1 << 27)
@@ -375,7 +375,7 @@ class AddressSpace:
     def _check_userfaultfds(self) -> None:
         for vma in self.vmas:
             number = vma.mapping.userfaultfd
-            assert bool(number) == vma.has(VmFlag.UFFD_MISSING), f"{vma} is registered by halves"
+            assert bool(number) == vma.has(UFFD_FLAGS), f"{vma} is registered by halves"
             assert not number or number in self.userfaultfds, f"{vma} is with userfaultfd {number}, which is closed"
 
     def _check_entries(self, leaving: tuple[AddressRange, ...], addresses: Entries, entries: Entries) -> None:

@@ -3,7 +3,8 @@
     create_userfaultfd close_userfaultfd     the file descriptor, with UFFDIO_API
     uffd_register uffd_unregister            which ranges it serves
     read_userfaults                          who waits for it
-    uffd_copy uffd_zeropage uffd_wake        what it does about that
+    uffd_copy uffd_zeropage uffd_continue    what it does about that
+    uffd_wake
 
 **Source**: Linux fs/userfaultfd.c; `hmm.uffdio` and `hmm.userfaultfd` name the functions.
 
@@ -20,11 +21,11 @@ from hmm import uffdio
 from hmm.errors import InvalidRequestError
 from hmm.machine import Machine
 from hmm.operation import Operation, immediate
-from hmm.uffdio import Filled
+from hmm.uffdio import Filled, Filling
 from hmm.units import Address, AddressRange, ProcessId
 from hmm.userfaultfd import Userfaultfd, UserfaultFeature
 
-_FEATURES = int(UserfaultFeature.MISSING_SHMEM | UserfaultFeature.SIGBUS)
+_FEATURES = int(UserfaultFeature.MISSING_SHMEM | UserfaultFeature.SIGBUS | UserfaultFeature.MINOR_SHMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class UserfaultMessage:
         npages: so many pages from there on are missing, and the access is about to touch them.
         write: UFFD_PAGEFAULT_FLAG_WRITE.
         operation_id: the call that waits.
+        minor: UFFD_PAGEFAULT_FLAG_MINOR: the pages are in the shared memory, and only not mapped.
     """
 
     address: Address
     npages: int
     write: bool
     operation_id: int
+    minor: bool = False
 
 
 @immediate
@@ -90,12 +93,17 @@ def uffd_copy(machine: Machine, number: int, address: Address, data: bytes, mode
     """UFFDIO_COPY, as `uffdio.fill`: `data` to `address`."""
     space, userfaultfd = machine.userfaultfd(number)
     span = AddressRange(address, address + len(data))
-    return (yield from uffdio.fill(space, userfaultfd, span, memoryview(data), mode))
+    return (yield from uffdio.fill(space, userfaultfd, span, Filling.COPY, mode, memoryview(data)))
 
 
 def uffd_zeropage(machine: Machine, number: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
     """UFFDIO_ZEROPAGE, as `uffdio.fill`."""
-    return (yield from uffdio.fill(*machine.userfaultfd(number), span, None, mode))
+    return (yield from uffdio.fill(*machine.userfaultfd(number), span, Filling.ZEROPAGE, mode))
+
+
+def uffd_continue(machine: Machine, number: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
+    """UFFDIO_CONTINUE, as `uffdio.fill`: map the pages that the shared memory has."""
+    return (yield from uffdio.fill(*machine.userfaultfd(number), span, Filling.CONTINUE, mode))
 
 
 @immediate
@@ -113,6 +121,6 @@ def read_userfaults(machine: Machine, number: int, most: int) -> tuple[Userfault
     """
     _, userfaultfd = machine.userfaultfd(number)
     return tuple(
-        UserfaultMessage(fault.address, fault.npages, fault.write, fault.operation_id)
+        UserfaultMessage(fault.address, fault.npages, fault.write, fault.operation_id, fault.minor)
         for fault in userfaultfd.read(most)
     )

@@ -204,7 +204,8 @@ def _overcome(
     if stop.userfaultfd:
         if stop.address > _first(target):
             return False
-        yield from space.userfaultfds[stop.userfaultfd].handle(stop.address, stop.npages, write=write)
+        userfaultfd = space.userfaultfds[stop.userfaultfd]
+        yield from userfaultfd.handle(stop.address, stop.npages, write=write, minor=stop.minor)
         return True
     if stop.signal is None:
         return (yield from _make_room(space, target, stop))

@@ -11,7 +11,8 @@
     not present              any    for others to resolve                               do_swap_page()
 
 What is missing in a VMA registered with a userfaultfd, and no page of shared memory yet either, is none of this: its
-handler brings it in (handle_userfault()).
+handler brings it in (handle_userfault()).  So it is with a page of shared memory that has no entry yet where minor
+faults are registered.
 
 An `Attempt` does for its pages all that can be done without waiting, and says what it has to wait for.
 
@@ -42,7 +43,7 @@ from hmm.file import File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag, listed
 from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.userfaultfd import UserfaultFeature
-from hmm.vma import Vma
+from hmm.vma import Vma, VmFlag
 
 __all__ = [
     "ANON_PAGE",
@@ -83,12 +84,14 @@ class Stop:
         signal: None when memory ran out, or the handler of a userfaultfd is to bring the page in.
         userfaultfd: that one's number; 0 for none.
         npages: how many pages its handler is to bring in there, in a row.
+        minor: they are there, and only not mapped.
     """
 
     address: Address
     signal: Signal | None
     userfaultfd: int = 0
     npages: int = 1
+    minor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +171,19 @@ class Attempt:
 
     # ---- pages that a userfaultfd's handler brings in
 
-    def leave_to_handler(self, vma: Vma, address: Address, npages: int) -> None:
-        """Stop at the first of `npages` missing pages of a registered VMA: handle_userfault()."""
+    def leave_to_handler(self, vma: Vma, address: Address, npages: int, *, minor: bool = False) -> None:
+        """Stop at the first of `npages` pages of a registered VMA that are missing, or not mapped: handle_userfault().
+
+        Args:
+            minor: they are there.
+        """
         if self.write and not vma.shared:
             prepare_anon_vma(self.space, vma)
         userfaultfd = self.space.userfaultfds[vma.mapping.userfaultfd]
         if userfaultfd.features & UserfaultFeature.SIGBUS:
             self.stop = Stop(address, Signal.BUS_ADRERR)
         else:
-            self.stop = Stop(address, None, userfaultfd.id, npages)
+            self.stop = Stop(address, None, userfaultfd.id, npages, minor)
 
     # ---- any pages of one VMA
 
@@ -246,7 +253,7 @@ class _Part:
         self._fault_around()
         self._cut_at_signal()
         if self.vma.mapping.userfaultfd:
-            self._cut_at_missing()
+            self._cut_at_userfault()
         kinds = self._up_to_limit(self._classify())
         if kinds.strange is not None:
             strangers = Strangers(self.vma, self.addresses[kinds.strange], self.entries[kinds.strange])
@@ -281,7 +288,7 @@ class _Part:
         if self.file is not None and empty.any():
             behind = empty & self._behind_end(self.file)
             failing |= behind
-            if self.space.frames.poisoned:
+            if self.space.frames.poisoned and not self.vma.has(VmFlag.UFFD_MINOR):
                 failing |= empty & self.file.poisoned(self._offsets(self.addresses))
         if not failing.any():
             return
@@ -291,18 +298,24 @@ class _Part:
             prepare_anon_vma(self.space, self.vma)
         self._cut(at, Signal.BUS_ADRERR if behind is not None and behind[at] else Signal.BUS_POISON)
 
-    def _cut_at_missing(self) -> None:
-        # What has neither an entry nor, in shared memory, a page yet.
-        missing = self.entries == 0
-        if self.file is not None and missing.any():
-            missing[missing] = self.file.pages.lookup(self._offsets(self.addresses[missing])) == 0
-        if not missing.any():
+    def _cut_at_userfault(self) -> None:
+        # What has no entry: missing where shared memory has no page yet either, else minor.
+        empty = self.entries == 0
+        there = np.zeros(empty.size, np.bool_)
+        if self.file is not None and empty.any():
+            there[empty] = self.file.pages.lookup(self._offsets(self.addresses[empty])) != 0
+        waiting = np.zeros(empty.size, np.bool_)
+        if self.vma.has(VmFlag.UFFD_MISSING):
+            waiting |= empty & ~there
+        if self.vma.has(VmFlag.UFFD_MINOR):
+            waiting |= there
+        if not waiting.any():
             return
-        at = int(missing.argmax())
+        at = int(waiting.argmax())
         pages = page_numbers(self.addresses[at:])
-        run = missing[at:] & (pages - pages[0] == np.arange(pages.size))
+        run = waiting[at:] & (there[at:] == there[at]) & (pages - pages[0] == np.arange(pages.size))
         npages = run.size if run.all() else int(run.argmin())
-        self.attempt.leave_to_handler(self.vma, int(self.addresses[at]), npages)
+        self.attempt.leave_to_handler(self.vma, int(self.addresses[at]), npages, minor=bool(there[at]))
         self.addresses, self.entries = self.addresses[:at], self.entries[:at]
 
     def _behind_end(self, file: File) -> _Mask:
@@ -371,6 +384,8 @@ class _Part:
 
     def _fault_around(self) -> None:
         if self.space.fault_around_pages == 1 or self.attempt.write or self.file is None:
+            return
+        if self.vma.has(VmFlag.UFFD_MINOR):  # uffd_disable_fault_around()
             return
         empty = self.addresses[self.entries == 0]
         # The page that gets a signal has its neighbours mapped before.

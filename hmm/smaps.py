@@ -34,7 +34,7 @@ _LETTERS = (
     (VmFlag.DONTCOPY, "dc"), (VmFlag.DONTEXPAND, "de"), (VmFlag.LOCKONFAULT, "lf"), (VmFlag.ACCOUNT, "ac"),
     (VmFlag.NORESERVE, "nr"), (VmFlag.HUGETLB, "ht"), (VmFlag.SYNC, "sf"), (VmFlag.WIPEONFORK, "wf"),
     (VmFlag.DONTDUMP, "dd"), (VmFlag.SOFTDIRTY, "sd"), (VmFlag.MIXEDMAP, "mm"), (VmFlag.HUGEPAGE, "hg"),
-    (VmFlag.NOHUGEPAGE, "nh"), (VmFlag.MERGEABLE, "mg"),
+    (VmFlag.NOHUGEPAGE, "nh"), (VmFlag.MERGEABLE, "mg"), (VmFlag.UFFD_MINOR, "ui"),
 )  # fmt: skip
 
 _Mask = npt.NDArray[np.bool_]

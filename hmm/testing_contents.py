@@ -91,8 +91,8 @@ _HARMLESS = frozenset(
         "read_dma", "read_file", "read_frames", "read_memory", "read_pages", "read_retry", "read_table",
         "read_userfaults", "register_device", "scan_ksm", "register_mirror", "remove_notifier", "set_driver_bits",
         "touch",
-        "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin", "unregister_device",
-        "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "inject_touch_failure",
+        "uffd_continue", "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin",
+        "unregister_device", "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "inject_touch_failure",
         "inject_migration_failure", "open_device_file",
     }
 )  # fmt: skip

@@ -19,12 +19,14 @@ from hmm.operation_record import OperationRecord
 from hmm.scheduler import Call, Scheduler
 from hmm.testing import simulate
 from hmm.testing_town import Makers, Town
+from hmm.uffdio import RegisterMode
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.userfaultfd import UserfaultFeature
 
 __all__ = ["handle", "simulate_userfaultfds"]
 
 _USERFAULTFDS = 3
+_MODES = (RegisterMode.MISSING, RegisterMode.MISSING, RegisterMode.MINOR, RegisterMode.MISSING | RegisterMode.MINOR)
 _POPULATE = (Advice.POPULATE_READ, Advice.POPULATE_WRITE)
 
 
@@ -52,7 +54,8 @@ def _close(town: Town) -> Call | None:
 
 def _register(town: Town) -> Call | None:
     number, span = _pick(town), town.span(12)
-    return None if number is None else Call(commands_userfaultfd.uffd_register, (number, span, 1))
+    mode = _MODES[town.choose(len(_MODES))]
+    return None if number is None else Call(commands_userfaultfd.uffd_register, (number, span, int(mode)))
 
 
 def _unregister(town: Town) -> Call | None:
@@ -89,8 +92,11 @@ def _access(town: Town) -> Call | None:
 
 def _bring(town: Town, number: int, span: AddressRange) -> Call:
     mode = int(town.choose(8) == 0)
-    if town.choose(3) == 0:
-        return Call(commands_userfaultfd.uffd_zeropage, (number, span, mode))
+    match town.choose(4):
+        case 0:
+            return Call(commands_userfaultfd.uffd_zeropage, (number, span, mode))
+        case 1:
+            return Call(commands_userfaultfd.uffd_continue, (number, span, mode))
     data = bytes([1 + town.choose(255)]) * span.size_bytes
     return Call(commands_userfaultfd.uffd_copy, (number, span.start, data, mode))
 

@@ -2,6 +2,7 @@
 
     UFFDIO_REGISTER, _UNREGISTER   which VMAs it serves; as mprotect they cut VMAs and merge them again
     UFFDIO_COPY, _ZEROPAGE         pages into places where nothing is yet, in order, up to the first that cannot be
+    UFFDIO_CONTINUE                entries for pages that the shared memory has
     UFFDIO_WAKE, close             who waits looks again
 
 **Source**: Linux fs/userfaultfd.c, mm/userfaultfd.c (mfill_atomic()), include/linux/userfaultfd_k.h
@@ -9,8 +10,8 @@
 
 **Invariants**: a page that is there is never replaced; a VMA is registered with one userfaultfd at most.
 
-**Absent**: write-protecting, minor faults, UFFDIO_MOVE and _POISON; hugetlb memory cannot be
-registered (EINVAL); EAGAIN while events are on their way, as there are none.
+**Absent**: write-protecting, UFFDIO_MOVE and _POISON; hugetlb memory cannot be registered (EINVAL); EAGAIN while
+events are on their way, as there are none.
 
 Differs: when directories of the page table run out, shared memory keeps the pages that were to be mapped.  What
 UFFDIO_COPY copies comes with the call and not from the handler's memory, so it has no EFAULT for that.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import errno as errnos
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import Enum, IntFlag
 
 import numpy as np
 
@@ -48,33 +49,56 @@ from hmm.userfaultfd import Userfaultfd
 from hmm.vma import Vma, VmFlag
 from hmm.vma_edit import modify
 
-__all__ = ["IOCTLS", "CopyMode", "Filled", "RegisterMode", "close", "fill", "register", "unregister", "wake"]
+__all__ = [
+    "IOCTLS",
+    "IOCTL_CONTINUE",
+    "CopyMode",
+    "Filled",
+    "Filling",
+    "RegisterMode",
+    "close",
+    "fill",
+    "register",
+    "unregister",
+    "wake",
+]
 
 _OF_SHMEM = (FileKind.SHARED_MEMORY, FileKind.FILE)
 """vma_is_shmem(): all files here are of memory."""
 IOCTLS = 1 << 2 | 1 << 3 | 1 << 4
 """_UFFDIO_WAKE, _COPY and _ZEROPAGE: what a registered range permits, as UFFDIO_REGISTER returns it."""
+IOCTL_CONTINUE = 1 << 7
+"""_UFFDIO_CONTINUE: the same where minor faults are registered."""
 
 
 class RegisterMode(IntFlag):
     """The UFFDIO_REGISTER_MODE_ bits; the others are EINVAL."""
 
     MISSING = 1
+    MINOR = 4
 
 
 class CopyMode(IntFlag):
-    """The UFFDIO_COPY_MODE_ and UFFDIO_ZEROPAGE_MODE_ bits; UFFDIO_COPY_MODE_WP is EINVAL."""
+    """The UFFDIO_COPY_MODE_, _ZEROPAGE_MODE_ and _CONTINUE_MODE_ bits; those with WP are EINVAL."""
 
     DONTWAKE = 1
 
 
+class Filling(Enum):
+    """Which ioctl brings pages in."""
+
+    COPY = "copy"
+    ZEROPAGE = "zeropage"
+    CONTINUE = "continue"
+
+
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What UFFDIO_COPY or UFFDIO_ZEROPAGE has done.
+    """What UFFDIO_COPY, UFFDIO_ZEROPAGE or UFFDIO_CONTINUE has done.
 
     Attributes:
-        done: bytes from the start of the range on that are filled: the kernel's `copy` or `zeropage`, which is the
-            negative error when there are none.
+        done: bytes from the start of the range on that are filled: the kernel's `copy`, `zeropage` or `mapped`, which
+            is the negative error when there are none.
         error: why it is not all of the range: what the first page failed with, or EAGAIN when others were filled.
     """
 
@@ -92,17 +116,20 @@ def _require_range(operation: str, span: AddressRange) -> None:
 
 
 def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, mode: int) -> Operation[int]:
-    """UFFDIO_REGISTER: from now on missing pages of a range are for the handler to bring in.
+    """UFFDIO_REGISTER: from now on pages of a range that are missing, or only not mapped, are the handler's.
+
+    What was registered before for other modes is registered for these alone.
 
     Args:
         span: page-aligned; holes in it stay unregistered.
-        mode: RegisterMode.MISSING.
+        mode: RegisterMode values.
 
-    Returns: `IOCTLS`.
+    Returns: `IOCTLS`, with `IOCTL_CONTINUE` for RegisterMode.MINOR.
 
     Raises:
-        InvalidRequestError: no range, another mode, nothing mapped there, or a VMA that is neither private anonymous
-            nor of shared memory or a file (EINVAL); nothing was changed.
+        InvalidRequestError: no range, another mode or none, nothing mapped there, or a VMA that is neither private
+            anonymous nor of shared memory or a file, or for minor faults private anonymous (EINVAL); nothing was
+            changed.
         AccessDeniedError: a mapping that may never be written (EPERM); nothing was changed.
         ConflictError: a VMA is registered with another userfaultfd (EBUSY); nothing was changed.
         OutOfFramesError: the process has ended, or too many VMAs (ENOMEM); VMAs below that one are registered.
@@ -110,8 +137,8 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
 
     Cost: O(VMAs).  Source: Linux fs/userfaultfd.c, userfaultfd_register().
     """
-    if mode != RegisterMode.MISSING:
-        raise InvalidRequestError(f"register: mode {mode:#x}: there are missing pages only (1)")
+    if not mode or mode & ~int(RegisterMode.MISSING | RegisterMode.MINOR):
+        raise InvalidRequestError(f"register: mode {mode:#x}: there are missing pages (1) and minor faults (4)")
     _require_range("register", span)
     _require_alive(space, "register")
     with space.notifier.turn() as turn:
@@ -120,18 +147,23 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
         _require_open(space, userfaultfd)
         pieces = _pieces(space, "register", span)
         for piece in pieces:
-            _require_fit("register", piece)
+            _require_fit("register", piece, minor=bool(mode & RegisterMode.MINOR))
             if not piece.has(VmFlag.MAYWRITE):
                 raise AccessDeniedError(f"register: {piece} may never be written", errnos.EPERM, address=piece.start)
             if piece.mapping.userfaultfd not in (0, userfaultfd.id):
                 other = piece.mapping.userfaultfd
                 raise ConflictError(f"register: {piece} is with userfaultfd {other}", errnos.EBUSY, address=piece.start)
-        yield from _set(space, pieces, userfaultfd.id)
-    return IOCTLS
+        modes = VmFlag.UFFD_MISSING if mode & RegisterMode.MISSING else VmFlag.NONE
+        if mode & RegisterMode.MINOR:
+            modes |= VmFlag.UFFD_MINOR
+        yield from _set(space, pieces, userfaultfd.id, modes)
+    return IOCTLS | IOCTL_CONTINUE if mode & RegisterMode.MINOR else IOCTLS
 
 
 def unregister(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange) -> Operation[None]:
     """UFFDIO_UNREGISTER: missing pages of a range are zeroes again, and who waits for one gets it.
+
+    Where minor faults alone are registered nobody is woken.
 
     Raises:
         InvalidRequestError: no range, nothing mapped there, or a VMA that could not be registered, or, under linux-7,
@@ -190,9 +222,11 @@ def _pieces(space: AddressSpace, operation: str, span: AddressRange) -> list[Vma
     return pieces
 
 
-def _require_fit(operation: str, piece: Vma) -> None:
+def _require_fit(operation: str, piece: Vma, *, minor: bool = False) -> None:
     """vma_can_userfault()."""
     file = piece.backing
+    if minor and file is None:
+        raise InvalidRequestError(f"{operation}: {piece} is no shared memory, for minor faults", address=piece.start)
     if isinstance(file, File) and file.kind not in _OF_SHMEM:
         raise InvalidRequestError(f"{operation}: {piece} is neither anonymous nor shared memory", address=piece.start)
 
@@ -201,37 +235,46 @@ def _registered(space: AddressSpace, userfaultfd: Userfaultfd) -> list[Vma]:
     return [vma for vma in space.vmas if vma.mapping.userfaultfd == userfaultfd.id]
 
 
-def _set(space: AddressSpace, pieces: list[Vma], number: int) -> Operation[None]:
-    changing = [piece for piece in pieces if piece.mapping.userfaultfd != number]
+def _set(space: AddressSpace, pieces: list[Vma], number: int, modes: VmFlag = VmFlag.NONE) -> Operation[None]:
+    changing = [
+        piece for piece in pieces if piece.mapping.userfaultfd != number or piece.flags & modes != modes
+    ]  # those that have more stay as they are
     yield from cut(space, changing)
     if number and number not in space.userfaultfds:
         raise NoSuchObjectError(f"userfaultfd {number} was closed meanwhile", errnos.EBADF)
     for piece in changing:
         before = space.userfaultfds.get(piece.mapping.userfaultfd)
-        if before is not None:
+        if before is not None and not number and piece.has(VmFlag.UFFD_MISSING):
             before.wake(piece.span)
         now = space.vmas.find(piece.start)
         assert now is not None
-        modify(space, now.clip(piece.start, piece.end), now.mapping.with_userfaultfd(number))
+        modify(space, now.clip(piece.start, piece.end), now.mapping.with_userfaultfd(number, modes))
 
 
 # ---- their pages
 
 
 def fill(
-    space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, data: memoryview | None, mode: int
+    space: AddressSpace,
+    userfaultfd: Userfaultfd,
+    span: AddressRange,
+    filling: Filling,
+    mode: int,
+    data: memoryview | None = None,
 ) -> Operation[Filled]:
-    """UFFDIO_COPY, or UFFDIO_ZEROPAGE without `data`: bring in pages where nothing is yet, and wake who waits for them.
+    """UFFDIO_COPY, _ZEROPAGE, _CONTINUE: bring in pages where nothing is yet, and wake who waits for them.
 
     Args:
         span: page-aligned.
-        data: as many bytes.
         mode: CopyMode values.
+        data: of COPY as many bytes.
 
     Returns: how far it came.  The first page fails, and so the call, with
         ENOENT: nothing is mapped there, or not all of the range by one VMA, or that is registered with none.
-        EEXIST: a page is there, in shared memory also one that nobody has mapped.
-        EFAULT: it is behind the end of the shared memory.
+        EEXIST: a page is there, in shared memory also one that nobody has mapped, except for CONTINUE.
+        EFAULT: it is behind the end of the shared memory; for CONTINUE, the shared memory does not have it.
+        EINVAL: for CONTINUE, it is behind the end of the shared memory, or that is none.
+        EIO: for CONTINUE, its contents are lost.
         ENOMEM: no frame is left.
 
     Raises:
@@ -240,7 +283,7 @@ def fill(
 
     Cost: O(pages), vectorised.  Source: Linux mm/userfaultfd.c, mfill_atomic().
     """
-    operation = "zeropage" if data is None else "copy"
+    operation = filling.value
     _require_range(operation, span)
     if mode & ~int(CopyMode.DONTWAKE):
         raise InvalidRequestError(f"{operation}: mode {mode:#x} has unknown bits")
@@ -250,7 +293,7 @@ def fill(
             yield Pause()
         rest = AddressRange(at, span.end)
         yield from space.notifier.wait_for_edits((rest,))
-        npages, error = _fill(space, rest, data[at - span.start :] if data is not None else None)
+        npages, error = _fill(space, rest, filling, data[at - span.start :] if data is not None else None)
         at += npages << PAGE_SHIFT
         reclaims = isinstance(error, OutOfFramesError) and space.frames.make_room is not None
         if reclaims and (npages or (yield from some_room(space.frames, rest.npages))):
@@ -272,7 +315,9 @@ def wake(userfaultfd: Userfaultfd, span: AddressRange) -> None:
     userfaultfd.wake(span)
 
 
-def _fill(space: AddressSpace, rest: AddressRange, data: memoryview | None) -> tuple[int, HmmError | None]:
+def _fill(
+    space: AddressSpace, rest: AddressRange, filling: Filling, data: memoryview | None
+) -> tuple[int, HmmError | None]:
     """Fill the first piece of what is left.  Returns: pages filled, and what the one behind them failed with."""
     vma = space.vmas.find(rest.start)
     if vma is None:
@@ -282,12 +327,18 @@ def _fill(space: AddressSpace, rest: AddressRange, data: memoryview | None) -> t
     if rest.end > vma.end or not vma.mapping.userfaultfd:
         return 0, NoSuchObjectError(f"{vma} is not registered, or too short", errnos.ENOENT, address=rest.start)
     piece = AddressRange(rest.start, min(rest.end, (rest.start // PIECE_BYTES + 1) * PIECE_BYTES))
-    npages, error = _room(space, vma, piece, framed=data is not None or vma.shared)
+    if filling is Filling.CONTINUE:
+        npages, error = _mappable(space, vma, piece)
+    else:
+        npages, error = _room(space, vma, piece, framed=data is not None or vma.shared)
     if not npages:
         return 0, error
     piece = AddressRange(piece.start, piece.start + (npages << PAGE_SHIFT))
     try:
-        _install(space, vma, piece, data)
+        if filling is Filling.CONTINUE:
+            _map_cached(space, vma, piece)
+        else:
+            _install(space, vma, piece, data)
     except OutOfFramesError as failed:
         return 0, failed
     return npages, error
@@ -315,6 +366,41 @@ def _room(space: AddressSpace, vma: Vma, piece: AddressRange, *, framed: bool) -
     if behind[npages]:
         return npages, BadAddressError(f"{address:#x} is behind the end of {vma.backing}", address=address)
     return npages, ConflictError(f"a page is at {address:#x} already", errnos.EEXIST, address=address)
+
+
+def _mappable(space: AddressSpace, vma: Vma, piece: AddressRange) -> tuple[int, HmmError | None]:
+    """The same for mfill_atomic_pte_continue()."""
+    file = vma.backing
+    if not isinstance(file, File):
+        return 0, InvalidRequestError(f"{vma} is no shared memory", address=piece.start)
+    offsets = _offsets(vma, piece)
+    behind = offsets >= np.uint64(file.npages << PAGE_SHIFT)
+    absent = file.pages.lookup(np.where(behind, np.uint64(0), offsets)) == 0
+    lost = file.poisoned(offsets)
+    failing = behind | absent | lost | (space.table.read(piece.start, piece.end) != 0)
+    if not failing.any():
+        return failing.size, None
+    npages = int(failing.argmax())
+    address = piece.start + (npages << PAGE_SHIFT)
+    error: HmmError
+    if behind[npages]:
+        error = InvalidRequestError(f"{address:#x} is behind the end of {file}", address=address)
+    elif absent[npages]:
+        error = BadAddressError(f"{file} has no page for {address:#x}", address=address)
+    elif lost[npages]:
+        error = BadAddressError(f"the page for {address:#x} is lost", errnos.EIO, address=address)
+    else:
+        error = ConflictError(f"a page is at {address:#x} already", errnos.EEXIST, address=address)
+    return npages, error
+
+
+def _map_cached(space: AddressSpace, vma: Vma, piece: AddressRange) -> None:
+    """mfill_atomic_install_pte() for pages that the shared memory has."""
+    assert isinstance(vma.backing, File)
+    pfns = vma.backing.grab(_offsets(vma, piece))
+    flags = WRITTEN if vma.writable and vma.shared else WRITTEN & ~cpu_pte.WRITE
+    space.table.fill(piece.start, piece.end, cpu_pte.cpu_entry(pfns, flags))
+    space.frames.map(pfns)
 
 
 def _offsets(vma: Vma, piece: AddressRange) -> Entries:

@@ -12,7 +12,7 @@ Who is woken looks again, and waits anew if the page is still missing.
 
 **Invariants**: what waits is in `faults` exactly until it is woken or given up; a closed userfaultfd has none.
 
-**Absent**: write-protect and minor faults (their modes are EINVAL), events (EVENT_FORK, EVENT_REMAP, EVENT_REMOVE,
+**Absent**: write-protect faults (their mode is EINVAL), events (EVENT_FORK, EVENT_REMAP, EVENT_REMOVE,
 EVENT_UNMAP: registrations go as they do without), UFFD_FEATURE_THREAD_ID and EXACT_ADDRESS, UFFD_USER_MODE_ONLY.
 The end of one of several processes that share an address space ends no wait; the end of the space ends all.
 
@@ -35,6 +35,7 @@ class UserfaultFeature(IntFlag):
 
     MISSING_SHMEM = 1 << 5
     SIGBUS = 1 << 7
+    MINOR_SHMEM = 1 << 10
 
 
 _NO_FEATURES = UserfaultFeature(0)
@@ -50,6 +51,7 @@ class Userfault:
         address: of the page that it waits for.
         npages: so many pages from there on are missing, and the access is about to touch them.
         write: UFFD_PAGEFAULT_FLAG_WRITE.
+        minor: UFFD_PAGEFAULT_FLAG_MINOR: the pages are in the shared memory, and only not mapped.
         told: its handler has read it.
     """
 
@@ -58,6 +60,7 @@ class Userfault:
     address: Address
     npages: int
     write: bool
+    minor: bool = False
     told: bool = False
 
 
@@ -82,10 +85,10 @@ class Userfaultfd:
     def __str__(self) -> str:
         return f"userfaultfd {self.id}"
 
-    def handle(self, address: Address, npages: int, *, write: bool) -> Operation[None]:
+    def handle(self, address: Address, npages: int, *, write: bool, minor: bool = False) -> Operation[None]:
         """Wait until the handler wakes this page: handle_userfault()."""
         self._tickets += 1
-        fault = Userfault(self._tickets, self.current.operation_id, address, npages, write)
+        fault = Userfault(self._tickets, self.current.operation_id, address, npages, write, minor)
         self.faults[fault.ticket] = fault
         try:
             page = AddressRange(address, address + PAGE_SIZE)

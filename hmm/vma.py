@@ -74,6 +74,7 @@ class VmFlag(Flags):
     HUGEPAGE = 0x2000_0000
     NOHUGEPAGE = 0x4000_0000
     MERGEABLE = 0x8000_0000
+    UFFD_MINOR = 0x40_0000_0000
     STACK = GROWSDOWN
 
 
@@ -83,6 +84,8 @@ MAY_FLAGS = VmFlag.MAYREAD | VmFlag.MAYWRITE | VmFlag.MAYEXEC
 """What mprotect may grant."""
 SPECIAL_FLAGS = VmFlag.IO | VmFlag.DONTEXPAND | VmFlag.PFNMAP | VmFlag.MIXEDMAP
 """VM_SPECIAL: mappings that never merge and that mlock and mremap treat apart."""
+UFFD_FLAGS = VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
+"""__VM_UFFD_FLAGS: what a userfaultfd's handler does for a mapping."""
 LOCKED_FLAGS = VmFlag.LOCKED | VmFlag.LOCKONFAULT
 """VM_LOCKED_MASK."""
 
@@ -124,7 +127,7 @@ class Mapping:
             mapped: the delta is 0 until mremap moves a VMA that has an `anon_vma`.
         anon_vma: id of the family of private pages; 0 while no private page was ever faulted in.
         cloned: the VMA came through fork with its `anon_vma`, so that it has its ancestors' too.
-        userfaultfd: with VM_UFFD_MISSING the userfaultfd whose handler brings missing pages in, else 0.
+        userfaultfd: with one of UFFD_FLAGS the userfaultfd whose handler brings pages in, else 0.
     """
 
     flags: VmFlag
@@ -150,13 +153,12 @@ class Mapping:
         """The same mapping with another family of private pages."""
         return Mapping(self.flags, self.backing, self.delta, anon_vma, cloned, self.userfaultfd)
 
-    def with_userfaultfd(self, number: int) -> Mapping:
-        """The same mapping, registered with a userfaultfd for missing pages; with none for 0.
+    def with_userfaultfd(self, number: int, modes: VmFlag = VmFlag.NONE) -> Mapping:
+        """The same mapping, registered with a userfaultfd for some of UFFD_FLAGS; with none for 0.
 
         Source: Linux include/linux/userfaultfd_k.h, userfaultfd_set_ctx(), userfaultfd_reset_ctx().
         """
-        flags = self.flags | VmFlag.UFFD_MISSING if number else self.flags & ~VmFlag.UFFD_MISSING
-        return replace(self, flags=flags, userfaultfd=number)
+        return replace(self, flags=(self.flags & ~UFFD_FLAGS) | modes, userfaultfd=number)
 
     def moved(self, offset_bytes: int) -> Mapping:
         """The mapping that shows the same pages of its object `offset_bytes` higher in the address space."""

@@ -27,7 +27,8 @@ from hmm.mremap import MremapFlag
 from hmm.operation_record import Caller, OperationRecord
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
-from hmm.uffdio import IOCTLS, CopyMode, Filled
+from hmm.smaps import vm_flag_letters
+from hmm.uffdio import IOCTL_CONTINUE, IOCTLS, CopyMode, Filled, RegisterMode
 from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.userfaultfd import UserfaultFeature
@@ -37,7 +38,13 @@ SHARED = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
 
 
 class Town(World):
-    """A process with sixteen private pages, and a userfaultfd that serves some of them."""
+    """A process with sixteen private pages, and a userfaultfd that serves some of them.
+
+    Attributes:
+        file: what is mapped there instead, in some tests.
+    """
+
+    file: int
 
     def __init__(self, registered: tuple[int, int] = (0, 16), features: int = 0) -> None:
         super().__init__(mirrors=0)
@@ -703,3 +710,134 @@ def test_handler_brings_in_what_a_mapping_of_a_file_misses(sharing: MapFlag) -> 
     in_file = town.do(commands_file.read_file, file, PAGE_SIZE, 1)
     assert in_file == (b"a" if sharing is MapFlag.SHARED else b"\0")
     assert ends_with(town.copy(4, "b")) == (0, "ENOENT")
+
+
+# ---- minor faults
+
+
+@pytest.fixture
+def minor() -> Town:
+    """Four pages of a file, mapped shared and registered for minor faults, of which the file has the first two."""
+    town = Town((0, 0))
+    file = town.do(commands_file.open_file, "f", create=True)
+    town.do(commands_file.truncate_file, file, 4 * PAGE_SIZE)
+    town.do(commands_file.write_file, file, 0, b"a" * PAGE_SIZE + b"b" * PAGE_SIZE)
+    flags = MapFlag.SHARED | MapFlag.FIXED
+    town.do(processes.mmap, town.pid, START, 4 * PAGE_SIZE, RW, flags, file)
+    town.file = file
+    assert town.do(uffd.uffd_register, town.fd, span(0, 4), RegisterMode.MINOR) == IOCTLS | IOCTL_CONTINUE
+    return town
+
+
+def go_on(town: Town, first: int, npages: int = 1, mode: int = 0) -> Filled:
+    """UFFDIO_CONTINUE."""
+    filled: Filled = town.do(uffd.uffd_continue, town.fd, span(first, npages), mode)
+    return filled
+
+
+def test_touch_waits_when_the_page_is_there_and_not_mapped(minor: Town) -> None:
+    """shmem_get_folio_gfp(): userfaultfd_minor(); UFFDIO_CONTINUE maps the page and wakes; holes are nobody's."""
+    record = minor.touch(0, 4)
+    assert not record.done
+    (message,) = minor.do(uffd.read_userfaults, minor.fd, 16)
+    assert (message.address, message.npages, message.write, message.minor) == (START, 2, False, True)
+    assert ends_with(go_on(minor, 0, 2)) == (2, "")
+    assert record.done
+    assert minor.read(0, 2 * PAGE_SIZE) == b"a" * PAGE_SIZE + b"b" * PAGE_SIZE
+    entry = minor.space.table.get(START)
+    assert entry & cpu_pte.WRITE
+    assert entry & cpu_pte.DIRTY
+    minor.machine.check()
+
+
+def test_handler_hears_which_pages_are_missing_and_which_are_minor(minor: Town) -> None:
+    """VM_UFFD_MISSING and VM_UFFD_MINOR at once: each run of pages is of one kind."""
+    both = RegisterMode.MISSING | RegisterMode.MINOR
+    minor.do(uffd.uffd_register, minor.fd, span(0, 4), both)
+    record = minor.touch(0, 4, write=True)
+    for first, is_minor in ((0, True), (2, False)):
+        (message,) = minor.do(uffd.read_userfaults, minor.fd, 16)
+        assert ((message.address - START) // PAGE_SIZE, message.npages, message.minor) == (first, 2, is_minor)
+        assert ends_with(go_on(minor, 0, 2) if is_minor else minor.zero(2, 2)) == (2, "")
+    assert record.done
+    assert {"um", "ui"} <= set(vm_flag_letters(minor.space, next(iter(minor.space.vmas))).split())
+
+
+def test_register_takes_minor_faults_of_shared_memory_alone(town: Town) -> None:
+    """vma_can_userfault(), UFFD_API_REGISTER_MODES; what has the mode already stays as it is."""
+    for mode in (0, 2, 8, RegisterMode.MINOR):
+        assert fails(town, uffd.uffd_register, town.fd, span(0), mode) == "EINVAL"
+    town.map_shared(4)
+    town.do(uffd.uffd_register, town.fd, span(0, 4), 5)
+    town.do(uffd.uffd_register, town.fd, span(1), RegisterMode.MINOR)
+    assert town.layout() == "0-4* 4-16*"
+    town.do(uffd.uffd_register, town.fd, span(4), RegisterMode.MISSING)
+    town.do(uffd.uffd_unregister, town.fd, span(0, 16))
+    assert town.layout() == "0-4 4-16"
+
+
+def test_continue_fails_at_the_first_page_that_cannot_be_mapped(minor: Town) -> None:
+    """mfill_atomic_pte_continue(): behind the end EINVAL, no page EFAULT, a lost one EIO, an entry EEXIST."""
+    minor.machine.capable = True
+    assert ends_with(go_on(minor, 2)) == (0, "EFAULT")
+    assert ends_with(go_on(minor, 0, 4)) == (2, "EAGAIN")
+    assert ends_with(go_on(minor, 1)) == (0, "EEXIST")
+    minor.do(processes.madvise, minor.pid, span(1).start, PAGE_SIZE, Advice.HWPOISON)
+    minor.do(processes.madvise, minor.pid, START, 4 * PAGE_SIZE, Advice.DONTNEED)
+    assert ends_with(go_on(minor, 1)) == (0, "EIO")
+    minor.do(commands_file.truncate_file, minor.file, 0)
+    assert ends_with(go_on(minor, 0)) == (0, "EINVAL")
+    assert ends_with(go_on(minor, 3, 2)) == (0, "ENOENT")
+    assert fails(minor, uffd.uffd_continue, minor.fd, span(0), 2) == "EINVAL"
+    minor.do(uffd.uffd_register, minor.fd, span(8), RegisterMode.MISSING)
+    assert ends_with(go_on(minor, 8)) == (0, "EINVAL")
+    minor.machine.check()
+
+
+def test_private_mapping_shows_the_page_and_may_not_write_it(minor: Town) -> None:
+    """mfill_atomic_install_pte(): a page of the cache is writable in a shared mapping only."""
+    minor.do(processes.mmap, minor.pid, START, 4 * PAGE_SIZE, RW, MapFlag.PRIVATE | MapFlag.FIXED, minor.file)
+    minor.do(uffd.uffd_register, minor.fd, span(0, 4), RegisterMode.MINOR)
+    record = minor.touch(0, write=True)
+    assert not record.done
+    go_on(minor, 0)
+    assert record.done  # copied
+    go_on(minor, 1)
+    assert not minor.space.table.get(span(1).start) & cpu_pte.WRITE
+    minor.do(processes.write_memory, minor.pid, START, b"x")
+    assert minor.do(commands_file.read_file, minor.file, 0, 1) == b"a"
+
+
+def test_unregister_wakes_nobody_where_minor_faults_alone_are_registered(minor: Town) -> None:
+    """userfaultfd_unregister() wakes for userfaultfd_missing(); close and UFFDIO_WAKE do."""
+    record = minor.touch(0)
+    minor.do(uffd.uffd_unregister, minor.fd, span(0, 4))
+    assert not record.done
+    minor.do(uffd.uffd_wake, minor.fd, span(0))
+    assert record.done
+
+
+def test_reads_map_nothing_around_where_minor_faults_are_registered(minor: Town) -> None:
+    """uffd_disable_fault_around()."""
+    minor.space.fault_around_pages = 16
+    record = minor.touch(3)
+    assert record.done
+    assert [bool(minor.space.table.get(span(at).start)) for at in range(4)] == [False, False, False, True]
+
+
+def test_continue_reads_a_page_from_swap() -> None:
+    """shmem_get_folio() with SGP_NOALLOC swaps in."""
+    town = Town((0, 0))
+    town.machine = Machine(Limits(frames=256, device_frames=0, swap_pages=64))
+    town.pid = town.do(processes.create_process, "p")
+    town.fd = town.do(uffd.create_userfaultfd, town.pid, UserfaultFeature.MINOR_SHMEM)
+    town.map_shared(2)
+    town.do(processes.write_memory, town.pid, START, b"s" * PAGE_SIZE)
+    town.do(processes.madvise, town.pid, START, PAGE_SIZE, Advice.PAGEOUT)
+    town.do(uffd.uffd_register, town.fd, span(0, 2), RegisterMode.MINOR)
+    record = town.touch(0)
+    assert not record.done
+    go_on(town, 0)
+    assert record.done
+    assert town.read(0) == b"s"
+    town.machine.check()
