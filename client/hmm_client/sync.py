@@ -210,6 +210,7 @@ class Userfaultfd(_Handle[aio_userfaultfd.Userfaultfd]):
     unregister = blocking(aio_userfaultfd.Userfaultfd.unregister)
     copy = blocking(aio_userfaultfd.Userfaultfd.copy)
     zeropage = blocking(aio_userfaultfd.Userfaultfd.zeropage)
+    continue_range = blocking(aio_userfaultfd.Userfaultfd.continue_range)
     wake = blocking(aio_userfaultfd.Userfaultfd.wake)
 
 

@@ -42,7 +42,10 @@ __all__ = ["Handler", "Userfaultfd"]
 PART_BYTES = 1 << 20
 """What one call copies; more travels in parts."""
 Handler: TypeAlias = Callable[[UserfaultMessage], "bytes | Awaitable[bytes | None] | None"]
-"""What is to come to stand at `fault.address`: whole pages, or None when the handler has seen to it itself."""
+"""What is to come to stand at `fault.address`: whole pages, or None when the handler has seen to it itself.
+
+Of a minor fault anything but None lets the pages be mapped that are there.
+"""
 
 
 @names_arguments
@@ -108,7 +111,10 @@ class Userfaultfd:
         message = await self._next()
         if message is None:
             return []
-        return [UserfaultMessage(one.address, one.page_count, one.write, one.operation_id) for one in message.faults]
+        return [
+            UserfaultMessage(one.address, one.page_count, one.write, one.operation_id, one.minor)
+            for one in message.faults
+        ]
 
     async def __aiter__(self) -> AsyncIterator[UserfaultMessage]:
         while faults := await self.read():
@@ -133,11 +139,15 @@ class Userfaultfd:
                 answer = handler(fault)
             data: bytes | None = await answer if inspect.isawaitable(answer) else answer
             if data is not None:
-                await self._bring(fault.address, data)
+                await self._bring(fault, data)
 
-    async def _bring(self, address: Address, data: bytes) -> None:
+    async def _bring(self, fault: UserfaultMessage, data: bytes) -> None:
+        address = fault.address
         try:
-            await self.copy(address, data)
+            if fault.minor:
+                await self.continue_range(AddressRange(address, address + fault.npages * PAGE_SIZE))
+            else:
+                await self.copy(address, data)
         except ConflictError as error:  # somebody else was faster
             if error.errno != errnos.EEXIST:
                 raise
@@ -155,9 +165,12 @@ class Userfaultfd:
     async def register(self, span: AddressRange, mode: int = RegisterMode.MISSING) -> int:
         """UFFDIO_REGISTER.  Returns: the ioctls that the range permits.
 
+        Args:
+            mode: RegisterMode values: pages that are missing, or that shared memory has and that are only not mapped.
+
         Raises:
             InvalidRequestError: no range, another mode, nothing mapped there, or neither private anonymous nor shared
-                memory (EINVAL).
+                memory, or for minor faults no shared memory (EINVAL).
             AccessDeniedError: what may never be written (EPERM).
             ConflictError: registered with another userfaultfd (EBUSY).
             OutOfFramesError: too many mappings, or the process has ended (ENOMEM).
@@ -197,6 +210,24 @@ class Userfaultfd:
         mode = 0 if wake else int(CopyMode.DONTWAKE)
         request = userfaultfd_pb2.UffdZeropageRequest(userfaultfd_id=self.id, range=range_to_proto(span), mode=mode)
         await self._make("UffdZeropage", request)
+
+    async def continue_range(self, span: AddressRange, *, wake: bool = True) -> None:
+        """UFFDIO_CONTINUE: map pages that the shared memory has.
+
+        Args:
+            wake: False for UFFDIO_CONTINUE_MODE_DONTWAKE.
+
+        Raises:
+            RangeBusyError: what lies below `error.address` was mapped, and no more (EAGAIN).
+            BadAddressError: the shared memory does not have the page (EFAULT), or it is lost (EIO).
+            InvalidRequestError: behind its end, or there is none (EINVAL).
+            ConflictError: a page is mapped already (EEXIST).
+            NoSuchObjectError: not one registered mapping (ENOENT), or the process has ended (ESRCH).
+            OutOfFramesError: no frame is left for what comes from swap (ENOMEM).
+        """
+        mode = 0 if wake else int(CopyMode.DONTWAKE)
+        request = userfaultfd_pb2.UffdContinueRequest(userfaultfd_id=self.id, range=range_to_proto(span), mode=mode)
+        await self._make("UffdContinue", request)
 
     async def wake(self, span: AddressRange) -> None:
         """UFFDIO_WAKE: who waits for a page of the range looks again."""

@@ -11,9 +11,17 @@ import pytest
 
 import hmm_client
 from hmm.commands_userfaultfd import UserfaultMessage
-from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, RangeBusyError, SegmentationFault
-from hmm.uffdio import IOCTLS
+from hmm.errors import (
+    BadAddressError,
+    ConflictError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    RangeBusyError,
+    SegmentationFault,
+)
+from hmm.uffdio import IOCTL_CONTINUE, IOCTLS, RegisterMode
 from hmm.units import PAGE_SIZE
+from hmm.unmapped_area import MapFlag
 from hmm.userfaultfd import UserfaultFeature
 from hmm_client import Process
 from hmm_client.results import Mapped
@@ -55,6 +63,26 @@ async def test_handler_brings_in_what_its_own_client_misses(process: Process, he
         again.serve(lambda _: b"z" * PAGE_SIZE)
         await process.madvise(heap.address, PAGE_SIZE, hmm_client.Advice.DONTNEED)
         assert await process.read(heap.address, 1) == b"z"
+
+
+async def test_handler_lets_pages_be_mapped_that_shared_memory_has(process: Process) -> None:
+    """UFFDIO_REGISTER_MODE_MINOR, UFFDIO_CONTINUE: of itself and by a handler; a page that there is not is EFAULT."""
+    file = await process.client.open_file("minor faults", create=True)
+    await file.truncate(4 * PAGE_SIZE)
+    await file.write(0, b"s" * 3 * PAGE_SIZE)
+    heap = await process.mmap(4 * PAGE_SIZE, flags=MapFlag.SHARED, file=file)
+    async with process.userfaultfd() as uffd:
+        assert await uffd.register(heap.span, RegisterMode.MINOR) == IOCTLS | IOCTL_CONTINUE
+        reading = asyncio.create_task(process.read(heap.address, 1))
+        (fault,) = await uffd.read()
+        assert (fault.address, fault.minor) == (heap.address, True)
+        await uffd.continue_range(heap.page(0))
+        assert await reading == b"s"
+        with pytest.raises(BadAddressError):
+            await uffd.continue_range(heap.page(3))
+        uffd.serve(lambda _: b"")
+        assert await process.read(heap.address, 3 * PAGE_SIZE) == b"s" * 3 * PAGE_SIZE
+    await file.close()
 
 
 async def test_faults_are_iterated_until_the_process_exits(process: Process, heap: Mapped) -> None:

@@ -98,6 +98,10 @@ async def test_copy_says_how_far_it_came(handled: Handled) -> None:
         )
     )
     assert zeroed.bytes_zeroed == PAGE
+    continued = await handled.served.userfaultfd.UffdContinue(
+        userfaultfd_pb2.UffdContinueRequest(userfaultfd_id=handled.fd, range=WHOLE)
+    )
+    assert (continued.result.errno, continued.bytes_mapped) == (errnos.EINVAL, 0)  # of private memory
     assert await handled.read(1) == b"y"
 
 

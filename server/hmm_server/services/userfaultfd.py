@@ -54,6 +54,11 @@ def _zeropage_response(filled: Filled | None, result: types_pb2.CallResult) -> u
     return userfaultfd_pb2.UffdZeropageResponse(result=result, bytes_zeroed=done)
 
 
+def _continue_response(filled: Filled | None, result: types_pb2.CallResult) -> userfaultfd_pb2.UffdContinueResponse:
+    result, done = _filled(filled, result)
+    return userfaultfd_pb2.UffdContinueResponse(result=result, bytes_mapped=done)
+
+
 _REGISTER: Call[Any, Any] = Call(
     lambda q: invoke(commands.uffd_register, q.userfaultfd_id, convert.range_from_proto(q.range), q.mode),
     lambda value, result: userfaultfd_pb2.UffdRegisterResponse(result=result, ioctls=value or 0),
@@ -66,6 +71,10 @@ _COPY: Call[Any, Any] = Call(_copy, _copy_response)
 _ZEROPAGE: Call[Any, Any] = Call(
     lambda q: invoke(commands.uffd_zeropage, q.userfaultfd_id, convert.range_from_proto(q.range), q.mode),
     _zeropage_response,
+)
+_CONTINUE: Call[Any, Any] = Call(
+    lambda q: invoke(commands.uffd_continue, q.userfaultfd_id, convert.range_from_proto(q.range), q.mode),
+    _continue_response,
 )
 _WAKE: Call[Any, Any] = Call(
     lambda q: invoke(commands.uffd_wake, q.userfaultfd_id, convert.range_from_proto(q.range)),
@@ -90,6 +99,7 @@ class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
     UffdUnregister = _rpc(_UNREGISTER)
     UffdCopy = _rpc(_COPY)
     UffdZeropage = _rpc(_ZEROPAGE)
+    UffdContinue = _rpc(_CONTINUE)
     UffdWake = _rpc(_WAKE)
 
     async def OpenUserfaultfd(
@@ -122,6 +132,7 @@ class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
                 page_count=message.npages,
                 write=message.write,
                 operation_id=message.operation_id,
+                minor=message.minor,
             )
             for message in record.result
         ]
