@@ -26,7 +26,7 @@ from hmm.userfaultfd import UserfaultFeature
 __all__ = ["handle", "simulate_userfaultfds"]
 
 _USERFAULTFDS = 3
-_MODES = (RegisterMode.MISSING, RegisterMode.MISSING, RegisterMode.MINOR, RegisterMode.MISSING | RegisterMode.MINOR)
+_MODES = (RegisterMode.MISSING, RegisterMode.MINOR, RegisterMode.MISSING | RegisterMode.MINOR)
 _POPULATE = (Advice.POPULATE_READ, Advice.POPULATE_WRITE)
 
 
@@ -54,8 +54,14 @@ def _close(town: Town) -> Call | None:
 
 def _register(town: Town) -> Call | None:
     number, span = _pick(town), town.span(12)
-    mode = _MODES[town.choose(len(_MODES))]
-    return None if number is None else Call(commands_userfaultfd.uffd_register, (number, span, int(mode)))
+    if number is None:
+        return None
+    files = [vma for vma in town.machine.userfaultfds[number].vmas if vma.backing is not None]
+    mode = RegisterMode.MISSING
+    if files and town.choose(2):
+        mode = _MODES[town.choose(len(_MODES))]
+        span = files[town.choose(len(files))].span
+    return Call(commands_userfaultfd.uffd_register, (number, span, int(mode)))
 
 
 def _unregister(town: Town) -> Call | None:
@@ -92,10 +98,10 @@ def _access(town: Town) -> Call | None:
 
 def _bring(town: Town, number: int, span: AddressRange) -> Call:
     mode = int(town.choose(8) == 0)
-    match town.choose(4):
-        case 0:
+    match town.choose(6):
+        case 0 | 1:
             return Call(commands_userfaultfd.uffd_zeropage, (number, span, mode))
-        case 1:
+        case 2:
             return Call(commands_userfaultfd.uffd_continue, (number, span, mode))
     data = bytes([1 + town.choose(255)]) * span.size_bytes
     return Call(commands_userfaultfd.uffd_copy, (number, span.start, data, mode))
@@ -137,8 +143,11 @@ def handle(town: Town, record: OperationRecord[Any]) -> Call:
             return Call(commands_userfaultfd.uffd_unregister, (number, page))
         case 2:
             return Call(commands_userfaultfd.close_userfaultfd, (number,))
-        case _:
-            return _bring(town, number, AddressRange(page.start, page.end + town.choose(3) * PAGE_SIZE))
+    fault = town.machine.userfaultfds[number].userfaultfds[number].faults[request.ticket]
+    span = AddressRange(page.start, page.end + town.choose(3) * PAGE_SIZE)
+    if fault.minor and town.choose(4):
+        return Call(commands_userfaultfd.uffd_continue, (number, span, 0))
+    return _bring(town, number, span)
 
 
 def simulate_userfaultfds(seed: int, *, ncalls: int = 80) -> Scheduler:

@@ -12,7 +12,7 @@ from hmm.anon_vma import Forest
 from hmm.testing import SimulationError
 from hmm.testing_userfaultfd import simulate_userfaultfds
 from hmm.userfaultfd import Userfaultfd
-from hmm.vma import Mapping, Vma
+from hmm.vma import UFFD_FLAGS, Mapping, Vma
 
 SEEDS, BATCH = 24, 12
 
@@ -32,6 +32,7 @@ def test_simulate_comes_to_waits_and_to_every_way_that_they_end() -> None:
     for seed in range(1, 14):
         calls += simulate_userfaultfds(seed).coverage.calls
     met = {(name, how) for name, how in calls if name.startswith(("uffd", "read_user"))}
+    assert {("uffd_continue", how) for how in ("done", "EFAULT", "EINVAL", "ENOENT")} <= met
     assert {("uffd_register", "EBUSY"), ("uffd_register", "EINVAL"), ("uffd_wake", "done")} <= met
     assert {("uffd_copy", how) for how in ("done", "EEXIST", "ENOENT", "EAGAIN")} <= met
     assert {name for name, how in calls if how == "EINTR"} >= {"write_memory", "read_memory"}
@@ -52,7 +53,8 @@ def test_simulate_finds_a_child_that_stays_registered(monkeypatch: pytest.Monkey
     childs_mapping = fork._childs_mapping
 
     def kept(parent: AddressSpace, child: AddressSpace, vma: Vma, forest: Forest) -> Mapping:
-        return childs_mapping(parent, child, vma, forest).with_userfaultfd(vma.mapping.userfaultfd)
+        mapping = childs_mapping(parent, child, vma, forest)
+        return mapping.with_userfaultfd(vma.mapping.userfaultfd, vma.flags & UFFD_FLAGS)
 
     monkeypatch.setattr(fork, "_childs_mapping", kept)
     assert "which is closed" in found(range(60))
