@@ -161,7 +161,7 @@ async def test_no_request_hits_a_bug(serve: Any, seed: int) -> None:
     for method in fuzz.random.choices(METHODS, k=250):
         request = fuzz.message(method.input_type)
         try:
-            response = await _stub(served, method)(request, timeout=30)
+            response = await _stub(served, method)(request, timeout=120)
         except grpc.aio.AioRpcError as error:
             is_bug = error.code() in BUGS
         else:
