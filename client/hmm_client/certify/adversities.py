@@ -28,7 +28,7 @@ from hmm_client.certify.neighbours import NEIGHBOURS
 from hmm_client.certify.stage import Stage, stamp
 from hmm_client.harness import HoldEndedError, HoldPoint
 
-COME_BACK_S = 10.0
+COME_BACK_S = 30.0
 """How long a driver may take to end or to come back when its session broke."""
 HELD_S = 0.3
 """How long a fault is waited for, and then kept until an event has come."""
