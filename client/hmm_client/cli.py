@@ -28,6 +28,7 @@ COMMANDS = {
     "top": "Show what happens now: mirrors, calls and who waits.",
     "stats": "Show counters of the daemon and of each mirror.",
     "sanitize": "Show what devices did that they must not.",
+    "kill": "End processes that nobody ends.",
     "health": "Ask the daemon whether it serves; for scripts and containers.",
     "replay": "Replay recorded programs while devices mirror them.",
     "record": "Record a program's memory calls, for replay.",

@@ -280,6 +280,31 @@ async def test_stats_counts_events_when_a_driver_has_answered(daemon: Daemon, mi
     assert "ack p99" in text
 
 
+async def test_kill_ends_processes_when_nobody_else_does(daemon: Daemon, mirrored: Mirrored) -> None:
+    """Its mirrors hear of it and answer; what there is not is ESRCH, and those named before it have ended."""
+    mirrored.driver.go_on.set()
+    other = await daemon.connect().create_process("left behind")
+    done = await hmmctl("kill", other.id, 99, "-t", daemon.target)
+    assert (done.code, done.stdout) == (4, f"process {other.id} has ended\n")
+    assert done.stderr.startswith("hmmctl: ESRCH: ")
+    value = (await hmmctl("kill", mirrored.process.id, "-t", daemon.target, "--format", "json")).value
+    assert value == {"process_id": mirrored.process.id, "fenced_mirrors": []}
+    assert mirrored.mirror.released
+    assert (await hmmctl("ps", "-t", daemon.target)).stdout.startswith("no processes\n")
+
+
+@pytest.mark.parametrize("daemon", [{"acknowledgement_s": 0.5}], indirect=True)
+async def test_kill_names_the_mirrors_that_did_not_answer(daemon: Daemon) -> None:
+    """The end of a process waits for nobody for ever."""
+    client = daemon.connect()
+    process = await client.create_process("left behind")
+    mapped = await process.mmap(4096)
+    mirror = await (await client.register_device("gpu")).mirror(process, Holding(), fault_events=False)
+    await mirror.fault(mapped.span)
+    done = await hmmctl("kill", process.id, "-t", daemon.target)
+    assert (done.code, done.stdout) == (0, f"process {process.id} has ended; fenced: mirror {mirror.id}\n")
+
+
 async def test_health_is_its_exit_code_when_a_container_asks(daemon: Daemon, tmp_path: Path) -> None:
     """0 while it serves, 1 when nobody is there."""
     done = await hmmctl("health", "-t", daemon.target)
