@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,26 @@ def pages(areas: list[Area] | tuple[Area, ...]) -> dict[int, tuple[str, str | No
         for one in areas
         for address in range(one.start, one.end, 4096)
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "differences"),
+    [({"/old": "/new"}, 0), ({"/old": "/other"}, 0), ({"/old": "/other", "/other": "/old"}, 3)],
+    ids=["a new name", "in place of another", "exchanged"],
+)
+def test_compare_finds_no_difference_when_a_file_was_renamed(names: dict[str, str], differences: int) -> None:
+    """show_map_vma() shows what a file is called now; only two exchanged names cannot be told from an error."""
+    mapped = [area(1, 2, name="/old"), area(4, 5, "r--p", 3, "/old"), area(7, 8, name="/other")]
+    inodes = {"/old": 7, "/other": 8}
+    last = [
+        dataclasses.replace(area, name=names.get(area.name, f"{area.name} (deleted)"), inode=inodes[area.name])
+        for area in mapped
+    ]
+    assert len(compare(last, mapped)) == differences
+
+
+def test_compare_finds_a_difference_when_part_of_a_file_has_another_name() -> None:
+    """All mappings of a file show one name."""
+    mapped = [area(1, 2, name="/old"), area(4, 5, "r--p", 3, "/old")]
+    last = [dataclasses.replace(mapped[0], inode=7), dataclasses.replace(mapped[1], name="/new", inode=7)]
+    assert len(compare(last, mapped)) == 1

@@ -4,7 +4,7 @@ The kernel decides by anonymous-page bookkeeping whether neighbours share a line
 several ways.  `canonical` takes both out: neighbours with equal permissions and equal source (and, for files,
 contiguous offsets) become one line; ` (deleted)` is dropped; names in brackets ([heap], [stack], [vdso],
 [anon:...]) are anonymous memory; shared anonymous memory is /dev/zero whatever its name ([anon_shmem:...]); and
-[vsyscall], which no process maps, is left out.
+[vsyscall], which no process maps, is left out.  A file that was renamed after it was mapped has its last name.
 
 Source: Linux fs/proc/task_mmu.c, show_map_vma().
 Invariants: areas are ascending and disjoint; a canonical list holds no two neighbours that could be one.
@@ -14,6 +14,7 @@ Absent: /proc/PID/smaps.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,15 +191,43 @@ def compare(expected: Iterable[Area], actual: Iterable[Area]) -> list[Difference
 
     Lines that begin at the same address and differ are one difference.
 
-    Cost: O(areas).
+    Args:
+        expected: the kernel's, with the names that files have at the end.
+        actual: with the names that files had when they were mapped.
+
+    Cost: O(areas log areas).
     """
-    wanted = {area.start: area for area in canonical(expected)}
-    found = {area.start: area for area in canonical(actual)}
+    last = tuple(expected)
+    wanted = {area.start: area for area in canonical(last)}
+    found = {area.start: area for area in canonical(_renamed(last, tuple(actual)))}
     return [
         Difference(wanted.get(start), found.get(start))
         for start in sorted(wanted.keys() | found.keys())
         if wanted.get(start) != found.get(start)
     ]
+
+
+def _renamed(last: Sequence[Area], areas: Sequence[Area]) -> list[Area]:
+    """The areas with the names that their files have in `last`.
+
+    Of a rename no memory call tells.  Where the same bytes lie at the same place under another name, the file was
+    renamed if its old name is gone, or its new one is new, and all of the file has the new one.
+    """
+    starts = [area.start for area in last]
+    old, new = {area.source for area in areas}, {area.source for area in last}
+    names: dict[tuple[str, int], set[str]] = {}
+    for area in last:
+        names.setdefault((area.device, area.inode), set()).add(area.source or "")
+    found = []
+    for area in areas:
+        index = bisect_right(starts, area.start) - 1
+        other = last[index] if index >= 0 else area
+        same_bytes = area.start < other.end and area.offset - area.start == other.offset - other.start
+        alone = other.inode and len(names[other.device, other.inode]) == 1
+        if area.source and same_bytes and alone and (area.source not in new or other.source not in old):
+            area = replace(area, name=other.name)  # noqa: PLW2901
+        found.append(area)
+    return found
 
 
 def render(areas: Sequence[Area]) -> str:
