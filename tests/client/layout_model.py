@@ -244,9 +244,11 @@ class LayoutModel:
         if not inside or inside[0].start != old or any(a.end != b.start for a, b in pairwise(inside)):
             return "EFAULT"
         if new == old:
-            if new_end > old_end:
-                space.claim(step, old_end, new_end)
-            space.put(old, max(old_end, new_end), [*inside[:-1], resize(inside[-1], new_end)])
+            if new_end <= old_end:  # of however many areas
+                space.put(new_end, old_end, [])
+                return None
+            space.claim(step, old_end, new_end)
+            space.put(old, new_end, [*inside[:-1], resize(inside[-1], new_end)])
             return None
         if not step.flags & MREMAP["MREMAP_FIXED"]:
             space.claim(step, new, new_end)
