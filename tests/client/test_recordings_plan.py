@@ -154,6 +154,9 @@ def test_every_memory_call_is_its_step_when_it_succeeds() -> None:
         ("mmap(0x1000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_FIXED_NOREPLACE, -1, 0) = -1 EEXIST (x)", Map),
         ("mremap(0x1000, 4096, 8192, 0) = -1 EFAULT (x)", None),
         ("munmap(0x1001, 8192) = -1 EINVAL (x)", Unmap),
+        ("munmap(0x1000, 0) = -1 EINVAL (x)", Unmap),
+        ("munmap(0x7ffffffff000, 4096) = -1 EINVAL (x)", Unmap),
+        ("munmap(0x200000, 4096) = -1 EINVAL (x)", None),
         ("mprotect(0x1000, 8192, PROT_WRITE) = -1 EINVAL (x)", None),
         ("madvise(0x1000, 8192, MADV_HWPOISON) = -1 ENOMEM (x)", None),
         ("mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = -1 ENODEV (x)", None),
@@ -166,7 +169,7 @@ def test_every_memory_call_is_its_step_when_it_succeeds() -> None:
     ],
 )
 def test_failed_call_is_attempted_when_its_error_follows_from_the_layout(line: str, attempt: type[Step] | None) -> None:
-    """madvise(2): ENOMEM comes with the rest of the range done; limits and modes change nothing."""
+    """madvise(2): ENOMEM comes with the rest of the range done; limits, modes and cut huge pages change nothing."""
     step = only_step(line)
     assert isinstance(step, Failed)
     assert step.errno == line.split(" = -1 ")[1].split(maxsplit=1)[0]

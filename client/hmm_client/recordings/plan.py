@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hmm.units import page_up
+from hmm.units import PAGE_SIZE, TASK_SIZE, page_up
 from hmm_client.recordings.arguments import ArgumentError, descriptor, fields, flag_names, number, string
 from hmm_client.recordings.decode import DECODERS, IGNORED, REPLAYED_ERRORS
 from hmm_client.recordings.errors import RecordingError
@@ -45,6 +45,7 @@ from hmm_client.recordings.steps import (
     Thread,
     ThreadExit,
     Unknown,
+    Unmap,
     Vfork,
 )
 from hmm_client.recordings.strace import Call, Ended, Log, Superseded
@@ -224,7 +225,7 @@ class _Planner:
         attempt = decoder(origin, call.arguments, 0)
         if isinstance(attempt, Protect):
             return Interrupted(origin, errno, attempt, self.sealed.get(origin.process, ()))
-        return Failed(origin, errno, None if isinstance(attempt, Ignored | Unknown) else attempt)
+        return Failed(origin, errno, None if isinstance(attempt, Ignored | Unknown) or _unsaid(attempt) else attempt)
 
     def other_step(self, call: Call, origin: Origin, result: int) -> Step:
         """The step of a successful call without decoder."""
@@ -341,6 +342,16 @@ class _Planner:
 
 
 _KNOWN = DECODERS.keys() | IGNORED.keys() | CREATING | EXECUTING | {"shmat", "shmdt"}
+
+
+def _unsaid(attempt: Step) -> bool:
+    """Whether a call failed for what neither its arguments nor a layout say: it would have cut a huge page of hugetlb.
+
+    Source: Linux mm/hugetlb.c, hugetlb_vm_op_split().
+    """
+    if not isinstance(attempt, Unmap):
+        return False
+    return attempt.address % PAGE_SIZE == 0 and 0 < attempt.length <= TASK_SIZE - attempt.address
 
 
 def _clone_flags(call: Call) -> frozenset[str]:
