@@ -122,7 +122,7 @@ def test_read_scenario_understands_everything_when_it_is_good(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("[daemon]", "[daemon", 3, "Expected"),
+        ("[daemon]", "[daemon", 3, "it is no TOML: Expected"),
         ("[files.lib]", "[folders.lib]", 1, "there is no 'folders' in a scenario"),
         ('mirrors = ["app"]', 'mirrors = ["ap"]', 8, "there is no process 'ap'; there is app"),
         ('"fail"', '"shrug"', 8, "policy: 'shrug' is none of fence, block, fail"),

@@ -89,6 +89,8 @@ def test_first_device_operation_counts_mappings_of_a_device_when_they_come_first
         ({"res": {}}, "'ret' is missing"),
         ({"res": {"ret": 0, "vals": "1f"}}, "'1f' is not value*count"),
         ({"res": {"ret": 0, "vals": "zz*1"}}, "invalid literal"),
+        ({"res": {"ret": 0, "vals": "00*999999999999"}}, "'00*999999999999' goes beyond 1,048,576 pages"),
+        ({"res": {"ret": 0, "data": "00*1 00*1048576"}}, "'00*1048576' goes beyond 1,048,576 pages"),
         ({"state": [{**STATE, "s0": "ff*3"}]}, "'s0' shows 3 pages of a window of 4"),
         ({"state": [{**STATE, "maps": [[3, 4, "rw-p", "anon"]]}]}, "is no line of maps"),
         ({"state": [7]}, "a state is no JSON object"),
@@ -114,7 +116,8 @@ def test_read_names_file_and_line_when_an_operation_is_malformed(
     ("content", "message"),
     [
         (b"", "it is empty"),
-        (b"{]\n", ":1: "),
+        (b"{]\n", ":1: the line is no JSON: "),
+        (b"[" * 100_000, ":1: the line is no JSON: "),
         (b"[]\n", ":1: the line is no JSON object"),
         (json.dumps({**HEADER, "window": None}).encode(), ":1: 'window' is None"),
         (json.dumps({**HEADER, "thp": "madvise"}).encode(), ":1: 'thp' is 'madvise', not never or always"),

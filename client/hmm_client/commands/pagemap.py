@@ -40,7 +40,8 @@ def command(pid: int, span: AddressRange | None, form: str, where: Where) -> Non
 
     START-END is hexadecimal, as in maps, and is made larger to whole pages; without it the whole address space is
     looked at.  What is not mapped is left out.  Consecutive pages that are alike make one line; FRAME is the frame or,
-    of pages in swap, the slot of the first.
+    of pages in swap, the slot of the first.  Pages in the private memory of a device show as swap without a slot, as in
+    the kernel; `maps` names the device.
     """
     runs = ask(where, lambda client: _look(client.process(pid), span or _EVERYTHING, where.timeout_s), limited=False)
     if form == JSON:

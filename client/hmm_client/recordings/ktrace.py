@@ -13,6 +13,7 @@ Absent: performing the operations, and what of a trace a model must match.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ MANIFEST = "MANIFEST.jsonl"
 SUFFIXES = (".jsonl", ".jsonl.gz")
 FINGERPRINT_BYTES = 16
 """How many bytes of a page stand in its fingerprint."""
+RUN_PAGES_MAX = 1 << 20
+"""How many pages the runs of one text may come to: as many are made."""
 
 VMA_OPERATIONS = frozenset({"mmap", "munmap", "mprotect", "madvise", "mremap"})
 ACCESS_OPERATIONS = frozenset({"rd", "wr", "dump", "pin", "unpin"})
@@ -296,6 +299,9 @@ def _lines(path: Path) -> Iterator[str]:
 def _read(path: Path, number: int, text: str, parse: Callable[[_Json], _T]) -> _T:
     try:
         line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"the line is no JSON: {error}", path, number) from error
+    try:
         if not isinstance(line, dict):
             raise TypeError("the line is no JSON object")
         return parse(line)
@@ -414,13 +420,21 @@ def _maps_line(line: object) -> MapsLine:
     raise TypeError(f"{line!r} is no line of maps")
 
 
-def _expand(runs: str) -> Iterator[str]:
-    for run in runs.split():
+def _runs(text: str) -> Iterator[tuple[str, int]]:
+    pages = 0
+    for run in text.split():
         value, star, count = run.rpartition("*")
         if not star or not count.isdecimal():
             raise ValueError(f"{run!r} is not value*count")
-        for _ in range(int(count)):
-            yield value
+        pages += int(count)
+        if pages > RUN_PAGES_MAX:
+            raise ValueError(f"{run!r} goes beyond {RUN_PAGES_MAX:,} pages")
+        yield value, int(count)
+
+
+def _expand(text: str) -> Iterator[str]:
+    for value, count in _runs(text):
+        yield from itertools.repeat(value, count)
 
 
 def expand_bytes(runs: str) -> bytes:
@@ -429,13 +443,7 @@ def expand_bytes(runs: str) -> bytes:
     Raises:
         ValueError: malformed.
     """
-    parts = []
-    for run in runs.split():
-        value, star, count = run.rpartition("*")
-        if not star or not count.isdecimal():
-            raise ValueError(f"{run!r} is not value*count")
-        parts.append(bytes([int(value, 16)]) * int(count))
-    return b"".join(parts)
+    return b"".join(bytes([int(value, 16)]) * count for value, count in _runs(runs))
 
 
 def fingerprint(page: bytes) -> str:

@@ -37,7 +37,7 @@ def read_scenario(path: Path | str) -> Scenario:
     except tomllib.TOMLDecodeError as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         message = str(error)[: at.start()] if at else str(error)
-        raise ScenarioError(message, path, int(at[1]) if at else None) from error
+        raise ScenarioError(f"it is no TOML: {message}", path, int(at[1]) if at else None) from error
     return _Reader(path, text.split("\n"), tables).read()
 
 
