@@ -24,7 +24,6 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +38,7 @@ from hmm_client.device import Device
 from hmm_client.device_memory import MemoryDriver
 from hmm_client.drivers.accesses import Accesses
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.drivers.releases import Releases
 from hmm_client.event import Event
 from hmm_client.mirror import MIGRATE_PAGES_MAX, Faulted, Mirror, Segment
 from hmm_client.process import Process
@@ -137,8 +137,7 @@ class PrefetchDevice(MemoryDriver):
         self._programs: dict[ProcessId, _Program] = {}
         self._by_mirror: dict[int, _Program] = {}
         self._waiting: asyncio.Queue[tuple[_Program, AddressRange]] = asyncio.Queue(WAITING_PLACES)
-        self._released: list[Mirror] = []
-        self._leaving: set[Mirror] = set()
+        self._releases = Releases()
         self._stamp = 0
         self._engine = asyncio.create_task(self._run())
 
@@ -173,8 +172,7 @@ class PrefetchDevice(MemoryDriver):
         super().release(mirror)
         await self._program(mirror).accesses.all_ended()
         self.statistics.events["RELEASE"] += 1
-        if mirror not in self._leaving:
-            self._released.append(mirror)  # the mirror goes later, since this is a callback of it
+        self._releases.note(mirror)
 
     def lost(self, mirror: Mirror, why: str) -> None:
         """The daemon has given the mirror up: a device that always answers must not be lost."""
@@ -244,10 +242,10 @@ class PrefetchDevice(MemoryDriver):
     async def detach(self, process_id: ProcessId) -> None:
         """Follow a process no more."""
         await self.idle()
-        program = self._programs.get(process_id)
-        if program is not None and program.mirror not in self._released:
-            await self._leave(program.mirror)
         await self._unregister_released()
+        program = self._programs.get(process_id)
+        if program is not None:
+            await self._leave(program.mirror)
 
     # ---- the engine: one thing at a time, so that nothing but its own program changes what it sees
 
@@ -264,17 +262,12 @@ class PrefetchDevice(MemoryDriver):
                 self._waiting.task_done()
 
     async def _unregister_released(self) -> None:
-        while self._released:
-            await self._leave(self._released.pop())
+        while (mirror := self._releases.take()) is not None:
+            await self._leave(mirror)
 
     async def _leave(self, mirror: Mirror) -> None:
         self._programs.pop(mirror.process.id, None)
-        self._leaving.add(mirror)
-        try:
-            with suppress(NoSuchObjectError, DeviceLostError):  # it is gone already
-                await mirror.unregister()
-        finally:
-            self._leaving.discard(mirror)
+        await self._releases.unregister(mirror)
         self._by_mirror.pop(mirror.id, None)
 
     async def _visit(self, program: _Program, span: AddressRange) -> None:

@@ -18,19 +18,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from hmm import pte
-from hmm.errors import AccessDeniedError, DeviceLostError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import AccessDeniedError, InvalidRequestError, NoSuchObjectError
 from hmm.units import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
 from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.driver import Driver
 from hmm_client.drivers.accesses import Accesses, accessed
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.drivers.releases import Releases
 from hmm_client.event import Event
 from hmm_client.mirror import Mirror, Segment
 from hmm_client.process import Process
@@ -128,8 +128,7 @@ class RdmaCard(Driver):
         self._mirrors: dict[ProcessId, Mirror] = {}
         self._regions: dict[int, MemoryRegion] = {}
         self._accesses: dict[int, Accesses] = {}
-        self._released: list[Mirror] = []
-        self._leaving: set[Mirror] = set()
+        self._releases = Releases()
         self._mirroring = asyncio.Lock()
         self._keys = itertools.count(0x1000)
         self.statistics = Statistics()
@@ -153,8 +152,7 @@ class RdmaCard(Driver):
         """The process is gone: so are its regions.  The mirror goes later, since this is a callback of it."""
         self._forget(mirror)
         await self._accesses_of(mirror).all_ended()
-        if mirror not in self._leaving:
-            self._released.append(mirror)
+        self._releases.note(mirror)
 
     def lost(self, mirror: Mirror, why: str) -> None:  # noqa: ARG002 - the interface
         """The mirror was fenced: its regions are gone."""
@@ -258,16 +256,11 @@ class RdmaCard(Driver):
         await self._unregister_released()
 
     async def _unregister_released(self) -> None:
-        while self._released:
-            await self._leave(self._released.pop())
+        while (mirror := self._releases.take()) is not None:
+            await self._leave(mirror)
 
     async def _leave(self, mirror: Mirror) -> None:
-        self._leaving.add(mirror)
-        try:
-            with suppress(NoSuchObjectError, DeviceLostError):  # it is gone already
-                await mirror.unregister()
-        finally:
-            self._leaving.discard(mirror)
+        await self._releases.unregister(mirror)
         self._accesses.pop(mirror.id, None)
 
     # ---- bookkeeping
