@@ -467,7 +467,7 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
     if domain:
         _map_for_dma(domain, entries, target)
     if isinstance(target, AddressRange):
-        table.fill(target.start, target.end, entries)
+        table.fill(target.start, target.end, entries, in_use=True)
     else:
         table.store(target, entries)
 

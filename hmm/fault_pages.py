@@ -159,7 +159,7 @@ class Attempt:
                 prepare_anon_vma(space, vma)
                 pfns = space.frames.allocate_mapped_run(npages, ANON_PAGE)
                 try:
-                    space.table.fill(span.start, end, cpu_pte.cpu_entry(pfns, WRITTEN))
+                    space.table.fill(span.start, end, cpu_pte.cpu_entry(pfns, WRITTEN), in_use=True)
                 except OutOfFramesError:
                     space.frames.unmap(listed(pfns))
                     raise

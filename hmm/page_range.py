@@ -361,18 +361,19 @@ def _drop_rows(tree: DirectoryTree, rows: Offsets) -> None:
 # -- storing
 
 
-def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
+def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries, *, in_use: bool) -> None:
     """Store entries in all of [page, end); zeros clear.
 
     Args:
-        source: one entry for all pages, not 0, or uint64[end - page].
+        source: one entry for all pages, or uint64[end - page].
+        in_use: none of them is 0.
 
     Raises:
         OutOfFramesError: too few directories left; nothing was changed (ENOMEM).
     """
     tree.settle()
     if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
-        _fill_part(tree, page, end, source)
+        _fill_part(tree, page, end, source, in_use=in_use)
         return
     if isinstance(source, int):
         tree.require_range(page, end)
@@ -383,16 +384,18 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries) 
     while at < end:
         stop = min((at | DIRECTORY_MASK) + 1, end)
         if at & DIRECTORY_MASK or stop & DIRECTORY_MASK:
-            _fill_part(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
+            part = source if isinstance(source, int) else source[at - page : stop - page]
+            _fill_part(tree, at, stop, part, in_use=in_use)
         else:
             stop = min((at | _PARENT_PAGES - 1) + 1, end & ~DIRECTORY_MASK)
-            _fill_rows(tree, at, stop, source if isinstance(source, int) else source[at - page : stop - page])
+            part = source if isinstance(source, int) else source[at - page : stop - page]
+            _fill_rows(tree, at, stop, part, in_use=in_use)
         at = stop
 
 
-def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
+def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries, *, in_use: bool) -> None:
     # Within one leaf.
-    used = end - page if isinstance(source, int) else int(np.count_nonzero(source))
+    used = end - page if in_use else int(np.count_nonzero(source))
     leaf = tree.leaf_allocate(page) if used else tree.leaf(page)
     if not leaf:
         return
@@ -412,12 +415,16 @@ def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) ->
         store_pages(tree, positions + page, source[positions])
 
 
-def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries) -> None:
+def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries, *, in_use: bool) -> None:
     # Whole leaves below one directory.
     rows = tree.leaves_allocate(page, end) >> DIRECTORY_SHIFT
     if isinstance(source, int):
         for _, index in _pieces(rows, _COPY_ROWS):
             tree.rows[index] = source
+    elif in_use:
+        block = source.reshape(-1, DIRECTORY_ENTRIES)
+        for piece, index in _pieces(rows, _COPY_ROWS):
+            tree.rows[index] = block[piece]
     else:
         block, common = source.reshape(-1, DIRECTORY_ENTRIES), ULONG_MAX
         for piece, index in _pieces(rows, _PIECE_ROWS):

@@ -323,11 +323,12 @@ class PageTable:
         if page < stop:
             self._tree.require_range(page, stop)
 
-    def fill(self, start: Address, end: Address, entries: int | Entries) -> None:
+    def fill(self, start: Address, end: Address, entries: int | Entries, *, in_use: bool = False) -> None:
         """Store an entry in every page of a range.
 
         Args:
             entries: one for all pages, or uint64[npages]. Zeros clear; no directory is kept for zeros alone.
+            in_use: the caller knows that none of them is 0, and they are not looked at.
 
         Raises:
             InvalidRequestError: not a range of pages of the table, or another number of entries (EINVAL).
@@ -338,13 +339,15 @@ class PageTable:
         page, stop = self._pages(start, end)
         if not isinstance(entries, int):
             _check_entries(entries, stop - page)
-        elif not entries:
+        elif entries:
+            in_use = True
+        else:
             self.clear(start, end)
             return
         if stop - page == 1:
             self.set(start, entries if isinstance(entries, int) else int(entries[0]))
         elif page < stop:
-            fill_range(self._tree, page, stop, entries)
+            fill_range(self._tree, page, stop, entries, in_use=in_use)
 
     def clear(self, start: Address, end: Address) -> int:
         """Clear a range and free the directories that become empty.
@@ -475,7 +478,7 @@ class PageTable:
         if span is not None:
             old = np.empty(pages.size, np.uint64)
             read_range(self._tree, *span, old)
-            fill_range(self._tree, *span, entries)
+            fill_range(self._tree, *span, entries, in_use=isinstance(entries, int))
             return _unsorted(old, order)
         if isinstance(entries, int):
             return _unsorted(store_pages(self._tree, pages, entries), order)
