@@ -224,7 +224,7 @@ def range_fault(
         NoSuchObjectError: there is no such subscription (ENOENT), or the process has exited (ESRCH).
     """
     mirror = _live(machine, mirror_id)
-    copied = _requests(span, words)
+    copied = np.empty(span.npages, np.uint64) if words is None else words.copy()
     words_for = (span, copied, default_flags, pfn_flags_mask, mirror.device.id)
     request = HmmRange(mirror, number, sequence, *words_for, blank=words is None, may_retry=may_retry)
     error: HmmError | None = None
@@ -262,14 +262,11 @@ def range_fault_unlocked(
             args = (mirror_id, number, sequence, span, default_flags, pfn_flags_mask, words)
             faulted = yield from range_fault(machine, *args, may_retry=True)
         except RangeBusyError as error:  # its patience ended while it waited
-            faulted = RangeFaulted(_requests(span, words), error, sequence, mirror.sequence)
+            outputs = np.zeros(span.npages, np.uint64) if words is None else words.copy()
+            faulted = RangeFaulted(outputs, error, sequence, mirror.sequence)
         if not isinstance(faulted.error, RangeBusyError) or machine.is_timed_out:
             return replace(faulted, retries=retries)
         retries += 1
-
-
-def _requests(span: AddressRange, words: Entries | None) -> Entries:
-    return np.zeros(span.npages, np.uint64) if words is None else words.copy()
 
 
 def migrate_to_device(

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, RangeBusyError
+from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
 from hmm.fault import bring_in, continues
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
@@ -104,8 +104,9 @@ class HmmRange:
         default_flags: requests for all pages.
         pfn_flags_mask: which bits of the input words count as requests.
         owner: dev_private_owner: the device whose private pages are reported and not faulted back; 0 for none.
-        blank: `words` came in as zeroes, so that only the default flags count.
+        blank: nobody has written `words` yet: only the default flags count, and what is not reached becomes 0.
         may_retry: the mmap lock may be dropped to wait for the handler of a userfaultfd.
+        written: up to here `words` are written.
     """
 
     mirror: IntervalMirror
@@ -118,6 +119,7 @@ class HmmRange:
     owner: DeviceId = 0
     blank: bool = False
     may_retry: bool = False
+    written: Address = 0
 
     @property
     def space(self) -> AddressSpace:
@@ -167,13 +169,18 @@ def range_fault(request: HmmRange) -> Operation[None]:
     Cost: O(pages + VMAs), vectorised.
     """
     _check(request)
-    at = request.span.start
-    while at < request.span.end:
-        _require_current(request)
-        stop = min(request.span.end, (at // PIECE_BYTES + 1) * PIECE_BYTES)
-        at = yield from _part(request, at, stop)
-        if at < request.span.end and at == stop:
-            yield Pause()
+    at = request.written = request.span.start
+    try:
+        while at < request.span.end:
+            _require_current(request)
+            stop = min(request.span.end, (at // PIECE_BYTES + 1) * PIECE_BYTES)
+            at = yield from _part(request, at, stop)
+            if at < request.span.end and at == stop:
+                yield Pause()
+    except HmmError:
+        if request.blank:
+            request.slice(AddressRange(request.written, request.span.end)).fill(0)
+        raise
 
 
 def _check(request: HmmRange) -> None:
@@ -221,10 +228,13 @@ def _part(request: HmmRange, at: Address, stop: Address) -> Operation[Address]:
 
 def _refuse(request: HmmRange, span: AddressRange, why: str) -> None:
     # hmm_vma_walk_test() and hmm_vma_walk_hole().
+    out = request.slice(span)
+    if request.blank:
+        out.fill(0)
+        request.written = span.end
     fault, _ = request.wants(span)
     if fault.any():
         raise BadAddressError(f"range fault: {span.start:#x}: {why}", address=span.start)
-    out = request.slice(span)
     out[:] = (out & np.uint64(STICKY)) | np.uint64(ERROR)
 
 
@@ -233,6 +243,7 @@ def _all_there(request: HmmRange, span: AddressRange) -> bool:
     if not request.blank:
         return False
     out = request.space.table.read(span.start, span.end, request.slice(span))
+    request.written = span.end
     every = int(np.bitwise_and.reduce(out))
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if request.default_flags & REQ_WRITE else 0)
     if every & wanted != wanted or int(np.bitwise_or.reduce(out)) & _UNLIKE:

@@ -123,6 +123,32 @@ def test_words_above_the_failing_address_are_still_inputs(bench: Any) -> None:
     assert words[2:].tolist() == [STICKY | 7] * 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "outdated", "expected"),
+    [
+        (REQ_FAULT, 0, [VALID, VALID, 0, 0]),
+        (REQ_FAULT, 1, [0, 0, 0, 0]),
+        (0, 0, [0, 0, ERROR, ERROR]),
+    ],
+)
+def test_words_become_zero_behind_a_failure_when_nobody_has_written_them(
+    bench: Any, flags: int, outdated: int, expected: list[int]
+) -> None:
+    """What memory for words held before is nothing that a caller may see."""
+    mirror = bench.local.machine.receivers[bench.mirror]
+    assert isinstance(mirror, IntervalMirror)
+    words = np.full(4, 0xFFFF_FFFF_FFFF_FFFF, np.uint64)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1) + 2 * outdated
+    request = HmmRange(mirror, 1, sequence, bench.span(14, 4), words, flags, BOTH, blank=True)
+    try:
+        for _ in range_fault(request):
+            pass
+    except (BadAddressError, RangeBusyError):
+        assert flags
+    assert flags_of(words) == expected
+    assert not word_pfns(words[2:]).any()
+
+
 def test_page_requests_count_when_the_mask_says_so(bench: Any) -> None:
     """Each page is asked for by its own word; what nobody asks for may be faulted in too, but need not."""
     words = np.array([0, REQ_FAULT, 0, 0], np.uint64)
