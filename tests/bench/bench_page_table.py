@@ -20,7 +20,7 @@ from time import perf_counter_ns
 from typing import Literal, Protocol
 
 import numpy as np
-from measurement import Row, alone, compared, print_rows
+from measurement import Row, alone, compared, keep_memory, print_rows
 
 from hmm.page_table import PageTable
 from hmm.units import PAGE_SHIFT, Entries
@@ -378,6 +378,7 @@ def _growth(rounds: int) -> Iterator[Row]:
 
 def measure(quick: bool) -> Iterator[Row]:
     """All rows; `quick` leaves out the largest sizes and takes fewer rounds."""
+    keep_memory()
     rounds = 3 if quick else 9
     with tempfile.TemporaryDirectory() as folder:
         radix, arena = Radix(compile_radix(folder)), Arena()
