@@ -74,6 +74,7 @@ _TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
 """Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
 _KEPT = pte.DIRTY | pte.DRIVER_MASK
 """What a fault leaves alone in a mirror's entry."""
+_IN_SYSTEM = pte.VALID_PFN | pte.VALID_DMA
 _STAYING = _KEPT | pte.VALID_DMA
 """With one of these an entry is not simply written anew."""
 # numpy takes an array without dimensions twice as fast as an int
@@ -445,6 +446,8 @@ def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entr
 
 def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
+    if _has_all(mirror, target):
+        return
     table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
     if mirror.home is not None and mirror.home.region.used:
         target = _permit_on_device(mirror, target, write)
@@ -470,6 +473,20 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
         table.fill(target.start, target.end, entries, in_use=True)
     else:
         table.store(target, entries)
+
+
+def _has_all(mirror: Mirror, target: AddressRange | Entries) -> bool:
+    """Whether the mirror has all of it for writing.  Then so has the CPU, and no entry would change."""
+    table = mirror.table
+    if isinstance(target, AddressRange):
+        held = table.get(target.start)
+        if held & pte.WRITE and target.end - target.start > PAGE_SIZE:
+            held &= table.common(target.start, target.end)
+    else:
+        held = table.get(int(target[0]))
+        if held & pte.WRITE:
+            held &= int(np.bitwise_and.reduce(table.lookup(target)))
+    return bool(held & pte.WRITE and held & _IN_SYSTEM)
 
 
 def _permit_on_device(mirror: Mirror, target: AddressRange | Entries, write: bool) -> AddressRange | Entries:

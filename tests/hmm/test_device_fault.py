@@ -30,11 +30,16 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.mirror import MirrorState
-from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange, Entries
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
 DONTNEED = 4
+
+
+def addresses_of(*numbers: int) -> Entries:
+    """uint64[n]: pages of the window."""
+    return np.array([span(number).start for number in numbers], np.uint64)
 
 
 class Recorder:
@@ -286,6 +291,32 @@ def test_fault_keeps_dirty_and_the_drivers_bits_of_entries_that_are_there(bench:
     assert bench.entries(span(0)) == before
     assert before[0] & pte.DIRTY
     assert pte.pte_driver(before[0]) == 5
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("pages", [(span(0, 4),), addresses_of(0, 1, 2, 3)])
+def test_fault_of_what_the_mirror_has_changes_nothing_and_tells_the_driver_again(
+    bench: Bench, pages: Any, write: bool
+) -> None:
+    """hmm_mirror_fault() calls update() whatever was there."""
+    bench.fault(span(0, 4), write=True)
+    before = bench.entries(span(0, 4))
+    again = bench.call(devices.fault, bench.id, pages, write=write)
+    assert again.entries.tolist() == bench.entries(span(0, 4)) == before
+    assert bench.driver.types[1:] == [EventType.DEVICE_WFAULT if write else EventType.DEVICE_RFAULT]
+    assert np.frombuffer(bench.driver.events[1].entries, "<u8").tolist() == before
+
+
+@pytest.mark.parametrize("pages", [(span(0, 4),), addresses_of(0, 1, 2, 3)])
+def test_fault_fills_the_rest_when_the_mirror_has_the_first_pages(bench: Bench, pages: Any) -> None:
+    """What is there says nothing of the pages behind it: absent, read-only, protected since."""
+    bench.fault(span(0, 3), write=True)
+    bench.call(devices.discard_range, bench.id, span(1))
+    bench.call(processes.mprotect, bench.pid, span(2).start, PAGE_SIZE, Prot.READ)
+    bench.call(processes.mprotect, bench.pid, span(2).start, PAGE_SIZE, RW)
+    result = bench.call(devices.fault, bench.id, pages, write=True)
+    assert all(entry & pte.WRITE and entry & pte.VALID_PFN for entry in result.entries.tolist())
+    bench.machine.check()
 
 
 def test_event_with_mask_zero_erases_driver_bits_and_write_protect_keeps_them(bench: Bench) -> None:
