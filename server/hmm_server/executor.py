@@ -254,7 +254,7 @@ class Executor:
             return
         self._pumping = True
         try:
-            while self._deliver() or self._resume():
+            while self.running and (self._deliver() or self._resume()):
                 pass
         finally:
             self._pumping = False
