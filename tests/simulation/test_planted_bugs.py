@@ -106,7 +106,7 @@ def exclusive_pages_come_back_in_silence(patch: pytest.MonkeyPatch) -> None:
     def revoke(space: AddressSpace, touched: Strangers, _: bool) -> Operation[None]:
         entries = space.table.lookup(touched.addresses)
         held = cpu_pte.is_device_exclusive(entries)
-        given = exclusive._restored(space, touched.addresses[held], entries[held])
+        given = exclusive.restored(space, touched.addresses[held], entries[held])
         space.table.store(touched.addresses[held], given)
         return
         yield Pause()
