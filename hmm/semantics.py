@@ -4,7 +4,8 @@
     linux-7      what current drivers are written for
 
 **Source**: Linux 6.12 and 7.2: mm/rmap.c, make_device_exclusive_range(), which became make_device_exclusive() for one
-page; mm/migrate_device.c, migrate_vma_collect_pmd(); fs/userfaultfd.c, userfaultfd_unregister().
+page; mm/migrate_device.c, migrate_vma_collect_pmd(); fs/userfaultfd.c, userfaultfd_unregister();
+arch/x86/mm/hugetlbpage.c, hugetlb_get_unmapped_area(), whose place fs/hugetlbfs/inode.c has taken.
 
 **Absent**: what drivers may use under either: invalidations with two passes, range faults that take the lock
 themselves, the words of 6.16 and its helpers for DMA; page locks, so that nobody finds a page of a device busy; a
@@ -31,6 +32,8 @@ class Semantics:
             and they stay mapped, so that their folios can be split, which gives them back.
         exclusive_remembers_write: what the CPU gets back from a device may be written if it could be when it was taken
             and its protection has not changed since; otherwise if its mapping permits it now.
+        hugetlb_places_apart: a hint for hugetlb memory is rounded down to a huge page, and MAP_32BIT and MAP_ABOVE4G
+            are not looked at there.  Otherwise it is rounded up, and they are.
         migration_splits: a migration splits every huge page that it meets, and leaves pages of large folios that are
             mapped by page entries where they are.  Otherwise it splits both, but only those that it selects.
     """
@@ -39,6 +42,7 @@ class Semantics:
     uffd_unregisters_others: bool
     exclusive_ranges: bool
     exclusive_remembers_write: bool
+    hugetlb_places_apart: bool
     migration_splits: bool
 
 
@@ -47,6 +51,7 @@ LINUX_6_12 = Semantics(
     uffd_unregisters_others=True,
     exclusive_ranges=True,
     exclusive_remembers_write=True,
+    hugetlb_places_apart=True,
     migration_splits=True,
 )
 LINUX_7 = Semantics(
@@ -54,6 +59,7 @@ LINUX_7 = Semantics(
     uffd_unregisters_others=False,
     exclusive_ranges=False,
     exclusive_remembers_write=False,
+    hugetlb_places_apart=False,
     migration_splits=False,
 )
 PROFILES = {semantics.name: semantics for semantics in (LINUX_6_12, LINUX_7)}

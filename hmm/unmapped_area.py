@@ -22,7 +22,7 @@ import errno as errnos
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
 from hmm.file import File, FileKind
-from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up
+from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up, pmd_up
 from hmm.vma import Flags
 
 __all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "place"]
@@ -124,17 +124,18 @@ def get_unmapped_area(
 
 
 def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
-    """hugetlb_get_unmapped_area() of x86: it asks neither for MAP_32BIT nor for MAP_ABOVE4G."""
+    """hugetlb_get_unmapped_area()."""
     if (length | (hint if flags.has(MapFlag.FIXED) else 0)) & (PMD_SIZE - 1):
         raise InvalidRequestError(f"{length:#x} bytes at {hint:#x} are not whole huge pages", address=hint)
     if flags.has(MapFlag.FIXED):
         return hint
+    apart = space.semantics.hugetlb_places_apart
     if hint:
-        hint &= -PMD_SIZE  # maybe to 0, which is too low then
+        hint = hint & -PMD_SIZE if apart else pmd_up(hint)  # down maybe to 0, which is too low then
         if hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
             return hint
     padded = length + PMD_SIZE - PAGE_SIZE
-    return (_unmapped_area(space, padded, 0, _ANYWHERE) + padded - length) & -PMD_SIZE
+    return (_unmapped_area(space, padded, 0, _ANYWHERE if apart else flags) + padded - length) & -PMD_SIZE
 
 
 def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | None) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from hmm.address_space import MMAP_BASE, AddressSpace
 from hmm.errors import AccessDeniedError, HmmError, InvalidRequestError, OutOfFramesError
 from hmm.file import FileKind
+from hmm.semantics import LINUX_7
 from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, AddressRange, page_up
 from hmm.unmapped_area import MMAP_MIN_ADDR, MapFlag, get_unmapped_area, place
 from hmm.vma import STACK_GUARD_GAP, Mapping, VmFlag
@@ -163,6 +164,15 @@ def test_place_aligns_to_huge_pages_when_the_file_is_a_device(world: Any, space:
         assert place(space, PMD_SIZE + PAGE_SIZE, 0, flags, device) == MMAP_BASE - PMD_SIZE - PAGE_SIZE
         hint = (1 << 40) + PAGE_SIZE
         assert place(space, PMD_SIZE, hint, flags, device) == hint
+
+
+def test_place_rounds_the_hint_up_when_hugetlb_memory_is_mapped_today(world: Any, space: AddressSpace) -> None:
+    """hugetlb_get_unmapped_area() of fs/hugetlbfs/inode.c, which asks for the same flags as others.  Tried on 6.18."""
+    file, space.semantics = world.file(kind=FileKind.HUGETLB), LINUX_7
+    assert place(space, PMD_SIZE, (1 << 40) + PAGE_SIZE, SHARED, file) == (1 << 40) + PMD_SIZE
+    assert place(space, PMD_SIZE, MMAP_MIN_ADDR, SHARED, file) == PMD_SIZE
+    low = place(space, PMD_SIZE, 0, SHARED | MapFlag.LOW_2G, file)
+    assert 1 << 30 <= low < 1 << 31
 
 
 def test_place_does_not_align_when_only_the_plain_length_fits(space: AddressSpace) -> None:
