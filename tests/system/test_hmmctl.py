@@ -387,6 +387,24 @@ async def test_replay_shows_tables_when_people_look(daemon: Daemon) -> None:
     assert (await hmmctl("ps", "-t", daemon.target, "--format", "json")).value["processes"] == []
 
 
+@pytest.mark.slow
+async def test_replay_has_room_when_a_program_locks_more_than_a_daemon_has(tmp_path: Path) -> None:
+    """The daemon that replay starts has memory for programs of large machines; one by itself has 4 GiB."""
+    folder = shutil.copytree(DATA / "real-programs" / "true", tmp_path / "true")
+    log = (folder / "strace.log").read_text()
+    end = next(line for line in log.splitlines() if " exit_group(" in line)
+    start, length = 0x7000_0000_0000, 5 << 30
+    calls = (
+        f"mmap({start:#x}, {length}, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_FIXED|MAP_ANONYMOUS, -1, 0) = {start:#x}",
+        f"mlock({start:#x}, {length}) = 0",
+        f"munmap({start:#x}, {length}) = 0",
+    )
+    text = "\n".join(f"{end.split()[0]} {call}" for call in calls)
+    (folder / "strace.log").write_text(log.replace(end, f"{text}\n{end}"))
+    done = await hmmctl("replay", folder, "--devices", 0)
+    assert done.code == 0, done.stdout
+
+
 async def test_replay_ends_with_one_when_something_differs(tmp_path: Path) -> None:
     """A layout that is not the kernel's is a difference, and is shown."""
     folder = tmp_path / "true"

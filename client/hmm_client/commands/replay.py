@@ -28,6 +28,8 @@ DEVICES = 2
 MIGRATE_PAGES = 64
 PATIENCE = {"acknowledgement_s": 30.0, "fault_s": 30.0}
 """Settings of a daemon of our own: a slow machine is no hanging device."""
+FRAMES = 1 << 24
+"""Memory of a daemon of our own, in pages: programs populate and lock a lot of it.  Unused pages cost nothing."""
 SHOWN = 10
 UNKNOWN = "Unknown calls, not replayed"
 
@@ -125,7 +127,7 @@ def command(
     with failures(where), ExitStack() as stack:
         if not recordings:
             raise SystemExit(UNUSABLE)
-        target = where.target or stack.enter_context(embedded_daemon(**PATIENCE))
+        target = where.target or stack.enter_context(embedded_daemon(frames=FRAMES, **PATIENCE))
         small = target
         if memory and swap:
             small = stack.enter_context(embedded_daemon(frames=memory, swap_pages=swap, **PATIENCE))
