@@ -588,6 +588,14 @@ def test_ring_has_the_length_that_the_layout_gives_when_io_setup_maps_it() -> No
     assert steps[2] == Failed(steps[2].origin, "EINVAL", None)
 
 
+def test_calls_are_left_out_when_the_first_layout_was_read_after_them() -> None:
+    """It is read while the first brk is held, which need not be the first call; later ones are held no more."""
+    early = f"1 mmap(NULL, 4096, {ANON}) = 0x7000\n1 munmap(0x9000, 4096) = 0"
+    held = plan(f"{early}\n1 brk(NULL) = 0x5000 (DELAYED)\n{early}")
+    assert kinds(held) == ["Ignored(0)", "Ignored(0)", "Brk(0)", "Map(0)", "Unmap(0)"]
+    assert kinds(plan(f"{early}\n1 brk(NULL) = 0x5000")) == ["Map(0)", "Unmap(0)", "Brk(0)"]
+
+
 def test_plan_names_the_line_when_a_call_that_ran_beside_another_is_not_understood() -> None:
     """Which of two calls came first is asked before what they mean."""
     with pytest.raises(RecordingError, match=r"strace\.log:3: mremap: 'foo' is not a number"):

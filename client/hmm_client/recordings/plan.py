@@ -129,6 +129,7 @@ class _Planner:
     segments: Segments
     growth: Growth
     first: Call = field(init=False)
+    began: int = field(init=False)
     exits: deque[Call] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     processes: list[ProcessInfo] = field(default_factory=list)
@@ -144,6 +145,7 @@ class _Planner:
     def __post_init__(self) -> None:
         self.first = self.calls[0]
         self.new_process(self.first.pid, None, self.first)
+        self.began = _first_read(self.first.pid, self.calls)
         self.exits = deque(call for call in self.calls if call.name == "exit_group")
         for call in self.calls:
             if call.name in DECODERS:
@@ -181,6 +183,8 @@ class _Planner:
                 self.exit(call, task)
             elif child is not None:
                 self.create(call, child, origin)
+            elif call.line < self.began and task.process == FIRST:
+                self.steps.append(Ignored(origin, "its effect is in the first layout, which was read later"))
             else:
                 self.take_step(self.step(call, origin))
         except ValueError as error:  # ArgumentError, or a number of arguments that the call does not have
@@ -341,7 +345,18 @@ class _Planner:
         return Origin(task.process, task.call, task.process in self.partial)
 
 
+_HELD = "(DELAYED)"
+"""What strace writes behind a call that it was told to delay."""
 _KNOWN = DECODERS.keys() | IGNORED.keys() | CREATING | EXECUTING | {"shmat", "shmdt"}
+
+
+def _first_read(pid: int, calls: Sequence[Call]) -> int:
+    """Line of the call during which the first layout was read: a first brk that was held; 0 if there is none.
+
+    For the dynamic loader and most programs without it that is their first memory call, but not for all.
+    """
+    brk = next((call for call in calls if call.pid == pid and call.name == "brk"), None)
+    return brk.line if brk is not None and brk.text.endswith(_HELD) else 0
 
 
 def _unsaid(attempt: Step) -> bool:
