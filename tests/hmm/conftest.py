@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from hmm.dispatch import Audience, Dispatch
 from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
 from hmm.frames import Frames
+from hmm.machine import Machine
 from hmm.mman import MapFlag, mmap
 from hmm.operation import Await, Current, Deliver, Operation, Pause
 from hmm.spans import Spans
@@ -151,6 +152,23 @@ class World:
         request = operation.send(None)
         assert isinstance(request, Await), request
         return request
+
+
+@pytest.fixture(autouse=True)
+def invariants_hold_in_the_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every machine that a test has made is checked when it ends, unless it is marked as one that breaks something."""
+    made: list[Machine] = []
+    make = Machine.__init__
+
+    def note(machine: Machine, *args: Any, **options: Any) -> None:
+        make(machine, *args, **options)
+        made.append(machine)
+
+    monkeypatch.setattr(Machine, "__init__", note)
+    yield
+    if request.node.get_closest_marker("breaks_invariants") is None:
+        for machine in made:
+            machine.check()
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def _owe_an_answer(world: World) -> None:
     world.machine.mirrors[world.mirrors[0]].space.notifier.owing.add(world.mirrors[0])
 
 
+@pytest.mark.breaks_invariants
 @pytest.mark.parametrize(
     "corrupt", [_shift_entry, _count_more, _break_directory, _lose_vma, _permit_more, _owe_an_answer]
 )
@@ -100,6 +101,7 @@ def test_check_sees_what_changed_since_the_last_check(corrupt: Callable[[World],
         world.machine.check(checked)
 
 
+@pytest.mark.breaks_invariants
 def test_check_looks_at_nothing_twice_when_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the tables nor the entries are gone through again."""
     world, checked = World(mirrors=2), Checked()

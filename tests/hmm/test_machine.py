@@ -483,6 +483,7 @@ def test_unregister_device_is_refused_when_a_mirror_came_while_its_memory_was_em
     world.machine.check()
 
 
+@pytest.mark.breaks_invariants
 def test_check_finds_dma_addresses_that_a_mirror_has_left_mapped() -> None:
     """They are all unmapped when the device's last mirror goes."""
     world = World(mirrors=0)
@@ -604,6 +605,7 @@ def test_pending_shows_a_cycle_through_a_callback() -> None:
     world.settle()
 
 
+@pytest.mark.breaks_invariants
 def test_internal_error_marks_the_space_broken_and_never_goes_on_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug of ours inside a bracket: the call ends with it, later calls on that space are refused."""
     world = World()
