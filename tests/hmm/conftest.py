@@ -11,6 +11,7 @@ import pytest
 from area import BASE, PRIVATE, RW
 
 from hmm.address_space import AddressSpace, SpaceLimits
+from hmm.checked import Checked
 from hmm.dispatch import Audience, Dispatch
 from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
@@ -63,6 +64,7 @@ class World:
     Attributes:
         meanwhile: called whenever an operation waits for mirrors, before they answer.
         pauses: how often an operation let others go first.
+        spaces: that it has made.
     """
 
     frames: Frames
@@ -71,6 +73,7 @@ class World:
     meanwhile: Callable[[], object] | None = None
     pauses: int = 0
     ids: int = 0
+    spaces: list[AddressSpace] = field(default_factory=list)
 
     def new_id(self) -> int:
         """A number nobody has."""
@@ -79,7 +82,8 @@ class World:
 
     def space(self, **limits: int) -> AddressSpace:
         """An empty address space."""
-        return AddressSpace(self.new_id(), self.frames, self.current, SpaceLimits(**limits))
+        self.spaces.append(AddressSpace(self.new_id(), self.frames, self.current, SpaceLimits(**limits)))
+        return self.spaces[-1]
 
     def file(self, npages: float = 0, kind: FileKind = FileKind.FILE, **more: Any) -> File:
         """A file of so many pages, with one handle open."""
@@ -172,9 +176,14 @@ def invariants_hold_in_the_end(request: pytest.FixtureRequest, monkeypatch: pyte
 
 
 @pytest.fixture
-def world() -> World:
-    """A world with 1023 free frames."""
-    return World(Frames(1024, 64))
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """A world with 1023 free frames, which is checked in the end as machines are."""
+    made = World(Frames(1024, 64))
+    yield made
+    if request.node.get_closest_marker("breaks_invariants") is None:
+        made.frames.check()
+        for space in made.spaces:
+            space.check(Checked())
 
 
 @pytest.fixture

@@ -378,6 +378,7 @@ def test_munmap_pauses_when_there_is_much_to_drop(world: Any, space: AddressSpac
     assert next(space.table.walk(0, TASK_SIZE), None) is None
 
 
+@pytest.mark.breaks_invariants
 def test_munmap_leaves_no_bracket_when_it_is_given_up(world: Any, space: AddressSpace) -> None:
     """An operation that is closed while it waits leaves the queue and the list of invalidations."""
     world.map(space, 2 * PIECE_PAGES, Prot.READ)
