@@ -63,6 +63,7 @@ from hmm.migration import (
 )
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.migration_folios import map_by_pages
+from hmm.notifier import breaking
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
@@ -529,7 +530,8 @@ def move_to_system(
     frames.get(pfns)
     held, targets = HeldPages(frames, pfns, indices, places), pfns
     room = np.zeros(pfns.size, np.int64)
-    with frames.locks.lock(pfns, operation_id):
+    notifiers = [space.notifier for space in spaces.values()]
+    with breaking(notifiers, f"moving {pfns.size} pages off a device"), frames.locks.lock(pfns, operation_id):
         try:
             room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
             yield from unmap_everywhere(held, only_where_mapped=True)

@@ -48,6 +48,7 @@ from hmm.file import File
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
+from hmm.notifier import breaking
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
@@ -209,7 +210,8 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     held = HeldPages(frames, pfns, indices, places)
     frames.get(pfns)
     frames.poison(pfns)
-    with ExitStack() as lock:
+    what = f"memory failure at {int(addresses[0]):#x}"
+    with breaking(space.notifiers.values(), what), ExitStack() as lock:
         try:
             while (yield from wait_on_locked(space, addresses, pfns)):  # folio_lock()
                 pass

@@ -62,7 +62,7 @@ from hmm.migration_folios import (
     split_unmapped,
     split_zero_pages,
 )
-from hmm.notifier import Invalidation
+from hmm.notifier import Invalidation, breaking
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.units import (
@@ -138,7 +138,8 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
         if vma is None:
             return
         taken, held = _collect(migration, vma, left)
-    with held.frames.locks.lock(held.pfns, migration.space.current.operation_id) as lock:
+    space, locks = migration.space, held.frames.locks
+    with breaking((space.notifier,), migration.cause.value), locks.lock(held.pfns, space.current.operation_id) as lock:
         try:
             if not held.are_all_alone:
                 yield from unmap_everywhere(held)

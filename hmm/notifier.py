@@ -26,6 +26,8 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 from __future__ import annotations
 
 import errno as errnos
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -48,6 +50,19 @@ def filled_blocks(start: Address, end: Address) -> int:
     if last - first >= 63:
         return ULONG_MAX
     return sum([1 << (block & 63) for block in range(first, last + 1)])
+
+
+@contextmanager
+def breaking(notifiers: Iterable[Notifier], what: str) -> Iterator[None]:
+    """While the `with` block runs, an internal error of ours leaves these address spaces half edited, and unusable."""
+    try:
+        yield
+    except (HmmError, GeneratorExit):
+        raise
+    except BaseException as error:
+        for notifier in notifiers:
+            notifier.broken = f"{what} failed half-way: {error!r}"
+        raise
 
 
 @dataclass(slots=True, eq=False)

@@ -10,6 +10,7 @@ from machine_world import FIXED, START, World, error_of, span
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause, EventType
+from hmm.frame_contents import FrameContents
 from hmm.frames import RegionKind
 from hmm.inspection import pending
 from hmm.limits import Limits
@@ -589,3 +590,23 @@ def test_migration_leaves_a_page_in_the_swap_cache_when_a_relative_has_it_in_swa
     assert machine.frames.regions[1].free == 8
     machine.check()
     assert world.do(commands_process.read_memory, child, START, 4).data == b"page"
+
+
+@pytest.mark.parametrize("how", ["migrate", "evict"])
+def test_migration_breaks_its_address_space_when_a_bug_ends_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be half done is not used quietly, also when no range is busy any more."""
+    world, attached = page_on_a_card()
+    machine = world.machine
+    space = machine.processes[world.pid].space
+
+    def copy(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(FrameContents, "copy", copy)
+    if how == "migrate":
+        moving = world.start(commands_hmm.migrate_to_system, attached, pages(0, 1))
+    else:
+        moving = world.start(commands_hmm.evict_device, machine.receivers[attached].device.id)
+    world.settle()
+    assert isinstance(moving.error, ZeroDivisionError)
+    assert "planted" in space.notifier.broken
