@@ -151,7 +151,7 @@ def give_back(space: AddressSpace, addresses: Entries) -> Operation[None]:
         first, at = np.searchsorted(addresses, (vma.start, vma.end)).tolist()
         if first < at:
             chosen = addresses[first:at]
-            yield from _revoke(space, Strangers(vma, chosen, space.table.lookup(chosen)), False)
+            yield from _revoke(space, Strangers(vma, chosen, space.table.lookup(chosen)))
 
 
 def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[AddressRange]:
@@ -358,8 +358,13 @@ def _tell_before(space: AddressSpace, pages: Pfns, pfns: Pfns, owner: DeviceId, 
                 yield from bracket.deliver()
 
 
-def _revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
-    """The CPU gets pages back: remove_device_exclusive_entry()."""
+def _wait_and_revoke(space: AddressSpace, touched: Strangers, _write: bool) -> Operation[None]:
+    """The CPU gets pages back that it touched, when nobody has them locked: remove_device_exclusive_entry()."""
+    if not (yield from wait_on_locked(space, touched.addresses, cpu_pte.cpu_pfn(touched.entries))):
+        yield from _revoke(space, touched)
+
+
+def _revoke(space: AddressSpace, touched: Strangers) -> Operation[None]:
     spans = spans_of(touched.addresses)
     with space.notifier.invalidation(spans, Cause.EXCLUSIVE) as bracket:
         yield from bracket.deliver()
@@ -401,4 +406,4 @@ def _were_writable(space: AddressSpace, vma: Vma, entries: Entries) -> npt.NDArr
     return writable
 
 
-RESOLVERS[cpu_pte.EXCLUSIVE] = _revoke
+RESOLVERS[cpu_pte.EXCLUSIVE] = _wait_and_revoke

@@ -100,10 +100,10 @@ def test_pin_unshares_its_pages_when_one_before_them_was_mapped_anew_meanwhile()
     machine.check()
 
 
-def test_eviction_leaves_a_page_that_was_mapped_again_when_its_mirror_was_not_told_of_it() -> None:
-    """What is exclusive is mapped nowhere, and nobody is told of it; it stays when it is given back meanwhile.
+def test_eviction_leaves_a_page_that_a_device_has_to_itself_and_whoever_touches_it_waits() -> None:
+    """What is exclusive is mapped nowhere: nobody is told of it, and it stays.  It is locked all the same.
 
-    Source: Linux mm/rmap.c: try_to_migrate_one() replaces an entry between the notifier's start and end alone.
+    Source: Linux mm/memory.c: folio_lock_or_retry() of remove_device_exclusive_entry().
     """
     world = World(limits=Limits(frames=64, device_frames=16))
     machine, (mirror,) = world.machine, world.mirrors
@@ -116,12 +116,14 @@ def test_eviction_leaves_a_page_that_was_mapped_again_when_its_mirror_was_not_to
     (told,) = world.sent()
     assert (told.mirror_id, told.event.spans) == (mirror, (span(0),))
 
-    world.do(commands_device.fault, mirror, [span(1)], write=True)
+    faulting = world.start(commands_device.fault, mirror, [span(1)], write=True)
+    assert machine.blockers(faulting) == [evicting.id]
     machine.answer(told.mirror_id, told.sequence)
     world.resume(evicting)
     machine.check()
     world.settle()
     assert evicting.result == 1
+    assert faulting.done
     assert world.do(commands_hmm.evict_device, card) == 1
     assert world.do(commands_process.read_memory, world.pid, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
     machine.check()
