@@ -69,11 +69,10 @@ class FolioLocks:
         self.held.append(lock)
 
     def are_locked(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
-        """Which frames are locked: bool[n].  Cost: O(n) for each lock."""
-        found = np.zeros(pfns.size, np.bool_)
-        for lock in self.held:
-            found |= np.isin(pfns, lock.pfns)
-        return found
+        """Which frames are locked: bool[n].  Cost: 1 us when nothing is, else that of sorting all that is."""
+        if not self.held:
+            return np.zeros(pfns.size, np.bool_)
+        return np.isin(pfns, np.concatenate([lock.pfns for lock in self.held]))
 
     def of(self, pfn: Pfn) -> FolioLock | None:
         """The lock of a frame."""
@@ -85,9 +84,7 @@ class FolioLocks:
 
     def check(self) -> None:
         """Assert that no frame is in two locks."""
-        for number, lock in enumerate(self.held):
-            for other in self.held[:number]:
-                twice = np.intersect1d(lock.pfns, other.pfns)
-                assert not twice.size, (
-                    f"frame {twice[0]} is locked by operations {other.operation_id} and {lock.operation_id}"
-                )
+        if len(self.held) > 1:
+            locked = np.sort(np.concatenate([np.unique(lock.pfns) for lock in self.held]))
+            twice = locked[1:][locked[1:] == locked[:-1]]
+            assert not twice.size, f"frame {twice[0]} is locked twice"
