@@ -1,4 +1,4 @@
-"""The lock of pages: while they are moved, or their contents are being lost, one call alone has them.
+"""The lock of pages: while they are moved, taken for a device, or lose their contents, one call alone has them.
 
 Whoever finds a page locked passes over it, or waits until it is unlocked, and then looks at it again.
 

@@ -34,12 +34,15 @@ from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, split_pmds
 from hmm.hugetlb_fault import unshare
+from hmm.migration_entries import wait_on_locked
 from hmm.operation import Operation, Pause
 from hmm.units import PAGE_SHIFT, PMD_PAGES, AddressRange, Entries, Pfns, SpaceId, is_page_aligned, spans_of_pages
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
 __all__ = ["Pin", "pin_user_pages"]
+
+_NOTHING = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,11 +135,11 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
         shared = np.zeros(entries.size, np.bool_) if write else _to_be_unshared(space, piece, entries, long_term)
         if not shared.any():
             pfns = cpu_pte.cpu_pfn(entries)
-            on_device = pfns[owners(space.frames, pfns) != 0] if long_term else pfns[:0]
+            on_device = np.flatnonzero(owners(space.frames, pfns)) if long_term else _NOTHING
             if not on_device.size:
                 space.frames.pin(pfns)
                 return pfns
-            yield from _move_off_device(space, piece, on_device)
+            yield from _move_off_device(space, _addresses(piece, on_device), pfns[on_device])
         elif not (yield from _keep_huge(space, piece, entries, shared)):
             yield from _unshare(space, piece, np.flatnonzero(shared))
 
@@ -145,10 +148,12 @@ def _addresses(piece: AddressRange, which: npt.NDArray[np.intp]) -> Entries:
     return ((which + (piece.start >> PAGE_SHIFT)) << PAGE_SHIFT).view(np.uint64)
 
 
-def _move_off_device(space: AddressSpace, piece: AddressRange, pfns: Pfns) -> Operation[None]:
-    """migrate_device_coherent_folio()."""
+def _move_off_device(space: AddressSpace, addresses: Entries, pfns: Pfns) -> Operation[None]:
+    """migrate_device_coherent_folio(), which waits for the lock; then the pages have to be looked at again."""
+    if (yield from wait_on_locked(space, addresses, pfns)):
+        return
     if not (yield from move_to_system(space.frames, space.relatives, unique(pfns), space.current.operation_id)):
-        raise RangeBusyError(f"pin: pages of {piece} are in use in a device's memory")
+        raise RangeBusyError(f"pin: pages from {int(addresses[0]):#x} on are in use in a device's memory")
 
 
 def _to_be_unshared(

@@ -612,3 +612,27 @@ def test_migration_breaks_its_address_space_when_a_bug_ends_it(how: str, monkeyp
     world.settle()
     assert isinstance(moving.error, ZeroDivisionError)
     assert "planted" in space.notifier.broken
+
+
+def test_long_pin_waits_for_the_eviction_that_has_its_page() -> None:
+    """It would move the page off the device itself, waits for the lock, and finds it in system memory.
+
+    Source: Linux mm/migrate_device.c, folio_lock() of migrate_device_coherent_folio(); mm/gup.c, which tries again.
+    """
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=16))
+    machine, process = world.machine, world.pid
+    card = world.do(commands_device.register_device, "card", memory_pages=8, kind=RegionKind.DEVICE_COHERENT)
+    slow = world.do(commands_hmm.attach, card, process)
+    world.do(commands_process.write_memory, process, START, b"page")
+    world.do(commands_hmm.migrate_to_device, slow, span(0))
+    world.do(commands_hmm.insert_notifier, slow, START, PAGE_SIZE)
+    evicting = world.start(commands_hmm.evict_device, card)
+    (owed,) = world.settle(slow)
+    pinning = world.start(commands_process.pin, process, span(0), write=True)
+    assert machine.blockers(pinning) == [evicting.id]
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert evicting.result == 1
+    assert pinning.result
+    assert machine.frames.pincount[cpu_pte.cpu_pfn(machine.processes[process].space.table.get(START))] == 1
+    machine.check()
