@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -210,12 +209,10 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     held = HeldPages(frames, pfns, indices, places)
     frames.get(pfns)
     frames.poison(pfns)
+    yield from _wait_for_lock(space, addresses, pfns)
     what = f"memory failure at {int(addresses[0]):#x}"
-    with breaking(space.notifiers.values(), what), ExitStack() as lock:
+    with breaking(space.notifiers.values(), what), frames.locks.lock(pfns, space.current.operation_id):
         try:
-            while (yield from wait_on_locked(space, addresses, pfns)):  # folio_lock()
-                pass
-            lock.enter_context(frames.locks.lock(pfns, space.current.operation_id))
             yield from unmap_everywhere(held, cause=Cause.MEMORY_FAILURE, certain=True)
             while frames.mapcount[pfns].any():  # mremap or fork took them along meanwhile, to where nobody was told
                 found = yield from unmap_everywhere(
@@ -234,6 +231,17 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     if referenced.any():
         address = int(addresses[referenced.argmax()])
         raise RangeBusyError(f"memory failure: somebody still refers to the page at {address:#x}", address=address)
+
+
+def _wait_for_lock(space: AddressSpace, addresses: Entries, pfns: Pfns) -> Operation[None]:
+    """folio_lock(); who may not wait gives the pages up again."""
+    try:
+        while (yield from wait_on_locked(space, addresses, pfns)):
+            pass
+    except BaseException:
+        space.frames.unpoison(pfns)
+        space.frames.put(pfns)
+        raise
 
 
 def _are_referenced(frames: Frames, pfns: Pfns, mine: int = 0) -> npt.NDArray[np.bool_]:

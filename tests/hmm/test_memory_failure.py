@@ -14,13 +14,15 @@ from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm import cpu_pte, pagemap
 from hmm.address_space import Thp
-from hmm.errors import EHWPOISON, Signal
+from hmm.errors import EHWPOISON, Signal, WouldDeadlockError
 from hmm.events import EventType, Reason
 from hmm.frames import PageFlag, RegionKind
 from hmm.limits import Limits
 from hmm.madvise import Advice
+from hmm.migration import MIGRATE
 from hmm.mirror import MirrorState
 from hmm.mremap import MremapFlag
+from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
@@ -421,3 +423,24 @@ def test_failure_waits_for_a_migration_that_has_the_page_and_then_takes_it(world
     assert [int(word) for word in moving.result.src] == [0]
     machine.check()
     assert signals(world, 1) == signals(world, 1, pid=child) == [Signal.BUS_POISON]
+
+
+def test_failure_leaves_a_page_to_the_migration_that_has_it_when_it_may_not_wait(world: World) -> None:
+    """Called inside the callback that the migration waits for: EDEADLK, and the page moves."""
+    machine, parent = world.machine, world.pid
+    write(world, 0)
+    child = world.do(processes.fork, parent)
+    card = world.do(devices.register_device, "card", memory_pages=8)
+    slow = world.do(hmm.attach, card, child)
+    world.do(hmm.insert_notifier, slow, START, PAGE_SIZE)
+    moving = world.start(hmm.migrate_to_device, world.do(hmm.attach, card, parent), span(0))
+    (owed,) = world.settle(slow)
+    inside = Caller(name="driver", callback=(slow, owed.sequence))
+    failing = world.start(processes.madvise, child, START, PAGE_SIZE, Advice.HWPOISON, caller=inside)
+    assert isinstance(error_of(failing), WouldDeadlockError)
+    machine.check()
+    machine.answer(slow, owed.sequence)
+    world.settle()
+    assert int(moving.result.src[0]) & MIGRATE
+    machine.check()
+    assert signals(world, 1) == signals(world, 1, pid=child) == [None]
