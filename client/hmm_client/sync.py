@@ -17,10 +17,12 @@ Every method is the asynchronous one of the same name and has its arguments, res
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import update_wrapper
+from threading import Thread
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast
 
@@ -57,6 +59,9 @@ F = TypeVar("F", bound=Callable[..., object])
 
 CALLBACK_THREADS = 64
 """How many callbacks can run, or wait for calls of their own, at a time."""
+CALLBACK_END_S = 5.0
+"""How long `Client.close` waits for callbacks."""
+_LOG = logging.getLogger(__name__)
 
 
 class blocking(Generic[P, T]):  # noqa: N801 - used like a decorator
@@ -470,10 +475,17 @@ class Client(_Handle[aio_client.Client]):
         self.close()
 
     def close(self) -> None:
-        """Say goodbye; mirrors that are still registered are fenced."""
+        """Say goodbye; mirrors that are still registered are fenced.  Callbacks that are running have some time to end.
+
+        One that does not is told in the log, since Python does not end before it either.
+        """
         self.loop.run(self.aio.close())
         assert self.aio.executor is not None
-        self.aio.executor.shutdown()
+        ending = Thread(target=self.aio.executor.shutdown, daemon=True)
+        ending.start()
+        ending.join(CALLBACK_END_S)
+        if ending.is_alive():
+            _LOG.warning("a driver's callback has not returned %g s after the end of its client", CALLBACK_END_S)
 
     @documented_as(aio_client.Client.create_process)
     def create_process(

@@ -192,6 +192,41 @@ else:
     )
 
 
+def test_close_says_that_a_callback_has_not_returned(shared_daemon: Daemon) -> None:
+    """It does not wait for ever for what may wait for ever."""
+    run(
+        shared_daemon,
+        """
+import logging
+from contextlib import suppress
+called, gate, lines = threading.Event(), threading.Event(), []
+
+class Hanging(Driver):
+    def update(self, event):
+        called.set()
+        gate.wait()
+
+class Handler(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+
+def unmap():
+    with suppress(Exception):
+        process.munmap(mapped.address, PAGE)
+
+logging.getLogger("hmm_client").addHandler(Handler())
+hmm_client.sync.CALLBACK_END_S = 0.01
+mirror = client.register_device("hanging").mirror(process, Hanging(), fault_events=False)
+mirror.fault(mapped.span)
+threading.Thread(target=unmap).start()
+called.wait()
+client.close()
+assert lines[-1] == "a driver's callback has not returned 0.01 s after the end of its client", lines
+gate.set()
+""",
+    )
+
+
 def test_end_is_quiet_when_a_client_is_still_open_and_its_daemon_has_gone() -> None:
     """A notebook or a script need not close its client: whoever ends is not told what it has lost."""
     script = """
