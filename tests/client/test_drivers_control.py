@@ -140,6 +140,23 @@ async def test_requests_are_answered_when_their_sender_has_said_all(tmp_path: Pa
         writer.close()
 
 
+async def test_connections_are_closed_when_nothing_is_served_any_more(tmp_path: Path) -> None:
+    """Whoever has one, and asks for nothing or waits for an answer, hears of the end at once."""
+
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    async with Control({"wait": wait}).serving(tmp_path / "control.sock"):
+        idle, idle_writer = await asyncio.open_unix_connection(tmp_path / "control.sock")
+        waiting, waiting_writer = await asyncio.open_unix_connection(tmp_path / "control.sock")
+        waiting_writer.write(b'{"id": 1, "op": "wait"}\n{"id": 2, "op": "nothing"}\n')
+        assert json.loads(await waiting.readline())["id"] == 2
+    async with asyncio.timeout(60):
+        assert await idle.read() == await waiting.read() == b""
+    for writer in (idle_writer, waiting_writer):
+        writer.close()
+
+
 async def test_request_that_is_too_long_is_answered_and_ends_its_connection_alone(tmp_path: Path) -> None:
     """Where the next one begins is not known; other connections go on."""
     async with Control({"double": double}).serving(tmp_path / "control.sock"):

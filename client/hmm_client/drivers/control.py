@@ -100,6 +100,7 @@ class Control:
     def __init__(self, operations: Mapping[str, Operation]) -> None:
         self._operations = operations
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     @asynccontextmanager
     async def serving(self, place: str | Path, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
@@ -121,6 +122,9 @@ class Control:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            for writer in self._connections.values():
+                writer.close()
+            await asyncio.gather(*self._connections, return_exceptions=True)
             if host_and_port(place) is None:
                 _unlink(Path(place))
 
@@ -139,8 +143,14 @@ class Control:
         await self._take(reader, _say)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._take(reader, writer.write)
-        writer.close()
+        connection: asyncio.Task[None] | None = asyncio.current_task()
+        assert connection is not None
+        self._connections[connection] = writer
+        try:
+            await self._take(reader, writer.write)
+        finally:
+            writer.close()
+            del self._connections[connection]
 
     async def _take(self, reader: asyncio.StreamReader, say: Callable[[bytes], None]) -> None:
         """Take requests while there are any, and wait until all are answered; one that is too long is the last."""
