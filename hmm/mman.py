@@ -5,7 +5,7 @@ against what is mapped; what was there before is unmapped, the VMA is made, and 
 
 **Source**: Linux mm/mmap.c (ksys_mmap_pgoff(), do_mmap(), mmap_region(), SYSCALL brk), 6.12.
 
-**Invariants**: a call that fails has changed nothing.
+**Invariants**: a call that fails has changed nothing, but for VMAs that were cut for it, or gone (`mmap`).
 
 **Absent**: where a mapping goes (unmapped_area.py), limits of locked memory and data, modes of files, memory policy.
 
@@ -37,7 +37,7 @@ from hmm.units import (
 )
 from hmm.unmapped_area import MapFlag, get_unmapped_area, place
 from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
-from hmm.vma_edit import may_expand, unmap
+from hmm.vma_edit import cut_out, may_expand, unmap
 
 __all__ = ["MapFlag", "SharedMemoryFactory", "brk", "mmap", "munmap"]
 
@@ -191,6 +191,7 @@ def _file_flags(flags: MapFlag, file: File, offset: int, length: int) -> int:
 
 def _mmap_region(space: AddressSpace, span: AddressRange, mapping: Mapping) -> Operation[None]:
     if not may_expand(space, span.size_bytes, span):
+        yield from cut_out(space, span)  # what goes is gathered before the limit is looked at, and the cuts stay
         raise OutOfFramesError(f"mmap: {span} is more than RLIMIT_AS allows")
     yield from unmap(space, span)
     file = mapping.backing

@@ -25,7 +25,7 @@ from hmm.operation import Operation, Pause
 from hmm.units import TASK_SIZE, AddressRange
 from hmm.vma import Mapping, Vma, VmFlag
 
-__all__ = ["may_expand", "modify", "modify_flags", "unmap", "zap"]
+__all__ = ["cut_out", "may_expand", "modify", "modify_flags", "unmap", "zap"]
 
 
 def may_expand(space: AddressSpace, length: int, replaced: AddressRange | None = None) -> bool:
@@ -103,15 +103,8 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
     Cost: O(VMAs + directories + entries).  Source: Linux mm/vma.c, do_vmi_align_munmap().
     """
-    pieces = space.vmas.mapped_pieces(span)
-    if not pieces:
+    if not (yield from _prepare(space, span)):
         return
-    if len(space.vmas) >= space.limits.vmas:
-        _require_no_hole(space, span, pieces[0])
-    outer = pieces if len(pieces) == 1 else (pieces[0], pieces[-1])
-    for piece in outer:
-        require_whole_pages(piece)
-    yield from cut(space, outer)
     with space.restoring(span) as pieces, space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
         assert not space.detached, "VMAs are changed by one call at a time"
         space.detached = pieces  # nobody finds them by address any more; the reverse map still does
@@ -125,6 +118,32 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
             space.detached = ()
     unreserve(space, pieces)
     release_files(pieces)
+
+
+def cut_out(space: AddressSpace, span: AddressRange) -> Operation[None]:
+    """Cut the VMAs at the edges of `span`, and leave it there: an unmapping that goes no further.
+
+    Raises: as `unmap`.
+
+    Source: Linux mm/vma.c, vms_gather_munmap_vmas(), reattach_vmas().
+    """
+    if (yield from _prepare(space, span)):
+        pieces = space.vmas.mapped_pieces(span)
+        space.vmas.replace(span, [(start, end, mapping) for start, end, mapping, *_ in pieces], merge=False)
+
+
+def _prepare(space: AddressSpace, span: AddressRange) -> Operation[bool]:
+    """Make sure that the VMAs can be cut at the edges of `span`.  Returns: whether anything is mapped there."""
+    pieces = space.vmas.mapped_pieces(span)
+    if not pieces:
+        return False
+    if len(space.vmas) >= space.limits.vmas:
+        _require_no_hole(space, span, pieces[0])
+    outer = pieces if len(pieces) == 1 else (pieces[0], pieces[-1])
+    for piece in outer:
+        require_whole_pages(piece)
+    yield from cut(space, outer)
+    return True
 
 
 def _require_no_hole(space: AddressSpace, span: AddressRange, piece: Vma) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -284,6 +285,23 @@ def test_mmap_fails_when_the_address_space_is_limited(world: Any) -> None:
         world.map(space, 1, at=8)
     assert error.value.errno == errno.ENOMEM
     assert layout(space) == "0-1:rw-p 1-4:r--p"
+
+
+def test_mmap_leaves_the_cuts_of_what_it_would_have_replaced_when_the_address_space_is_limited(world: Any) -> None:
+    """__mmap_region() gathers what is to go before may_expand_vm(), and reattach_vmas() joins nothing: 6.12.117."""
+    space = world.space(address_bytes=6 * PAGE_SIZE)
+    world.map(space, 6)
+    world.run(touch(space, pages(0, 6), write=True))
+    listener = world.listen(space)
+    with pytest.raises(OutOfFramesError):
+        world.map(space, 6, Prot.READ, at=2)
+    assert layout(space) == "0-2:rw-p 2-6:rw-p"
+    space.limits = replace(space.limits, address_bytes=5 * PAGE_SIZE)
+    with pytest.raises(OutOfFramesError):
+        world.map(space, 1, Prot.READ, at=3)
+    assert layout(space) == "0-2:rw-p 2-3:rw-p 3-4:rw-p 4-6:rw-p"
+    assert not listener.events
+    assert world.frames.available == 1017
 
 
 # ---- munmap
