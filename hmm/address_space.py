@@ -56,6 +56,7 @@ MMAP_BASE = TASK_SIZE - (1 << 27)
 _ANON = int(PageFlag.ANON)
 _HUGETLB = int(PageFlag.HUGETLB)
 _HUGE_KINDS = cpu_pte.PRESENT | cpu_pte.DEVICE | cpu_pte.MIGRATION
+_NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
 _USED = cpu_pte.DIRTY | cpu_pte.ACCESSED
 _NOT_HUGE = all_but(cpu_pte.HUGE)
 _NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
@@ -131,6 +132,7 @@ class AddressSpace:
             a huge page comes only where there is none.  Kept where `keeps_tables`.
         unstable: a part of it was reaped: nothing can be brought in any more (MMF_UNSTABLE).
         semantics: the kernel whose rules hold, where kernels differ.
+        has_read_hints: whether a VMA was ever said to be read once or anywhere (MADV_SEQUENTIAL, MADV_RANDOM).
         tracks_writes: what was written has been forgotten once (clear_refs.py): from then on VmFlag.SOFTDIRTY marks new
             VMAs; before all of them are.
         last_anon_vma: the newest family of private pages.
@@ -157,6 +159,7 @@ class AddressSpace:
     tables: set[int] = field(default_factory=set)
     unstable: bool = False
     semantics: Semantics = LINUX_6_12
+    has_read_hints: bool = False
     tracks_writes: bool = False
     last_anon_vma: int = 0
     anon_vmas: dict[int, Family] = field(default_factory=dict)
@@ -260,12 +263,22 @@ class AddressSpace:
             self.split_edges(start, end)
         if self.keeps_tables:
             self.keep_tables(start, end)
-        if end - start == PAGE_SIZE:
+        if end - start == PAGE_SIZE and not self.has_read_hints:
             entry = self.table.set(start, 0)
             self._drop_one(entry)
             return 1 if entry else 0
+        if self.has_read_hints:
+            return sum(self._zap_part(vma.clip(start, end)) for vma in self._with_entries(start, end))
         entries = self.table.zap(start, end)
         self.drop(entries)
+        return entries.size
+
+    def _with_entries(self, start: Address, end: Address) -> list[Vma]:
+        return [vma for vma in self.vmas_with_entries if vma.start < end and start < vma.end]
+
+    def _zap_part(self, part: Vma) -> int:
+        entries = self.table.zap(part.start, part.end)
+        self.drop(entries if part.mapping.has_recency else entries & _NOT_ACCESSED)
         return entries.size
 
     def split_edges(self, start: Address, end: Address) -> None:

@@ -126,7 +126,7 @@ def _is_cow(vma: Vma) -> bool:
 def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: list[Vma]) -> Operation[None]:
     child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
     child.fault_around_pages = parent.fault_around_pages
-    child.tracks_writes = parent.tracks_writes
+    child.has_read_hints, child.tracks_writes = parent.has_read_hints, parent.tracks_writes
     child.thp, child.huge = parent.thp, parent.huge
     child.join(parent)
     for vma in vmas:

@@ -267,6 +267,7 @@ def _no_mapping(address: Address) -> BadAddressError:
 
 def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Operation[None]:
     added, removed = _FLAGS[advice]
+    space.has_read_hints |= bool(added & _READ_HINTS)
     for piece in pieces:
         if advice is Advice.MERGEABLE and piece.has(_UNMERGEABLE):
             continue

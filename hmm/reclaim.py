@@ -85,7 +85,6 @@ _COPY_PAGES = 64
 _ON_LISTS = np.uint16(PageFlag.ANON | PageFlag.SWAPBACKED)
 _LRU = np.uint16(PageFlag.LRU)
 _ACTIVE = np.uint16(PageFlag.ACTIVE)
-_NO_RECENCY = VmFlag.SEQ_READ | VmFlag.RAND_READ
 _NOT_ACCESSED = all_but(cpu_pte.ACCESSED)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _SWAPPED = np.uint64(cpu_pte.SWAP)
@@ -571,7 +570,9 @@ def _inside(addresses: Entries, spans: list[AddressRange]) -> _Mask:
 def _young(part: _Mapped) -> _Mask:
     """bool[n]: which entries were used, where that counts: vma_has_recency()."""
     young: _Mask = (part.entries & np.uint64(cpu_pte.ACCESSED)) != 0
-    return young & ~_inside(part.addresses, [vma.span for vma in part.space.vmas if vma.has(_NO_RECENCY)])
+    if not part.space.has_read_hints:
+        return young
+    return young & ~_inside(part.addresses, [vma.span for vma in part.space.vmas if not vma.mapping.has_recency])
 
 
 def _clear_accessed(mapped: list[_Mapped], cleared: _Mask) -> None:

@@ -32,7 +32,8 @@ from hmm.file import FILE_SIZE_MAX, File, FileKind, zero
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.hugetlb import told_span
 from hmm.operation import Operation
-from hmm.units import AddressRange, Entries, SpaceId, page_down, page_up
+from hmm.units import AddressRange, Entries, SpaceId, all_but, page_down, page_up
+from hmm.vma import Vma
 
 __all__ = ["punch", "truncate"]
 
@@ -118,7 +119,7 @@ def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[No
                 yield from invalidation.deliver()
         for space in file.mapping_spaces():
             for part in file.mapped_parts(space, start, end):
-                _zap(space, part.span, even_cows=even_cows)
+                _zap(space, part, even_cows=even_cows)
 
 
 def _untold(
@@ -152,9 +153,10 @@ def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tupl
     return addresses, entries
 
 
-def _zap(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> None:
+def _zap(space: AddressSpace, part: Vma, *, even_cows: bool) -> None:
     if even_cows:
-        space.zap(span.start, span.end)
+        space.zap(part.start, part.end)
         return
-    addresses, _ = _doomed(space, span, even_cows=False)
-    space.drop(space.table.clear_many(addresses))
+    addresses, _ = _doomed(space, part.span, even_cows=False)
+    entries = space.table.clear_many(addresses)
+    space.drop(entries if part.mapping.has_recency else entries & all_but(cpu_pte.ACCESSED))

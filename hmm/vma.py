@@ -92,6 +92,7 @@ LOCKED_FLAGS = VmFlag.LOCKED | VmFlag.LOCKONFAULT
 # Plain integers: the operators of an IntFlag cost a microsecond each, and these stand in every fault's way.
 _READ, _WRITE, _EXEC, _SHARED, _ACCESS, _MAYSHARE = 0x1, 0x2, 0x4, 0x8, 0x7, 0x80
 _SPECIAL = int(SPECIAL_FLAGS)
+_NO_RECENCY = int(VmFlag.SEQ_READ | VmFlag.RAND_READ)
 _NOT_SOFTDIRTY = ~int(VmFlag.SOFTDIRTY)
 _NOT_COMPARED_FOR_ANON = ~int(ACCESS_FLAGS | VmFlag.SOFTDIRTY)
 _PERMS = tuple(
@@ -198,6 +199,11 @@ class Mapping:
     def anonymous(self) -> bool:
         """vma_is_anonymous(): private memory with no object behind it."""
         return self.backing is None
+
+    @property
+    def has_recency(self) -> bool:
+        """vma_has_recency(): that a page was used says that it will be."""
+        return not self.flags._value_ & _NO_RECENCY
 
     @property
     def special(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from machine_world import FIXED, RW, START, span
 
 from hmm import commands_file as files
@@ -17,6 +18,7 @@ from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
 KIB = 1024
+SHARED = MapFlag.SHARED | MapFlag.FIXED
 
 
 class Process:
@@ -41,6 +43,25 @@ class Process:
     def write(self, first: int, npages: int, pid: int = 0) -> None:
         """The CPU writes."""
         self.call(processes.write_memory, pid or self.pid, span(first).start, b"x" * npages * PAGE_SIZE)
+
+
+@pytest.mark.parametrize(("advice", "referenced"), [(None, 2), (Advice.RANDOM, 0), (Advice.SEQUENTIAL, 0)])
+def test_use_of_pages_does_not_count_where_it_says_nothing_of_the_next(advice: Advice | None, referenced: int) -> None:
+    """zap_present_folio_ptes() marks no page accessed that a VMA without vma_has_recency() used."""
+    process = Process()
+    file = process.call(files.open_file, "f", create=True)
+    process.call(files.write_file, file, 0, bytes(2 * PAGE_SIZE))
+    process.call(processes.mmap, process.pid, span(20).start, 2 * PAGE_SIZE, RW, SHARED, file)
+    process.call(processes.mmap, process.pid, span(24).start, 2 * PAGE_SIZE, RW, SHARED, file)
+    process.call(processes.read_pages, process.pid, span(20, 2), 0)
+    process.call(processes.clear_refs, process.pid, ClearRefs.ALL)
+    if advice is not None:
+        process.call(processes.madvise, process.pid, span(24).start, 2 * PAGE_SIZE, advice)
+    process.call(processes.read_pages, process.pid, span(24, 2), 0)
+    process.call(processes.madvise, process.pid, span(24).start, PAGE_SIZE, Advice.DONTNEED)
+    process.call(processes.munmap, process.pid, span(24).start, 2 * PAGE_SIZE)
+    assert process.use(20).referenced == referenced * PAGE_SIZE
+    process.local.machine.check()
 
 
 def test_pages_are_private_until_they_are_shared() -> None:
