@@ -48,7 +48,6 @@ from hmm.events import Event, EventState, EventType
 from hmm.fault import fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
-from hmm.notifier import DeviceFault
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
 from hmm.spans import Spans
 from hmm.units import (
@@ -265,7 +264,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
             retries += 1
             continue
-        targets = tuple(pages.pieces())
+        targets = _lacking(mirror, pages)
         missing = _missing(mirror, targets, pages, write)
         if missing is not None:
             pages, missing = _narrowed(mirror, pages, missing, missed)
@@ -279,14 +278,10 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
                 pages = pages.up_to(failed.address or 0)
                 upto = pages.npages
             continue
-        # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
-        enlisted = notifier.start_fault(mirror.id, pages)
         try:
-            filled = yield from _fill(mirror, enlisted, targets, pages, write)
+            filled = yield from _fill(mirror, targets, pages, write)
         except HmmError as error:
             return Faulted(asked, asked.start, error, retries)
-        finally:
-            notifier.end_fault(enlisted)
         if filled:
             mirror.counters["faulted_pages"] += pages.npages
             # Fewer pages: the mapping ends before the one that failed by now, or fewer were there at one time.
@@ -377,22 +372,34 @@ def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) ->
     return vma
 
 
-def _fill(
-    mirror: Mirror, enlisted: DeviceFault, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool
-) -> Operation[bool]:
+def _lacking(mirror: Mirror, pages: _Pages) -> tuple[AddressRange | Entries, ...]:
+    """The pieces to be filled; none where it is one and the mirror has it."""
+    targets = tuple(pages.pieces())
+    return () if len(targets) == 1 and _has_all(mirror, targets[0]) else targets
+
+
+def _fill(mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool) -> Operation[bool]:
     """Fill the mirror, and let its driver know.  Returns: False when an invalidation wants to go first."""
-    for index, target in enumerate(targets):
-        if index:
-            yield Pause()
-            mirror.require_filling("fault")
-        if enlisted.backoff:
-            return False
-        install(mirror, target, write=write)
-    if mirror.update_on_fault:
-        whole = pages.target
-        table = mirror.table
-        entries = table.read(whole.start, whole.end) if isinstance(whole, AddressRange) else table.lookup(whole)
-        yield from update(mirror, enlisted.spans, entries, write=write)
+    if not targets and not mirror.update_on_fault:
+        return True
+    # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
+    notifier = mirror.space.notifier
+    enlisted = notifier.start_fault(mirror.id, pages)
+    try:
+        for index, target in enumerate(targets):
+            if index:
+                yield Pause()
+                mirror.require_filling("fault")
+            if enlisted.backoff:
+                return False
+            if len(targets) == 1 or not _has_all(mirror, target):
+                install(mirror, target, write=write)
+        if mirror.update_on_fault:
+            whole, table = pages.target, mirror.table
+            entries = table.read(whole.start, whole.end) if isinstance(whole, AddressRange) else table.lookup(whole)
+            yield from update(mirror, enlisted.spans, entries, write=write)
+    finally:
+        notifier.end_fault(enlisted)
     return True
 
 
@@ -446,8 +453,6 @@ def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entr
 
 def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> None:
     """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
-    if _has_all(mirror, target):
-        return
     table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
     if mirror.home is not None and mirror.home.region.used:
         target = _permit_on_device(mirror, target, write)
@@ -476,7 +481,12 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
 
 
 def _has_all(mirror: Mirror, target: AddressRange | Entries) -> bool:
-    """Whether the mirror has all of it for writing.  Then so has the CPU, and no entry would change."""
+    """Whether the mirror has all of it for writing.  Then so has the CPU, and no entry would change.
+
+    Where pages are on their way between memories, entries of a mirror may outlast the CPU's for a while.
+    """
+    if mirror.space.notifier.copies:
+        return False
     table = mirror.table
     if isinstance(target, AddressRange):
         held = table.get(target.start)
