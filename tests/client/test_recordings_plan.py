@@ -102,6 +102,7 @@ def test_mmap_takes_whole_huge_pages_when_hugetlb_is_asked(flags: str, length: i
     step = only_step(f"mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|{flags}, -1, 0) = 0x7f0000000000")
     assert isinstance(step, Map)
     assert (step.source, step.length) == ("/anon_hugepage", length)
+    assert step.flags == 0x02  # a daemon that sets no huge pages aside can map as much of a file
 
 
 def test_every_memory_call_is_its_step_when_it_succeeds() -> None:

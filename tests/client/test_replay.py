@@ -167,6 +167,21 @@ async def test_replay_finds_a_difference_when_a_call_ended_otherwise(
     assert new.split(maxsplit=1)[0] in (folder / "strace.log").read_text().splitlines()[first.line - 1]
 
 
+async def test_replay_maps_huge_pages_when_the_daemon_sets_none_aside(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """How many the recorded machine had does not matter; unmapping a part of one failed there and is not tried."""
+    end = "21460 exit_group(0)"
+    huge = "PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS|MAP_HUGETLB|21<<MAP_HUGE_SHIFT, -1, 0"
+    calls = (
+        f"21460 mmap(NULL, 4194304, {huge}) = 0x7f0000000000\n"
+        "21460 munmap(0x7f0000000000, 4096) = -1 EINVAL (Invalid argument)\n"
+        "21460 munmap(0x7f0000000000, 4194304) = 0\n"
+    )
+    done = await replayed(altered(TRUE, "strace.log", end, calls + end), daemon)
+    assert (done.outcomes, done.layout) == ([], [])
+
+
 async def test_replay_counts_a_placement_when_the_kernel_chose_another_place(daemon: Daemon) -> None:
     """Where the daemon would have put a mapping, here into a hole that the kernel did not have, is no difference."""
     recording = Recording.load(TRUE)

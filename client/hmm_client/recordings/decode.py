@@ -48,14 +48,14 @@ def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
     flag_bits = flags(flag_text, kernel.MAP)
     size = number(length)
     source = None
-    if flag_bits & kernel.MAP["MAP_ANONYMOUS"]:
-        if flag_bits & kernel.MAP["MAP_HUGETLB"]:
-            size = _whole_huge_pages(size, flag_bits)
-            source = HUGE_ANONYMOUS
-    else:
+    if not flag_bits & kernel.MAP["MAP_ANONYMOUS"]:
         source = descriptor(file).path
         if source is None:
             raise ArgumentError(f"{file!r} does not say which file it is; record with strace -y")
+    if flag_bits & kernel.MAP["MAP_HUGETLB"]:  # an equivalent mmap needs no huge pages set aside
+        size = _whole_huge_pages(size, flag_bits)
+        source = source or HUGE_ANONYMOUS
+        flag_bits &= ~(kernel.MAP["MAP_ANONYMOUS"] | kernel.MAP["MAP_HUGETLB"] | _HUGE_SIZE)
     return Map(
         origin,
         address=number(address),
@@ -66,6 +66,9 @@ def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
         offset=number(offset) if source else 0,
         recorded=result,
     )
+
+
+_HUGE_SIZE = kernel.MAP_HUGE_MASK << kernel.MAP_HUGE_SHIFT
 
 
 def _whole_huge_pages(length: int, flag_bits: int) -> int:
