@@ -21,7 +21,8 @@ dangling pointers; `CLEAN`, the default, is what its author would want.
 **Invariants**: an access goes through the table; no entry outlives the event that takes it away.
 
 **Absent**: mapping the device file (its pages are ordinary ones); what is needed of the model (`interface.py`), what
-the ioctls give (`uapi.py`), what a profile says (`profile.py`).
+the ioctls give (`uapi.py`), what a profile says (`profile.py`), entries of the table (`entries.py`), what has moved
+(`moving.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
 from threading import RLock
 from typing import TypeAlias
 
@@ -50,28 +49,34 @@ from hmm.errors import (
 )
 from hmm.events import Event, EventType, Reason
 from hmm.frames import RegionKind
-from hmm.migration import COMPOUND as MIGRATE_COMPOUND
-from hmm.migration import MIGRATE, VALID
-from hmm.migration import PFN_SHIFT as MIGRATE_PFN_SHIFT
-from hmm.migration import WRITE as MIGRATE_WRITE
 from hmm.page_table import PageTable
-from hmm.spans import Spans, inside
+from hmm.spans import inside
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
-    PMD_PAGES,
     PMD_SHIFT,
     TASK_SIZE,
     ULONG_MAX,
     Address,
     AddressRange,
     Entries,
-    MirrorId,
     Pfns,
     ProcessId,
     is_page_aligned,
 )
+from hmm_client.drivers.dmirror.entries import (
+    TAG,
+    Tag,
+    addresses_at,
+    entries_in,
+    entry_pfns,
+    leading,
+    page_addresses,
+    part_inside,
+    table_entries,
+)
 from hmm_client.drivers.dmirror.interface import Hmm, Observer
+from hmm_client.drivers.dmirror.moving import Moved, Moving, are_moved
 from hmm_client.drivers.dmirror.profile import CLEAN, LINUX_6_12_CORRECTED, LINUX_7_CORRECTED, Profile
 from hmm_client.drivers.dmirror.uapi import Flag, Reply, Snapshot
 
@@ -95,14 +100,6 @@ __all__ = [
 _RangeFault: TypeAlias = Callable[[AddressRange, int], tuple[Entries, int]]
 
 
-class Tag(IntEnum):
-    """What a table entry permits: DPT_XA_TAG_."""
-
-    NONE = 0
-    WRITE = 1
-    ATOMIC = 2
-
-
 _LOCAL = {
     RegionKind.DEVICE_PRIVATE: Snapshot.DEV_PRIVATE_LOCAL,
     RegionKind.DEVICE_COHERENT: Snapshot.DEV_COHERENT_LOCAL,
@@ -113,9 +110,6 @@ _NOT_HAD = (errnos.EFAULT, errnos.ENOMEM, errnos.EOPNOTSUPP)
 """What get_user_pages_remote() fails with where a page cannot be had for writing, or is hugetlb memory."""
 _PAGES_MAX = 1 << 26
 """There are no buffers for more: 256 GiB of bytes."""
-_IN_USE = 1 << 2
-_TAG = np.uint64(3)
-_PFN_SHIFT = np.uint64(12)
 
 
 class Card:
@@ -182,36 +176,6 @@ def load(hmm: Hmm, *, pages: int = 1 << 16, profile: Profile = CLEAN) -> list[Ca
     return cards
 
 
-@dataclass(slots=True, eq=False)
-class _Moving:
-    """A call that moves or takes pages: what others take between its own event and its reply.
-
-    Attributes:
-        reason: of its own event, which comes when nothing has been moved yet.
-        operation_id: of its own event; 0 before it.
-        before: uint64[npages], what the table had when that came.
-    """
-
-    span: AddressRange
-    reason: Reason
-    operation_id: int = 0
-    before: Entries | None = None
-    taken: list[Spans] = field(default_factory=list)
-
-    def hear(self, event: Event, mirror_id: MirrorId, table: PageTable) -> None:
-        """An event comes."""
-        if not self.operation_id:
-            own = event.initiator == mirror_id or self.reason is Reason.EXCLUSIVE  # which names nobody
-            if own and event.reason is self.reason and event.overlaps(self.span):
-                self.operation_id = event.operation_id
-                self.before = _entries_in(table, self.span)
-        elif event.operation_id != self.operation_id:
-            self.taken.append(event.spans)
-        elif event.reason is not self.reason and self.before is not None:  # a huge page was split
-            pages = _addresses(self.span, self.before.size)
-            self.before[inside(pages, event.spans)] = 0
-
-
 class Handle:
     """One open file of the device: a mirror of the process that opened it, for as long as it is open."""
 
@@ -221,7 +185,7 @@ class Handle:
         self._profile = card.profile
         self._table = PageTable(TASK_SIZE - 1)
         self._lock = RLock()  # dmirror->mutex; in one process an event comes in the midst of a call of the same thread
-        self._moving: list[_Moving] = []  # calls that move or take pages
+        self._moving: list[Moving] = []  # calls that move or take pages
         self.id = card.hmm.attach(card.id, process_id, self.update)
         filtered = self._profile.ignores_own_migrations
         try:
@@ -312,8 +276,8 @@ class Handle:
         for part in self._readable_parts(span):
             with _alive("migrate"):
                 moved = self._hmm.migrate_to_system(self.id, part, compound=self._profile.compound)
-            self._table.clear_many(_at(part, _Moved.of(moved).pages))
-            count += int(np.count_nonzero(_are_moved(moved)))
+            self._table.clear_many(addresses_at(part, Moved.of(moved).pages))
+            count += int(np.count_nonzero(are_moved(moved)))
         return Reply(count)
 
     def snapshot(self, address: Address, npages: int) -> Reply:
@@ -349,7 +313,7 @@ class Handle:
         Raises: AccessDeniedError: the device has a page of the range for itself (EPERM).
         """
         span = _checked("check", address, npages)
-        if ((_entries_in(self._table, span) & _TAG) == Tag.ATOMIC).any():
+        if ((entries_in(self._table, span) & TAG) == Tag.ATOMIC).any():
             raise AccessDeniedError(f"{span} has pages held exclusively", errnos.EPERM)
         return Reply()
 
@@ -401,16 +365,16 @@ class Handle:
         while True:
             with self._lock:
                 entries = self._table.read(span.start, span.end)
-                usable = (entries & _TAG) == Tag.WRITE if write else entries != 0
+                usable = (entries & TAG) == Tag.WRITE if write else entries != 0
                 if usable.all():
-                    yield _addresses(span, span.npages), _pfns(entries)
+                    yield page_addresses(span, span.npages), entry_pfns(entries)
                     return
             self._fault(span, self._range_fault, write=write)
 
     # ---- the table
 
     def _store(self, span: AddressRange, pfns: Pfns, tags: npt.NDArray[np.uint64]) -> None:
-        self._table.fill(span.start, span.end, _entries(pfns, tags))
+        self._table.fill(span.start, span.end, table_entries(pfns, tags))
 
     def _read(self, span: AddressRange, fault: _RangeFault) -> Reply:
         parts: list[bytes] = []
@@ -423,20 +387,20 @@ class Handle:
     def _read_mapped(self, span: AddressRange, parts: list[bytes]) -> Address:
         """dmirror_do_read(): up to the first page without an entry.  Returns: its address."""
         with self._lock:
-            entries = _entries_in(self._table, span)
-            count = _leading(entries != 0)
+            entries = entries_in(self._table, span)
+            count = leading(entries != 0)
             if count:
-                parts.append(self._hmm.read_frames(self.id, _addresses(span, count), _pfns(entries[:count])))
+                parts.append(self._hmm.read_frames(self.id, page_addresses(span, count), entry_pfns(entries[:count])))
         return span.start + (count << PAGE_SHIFT)
 
     def _write_mapped(self, span: AddressRange, data: bytes) -> Address:
         """dmirror_do_write(): up to the first page without an entry for writing.  Returns: its address."""
         with self._lock:
-            entries = _entries_in(self._table, span)
-            count = _leading((entries & _TAG) == Tag.WRITE)
+            entries = entries_in(self._table, span)
+            count = leading((entries & TAG) == Tag.WRITE)
             if count:
                 self._hmm.write_frames(
-                    self.id, _addresses(span, count), _pfns(entries[:count]), data[: count << PAGE_SHIFT]
+                    self.id, page_addresses(span, count), entry_pfns(entries[:count]), data[: count << PAGE_SHIFT]
                 )
         return span.start + (count << PAGE_SHIFT)
 
@@ -448,9 +412,9 @@ class Handle:
         return Reply(span.npages, 0, b"".join(parts))
 
     @contextmanager
-    def _listening(self, span: AddressRange, reason: Reason) -> Iterator[_Moving]:
+    def _listening(self, span: AddressRange, reason: Reason) -> Iterator[Moving]:
         # Around a call whose reply is entered.
-        moving = _Moving(span, reason)
+        moving = Moving(span, reason)
         with self._lock:
             self._moving.append(moving)
         try:
@@ -459,17 +423,19 @@ class Handle:
             with self._lock:
                 self._moving.remove(moving)
 
-    def _enter(self, part: AddressRange, moved: Migrated, moving: _Moving) -> None:
+    def _enter(self, part: AddressRange, moved: Migrated, moving: Moving) -> None:
         if moving.before is None:
             return  # the device has them all
-        entered = _Moved.of(moved)
+        entered = Moved.of(moved)
         written = entered.writable if self._profile.tags_holes else entered.writable & entered.framed
         entries = np.zeros(part.npages, np.uint64) if self._profile.ignores_own_migrations else moving.before
-        entries[entered.pages] = _entries(entered.pfns, np.where(written, np.uint64(Tag.WRITE), np.uint64(Tag.NONE)))
+        entries[entered.pages] = table_entries(
+            entered.pfns, np.where(written, np.uint64(Tag.WRITE), np.uint64(Tag.NONE))
+        )
         pages = np.flatnonzero(entries)
-        self._store_kept(_at(part, pages), entries[pages], moving)
+        self._store_kept(addresses_at(part, pages), entries[pages], moving)
 
-    def _store_kept(self, addresses: Entries, entries: Entries, moving: _Moving) -> None:
+    def _store_kept(self, addresses: Entries, entries: Entries, moving: Moving) -> None:
         with self._lock:
             for spans in moving.taken:
                 kept = ~inside(addresses, spans)
@@ -503,7 +469,7 @@ class Handle:
         return True
 
     def _range_fault(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
-        inside_space = _inside(span)
+        inside_space = part_inside(span)
         while True:
             sequence, words = self._hmm.read_begin(self.id, self._notifier), np.empty(0, np.uint64)
             try:
@@ -514,7 +480,7 @@ class Handle:
                 continue
 
     def _range_fault_unlocked(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
-        inside_space = _inside(span)
+        inside_space = part_inside(span)
         if not inside_space:
             return self._range_fault(span, flags)
         while True:
@@ -527,7 +493,7 @@ class Handle:
     def _map(self, span: AddressRange, words: Entries, *, write: bool) -> int:
         """dmirror_do_fault(): enter what was faulted.  Returns: how many pages, up to the first that is read-only."""
         writable = (words & np.uint64(words_of.WRITE)) != 0
-        count = _leading(writable) if write else writable.size
+        count = leading(writable) if write else writable.size
         tags = np.where(writable, np.uint64(Tag.WRITE), np.uint64(Tag.NONE))[:count]
         if count:
             part = AddressRange(span.start, span.start + (count << PAGE_SHIFT))
@@ -590,13 +556,13 @@ class Handle:
     def _make_exclusive(self, span: AddressRange) -> Pfns:
         if span.start >= TASK_SIZE:
             raise BadAddressError(f"exclusive access: nothing is mapped at {span.start:#x}", address=span.start)
-        return self._hmm.make_exclusive(self.id, _inside(span))
+        return self._hmm.make_exclusive(self.id, part_inside(span))
 
-    def _enter_taken(self, span: AddressRange, pfns: Pfns, moving: _Moving) -> bool:
+    def _enter_taken(self, span: AddressRange, pfns: Pfns, moving: Moving) -> bool:
         """Enter pages that were taken, from the start of a range.  Returns: whether they were all."""
         taken = np.flatnonzero(pfns)
         tags = np.full(taken.size, Tag.ATOMIC, np.uint64)
-        self._store_kept(_at(span, taken), _entries(pfns[taken], tags), moving)
+        self._store_kept(addresses_at(span, taken), table_entries(pfns[taken], tags), moving)
         return taken.size == pfns.size
 
     @staticmethod
@@ -613,17 +579,6 @@ def _checked(operation: str, address: Address, npages: int) -> AddressRange:
     if npages > _PAGES_MAX:
         raise OutOfFramesError(f"{operation}: {npages:,} pages are too many for any buffer")
     return AddressRange(address, address + (npages << PAGE_SHIFT))
-
-
-def _inside(span: AddressRange) -> AddressRange:
-    """The part of a range that is in the address space."""
-    return AddressRange(min(span.start, TASK_SIZE), min(span.end, TASK_SIZE))
-
-
-def _entries_in(table: PageTable, span: AddressRange) -> Entries:
-    """The entries of the part of a range that is in the address space; those of the rest are missing."""
-    part = _inside(span)
-    return table.read(part.start, part.end) if part else np.empty(0, np.uint64)
 
 
 def _with_outside(words: Entries, span: AddressRange, flags: int) -> Entries:
@@ -650,65 +605,3 @@ def _alive(operation: str) -> Iterator[None]:
         yield
     except NoSuchObjectError as error:
         raise InvalidRequestError(f"{operation}: {error.message}") from error
-
-
-def _entries(pfns: Pfns, tags: npt.NDArray[np.uint64]) -> Entries:
-    entries: Entries = (pfns.view(np.uint64) << _PFN_SHIFT) | np.uint64(_IN_USE) | tags
-    return entries
-
-
-def _pfns(entries: Entries) -> Pfns:
-    return (entries >> _PFN_SHIFT).view(np.int64)
-
-
-def _addresses(span: AddressRange, count: int) -> Entries:
-    return np.arange(span.start, span.start + (count << PAGE_SHIFT), PAGE_SIZE, dtype=np.uint64)
-
-
-def _at(span: AddressRange, pages: npt.NDArray[np.intp]) -> Entries:
-    """The addresses of pages counted from the start of a range."""
-    return np.uint64(span.start) + (pages << PAGE_SHIFT).view(np.uint64)
-
-
-def _leading(mask: npt.NDArray[np.bool_]) -> int:
-    """How many are true before the first that is not."""
-    return mask.size if mask.all() else int(mask.argmin())
-
-
-def _are_moved(moved: Migrated) -> npt.NDArray[np.bool_]:
-    """bool[n]: which words of a migration are of pages that have been moved; of a huge page the first one."""
-    moved_words: npt.NDArray[np.bool_] = (moved.src & np.uint64(MIGRATE) != 0) & (moved.dst & np.uint64(VALID) != 0)
-    return moved_words
-
-
-@dataclass(frozen=True, slots=True)
-class _Moved:
-    """The pages that a migration has moved, those inside huge ones too.
-
-    Attributes:
-        pages: counted from the start of its range.
-        pfns: where they are now.
-        writable: what the word says.
-        framed: they were somewhere before.
-    """
-
-    pages: npt.NDArray[np.intp]
-    pfns: Pfns
-    writable: npt.NDArray[np.bool_]
-    framed: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, moved: Migrated) -> _Moved:
-        """Give all pages of a huge one what its word says."""
-        first = np.flatnonzero(_are_moved(moved))
-        words = moved.dst[first]
-        counts = np.where(words & np.uint64(MIGRATE_COMPOUND), PMD_PAGES, 1)
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        pfns = (words >> np.uint64(MIGRATE_PFN_SHIFT)).view(np.int64)
-        writable, framed = words & np.uint64(MIGRATE_WRITE) != 0, moved.src[first] & np.uint64(VALID) != 0
-        return cls(
-            np.repeat(first, counts) + within,
-            np.repeat(pfns, counts) + within,
-            np.repeat(writable, counts),
-            np.repeat(framed, counts),
-        )
