@@ -111,6 +111,17 @@ async def test_request_is_refused_by_name_when_it_makes_no_sense(
         assert reply["error"]["message"].startswith(message)
 
 
+async def test_operation_may_take_whatever_it_is_given(tmp_path: Path) -> None:
+    """Its arguments have no names then, and no types."""
+
+    async def count(**anything: int) -> int:
+        return len(anything)
+
+    async with Control({"count": count}).serving(tmp_path / "control.sock"):
+        (reply,) = await ask(tmp_path / "control.sock", '{"id": 1, "op": "count", "one": 1, "two": "2"}')
+        assert reply == {"id": 1, "result": 2}
+
+
 async def test_control_takes_no_place_of_somebody_elses(tmp_path: Path) -> None:
     """A file stays where it is, as does the socket of a driver that lives; one that nobody serves is replaced."""
     path = tmp_path / "control.sock"

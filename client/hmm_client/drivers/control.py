@@ -194,7 +194,8 @@ class Control:
         except TypeError as error:
             raise InvalidRequestError(f"{name}({', '.join(signature.parameters)}): {error}") from None
         for argument, value in request.items():
-            wanted = _PLAIN.get(signature.parameters[argument].annotation)
+            parameter = signature.parameters.get(argument)  # None: the operation takes whatever it is given
+            wanted = None if parameter is None else _PLAIN.get(parameter.annotation)
             if wanted is not None and type(value) is not wanted:
                 raise InvalidRequestError(f"{name}: {argument} is of type {wanted.__name__}, not {_short(value)}")
         return operation
