@@ -239,7 +239,9 @@ async def test_execute_makes_calls_in_order_and_reports_each(served: Any) -> Non
     kinds = [outcome.WhichOneof("outcome") for outcome in outcomes]
     assert kinds == ["mmap", "write_memory", "munmap", "not_made", "not_made", "read_memory", "brk"]
     assert outcomes[2].munmap.result.errno == errnos.EINVAL
-    assert (outcomes[3].not_made.errno, outcomes[3].not_made.operation_id) == (errnos.ESRCH, 0)
+    assert outcomes[3].not_made.errno == errnos.ESRCH
+    assert outcomes[3].not_made.operation_id == outcomes[2].munmap.result.operation_id + 1
+    assert outcomes[4].not_made.operation_id == 0
     assert outcomes[5].read_memory.data == b"x"
 
 
