@@ -56,8 +56,9 @@ class Daemon:
     async def start(cls, socket: Path, **settings: object) -> Daemon:
         """Start one that is patient unless `settings` say otherwise, and wait until it serves."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", *as_flags(PATIENCE | settings)),
+            *(sys.executable, "-m", "hmm_server", f"--socket={socket}", "--until-fd=0", *as_flags(PATIENCE | settings)),
             env={name: value for name, value in os.environ.items() if not name.startswith("HMMD_")},
+            stdin=asyncio.subprocess.PIPE,  # closed by the kernel, should these tests be killed
             stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
