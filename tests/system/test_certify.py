@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from hmm_client.certify import adversities as happenings
 from hmm_client.certify import stage as stages
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.adversity import Adversity, Run
-from hmm_client.certify.certificate import certifying
+from hmm_client.certify.certificate import Trial, certifying
+from hmm_client.certify.findings import Finding
 from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, draw, shortest
+from hmm_client.commands.certify import _print_summary
 from hmm_client.harness import HoldPoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -378,6 +381,16 @@ async def test_command_ends_with_2_when_the_driver_does_not_start(tmp_path: Path
     code, _, errors = await run_hmmctl("--", "false")
     assert code == 2
     assert "it ended with exit code 1" in errors
+
+
+def test_command_says_how_to_show_it_again_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    """A driver's arguments may have blanks in them."""
+    trial = Trial("plain", "it works", 1.0, (Finding("silent", "it says nothing"),))
+    _print_summary(Certificate([trial]), ("sh", "-c", "driver --on 'the card'; exit $?"), "text", 1.0)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(last) == [
+        *("hmmctl", "certify", "--only", "plain", "--", "sh", "-c"), "driver --on 'the card'; exit $?",
+    ]  # fmt: skip
 
 
 async def test_command_lists_the_adversities() -> None:

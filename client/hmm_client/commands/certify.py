@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -182,7 +183,7 @@ def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str,
         which = f"--only {trial.name}" if trial.seed is None else f"--seeds {trial.seed}"
         click.echo(f"  {rule}: {RULES[rule]}")
         if trial.name != "leave":
-            click.echo(f"    hmmctl certify {which} -- {' '.join(driver)}")
+            click.echo(f"    hmmctl certify {which} -- {shlex.join(driver)}")
 
 
 def _print_json_trial(trial: Trial) -> None:
