@@ -153,6 +153,8 @@ class DeviceModel:
                 held.clear()  # the daemon lets no access through any more
                 continue
             if mirror.awaits_late_answer():
+                if not mirror.space.users:  # a death goes on without those who do not answer in time
+                    held.clear()
                 _forget_failed(self.machine.frames, held)
             table = mirror.space.table
             state = (self.changes[mirror_id], self.checked.number(table))
@@ -283,6 +285,8 @@ class IntervalDrivers:
                 held.clear()  # the daemon lets no access through any more
                 continue
             if mirror.awaits_late_answer():
+                if not mirror.space.users:  # a death goes on without those who do not answer in time
+                    held.clear()
                 _forget_failed(self.machine.frames, held)
             if held:
                 entries = mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held)))
