@@ -23,13 +23,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C programs, compiled; `-static` ones end in `-static`."""
+    """The C programs, compiled; `-static` ones end in `-static`, and `late` has no libc."""
     folder = tmp_path_factory.mktemp("programs")
-    for source in sorted(PROGRAMS.glob("*.c")):
-        for suffix, options in (("", []), ("-static", ["-static"])):
-            target = folder / (source.stem + suffix)
-            subprocess.run(["gcc", "-O1", "-w", *options, "-o", target, source, "-pthread"], check=True)
+    for name in ("layout", "threads"):
+        compile_program(name, folder / name, "-pthread")
+        compile_program(name, folder / f"{name}-static", "-pthread", "-static")
+    compile_program("late", folder / "late", "-static", "-nostdlib")
     return folder
+
+
+def compile_program(name: str, target: Path, *options: str) -> None:
+    """Compile one of the C programs."""
+    subprocess.run(["gcc", "-O1", "-w", *options, "-o", target, PROGRAMS / f"{name}.c"], check=True)
 
 
 def patiently(command: list[str], folder: Path, begin: Callable[[], object] = lambda: None) -> Recorded:
@@ -85,12 +90,13 @@ def test_record_reproduces_the_final_layout_when_the_program_is_a_shells(
         ("threads-static", [], 5),
         ("threads", ["last"], 0),
         ("threads", ["exit"], 7),
+        ("late", [], 0),
     ],
 )
 def test_record_reproduces_the_final_layout_when_the_program_does_odd_things(
     tmp_path: Path, built: Path, name: str, arguments: list[str], status: int
 ) -> None:
-    """Static programs, threads at work, a last thread that is not the first, and an end without exit_group."""
+    """Static programs, threads at work, a last thread that is not the first, no exit_group, a late first brk."""
     recorded = patiently([str(built / name), *arguments], tmp_path)
     assert recorded.status == status
     check(recorded)
