@@ -57,11 +57,9 @@ def breaking(notifiers: Iterable[Notifier], what: str) -> Iterator[None]:
     """While the `with` block runs, an internal error of ours leaves these address spaces half edited, and unusable."""
     try:
         yield
-    except (HmmError, GeneratorExit):
-        raise
     except BaseException as error:
         for notifier in notifiers:
-            notifier.broken = f"{what} failed half-way: {error!r}"
+            notifier.note_failure(what, error)
         raise
 
 
@@ -84,8 +82,8 @@ class Invalidation:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         notifier = self.notifier
-        if error is not None and not isinstance(error, (HmmError, GeneratorExit)):
-            notifier.broken = f"{self.cause.value} of {self.spans[0]} failed half-way: {error!r}"
+        if error is not None:
+            notifier.note_failure(f"{self.cause.value} of {self.spans[0]}", error)
         notifier.invalidations.remove(self)
         if not notifier.invalidations and notifier.sequence & 1:
             notifier.sequence += 1
@@ -262,6 +260,11 @@ class Notifier:
     _some: Audience | None = None
     _asks: bool = False
     _told_revision: int = 0
+
+    def note_failure(self, what: str, error: BaseException) -> None:
+        """A change has ended with an error; one that is a bug of ours leaves the address space half edited."""
+        if not isinstance(error, (HmmError, GeneratorExit)):
+            self.broken = f"{what} failed half-way: {error!r}"
 
     def require_usable(self) -> None:
         """Raise when the space has gone (ESRCH), or stop at once when an internal error left it half edited."""
