@@ -6,8 +6,8 @@
                      evict               everything that is in a device's memory: migrate_device_range()
                      make_room           what went there longest ago, when more is to go there than there is room for
 
-The frames of devices have bytes like all others, so a copy is made here and not by the driver.  Before a page leaves
-because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
+The frames of devices have bytes like all others, so what a page holds goes with it here, and not by the driver.  Before
+a page leaves because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
 
 A huge page goes there as one where that is asked for, comes back as one when it is touched, and by small pages where no
 run of frames is free.
@@ -59,7 +59,6 @@ from hmm.migration import (
     Positions,
     Select,
     migrate_pfn,
-    pfns_of,
 )
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.migration_folios import map_by_pages
@@ -126,7 +125,7 @@ def migrate_to_device(
         if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
             pages = np.delete(pages, failing)
         if pages.size:
-            pfns = _copied(migration, pages, region.number, failing=failing)
+            pfns = _allocate_for(migration, pages, region.number, failing=failing)
             space.frames.zone_device_data[pfns] = mirror_id
             _leave_failed(migration, pages, pfns)
             if migration.vma.writable and migration.has_holes:
@@ -183,7 +182,7 @@ def _to_system(migration: Migration, wanted: Wanted | None = None) -> Operation[
     if failing is not None and not migration.src[pages[failing]] & _COMPOUND:
         pages = pages[:failing]
     if pages.size:
-        _copied(migration, pages, SYSTEM_REGION, failing=failing)
+        _allocate_for(migration, pages, SYSTEM_REGION, failing=failing)
         _leave_failed(migration, pages, migration.source_pfns(pages))
 
 
@@ -220,8 +219,8 @@ def _leave_failed(migration: Migration, pages: Positions, homes: Pfns) -> None:
         migration.failed = first if migration.failed is None else migration.failed
 
 
-def _copied(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
-    """Allocate a destination for each page and copy it; a hole gets zeroes.
+def _allocate_for(migration: Migration, pages: Positions, region: int, *, failing: int | None) -> Pfns:
+    """Allocate a destination for each page; that of a hole reads as zeroes.
 
     A huge page that moves as one gets small destinations when no run of frames is free.
 
@@ -231,7 +230,6 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
     Returns: int64[n] frames.
     """
     frames, src, heads = migration.space.frames, migration.src[pages], migration.heads
-    sources = pfns_of(src)
     if heads.size:
         pfns = _folios(migration, pages.searchsorted(heads), pages.size, region, failing=failing)
         small = pfns == 0
@@ -243,11 +241,6 @@ def _copied(migration: Migration, pages: Positions, region: int, *, failing: int
         pfns = frames.allocate(pages.size, region)
         words = migrate_pfn(pfns) | (src & _WRITE)
     migration.dst[pages] = words
-    if migration.has_holes:
-        framed = (src & _VALID) != 0
-        frames.copy(pfns[framed], sources[framed])
-    else:
-        frames.copy(pfns, sources)
     return pfns
 
 
@@ -421,7 +414,7 @@ def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region
         OutOfFramesError: system memory ran out; what was moved stays moved (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
 
-    Cost: O(VMAs + pages), vectorised, and the copying.  Source: Linux mm/migrate_device.c, migrate_device_range().
+    Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate_device.c, migrate_device_range().
     """
     step = min(PIECE_PAGES, frames.batch_pages) if frames.make_room else PIECE_PAGES
     moved = 0
@@ -540,9 +533,8 @@ def move_to_system(
                 free[folio] = free[folio].all()
             map_by_pages(held, free & are_compound(frames, pfns) & ~are_compound(frames, room))
             targets = np.where(free & (room != 0), room, pfns)
-            moved = targets != pfns
-            frames.copy(targets[moved], pfns[moved])
             if frames.failing_copies:
+                moved = targets != pfns
                 failed = pfns[moved][failing_copies(frames, frames.zone_device_data[pfns[moved]])]
                 stays = np.isin(pfns, with_folios(frames, failed))
                 targets[stays] = pfns[stays]

@@ -5,10 +5,12 @@ already, and one that was used before is *stale*, which is a mark beside its byt
 a stale frame clears it; whoever overwrites all of it just takes the mark away.  So populating memory that
 nobody reads costs no zeroing, and clearing a page is a store of one byte.
 
+Two frames can trade their rows of the array, so that what a page holds need not be copied when it moves.
+
 **Source**: Linux mm/highmem.c and include/linux/highmem.h: clear_highpage(), copy_highpage(),
 memcpy_from_page().
 
-**Invariants** (`check()`): frame 0, the zero page, is all zero and not stale.
+**Invariants** (`check()`): frame 0, the zero page, has row 0, is all zero and not stale.
 
 **Absent**: who uses a frame and how often (frames.py).
 """
@@ -36,6 +38,8 @@ ZERO_PFN = 0
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COPY_PAGES = 64
 """Pages copied at once: their 256 KiB of temporaries stay in the second-level cache."""
+_RUN_PAGES = 16
+"""Fewer rows in a row are not given back: to clear them costs less than the call of the kernel and their faults."""
 _WEIGHTS = np.arange(1, 2 * (PAGE_SIZE // 8), 2, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
 """Of the words of a page in its checksum: odd, so that each word counts with all its bits."""
 
@@ -82,6 +86,9 @@ class FrameContents:
         self._view = self._flat.data
         self._stale: npt.NDArray[np.bool_] = np.frombuffer(anonymous_memory(nframes), np.bool_, nframes)
         self._stale_view = self._stale.data
+        # How far from its own row the bytes of a frame are: mostly they are there, and none of this is committed.
+        self._shift: Pfns = np.frombuffer(anonymous_memory(nframes * 8), np.int64, nframes)
+        self._shift_view = self._shift.data
 
     # -- one page
 
@@ -93,7 +100,7 @@ class FrameContents:
         assert 0 <= offset <= offset + length <= PAGE_SIZE, (offset, length)
         if self._stale_view[pfn]:
             self._clear_one(pfn)
-        start = (pfn << PAGE_SHIFT) + offset
+        start = (pfn + self._shift_view[pfn] << PAGE_SHIFT) + offset
         return bytes(self._view[start : start + length])
 
     def write(self, pfn: Pfn, offset: int, data: BytesLike) -> None:
@@ -109,11 +116,11 @@ class FrameContents:
                 self._stale_view[pfn] = False
             else:
                 self._clear_one(pfn)
-        start = (pfn << PAGE_SHIFT) + offset
+        start = (pfn + self._shift_view[pfn] << PAGE_SHIFT) + offset
         self._view[start : start + length] = data
 
     def _clear_one(self, pfn: Pfn) -> None:
-        self._rows[pfn] = 0
+        self._rows[pfn + self._shift_view[pfn]] = 0
         self._stale_view[pfn] = False
 
     # -- many pages
@@ -132,12 +139,13 @@ class FrameContents:
         self._settle(pfns)
         if out is None:
             out = np.empty((pfns.size, PAGE_SIZE), np.uint8)
-        run = as_slice(pfns)
+        places = self._places(pfns)
+        run = as_slice(places)
         if run is not None:
             out[...] = self._rows[run]
         else:
             # mode="raise" would copy through a buffer.
-            np.take(self._rows, pfns, axis=0, out=out, mode="clip")
+            np.take(self._rows, places, axis=0, out=out, mode="clip")
         return out
 
     def scatter(self, pfns: Pfns, data: Bytes) -> None:
@@ -150,10 +158,8 @@ class FrameContents:
         Cost: about 0.2 us per page, memory bandwidth.
         """
         _assert_writable(pfns)
-        run = as_slice(pfns)
-        target = pfns if run is None else run
-        self._rows[target] = data
-        self._stale[target] = False
+        self._rows[as_index(self._places(pfns))] = data
+        self._stale[as_index(pfns)] = False
 
     def copy(self, targets: Pfns, sources: Pfns) -> None:
         """Copy whole frames, `sources[i]` to `targets[i]`; a source must not be an earlier target.
@@ -167,7 +173,8 @@ class FrameContents:
         assert targets.size == sources.size
         _assert_writable(targets)
         self._settle(sources)
-        rows = self._rows
+        self._stale[as_index(targets)] = False
+        rows, targets, sources = self._rows, self._places(targets), self._places(sources)
         to, since = as_slice(targets), as_slice(sources)
         if to is not None and since is not None:
             rows[to] = rows[since]
@@ -178,7 +185,22 @@ class FrameContents:
         else:
             for at in range(0, targets.size, _COPY_PAGES):
                 rows[targets[at : at + _COPY_PAGES]] = rows[sources[at : at + _COPY_PAGES]]
-        self._stale[targets if to is None else to] = False
+
+    def exchange(self, targets: Pfns, sources: Pfns) -> None:
+        """Let `targets[i]` hold what `sources[i]` holds, and the reverse, while the bytes stay where they are.
+
+        Args:
+            targets, sources: int64[n], unique and disjoint, without the zero page.
+
+        Cost: 10 ns per page.
+        """
+        to, since = as_index(targets), as_index(sources)
+        between = sources - targets
+        shift = self._shift
+        shift[to], shift[since] = shift[since] + between, shift[to] - between
+        stale = self._stale[to].copy()
+        self._stale[to] = self._stale[since]
+        self._stale[since] = stale
 
     def clear(self, pfns: Pfns) -> None:
         """Make frames read as zeroes.
@@ -189,8 +211,7 @@ class FrameContents:
         Cost: 1 ns per page now, the zeroing when they are next read.
         """
         _assert_writable(pfns)
-        run = as_slice(pfns)
-        self._stale[pfns if run is None else run] = True
+        self._stale[as_index(pfns)] = True
 
     def read_bytes(self, pfns: Pfns, offset: int) -> Bytes:
         """The byte at `offset` of each frame.
@@ -202,7 +223,7 @@ class FrameContents:
         """
         assert 0 <= offset < PAGE_SIZE, offset
         self._settle(pfns)
-        values: Bytes = self._rows[pfns, offset]
+        values: Bytes = self._rows[self._places(pfns), offset]
         return values
 
     def write_bytes(self, pfns: Pfns, offset: int, values: Bytes) -> None:
@@ -215,7 +236,7 @@ class FrameContents:
         assert 0 <= offset < PAGE_SIZE, offset
         _assert_writable(pfns)
         self._settle(pfns)
-        self._rows[pfns, offset] = values
+        self._rows[self._places(pfns), offset] = values
 
     def are_zero(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
         """Which frames hold nothing but zeroes: bool[n].
@@ -224,10 +245,10 @@ class FrameContents:
         """
         found = self._stale[pfns]
         held = np.flatnonzero(~found)
-        words = self._rows.view(np.uint64)
+        words, places = self._rows.view(np.uint64), self._places(pfns)
         for at in range(0, held.size, _COPY_PAGES):
             part = held[at : at + _COPY_PAGES]
-            found[part] = ~words[pfns[part]].any(axis=1)
+            found[part] = ~words[places[part]].any(axis=1)
         return found
 
     def checksums(self, pfns: Pfns) -> npt.NDArray[np.uint64]:
@@ -247,22 +268,23 @@ class FrameContents:
         if not np.count_nonzero(marks):
             return
         stale = pfns[marks]
-        run = as_slice(stale)
-        if run is not None:
-            self._rows[run] = 0
-        else:
-            self._rows[stale] = 0
+        self._rows[as_index(self._places(stale))] = 0
         self._stale[stale] = False
 
+    def _places(self, pfns: Pfns) -> Pfns:
+        """The rows of frames."""
+        return pfns + self._shift[pfns]
+
     def _discard(self, start: Pfn, end: Pfn) -> None:
-        """Zero the frames [start, end) and give their memory back where it is ours alone."""
-        if start == end:
+        """Zero the frames [start, end) and give their memory back where it is ours alone, but for scattered rows."""
+        places = self._places(np.arange(start, end))
+        if self._private is None:
+            self._rows[places] = 0
+            self._stale[start:end] = False
             return
-        if self._private is not None:
-            self._private.madvise(mmap.MADV_DONTNEED, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
-        else:
-            self._rows[start:end] = 0
-        self._stale[start:end] = False
+        self._stale[start:end] = True
+        for first, npages in _long_runs(places):
+            self._private.madvise(mmap.MADV_DONTNEED, first << PAGE_SHIFT, npages << PAGE_SHIFT)
 
     def image(self) -> tuple[object, ...]:
         """Everything that `check()` looks at, as a value."""
@@ -272,6 +294,25 @@ class FrameContents:
         """Assert that the zero page is what its name says."""
         assert not self._rows[ZERO_PFN].any(), "the zero page was written"
         assert not self._stale[ZERO_PFN], "the zero page is stale"
+
+
+def as_index(pfns: Pfns) -> Pfns | slice:
+    """What selects the frames: a slice when they are consecutive."""
+    run = as_slice(pfns)
+    return pfns if run is None else run
+
+
+def _long_runs(places: Pfns) -> list[list[int]]:
+    """Runs of consecutive rows that are worth a call of the kernel: the first row and how many, of each.
+
+    Args:
+        places: int64[n], unique.
+    """
+    places = np.sort(places)
+    first = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    lengths = np.diff(first, append=places.size)
+    runs: list[list[int]] = np.column_stack((places[first], lengths))[lengths >= _RUN_PAGES].tolist()
+    return runs
 
 
 def _apart(pfns: Pfns, run: slice) -> slice | None:

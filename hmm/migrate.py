@@ -1,9 +1,9 @@
 """Migration of pages between system memory and the memory of a device: migrate_vma_setup(), _pages(), _finalize().
 
     setup      tell all mirrors; collect what may be moved; take it out of every page table; leave what others hold
-    copy       whoever migrates allocates destinations and fills them
+    copy       whoever migrates allocates destinations
     pages      check each destination; fill holes of anonymous memory with theirs
-    finalize   entries become entries of the new page, or of the old one where it stayed
+    finalize   entries become entries of the new page, which takes the contents over, or of the old one where it stayed
 
 Each page has a source word and a destination word, as the kernel's arrays.  A migration fails page by page: what
 could not be moved has no MIGRATE in its source word when all is done.  The address range is busy until the pages are
@@ -86,8 +86,8 @@ _IMMOVABLE = SPECIAL_FLAGS | VmFlag.HUGETLB
 _NOWHERE = np.empty(0, np.intp)
 
 Copy = Callable[[Migration], Operation[None]]
-"""Fills `dst` for the pages that it has destinations for, and their contents; holds a reference of each.  A huge page
-that moves as one may get small destinations: it is split then."""
+"""Fills `dst` for the pages that it has destinations for; holds a reference of each.  A huge page that moves as one may
+get small destinations: it is split then."""
 
 
 def migrate_vma(
@@ -97,7 +97,7 @@ def migrate_vma(
 
     Args:
         span: page-aligned, inside one VMA.
-        copy: allocates and fills destinations.
+        copy: allocates destinations.
         owner: pgmap_owner: only pages of this device are selected for the way back.
         initiator: the mirror that asks.
 
@@ -108,7 +108,7 @@ def migrate_vma(
             (EINVAL).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was moved (ETIMEDOUT).
 
-    Cost: O(pages), vectorised, and the copying.  Source: Linux mm/migrate_device.c, migrate_vma_setup().
+    Cost: O(pages), vectorised.  Source: Linux mm/migrate_device.c, migrate_vma_setup().
     """
     with space.notifier.turn() as turn:  # mmap_lock: VMAs stay as they are
         yield from turn.wait()

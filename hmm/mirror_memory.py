@@ -305,7 +305,7 @@ class MirrorMemory:
             return None
         homes, targets = self.mirror.pfns(own), frames.allocate(addresses.size)
         if not self.region.remote:
-            came = self.copy_pages(targets, homes)
+            came = self.copy_pages(targets, homes, keeps=True)
             frames.put(targets[~came])
             take(addresses, np.where(came, targets, 0))
             return None
@@ -321,16 +321,19 @@ class MirrorMemory:
         take(addresses, np.where(came, targets, 0))
         return outcome
 
-    def copy_pages(self, targets: Pfns, sources: Pfns) -> Mask:
+    def copy_pages(self, targets: Pfns, sources: Pfns, *, keeps: bool = False) -> Mask:
         """Copy pages to the device's memory or back, where the driver does not carry them.
+
+        Args:
+            keeps: they stay as well; otherwise those that are copied are about to be let go.
 
         Returns: bool[n], those that were copied: all but the ones made to fail (`Frames.failing_copies`).
         """
         frames = self.mirror.space.frames
-        frames.copy(targets, sources)
         copied = np.ones(targets.size, np.bool_)
         if frames.failing_copies:
             copied[failing_copies(frames, np.full(targets.size, self.mirror.id, np.int64))] = False
+        (frames.copy if keeps else frames.move)(targets[copied], sources[copied])
         return copied
 
     # ---- what the driver does

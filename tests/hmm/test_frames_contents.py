@@ -124,6 +124,63 @@ def test_copy_of_the_zero_page_clears_its_target(frames: Frames) -> None:
     assert not frames.gather(pfns(4, 9, 6)).any()
 
 
+def test_frames_that_trade_places_hold_what_the_others_held(frames: Frames) -> None:
+    """Consecutive and scattered ones, again and again, and stale ones too; then every access finds the right row."""
+    frames.scatter(np.arange(1, 31), pattern(30))
+    frames.clear(pfns(3))
+    expected = {number: frames.read(number) for number in range(1, 31)}
+    for targets, sources in (((11, 12, 13), (1, 2, 3)), ((2, 21, 9), (12, 4, 30)), ((12,), (2,)), ((), ())):
+        frames.exchange(pfns(*targets), pfns(*sources))
+        for target, source in zip(targets, sources, strict=True):
+            expected[target], expected[source] = expected[source], expected[target]
+    everyone = np.arange(1, 31)
+    assert frames.gather(everyone).tobytes() == b"".join(expected.values())
+    assert frames.read_bytes(everyone, 7).tolist() == [page[7] for page in expected.values()]
+    assert frames.are_zero(everyone).tolist() == [not any(page) for page in expected.values()]
+    frames.write(11, 5, b"written")
+    frames.write_bytes(pfns(2, 21), 9, np.array([1, 2], np.uint8))
+    frames.scatter(pfns(12, 30), pattern(2, seed=4))
+    frames.copy(pfns(40, 41, 42), pfns(11, 2, 12))
+    assert frames.read(40) == expected[11][:5] + b"written" + expected[11][12:]
+    assert frames.read(41, 8, 3) == bytes((expected[2][8], 1, expected[2][10]))
+    assert frames.read(42) == frames.read(12) == pattern(1, seed=4).tobytes()
+    assert frames.read(13) == bytes(PAGE_SIZE)
+    frames.check()
+
+
+def test_move_takes_contents_along_and_copies_what_others_hold(frames: Frames) -> None:
+    """folio_migrate_copy(): a frame that somebody else has as well goes on holding what it held."""
+    data = pattern(4)
+    frames.scatter(pfns(1, 2, 5, 9), data)
+    frames.get(pfns(2))
+    frames.move(pfns(101, 102, 103, 104), pfns(1, 2, 5, 9))
+    assert np.array_equal(frames.gather(pfns(101, 102, 103, 104)), data)
+    assert np.array_equal(frames.gather(pfns(2)), data[1:2])
+    frames.move(pfns(105), pfns(ZERO_PFN))
+    assert frames.read(105) == bytes(PAGE_SIZE)
+    frames.move(pfns(106, 107), pfns(101, 102))
+    assert np.array_equal(frames.gather(pfns(106, 107)), data[:2])
+    frames.check()
+
+
+def test_frames_of_a_removed_region_read_as_zeroes_whoever_has_their_rows() -> None:
+    """Pages that went home left rows of system memory behind; what the region had is in use there."""
+    frames = Frames(100, 100)
+    region = frames.add_region(64, owner=1)
+    here, there = frames.allocate(40), frames.allocate(40, region.number)
+    frames.scatter(here, pattern(40))
+    frames.scatter(there, pattern(40, seed=4))
+    frames.move(here[10:13], there[10:13])
+    frames.put(there)
+    frames.remove_region(region.number)
+    assert np.array_equal(frames.gather(here[10:13]), pattern(40, seed=4)[10:13])
+    assert np.array_equal(frames.gather(here[13:]), pattern(40)[13:])
+    again = frames.allocate(64, frames.add_region(64, owner=1).number)
+    assert set(there.tolist()) <= set(again.tolist())
+    assert not frames.gather(again).any()
+    frames.check()
+
+
 def test_clear_makes_frames_read_as_zeroes(frames: Frames) -> None:
     """clear_highpage(), for consecutive and scattered frames."""
     frames.scatter(np.arange(1, 21), pattern(20))
@@ -209,6 +266,13 @@ def test_check_notices_a_written_zero_page(frames: Frames) -> None:
     """The zero page is zero."""
     frames._flat[17] = 1
     with pytest.raises(AssertionError, match="zero page"):
+        frames.check()
+
+
+def test_check_notices_two_frames_with_one_row(frames: Frames) -> None:
+    """What one of them is written, the other one would show."""
+    frames._shift[17] = 1
+    with pytest.raises(AssertionError, match="share a row"):
         frames.check()
 
 

@@ -169,6 +169,18 @@ class FramesMachine(RuleBasedStateMachine):
         values = [self.fill.get(pfn, 0) for pfn in sources]
         self.fill.update(zip(targets, values, strict=True))
 
+    @rule(picks=PICKS)
+    def move(self, picks: list[int]) -> None:
+        """Contents of some frames go to others; what nobody else refers to holds what the other one held."""
+        pfns = list(dict.fromkeys(self.pick(picks, sorted(self.references))))
+        half = len(pfns) // 2
+        targets, sources = pfns[:half], pfns[half : 2 * half]
+        self.frames.move(array(targets), array(sources))
+        for target, source in zip(targets, sources, strict=True):
+            was, self.fill[target] = self.fill[target], self.fill[source]
+            if self.references[source] == 1:
+                self.fill[source] = was
+
     @rule(picks=PICKS, column=st.booleans())
     def read(self, picks: list[int], column: bool) -> None:
         """What is read is what was written, and zeroes otherwise."""

@@ -115,15 +115,8 @@ def exclusive_pages_come_back_in_silence(patch: pytest.MonkeyPatch) -> None:
 
 
 def pages_move_without_their_contents(patch: pytest.MonkeyPatch) -> None:
-    """A migration has frames for its pages, and copies nothing into them."""
-    copied = device_pages._copied
-
-    def forgetful(migration: Any, *arguments: Any, **options: Any) -> Any:
-        with pytest.MonkeyPatch.context() as meanwhile:
-            meanwhile.setattr(FrameContents, "copy", lambda *_: None)
-            return copied(migration, *arguments, **options)
-
-    patch.setattr(device_pages, "_copied", forgetful)
+    """A page that moves has another frame, and not what its old one has."""
+    patch.setattr(FrameContents, "exchange", lambda *_: None)
 
 
 def split_loses_a_page(patch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ from machine_world import FIXED, START, World, error_of, span
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte
 from hmm.errors import NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause, EventType
-from hmm.frame_contents import FrameContents
-from hmm.frames import RegionKind
+from hmm.frames import Frames, RegionKind
 from hmm.inspection import pending
 from hmm.limits import Limits
 from hmm.migration import MIGRATE, PFN_SHIFT, VALID
@@ -601,10 +600,10 @@ def test_migration_breaks_its_address_space_when_a_bug_ends_it(how: str, monkeyp
     machine = world.machine
     space = machine.processes[world.pid].space
 
-    def copy(*_: object) -> None:
+    def allocate(*_: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(FrameContents, "copy", copy)
+    monkeypatch.setattr(Frames, "allocate", allocate)
     if how == "migrate":
         moving = world.start(commands_hmm.migrate_to_system, attached, pages(0, 1))
     else:
