@@ -33,6 +33,11 @@ SYSTEM_SOCKET = "/run/hmmd/hmmd.sock"
 KEPT_BUFFER_BYTES = 32 << 20
 """Freed memory up to this size is used again instead of being given back to the kernel."""
 
+_NOT_FOUND = ("errors resolving", "empty address list")
+_NO_ADDRESS = "the target uri is not valid"
+"""How gRPC begins to say that a name has no address, and what it says of a target that it does not understand."""
+_UNIX_PATH_BYTES_MAX = 107
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Metadata = tuple[tuple[str, str], ...]
@@ -43,23 +48,32 @@ class DaemonError(Exception):
 
     Attributes:
         code: what gRPC says.
+        message: the same in words.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code = code
+        self.message = message
 
 
 class UnavailableError(DaemonError, ConnectionError):
-    """Nobody listens there, or the connection broke.
+    """Nobody listens there, the target is no address, the connection broke, or the daemon or this client has ended.
 
     Attributes:
+        target: where the daemon was looked for; empty where the daemon itself said so.
+        refused: nobody listens there.
         broke: it was there and has gone, in the middle of a call.
         silent: something listens there and says nothing, as a daemon that is stopped.
     """
 
+    refused = False
     broke = False
     silent = False
+
+    def __init__(self, message: str, target: str = "") -> None:
+        super().__init__(grpc.StatusCode.UNAVAILABLE, message)
+        self.target = target
 
 
 def default_target(environment: Mapping[str, str] = os.environ) -> str:
@@ -114,6 +128,14 @@ class Channel:
     def __init__(
         self, target: str, *, token: str = "", name: str = "", credentials: grpc.ChannelCredentials | None = None
     ) -> None:
+        """Make a channel; it connects with its first call.
+
+        Raises:
+            UnavailableError: the path of a UNIX socket is too long.
+        """
+        if target.startswith("unix:") and len(os.fsencode(target.removeprefix("unix:"))) > _UNIX_PATH_BYTES_MAX:
+            too_long = f"the path of a UNIX socket has at most {_UNIX_PATH_BYTES_MAX} bytes"
+            raise UnavailableError(f"{target}: {too_long}", target)
         keep_buffers()
         self.target = target
         named = {"hmm-token": token, "hmm-caller": name}
@@ -175,7 +197,7 @@ def not_made_error(result: types_pb2.CallResult) -> HmmError | DaemonError:
     if result.reason == INTERNAL_REASON:
         return DaemonError(grpc.StatusCode.INTERNAL, result.message)
     if result.reason == DRAINING_REASON:
-        return UnavailableError(grpc.StatusCode.UNAVAILABLE, result.message)
+        return UnavailableError(result.message)
     return from_call_result(result) or DaemonError(grpc.StatusCode.UNKNOWN, "a call was not made, without a reason")
 
 
@@ -189,7 +211,9 @@ def as_error(error: Exception, target: str) -> Exception:
         return ours
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         # CANCELLED: the daemon ended beneath the call.  What this side cancels is an asyncio.CancelledError instead.
-        return _unavailable(error.code(), error.details() or "", target)
+        return _unavailable(error.details() or "", target)
+    if _NO_ADDRESS in (error.details() or ""):
+        return UnavailableError(f"{target} is no address", target)
     return DaemonError(error.code(), error.details() or "")
 
 
@@ -200,19 +224,21 @@ def _is_cancelled() -> bool:
 
 
 def _closed(target: str) -> UnavailableError:
-    return UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{target}: this client is closed")
+    return UnavailableError(f"{target}: this client is closed", target)
 
 
-def _unavailable(code: grpc.StatusCode, details: str, target: str) -> UnavailableError:
-    if details.startswith("failed to connect"):
-        why = details.rpartition(": ")[2]  # gRPC says the address three times; the last word is why
-        if "timed out before receiving SETTINGS" not in why:
-            return UnavailableError(code, f"nobody listens at {target}: {why}")
-        silent = UnavailableError(code, f"{target} does not answer: {why}")
+def _unavailable(details: str, target: str) -> UnavailableError:
+    why = details.rpartition(": ")[2]  # gRPC says the address three times; the last word is why
+    if details.startswith(_NOT_FOUND):
+        return UnavailableError(f"{target} cannot be found: {why.rstrip(']')}", target)
+    if not details.startswith("failed to connect"):
+        broken = UnavailableError(f"the connection to {target} broke: {details}", target)
+        broken.broke = True
+        return broken
+    if "timed out before receiving SETTINGS" in why:
+        silent = UnavailableError(f"{target} does not answer: {why}", target)
         silent.silent = True
         return silent
-    if details.startswith("errors resolving"):
-        return UnavailableError(code, f"{target}: {details}")
-    broken = UnavailableError(code, f"the connection to {target} broke: {details}")
-    broken.broke = True
-    return broken
+    nobody = UnavailableError(f"nobody listens at {target}: {why}", target)
+    nobody.refused = True
+    return nobody

@@ -86,7 +86,7 @@ class EmbeddedDaemon:
                 stderr.close()
         try:
             self._wait_until_it_serves()
-        except EmbeddedDaemonError:
+        except BaseException:  # an interrupt too
             self.stop()
             raise
         self.started_s = time.monotonic() - began_s

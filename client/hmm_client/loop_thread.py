@@ -11,6 +11,7 @@ first needed and ends with the process.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ class LoopThread:
     def __init__(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
         self._loop = loop
         self._thread = thread
+        self._process = os.getpid()
 
     @classmethod
     def shared(cls) -> LoopThread:
@@ -52,8 +54,15 @@ class LoopThread:
         Context variables go along: what is called from a driver's callback is known to be.
 
         Raises:
-            RuntimeError: called on the loop's own thread, which would wait for itself.
+            RuntimeError: called on the loop's own thread, which would wait for itself; or in a child of fork(2), where
+                neither the thread nor gRPC goes on.
         """
+        if os.getpid() != self._process:
+            work.close()
+            raise RuntimeError(
+                "hmm_client does not survive fork(2): let the child exec a program of its own"
+                " (multiprocessing: the start method spawn)"
+            )
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a blocking call on the event loop's own thread would wait for ever")

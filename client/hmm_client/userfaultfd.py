@@ -99,15 +99,18 @@ class Userfaultfd:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        serving = self.serving
         await self.close()
-        if serving is not None and error is None and not serving.cancelled() and serving.exception() is not None:
-            raise serving.exception()  # type: ignore[misc]
+        failure = None if self.serving is None or self.serving.cancelled() else self.serving.exception()
+        if failure is not None and error is None:
+            raise failure
 
     # ---- what is missing
 
     async def read(self) -> list[UserfaultMessage]:
-        """read(2): wait for accesses that miss a page.  Returns: those that do; none when the process has ended."""
+        """read(2): wait for accesses that miss a page.  One that is cancelled while it waits closes this.
+
+        Returns: those that do; none when the process has ended.
+        """
         message = await self._next()
         if message is None:
             return []
@@ -124,13 +127,24 @@ class Userfaultfd:
     def serve(self, handler: Handler) -> None:
         """Let `handler` bring in what is missing, one fault after the other, until this is closed.
 
-        A plain function runs where those of drivers do (`connect(executor=...)`).  What it raises ends the serving, and
-        is raised again by the end of the `async with` block.
+        A plain function runs where those of drivers do (`connect(executor=...)`).  What it raises closes this, so that
+        who waits goes on with zeroes, and is raised again by the end of the `async with` block.
+
+        Raises:
+            RuntimeError: it has a handler already.
         """
-        assert self.serving is None, f"{self!r} has a handler already"
+        if self.serving is not None:
+            raise RuntimeError(f"{self!r} has a handler already")
         self.serving = asyncio.get_running_loop().create_task(self._serve(handler))
 
     async def _serve(self, handler: Handler) -> None:
+        try:
+            await self._answer(handler)
+        except BaseException:
+            self._call.cancel()  # else they would wait for ever for a handler that there is not
+            raise
+
+    async def _answer(self, handler: Handler) -> None:
         async for fault in self:
             answer: Any
             if self._client.executor is not None and not inspect.iscoroutinefunction(handler):

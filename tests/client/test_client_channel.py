@@ -179,3 +179,21 @@ async def test_ready_returns_when_the_daemon_has_started(
         assert daemon.target == client.channel.target
         await waiting
         await client.create_process()
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("nowhere.invalid:1", "nowhere.invalid:1 cannot be found"),
+        ("unix:", "unix: cannot be found"),
+        ("ipv4:nothing", "ipv4:nothing is no address"),
+        (f"/{'x' * 107}", "a UNIX socket has at most 107 bytes"),
+    ],
+)
+async def test_call_says_what_is_wrong_with_its_target_when_nobody_can_be_there(target: str, why: str) -> None:
+    """A name without an address, and what is no address, are told from a daemon that does not run."""
+    with pytest.raises(hmm_client.UnavailableError, match=why) as caught:
+        async with hmm_client.connect(target) as client:
+            await client.create_process()
+    assert not caught.value.refused
+    assert caught.value.target.endswith(target)

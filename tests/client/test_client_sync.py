@@ -320,3 +320,30 @@ def test_driver_may_have_either_base_when_there_is_no_await(shared_daemon: Daemo
         mirror = client.register_device("of either base").mirror(process, driver)
         mirror.fault(span)
         assert driver.tables[mirror.id].pages.count == 1
+
+
+def test_call_is_refused_when_the_process_was_forked(shared_daemon: Daemon) -> None:
+    """Neither the loop's thread nor gRPC lives on in a child: it is told so instead of waiting for ever."""
+    run(
+        shared_daemon,
+        """
+import os
+child = os.fork()
+if not child:
+    try:
+        for call in (lambda: process.maps(), lambda: hmm_client.sync.connect(sys.argv[1])):
+            try:
+                call()
+            except RuntimeError as error:
+                assert "does not survive fork" in str(error)
+            else:
+                raise AssertionError("it was not refused")
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert process.maps().lines
+""",
+    )

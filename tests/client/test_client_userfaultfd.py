@@ -157,3 +157,23 @@ async def test_access_gets_a_signal_when_the_handler_wants_that(process: Process
         await uffd.register(heap.span)
         with pytest.raises(SegmentationFault):
             await process.read(heap.address, 1)
+
+
+async def test_access_goes_on_when_the_handler_of_its_page_fails(process: Process, heap: Mapped) -> None:
+    """As where a handler's process dies: who waits gets zeroes and not nobody's answer; a second handler is refused."""
+
+    def fail(_: UserfaultMessage) -> bytes:
+        raise KeyError("no such page")
+
+    async def handle() -> None:
+        async with process.userfaultfd() as uffd:
+            await uffd.register(heap.span)
+            uffd.serve(fail)
+            with pytest.raises(RuntimeError, match="has a handler already"):
+                uffd.serve(fail)
+            seen.append(await process.read(heap.address, 1))
+
+    seen: list[bytes] = []
+    with pytest.raises(KeyError):
+        await handle()
+    assert seen == [b"\0"]

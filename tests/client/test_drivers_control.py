@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -22,6 +23,7 @@ from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client.drivers import dummy, rdma
 from hmm_client.drivers.control import LINE_BYTES, Control, decode, encode, tls_context
 from hmm_client.drivers.remote import RemoteDriver, RemoteError
+from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -263,3 +265,22 @@ def test_patient_driver_waits_for_its_daemon(tmp_path: Path) -> None:
             assert driver.stdout.readline() == b"ready\n"
             served.send_signal(signal.SIGTERM)
         assert driver.wait(timeout=60) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["dummy", "rdma", "prefetch", "dmirror"])
+async def test_driver_process_ends_with_a_line_when_its_daemon_is_killed(tmp_path: Path, driver: str) -> None:
+    """Exit code 1 and why, whatever the driver was doing; nothing of asyncio's."""
+    daemon = await asyncio.to_thread(EmbeddedDaemon, tmp_path)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", f"hmm_client.drivers.{driver}", f"--target={daemon.target}"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    daemon.process.kill()
+    _, said = await process.communicate()
+    daemon.stop()
+    assert process.returncode == 1
+    assert re.fullmatch(rb"hmm_client.drivers.control: the session has ended: [^\n]*\n", said)

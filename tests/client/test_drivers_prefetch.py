@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,7 @@ from hmm.errors import ConflictError
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Advice, MapFlag, MremapFlag, Process, Prot
 from hmm_client.drivers.prefetch import Behaviour, PrefetchDevice
+from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -175,3 +178,25 @@ async def test_violation_is_found_when_the_device_keeps_what_an_event_took(
     (violation,) = device.statistics.violations
     assert "no event took back" in violation
     await device.stop()
+
+
+@pytest.mark.slow
+async def test_device_ends_quietly_when_its_daemon_is_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While it waits for what a CPU reads: its session says who has gone, and asyncio has nothing to add."""
+
+    async def lose(daemon: EmbeddedDaemon) -> None:
+        async with hmm_client.connect(daemon.target) as client:
+            device = await PrefetchDevice.register(client, "prefetch alone", Behaviour(write_ratio=0))
+            process = await client.create_process("program")
+            await device.attach(process)
+            device.follow(process.id, (await process.mmap(NPAGES * PAGE_SIZE)).span)
+            while not device.statistics.bytes_read:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+            daemon.process.kill()
+            await (await client.session()).wait_lost()
+
+    daemon = await asyncio.to_thread(EmbeddedDaemon, tmp_path)
+    await lose(daemon)
+    await asyncio.to_thread(daemon.stop)
+    gc.collect()
+    assert "never retrieved" not in caplog.text

@@ -292,3 +292,10 @@ async def test_synchronous_driver_is_held_and_released_from_another_thread(daemo
             return int((entries != 0).sum())
 
     assert await asyncio.to_thread(use) == NPAGES
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_nth_is_refused_when_there_is_no_such_event(number: int) -> None:
+    """Events are counted from 1; 0 is not taken for the next one."""
+    with pytest.raises(ValueError, match=f"no event number {number}: 1 is the next one"):
+        nth(number, hang())

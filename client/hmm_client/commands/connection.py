@@ -143,22 +143,23 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def failures(where: Where) -> Iterator[None]:
     """Turn what can go wrong into a line on stderr and an exit code; of files, `hmm_client.cli` does so."""
     from hmm.errors import HmmError  # noqa: PLC0415 - takes longer than --help may
-    from hmm_client.channel import DaemonError, UnavailableError, as_target, default_target  # noqa: PLC0415
+    from hmm_client.channel import DaemonError, UnavailableError, default_target  # noqa: PLC0415
     from hmm_client.embedded import EmbeddedDaemonError  # noqa: PLC0415
     from hmm_client.recordings.errors import InputError  # noqa: PLC0415
 
     try:
         yield
     except UnavailableError as error:
-        target = as_target(where.target) if where.target else default_target()
         if error.broke:
-            fail(UNREACHABLE, f"the connection to {target} broke: the daemon has gone")
+            fail(UNREACHABLE, f"the connection to {error.target} broke: the daemon has gone")
         if error.silent:
-            fail(UNREACHABLE, f"{target} does not answer: something listens there, which is stopped or no hmmd")
+            fail(UNREACHABLE, f"{error.target} does not answer: something listens there, which is stopped or no hmmd")
+        if not error.refused:
+            fail(UNREACHABLE, error.message)
         fail(
             UNREACHABLE,
-            f"nobody listens at {target}",
-            f"Start a daemon with `hmmd{_flag(target)}`, or say where it is with --target or $HMMD_SOCKET.",
+            f"nobody listens at {error.target}",
+            f"Start a daemon with `hmmd{_flag(error.target)}`, or say where it is with --target or $HMMD_SOCKET.",
         )
     except TimeoutError:
         fail(UNREACHABLE, f"{where.target or default_target()} did not answer within {where.timeout_s:g} s")

@@ -180,7 +180,8 @@ class Control:
         except Exception as error:  # noqa: BLE001 - whoever asked waits for an answer
             _LOG.exception("a request cannot be handled")
             answer = _error("EIO", repr(error))
-        say(_reply(request_id, answer))
+        with suppress(OSError):  # whoever asked is gone
+            say(_reply(request_id, answer))
 
     def _operation(self, request: dict[str, Any]) -> Operation:
         """Take the operation out of a request, the rest of which are its arguments."""
@@ -359,6 +360,9 @@ class _Process:
 
     async def _first(self, *waits: Coroutine[Any, Any, object]) -> None:
         tasks = [asyncio.create_task(wait) for wait in waits]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
+        ended, going_on = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in going_on:
             task.cancel()
+        await asyncio.gather(*going_on, return_exceptions=True)
+        for task in ended:
+            task.result()

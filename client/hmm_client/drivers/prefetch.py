@@ -33,6 +33,7 @@ from hmm import pte
 from hmm.errors import DeviceLostError, HmmError, NoSuchObjectError, errno_name
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, AddressRange, Entries, ProcessId
 from hmm_client import calls
+from hmm_client.channel import UnavailableError
 from hmm_client.client import Client
 from hmm_client.device import Device
 from hmm_client.device_memory import MemoryDriver
@@ -140,6 +141,7 @@ class PrefetchDevice(MemoryDriver):
         self._releases = Releases()
         self._stamp = 0
         self._engine = asyncio.create_task(self._run())
+        self._engine.add_done_callback(_tell)
 
     @classmethod
     async def register(cls, client: Client, name: str, behaviour: Behaviour | None = None) -> PrefetchDevice:
@@ -204,7 +206,7 @@ class PrefetchDevice(MemoryDriver):
     async def idle(self) -> None:
         """Wait until the device has caught up.
 
-        Raises: whatever ended the device, if it has a bug.
+        Raises: whatever ended the device: UnavailableError when the daemon has gone, anything else if it has a bug.
         """
         caught_up = asyncio.create_task(self._waiting.join())
         await asyncio.wait({caught_up, self._engine}, return_when=asyncio.FIRST_COMPLETED)
@@ -439,6 +441,13 @@ class PrefetchDevice(MemoryDriver):
     def _program(self, mirror: Mirror) -> _Program:
         # Asked for by the first event too, which may come before `attach` has its mirror.
         return self._by_mirror.setdefault(mirror.id, _Program(mirror))
+
+
+def _tell(engine: asyncio.Task[None]) -> None:
+    """Say why the engine has ended, should nobody ask; that the daemon has gone is for its session to say."""
+    error = None if engine.cancelled() else engine.exception()
+    if error is not None and not isinstance(error, UnavailableError):
+        _LOG.error("the device has ended", exc_info=error)
 
 
 def _chosen(segments: list[Segment], which: npt.NDArray[np.bool_]) -> list[Segment]:

@@ -153,7 +153,13 @@ def stop_process() -> Act:
 
 
 def nth(number: int, act: Act) -> tuple[Act, ...]:
-    """A script: behave, but for the `number`th event (1 is the next one)."""
+    """A script: behave, but for the `number`th event (1 is the next one).
+
+    Raises:
+        ValueError: there is no such event.
+    """
+    if number < 1:
+        raise ValueError(f"there is no event number {number}: 1 is the next one")
     return (*(answer(),) * (number - 1), act, answer())
 
 
