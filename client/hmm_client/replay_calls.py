@@ -219,7 +219,9 @@ async def _protect_in_part(process: Process, step: Interrupted) -> None:
 async def _remap_file(process: Process, step: RemapFile, files: Mapping[str, File]) -> None:
     """remap_file_pages() is emulated, as in Linux since 4.0: mm/mmap.c, SYSCALL_DEFINE5(remap_file_pages)."""
     lines = (await process.maps()).lines
-    area = next(line for line in lines if step.address in line.span)
+    area = next((line for line in lines if step.address in line.span), None)
+    if area is None:
+        raise InvalidRequestError(f"remap_file_pages: nothing is mapped at {step.address:#x}")
     start, length = page_down(step.address), page_up(step.length) or PAGE_SIZE
     flags = MapFlag.SHARED | MapFlag.FIXED
     file = files.get(area.file_name)

@@ -187,3 +187,14 @@ def test_compare_finds_a_difference_when_part_of_a_file_has_another_name() -> No
     mapped = [area(1, 2, name="/old"), area(4, 5, "r--p", 3, "/old")]
     last = [dataclasses.replace(mapped[0], inode=7), dataclasses.replace(mapped[1], name="/new", inode=7)]
     assert len(compare(last, mapped)) == 1
+
+
+@pytest.mark.parametrize(("gone", "differences"), [(" (deleted)", 0), ("", 1)], ids=["deleted", "still there"])
+def test_compare_finds_no_difference_when_a_file_was_made_anew_and_renamed(gone: str, differences: int) -> None:
+    """Of two files that had a name only the second can have another one now; not where the first still has it."""
+    mapped = [area(1, 2, name="/old"), area(3, 4, name="/old"), area(5, 6, name="/new")]
+    last = [
+        dataclasses.replace(area, name=name, inode=inode)
+        for area, name, inode in zip(mapped, (f"/old{gone}", "/new", "/new"), (7, 8, 8), strict=True)
+    ]
+    assert len(compare(last, mapped)) == differences

@@ -669,3 +669,121 @@ def test_segment_has_the_length_of_its_area_when_shmget_was_not_recorded() -> No
         ("/SYSV00000007", 0x3000),
         ("/SYSV00000000", 0),
     ]
+
+
+def test_segment_has_its_length_when_a_layout_shows_more_than_there_is() -> None:
+    """Of one that shmget made; mm/mremap.c, vma_to_resize(): mremap maps beyond the end of shared memory."""
+    final = [Area(0x7000, 0xF000, "rw-s", 0, "/SYSV00000000 (deleted)", inode=6)]
+    steps = plan("1 shmget(IPC_PRIVATE, 12288, IPC_CREAT|0600) = 6\n1 shmat(6, NULL, 0) = 0x20000", [], final).steps
+    assert [step.length for step in steps if isinstance(step, Map)] == [0x3000]
+
+
+# What calls mean because of others.
+
+
+def test_readable_memory_is_executable_when_the_personality_says_so() -> None:
+    """mm/mmap.c, do_mmap(); mm/mprotect.c, do_mprotect_pkey(): of the thread, of those it makes, until an exec."""
+    steps = plan(
+        f"""
+        {START}
+        1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x1000
+        1 personality(PER_LINUX|READ_IMPLIES_EXEC) = 0 (PER_LINUX)
+        1 personality(0xffffffff) = 0x400000 (PER_LINUX|READ_IMPLIES_EXEC)
+        1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x2000
+        1 mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x3000
+        1 mprotect(0x1000, 4096, PROT_READ|PROT_WRITE) = 0
+        1 mprotect(0x1000, 8192, PROT_READ) = -1 ENOMEM (Cannot allocate memory)
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_SIGHAND|CLONE_THREAD) = 2
+        2 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x4000
+        2 personality(PER_LINUX) = 0x400000 (PER_LINUX|READ_IMPLIES_EXEC)
+        2 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x5000
+        1 fork() = 3
+        3 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x6000
+        3 execve("/bin/b", ["b"], 0x7ffd /* 3 vars */) = 0
+        3 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7000
+        1 personality(0x20000) = -1 EPERM (Operation not permitted)
+        1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x8000
+        """
+    ).steps
+    prots = {step.recorded: step.prot for step in steps if isinstance(step, Map)}
+    assert prots == {0x1000: 1, 0x2000: 5, 0x3000: 0, 0x4000: 5, 0x5000: 1, 0x6000: 5, 0x7000: 1, 0x8000: 5}
+    assert [step.prot for step in steps if isinstance(step, Protect)] == [7]
+    assert [step.attempt.prot for step in steps if isinstance(step, Interrupted)] == [5]
+
+
+def test_break_maps_and_unmaps_when_what_it_brings_may_be_executed() -> None:
+    """arch/x86/include/asm/page_types.h, VM_DATA_DEFAULT_FLAGS: and from then on, since brk alone would map less."""
+    steps = plan(
+        f"""
+        {START}
+        1 brk(NULL) = 0x10010
+        1 brk(0x12000) = 0x12000
+        1 personality(READ_IMPLIES_EXEC) = 0 (PER_LINUX)
+        1 brk(0x14800) = 0x14800
+        1 personality(PER_LINUX) = 0x400000 (READ_IMPLIES_EXEC)
+        1 fork() = 2
+        2 brk(0x11000) = 0x11000
+        1 brk(0x14900) = 0x14900
+        1 brk(NULL) = 0x14900
+        1 brk(0x16000) = 0x16000
+        """
+    ).steps
+    found = [step for step in steps if isinstance(step, Brk | Map | Unmap)]
+    assert [(step.process, step.address) for step in found] == [
+        *((0, 0), (0, 0x12000), (0, 0x12000), (1, 0x11000), (0, 0x15000)),
+    ]
+    assert [step.length for step in found if isinstance(step, Map | Unmap)] == [0x3000, 0x4000, 0x1000]
+    assert [step.prot for step in found if isinstance(step, Map)] == [7, 3]
+
+
+def test_break_maps_and_unmaps_when_another_call_has_moved_it() -> None:
+    """kernel/sys.c, prctl_set_mm_map(): brk tells where it is now; a child of vfork has that of its parent."""
+    steps = plan(
+        f"""
+        {START}
+        1 brk(NULL) = 0x10000
+        1 vfork() = 2
+        2 brk(0x12000) = 0x12000
+        2 exit_group(0) = ?
+        2 +++ exited with 0 +++
+        1 brk(NULL) = 0x12000
+        1 brk(0x99999999000) = 0x12000
+        1 brk(NULL) = 0x50010
+        1 brk(0x53000) = 0x53000
+        1 brk(0x52000) = 0x52000
+        """
+    ).steps
+    assert kinds(Plan(steps, (), None))[1:] == [
+        *("Brk(0)", "Vfork(0)", "Brk(1)", "Exit(1)", "Brk(0)", "Brk(0)", "Ignored(0)", "Map(0)", "Unmap(0)"),
+    ]
+    grown, shrunk = steps[-2:]
+    assert isinstance(grown, Map)
+    assert isinstance(shrunk, Unmap)
+    assert (grown.address, grown.length, grown.recorded) == (0x51000, 0x2000, 0x51000)
+    assert (shrunk.address, shrunk.length) == (0x52000, 0x1000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [("MFD_CLOEXEC", 5000), ("MFD_HUGETLB", 2 << 20), ("MFD_HUGETLB|30<<MFD_HUGE_SHIFT", 1 << 30)],
+)
+def test_mmap_takes_whole_huge_pages_when_its_file_has_such(flags: str, length: int) -> None:
+    """mm/mmap.c, ksys_mmap_pgoff(): is_file_hugepages()."""
+    (step,) = (
+        step
+        for step in plan(
+            f"""
+            1 memfd_create("x", {flags}) = 3</memfd:x>(deleted)
+            1 mmap(NULL, 5000, PROT_READ, MAP_SHARED, 3</memfd:x>(deleted), 0) = 0x40000000
+            """
+        ).steps
+        if isinstance(step, Map)
+    )
+    assert (step.source, step.length) == ("/memfd:x", length)
+
+
+def test_mmap_is_shared_when_it_validated_its_flags() -> None:
+    """mm/mmap.c, do_mmap(): once accepted, MAP_SHARED_VALIDATE is MAP_SHARED; a replay adds a flag that it refuses."""
+    step = only_step("mmap(NULL, 4096, PROT_READ, MAP_SHARED_VALIDATE, 3</a>, 0) = 0x7000")
+    assert isinstance(step, Map)
+    assert step.flags == 0x01

@@ -29,6 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compile_program(name, folder / name, "-pthread")
         compile_program(name, folder / f"{name}-static", "-pthread", "-static")
     compile_program("late", folder / "late", "-static", "-nostdlib")
+    compile_program("state", folder / "state")
     return folder
 
 
@@ -91,12 +92,13 @@ def test_record_reproduces_the_final_layout_when_the_program_is_a_shells(
         ("threads", ["last"], 0),
         ("threads", ["exit"], 7),
         ("late", [], 0),
+        ("state", [], 0),
     ],
 )
 def test_record_reproduces_the_final_layout_when_the_program_does_odd_things(
     tmp_path: Path, built: Path, name: str, arguments: list[str], status: int
 ) -> None:
-    """Static programs, threads at work, a last thread that is not the first, no exit_group, a late first brk."""
+    """Static programs, threads, no exit_group, a late first brk, calls that others have made mean something else."""
     recorded = patiently([str(built / name), *arguments], tmp_path)
     assert recorded.status == status
     check(recorded)

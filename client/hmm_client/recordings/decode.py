@@ -46,6 +46,8 @@ AIO_RING = "/[aio]"
 def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
     address, length, prot, flag_text, file, offset = arguments
     flag_bits = flags(flag_text, kernel.MAP)
+    if flag_bits & _MAP_TYPE == kernel.MAP["MAP_SHARED_VALIDATE"]:  # which refuses flags; these were good
+        flag_bits &= ~kernel.MAP["MAP_PRIVATE"]
     size = number(length)
     source = None
     if not flag_bits & kernel.MAP["MAP_ANONYMOUS"]:
@@ -53,7 +55,7 @@ def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
         if source is None:
             raise ArgumentError(f"{file!r} does not say which file it is; record with strace -y")
     if flag_bits & kernel.MAP["MAP_HUGETLB"]:  # an equivalent mmap needs no huge pages set aside
-        size = _whole_huge_pages(size, flag_bits)
+        size = whole_huge_pages(size, flag_bits)
         source = source or HUGE_ANONYMOUS
         flag_bits &= ~(kernel.MAP["MAP_ANONYMOUS"] | kernel.MAP["MAP_HUGETLB"] | _HUGE_SIZE)
     return Map(
@@ -68,10 +70,12 @@ def _mmap(origin: Origin, arguments: tuple[str, ...], result: int) -> Step:
     )
 
 
+_MAP_TYPE = 0xF
 _HUGE_SIZE = kernel.MAP_HUGE_MASK << kernel.MAP_HUGE_SHIFT
 
 
-def _whole_huge_pages(length: int, flag_bits: int) -> int:
+def whole_huge_pages(length: int, flag_bits: int) -> int:
+    """A length rounded up to huge pages of the size that flags of mmap or memfd_create name."""
     shift = flag_bits >> kernel.MAP_HUGE_SHIFT & kernel.MAP_HUGE_MASK or kernel.HUGE_PAGE_SHIFT_DEFAULT
     return -(-length >> shift) << shift
 
@@ -223,6 +227,7 @@ _REASONS = {
         "lsm_set_self_attr lsm_list_modules setxattrat getxattrat listxattrat removexattrat open_tree_attr "
         "file_getattr file_setattr"
     ),
+    "it says what later calls may execute": "personality",
     "it concerns the process, not its memory": "unshare setns setpgid setsid getpid gettid getppid prlimit64",
 }
 IGNORED: Mapping[str, str] = MappingProxyType(

@@ -1,6 +1,6 @@
 """Names and values of the flags in recorded calls, as x86-64 Linux publishes them.
 
-Source: Linux include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, sched.h, shm.h,
+Source: Linux include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, sched.h, shm.h, memfd.h,
     arch/x86/include/uapi/asm/mman.h.
 Absent: what the flags do.
 """
@@ -91,6 +91,14 @@ MADV = _table(
 MS = _table(MS_ASYNC=1, MS_INVALIDATE=2, MS_SYNC=4)
 MLOCK = _table(MLOCK_ONFAULT=1)
 MCL = _table(MCL_CURRENT=1, MCL_FUTURE=2, MCL_ONFAULT=4)
+MFD = _table(
+    MFD_CLOEXEC=0x1,
+    MFD_ALLOW_SEALING=0x2,
+    MFD_HUGETLB=0x4,
+    MFD_NOEXEC_SEAL=0x8,
+    MFD_EXEC=0x10,
+    MFD_HUGE_SHIFT=MAP_HUGE_SHIFT,
+)
 SHM = _table(SHM_RDONLY=0o10000, SHM_RND=0o20000, SHM_REMAP=0o40000, SHM_EXEC=0o100000)
 
 HUGE_PAGE_SHIFT_DEFAULT = 21

@@ -211,10 +211,11 @@ def _renamed(last: Sequence[Area], areas: Sequence[Area]) -> list[Area]:
     """The areas with the names that their files have in `last`.
 
     Of a rename no memory call tells.  Where the same bytes lie at the same place under another name, the file was
-    renamed if its old name is gone, or its new one is new, and all of the file has the new one.
+    renamed if its old name is gone, or only deleted files have it, or its new one is new, and all of the file has the
+    new one.
     """
     starts = [area.start for area in last]
-    old, new = {area.source for area in areas}, {area.source for area in last}
+    old, new = {area.source for area in areas}, {area.source for area in last if not area.name.endswith(_DELETED)}
     names: dict[tuple[str, int], set[str]] = {}
     for area in last:
         names.setdefault((area.device, area.inode), set()).add(area.source or "")

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hmm.units import PAGE_SIZE, TASK_SIZE, page_up
@@ -27,8 +27,10 @@ from hmm_client.recordings.growth import Growth
 from hmm_client.recordings.maps import Area
 from hmm_client.recordings.order import CREATING, EXECUTING, EXITING, Effect, effects
 from hmm_client.recordings.segments import Segments
+from hmm_client.recordings.state import Break, HugeFiles, made_executable, reads_execute
 from hmm_client.recordings.steps import (
     Appear,
+    Brk,
     Detach,
     Exec,
     Exit,
@@ -115,11 +117,16 @@ def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()
 
 @dataclass(slots=True)
 class _Task:
-    """A thread in the log."""
+    """A thread in the log.
+
+    Attributes:
+        executable: whether what it maps to be read may be executed, too: READ_IMPLIES_EXEC.
+    """
 
     process: ProcessIndex
     call: Call
     retired: bool = False
+    executable: bool = False
 
 
 @dataclass(slots=True)
@@ -136,6 +143,8 @@ class _Planner:
     tasks: dict[int, _Task] = field(default_factory=dict)
     threads: dict[ProcessIndex, set[int]] = field(default_factory=dict)
     partial: set[ProcessIndex] = field(default_factory=set)
+    breaks: dict[ProcessIndex, Break] = field(default_factory=dict)
+    huge_files: HugeFiles = field(default_factory=HugeFiles)
     memory_calls: dict[int, list[Call]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
     sealed: dict[ProcessIndex, tuple[tuple[int, int], ...]] = field(default_factory=dict)
@@ -182,11 +191,11 @@ class _Planner:
             elif call.name in EXITING:
                 self.exit(call, task)
             elif child is not None:
-                self.create(call, child, origin)
+                self.create(call, child, task, origin)
             elif call.line < self.began and task.process == FIRST:
                 self.steps.append(Ignored(origin, "its effect is in the first layout, which was read later"))
             else:
-                self.take_step(self.step(call, origin))
+                self.take_step(self.in_its_state(self.step(call, origin), task))
         except ValueError as error:  # ArgumentError, or a number of arguments that the call does not have
             raise RecordingError(f"{call.name}: {error}", self.path, call.line) from error
         except IndexError:
@@ -207,6 +216,17 @@ class _Planner:
             if isinstance(step, Map):
                 self.growth.mapped(step)
         self.steps.append(step)
+
+    def in_its_state(self, step: Step, task: _Task) -> Step:
+        """What a step means with all that was set before it."""
+        if step.call.name == "personality" and step.call.succeeded:
+            task.executable = reads_execute(step.call, before=task.executable)
+        if step.call.name == "memfd_create" and step.call.succeeded:
+            self.huge_files.created(step.call)
+        if isinstance(step, Brk):
+            return self.breaks[task.process].step(step, executable=task.executable)
+        step = self.huge_files.whole(step)
+        return made_executable(step) if task.executable else step
 
     def step(self, call: Call, origin: Origin) -> Step:
         """The step of a call that neither makes nor ends anybody."""
@@ -244,18 +264,21 @@ class _Planner:
             self.sealed[origin.process] = (*self.sealed.get(origin.process, ()), (start, page_up(start + length)))
         return Ignored(origin, IGNORED.get(call.name, "it made nobody"))
 
-    def create(self, call: Call, pid: int, origin: Origin) -> None:
+    def create(self, call: Call, pid: int, parent: _Task, origin: Origin) -> None:
         """fork, vfork, clone or clone3 made `pid`."""
         names = _clone_flags(call)
         if "CLONE_THREAD" in names:
             self.steps.append(Thread(origin, pid))
-            self.tasks[pid] = _Task(origin.process, call)
+            self.tasks[pid] = _Task(origin.process, call, executable=parent.executable)
             self.threads[origin.process].add(pid)
             return
         child = self.new_process(pid, origin.process, call)
         if origin.partial or ("CLONE_VM" not in names and self.others_act(call, origin.process)):
             self.partial.add(child)
         self.sealed[child] = self.sealed.get(origin.process, ())
+        self.tasks[pid].executable = parent.executable
+        shared = self.breaks[origin.process]
+        self.breaks[child] = shared if "CLONE_VM" in names else replace(shared)
         if "CLONE_VM" in names:
             self.steps.append(Vfork(origin, child))
         else:
@@ -277,8 +300,9 @@ class _Planner:
             self.incomparable = f"line {call.line}: the first process starts another program, whose layout is unknown"
         self.partial.add(process)
         self.sealed.pop(process, None)
+        self.breaks[process] = Break()
         self.retire(process)
-        task.retired = False
+        task.retired = task.executable = False
         self.threads[process] = {call.pid}
         later = (brk for brk in self.memory_calls.get(call.pid, ()) if brk.name == "brk" and brk.line > call.line)
         first = next(later, None)
@@ -339,6 +363,7 @@ class _Planner:
         self.processes.append(ProcessInfo(index, pid, parent))
         self.tasks[pid] = _Task(index, call)
         self.threads[index] = {pid}
+        self.breaks[index] = Break()
         return index
 
     def origin(self, task: _Task) -> Origin:

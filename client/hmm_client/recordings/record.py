@@ -39,7 +39,8 @@ DELAY_S = 0.5
 """How long a process is held at exec and at exit, in seconds: time for this process to wake up and read."""
 THREAD_DELAY_S = 0.1
 """How long a thread is held at exit: only the last one of a program without exit_group matters."""
-_TRACED = "trace=%memory,%process,shmget"  # shmat does not say how long its segment is
+_TRACED = "trace=%memory,%process,shmget,memfd_create,personality"
+"""The last three say what memory calls do not: how long a segment is, what a file is made of, what may be executed."""
 _ENDING = re.compile(rb"(\d+)\s+(exit|exit_group)\(")
 _READ_BYTES = 1 << 16
 # The interpreter ignores two signals and may set LC_CTYPE: the command gets both as we got them.  Unlike env(1) and

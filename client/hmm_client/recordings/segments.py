@@ -1,7 +1,8 @@
 """System V shared memory: how long what shmat maps is.
 
-shmat does not say.  It is as long as the segment, which is at least what a recorded shmget asked for, and what a layout
-shows of it (the inode that maps shows of a segment is its id); else the layout that the call meets has to tell.
+shmat does not say.  It is as long as the segment, which is what the shmget that made it asked for.  If that was not
+recorded, it is at least what another shmget asked for, and what a layout shows of it (the inode that maps shows of a
+segment is its id; but mremap maps beyond its end, too); else the layout that the call meets has to tell.
 
 Source: Linux ipc/shm.c, newseg(), shm_more_checks(), do_shmat().
 Absent: permissions and lifetime of segments.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from hmm.units import PAGE_SIZE, page_up
 from hmm_client.recordings import flags as kernel
-from hmm_client.recordings.arguments import flags, number
+from hmm_client.recordings.arguments import flag_names, flags, number
 from hmm_client.recordings.maps import Area
 from hmm_client.recordings.steps import Map, Origin
 from hmm_client.recordings.strace import Call
@@ -30,6 +31,7 @@ _HUGE_SHIFT = re.compile(r"\b(\d+)<<SHM_HUGE_SHIFT\b")
 class _Segment:
     name: str
     length: int
+    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -50,8 +52,9 @@ class Segments:
         size = number(call.arguments[1])
         unit = _page_size(call.arguments[2])
         found = self.known.get(result)  # a segment that exists may be asked for as a smaller one
-        length = max(-(-size // unit) * unit, found.length if found else 0)
-        self.known[result] = _Segment(f"{NAME}{key:08x}", length)
+        new = not key or {"IPC_CREAT", "IPC_EXCL"} <= flag_names(call.arguments[2])
+        length = max(-(-size // unit) * unit, found.length if found and not new else 0)
+        self.known[result] = _Segment(f"{NAME}{key:08x}", length, new or (found is not None and found.exact))
 
     def attach(self, origin: Origin, call: Call, result: int) -> Map:
         """The step of a successful shmat(id, address, flags)."""
@@ -70,7 +73,10 @@ class Segments:
 
     def _segment(self, identity: int) -> _Segment:
         shown = [area for area in self.layouts if area.inode == identity and (area.source or "").startswith(NAME)]
-        known = self.known.get(identity, _Segment((shown[0].source or "") if shown else f"{NAME}00000000", 0))
+        known = self.known.get(identity)
+        if known is not None and known.exact:
+            return known
+        known = known or _Segment((shown[0].source or "") if shown else f"{NAME}00000000", 0)
         return _Segment(known.name, max([known.length, *(page_up(area.offset + area.length) for area in shown)]))
 
 
