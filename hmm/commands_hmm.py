@@ -147,8 +147,11 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
         TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT); nothing was
             changed.
+        ConflictError: a migration of it is not finalized (EBUSY).
     """
     mirror = _attached(machine, mirror_id)
+    if unfinished := machine.migrations_of(mirror_id):
+        raise ConflictError(f"detach: {unfinished[0]} of {mirror} is not finalized", errnos.EBUSY)
     if mirror.owes:  # where this fails, it has to hear what comes after
         yield mirror.callbacks()
     yield from mirror.remove(list(mirror.notifiers))
@@ -197,7 +200,7 @@ def find_vma(machine: Machine, mirror_id: MirrorId, address: Address) -> VmaView
 
     Source: include/linux/mm.h, vma_lookup().
     """
-    vma = _live(machine, mirror_id).space.vmas.find(address)
+    vma = live_mirror(machine, mirror_id).space.vmas.find(address)
     return None if vma is None else VmaView(vma.start, vma.end, vma.readable, vma.writable)
 
 
@@ -223,7 +226,7 @@ def range_fault(
         InvalidRequestError: an empty or unaligned range, or not as many words as pages (EINVAL).
         NoSuchObjectError: there is no such subscription (ENOENT), or the process has exited (ESRCH).
     """
-    mirror = _live(machine, mirror_id)
+    mirror = live_mirror(machine, mirror_id)
     copied = np.empty(span.npages, np.uint64) if words is None else words.copy()
     words_for = (span, copied, default_flags, pfn_flags_mask, mirror.device.id)
     request = HmmRange(mirror, number, sequence, *words_for, blank=words is None, may_retry=may_retry)
@@ -255,7 +258,7 @@ def range_fault_unlocked(
     """
     retries = 0
     while True:
-        mirror = _live(machine, mirror_id)
+        mirror = live_mirror(machine, mirror_id)
         sequence = mirror.notifier(number).sequence
         try:
             sequence = yield from mirror.read_begin(number)
@@ -286,11 +289,11 @@ def migrate_to_device(
         NoSuchObjectError: the device has no memory (ENODEV), or the process has exited (ESRCH).
     """
     npages = _wanted_pages(span, wanted)
-    mirror = _live(machine, mirror_id)
-    region = _region(machine, mirror.device)
+    mirror = live_mirror(machine, mirror_id)
+    region = memory_of(machine, mirror.device)
     if mirror.device.evicts and npages > region.free:
         yield from device_pages.make_room(mirror.space, machine.spaces, span, region, wanted)
-        _live(machine, mirror_id)
+        live_mirror(machine, mirror_id)
     moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound, wanted=wanted)
     migration = yield from moving
     if mirror.state is not MirrorState.LIVE:  # it was lost meanwhile
@@ -311,8 +314,8 @@ def migrate_to_system(
     Raises: as `migrate_to_device`.
     """
     _wanted_pages(span, wanted)
-    mirror = _live(machine, mirror_id)
-    region = _region(machine, mirror.device)
+    mirror = live_mirror(machine, mirror_id)
+    region = memory_of(machine, mirror.device)
     moving = device_pages.migrate_to_system(mirror.space, span, region, mirror_id, compound=compound, wanted=wanted)
     return _words((yield from moving))
 
@@ -347,13 +350,13 @@ def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
 
     Raises: NoSuchObjectError: it has none (ENODEV).
     """
-    region = _region(machine, machine.device(device_id))
+    region = memory_of(machine, machine.device(device_id))
     return region.start, region.end
 
 
 def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
     """Move everything in a device's memory to system memory, as `device_pages.evict`."""
-    region = _region(machine, machine.device(device_id))
+    region = memory_of(machine, machine.device(device_id))
     return (yield from device_pages.evict(machine.frames, machine.spaces, region, machine.current.operation_id))
 
 
@@ -364,7 +367,7 @@ def make_exclusive(
 
     The pages are the mirror's until the CPU, or a device's fault, touches them.
     """
-    mirror = _live(machine, mirror_id)
+    mirror = live_mirror(machine, mirror_id)
     owner, initiator = (mirror.device.id, mirror_id) if owned else (0, 0)
     taken = exclusive.make_device_exclusive_range(mirror.space, span, owner, initiator, holder=mirror_id)
     pfns = yield from taken
@@ -390,7 +393,7 @@ def dma_map(
     machine: Machine, mirror_id: MirrorId, addresses: Entries, words: Entries, since: int | None = None
 ) -> DmaMapped:
     """As `hmm_dma.dma_map_pfns`."""
-    return DmaMapped(*hmm_dma.dma_map_pfns(_live(machine, mirror_id), addresses, words, since))
+    return DmaMapped(*hmm_dma.dma_map_pfns(live_mirror(machine, mirror_id), addresses, words, since))
 
 
 @immediate
@@ -468,14 +471,16 @@ def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
     return mirror
 
 
-def _live(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+def live_mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+    """A mirror that hears, of a process that lives (ESRCH)."""
     mirror = _mirror(machine, mirror_id)
     if not mirror.space.users:
         raise NoSuchObjectError(f"the process of {mirror} has exited", errnos.ESRCH)
     return mirror
 
 
-def _region(machine: Machine, device: Device) -> Region:
+def memory_of(machine: Machine, device: Device) -> Region:
+    """A device's memory; it has some, or ENODEV."""
     if not device.region:
         raise NoSuchObjectError(f"{device} has no memory", errnos.ENODEV)
     return machine.frames.region(device.region)

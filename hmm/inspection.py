@@ -23,7 +23,7 @@ from hmm.events import Event
 from hmm.exclusive import held_exclusively
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
-from hmm.operation import Await, Deliver, Pause
+from hmm.operation import Await, Deliver, Pause, WaitFor
 from hmm.operation_record import OperationRecord
 from hmm.page_table import PageTable
 from hmm.units import (
@@ -237,8 +237,10 @@ def _in_words(request: object) -> str:
                 what = f"{event.etype.name.lower().replace('_', ' ')} by its driver ({what})"
             where = ", ".join(map(str, event.spans[:3])) + (" ..." if len(event.spans) > 3 else "")
             return f"acknowledgement of {what} {where}".rstrip()
-        case Await(wait_for=wait_for, spans=spans, userfaultfd=userfaultfd):
+        case Await(wait_for=wait_for, spans=spans, userfaultfd=userfaultfd, ticket=ticket):
             which = f" {userfaultfd}" if userfaultfd else ""
+            if wait_for is WaitFor.DRIVER:
+                which = f", in migration {ticket}"
             where = ", ".join(map(str, spans[:3])) + (" ..." if len(spans) > 3 else "")
             return f"{wait_for.value}{which} {where}".rstrip()
         case Pause():

@@ -23,6 +23,7 @@ class Limits:
         swap_pages: slots of the swap area; 0 for none: pages stay where they are, and memory runs out.
         device_frames: frame numbers kept for the memory of devices.
         hugetlb_pages: huge pages of system memory set aside for MAP_HUGETLB (vm.nr_hugepages).
+        migrations: whose driver takes the steps, at a time.
         dma_pages: that one device's IOMMU can map at a time.
         directories: of one page table, the CPU's or a mirror's; address space is reserved for them, not memory.
     """
@@ -36,6 +37,7 @@ class Limits:
     mirrors: int = 4096
     files: int = 65536
     userfaultfds: int = 4096
+    migrations: int = 256
     vmas: int = 65530
     dma_pages: int = 1 << 24
     directories: int = 1 << 16

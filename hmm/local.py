@@ -59,13 +59,13 @@ class Local:
         self.handlers[userfaultfd] = handler
 
     def call(self, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a command to its end.
+        """Run a command to its end, or until it has given its result.
 
         Raises: what the command raises; AssertionError when it waits for something that nobody can bring about.
         """
         caller = Caller(name="local", callback=self._callbacks[-1]) if self._callbacks else _CALLER
         record = self.machine.start(caller, command, *args, **kwargs)
-        while not record.done:
+        while not (record.done or record.replied):
             self._step(record)
         return record.result
 

@@ -33,6 +33,7 @@ from hmm.device import Device
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import (
     AccessDeniedError,
+    DeviceLostError,
     HmmError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -47,6 +48,7 @@ from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.limits import Limits
+from hmm.migrate_steps import SteppedMigration, ended
 from hmm.mirror import Mirror, MirrorState
 from hmm.notifier import Notifier
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
@@ -65,6 +67,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 PAST_RECEIVERS = 256
 """Receivers that are gone and whose violations can still be asked for."""
+PAST_MIGRATIONS = 256
+"""Migrations that have ended and of which it is known how."""
 
 _NOBODY = Caller()
 _MAY_BE_CUT_SHORT = frozenset(
@@ -126,6 +130,8 @@ class Machine:
         self.mirrors: dict[MirrorId, Mirror] = {}
         self.files: dict[int, File] = {}
         self.pins: dict[int, Pin] = {}
+        self.migrations: dict[int, SteppedMigration] = {}
+        self.past_migrations: deque[SteppedMigration] = deque(maxlen=PAST_MIGRATIONS)
         self.userfaultfds: dict[int, AddressSpace] = {}  # to which each belongs, living or not
         self.file_names: dict[str, int] = {}
         self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
@@ -226,6 +232,8 @@ class Machine:
         """Give a mirror up: its table is dropped and no operation waits for it any longer."""
         mirror = self.receivers[mirror_id]
         self._note("fence", mirror_id, why)
+        for migration in self.migrations_of(mirror_id):
+            migration.end(DeviceLostError(f"{migration}: {mirror} was fenced: {why}"))
         mirror.release(MirrorState.LOST, why)
         for sequence in mirror.unanswered:
             mirror.finish(sequence, EventState.FENCED)
@@ -268,6 +276,12 @@ class Machine:
         if record.waits_for_handler:
             self._advance(record, None, self._out_of_patience(record, record.request))
 
+    def end_migration(self, number: int, why: str) -> None:
+        """End a migration that waits for its driver for too long: its pages are where they were (ETIMEDOUT)."""
+        self._note("end_migration", number, why)
+        migration = self.migrations[number]
+        migration.end(TimedOutError(f"{migration}: {why}", reason="LEASE_ENDED"))
+
     def take_dispatches(self) -> list[Dispatch]:
         """The events to be sent now, in order; each is handed out once."""
         outbox, self._outbox = self._outbox, []
@@ -290,7 +304,7 @@ class Machine:
             return record.dispatch is not None and not record.dispatch.waiting
         return not isinstance(request, Await) or self._holds(request)
 
-    def _holds(self, request: Await) -> bool:
+    def _holds(self, request: Await) -> bool:  # noqa: PLR0911 - one for each condition
         match request.wait_for:
             case WaitFor.CALLBACKS:
                 mirror = self.receivers.get(request.mirror_id)
@@ -299,6 +313,9 @@ class Machine:
                 return self.reclaim.ended != request.ticket
             case WaitFor.FOLIO:
                 return not self.frames.locks.holders(request.ticket)
+            case WaitFor.DRIVER | WaitFor.STEP:
+                migration = self.migrations.get(request.ticket)
+                return migration is None or migration.is_ready(request.wait_for)
             case WaitFor.FILE:
                 file = self.files.get(request.file_id)
                 return file is None or not file.locked_by
@@ -313,7 +330,7 @@ class Machine:
         """The operations that may be resumed now, oldest first.  Cost: O(operations that wait)."""
         return [record for record in self.operations.values() if self.is_ready(record)]
 
-    def blockers(self, record: OperationRecord[Any]) -> list[int]:
+    def blockers(self, record: OperationRecord[Any]) -> list[int]:  # noqa: PLR0911 - one for each condition
         """The operations that this one waits for directly, not counting drivers' answers."""
         request = record.request
         if not isinstance(request, Await):
@@ -325,6 +342,9 @@ class Machine:
             return list(self.reclaim.running)
         if request.wait_for is WaitFor.FOLIO:
             return self.frames.locks.holders(request.ticket)
+        if request.wait_for is WaitFor.STEP:
+            migration = self.migrations.get(request.ticket)
+            return [] if migration is None else [migration.operation_id]
         if request.wait_for is WaitFor.FILE:
             file = self.files.get(request.file_id)
             return [file.locked_by] if file is not None and file.locked_by else []
@@ -445,6 +465,12 @@ class Machine:
             audience.fold()  # nobody else knows of it
         self._outbox.append(record.dispatch)
 
+    def reply(self, value: object) -> None:
+        """Give the caller of the operation that is being advanced its value; the operation goes on."""
+        record = self.operations[self.current.operation_id]
+        record.value, record.replied = value, True
+        self._inside.pop(record.id, None)
+
     def _note(self, method: str, /, *args: Any, **kwargs: Any) -> None:
         if self.inputs is not None:
             self.inputs.append(Input(method, args, tuple(kwargs.items())))
@@ -530,6 +556,21 @@ class Machine:
         self._require_owner(pin.owner, f"pin {number}")
         return pin
 
+    def migration(self, number: int) -> SteppedMigration:
+        """Look one up whose driver takes the steps: ENOENT when there is none (any more), EPERM when it is not its."""
+        migration = self.migrations.get(number)
+        if migration is None:
+            past = next((one for one in self.past_migrations if one.id == number), None)
+            if past is not None and past.owner in ("", self._caller.token):
+                raise ended(number, past.why)
+            raise NoSuchObjectError(f"there is no migration {number}", errnos.ENOENT)
+        self._require_owner(migration.owner, migration)
+        return migration
+
+    def migrations_of(self, mirror_id: MirrorId) -> list[SteppedMigration]:
+        """Those that a mirror has not finalized."""
+        return [one for one in self.migrations.values() if one.mirror_id == mirror_id]
+
     def userfaultfd(self, number: int) -> tuple[AddressSpace, Userfaultfd]:
         """Look a userfaultfd up, and its address space: EBADF when there is none, EPERM when it is somebody else's."""
         space = self.userfaultfds.get(number)
@@ -586,6 +627,8 @@ class Machine:
                 self._check_swap(self.frames.swap, checked)
         for receiver in self.receivers.values():
             receiver.check(checked)
+        for migration in self.migrations.values():
+            migration.check()
         self._check_dma()
         for record in self.operations.values():
             assert record.request is not None

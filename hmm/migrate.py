@@ -20,7 +20,8 @@ is back in the tables it was taken from or has been replaced there.
 
 **Absent**: which destinations are chosen (device_pages.py), who waits for whom (folio_lock.py).
 
-Differs: a page that several processes map makes one event per address space, not one per mapping.
+Differs: a page that several processes map makes one event per address space, not one per mapping; a page of a file
+does not move to another frame of system memory either, which no driver of the kernel asks for.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ from hmm.units import (
     is_page_aligned,
 )
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
-from hmm.zone_device import are_private, owners
+from hmm.zone_device import are_private
 
 __all__ = ["Copy", "migrate_vma", "run"]
 
@@ -91,7 +92,14 @@ get small destinations: it is split then."""
 
 
 def migrate_vma(
-    space: AddressSpace, span: AddressRange, copy: Copy, *, select: Select, owner: DeviceId, initiator: MirrorId
+    space: AddressSpace,
+    span: AddressRange,
+    copy: Copy,
+    *,
+    select: Select,
+    owner: DeviceId,
+    initiator: MirrorId,
+    settle: Copy | None = None,
 ) -> Operation[Migration]:
     """Move pages of a range, as far as they can be moved.
 
@@ -100,6 +108,7 @@ def migrate_vma(
         copy: allocates destinations.
         owner: pgmap_owner: only pages of this device are selected for the way back.
         initiator: the mirror that asks.
+        settle: what comes between `pages` and `finalize`; what has no MIGRATE behind it stays where it is.
 
     Returns: the migration; `src` says by MIGRATE what has been moved.
 
@@ -110,13 +119,13 @@ def migrate_vma(
 
     Cost: O(pages), vectorised.  Source: Linux mm/migrate_device.c, migrate_vma_setup().
     """
-    with space.notifier.turn() as turn:  # mmap_lock: VMAs stay as they are
+    with space.notifier.turn(shared=True) as turn:  # mmap_lock for reading: VMAs stay as they are
         yield from turn.wait()
         vma = _checked(space, span)
         addresses = np.arange(span.start, span.end, PAGE_SIZE, dtype=np.uint64)
         cause = Cause.MIGRATE_TO_DEVICE if Select.SYSTEM in select else Cause.MIGRATE_TO_SYSTEM
         migration = Migration(space, vma, addresses, select, owner, cause, initiator)
-        yield from run(migration, copy)
+        yield from run(migration, copy, settle)
         return migration
 
 
@@ -129,7 +138,7 @@ def _checked(space: AddressSpace, span: AddressRange) -> Vma:
     return vma
 
 
-def run(migration: Migration, copy: Copy) -> Operation[None]:
+def run(migration: Migration, copy: Copy, settle: Copy | None = None) -> Operation[None]:
     """All steps of a migration whose pages are chosen; nothing is moved if their VMA is gone when mirrors were told."""
     with _invalidation(migration, migration.spans) as bracket:
         yield from bracket.deliver()
@@ -149,6 +158,8 @@ def run(migration: Migration, copy: Copy) -> Operation[None]:
             yield from split_unmapped(migration, held)
             _check_destinations(migration)
             yield from _fill_holes(migration)
+            if settle is not None:
+                yield from settle(migration)
         except BaseException:
             migration.src &= NOT_MIGRATE
             raise
@@ -267,7 +278,7 @@ def _leave_referenced(migration: Migration, vma: Vma, taken: Selection, held: He
 
 
 def _check_destinations(migration: Migration) -> None:
-    """Refuse what cannot be: pages of files in a device's memory; MIGRATE goes where nothing is moved.
+    """Refuse what cannot be: pages of files; MIGRATE goes where nothing is moved.
 
     So it does of pages in the swap cache: as long as an entry names their slot, folio_free_swap() fails.
     """
@@ -278,7 +289,7 @@ def _check_destinations(migration: Migration) -> None:
     pages = migration.pages
     sources, targets = migration.source_pfns(pages), migration.target_pfns(pages)
     cached = ~frames.test_flags(sources, PageFlag.ANON) | (frames.private[sources] != 0)
-    refused = (targets == 0) | (cached & (owners(frames, targets) != 0))
+    refused = (targets == 0) | cached
     migration.src[pages[refused]] &= NOT_MIGRATE
 
 

@@ -6,7 +6,8 @@ One Notifier per address space.  It keeps five lists, all of them short and orde
     invalidations   running changes: in the list from before the callbacks until after the edit
     faults          device faults that are filling a mirror (2015 only)
     copies          pages on their way between system memory and a device (2015 only)
-    turns           calls that change VMAs, served one at a time, as under mmap_lock held for writing
+    turns           calls that change VMAs, served one at a time, as under mmap_lock held for writing; and those that
+                    need them to stay as they are, several at a time, as under mmap_lock held for reading
 
 The conflict protocol of 2015: a device fault starts only when no overlapping invalidation runs; an invalidation
 asks overlapping device faults to back off and waits until they are gone, and only then calls the drivers.  So for
@@ -203,12 +204,17 @@ class Copying:
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """A call's place in the queue of those that change VMAs, and the ranges it is changing."""
+    """A call's place in the queue of those that change VMAs, and the ranges it is changing.
+
+    Attributes:
+        shared: it changes none, and several such calls have their turn together.
+    """
 
     notifier: Notifier
     operation_id: int
     ticket: int
     spans: Spans = ()
+    shared: bool = False
 
     def __enter__(self) -> Self:
         self.notifier.turns.append(self)
@@ -512,10 +518,15 @@ class Notifier:
 
     # ---- turns
 
-    def turn(self) -> Turn:
-        """A call that changes VMAs: it is in the queue while its `with` block runs, however that ends."""
+    def turn(self, *, shared: bool = False) -> Turn:
+        """A call that changes VMAs: it is in the queue while its `with` block runs, however that ends.
+
+        Args:
+            shared: it needs VMAs to stay as they are, and may run beside others that do; they queue as the kernel's
+                readers do, so that whoever changes VMAs gets his turn.  Source: kernel/locking/rwsem.c.
+        """
         self._tickets += 1
-        return Turn(self, self.current.operation_id, self._tickets)
+        return Turn(self, self.current.operation_id, self._tickets, shared=shared)
 
     def wait_for_edits(self, spans: Spans) -> Operation[None]:
         """Wait until no call is changing the VMAs of these ranges; faults start with this."""
@@ -546,8 +557,13 @@ class Notifier:
         return bool(self.turns) and self.turns[0].operation_id != operation_id and overlap(self.turns[0].spans, spans)
 
     def is_turn(self, ticket: int) -> bool:
-        """True when the call with this ticket is first in the queue."""
-        return self.turns[0].ticket == ticket
+        """True when the call with this ticket has to wait for none before it in the queue."""
+        return self.turns[0].ticket == ticket or not self._before(ticket)
+
+    def _before(self, ticket: int) -> list[int]:
+        """The operations before a call in the queue that it has to wait for."""
+        shared = next(turn.shared for turn in self.turns if turn.ticket == ticket)
+        return [turn.operation_id for turn in self.turns if turn.ticket < ticket and not (shared and turn.shared)]
 
     def is_ready(self, request: Await) -> bool:  # noqa: PLR0911 - one for each condition
         """Whether an operation that waits for `request` may go on."""
@@ -588,7 +604,7 @@ class Notifier:
             case WaitFor.EDITS:
                 return [self.turns[0].operation_id] if self.edits_overlap(request.spans) else []
             case WaitFor.TURN:
-                return [turn.operation_id for turn in self.turns if turn.ticket < request.ticket]
+                return self._before(request.ticket)
             case WaitFor.SEQUENCE:
                 return [running.operation_id for running in self.invalidations]
             case WaitFor.COPIES:

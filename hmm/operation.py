@@ -56,6 +56,8 @@ class WaitFor(Enum):
     FILE = "a call that changes the file"
     FOLIO = "the lock of a page that is on its way"  # the ticket is the lock's
     MEMORY = "others that reclaim memory"  # the ticket is the number of reclaims that have ended
+    DRIVER = "the next step of its driver"  # the ticket is that of the migration
+    STEP = "a step of the migration"  # the same
 
 
 @dataclass(frozen=True, slots=True)

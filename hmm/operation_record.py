@@ -46,6 +46,7 @@ class OperationRecord(Generic[T]):
         dispatch: the event that it waits for, on its way to mirrors.
         fenced: the mirrors that were lost while it waited for them.
         refusal: what it will be resumed with: it was called from inside a callback that it has come to wait for.
+        replied: its caller has its value already, while it goes on.
         timed_out: its caller's patience has ended, and it ends as soon as it can.
         killed: its caller has gone, and it waits for nobody's userfaultfd any more.
     """
@@ -61,22 +62,28 @@ class OperationRecord(Generic[T]):
     refusal: WouldDeadlockError | None = None
     timed_out: bool = False
     killed: bool = False
+    replied: bool = False
     done: bool = False
     error: BaseException | None = None
     value: T | None = None
 
     @property
     def result(self) -> T:
-        """The value the call returned; raises what it raised."""
+        """The value the call returned, or has replied with; raises what it raised."""
         if self.error is not None:
             raise self.error
-        assert self.done
+        assert self.done or self.replied
         return self.value  # type: ignore[return-value]
 
     @property
     def waits_for_handler(self) -> bool:
         """Whether it waits for the handler of a userfaultfd, for as long as that one likes."""
         return isinstance(self.request, Await) and self.request.wait_for is WaitFor.USERFAULT
+
+    @property
+    def waits_for_driver(self) -> bool:
+        """Whether it waits for a driver to take the next step of its migration, as long as its lease lasts."""
+        return isinstance(self.request, Await) and self.request.wait_for is WaitFor.DRIVER
 
 
 @dataclass(frozen=True, slots=True)

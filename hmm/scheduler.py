@@ -1,8 +1,8 @@
 """The seeded scheduler: interleaves operations and drivers' answers, checks every invariant after every step.
 
 Each step is one choice among everything that could happen next: start a call, resume an operation that is ready,
-let a driver answer one of the events it has, lose a driver, or let a caller go.  Choices come in through `choose(n)`,
-a number from 0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
+let a driver answer one of the events it has, lose a driver, let a caller go, or a lease end.  Choices come in through
+`choose(n)`, a number from 0 to n-1, so that a seed is a whole run and a run can be replayed, enumerated or shortened.
 
 **Source**: our own; the idea is that of deterministic simulation testing.
 
@@ -59,6 +59,7 @@ class Odds:
         kill: the caller of what waits for a userfaultfd's handler is killed, before that one does anything.
         leave: the caller of a call that did not end at once is killed some time.
         impatient: the caller of a range fault that did not end at once has a deadline.
+        lapse: the lease of a migration ends as it waits for its driver.
     """
 
     refuse: int = 25
@@ -70,6 +71,7 @@ class Odds:
     kill: int = 10
     leave: int = 15
     impatient: int = 2
+    lapse: int = 50
 
 
 @dataclass(slots=True, eq=False)
@@ -156,18 +158,19 @@ class Scheduler:
 
     def _options(self) -> list[Callable[[], None]]:
         options: list[Callable[[], None]] = []
-        if len(self.running) < self.parallel and not self._exhausted:
+        if sum(not record.replied for record in self.running) < self.parallel and not self._exhausted:
             options.append(self._start)
         options += [self._resumer(record) for record in self.machine.ready()]
         options += [self._answerer(mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
         options += [self._expirer(record) for record in self.running if self._waits_for_owed_answers(record)]
         options += [self._handler(record) for record in self.running if self._waits_for_handler(record)]
+        options += [self._lapser(number) for number, one in self.machine.migrations.items() if one.is_idle]
         options += [self._leaver(record) for record in self._leaving if not record.done]
         return options
 
     def _answerable(self, mirror_id: MirrorId) -> list[Delivery]:
         # A driver answers an event when the calls made from inside its callback have ended.
-        busy = [record.caller.callback for record in self.running]
+        busy = [record.caller.callback for record in self.running if not record.replied]
         return [one for one in self.mailboxes[mirror_id] if (one.mirror_id, one.sequence) not in busy]
 
     def _waits_for_owed_answers(self, record: OperationRecord[Any]) -> bool:
@@ -221,6 +224,14 @@ class Scheduler:
         else:
             handler = Caller(name="handler")
             self.running.append(self.machine.start(handler, call.command, *call.arguments, **call.options))
+
+    def _lapser(self, number: int) -> Callable[[], None]:
+        return lambda: self._lapse(number)
+
+    def _lapse(self, number: int) -> None:
+        if self._happens(2 if self._exhausted else self.odds.lapse):
+            self.coverage.callers["driver was too slow"] += 1
+            self.machine.end_migration(number, "its driver was too slow")
 
     def _leaver(self, record: OperationRecord[Any]) -> Callable[[], None]:
         return lambda: self._leave(record)

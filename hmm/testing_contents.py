@@ -93,7 +93,8 @@ _HARMLESS = frozenset(
         "touch",
         "uffd_continue", "uffd_register", "uffd_unregister", "uffd_wake", "uffd_zeropage", "unlink_file", "unpin",
         "unregister_device", "unregister_mirror", "vfork", "write_copy", "dma_map", "dma_unmap", "inject_touch_failure",
-        "inject_migration_failure", "open_device_file",
+        "inject_migration_failure", "open_device_file", "migrate_vma_setup", "migrate_vma_allocate", "migrate_vma_copy",
+        "migrate_vma_read", "migrate_vma_write", "migrate_vma_pages", "migrate_vma_finalize",
     }
 )  # fmt: skip
 """Calls that leave contents alone."""

@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from hmm import commands_device, commands_file, commands_hmm, commands_process, commands_userfaultfd
+from hmm import (
+    commands_device,
+    commands_file,
+    commands_hmm,
+    commands_migrate,
+    commands_process,
+    commands_userfaultfd,
+)
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import Migrated, RangeFaulted
 from hmm.cpu_access import Accessed
@@ -28,10 +35,11 @@ from hmm.receiver import Receiver
 
 __all__ = ["COMMANDS", "Coverage", "outcome"]
 
+_MODULES = (*(commands_process, commands_file, commands_device, commands_hmm, commands_migrate, commands_userfaultfd),)
 COMMANDS = tuple(
     sorted(
         name
-        for module in (commands_process, commands_file, commands_device, commands_hmm, commands_userfaultfd)
+        for module in _MODULES
         for name, function in vars(module).items()
         if isgeneratorfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
     )

@@ -34,7 +34,11 @@ from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
 __all__ = [
+    "COMPOUND",
+    "COMPOUND_CALLS",
     "DEVICE_CALLS",
+    "FIRST_COMPOUND",
+    "HUGE_CALLS",
     "LARGE_WITH_DEVICES",
     "MIRROR_CALLS",
     "SMALL_WITH_DEVICES",
@@ -274,6 +278,8 @@ COMPOUND_CALLS: Makers = (
     (_register_large, 12), (_move_blocks, 80), *DMA_CALLS, *FAILURES_OF_MIGRATIONS,
 )  # fmt: skip
 """What moves huge pages to devices and back as such, and maps for DMA, and how often."""
+FIRST_COMPOUND: tuple[Maker, ...] = (_register_large, _attach, _insert, _touch_block)
+"""What makes the first ones."""
 
 
 def _map_hugetlb(town: Town) -> Call | None:
@@ -378,7 +384,7 @@ def simulate_huge_pages(seed: int) -> Scheduler:
 def simulate_compound(seed: int) -> Scheduler:
     """As `simulate_huge_pages`, with huge pages that move to devices and back as such, as Linux 7 does."""
     thp = Thp.ALWAYS if seed % 3 else Thp.MADVISE
-    first = (_register_large, _attach, _insert, _touch_block, _move_blocks, _move_blocks, fork_process)
+    first = (*FIRST_COMPOUND, _move_blocks, _move_blocks, fork_process)
     more = DEVICE_CALLS + HUGE_CALLS + COMPOUND_CALLS
     return simulate(seed, ncalls=80, limits=COMPOUND, more=more, first=first, thp=thp, semantics=LINUX_7)
 

@@ -12,7 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hmm import commands_device, commands_file, commands_hmm, commands_process, commands_userfaultfd
+from hmm import (
+    commands_device,
+    commands_file,
+    commands_hmm,
+    commands_migrate,
+    commands_process,
+    commands_userfaultfd,
+)
 from hmm.file import FileKind
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
@@ -49,6 +56,9 @@ def _ends(machine: Machine) -> Iterator[Call]:
     for mirror_id, receiver in machine.receivers.items():
         is_of_today = isinstance(receiver, IntervalMirror)
         yield Call(commands_hmm.detach if is_of_today else commands_device.unregister_mirror, (mirror_id,))
+    for number, migration in machine.migrations.items():
+        if migration.is_idle:
+            yield Call(commands_migrate.migrate_vma_finalize, (number,), {"abort": True})
     for number in machine.pins:
         yield Call(commands_process.unpin, (number,))
     for number in machine.userfaultfds:

@@ -57,6 +57,6 @@ class Streams:
             self._owed[mirror_id], self.low_water[mirror_id] = owed, low_water
         ready = {record.id for record in self.machine.ready()}
         for record in self.machine.operations.values():
-            named = record.id in ready or record.waits_for_handler
+            named = record.id in ready or record.waits_for_handler or record.waits_for_driver
             if not (named or self.machine.blockers(record) or self.machine.unanswered(record)):
                 raise BrokenStreamError(f"{record.name} waits for nobody: {record.request}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from hmm import commands_process, testing_devices, testing_ksm, testing_userfaultfd
+from hmm import commands_process, testing_devices, testing_ksm, testing_steps, testing_userfaultfd
 from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.scheduler import Call, Scheduler
@@ -77,6 +77,7 @@ TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     **testing_devices.TOWNS,
     "userfaultfd": testing_userfaultfd.simulate_userfaultfds,
     "merging": testing_ksm.simulate_merging,
+    "steps": testing_steps.simulate_steps,
     "swap": simulate_swap,
     "swap-devices": simulate_swap_and_devices,
     "swap-memory": simulate_swap_and_mirror_memory,
