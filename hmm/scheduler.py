@@ -71,7 +71,7 @@ class Odds:
     kill: int = 10
     leave: int = 15
     impatient: int = 2
-    lapse: int = 50
+    lapse: int = 100
 
 
 @dataclass(slots=True, eq=False)

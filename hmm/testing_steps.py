@@ -28,8 +28,8 @@ from hmm.units import PMD_PAGES, Entries, Pfns
 __all__ = ["simulate_steps"]
 
 _SELECTIONS = (
-    *(Select.SYSTEM, Select.SYSTEM, Select.SYSTEM | Select.COMPOUND, Select.DEVICE_PRIVATE, Select.DEVICE_COHERENT),
-    *(sum(Select), sum(Select), 0),
+    *(Select.SYSTEM, Select.SYSTEM, Select.SYSTEM, Select.SYSTEM | Select.COMPOUND, Select.SYSTEM | Select.COMPOUND),
+    *(Select.DEVICE_PRIVATE, Select.DEVICE_COHERENT, sum(Select), sum(Select), sum(Select), 0),
 )
 _FEW = 3
 
@@ -59,13 +59,13 @@ class _Plans:
         stepped = self._pick(town)
         if stepped is None:
             return None
-        if town.choose(16) == 0:
+        if town.choose(24) == 0:
             return Call(commands_migrate.migrate_vma_finalize, (stepped.id,), {"abort": town.choose(2) == 0})
         if stepped.has_destinations:
             return Call(commands_migrate.migrate_vma_finalize, (stepped.id,))
         if stepped.id in self.words:
             return Call(commands_migrate.migrate_vma_pages, (stepped.id, self.words[stepped.id]))
-        if stepped.allocated.size and town.choose(4):
+        if stepped.allocated.size and town.choose(8):
             return self._copy(town, stepped)
         return self._allocate(town, stepped)
 
@@ -94,12 +94,12 @@ class _Plans:
 
     @staticmethod
     def _allocate(town: Town, stepped: SteppedMigration) -> Call:
-        device = 0 if town.choose(3) == 0 else stepped.device_id
+        device = 0 if town.choose(4) == 0 else stepped.device_id
         if town.choose(6) == 0:
             device = town.pick(town.machine.devices) or 0
         room = stepped.span.npages - stepped.allocated.size
         compound = room >= PMD_PAGES and town.choose(3) > 0
-        count = room // PMD_PAGES if compound else room if town.choose(2) else town.choose(room + 2)
+        count = room // PMD_PAGES if compound else room if town.choose(4) else town.choose(room + 2)
         options = {"device_id": device, "compound": compound}
         return Call(commands_migrate.migrate_vma_allocate, (stepped.id, count), options)
 
@@ -114,7 +114,7 @@ class _Plans:
         at = 0
         while at < src.size:
             word, npages = int(src[at]), PMD_PAGES if int(src[at]) & COMPOUND else 1
-            if not word & MIGRATE or town.choose(8) == 0:
+            if not word & MIGRATE or town.choose(12) == 0:
                 at += npages
                 continue
             if npages > 1 and folios:
@@ -135,10 +135,10 @@ class _Plans:
     @property
     def calls(self) -> Makers:
         """What makes them, and how often."""
-        return ((self.set_up, 24), (self.go_on, 64), (self.err, 3), (self.look, 3))
+        return ((self.set_up, 32), (self.go_on, 160), (self.err, 6), (self.look, 3))
 
 
-def simulate_steps(seed: int, *, ncalls: int = 100) -> Scheduler:
+def simulate_steps(seed: int, *, ncalls: int = 120) -> Scheduler:
     """As `testing_devices.simulate_devices`, with such migrations; on every fourth seed of huge pages as well.
 
     Raises: as `simulate`.

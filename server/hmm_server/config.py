@@ -76,6 +76,7 @@ class Config:
     mirrors: int = _limit(4096, "mirrors")
     files: int = _limit(65536, "files")
     userfaultfds: int = _limit(4096, "userfaultfds that are open")
+    migrations: int = _limit(256, "migrations at a time whose drivers take the steps themselves")
     vmas: int = _limit(65530, "mappings of one address space")
     dma_pages: int = _limit(1 << 24, "pages that one device can have mapped for DMA")
     directories: int = _limit(1 << 16, "directories of one page table")

@@ -20,6 +20,7 @@ from hmm import (
     frame_access,
     huge_split,
     memory_failure,
+    migrate_steps,
     mirror_memory,
     reclaim,
     swap_in,
@@ -363,6 +364,21 @@ def ending_mirrors_are_nobodys(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Machine, "blockers", some)
 
 
+def frames_without_a_page_are_kept(patch: pytest.MonkeyPatch) -> None:
+    """What a driver allocated for a migration and gave no page is not freed when it ends."""
+    patch.setattr(migrate_steps, "np", But(np, setdiff1d=lambda *_: np.empty(0, np.int64)))
+
+
+def destinations_are_taken_unseen(patch: pytest.MonkeyPatch) -> None:
+    """A driver's destinations may be anybody's frames, and one may be given twice."""
+    patch.setattr(migrate_steps.SteppedMigration, "_require_destinations", lambda *_: None)
+
+
+def readers_hold_nobody_up(patch: pytest.MonkeyPatch) -> None:
+    """Mappings change while a driver moves pages of them."""
+    patch.setattr(Notifier, "_before", lambda *_: [])
+
+
 WRONG_BYTES, STALE, LOST = "WrongContentsError", "StaleTranslationError", "LostTranslationError"
 MOVED, LEAK, AFTER = "MovedPageError", "LeakError", "AccessAfterAnswerError"
 BUGS: list[tuple[str, Plant, str]] = [
@@ -395,6 +411,9 @@ BUGS: list[tuple[str, Plant, str]] = [
     ("memory", drivers_are_not_asked_for_pages, ""),
     ("memory", pages_are_not_brought_back_first, ""),
     ("memory", others_are_not_told_of_a_migration, ""),
+    ("steps", frames_without_a_page_are_kept, ""),
+    ("steps", destinations_are_taken_unseen, ""),
+    ("steps", readers_hold_nobody_up, ""),
     ("swap", reclaim_tells_nobody, ""),
     ("swap", slots_are_freed_too_early, ""),
     ("swap", fork_does_not_count_swap_entries, ""),
