@@ -355,4 +355,4 @@ def _finalize(migration: Migration, taken: Selection, held: HeldPages) -> None:
         spare = np.flatnonzero(stayed & (migration.dst != 0))
         held.frames.put(migration.target_pfns(spare))
         migration.dst[spare] = 0
-    replace(held, targets)
+    replace(held, targets, filled=migration.filled)

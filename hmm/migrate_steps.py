@@ -120,7 +120,7 @@ class SteppedMigration:
         """
 
         def copy(migration: Migration) -> Operation[None]:
-            self._migration = migration
+            self._migration, migration.filled = migration, True
             set_up()
             yield from self._driver()
 

@@ -127,6 +127,7 @@ class Migration:
         starts: where blocks begin, if huge pages may move as such.
         has_holes: whether one of the addresses may have no page, or none that could move, once they are collected.
         failed: the first of the addresses that stays because its copy failed.
+        filled: whoever chooses the destinations fills them as well.
     """
 
     space: AddressSpace
@@ -141,6 +142,7 @@ class Migration:
     starts: Positions = field(init=False)
     has_holes: bool = True
     failed: int | None = None
+    filled: bool = False
 
     def __post_init__(self) -> None:
         self.src = np.zeros(self.addresses.size, np.uint64)

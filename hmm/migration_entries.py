@@ -216,12 +216,15 @@ def unmap_everywhere(
     return bool(told)
 
 
-def replace(held: HeldPages, targets: Pfns) -> None:
+def replace(held: HeldPages, targets: Pfns, *, filled: bool = False) -> None:
     """End the migration: entries of `held.pfns[i]` become entries of `targets[i]`, which may be the same frame.
 
     What the page holds and was (anonymous, exclusive to one process, dirty, used, part of a large folio) goes with it:
     of large folios the new frames are one too.  The migration's reference of the old frame is dropped, and that of the
     new one, if it is another: or passes to the entry where each page has one in one VMA.
+
+    Args:
+        filled: somebody has put into the new frames what they are to hold.
 
     Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate.c, remove_migration_ptes().
     """
@@ -231,7 +234,8 @@ def replace(held: HeldPages, targets: Pfns) -> None:
         new, old, indices = targets, pfns, held.indices
     else:
         new, old, indices = targets[moved], pfns[moved], held.indices[moved]
-    frames.move(new, old)
+    if not filled:
+        frames.move(new, old)
     frames.flags[new] = frames.flags[old] & _PAGE_STATE
     frames.mapping[new] = frames.mapping[old]
     frames.index[new] = indices
