@@ -131,6 +131,18 @@ def test_command_says_how_to_start_a_daemon_when_nobody_listens(tmp_path: Path, 
         (["run", "--junit", "/nonexistent/x.xml", "zero-page"], "/nonexistent is no folder that can be written to"),
         (["certify", "--seeds", "3:1", "--", "driver"], "3:1 ends before it begins"),
         (["certify", "--junit", "/tmp", "--", "driver"], "File '/tmp' is a directory"),
+        (["certify", "--deadline", "0", "--", "driver"], "Invalid value for '--deadline': 0.0 is not in the range"),
+        (["certify", "--limit", "0.5", "--", "driver"], "Invalid value for '--limit': 0.5 is not in the range x>=1"),
+        (["certify", "--jobs", "0", "--", "driver"], "Invalid value for '--jobs': 0 is not in the range x>=1"),
+        (["certify", "--only", "nothing", "--", "driver"], "Invalid value for '--only': 'nothing' is not one of"),
+        (["run", "--all", "/nonexistent/file"], "there is no file and no scenario '/nonexistent/file'"),
+        (["record", "--delay", "0", "--", "true"], "Invalid value for '--delay': 0.0 is not in the range x>=0.01"),
+        (["record", "--output", "/dev/null", "--", "true"], "/dev/null: "),
+        (["replay", "--devices", "9"], "Invalid value for '--devices': 9 is not in the range 0<=x<=8"),
+        (["replay", "--memory", "100"], "--memory and --swap belong together"),
+        (["sanitize", "--device", "gpu0"], "gpu0 is no number of a device"),
+        (["top", "--interval", "0"], "Invalid value for '--interval' / '-i'"),
+        (["pending", "--timeout", "0"], "Invalid value for '--timeout': 0.0 is not in the range x>0"),
         (["run", "/nonexistent/file"], "there is no file and no scenario '/nonexistent/file'"),
         (["record", "--", "/nonexistent/command"], "no such command"),
         (["nonsense"], "No such command"),
@@ -275,3 +287,55 @@ def test_number_of_things_is_said_as_people_do(number: int, said: str) -> None:
     """One is no plural."""
     assert output.counted(number, "process", "processes") == said
     assert output.counted(number, "call") == said.replace("processes", "calls").replace("process", "call")
+
+
+INTERRUPTED = """
+import asyncio, signal, sys
+from hmm_client.commands.connection import run
+
+moment = sys.argv[1]
+
+def now(at):
+    if at == moment:
+        signal.raise_signal(signal.SIGINT)
+
+def handle(number, handler, install=signal.signal):
+    install(number, handler)
+    if handler is not signal.default_int_handler:
+        now("before")
+
+signal.signal = handle
+
+async def generator():
+    try:
+        yield 1
+        yield 2
+    finally:
+        now("after")
+
+async def work():
+    global left
+    left = generator()
+    async for _ in left:
+        break
+    now("meanwhile")
+    if moment == "meanwhile":
+        await asyncio.Event().wait()
+    return "done"
+
+try:
+    print(run(work()))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "meanwhile", "after", "never"])
+def test_work_is_put_away_in_order_when_it_is_interrupted(moment: str) -> None:
+    """Ctrl-C before the loop is made, while it runs, or while it is closed: nothing but that is told."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", INTERRUPTED, moment], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert done.stdout == ("done\n" if moment == "never" else "interrupted\n")

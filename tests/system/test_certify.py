@@ -22,6 +22,7 @@ from hmm_client.certify import adversities as happenings
 from hmm_client.certify import stage as stages
 from hmm_client.certify.adversities import ADVERSITIES
 from hmm_client.certify.adversity import Adversity, Run
+from hmm_client.certify.certificate import LIMIT_S as USUAL_LIMIT_S
 from hmm_client.certify.certificate import Trial, certifying
 from hmm_client.certify.findings import Finding
 from hmm_client.certify.stage import Stage
@@ -384,13 +385,32 @@ async def test_command_ends_with_2_when_the_driver_does_not_start(tmp_path: Path
 
 
 def test_command_says_how_to_show_it_again_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
-    """A driver's arguments may have blanks in them."""
+    """With the limits that it was given; a driver's arguments may have blanks in them."""
     trial = Trial("plain", "it works", 1.0, (Finding("silent", "it says nothing"),))
-    _print_summary(Certificate([trial]), ("sh", "-c", "driver --on 'the card'; exit $?"), "text", 1.0)
+    command = ("sh", "-c", "driver --on 'the card'; exit $?")
+    _print_summary(Certificate([trial]), command, {"deadline_s": 0.5, "limit_s": USUAL_LIMIT_S}, "text", 1.0)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert shlex.split(last) == [
-        *("hmmctl", "certify", "--only", "plain", "--", "sh", "-c"), "driver --on 'the card'; exit $?",
-    ]  # fmt: skip
+    assert shlex.split(last) == ["hmmctl", "certify", "--only", "plain", "--deadline", "0.5", "--", *command]
+
+
+async def test_command_gives_the_driver_the_time_that_it_was_told() -> None:
+    """--deadline is that of events, which hmmd says; --limit is that of trials, which are broken off."""
+    code, out, _ = await run_hmmctl("--deadline", "0.25", "--only", "discard", "--", *wrong("unanswered"))
+    assert code == 1
+    assert "was not answered within 0.25 s" in out
+    code, out, _ = await run_hmmctl("--limit", "1", "--only", "plain", "--", *wrong("silent"))
+    assert code == 1
+    assert "unfinished: still under way after 1 s" in out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+async def test_command_starts_as_many_drivers_as_jobs(tmp_path: Path, jobs: int) -> None:
+    """Each pair of a daemon and a driver takes its share of the storms."""
+    counting = ("sh", "-c", f'echo started >> {tmp_path}/drivers; exec "$@"', "sh", *ours("dummy"))
+    code, out, _ = await run_hmmctl("--jobs", str(jobs), "--seeds", "0:2", "--only", "plain", "--", *counting)
+    assert code == 0
+    assert "ok   storms 0:2, 0 failed" in out
+    assert (tmp_path / "drivers").read_text().splitlines() == ["started"] * jobs
 
 
 async def test_command_lists_the_adversities() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ import pytest
 import hmm_client
 from hmm_client import AddressRange, Driver, Event, Mirror, Process, Prot
 from hmm_client.embedded import EmbeddedDaemon
+from hmm_client.scenario import library
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
@@ -46,12 +49,13 @@ class Done:
         return value
 
 
-async def hmmctl(*arguments: object) -> Done:
-    """Run a command to its end."""
+async def hmmctl(*arguments: object, environment: dict[str, str] | None = None) -> Done:
+    """Run a command to its end, with more in its environment."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hmm_client.cli", *map(str, arguments)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env=os.environ | (environment or {}),
     )
     stdout, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     assert process.returncode is not None
@@ -528,3 +532,32 @@ async def test_run_ends_with_one_when_an_expectation_is_not_met(tmp_path: Path, 
     assert done.code == 1
     assert wrong in done.stdout
     assert "1 not as expected" in done.stdout
+
+
+async def test_run_takes_every_scenario_when_it_is_told_to() -> None:
+    """--all: one after the other, by name; Ctrl-C between two of them ends it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", "run", "--all", "--format", "json"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    ended: list[str] = []
+    while len(ended) < 3:
+        value = json.loads(await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S))
+        ended += [value["scenario"]] if "title" in value else []
+    process.send_signal(signal.SIGINT)
+    _, said = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+    assert ended == library.names()[:3]
+    assert (process.returncode, said) == (130, b"")
+
+
+@pytest.mark.parametrize(("flags", "shown"), [((), True), (("--steps",), True), (("--no-steps",), False)])
+async def test_run_shows_steps_when_it_is_told_to(tmp_path: Path, flags: tuple[str, ...], shown: bool) -> None:
+    """Each on a line; without, the scenario has a line."""
+    path = tmp_path / "one.toml"
+    path.write_text('title = "one"\n[processes.app]\n[[steps]]\nprocess = "app"\ncall = "exit"\n')
+    done = await hmmctl("run", path, *flags)
+    assert done.code == 0
+    assert ("ok   line   3  app exit" in done.stdout) == shown
+    assert done.stdout.splitlines()[0].startswith("one" if shown else "ok   one ")

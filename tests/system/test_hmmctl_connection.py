@@ -83,3 +83,25 @@ async def test_watch_shows_what_it_was_asked_for_alone(start_daemon: StartDaemon
     heard = [value["event"]["mirror_ids"] for value in done.values if "event" in value]
     assert heard
     assert {mirror for ids in heard for mirror in ids} == {mirrors[1].id}
+
+
+async def test_command_connects_with_the_systems_authorities(start_daemon: StartDaemon) -> None:
+    """--tls: the daemon's certificate is signed by one of those, or it is no daemon of ours."""
+    daemon = await start_daemon(tcp="127.0.0.1:0", tls_certificate=TLS / "server.pem", tls_key=TLS / "server.key")
+    where = ("health", "--tls", "-t", daemon.targets[1])
+    assert (await hmmctl(*where)).code == 1
+    done = await hmmctl(*where, environment={"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(TLS / "authority.pem")})
+    assert (done.code, done.stdout) == (0, "serving\n")
+
+
+async def test_watch_shows_calls_when_it_is_told_to(start_daemon: StartDaemon) -> None:
+    """--operations: calls that end are shown; --count says how many lines there are."""
+    daemon = await start_daemon()
+    process = await daemon.connect(name="program").create_process("watched")
+    watching = asyncio.create_task(hmmctl("watch", "--operations", "--count", 1, "-t", daemon.target))
+    while not watching.done():
+        await process.mmap(4096)
+    done = await watching
+    assert done.code == 0
+    assert " by program: done after " in done.stdout
+    assert len(done.stdout.splitlines()) == 1

@@ -107,15 +107,15 @@ def command(
     told = _print_json_trial if form == JSON else _print_trial
     nowhere = Where(None, "", False, None, None, None, 0.0)
     began = time.monotonic()
+    limits = {"deadline_s": deadline, "limit_s": limit}
     with failures(nowhere):
         try:
-            limits = {"deadline_s": deadline, "limit_s": limit}
             certificate = _certify(driver, only or tuple(ADVERSITIES), seeds, limits, jobs, told)
         except (DriverGoneError, DriverSilentError) as error:
             fail(UNUSABLE, f"{' '.join(driver)}: {error}", "What is asked of a driver: `pydoc hmm_client.certify`.")
     if junit is not None:
         junit.write_bytes(as_junit(certificate, " ".join(driver)))
-    _print_summary(certificate, driver, form, time.monotonic() - began)
+    _print_summary(certificate, driver, limits, form, time.monotonic() - began)
     raise SystemExit(OK if certificate.passed else UNEXPECTED)
 
 
@@ -163,7 +163,9 @@ def _print_trial(trial: Trial) -> None:
     sys.stdout.flush()
 
 
-def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str, took_s: float) -> None:
+def _print_summary(
+    certificate: Certificate, driver: tuple[str, ...], limits: Mapping[str, float], form: str, took_s: float
+) -> None:
     ran = [trial for trial in certificate.trials if trial.seed is not None]
     failed = sum(bool(trial.findings) for trial in certificate.trials)
     if form == JSON:
@@ -183,7 +185,13 @@ def _print_summary(certificate: Certificate, driver: tuple[str, ...], form: str,
         which = f"--only {trial.name}" if trial.seed is None else f"--seeds {trial.seed}"
         click.echo(f"  {rule}: {RULES[rule]}")
         if trial.name != "leave":
-            click.echo(f"    hmmctl certify {which} -- {shlex.join(driver)}")
+            click.echo(f"    hmmctl certify {which}{_as_flags(limits)} -- {shlex.join(driver)}")
+
+
+def _as_flags(limits: Mapping[str, float]) -> str:
+    """The limits that are not the defaults, as they were given."""
+    usual = {"deadline_s": DEADLINE_S, "limit_s": LIMIT_S}
+    return "".join(f" --{name[:-2]} {value:g}" for name, value in limits.items() if value != usual[name])
 
 
 def _print_json_trial(trial: Trial) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
@@ -133,10 +135,52 @@ def ask(where: Where, question: Callable[[Client], Coroutine[Any, Any, T]], *, l
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on a loop of its own."""
-    import uvloop  # noqa: PLC0415 - takes longer than --help may
+    """Run a coroutine on a loop of its own.  Ctrl-C cancels it, and is raised when all has been put away.
 
-    return uvloop.run(work)
+    Before and after the coroutine too: a loop that is left half made or half closed says so on stderr.  A second Ctrl-C
+    is raised where it comes.
+    """
+    import asyncio  # noqa: PLC0415 - takes longer than --help may
+
+    import uvloop  # noqa: PLC0415
+
+    under_way: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+    interrupts = 0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            raise KeyboardInterrupt
+        for loop, task in under_way:
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def interruptible() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        under_way.append((asyncio.get_running_loop(), task))
+        try:
+            if interrupts:
+                raise asyncio.CancelledError
+            return await work
+        finally:
+            under_way.clear()
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return uvloop.run(work)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        result = uvloop.run(interruptible())
+    except asyncio.CancelledError:
+        if not interrupts:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        work.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupts:  # while it was put away
+        raise KeyboardInterrupt
+    return result
 
 
 @contextmanager
