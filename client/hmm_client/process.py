@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -149,22 +149,29 @@ class Process:
         return await self._make(calls.place(self.id, start, end, prot, flags, file_id=file_id, offset=offset))
 
     async def maps(self) -> Maps:
-        """/proc/PID/maps."""
-        response: inspection_pb2.GetMapsResponse = await self.client.channel.request(
-            self.client.inspection.GetMaps, inspection_pb2.GetMapsRequest(process_id=self.id)
-        )
-        lines = tuple(map(_maps_line, response.mappings))
-        return Maps(lines, response.brk_start, response.brk_end, response.mmap_base)
+        """/proc/PID/maps.  More than 1,000 mappings come in parts; what changes meanwhile is told as it is then."""
+        request = inspection_pb2.GetMapsRequest(process_id=self.id)
+        parts: list[inspection_pb2.GetMapsResponse] = await self._parts_of(self.client.inspection.GetMaps, request)
+        lines = tuple(_maps_line(one) for part in parts for one in part.mappings)
+        return Maps(lines, parts[-1].brk_start, parts[-1].brk_end, parts[-1].mmap_base)
 
     async def smaps(self) -> tuple[MappingUse, ...]:
-        """/proc/PID/smaps: what each mapping costs, ascending."""
-        response: inspection_pb2.GetMemoryUseResponse = await self.client.channel.request(
-            self.client.inspection.GetMemoryUse, inspection_pb2.GetMemoryUseRequest(process_id=self.id)
-        )
+        """/proc/PID/smaps: what each mapping costs, ascending.  More than 100 come in parts, as with `maps`."""
+        request = inspection_pb2.GetMemoryUseRequest(process_id=self.id)
+        parts = await self._parts_of(self.client.inspection.GetMemoryUse, request)
         return tuple(
             MappingUse(_maps_line(one.mapping), one.vm_flags, MemoryUse(**{name: getattr(one, name) for name in _USES}))
-            for one in response.mappings
+            for part in parts
+            for one in part.mappings
         )
+
+    async def _parts_of(self, method: Any, request: Any) -> list[Any]:
+        """All parts of a list."""
+        parts = [await self.client.channel.request(method, request)]
+        while parts[-1].next_page_token:
+            request.page_token = parts[-1].next_page_token
+            parts.append(await self.client.channel.request(method, request))
+        return parts
 
     # ---- what its CPUs do
 

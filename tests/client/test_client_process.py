@@ -280,3 +280,15 @@ async def test_batch_is_sent_in_parts_when_its_reply_would_be_too_long(
     reads = [calls.read_memory(process.id, mapped.address + (part << 20), 1 << 20) for part in range(6)]
     outcomes = await client.execute(reads)
     assert [outcome.error for outcome in outcomes] == [None] * 6
+
+
+async def test_maps_are_whole_when_they_come_in_parts(client: hmm_client.Client, process: Process) -> None:
+    """More mappings than one answer has, of either kind."""
+    await process.mmap(PAGE_SIZE)
+    mapped = await process.mmap(1_200 * PAGE_SIZE, Prot.READ)
+    pages = range(mapped.address, mapped.span.end, 2 * PAGE_SIZE)
+    await client.execute([calls.mprotect(process.id, page, PAGE_SIZE, Prot.NONE) for page in pages])
+    lines = (await process.maps()).lines
+    assert len(lines) == 1_201
+    assert [left.end for left in lines[:-1]] == [right.start for right in lines[1:]]
+    assert [use.line for use in await process.smaps()] == list(lines)

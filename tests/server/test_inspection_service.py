@@ -11,7 +11,7 @@ import pytest
 
 from hmm.address_space import AddressSpace
 from hmm.madvise import Advice
-from hmm_proto.v1 import device_pb2, event_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, file_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -275,3 +275,62 @@ async def test_get_operation_tells_errors_as_the_caller_saw_them(served: Any) ->
 async def _collect(watching: Any, seen: list[Any], enough: Any) -> None:
     while not seen or not enough():
         seen += (await watching.read()).observations
+
+
+async def listed(call: Any, request: Any) -> list[list[Any]]:
+    """All pages of a list of mappings."""
+    pages = []
+    while True:
+        answer = await call(request)
+        pages.append(list(answer.mappings))
+        if not answer.next_page_token:
+            return pages
+        request.page_token = answer.next_page_token
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(0, [3, 3, 2]), (2, [2, 2, 2, 2]), (9, [3, 3, 2])])
+async def test_mappings_come_in_parts_when_there_are_many(serve: Any, size: int, lengths: list[int]) -> None:
+    """Of `maps` and of what they cost: as many as asked for, and no more than the daemon's own bound; each once."""
+    served = await serve(list_entries=3)
+    pid = await served.new_process()
+    starts = [BASE + number * PAGE for number in range(8)]
+    for number, start in enumerate(starts):
+        await served.mmap(pid, start, start + PAGE, 1 + 2 * (number % 2))
+    maps = await listed(served.inspection.GetMaps, inspection_pb2.GetMapsRequest(process_id=pid, page_size=size))
+    assert [len(page) for page in maps] == lengths
+    assert [one.start for page in maps for one in page] == starts
+    request = inspection_pb2.GetMemoryUseRequest(process_id=pid, page_size=size)
+    uses = await listed(served.inspection.GetMemoryUse, request)
+    assert [[one.mapping.start for one in page] for page in uses] == [[one.start for one in page] for page in maps]
+
+
+async def test_mappings_fit_into_a_message_when_their_names_are_long(serve: Any) -> None:
+    """A part ends where the daemon's parts end, but has one mapping at least."""
+    served = await serve(part_bytes=4096)
+    pid = await served.new_process()
+    opened = await served.file.OpenFile(file_pb2.OpenFileRequest(name="n" * 1000, create=True))
+    for number in range(8):
+        mapping = process_pb2.MmapRequest(
+            process_id=pid, address=BASE + number * PAGE, length=PAGE, prot=1 + 2 * (number % 2), flags=0x11,
+            file_id=opened.file_id,
+        )  # fmt: skip
+        await served.process.Mmap(mapping)
+    maps = await listed(served.inspection.GetMaps, inspection_pb2.GetMapsRequest(process_id=pid))
+    assert [len(page) for page in maps] == [3, 3, 2]
+
+
+async def test_listing_goes_on_where_it_was_when_mappings_change_meanwhile(serve: Any) -> None:
+    """m_start(): behind the last address; what reaches over it is told whole, and what is gone is not told."""
+    served = await serve(list_entries=1)
+    pid = await served.new_process()
+    for number in range(4):
+        await served.mmap(pid, BASE + number * PAGE, BASE + (number + 1) * PAGE, 1 + 2 * (number % 2))
+    request = inspection_pb2.GetMapsRequest(process_id=pid)
+    first = await served.inspection.GetMaps(request)
+    await served.mmap(pid, BASE, BASE + 2 * PAGE)  # one now, over the place that the listing has reached
+    await served.process.Munmap(process_pb2.MunmapRequest(process_id=pid, address=BASE + 2 * PAGE, length=PAGE))
+    request.page_token = first.next_page_token
+    rest = await listed(served.inspection.GetMaps, request)
+    assert [(one.start, one.end) for page in rest for one in page] == [
+        (BASE, BASE + 2 * PAGE), (BASE + 3 * PAGE, BASE + 4 * PAGE),
+    ]  # fmt: skip

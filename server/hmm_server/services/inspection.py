@@ -25,12 +25,14 @@ from hmm_server.callers import caller_from
 from hmm_server.config import Config
 from hmm_server.executor import Executor, Running
 from hmm_server.observers import Observers
-from hmm_server.paging import page_of
+from hmm_server.paging import mappings_of, page_of
 from hmm_server.process_calls import require_at_most
 from hmm_server.streams import Streams
 from hmm_server.waits import Sees, Waits
 
 Context = grpc.aio.ServicerContext[Any, Any]
+USES_IN_PART = 100
+"""So many mappings are measured for one answer; drivers go on being heard between two."""
 
 
 class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
@@ -93,20 +95,33 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
 
     async def GetMaps(self, request: inspection_pb2.GetMapsRequest, context: Context) -> inspection_pb2.GetMapsResponse:
         space = self._process(request.process_id, context).space
+        mappings, token = mappings_of(
+            space.vmas,
+            request,
+            self._config.list_entries,
+            self._config.part_bytes,
+            lambda vma: views.mapping(self._machine, space, vma),
+        )
         return inspection_pb2.GetMapsResponse(
-            mappings=[views.mapping(self._machine, space, vma) for vma in space.vmas],
+            mappings=mappings,
             brk_start=space.brk_start,
             brk_end=space.brk_end,
             mmap_base=space.mmap_base,
+            next_page_token=token,
         )
 
     async def GetMemoryUse(
         self, request: inspection_pb2.GetMemoryUseRequest, context: Context
     ) -> inspection_pb2.GetMemoryUseResponse:
         space = self._process(request.process_id, context).space
-        return inspection_pb2.GetMemoryUseResponse(
-            mappings=[views.mapping_use(self._machine, space, vma) for vma in space.vmas]
+        mappings, token = mappings_of(
+            space.vmas,
+            request,
+            min(self._config.list_entries, USES_IN_PART),
+            self._config.part_bytes,
+            lambda vma: views.mapping_use(self._machine, space, vma),
         )
+        return inspection_pb2.GetMemoryUseResponse(mappings=mappings, next_page_token=token)
 
     async def GetPageTable(
         self, request: inspection_pb2.GetPageTableRequest, context: Context
