@@ -132,13 +132,14 @@ def _run(config: Config, ready_fd: int | None, until_fd: int | None) -> int:
     import uvloop  # noqa: PLC0415 - not needed for --help
 
     from hmm.errors import HmmError  # noqa: PLC0415
-    from hmm_server.endpoint import EndpointError  # noqa: PLC0415 - imports gRPC
+    from hmm_server.endpoint import EndpointError, UnusablePlaceError  # noqa: PLC0415 - imports gRPC
 
     try:
         _tune(config)
         uvloop.run(_serve(config, ready_fd, until_fd))
     except (EndpointError, ConfigError, HmmError) as error:
-        click.echo(f"hmmd: {error}", err=True)
+        elsewhere = "" if config.socket else "\nSay where else with --socket, $HMMD_SOCKET or $XDG_RUNTIME_DIR."
+        click.echo(f"hmmd: {error}{elsewhere if isinstance(error, UnusablePlaceError) else ''}", err=True)
         return 1 if isinstance(error, EndpointError) else 2
     return 0
 

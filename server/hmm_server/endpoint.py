@@ -31,12 +31,16 @@ class EndpointError(Exception):
     """The daemon cannot listen where it was told to; says why."""
 
 
+class UnusablePlaceError(EndpointError):
+    """The socket's directory cannot be used."""
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[Path]:
     """A place for the daemon's socket, claimed until the end of the block, when the socket is removed.
 
     Raises:
-        EndpointError: another daemon lives there, or the directory cannot be used.
+        EndpointError: another daemon lives there; UnusablePlaceError: the directory cannot be used.
     """
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise EndpointError(f"{path}: a socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes")
@@ -44,7 +48,7 @@ def claimed(path: Path) -> Iterator[Path]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EndpointError(f"{path}: {error.strerror}: {error.filename}") from error
+        raise UnusablePlaceError(f"{path}: {error.strerror}: {error.filename}") from error
     try:
         _lock(lock, path)
         remove_stale(path)

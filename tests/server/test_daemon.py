@@ -143,6 +143,19 @@ def test_hmmd_exits_with_a_sentence_when_it_cannot_start(flags: tuple[str, ...],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("flags", "hinted"), [((), True), (("--socket", "/proc/none/s"), False)])
+def test_hmmd_says_where_else_when_its_usual_place_cannot_be_used(flags: tuple[str, ...], hinted: bool) -> None:
+    """As for a user without a runtime directory, who has no right to /run; who named a place knows how."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HMMD_")}
+    environment["XDG_RUNTIME_DIR"] = "/proc/none"
+    done = subprocess.run([*HMMD, *flags], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    refusal, *hint = done.stderr.splitlines()
+    assert refusal.endswith("No such file or directory: /proc/none")
+    assert hint == ["Say where else with --socket, $HMMD_SOCKET or $XDG_RUNTIME_DIR."] * hinted
+
+
+@pytest.mark.slow
 def test_help_and_version_explain_themselves() -> None:
     """Every setting is in --help; the version is that of the distribution."""
     text = subprocess.run([*HMMD, "--help"], capture_output=True, text=True, check=True).stdout

@@ -37,7 +37,7 @@ _FIELDS = (
 
 @click.command("smaps")
 @click.argument("pid", type=PROCESS)
-@click.option("--rollup", is_flag=True, help="one sum over all mappings, as /proc/PID/smaps_rollup")
+@click.option("--rollup", is_flag=True, help="One sum over all mappings, as /proc/PID/smaps_rollup.")
 @format_option
 @where_options
 def command(pid: int, rollup: bool, form: str, where: Where) -> None:
