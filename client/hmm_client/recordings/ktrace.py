@@ -6,7 +6,7 @@ runs of equal values are written `value*count` and expanded here, one value per 
 
 Source: Linux lib/test_hmm.c and tools/testing/selftests/mm, 6.12, which the operations are named after.
 Invariants: snapshots are as long as the window; operations are numbered from 0 without a gap, as many as the header
-    says; a missing argument has its default.
+    says; a missing argument has its default; whatever a call is given, it could be given in 64 bits.
 Absent: performing the operations, and what of a trace a model must match.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, TASK_SIZE, is_page_aligned
 from hmm_client.recordings.errors import TraceError
 
 _T = TypeVar("_T")
@@ -34,6 +35,8 @@ FINGERPRINT_BYTES = 16
 """How many bytes of a page stand in its fingerprint."""
 RUN_PAGES_MAX = 1 << 20
 """How many pages the runs of one text may come to: as many are made."""
+TOUCHED_PAGES_MAX = 1 << 16
+"""How many pages one operation may look at, or make bytes for, one by one."""
 
 VMA_OPERATIONS = frozenset({"mmap", "munmap", "mprotect", "madvise", "mremap"})
 ACCESS_OPERATIONS = frozenset({"rd", "wr", "dump", "pin", "unpin"})
@@ -42,11 +45,14 @@ PROCESS_OPERATIONS = VMA_OPERATIONS | ACCESS_OPERATIONS | FILE_OPERATIONS | {"fo
 HANDLE_OPERATIONS = frozenset({"open", "close"})
 DEVICE_OPERATIONS = frozenset({"dread", "dwrite", "mig_dev", "mig_sys", "snap", "excl", "chk_excl", "release"})
 OPERATIONS = PROCESS_OPERATIONS | HANDLE_OPERATIONS | DEVICE_OPERATIONS
+_PAGE_BY_PAGE = DEVICE_OPERATIONS | {"rd", "wr", "dump", "fwrite", "fread"}
 
 THP = ("never", "always")
 """What `thp` of a header may be."""
 _OPERATION_MEMBERS = frozenset({"i", "op", "p", "args", "res", "drv", "state"})
 _STATE_MEMBERS = frozenset({"p", "s0", "s1", "pm", "maps"})
+_FILE_PAGES_MAX = (1 << 63) >> PAGE_SHIFT
+_SPACE_PAGES_MAX = (1 << 64) >> PAGE_SHIFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +280,7 @@ def read_trace(path: Path | str) -> Trace:
         raise TraceError("it is empty", path)
     header = _read(path, 1, lines[0], _header)
     operations = tuple(
-        _read(path, number, text, partial(_operation, number=number, window=header.window))
+        _read(path, number, text, partial(_operation, number=number, header=header))
         for number, text in enumerate(lines[1:], 2)
     )
     if len(operations) != header.ops:
@@ -329,14 +335,26 @@ def _optional(line: _Json, name: str, kind: type[_T]) -> _T | None:
     return None if line.get(name) is None else _get(line, name, kind)
 
 
+def _within(name: str, value: int, first: int, last: int) -> int:
+    if not first <= value <= last:
+        raise ValueError(f"{name!r} is {value}, not within {first} and {last}")
+    return value
+
+
 def _header(line: _Json) -> Header:
     thp = _get(line, "thp", str)
     if thp not in THP:
         raise ValueError(f"'thp' is {thp!r}, not {' or '.join(THP)}")
+    base, window = int(_get(line, "base", str), 0), _within("window", _get(line, "window", int), 1, RUN_PAGES_MAX)
+    if not is_page_aligned(base) or not 0 <= base <= TASK_SIZE - (window << PAGE_SHIFT):
+        raise ValueError(f"'base' is {base:#x}, where no window of {window} pages can be")
+    fault_around = _within("fault_around_pages", _get(line, "fault_around_pages", int), 1, PMD_PAGES)
+    if fault_around & (fault_around - 1):
+        raise ValueError(f"'fault_around_pages' is {fault_around}, no power of two")
     return Header(
         trace=_get(line, "trace", str),
-        window=_get(line, "window", int),
-        base=int(_get(line, "base", str), 0),
+        window=window,
+        base=base,
         kind=_get(line, "class", str),
         seed=_get(line, "seed", int),
         thp=thp,
@@ -344,12 +362,12 @@ def _header(line: _Json) -> Header:
         kernel=_get(line, "kernel", str),
         set=_get(line, "set", str),
         ops=_get(line, "ops", int),
-        fault_around_pages=_get(line, "fault_around_pages", int),
+        fault_around_pages=fault_around,
         first_fix=_optional(line, "first_fix", int),
     )
 
 
-def _operation(line: _Json, number: int, window: int) -> Operation:
+def _operation(line: _Json, number: int, header: Header) -> Operation:
     _only(line, _OPERATION_MEMBERS, "member of an operation")
     name = _get(line, "op", str)
     if name not in OPERATIONS:
@@ -359,11 +377,27 @@ def _operation(line: _Json, number: int, window: int) -> Operation:
         line=number,
         name=name,
         process=_optional(line, "p", int) or 0,
-        args=_members(Arguments, _get(line, "args", dict)),
+        args=_arguments(name, _get(line, "args", dict), header.base >> PAGE_SHIFT),
         result=_result(_get(line, "res", dict)),
         corrections=_members(Corrections, _optional(line, "drv", dict) or {}),
-        states=tuple(_state(state, window) for state in _get(line, "state", list)),
+        states=tuple(_state(state, header.window) for state in _get(line, "state", list)),
     )
+
+
+def _arguments(operation: str, line: _Json, base_page: int) -> Arguments:
+    """Those of an operation, none of them beyond what could be passed to the kernel, or is done in reasonable time."""
+    args = _members(Arguments, line)
+    pages_max = TOUCHED_PAGES_MAX if operation in _PAGE_BY_PAGE else _SPACE_PAGES_MAX - 1
+    _within("n", args.n, -1 if operation == "pin" else 0, pages_max)  # gup_test refuses a size that is negative
+    _within("new", args.new, 0, _SPACE_PAGES_MAX - 1)
+    if operation in FILE_OPERATIONS:
+        _within("page", args.page, 0, _FILE_PAGES_MAX - 1)
+    else:
+        _within("page", args.page, -base_page, _SPACE_PAGES_MAX - base_page - 1)
+    _within("to", args.to, -base_page, _SPACE_PAGES_MAX - base_page - 1)
+    _within("off", args.off, 0, _FILE_PAGES_MAX - 1 if operation == "mmap" else PAGE_SIZE - 1)
+    _within("unaligned", args.unaligned, 0, PAGE_SIZE - 1)
+    return args
 
 
 _DEFAULTS: Mapping[type, Mapping[str, Any]] = MappingProxyType(
