@@ -28,7 +28,18 @@ from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.file import File
 from hmm.frames import Frames, PageFlag
-from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, PUD_SIZE, AddressRange, Pfns, SpaceId
+from hmm.units import (
+    PAGE_SHIFT,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SHIFT,
+    PMD_SIZE,
+    PUD_SIZE,
+    Address,
+    AddressRange,
+    Pfns,
+    SpaceId,
+)
 from hmm.vma import Vma, VmFlag
 
 __all__ = [
@@ -36,7 +47,7 @@ __all__ = [
     "HugetlbFile",
     "HugetlbPool",
     "discard_pages",
-    "require_whole_pages",
+    "require_whole_page",
     "told_span",
     "unreserve",
 ]
@@ -185,16 +196,16 @@ def discard_pages(space: AddressSpace, vma: Vma) -> None:
             file.restore(vma.page_offset(start) >> (PMD_SHIFT - PAGE_SHIFT))
 
 
-def require_whole_pages(vma: Vma) -> None:
+def require_whole_page(vma: Vma, address: Address) -> None:
     """Refuse to cut a mapping of hugetlb memory within a page: hugetlb_vm_op_split().
 
     Args:
-        vma: a part of one VMA.
+        address: within `vma`, or one of its edges, which are never within a page.
 
-    Raises: InvalidRequestError: it begins or ends within a huge page (EINVAL).
+    Raises: InvalidRequestError: it is within a huge page (EINVAL).
     """
-    if vma.has(VmFlag.HUGETLB) and (vma.start | vma.end) & ~PMD_MASK:
-        raise InvalidRequestError(f"{vma} is not made of whole huge pages", address=vma.start)
+    if vma.has(VmFlag.HUGETLB) and address & ~PMD_MASK:
+        raise InvalidRequestError(f"{vma} cannot be cut at {address:#x}, within a huge page", address=address)
 
 
 def unreserve(space: AddressSpace, vmas: Iterable[Vma]) -> None:

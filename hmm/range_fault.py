@@ -84,6 +84,7 @@ _PFN_MASK = np.uint64((1 << ORDER_SHIFT) - 1)
 _TO_WRITE = np.uint64(WRITE.bit_length() - cpu_pte.WRITE.bit_length())
 _UNLIKE = cpu_pte.SPECIAL | cpu_pte.HUGE | cpu_pte.NON_PRESENT
 """An entry with one of these needs a closer look."""
+_IN_HUGE_PAGE = np.uint64(PMD_PAGES - 1)
 _PMD_ORDER = np.uint64(PMD_SHIFT - PAGE_SHIFT << ORDER_SHIFT)
 
 _Mask = npt.NDArray[np.bool_]
@@ -264,7 +265,8 @@ def _look(request: HmmRange, vma: Vma, span: AddressRange) -> _Look:
     pfns = cpu_pte.cpu_pfn(entries)
     fault, write = request.wants(span)
     at_once = [] if request.uniform else _asked_at_once(space, vma, span, entries)
-    if at_once and vma.has(VmFlag.HUGETLB) and has_directory(space, span.start):
+    hugetlb = vma.has(VmFlag.HUGETLB) and has_directory(space, span.start)
+    if at_once and hugetlb:
         for pages in at_once:  # hmm_vma_walk_hugetlb_entry() looks at the first word only
             fault[pages], write[pages] = fault[pages.start], write[pages.start]
     present = cpu_pte.is_present(entries)
@@ -281,6 +283,9 @@ def _look(request: HmmRange, vma: Vma, span: AddressRange) -> _Look:
     if huge is not None and huge.any():
         words[huge & shown] |= _PMD_ORDER
         words[huge & cpu_pte.is_device_private(entries) & ~own] = np.uint64(ERROR)
+    if hugetlb:  # hmm_vma_walk_hugetlb_entry() says of an empty entry, too, how large it is
+        absent = np.flatnonzero(entries == 0)
+        words[absent] = (absent.view(np.uint64) + np.uint64(span.start >> PAGE_SHIFT)) & _IN_HUGE_PAGE | _PMD_ORDER
     need_write = write & ~writable & ~own
     need = np.where(present, need_write, fault & ~own)
     for pages in at_once:

@@ -5,8 +5,8 @@ Models the part of the kernel that has moved to mm/vma.c.  Everything here expec
 **Source**: Linux mm/vma.c (vma_modify(), do_vmi_align_munmap()), mm/mmap.c (may_expand_vm()), mm/memory.c
 (unmap_vmas()), 6.12.
 
-**Invariants**: a call that fails for want of VMAs has changed no mapping; at most a VMA stays cut where the kernel cuts
-it before it finds that the second cut is one too many.
+**Invariants**: a call that may not cut has changed no mapping; at most a VMA stays cut where its part starts, as the
+kernel cuts it there before it finds that the second cut is one too many, or within a huge page.
 
 **Absent**: which parts are changed and why; locked-memory and data limits, memory accounting.
 """
@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hmm.address_space import AddressSpace
-from hmm.errors import OutOfFramesError
+from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.huge_split import cut
-from hmm.hugetlb import require_whole_pages, unreserve
+from hmm.hugetlb import require_whole_page, unreserve
 from hmm.operation import Operation, Pause
-from hmm.units import TASK_SIZE, AddressRange
+from hmm.units import TASK_SIZE, Address, AddressRange
 from hmm.vma import Mapping, Vma, VmFlag
 
 __all__ = ["cut_out", "may_expand", "modify", "modify_flags", "unmap", "zap"]
@@ -58,26 +58,44 @@ def modify(space: AddressSpace, piece: Vma, mapping: Mapping) -> None:
         piece: as the map has it now, clipped to the part that changes; `cut` was done for it.
 
     Raises:
-        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL).
-        OutOfFramesError: the cuts would make too many VMAs (ENOMEM).
+        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL); at the end: the cut at the start stays.
+        OutOfFramesError: the cuts would make too many VMAs (ENOMEM), and likewise.
 
     Source: Linux mm/vma.c, vma_modify(), split_vma().
     """
     vmas = space.vmas
     whole = vmas.find(piece.start)
     assert whole is not None
-    require_whole_pages(piece)
     before = len(vmas)
+    if before < space.limits.vmas:  # split_vma() looks at that first
+        require_whole_page(whole, piece.start)
+    if before + (whole.start < piece.start) < space.limits.vmas:
+        _require_whole_end(space, piece.start, whole, piece.end)
     vmas.assign(piece.span, mapping)
     if len(vmas) <= max(before, space.limits.vmas):
         return
-    # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
-    at, end = piece.start, whole.end
     if len(vmas) - before == 2 and before < space.limits.vmas:
-        vmas.replace(whole.span, [(whole.start, at, whole.mapping), (at, end, whole.mapping)], merge=False)
+        _cut_at(space, whole, piece.start)
     else:
         vmas.rejoin(whole)
     raise OutOfFramesError(f"{piece} cannot be cut out of {whole}: the space has {before} VMAs already")
+
+
+def _cut_at(space: AddressSpace, whole: Vma, at: Address) -> None:
+    # The kernel cuts at the start first, and leaves that cut when the one at the end fails.
+    pieces = [(whole.start, at, whole.mapping), (at, whole.end, whole.mapping)]
+    space.vmas.replace(whole.span, pieces, merge=False)
+
+
+def _require_whole_end(space: AddressSpace, start: Address, last: Vma, end: Address) -> None:
+    """Refuse to cut `last` within a huge page; then what begins at `start` has been cut there."""
+    try:
+        require_whole_page(last, end)
+    except InvalidRequestError:
+        first = space.vmas.find(start)
+        if first is not None and first.start < start:
+            _cut_at(space, first, start)
+        raise
 
 
 def zap(space: AddressSpace, span: AddressRange) -> Operation[None]:
@@ -97,7 +115,7 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
     The VMAs go first, then every mirror is told, then the entries go, and files that nobody holds any more.
 
     Raises:
-        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL).
+        InvalidRequestError: hugetlb memory would be cut within a page (EINVAL); at the end: the cut at the start stays.
         OutOfFramesError: a hole in one VMA would make one VMA too many (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
 
@@ -139,10 +157,10 @@ def _prepare(space: AddressSpace, span: AddressRange) -> Operation[bool]:
         return False
     if len(space.vmas) >= space.limits.vmas:
         _require_no_hole(space, span, pieces[0])
-    outer = pieces if len(pieces) == 1 else (pieces[0], pieces[-1])
-    for piece in outer:
-        require_whole_pages(piece)
-    yield from cut(space, outer)
+    first, last = pieces[0], pieces[-1]
+    require_whole_page(first, span.start)
+    yield from cut(space, pieces if len(pieces) == 1 else (first, last))
+    _require_whole_end(space, span.start, last, last.end)
     return True
 
 

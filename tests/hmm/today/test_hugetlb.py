@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,48 @@ def test_calls_do_not_cut_a_page(bench: Any, at: int, npages: int) -> None:
     assert refused(bench, commands_process.madvise, *span, Advice.DONTFORK) == errno.EINVAL
     assert bench.read(0, 1) == b"x"
     assert len(bench.local.machine.process(bench.process).space.vmas) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        (commands_process.munmap, ()),
+        (commands_process.mprotect, (Prot.READ,)),
+        (commands_process.madvise, (Advice.DONTFORK,)),
+        (commands_process.mmap, (RW, MapFlag.PRIVATE | MapFlag.FIXED | MapFlag.ANONYMOUS)),
+    ],
+)
+def test_cut_at_the_start_stays_when_that_at_the_end_is_within_a_page(
+    bench: Any, command: Any, argument: tuple[Any, ...]
+) -> None:
+    """vms_gather_munmap_vmas() and vma_modify() have split there when hugetlb_vm_op_split() refuses the other."""
+    bench.map(3 * BLOCK, flags=PRIVATE)
+    bench.write(BLOCK, b"x")
+    assert refused(bench, command, *place(bench, BLOCK, BLOCK + 1), *argument) == errno.EINVAL
+    vmas = bench.local.machine.process(bench.process).space.vmas
+    assert [vma.npages for vma in vmas] == [BLOCK, 2 * BLOCK]
+    assert len({vma.flags for vma in vmas}) == 1
+    assert (bench.read(BLOCK, 1), free(bench)) == (b"x", (3, 2))
+
+
+def test_cut_in_another_mapping_stays_when_that_at_the_end_is_within_a_page(bench: Any) -> None:
+    """vms_gather_munmap_vmas() splits the first VMA, whatever it is; reattach_vmas() puts no VMAs together."""
+    bench.map(2, at=BLOCK - 2)
+    bench.map(BLOCK, at=BLOCK, flags=PRIVATE)
+    assert refused(bench, commands_process.munmap, *place(bench, BLOCK - 1, 2)) == errno.EINVAL
+    vmas = bench.local.machine.process(bench.process).space.vmas.overlapping(bench.span(BLOCK - 2, BLOCK + 2))
+    assert [vma.npages for vma in vmas] == [1, 1, BLOCK]
+
+
+def test_mprotect_looks_for_room_before_it_looks_at_pages(make_bench: Callable[..., Any]) -> None:
+    """split_vma() returns ENOMEM before it asks may_split(); a cut that there was room for stays."""
+    bench = make_bench(frames=8 * BLOCK, hugetlb_pages=4)
+    space = bench.local.machine.process(bench.process).space
+    space.limits = replace(space.limits, vmas=2)
+    bench.map(3 * BLOCK, flags=PRIVATE)
+    assert refused(bench, commands_process.mprotect, *place(bench, BLOCK, BLOCK + 1), Prot.READ) == errno.ENOMEM
+    assert [vma.npages for vma in space.vmas] == [BLOCK, 2 * BLOCK]
+    assert refused(bench, commands_process.mprotect, *place(bench, 1, 1), Prot.READ) == errno.ENOMEM
 
 
 def test_discard_rounds_down_to_whole_pages(bench: Any) -> None:
@@ -326,6 +369,23 @@ def test_first_word_counts_when_devices_ask_for_a_hugetlb_page(bench: Any) -> No
 
     assert fault(0, both) == [range_fault.VALID] * 2
     assert fault(both, 0) == [range_fault.VALID | range_fault.WRITE] * 2
+
+
+def test_words_have_an_order_when_a_hugetlb_page_is_not_there(bench: Any) -> None:
+    """hmm_vma_walk_hugetlb_entry() adds it to whatever the entry is, and a page's place in it; without a table: 0."""
+    bench.map(2 * BLOCK, flags=PRIVATE)
+
+    def snapshot() -> list[int]:
+        sequence = bench.call(commands_hmm.read_begin, bench.mirror, bench.notifier)
+        found: list[int] = bench.call(
+            commands_hmm.range_fault, bench.mirror, bench.notifier, sequence, bench.span(8, 2), 0
+        ).words.tolist()
+        return found
+
+    assert snapshot() == [0, 0]
+    bench.read(BLOCK, 1)
+    order = 9 << range_fault.ORDER_SHIFT
+    assert snapshot() == [order | 8, order | 9]
 
 
 def test_devices_see_huge_pages_that_cannot_leave(bench: Any) -> None:
