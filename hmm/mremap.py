@@ -312,12 +312,16 @@ def _move_or_return(space: AddressSpace, old: AddressRange, new: AddressRange) -
     """Move the entries; when directories run out half-way, back to where they were, and the new VMA goes."""
     if space.keeps_tables:
         _move_tables(space, old, new)
-    try:
-        yield from _move_entries(space, old, new.start)
-    except OutOfFramesError:
-        yield from _move_entries(space, AddressRange(new.start, new.start + old.size_bytes), old.start)
-        yield from unmap(space, new)
-        raise
+    moved = yield from _move_entries(space, old, new.start)
+    if moved == old.end:
+        return
+    back = AddressRange(new.start, new.start + moved - old.start)
+    if back:
+        with space.notifier.invalidation((back,), Cause.MREMAP_MOVE, certain=True) as bracket:
+            yield from bracket.deliver()
+            yield from _move_entries(space, back, old.start)
+    yield from unmap(space, new)
+    raise OutOfFramesError(f"mremap of {old}: directories run out at {moved:#x}", address=moved)
 
 
 def _move_tables(space: AddressSpace, old: AddressRange, new: AddressRange) -> None:
@@ -348,8 +352,11 @@ def _realigned(space: AddressSpace, old: AddressRange, shift: int) -> Address:
     return start
 
 
-def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[None]:
-    """move_page_tables(): every piece is moved whole or not at all."""
+def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Operation[Address]:
+    """move_page_tables(): every piece is moved whole or not at all.
+
+    Returns: how far it came: not to the end when there were no directories.
+    """
     tables = _whole_tables(space, old, target - old.start) if space.tracks_writes else None
     for number, piece in enumerate(space.table.populated(old.start, old.end)):
         if number:
@@ -362,7 +369,8 @@ def _move_entries(space: AddressSpace, old: AddressRange, target: Address) -> Op
             space.table.fill(start, start + piece.size_bytes, moved)
         except OutOfFramesError:
             space.table.fill(piece.start, piece.end, entries)
-            raise
+            return piece.start
+    return old.end
 
 
 def _whole_tables(space: AddressSpace, old: AddressRange, shift: int) -> tuple[AddressRange, AddressRange]:

@@ -17,7 +17,7 @@ from hmm.events import Cause, EventState, EventType, Reason
 from hmm.mman import MapFlag, munmap
 from hmm.mremap import MremapFlag, mremap
 from hmm.operation import WaitFor
-from hmm.units import PAGE_SIZE, PIECE_PAGES, PMD_SIZE, TASK_SIZE
+from hmm.units import PAGE_SIZE, PIECE_PAGES, PMD_SIZE, TASK_SIZE, AddressRange
 from hmm.vma import Prot, VmFlag
 
 MAYMOVE, DONTUNMAP = MremapFlag.MAYMOVE, MremapFlag.DONTUNMAP
@@ -461,12 +461,19 @@ def test_mremap_moves_back_when_directories_run_out(world: Any, directories: int
     for page in (0, PIECE_PAGES, PIECE_PAGES + 511, 2 * PIECE_PAGES):
         fill(world, space, page, "a")
     before = space.table.read(at(0), at(npages))
+    listener = world.listen(space)
+    new = (1 << 39) // PAGE_SIZE + 256
     with pytest.raises(OutOfFramesError) as error:
-        remap(world, space, (0, npages), npages, flags, (1 << 39) // PAGE_SIZE + 256)
+        remap(world, space, (0, npages), npages, flags, new)
     assert error.value.errno == errno.ENOMEM
     assert layout(space) == f"0-{npages}:rw-p"
     assert np.array_equal(space.table.read(at(0), at(npages)), before)
     space.table.check()
+    # move_vma() calls move_page_tables() for what had moved, then do_vmi_munmap(), each of which tells.
+    told = [(event.cause, event.spans[0]) for event in listener.events if event.spans[0].start == at(new)]
+    moved = 0 if directories == 7 else PIECE_PAGES
+    back = [(Cause.MREMAP_MOVE, AddressRange(at(new), at(new + moved)))] if moved else []
+    assert told == [*back, (Cause.MUNMAP, AddressRange(at(new), at(new + npages)))]
 
 
 def test_mremap_changes_nothing_when_a_mirror_does_not_answer(world: Any, space: AddressSpace) -> None:
