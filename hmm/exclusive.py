@@ -258,7 +258,7 @@ def _take(
             ours = (entries & _WRITABLE == _WRITABLE) & (cpu_pte.cpu_pfn(entries) == pfns)
             if _is_taken_back(space, spans) or not ours.all() or cpu_pte.is_huge(entries).any():
                 return None
-            taken = ~space.frames.test_flags(pfns, PageFlag.HWPOISON)  # memory_failure() is waiting for these
+            taken = np.ones(pfns.size, np.bool_)
             taken[heads] = False
             _set_exclusive(space, addresses[taken], entries[taken])
             for at, known in zip(heads, told, strict=True):

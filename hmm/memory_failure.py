@@ -17,10 +17,14 @@ and write.  A page that is in swap as well is read from there again.
 hwpoison_user_mappings(), identify_page_state(), mf_generic_kill_procs()), mm/rmap.c (try_to_unmap_one() with
 TTU_HWPOISON), 6.12.
 
-**Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON.
+**Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON, but while a
+call waits for the frame's lock, or for the mirrors that it has told.
 
 **Absent**: hugetlb pages (EOPNOTSUPP), MADV_SOFT_OFFLINE, unpoisoning; the signal that the kernel sends at once to who
 had the page dirty, as there are no signals: the touch gets it.
+
+Differs: what a device takes for itself while this waits for the page is taken from it, as in 7.0.  In 6.12 such a page
+is mapped nowhere: its device, and then the CPU, go on with what is lost.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ _NAMES = np.array(ULONG_MAX & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
 """The kind of an entry, and its frame."""
 _DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESENT, np.uint64)
 _HUGE_WRITTEN, _SOFT_DIRTY = np.uint64(cpu_pte.HUGE | cpu_pte.DIRTY), np.uint64(cpu_pte.SOFT_DIRTY)
-_MAPPED = np.array(cpu_pte.PRESENT | cpu_pte.DEVICE, np.uint64)
+_MAPPED = cpu_pte.PRESENT | cpu_pte.DEVICE
 _PAGE_STATE = np.array(
     PageFlag.ANON
     | PageFlag.ANON_EXCLUSIVE
@@ -174,7 +174,8 @@ def unmap_everywhere(
 
     Args:
         only_where_mapped: do not tell those who could map a page and do not.
-        cause, certain: of the events, as for `Notifier.invalidation`.
+        cause, certain: of the events, as for `Notifier.invalidation`; what is certain takes pages that a device has to
+            itself too.
 
     Returns: whether there was anything to be replaced.
 
@@ -193,7 +194,7 @@ def unmap_everywhere(
     for place in in_walk_order(held.places()):
         pfns = held.pfns[place.pages]
         possible = of_file[place.pages] if place.of_file else ~of_file[place.pages] & place.space.may_map(pfns)
-        naming = _names(place.space.table.lookup(place.addresses), pfns) & possible
+        naming = _names(place.space, place.space.table.lookup(place.addresses), pfns, certain) & possible
         chosen = possible & (mappings[place.pages] > 0)
         if only_where_mapped:
             chosen &= naming
@@ -208,7 +209,7 @@ def unmap_everywhere(
             yield from bracket.deliver()
             for place in [place for place in held.places() if place.space is space]:
                 entries = space.table.lookup(place.addresses)
-                naming = _names(entries, held.pfns[place.pages])
+                naming = _names(space, entries, held.pfns[place.pages], certain)
                 naming &= among(page_numbers(place.addresses), pages)
                 named = held.pfns[place.pages][naming]
                 stand_in(space, place.addresses[naming], entries[naming], named)
@@ -305,8 +306,10 @@ def are_names_of(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
     return names
 
 
-def _names(entries: Entries, pfns: Pfns) -> npt.NDArray[np.bool_]:
-    mapped = ((entries & _MAPPED) != 0) & ~cpu_pte.is_special(entries)
+def _names(space: AddressSpace, entries: Entries, pfns: Pfns, exclusive: bool) -> npt.NDArray[np.bool_]:
+    # In 6.12 what a device has to itself is mapped nowhere: page_make_device_exclusive_one().
+    bits = _MAPPED | (cpu_pte.EXCLUSIVE if exclusive or not space.semantics.exclusive_ranges else 0)
+    mapped = ((entries & np.uint64(bits)) != 0) & ~cpu_pte.is_special(entries)
     result: npt.NDArray[np.bool_] = mapped & (cpu_pte.cpu_pfn(entries) == pfns)
     return result
 

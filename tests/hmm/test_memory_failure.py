@@ -16,7 +16,7 @@ from hmm import commands_process as processes
 from hmm import cpu_pte, pagemap
 from hmm.address_space import Thp
 from hmm.errors import EHWPOISON, Signal, WouldDeadlockError
-from hmm.events import EventType, Reason
+from hmm.events import Cause, EventType, Reason
 from hmm.frames import PageFlag, RegionKind
 from hmm.limits import Limits
 from hmm.madvise import Advice
@@ -430,6 +430,31 @@ def test_failure_waits_for_a_migration_that_has_the_page_and_then_takes_it(world
     assert [int(word) for word in moving.result.src] == [0]
     machine.check()
     assert signals(world, 1) == signals(world, 1, pid=child) == [Signal.BUS_POISON]
+
+
+def test_failure_waits_for_a_device_that_takes_the_page_and_then_takes_it_from_there(world: World) -> None:
+    """make_device_exclusive_range() has the page locked, and does not ask whether it failed: try_to_unmap_one()."""
+    machine = world.machine
+    write(world, 0, 2)
+    slow, mirror = (
+        world.do(hmm.attach, world.do(devices.register_device, name), world.pid) for name in ("slow", "card")
+    )
+    for one in (slow, mirror):
+        world.do(hmm.insert_notifier, one, START, 2 * PAGE_SIZE)
+    taking = world.start(hmm.make_exclusive, mirror, span(1))
+    (owed,) = world.settle(slow)
+    failing = world.start(processes.madvise, world.pid, START + PAGE_SIZE, PAGE_SIZE, Advice.HWPOISON)
+    assert machine.blockers(failing) == [taking.id]
+    machine.answer(slow, owed.sequence)
+    (told,) = world.settle(slow)
+    assert taking.result.tolist() != [0]
+    assert told.event.cause is Cause.MEMORY_FAILURE
+    machine.answer(slow, told.sequence)
+    world.settle()
+    assert failing.done
+    assert failing.error is None
+    machine.check()
+    assert signals(world, 2) == [None, Signal.BUS_POISON]
 
 
 def test_failure_leaves_a_page_to_the_migration_that_has_it_when_it_may_not_wait(world: World) -> None:
