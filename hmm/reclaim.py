@@ -12,8 +12,9 @@ It takes no turn and holds nothing that others could wait for but notifier brack
 finds that all which could go is others' already waits for them.  Frames that come free belong to who reclaimed them,
 until it yields: so whoever has made room goes on by a page at least.
 
-Pages in locked mappings, pinned, held exclusively by a device, referenced by anybody else, or about to change in
-another way (an invalidation of their range runs) stay where they are.
+Pages in locked mappings, pinned, referenced or locked by anybody else, or about to change in another way (an
+invalidation of their range runs) stay where they are.  So does what a device has to itself in 6.12, where it is mapped
+nowhere and referred to; in 7.0 it stays mapped, and goes.
 
 **Source**: Linux mm/vmscan.c (shrink_inactive_list(), shrink_active_list(), folio_check_references(),
 shrink_folio_list(), too_many_isolated()), mm/rmap.c (folio_referenced_one(), try_to_unmap_one()), mm/shmem.c
@@ -28,8 +29,8 @@ are shared memory, so their pages go to swap as well; the memory of devices (dev
 Differs: the kernel finds the entries of a page by the reverse map, one page at a time; here all page tables are looked
 through once for a batch of pages, as its multi-generational LRU does to age them.  Pages come to the lists when memory
 is first short, in order of their frame numbers, which is that of their allocation.  One event for all pages of an
-address space, where the kernel sends one per page.  Pages that a device holds exclusively do not go; the kernel takes
-them from it when memory is short.
+address space, where the kernel sends one per page.  Of merged pages only those go that one entry names: what comes back
+for several may be needed at several offsets (ksm_might_need_to_copy()).
 """
 
 from __future__ import annotations
@@ -214,11 +215,15 @@ class Reclaim:
         return freed
 
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
-        """Make pages of ranges that no other process maps the next to go, unless they are used: MADV_COLD."""
+        """Make pages of ranges that no other process maps unused, and the active ones inactive: MADV_COLD.
+
+        Source: Linux mm/swap.c, lru_deactivate(): these are the last to go of the inactive ones.
+        """
         for span in spans:
             for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
                 for mapped in (self._mapped_once(space, piece), *self._whole_folios(space, piece)):
                     space.table.store(mapped.addresses, mapped.entries & _NOT_ACCESSED)
+                    self.frames.rotate(mapped.pfns[self.frames.test_flags(mapped.pfns, PageFlag.ACTIVE)])
                     self.frames.clear_flags(mapped.pfns, PageFlag.ACTIVE | PageFlag.REFERENCED)
 
     # ---- one batch
@@ -267,7 +272,8 @@ class Reclaim:
             barred[part.pfns[_barred(part)]] = True
         refcount, mapcount, flags = frames.refcount[:top], frames.mapcount[:top], frames.flags[:top]
         anonymous, cached = (flags & np.uint16(PageFlag.ANON)) != 0, frames.private[:top] != 0
-        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint16(PageFlag.COMPOUND | PageFlag.KSM)) == 0)
+        evictable = ((flags & _ON_LISTS) != 0) & ((flags & np.uint16(PageFlag.COMPOUND)) == 0)
+        evictable &= ((flags & np.uint16(PageFlag.KSM)) == 0) | (mapcount == 1)
         if frames.swap is None:
             evictable &= (flags & np.uint16(PageFlag.SWAPBACKED)) == 0
         fresh = np.flatnonzero(evictable & ((flags & _LRU) == 0))
@@ -336,14 +342,15 @@ class Reclaim:
             mapped: the entries that name the victims.
             victims: int64[n], ascending; a large folio comes by itself.
         """
+        locks, operation = self.frames.locks, self.current.operation_id
+        victims = victims[~locks.are_locked(victims)]  # folio_trylock()
         if not victims.size:
             return 0
-        operation = self.current.operation_id
         self.frames.get(victims)
         self.running.append(operation)
         freed = 0
         try:
-            with ExitStack() as brackets:
+            with ExitStack() as brackets, locks.lock(victims, operation):
                 told = yield from self._tell(mapped, brackets)
                 freed = self._swap_out(told, victims)
         finally:
@@ -492,8 +499,8 @@ class Reclaim:
         """Pages of a range that one entry names, and could go."""
         frames = self.frames
         part = _mapped(space, frames.regions[SYSTEM_REGION].top, span)
-        chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND | PageFlag.KSM) & (frames.mapcount[part.pfns] == 1)
-        chosen &= ~_barred(part)
+        chosen = ~frames.test_flags(part.pfns, PageFlag.COMPOUND) & (frames.mapcount[part.pfns] == 1)
+        chosen &= ~_barred(part) & cpu_pte.is_present(part.entries)
         return part.of(chosen & frames.test_flags(part.pfns, PageFlag.ANON | PageFlag.SWAPBACKED))
 
     def _are_kept_for_pins(self, pfns: Pfns) -> _Mask:
@@ -530,7 +537,7 @@ def _mapped(space: AddressSpace, top: int, span: AddressRange = WHOLE_SPACE) -> 
 def _as_it_is(part: _Mapped) -> _Mapped:
     """What of it names the same page still, and has not been locked."""
     entries = part.space.table.lookup(part.addresses)
-    same = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == part.pfns)
+    same = cpu_pte.holds_frame(entries) & ~cpu_pte.is_special(entries) & (cpu_pte.cpu_pfn(entries) == part.pfns)
     return _Mapped(part.space, part.addresses, entries, part.pfns).of(same & ~_locked(part))
 
 
@@ -548,10 +555,11 @@ def _in_walk_order(parts: Iterable[_Mapped]) -> list[_Mapped]:
 
 
 def _barred(part: _Mapped) -> _Mask:
-    """bool[n]: which entries keep their page where it is: exclusive ones, those in locked and in changing ranges."""
-    barred: _Mask = cpu_pte.is_device_exclusive(part.entries)
-    busy = [span for running in part.space.notifier.invalidations for span in running.spans]
-    return barred | _locked(part) | _inside(part.addresses, busy)
+    """bool[n]: which entries keep their page where it is: those in locked and in changing ranges, of locked pages."""
+    space = part.space
+    busy = [span for running in space.notifier.invalidations for span in running.spans]
+    barred = space.frames.locks.are_locked(part.pfns) | _locked(part) | _inside(part.addresses, busy)
+    return barred | cpu_pte.is_device_exclusive(part.entries) if space.semantics.exclusive_ranges else barred
 
 
 def _locked(part: _Mapped) -> _Mask:

@@ -31,6 +31,7 @@ from hmm.operation import Await, WaitFor
 from hmm.operation_record import Caller
 from hmm.range_fault import REQ_FAULT, VALID
 from hmm.receiver import DeadlinePolicy
+from hmm.semantics import LINUX_6_12, LINUX_7, Semantics
 from hmm.smaps import MemoryUse, memory_use
 from hmm.swap_area import SwapArea
 from hmm.units import PAGE_SIZE, AddressRange
@@ -45,11 +46,12 @@ class Memory:
     """A process with 64 writable pages on a machine with 32 frames."""
 
     limits: Limits = SMALL
+    semantics: Semantics = LINUX_6_12
     local: Local = field(init=False)
     pid: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.local = Local(Machine(self.limits))
+        self.local = Local(Machine(self.limits, semantics=self.semantics))
         self.pid = self.call(processes.create_process, "p")
         self.call(processes.mmap, self.pid, START, 64 * PAGE_SIZE, RW, FIXED)
 
@@ -168,13 +170,65 @@ def test_reclaim_unmaps_shared_memory_that_is_pinned_and_leaves_it_in_its_file()
 
 
 def test_reclaim_leaves_pages_that_a_device_has_to_itself() -> None:
-    """Exclusive entries stay until the CPU wants the page."""
+    """They are mapped nowhere, so that nothing unmaps them, and their entries refer to them: __remove_mapping()."""
     memory = Memory()
     device = memory.call(devices.register_device, "gpu")
     mirror = memory.call(hmm.attach, device, memory.pid)
     memory.call(hmm.make_exclusive, mirror, span(0, 2))
     memory.write(span(2, 60))
     assert all(cpu_pte.is_device_exclusive(entry) for entry in memory.entries(span(0, 2)))
+
+
+def test_reclaim_takes_pages_that_a_device_has_to_itself_today() -> None:
+    """try_to_unmap_one() finds them by their exclusive entries, as they stay mapped; they stay the process's own.
+
+    Source: Linux 7.0, mm/rmap.c, make_device_exclusive(), which removes no mapping.
+    """
+    memory = Memory(semantics=LINUX_7)
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(hmm.attach, device, memory.pid)
+    memory.call(hmm.insert_notifier, mirror, START, 64 * PAGE_SIZE)
+    memory.write(span(0, 2), 9)
+    pfns = np.concatenate([memory.call(hmm.make_exclusive, mirror, span(page)) for page in (0, 1)])
+    assert pfns.all()
+    pages = np.array([START, START + PAGE_SIZE], np.uint64)
+    memory.call(hmm.write_frames, mirror, pages, pfns, b"\5" * 2 * PAGE_SIZE)
+    memory.write(span(2, 60))
+    assert all(memory.swapped(span(0, 2)))
+    assert all(entry & cpu_pte.SWP_EXCLUSIVE for entry in memory.entries(span(0, 2)))
+    with pytest.raises(HmmError):
+        memory.call(hmm.read_frames, mirror, pages, pfns)
+    assert memory.read(span(0, 2)) == [5, 5]
+
+
+def test_pageout_passes_over_pages_that_a_device_has_to_itself() -> None:
+    """madvise_cold_or_pageout_pte_range(): their entries are not present."""
+    memory = Memory()
+    device = memory.call(devices.register_device, "gpu")
+    mirror = memory.call(hmm.attach, device, memory.pid)
+    memory.call(hmm.make_exclusive, mirror, span(0))
+    memory.write(span(1))
+    memory.advise(span(0, 2), Advice.PAGEOUT)
+    assert memory.swapped(span(0, 2)) == [False, True]
+
+
+def test_pages_that_go_out_are_locked_until_they_have_gone() -> None:
+    """shrink_folio_list() holds the lock of each: nobody takes one of them for a device, or moves it there."""
+    world = World(limits=SMALL)
+    write = world.start(processes.write_memory, world.pid, START, bytes(8 * PAGE_SIZE))
+    world.settle()
+    assert write.done
+    going = world.start(processes.madvise, world.pid, START, 4 * PAGE_SIZE, Advice.PAGEOUT)
+    told = world.sent()
+    assert not going.done
+    space = world.machine.processes[world.pid].space
+    pfns = cpu_pte.cpu_pfn(space.table.read(START, START + 8 * PAGE_SIZE))
+    assert world.machine.frames.locks.are_locked(pfns).tolist() == [True] * 4 + [False] * 4
+    for one in told:
+        world.machine.answer(one.mirror_id, one.sequence)
+    world.settle()
+    assert going.done
+    assert not world.machine.frames.locks.held
 
 
 def test_mirrors_are_told_before_a_page_goes_out() -> None:
@@ -597,6 +651,21 @@ def test_cold_pages_go_first() -> None:
     assert not any(memory.swapped(span(0, 20)))
 
 
+def test_cold_pages_that_were_active_are_the_last_of_the_inactive_ones_to_go() -> None:
+    """lru_deactivate() puts them at the head of the inactive list; others it leaves where they are."""
+    memory = Memory()
+    memory.write(span(0, 8))
+    space = memory.machine.processes[memory.pid].space
+    pfns = cpu_pte.cpu_pfn(space.table.read(START, START + 8 * PAGE_SIZE))
+    frames = memory.machine.frames
+    frames.set_flags(pfns[:2], PageFlag.ACTIVE | PageFlag.LRU)
+    before = frames.lru[pfns].copy()
+    memory.advise(span(0, 4), Advice.COLD)
+    assert frames.lru[pfns[2:]].tolist() == before[2:].tolist()
+    assert before.max() < frames.lru[pfns[0]] < frames.lru[pfns[1]]
+    assert not frames.test_flags(pfns, PageFlag.ACTIVE).any()
+
+
 @pytest.mark.parametrize("advice", [Advice.SEQUENTIAL, Advice.RANDOM])
 def test_use_of_pages_does_not_count_where_it_says_nothing_of_the_next(advice: Advice) -> None:
     """invalid_folio_referenced_vma(): folio_referenced() asks no VMA without vma_has_recency(), nor clears its bits."""
@@ -616,6 +685,23 @@ def test_pageout_leaves_what_another_process_maps() -> None:
     memory.write(span(1), 2)
     memory.advise(span(0, 2), Advice.PAGEOUT)
     assert memory.swapped(span(0, 2)) == [False, True]
+
+
+def test_pageout_takes_a_merged_page_that_one_entry_names() -> None:
+    """madvise_cold_or_pageout_pte_range() asks for the map count, not whether the page was merged: rmap_walk_ksm()."""
+    memory = Memory()
+    memory.write(span(0, 3), 7)
+    memory.advise(span(0, 3), Advice.MERGEABLE)
+    for _ in range(3):
+        memory.call(processes.scan_ksm)
+    space = memory.machine.processes[memory.pid].space
+    assert space.frames.test_flags(cpu_pte.cpu_pfn(space.table.read(START, START + PAGE_SIZE)), PageFlag.KSM).all()
+    memory.advise(span(0, 3), Advice.PAGEOUT)
+    assert not any(memory.swapped(span(0, 3)))
+    memory.write(span(1, 2), 8)
+    memory.advise(span(0), Advice.PAGEOUT)
+    assert memory.swapped(span(0)) == [True]
+    assert memory.read(span(0)) == [7]
 
 
 def test_call_waits_for_others_that_reclaim_when_they_have_all_pages() -> None:
