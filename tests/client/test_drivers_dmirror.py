@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,11 +20,12 @@ from hmm.errors import (
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
+    RangeBusyError,
 )
 from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
-from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, MirrorId, Pfns, ProcessId
+from hmm.units import PAGE_SIZE, TASK_SIZE, Address, AddressRange, Entries, MirrorId, Pfns, ProcessId
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.drivers.control import decode, encode
@@ -376,6 +378,45 @@ def test_accesses_of_bytes_reach_parts_of_pages(bench: Bench) -> None:
     for address, length in ((page(0), 0), (TASK_SIZE - 1, 2)):
         with pytest.raises(InvalidRequestError):
             handle.load(address, length)
+
+
+class Changing(InProcessHmm):
+    """A world in which every range changes before a reply about it is there."""
+
+    def read_retry(self, mirror_id: MirrorId, number: int, sequence: int) -> bool:
+        """Always."""
+        return True
+
+
+class Invalidated(InProcessHmm):
+    """A world in which every range changes before it is looked at."""
+
+    def range_fault(
+        self, mirror_id: MirrorId, number: int, sequence: int, span: AddressRange, default_flags: int
+    ) -> Entries:
+        """Never."""
+        raise RangeBusyError("it changed", address=span.start)
+
+
+@pytest.mark.parametrize("world", [Changing, Invalidated])
+def test_read_gives_up_when_changes_overtake_it_for_too_long(clean: Bench, world: type[InProcessHmm]) -> None:
+    """HMM_RANGE_DEFAULT_TIMEOUT in dmirror_range_fault(): EBUSY."""
+    handle = hurried(clean, world)
+    with pytest.raises(RangeBusyError, match="EBUSY"):
+        handle.read(page(0), 1)
+
+
+def test_snapshot_gives_up_when_changes_overtake_it_for_too_long(clean: Bench) -> None:
+    """HMM_RANGE_DEFAULT_TIMEOUT in dmirror_range_snapshot(): EBUSY."""
+    handle = hurried(clean, Invalidated)
+    with pytest.raises(RangeBusyError, match="EBUSY"):
+        handle.snapshot(page(0), 1)
+
+
+def hurried(bench: Bench, world: type[InProcessHmm]) -> Handle:
+    """A handle in a world of its own, which gives up soon."""
+    profile = replace(CLEAN, range_timeout_s=0.01)
+    return Card(world(bench.local), "hurried", pages=16, profile=profile).open(bench.process)
 
 
 class Overtaking(InProcessHmm):

@@ -31,6 +31,7 @@ import errno as errnos
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from time import monotonic
 from typing import TypeAlias
 
 import numpy as np
@@ -97,7 +98,8 @@ __all__ = [
 ]
 
 
-_RangeFault: TypeAlias = Callable[[AddressRange, int], tuple[Entries, int]]
+_RangeFault: TypeAlias = Callable[[AddressRange, int, float], tuple[Entries, int]]
+"""Faults a range with flags until a deadline in seconds.  Returns: its words, and the sequence that they hold for."""
 
 
 _LOCAL = {
@@ -289,7 +291,7 @@ class Handle:
         parts = []
         for batch in self._batches(span):
             with _alive("snapshot"):
-                parts.append(self.card.shown(self._range_fault(batch, 0)[0]))
+                parts.append(self.card.shown(self._range_fault(batch, 0, self._deadline())[0]))
         return Reply(npages, 0, b"".join(parts))
 
     def exclusive(self, address: Address, npages: int) -> Reply:
@@ -451,15 +453,18 @@ class Handle:
         """
         flags = words_of.REQ_FAULT | (words_of.REQ_WRITE if write else 0)
         for batch in self._batches(span):
+            deadline = self._deadline()
             try:
-                while not self._fault_batch(batch, fault, flags, write=write):
+                while not self._fault_batch(batch, fault, flags, deadline, write=write):
                     pass
             except NoSuchObjectError as error:
                 raise BadAddressError(error.message, address=batch.start) from error
 
-    def _fault_batch(self, batch: AddressRange, fault: _RangeFault, flags: int, *, write: bool) -> bool:
+    def _fault_batch(
+        self, batch: AddressRange, fault: _RangeFault, flags: int, deadline: float, *, write: bool
+    ) -> bool:
         """Returns: False when the range changed before its pages could be entered."""
-        words, sequence = fault(batch, flags)
+        words, sequence = fault(batch, flags, deadline)
         with self._lock:
             if self._hmm.read_retry(self.id, self._notifier, sequence):
                 return False
@@ -468,9 +473,14 @@ class Handle:
             self._own_page_is_read_only(AddressRange(batch.start + (count << PAGE_SHIFT), batch.end))
         return True
 
-    def _range_fault(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+    def _deadline(self) -> float:
+        return monotonic() + self._profile.range_timeout_s
+
+    def _range_fault(self, span: AddressRange, flags: int, deadline: float) -> tuple[Entries, int]:
+        """dmirror_range_fault(), dmirror_range_snapshot(): repeated while changes overtake it, until the deadline."""
         inside_space = part_inside(span)
         while True:
+            _require_before(deadline, span)
             sequence, words = self._hmm.read_begin(self.id, self._notifier), np.empty(0, np.uint64)
             try:
                 if inside_space:
@@ -479,11 +489,12 @@ class Handle:
             except RangeBusyError:
                 continue
 
-    def _range_fault_unlocked(self, span: AddressRange, flags: int) -> tuple[Entries, int]:
+    def _range_fault_unlocked(self, span: AddressRange, flags: int, deadline: float) -> tuple[Entries, int]:
         inside_space = part_inside(span)
         if not inside_space:
-            return self._range_fault(span, flags)
+            return self._range_fault(span, flags, deadline)
         while True:
+            _require_before(deadline, span)
             try:
                 words, sequence = self._hmm.range_fault_unlocked(self.id, self._notifier, inside_space, flags)
                 return _with_outside(words, span, flags), sequence
@@ -579,6 +590,11 @@ def _checked(operation: str, address: Address, npages: int) -> AddressRange:
     if npages > _PAGES_MAX:
         raise OutOfFramesError(f"{operation}: {npages:,} pages are too many for any buffer")
     return AddressRange(address, address + (npages << PAGE_SHIFT))
+
+
+def _require_before(deadline: float, span: AddressRange) -> None:
+    if monotonic() > deadline:
+        raise RangeBusyError(f"range fault: {span} was changed again and again", address=span.start)
 
 
 def _with_outside(words: Entries, span: AddressRange, flags: int) -> Entries:

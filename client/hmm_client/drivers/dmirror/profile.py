@@ -28,6 +28,8 @@ class Profile:
         end_included: an event of [a, b) takes the entry of page b too.
         faults_own_pages_back: a device write to a page of its own that is read-only brings the page back and goes on;
             otherwise it fails with EFAULT, as hmm_range_fault() does not enforce writing there.
+        range_timeout_s: how long a range fault or a snapshot is repeated that changes overtake; then it is EBUSY.
+            HMM_RANGE_DEFAULT_TIMEOUT is one second, which a busy machine may need for nothing at all.
         exclusive_errno: what every failure of EXCLUSIVE is; 0 for what it really was.
         ignores_own_migrations: entries stay while their pages move, and whoever uses the handle at the same time
             reaches pages that are the device's no more; otherwise they go first.
@@ -40,6 +42,7 @@ class Profile:
     tags_holes: bool
     end_included: bool
     faults_own_pages_back: bool
+    range_timeout_s: float
     exclusive_errno: int
     ignores_own_migrations: bool
 
@@ -52,6 +55,7 @@ LINUX_6_12_CORRECTED = Profile(
     tags_holes=True,
     end_included=True,
     faults_own_pages_back=False,
+    range_timeout_s=1.0,
     exclusive_errno=errnos.EBUSY,
     ignores_own_migrations=True,
 )
@@ -63,6 +67,7 @@ LINUX_7_CORRECTED = Profile(
     tags_holes=False,
     end_included=True,
     faults_own_pages_back=False,
+    range_timeout_s=1.0,
     exclusive_errno=0,
     ignores_own_migrations=True,
 )
@@ -74,6 +79,7 @@ CLEAN = Profile(
     tags_holes=True,
     end_included=False,
     faults_own_pages_back=True,
+    range_timeout_s=60.0,
     exclusive_errno=0,
     ignores_own_migrations=False,
 )
