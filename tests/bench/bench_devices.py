@@ -226,14 +226,15 @@ def _pagemap(npages: int) -> Callable[[], float]:
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     view = np.frombuffer(memory, np.uint8)
     view[::PAGE_SIZE] = 1
-    start = view.ctypes.data >> PAGE_SHIFT
 
     def read() -> float:
+        start = view.ctypes.data >> PAGE_SHIFT  # the function keeps the memory mapped
         descriptor = os.open("/proc/self/pagemap", os.O_RDONLY)
         began = thread_time_ns()
-        os.pread(descriptor, npages * 8, start * 8)
+        words = os.pread(descriptor, npages * 8, start * 8)
         took = thread_time_ns() - began
         os.close(descriptor)
+        assert np.bitwise_and.reduce(np.frombuffer(words, np.uint64)) >> np.uint64(63), "a page is not there"
         return took
 
     return read
