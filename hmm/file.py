@@ -219,7 +219,7 @@ class File:
         swapped = cpu_pte.is_swap(before)
         if swapped.any():
             slots = slots_of(before)
-            self.frames.scatter(pfns[swapped], area_of(self.frames).gather(slots))
+            self.frames.load(pfns[swapped], area_of(self.frames), slots)
             self.frames.set_flags(pfns[swapped], PageFlag.DIRTY)
             free_entries(self.frames, slots)
 

@@ -186,6 +186,27 @@ class FrameContents:
             for at in range(0, targets.size, _COPY_PAGES):
                 rows[targets[at : at + _COPY_PAGES]] = rows[sources[at : at + _COPY_PAGES]]
 
+    def load(self, targets: Pfns, other: FrameContents, sources: Pfns) -> None:
+        """Copy whole frames of another memory, `sources[i]` there to `targets[i]` here.
+
+        Args:
+            targets, sources: as for `copy`.
+
+        Cost: about 0.3 us per page, half as much again when neither are consecutive.
+        """
+        _assert_writable(targets)
+        other._settle(sources)
+        self._stale[as_index(targets)] = False
+        rows, targets, sources = other._rows, self._places(targets), other._places(sources)
+        to, since = as_slice(targets), as_slice(sources)
+        if to is not None:
+            np.take(rows, sources, axis=0, out=self._rows[to], mode="clip")
+        elif since is not None:
+            self._rows[targets] = rows[since]
+        else:
+            for at in range(0, targets.size, _COPY_PAGES):
+                self._rows[targets[at : at + _COPY_PAGES]] = rows[sources[at : at + _COPY_PAGES]]
+
     def exchange(self, targets: Pfns, sources: Pfns) -> None:
         """Let `targets[i]` hold what `sources[i]` holds, and the reverse, while the bytes stay where they are.
 

@@ -80,8 +80,6 @@ _LARGEST = 8192
 """No more are."""
 _ROUNDS = 16
 """MAX_RECLAIM_RETRIES: how often in a row memory may be taken away by others before it counts as none."""
-_COPY_PAGES = 64
-"""Pages written at once: they stay in the second-level cache."""
 
 _ON_LISTS = np.uint16(PageFlag.ANON | PageFlag.SWAPBACKED)
 _LRU = np.uint16(PageFlag.LRU)
@@ -444,8 +442,7 @@ class Reclaim:
         """Slots with the contents of pages, named by so many entries: swap_writepage()."""
         area = area_of(self.frames)
         slots = area.allocate(counts.astype(np.int32))
-        for at in range(0, pfns.size, _COPY_PAGES):
-            area.scatter(slots[at : at + _COPY_PAGES], self.frames.gather(pfns[at : at + _COPY_PAGES]))
+        area.load(slots, self.frames, pfns)
         return slots
 
     def _unmap(self, part: _Mapped, slots: Slots, nothing_left: _Mask, positions: npt.NDArray[np.intp]) -> None:

@@ -89,5 +89,5 @@ def read_in(frames: Frames, slots: Slots) -> Pfns:
     Cost: O(n), and the copying.  Source: Linux mm/page_io.c, swap_read_folio().
     """
     pfns = frames.allocate(slots.size)
-    frames.scatter(pfns, area_of(frames).gather(slots))
+    frames.load(pfns, area_of(frames), slots)
     return pfns

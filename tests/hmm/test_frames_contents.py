@@ -124,6 +124,23 @@ def test_copy_of_the_zero_page_clears_its_target(frames: Frames) -> None:
     assert not frames.gather(pfns(4, 9, 6)).any()
 
 
+@pytest.mark.parametrize("targets", [np.arange(1, 101), 200 - np.arange(100)])
+@pytest.mark.parametrize("sources", [np.arange(11, 111), 1 + np.random.default_rng(6).permutation(100)])
+def test_load_copies_from_another_memory(frames: Frames, targets: Pfns, sources: Pfns) -> None:
+    """Consecutive and scattered frames, some of them stale or in the rows of others, on both sides."""
+    other = Frames(200, 0)
+    other.scatter(other.allocate(150), pattern(150))
+    other.clear(pfns(20))
+    other.exchange(pfns(30, 31), pfns(131, 60))
+    frames.exchange(pfns(50, 51), pfns(140, 250))
+    frames.clear(pfns(7, 190))
+    expected = other.gather(sources)
+    frames.load(targets, other, sources)
+    assert np.array_equal(frames.gather(targets), expected)
+    assert np.array_equal(other.gather(sources), expected)
+    frames.check()
+
+
 def test_frames_that_trade_places_hold_what_the_others_held(frames: Frames) -> None:
     """Consecutive and scattered ones, again and again, and stale ones too; then every access finds the right row."""
     frames.scatter(np.arange(1, 31), pattern(30))
