@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno as errnos
 import os
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -98,9 +100,29 @@ def tls_credentials(
     Args:
         ca: who signed the daemon's certificate; None: the system's authorities.
         certificate, key: the client's own, when the daemon demands one.
+
+    Raises:
+        OSError: a file cannot be read, or holds something else.
     """
     pem = [Path(path).read_bytes() if path is not None else None for path in (ca, key, certificate)]
+    _require_usable(ca, certificate, key)
     return grpc.ssl_channel_credentials(*pem)
+
+
+def _require_usable(ca: str | Path | None, certificate: str | Path | None, key: str | Path | None) -> None:
+    """gRPC takes everything for credentials, and then finds nobody."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca is not None:
+            context.load_verify_locations(ca)
+    except ssl.SSLError:
+        raise OSError(errnos.EINVAL, "it holds no certificates in PEM", str(ca)) from None
+    try:
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except ssl.SSLError:
+        text = f"it is no certificate in PEM, or {key} is not its key"
+        raise OSError(errnos.EINVAL, text, str(certificate)) from None
 
 
 @cache
@@ -132,13 +154,15 @@ class Channel:
 
         Raises:
             UnavailableError: the path of a UNIX socket is too long.
+            ValueError: a token that cannot travel.
         """
         if target.startswith("unix:") and len(os.fsencode(target.removeprefix("unix:"))) > _UNIX_PATH_BYTES_MAX:
             too_long = f"the path of a UNIX socket has at most {_UNIX_PATH_BYTES_MAX} bytes"
             raise UnavailableError(f"{target}: {too_long}", target)
         keep_buffers()
         self.target = target
-        named = {"hmm-token": token, "hmm-caller": name}
+        require_token(token)
+        named = {"hmm-token": token, "hmm-caller": _in_ascii(name)}
         self.metadata: Metadata = tuple((key, value) for key, value in named.items() if value)
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -190,6 +214,22 @@ class Channel:
     async def close(self) -> None:
         """Close the connection; calls under way end with an error."""
         await self.grpc.close()
+
+
+def require_token(token: str) -> None:
+    """Nothing for a token that can travel as metadata.
+
+    Raises:
+        ValueError: it has other characters than the printable ones of ASCII.
+    """
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("a token has printable characters of ASCII, and no line end")
+
+
+def _in_ascii(name: str) -> str:
+    """A name as metadata can hold it; other characters are escaped."""
+    escaped = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
+    return escaped.encode("ascii", "backslashreplace").decode()
 
 
 def not_made_error(result: types_pb2.CallResult) -> HmmError | DaemonError:

@@ -339,3 +339,45 @@ def test_work_is_put_away_in_order_when_it_is_interrupted(moment: str) -> None:
     )
     assert done.stderr == ""
     assert done.stdout == ("done\n" if moment == "never" else "interrupted\n")
+
+
+def test_table_has_a_line_for_each_row_when_names_hold_anything() -> None:
+    """Line ends would break the table, and escapes would reach the terminal."""
+    lines = output.table_lines(
+        ("name", ">pages"), [("a\nb", 1), ("\x1b[2Jc", 2), ("\N{LATIN SMALL LETTER U WITH DIAERESIS}", 3)], None
+    )
+    assert lines == [
+        "name      pages",
+        "a\\nb          1",
+        "\\x1b[2Jc      2",
+        "\N{LATIN SMALL LETTER U WITH DIAERESIS}             3",
+    ]
+
+
+@pytest.mark.parametrize("token", ["mine\n", "m\N{LATIN SMALL LETTER O WITH DIAERESIS}", "\t"])
+def test_token_is_refused_when_it_cannot_travel(token: str) -> None:
+    """What is read from a file ends with its line; gRPC would say nothing that a user understands."""
+    result = CliRunner(env={"HMMD_TOKEN": token}).invoke(main, ["ps"])
+    assert result.exit_code == 2
+    assert "a token has printable characters of ASCII, and no line end" in result.stderr
+
+
+TLS = Path(__file__).parents[1] / "server" / "tls"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("--tls-ca", __file__), f"{__file__}: it holds no certificates in PEM"),
+        (("--tls-ca", "/nonexistent"), "/nonexistent: No such file or directory"),
+        (
+            ("--tls-certificate", str(TLS / "client.pem"), "--tls-key", str(TLS / "server.key")),
+            f"{TLS}/client.pem: it is no certificate in PEM, or {TLS}/server.key is not its key",
+        ),
+    ],
+    ids=["something else", "nothing", "another's key"],
+)
+def test_certificates_are_refused_when_they_are_of_no_use(files: tuple[str, ...], message: str) -> None:
+    """With the name of the file; gRPC would find nobody with them."""
+    result = CliRunner().invoke(main, ["ps", "-t", "127.0.0.1:1", *files])
+    assert (result.exit_code, result.stderr) == (2, f"hmmctl: {message}\n")

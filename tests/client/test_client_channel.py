@@ -123,8 +123,7 @@ async def test_call_under_way_says_that_its_client_is_closed_when_that_happens(s
 
 def test_tls_credentials_are_read_from_files(tmp_path: Path) -> None:
     """Certificates are PEM files; one that is not there is an OSError."""
-    (tmp_path / "ca.pem").write_bytes(b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
-    assert hmm_client.tls_credentials(tmp_path / "ca.pem") is not None
+    assert hmm_client.tls_credentials(TLS / "authority.pem") is not None
     with pytest.raises(FileNotFoundError):
         hmm_client.tls_credentials(tmp_path / "none.pem")
 
@@ -197,3 +196,12 @@ async def test_call_says_what_is_wrong_with_its_target_when_nobody_can_be_there(
             await client.create_process()
     assert not caught.value.refused
     assert caught.value.target.endswith(target)
+
+
+async def test_client_is_called_something_when_its_name_has_other_letters(shared_daemon: Daemon) -> None:
+    """Metadata is ASCII: what is not is escaped, where calls are named and in `ps`; a token is no text for people."""
+    async with hmm_client.connect(shared_daemon.target, name="gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\n") as client:
+        process = await client.create_process("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\n")
+        await process.exit()
+    with pytest.raises(ValueError, match="a token has printable characters"):
+        hmm_client.connect(shared_daemon.target, "mine\n")

@@ -61,6 +61,16 @@ class Where:
         return client.connect(target or self.target, self.token, name=name, credentials=credentials)
 
 
+def _token(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from hmm_client.channel import require_token  # noqa: PLC0415 - takes longer than --help may
+
+    try:
+        require_token(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from None
+    return value
+
+
 def where_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say where the daemon is; the command gets them as `where`."""
 
@@ -90,7 +100,13 @@ def where_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Path(),
                 help="Where hmmd listens: a socket's path or HOST:PORT.",
             ),
-            click.option("--token", envvar="HMMD_TOKEN", default="", help="Whose objects these are.  [$HMMD_TOKEN]"),
+            click.option(
+                "--token",
+                envvar="HMMD_TOKEN",
+                default="",
+                callback=_token,
+                help="Whose objects these are.  [$HMMD_TOKEN]",
+            ),
             click.option("--tls", is_flag=True, help="Use TLS, with the system's authorities."),
             click.option(
                 "--tls-ca",

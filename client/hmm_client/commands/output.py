@@ -159,7 +159,14 @@ def _shown(cell: object) -> str:
         return "yes" if cell else "no"
     if isinstance(cell, int):
         return f"{cell:,}"
-    return str(cell)
+    return printable(str(cell))
+
+
+def printable(text: str) -> str:
+    """A text on one line that leaves the terminal as it is: what clients call their things may hold anything."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def on_devices(pages: Iterable[tuple[str, int]]) -> str:

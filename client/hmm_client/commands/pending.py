@@ -8,7 +8,7 @@ import click
 
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, driver_of, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, driver_of, format_option, print_json, print_table, printable, size
 from hmm_proto.v1 import inspection_pb2, range_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def calls_that_wait(answer: inspection_pb2.GetPendingResponse) -> list[str]:
 
 def _print(answer: inspection_pb2.GetPendingResponse) -> None:
     for line in calls_that_wait(answer):
-        click.echo(line)
+        click.echo(printable(line))
     if answer.holdings:
         click.echo()
         print_table(_HOLDING_HEADS, [_holding(holding) for holding in answer.holdings])

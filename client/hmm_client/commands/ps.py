@@ -8,7 +8,7 @@ import click
 
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, counted, driver_of, format_option, print_json, print_table, size
+from hmm_client.commands.output import JSON, counted, driver_of, format_option, print_json, print_table, printable, size
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def command(form: str, where: Where) -> None:
     rows = [row for device in devices for row in _device(device, users)]
     print_table(heads, rows, spare=("memory", "entries"), empty="no devices")
     for mirror in (mirror for device in devices for mirror in device.mirrors if mirror.lost_because):
-        click.echo(f"\nmirror {mirror.mirror_id} is {mirror.state}: {mirror.lost_because}")
+        click.echo(f"\nmirror {mirror.mirror_id} is {mirror.state}: {printable(mirror.lost_because)}")
     for process in processes:
         if process.broken:
             click.echo(f"\nprocess {process.process_id} is broken: {process.broken}")

@@ -11,7 +11,7 @@ from hmm.violation import ViolationKind
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.ids import DEVICE, MIRROR
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, counted, format_option, print_json
+from hmm_client.commands.output import JSON, counted, format_option, print_json, printable
 from hmm_proto.v1 import inspection_pb2, violation_pb2
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def command(mirror: int | None, device: int | None, check: bool, form: str, wher
         click.echo("no violations")
     else:
         for line in _lines(answer):
-            click.echo(line)
+            click.echo(printable(line))
     raise SystemExit(UNEXPECTED if check and found else OK)
 
 

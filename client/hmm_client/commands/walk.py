@@ -10,7 +10,7 @@ from hmm_client.commands.addresses import parse_address
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.messages import as_value
-from hmm_client.commands.output import JSON, format_option, print_json
+from hmm_client.commands.output import JSON, format_option, print_json, printable
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def command(pid: int, address: int, form: str, where: Where) -> None:
         return
     if answer.HasField("mapping"):
         mapping = answer.mapping
-        name = mapping.file_name or "anonymous memory"
+        name = printable(mapping.file_name) or "anonymous memory"
         click.echo(f"{address:#x} is in {mapping.start:x}-{mapping.end:x} {mapping.permissions} {name}")
     else:
         click.echo(f"{address:#x} is not mapped")

@@ -11,7 +11,7 @@ from hmm.errors import errno_name
 from hmm_client.commands.connection import OK, UNEXPECTED, Where, ask, where_options
 from hmm_client.commands.ids import MIRROR, PROCESS
 from hmm_client.commands.messages import as_value, word
-from hmm_client.commands.output import JSON, format_option, latency, print_json
+from hmm_client.commands.output import JSON, format_option, latency, print_json, printable
 from hmm_proto.v1 import event_pb2, inspection_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def command(
         lines, dropped = 0, 0
         async for part in client.channel.stream(client.inspection.Watch, request):
             for observation in part.observations:
-                print_json(as_value(observation)) if form == JSON else click.echo(_in_words(observation))
+                print_json(as_value(observation)) if form == JSON else click.echo(printable(_in_words(observation)))
                 lines += 1
                 if lines == count:
                     return True
