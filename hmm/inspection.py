@@ -23,6 +23,7 @@ from hmm.events import Event
 from hmm.exclusive import held_exclusively
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
+from hmm.migrate_steps import SteppedMigration
 from hmm.operation import Await, Deliver, Pause, WaitFor
 from hmm.operation_record import OperationRecord
 from hmm.page_table import PageTable
@@ -92,11 +93,12 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What somebody has between two calls: pages that a mirror has to itself, or a pin.
+    """What somebody has between two calls: pages that a mirror has to itself, a migration, or a pin.
 
     Attributes:
         owner: the token of who has it.
-        mirror_id, pin: which of the two; the other is 0.
+        mirror_id: that has the pages, or moves them; 0 for a pin.
+        pin, migration: which one; 0 for others.
         spans: the pages; of a pin, where they were when they were pinned.
     """
 
@@ -106,6 +108,7 @@ class Holding:
     space_id: SpaceId
     spans: tuple[AddressRange, ...]
     npages: int
+    migration: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def broken(machine: Machine) -> list[Broken]:
 
 
 def holdings(machine: Machine) -> list[Holding]:
-    """Everything that is held, exclusive access first.
+    """Everything that is held: exclusive access, migrations whose drivers have to take a step, pins.
 
     Cost: O(pages mapped) for every mirror that ever took a page.
     """
@@ -146,10 +149,23 @@ def holdings(machine: Machine) -> list[Holding]:
             spans = spans_of(held)
             if spans:
                 found.append(Holding(mirror.owner, mirror.id, 0, mirror.space.id, spans, held.size))
+    found += [_migration(one) for one in machine.migrations.values()]
     found += [
         Holding(pin.owner, 0, number, pin.space_id, (pin.span,), pin.pfns.size) for number, pin in machine.pins.items()
     ]
     return found
+
+
+def migration_of(machine: Machine, record: OperationRecord[Any]) -> Holding | None:
+    """The migration that an operation does, if it waits for the next step of its driver."""
+    if not record.waits_for_driver:
+        return None
+    assert isinstance(record.request, Await)
+    return _migration(machine.migrations[record.request.ticket])
+
+
+def _migration(one: SteppedMigration) -> Holding:
+    return Holding(one.owner, one.mirror_id, 0, one.space.id, (one.span,), one.span.npages, one.id)
 
 
 def pending(machine: Machine) -> list[Blocked]:

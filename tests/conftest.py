@@ -30,7 +30,12 @@ TESTS = Path(__file__).parent
 MEASURED = ("hmm", "simulation")
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
-PATIENCE: dict[str, object] = {"acknowledgement_s": 600.0, "fault_s": 600.0, "ping_timeout_ms": 600_000}
+PATIENCE: dict[str, object] = {
+    "acknowledgement_s": 600.0,
+    "fault_s": 600.0,
+    "holding_lease_s": 600.0,
+    "ping_timeout_ms": 600_000,
+}
 """Settings of daemons unless others are asked for: what drivers, faults and connections may take on a busy machine."""
 
 SOON_S = 2.0

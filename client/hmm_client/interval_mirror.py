@@ -29,9 +29,11 @@ import numpy.typing as npt
 
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
 from hmm.errors import HmmError, InvalidRequestError, RangeBusyError
+from hmm.migration import Select
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns
 from hmm_client.arguments import names_arguments
 from hmm_client.interval_driver import Adapter, IntervalDriver
+from hmm_client.migration import Migration
 from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
 from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
@@ -176,6 +178,17 @@ class IntervalMirror(Receiver):
     ) -> Migrated:
         """Move what the device has of a part of one mapping back to system memory; as `migrate_to_device`."""
         return await self._migrate("migrate_to_system", hmm_pb2.MigrateToSystemRequest, span, compound, wanted)
+
+    def migrate_vma(self, span: AddressRange, *, select: int = Select.SYSTEM) -> Migration:
+        """A migration whose steps are taken here: `async with mirror.migrate_vma(span) as migration`.
+
+        Args:
+            span: page-aligned, in one mapping, at most 131,072 pages.
+            select: what is collected besides holes (`hmm.migration.Select`): of device pages those of this device.
+
+        Returns: the migration, which has not begun; a block that raises gives it up.
+        """
+        return Migration(self, span, select)
 
     async def _migrate(
         self, name: str, message: Any, span: AddressRange, compound: bool, wanted: npt.NDArray[np.bool_] | None

@@ -43,6 +43,8 @@ from hmm_proto.v1 import event_pb2, session_pb2
 PROTOCOL_VERSION = 1
 BATCH_BYTES = 1 << 20
 """A batch of calls is sent when it has grown to this size; a single call may be larger."""
+BEATS_IN_LEASE = 4
+"""How often in a lease of what it holds a session that has nothing to say shows that it lives: by an empty message."""
 CLOSE_TIMEOUT_S = 5.0
 FEW_MIRRORS = 8
 """So many are told one by one: it takes no longer."""
@@ -142,6 +144,9 @@ class Session:
         self._last_request = 0
         self._sleeping: asyncio.Future[None] | None = None
         self._bye: bytes | None = None
+        self._silent = False  # nothing was written for some time
+        self._wrote = True
+        self._beat: asyncio.TimerHandle | None = None
         self._reads = asyncio.Event()
         self._reads.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -176,6 +181,16 @@ class Session:
     def _start(self, first: session_pb2.SessionResponse) -> None:
         self._dispatch(first)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        self._show_life()
+
+    def _show_life(self) -> None:
+        # What this process holds (pins, exclusive access) is its as long as the daemon hears of it.
+        self._silent, self._wrote = not self._wrote, False
+        if self._silent:
+            self._wake()
+        if self.welcome.lease_ms:
+            beat_s = self.welcome.lease_ms / 1000 / BEATS_IN_LEASE
+            self._beat = asyncio.get_running_loop().call_later(beat_s, self._show_life)
 
     # ---- calls
 
@@ -283,6 +298,8 @@ class Session:
         if self.lost:
             return
         self.lost = why
+        if self._beat is not None:
+            self._beat.cancel()
         self._wake()
         for waiting_call in self._waiting.values():
             if not waiting_call.future.done():
@@ -320,7 +337,8 @@ class Session:
     async def _write(self) -> None:
         try:
             while not self.lost:
-                while (self._outgoing or self.ledger) and not self.lost:
+                while (self._outgoing or self.ledger or self._silent) and not self.lost:
+                    self._silent, self._wrote = False, True
                     await self._call.write(self._next_batch())
                 if self._bye is not None:
                     await self._call.write(self._bye)

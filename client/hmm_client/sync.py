@@ -27,14 +27,17 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 from hmm.address_space import Thp
 from hmm.commands_hmm import RangeFaulted
 from hmm.commands_userfaultfd import UserfaultMessage
 from hmm.file import FileKind
 from hmm.frames import RegionKind
+from hmm.migration import Select
 from hmm.mirror import DeadlinePolicy
-from hmm.units import Address, AddressRange, DeviceId, Pfn, ProcessId
+from hmm.units import Address, AddressRange, DeviceId, Entries, Pfn, Pfns, ProcessId
 from hmm_client import client as aio_client
 from hmm_client import device as aio_device
 from hmm_client import driver as aio_driver
@@ -42,6 +45,7 @@ from hmm_client import event as aio_event
 from hmm_client import file as aio_file
 from hmm_client import interval_driver as aio_interval_driver
 from hmm_client import interval_mirror as aio_interval
+from hmm_client import migration as aio_migration
 from hmm_client import mirror as aio_mirror
 from hmm_client import pin as aio_pin
 from hmm_client import process as aio_process
@@ -269,6 +273,54 @@ class IntervalNotifier(_Handle[aio_interval.IntervalNotifier]):
     fault = blocking(aio_interval.IntervalNotifier.fault)
 
 
+class Migration(_Handle[aio_migration.Migration]):
+    """As `hmm_client.migration.Migration`: `with mirror.migrate_vma(span) as migration`."""
+
+    def __enter__(self) -> Self:
+        self.set_up()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.loop.run(self.aio.__aexit__(kind, error, traceback))
+
+    @property
+    def id(self) -> int:
+        """Names the migration."""
+        return self.aio.id
+
+    @property
+    def src(self) -> Entries:
+        """uint64[npages], as the last step left it."""
+        return self.aio.src
+
+    @property
+    def movable(self) -> npt.NDArray[np.intp]:
+        """As of the asynchronous one."""
+        return self.aio.movable
+
+    @documented_as(aio_migration.Migration.destinations)
+    def destinations(self, pfns: Pfns) -> Entries:  # noqa: D102 - documented as the asynchronous one
+        return self.aio.destinations(pfns)
+
+    @documented_as(aio_migration.Migration.allocate)
+    def allocate(self, count: int, *, device: Device | None = None, compound: bool = False) -> Pfns:  # noqa: D102
+        other = None if device is None else device.aio
+        return self.loop.run(self.aio.allocate(count, device=other, compound=compound))
+
+    set_up = blocking(aio_migration.Migration.set_up)
+    allocate_system = blocking(aio_migration.Migration.allocate_system)
+    copy = blocking(aio_migration.Migration.copy)
+    copy_frames = blocking(aio_migration.Migration.copy_frames)
+    read = blocking(aio_migration.Migration.read)
+    write = blocking(aio_migration.Migration.write)
+    pages = blocking(aio_migration.Migration.pages)
+    finalize = blocking(aio_migration.Migration.finalize)
+    abort = blocking(aio_migration.Migration.abort)
+    renew = blocking(aio_migration.Migration.renew)
+
+
 class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
     """As `hmm_client.IntervalMirror`."""
 
@@ -288,6 +340,10 @@ class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
         """Subscribe to a range."""
         inserted = self.aio.insert(start, length, filtered=filtered, two_pass=two_pass)
         return IntervalNotifier(self.loop.run(inserted), self.loop)
+
+    @documented_as(aio_interval.IntervalMirror.migrate_vma)
+    def migrate_vma(self, span: AddressRange, *, select: int = Select.SYSTEM) -> Migration:  # noqa: D102
+        return Migration(self.aio.migrate_vma(span, select=select), self.loop)
 
     find_vma = blocking(aio_interval.IntervalMirror.find_vma)
     migrate_to_device = blocking(aio_interval.IntervalMirror.migrate_to_device)

@@ -47,6 +47,7 @@ INTERNAL_REASON = "INTERNAL"
 _NUMBERS = frozenset(
     {
         *("process_id", "device_id", "mirror_id", "notifier_id", "file_id", "pin_id", "userfaultfd_id", "operation_id"),
+        "migration_id",
         *("notifier_seq", "event_sequence", "heard_sequence", "epoch"),
     }
 )
@@ -89,18 +90,18 @@ TABLE: tuple[Row, ...] = (
         "HARNESS_OFF",
         not_made=("NOT_OWNER", "HARNESS_OFF"),
     ),
-    _row(RangeBusyError, grpc.StatusCode.ABORTED),
+    _row(RangeBusyError, grpc.StatusCode.ABORTED, "STEP_UNDER_WAY"),
     _row(WouldDeadlockError, grpc.StatusCode.FAILED_PRECONDITION, not_made=("INSIDE_CALLBACK",)),
     _row(OutOfFramesError, grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", "LIMIT", not_made=("LIMIT",)),
     _row(
         NoSuchObjectError,
         grpc.StatusCode.NOT_FOUND,
-        *("PROCESS", "DEVICE", "MIRROR", "FILE", "OPERATION", "HOLD"),
-        not_made=("NO_SUCH_OBJECT", "PROCESS", "DEVICE", "MIRROR", "FILE", "OPERATION", "HOLD"),
+        *("PROCESS", "DEVICE", "MIRROR", "FILE", "OPERATION", "HOLD", "MIGRATION_ENDED"),
+        not_made=("NO_SUCH_OBJECT", "PROCESS", "DEVICE", "MIRROR", "FILE", "OPERATION", "HOLD", "MIGRATION_ENDED"),
     ),
     _row(ConflictError, grpc.StatusCode.ALREADY_EXISTS, "OVERLAP"),
     _row(DeviceLostError, grpc.StatusCode.FAILED_PRECONDITION),
-    _row(TimedOutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    _row(TimedOutError, grpc.StatusCode.DEADLINE_EXCEEDED, "LEASE_ENDED"),
 )
 
 _BY_CLASS = {row.error: row for row in TABLE}

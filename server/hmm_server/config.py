@@ -102,6 +102,12 @@ class Config:
     lease_s: float = _setting(
         30.0, "time that lost mirrors, and their drivers' devices, stay known, seconds", at_least=0
     )
+    holding_lease_s: float = _setting(
+        30.0,
+        "time after which what drivers hold goes back: a migration, without a step of its driver; exclusive access and"
+        " pins, without a word on its stream, which ends; seconds",
+        at_least=0.01,
+    )
     drain_s: float = _setting(
         10.0, "time for calls to end after SIGTERM, before drivers are fenced, seconds", at_least=0
     )

@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from hmm import commands_device, commands_hmm
-from hmm.errors import TimedOutError
+from hmm.errors import HmmError, TimedOutError
 from hmm.machine import Machine
 from hmm.operation_record import Caller, OperationRecord
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
 from hmm_proto import convert
+from hmm_proto.status import is_not_made
 from hmm_proto.v1 import device_pb2
 from hmm_server.config import Config
 from hmm_server.device_calls import CALLS as DEVICE_CALLS
@@ -39,6 +40,8 @@ _ATTACHING = frozenset({"register_mirror", "attach"})
 _SERVED_BY_A_STREAM = _ATTACHING | {"pin_pages"}
 _NOTED = _SERVED_BY_A_STREAM | {"unregister_mirror", "detach", "unpin_pages", "register_device", "unregister_device"}
 """What changes the things that a stream serves or holds."""
+_STEPS = frozenset(name for name in CALLS if name.startswith("migrate_vma_")) | {"read_frames", "write_frames"}
+"""Calls that may name a migration; each is a sign of its driver."""
 _WITH_ENTRIES = frozenset({"fault", "migrate"})
 """Calls whose caller may not want the entries."""
 _DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
@@ -47,6 +50,14 @@ _DESCRIBED: Mapping[str, Callable[[Machine, int], Any]] = {
     "attach": attach_response,
 }
 """Responses that say more of a new object than its number."""
+
+
+def _migration_of(record: OperationRecord[Any], request: Any) -> int:
+    """The migration that a call is a step of; 0 where it names none, or was not made."""
+    if isinstance(record.error, HmmError) and is_not_made(record.error):
+        return 0
+    number: int = getattr(request, "migration_id", 0)
+    return number
 
 
 class DeviceSide:
@@ -132,9 +143,13 @@ class DeviceSide:
         """
         if name in _NOTED and record.error is None:
             self._note(name, request, stream, record)
+        if name in _STEPS and (migration_id := _migration_of(record, request)):
+            self.streams.leases.renew(migration_id)
         response = CALLS[name].respond(record)
         if name in ACCESSES and response.result.HasField("violation"):
             complete(self.streams, response.result.violation)
+        if name == "migrate_vma_setup":
+            response.response.lease_ms = round(self.config.holding_lease_s * 1000)
         if name in _DESCRIBED:
             return _DESCRIBED[name](self.executor.machine, record.result)
         if name in _WITH_ENTRIES and request.omit_entries:

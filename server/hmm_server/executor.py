@@ -2,7 +2,8 @@
 
 Everything happens on the loop's thread, one input at a time, so there are no locks.  After every input `pump` resumes
 what has become ready, until nothing is; operations that only pause between two pieces of their work go on in the
-loop's next turn, so that one long call does not stop anybody's heartbeat.
+loop's next turn, so that one long call does not stop anybody's heartbeat.  One that has given its caller the result
+and goes on, as a migration does that waits for its driver, is over for its caller.
 
 A caller that gives up does not end its operation: it runs to its end, and `OperationLog` remembers how that was.  Only
 for the handler of a userfaultfd it does not wait any longer, as nothing bounds that.
@@ -76,7 +77,7 @@ class Running:
 
     record: OperationRecord[Any]
     started_s: float
-    then: Then[Any]
+    then: Then[Any] | None  # None: it was called
     event_s: float = 0.0
     deadline: asyncio.TimerHandle | None = None
     given_up: bool = False
@@ -135,8 +136,8 @@ class Executor:
         return record
 
     def is_over(self, record: OperationRecord[Any]) -> bool:
-        """Whether a call has ended and its caller has been told."""
-        return record.done and record.id not in self.running
+        """Whether a call has ended, or goes on without its caller, and that one has been told."""
+        return record.replied or (record.done and record.id not in self.running)
 
     async def call(
         self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
@@ -308,6 +309,8 @@ class Executor:
         self._advanced(record)
 
     def _advanced(self, record: OperationRecord[Any]) -> None:
+        if record.replied:
+            self._tell_caller(self.running[record.id])
         if record.done:
             if not self._stays(Point.BEFORE_END, record, self.running[record.id].space_id):
                 self._leave(record)
@@ -317,6 +320,18 @@ class Executor:
             self._kill(record)
         elif number in self.userfaultfds:
             self.userfaultfds[number].set()
+        elif record.waits_for_driver and self.draining:
+            self._end_migrations()
+
+    @staticmethod
+    def _tell_caller(running: Running) -> None:
+        then, running.then = running.then, None
+        if then is not None:
+            then(running.record)
+
+    def _end_migrations(self) -> None:
+        for number in self.machine.migrations:
+            self.machine.end_migration(number, "the daemon is ending")
 
     def _leave(self, record: OperationRecord[Any]) -> None:
         running = self.running.pop(record.id)
@@ -324,7 +339,7 @@ class Executor:
             self._idle.set()
         self._end(record, running.started_s, running.then)
 
-    def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any]) -> None:
+    def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any] | None) -> None:
         if record.error is not None:
             vars(record.error)["operation_id"] = record.id  # of an HmmError, or of a bug's exception, for the guard
         if record.error is not None and not isinstance(record.error, HmmError):
@@ -340,7 +355,8 @@ class Executor:
         self.router.ended(ended)
         if self.userfaultfds and record.name in _ENDING:
             self._wake_handlers()
-        then(record)
+        if then is not None:
+            then(record)
 
     def _wake_handlers(self) -> None:
         for came in self.userfaultfds.values():
@@ -425,15 +441,17 @@ class Executor:
     async def drain(self, seconds: float) -> None:
         """Start nothing more, end all holds; wait for what runs, and after `seconds` fence whoever it waits for.
 
-        Nobody can handle userfaults any more: what waits for that ends at once.
+        Nobody can handle userfaults any more, or take the next step of a migration: what waits for that ends at once.
         """
         self.draining = True
+        self._end_migrations()
         self._wake_handlers()
         for running in list(self.running.values()):
             if _awaited_userfaultfd(running.record):
                 self._kill(running.record)
         for hold in list(self.holds.placed.values()):
             self.release(hold, "the daemon is ending")
+        self.pump()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

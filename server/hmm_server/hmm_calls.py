@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from hmm import commands_hmm, commands_process
+from hmm import commands_hmm, commands_migrate, commands_process
 from hmm.commands_hmm import DmaMapped, Migrated, RangeFaulted, VmaView
+from hmm.commands_migrate import MigrationSetUp
 from hmm.iommu import IOVA_LAST
 from hmm.machine import Machine
-from hmm.units import PAGE_SHIFT, TASK_SIZE, Entries, is_page_aligned
+from hmm.units import PAGE_SHIFT, TASK_SIZE, Entries, Pfns, is_page_aligned
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import hmm_pb2, types_pb2
@@ -111,6 +112,45 @@ def _migrated(response: Any, migrated: Migrated | None) -> ArrayReply:
     return ArrayReply(response, {} if migrated is None else {"src": migrated.src, "dst": migrated.dst})
 
 
+def _set_up(q: hmm_pb2.MigrateVmaSetupRequest) -> Invocation:
+    span = convert.range_from_proto(q.range)
+    require_at_most("migrate: pages", span.npages, MIGRATE_PAGES_MAX)
+    return invoke(commands_migrate.migrate_vma_setup, q.mirror_id, span, select=q.select)
+
+
+def _set_up_response(begun: MigrationSetUp | None, result: Result) -> ArrayReply:
+    if begun is None:
+        return ArrayReply(hmm_pb2.MigrateVmaSetupResponse(result=result), {})
+    response = hmm_pb2.MigrateVmaSetupResponse(result=result, migration_id=begun.migration_id)
+    return ArrayReply(response, {"src": begun.src})
+
+
+def _allocate(q: hmm_pb2.MigrateVmaAllocateRequest) -> Invocation:
+    require_at_most("migrate: frames", q.count, MIGRATE_PAGES_MAX)
+    keywords = {"device_id": q.device_id, "compound": q.compound}
+    return invoke(commands_migrate.migrate_vma_allocate, q.migration_id, q.count, **keywords)
+
+
+def _allocate_response(pfns: Pfns | None, result: Result) -> ArrayReply:
+    response = hmm_pb2.MigrateVmaAllocateResponse(result=result)
+    return ArrayReply(response, {} if pfns is None else {"pfns": pfns.view(np.uint64)})
+
+
+def _copy(q: hmm_pb2.MigrateVmaCopyRequest) -> Invocation:
+    sources, targets = convert.entries_from_proto(q.sources), convert.entries_from_proto(q.targets)
+    require_at_most("migrate: frames", sources.size, MIGRATE_PAGES_MAX)
+    return invoke(commands_migrate.migrate_vma_copy, q.migration_id, sources.view(np.int64), targets.view(np.int64))
+
+
+def _pages_step(q: hmm_pb2.MigrateVmaPagesRequest) -> Invocation:
+    return invoke(commands_migrate.migrate_vma_pages, q.migration_id, convert.entries_from_proto(q.dst))
+
+
+def _pages_response(migrated: Migrated | None, result: Result) -> ArrayReply:
+    response = hmm_pb2.MigrateVmaPagesResponse(result=result)
+    return ArrayReply(response, {} if migrated is None else {"src": migrated.src})
+
+
 def _make_exclusive(q: hmm_pb2.MakeExclusiveRequest) -> Invocation:
     return invoke(commands_hmm.make_exclusive, q.mirror_id, convert.range_from_proto(q.range), owned=q.owned)
 
@@ -160,12 +200,25 @@ def _heard(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest | hmm_pb2.D
     return q.heard_sequence if q.HasField("heard_sequence") else None
 
 
+def _frames_of_migration(q: hmm_pb2.ReadFramesRequest | hmm_pb2.WriteFramesRequest) -> tuple[int, Pfns]:
+    pfns = convert.entries_from_proto(q.pfns)
+    require_at_most("device access: frames", pfns.size, FRAMES_MAX)
+    if q.dma or q.pages:
+        raise convert.malformed(f"device access: frames of migration {q.migration_id} are named by number alone")
+    return q.migration_id, pfns.view(np.int64)
+
+
 def _read_frames(q: hmm_pb2.ReadFramesRequest) -> Invocation:
+    if q.migration_id:
+        place = {"offset": q.offset, "length": q.length or None}
+        return invoke(commands_migrate.migrate_vma_read, *_frames_of_migration(q), **place)
     command = commands_hmm.read_dma if q.dma else commands_hmm.read_frames
     return invoke(command, q.mirror_id, *_frames(q), _heard(q), offset=q.offset, length=q.length or None)
 
 
 def _write_frames(q: hmm_pb2.WriteFramesRequest) -> Invocation:
+    if q.migration_id:
+        return invoke(commands_migrate.migrate_vma_write, *_frames_of_migration(q), q.data, offset=q.offset)
     command = commands_hmm.write_dma if q.dma else commands_hmm.write_frames
     return invoke(command, q.mirror_id, *_frames(q), q.data, _heard(q), offset=q.offset)
 
@@ -211,6 +264,14 @@ CALLS: Mapping[str, Call[Any, Any]] = {
     ),
     "migrate_to_system": Call(
         _to_system, lambda value, result: _migrated(hmm_pb2.MigrateToSystemResponse(result=result), value)
+    ),
+    "migrate_vma_setup": Call(_set_up, _set_up_response),
+    "migrate_vma_allocate": Call(_allocate, _allocate_response),
+    "migrate_vma_copy": Call(_copy, lambda _, result: hmm_pb2.MigrateVmaCopyResponse(result=result)),
+    "migrate_vma_pages": Call(_pages_step, _pages_response),
+    "migrate_vma_finalize": Call(
+        lambda q: invoke(commands_migrate.migrate_vma_finalize, q.migration_id, abort=q.abort),
+        lambda value, result: _migrated(hmm_pb2.MigrateVmaFinalizeResponse(result=result), value),
     ),
     "evict_device": Call(
         lambda q: invoke(commands_hmm.evict_device, q.device_id),

@@ -41,6 +41,7 @@ LARGE_REPLIES = frozenset(
     {
         *("fault", "device_read", "read_table", "migrate", "read_copy"),
         *("range_fault", "migrate_to_device", "migrate_to_system", "read_frames", "dma_map", "dma_unmap"),
+        *("migrate_vma_setup", "migrate_vma_allocate"),
     }
 )
 

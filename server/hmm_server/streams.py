@@ -2,14 +2,15 @@
 
 Every mirror is served by exactly one stream, named by its epoch.  When a stream ends, for whatever reason, its
 mirrors are fenced at once: nobody is left who could stop their devices.  What the driver had to itself goes back at
-once as well: pages that are exclusive to a mirror, pins.  Its mirrors and devices stay known for a lease and are then
-removed.
+once as well: pages that are exclusive to a mirror or on their way, pins.  Its mirrors and devices stay known for a
+lease and are then removed.
 
 **Invariants**: an event is sent to a mirror once and in the order of its sequence; an answer counts only when it is
 the first to an event that was sent, on the stream that it was sent on; a stream's window is free again when it has
 answered everything.
 
-**Absent**: what is written when (mailbox.py), deadlines (executor.py), gRPC.
+**Absent**: what is written when (mailbox.py), deadlines (executor.py), when a silent driver is given up (leases.py),
+gRPC.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from hmm_server.config import Config
 from hmm_server.device_totals import Totals
 from hmm_server.executor import Executor
 from hmm_server.holds import Point
+from hmm_server.leases import Leases
 from hmm_server.logs import about
 from hmm_server.mailbox import Mailbox, Posting, Window
 from hmm_server.observers import Observers
@@ -67,6 +69,7 @@ class Streams:
         self.config = config
         self.open: dict[int, Stream] = {}
         self.served: dict[MirrorId, ServedMirror] = {}
+        self.leases = Leases(executor.machine, config.holding_lease_s, self.open, self.disconnect, executor.pump)
         self.totals = Totals(executor.machine, self.served)
         self.rejected = 0
         self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
@@ -98,8 +101,10 @@ class Streams:
                 message_bytes=self.config.message_bytes,
                 acknowledgement_deadline_ms=round(self.executor.acknowledgement_s * 1000),
                 protocol_version=PROTOCOL_VERSION,
+                lease_ms=round(self.config.holding_lease_s * 1000),
             )
         )
+        self.leases.watch()
         log.info("%s is open", stream, extra=stream.fields)
         return stream
 

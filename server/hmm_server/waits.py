@@ -65,6 +65,7 @@ class Waits:
 
     def _holding(self, one: Holding) -> inspection_pb2.Holding:
         stream = self._streams.holder(one.mirror_id, one.pin)
+        left_s = self._streams.leases.left_s(stream, one.migration)
         return inspection_pb2.Holding(
             mirror_id=one.mirror_id,
             pin_id=one.pin,
@@ -73,6 +74,8 @@ class Waits:
             page_count=one.npages,
             driver_name=stream.name if stream else "",
             driver_pid=stream.pid if stream else 0,
+            migration_id=one.migration,
+            lease_ms=_milliseconds(left_s),
         )
 
     def _ended(self, running: Running, now_s: float) -> inspection_pb2.PendingOperation:
@@ -96,6 +99,7 @@ class Waits:
     def _operation(self, one: Blocked, now_s: float) -> inspection_pb2.PendingOperation:
         running = self._executor.running[one.operation_id]
         processes = inspection.processes_of(self._machine, one.space_id)
+        migration = inspection.migration_of(self._machine, running.record)
         return inspection_pb2.PendingOperation(
             operation_id=one.operation_id,
             name=one.name,
@@ -110,6 +114,7 @@ class Waits:
             abandoned_by_caller=running.given_up,
             held=self._held(one.operation_id, now_s),
             userfault=_userfault(one),
+            migration=None if migration is None else self._holding(migration),
         )
 
     def _event(self, mirror_id: MirrorId, sequence: int, running: Running, now_s: float) -> inspection_pb2.PendingEvent:
@@ -137,6 +142,8 @@ class Waits:
         inside: dict[tuple[MirrorId, int], list[int]] = defaultdict(list)
         unmarked: dict[int, list[Running]] = defaultdict(list)
         for running in self._executor.running.values():
+            if running.record.replied:
+                continue  # nobody waits for it any more but those who want its pages
             callback = running.record.caller.callback
             if callback is not None:
                 inside[callback].append(running.record.id)
@@ -145,6 +152,13 @@ class Waits:
         edges: dict[int, list[Edge]] = {}
         for one in blocked:
             edges[one.operation_id] = [Edge(other) for other in one.operations]
+            migration = inspection.migration_of(self._machine, self._executor.running[one.operation_id].record)
+            if migration is not None:
+                stream = self._streams.holder(migration.mirror_id, 0)
+                edges[one.operation_id] += [
+                    Edge(other.record.id, migration.mirror_id, suspected=True)
+                    for other in unmarked[stream.epoch if stream else 0]
+                ]
             for mirror_id, sequence in one.answers:
                 served = self._streams.served.get(mirror_id)
                 edges[one.operation_id] += [Edge(other, mirror_id) for other in inside[mirror_id, sequence]]

@@ -20,12 +20,13 @@ class ScriptedDaemon(session_pb2_grpc.SessionServiceServicer):
 
     Attributes:
         requests: what the client sent, message by message; None at the end of the stream.
-        epoch: of the next session.
+        epoch, lease_ms: of the next session.
     """
 
     def __init__(self) -> None:
         self.requests: Requests = asyncio.Queue()
         self.epoch = 7
+        self.lease_ms = 0
         self._responses: asyncio.Queue[session_pb2.SessionResponse | None] = asyncio.Queue()
 
     async def Session(  # type: ignore[override]  # noqa: N802 - the name of the RPC
@@ -33,7 +34,8 @@ class ScriptedDaemon(session_pb2_grpc.SessionServiceServicer):
     ) -> AsyncIterator[session_pb2.SessionResponse]:
         """The two halves of the stream."""
         reader = asyncio.create_task(self._receive(request_iterator))
-        yield session_pb2.SessionResponse(welcome=event_pb2.Welcome(epoch=self.epoch, credit=64, protocol_version=1))
+        welcome = event_pb2.Welcome(epoch=self.epoch, credit=64, protocol_version=1, lease_ms=self.lease_ms)
+        yield session_pb2.SessionResponse(welcome=welcome)
         while (response := await self._responses.get()) is not None:
             yield response
         reader.cancel()

@@ -107,6 +107,17 @@ async def test_open_says_hello_when_the_first_device_is_registered(scripted: Scr
     assert session.welcome.epoch == daemon.epoch
 
 
+async def test_session_shows_life_when_it_has_nothing_to_say(scripted: Scripted) -> None:
+    """What the process holds is its as long as it is heard of: an empty message now and then, and nothing else."""
+    daemon, client = scripted
+    daemon.lease_ms = 20
+    opening = asyncio.ensure_future(client.session())
+    assert (await daemon.received()).HasField("hello")
+    await opening
+    for _ in range(3):
+        assert not (await daemon.received()).ByteSize()
+
+
 async def test_update_is_acknowledged_when_it_returns(scripted: Scripted) -> None:
     """The answer to an event is sent after the driver's update has returned, and names it."""
     daemon, _ = scripted

@@ -36,7 +36,12 @@ PAGE = 4096
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 BASE = 0x10000000000
-PATIENCE: dict[str, Any] = {"acknowledgement_s": 600.0, "fault_s": 600.0, "ping_timeout_ms": 600_000}
+PATIENCE: dict[str, Any] = {
+    "acknowledgement_s": 600.0,
+    "fault_s": 600.0,
+    "holding_lease_s": 600.0,
+    "ping_timeout_ms": 600_000,
+}
 """What drivers, faults and connections may take where it is not the subject: a busy machine is no failure."""
 
 

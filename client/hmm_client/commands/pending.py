@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hmm_client.client import Client
 
 SHOWN_RANGES = 3
-_HOLDING_HEADS = ("driver", ">pid", "holds", ">pages", ">space", "at")
+_HOLDING_HEADS = ("driver", ">pid", "holds", ">pages", ">space", ">lease", "at")
 
 
 @click.command("pending")
@@ -27,7 +27,8 @@ def command(check: bool, form: str, where: Where) -> None:
 
     Of each call that has not ended: how long it has been under way, what it waits for, which driver has not answered
     which event, how long that driver still has, and what happens then.  Then address spaces that a bug of hmmd has
-    broken, and what drivers hold between two calls: pages that a device has to itself, and pins.
+    broken, and what drivers hold between two calls: pages that a device has to itself, migrations and pins, each with
+    what is left of its lease.
     """
     answer = ask(where, _ask)
     if form == JSON:
@@ -88,6 +89,7 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
     lines += [f"  after {names.get(number, 'call')} {number}" for number in operation.blocked_by]
     lines += [f"  {_event(event)}" for event in operation.events]
     lines += [_userfault(operation.userfault)] if operation.HasField("userfault") else []
+    lines += [_migration(operation.migration)] if operation.HasField("migration") else []
     lines += [f"  held by {_hold(operation.held)}"] if operation.HasField("held") else []
     return lines
 
@@ -95,6 +97,11 @@ def _operation(operation: inspection_pb2.PendingOperation, names: dict[int, str]
 def _userfault(userfault: inspection_pb2.PendingUserfault) -> str:
     handler = userfault.handler or f"the handler of userfaultfd {userfault.userfaultfd_id}"
     return f"  {handler} {'has been told and has not brought it in' if userfault.told else 'has not been told yet'}"
+
+
+def _migration(migration: inspection_pb2.Holding) -> str:
+    who = driver_of(migration.driver_name or "its driver", migration.driver_pid)
+    return f"  {who} has to go on with migration {migration.migration_id}: {_s(migration.lease_ms)} of its lease left"
 
 
 def _hold(hold: inspection_pb2.HoldStatus) -> str:
@@ -112,11 +119,18 @@ def _holding(holding: inspection_pb2.Holding) -> tuple[object, ...]:
     return (
         holding.driver_name or "-",
         str(holding.driver_pid or "-"),
-        f"exclusive access, mirror {holding.mirror_id}" if holding.mirror_id else f"pin {holding.pin_id}",
+        _held(holding),
         holding.page_count,
         str(holding.space_id),
+        _s(holding.lease_ms),
         _ranges(holding.ranges),
     )
+
+
+def _held(holding: inspection_pb2.Holding) -> str:
+    if holding.migration_id:
+        return f"migration {holding.migration_id}, mirror {holding.mirror_id}"
+    return f"exclusive access, mirror {holding.mirror_id}" if holding.mirror_id else f"pin {holding.pin_id}"
 
 
 def _event(event: inspection_pb2.PendingEvent) -> str:

@@ -1,7 +1,7 @@
 """HmmService: today's interface for clients that make one call at a time.
 
-**Absent**: what the calls do (`hmm.commands_hmm`), how requests become commands (hmm_calls.py); events and answers,
-which come by DeviceService's stream.
+**Absent**: what the calls do (`hmm.commands_hmm`, `hmm.commands_migrate`), how requests become commands (hmm_calls.py);
+events and answers, which come by DeviceService's stream.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class HmmService(hmm_pb2_grpc.HmmServiceServicer):
     RangeFault = _rpc("range_fault")
     MigrateToDevice = _rpc("migrate_to_device")
     MigrateToSystem = _rpc("migrate_to_system")
+    MigrateVmaSetup = _rpc("migrate_vma_setup")
+    MigrateVmaAllocate = _rpc("migrate_vma_allocate")
+    MigrateVmaCopy = _rpc("migrate_vma_copy")
+    MigrateVmaPages = _rpc("migrate_vma_pages")
+    MigrateVmaFinalize = _rpc("migrate_vma_finalize")
     EvictDevice = _rpc("evict_device")
     MakeExclusive = _rpc("make_exclusive")
     DmaMap = _rpc("dma_map")
