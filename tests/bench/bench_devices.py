@@ -123,6 +123,12 @@ class Model:
             back.append(self.timed(today.migrate_to_system, self.mirror, span, **options))
         return median(there), median(back)
 
+    def whole_there(self) -> float:
+        """Nanoseconds of migrating all of it to the device in one call; then it comes back."""
+        took = self.timed(today.migrate_to_device, self.mirror, self.whole)
+        self.local.call(today.migrate_to_system, self.mirror, self.whole)
+        return took
+
     def posted_there_and_back(self) -> tuple[float, float]:
         """The same by the interface of 2015, and back by a touch."""
         there, back = [], []
@@ -197,7 +203,7 @@ def _migration(rounds: int) -> Iterator[Row]:
     memcpy, model, huge = Memcpy(npages), Model(npages, npages), Model(npages, npages, huge=True)
     posted = Model(npages, npages, posted=True)
     columns, blocks = Columns(npages), range(0, npages, BLOCK)
-    there, back, copied, as_one, least = [], [], [], [], []
+    there, back, copied, as_one, least, much, much_copied = [], [], [], [], [], [], []
     posted_there, posted_back = [], []
     for _ in range(rounds):
         to_device, to_system = model.there_and_back()
@@ -209,6 +215,8 @@ def _migration(rounds: int) -> Iterator[Row]:
         copied.append(median(memcpy.nanoseconds(at, BLOCK) for at in blocks))
         least.append((model.empty_event() + median(columns.move(at, BLOCK) for at in blocks)) / 1000)
         as_one.append(huge.there_and_back(compound=True)[0])
+        much.append(model.whole_there())
+        much_copied.append(memcpy.nanoseconds(0, npages))
     model.check()
     huge.check()
     posted.check()
@@ -216,6 +224,8 @@ def _migration(rounds: int) -> Iterator[Row]:
     yield compared("migrate 2 MiB back / memcpy", "ns", back, copied, 1.3)
     yield compared("2015: migrate 2 MiB to the device / memcpy", "ns", posted_there, copied)
     yield compared("2015: 2 MiB back by a touch of the CPU / memcpy", "ns", posted_back, copied)
+    per_page = [[each / npages for each in each_round] for each_round in (much, much_copied)]
+    yield compared(f"migrate {npages >> 8} MiB to the device / memcpy", "ns/page", *per_page, 0.3)
     took = [each / 1000 for each in there]
     yield compared("migrate 2 MiB to the device / the least", "us", took, least, 30.0, "value")
     yield compared("the same of a huge page / of small ones", "ns", as_one, there, 1.3)
