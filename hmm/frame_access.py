@@ -65,7 +65,7 @@ def read_frames(
         if mirror.lenient:
             return b"\xff" * length
         raise
-    return mirror.space.frames.gather(pfns).reshape(-1)[offset : offset + length].tobytes()
+    return mirror.space.frames.read_through(pfns, offset, length)
 
 
 def write_frames(

@@ -148,6 +148,23 @@ class FrameContents:
             np.take(self._rows, places, axis=0, out=out, mode="clip")
         return out
 
+    def read_through(self, pfns: Pfns, offset: int, length: int) -> bytes:
+        """Bytes that run through several frames.
+
+        Args:
+            pfns: int64[n], as for `gather`.
+            offset: of the first byte in the first frame.
+            length: bytes; no frame ends before the first or begins behind the last.
+
+        Cost: that of copying the bytes, twice where their rows are not consecutive.
+        """
+        run = as_slice(self._places(pfns))
+        if run is None:
+            return self.gather(pfns).reshape(-1)[offset : offset + length].tobytes()
+        self._settle(pfns)
+        start = (run.start << PAGE_SHIFT) + offset
+        return bytes(self._view[start : start + length])
+
     def scatter(self, pfns: Pfns, data: Bytes) -> None:
         """Overwrite whole frames.
 

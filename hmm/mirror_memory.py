@@ -402,7 +402,7 @@ class MirrorMemory:
             raise InvalidRequestError(f"read copy: copy {number} of {self.mirror} brings pages from the device")
         for span in spans_of(addresses):
             self.mirror.apply(span, pte.MASK_WRITE_PROTECT, on_device=False)
-        data = self.mirror.space.frames.gather(pfns).tobytes()
+        data = self.mirror.space.frames.read_through(pfns, 0, pfns.size * PAGE_SIZE)
         self.mirror.counters["bytes_copied_to_device"] += len(data)
         return data
 

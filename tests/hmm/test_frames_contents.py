@@ -198,6 +198,17 @@ def test_frames_of_a_removed_region_read_as_zeroes_whoever_has_their_rows() -> N
     frames.check()
 
 
+@pytest.mark.parametrize("numbers", [[4, 5, 6], [9, 2, 5], [5, ZERO_PFN, 5], [7], []])
+def test_bytes_are_read_through_several_frames(frames: Frames, numbers: list[int]) -> None:
+    """From the middle of the first to the middle of the last, wherever their rows are, stale ones too."""
+    frames.scatter(np.arange(1, 11), pattern(10))
+    frames.clear(pfns(6))
+    frames.exchange(pfns(2), pfns(20))
+    whole = frames.gather(pfns(*numbers)).tobytes()
+    assert frames.read_through(pfns(*numbers), 0, len(whole)) == whole
+    assert frames.read_through(pfns(*numbers), 3, max(len(whole) - 7, 0)) == whole[3 : max(len(whole) - 4, 3)]
+
+
 def test_clear_makes_frames_read_as_zeroes(frames: Frames) -> None:
     """clear_highpage(), for consecutive and scattered frames."""
     frames.scatter(np.arange(1, 21), pattern(20))
