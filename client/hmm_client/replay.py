@@ -38,17 +38,23 @@ from hmm_client.recordings import (
     Failed,
     Fork,
     Ignored,
+    Map,
     ProcessIndex,
     Recording,
+    Remap,
     Step,
     Thread,
     ThreadExit,
     Unknown,
+    Unmap,
     Vfork,
     canonical,
     compare,
 )
 from hmm_client.replay_calls import make, reached
+
+GROWTH_BYTES = 8 << 20
+"""How far an area grows at most: RLIMIT_STACK, unless a program had another."""
 
 
 class Devices(Protocol):
@@ -59,6 +65,9 @@ class Devices(Protocol):
 
     async def follow(self, process: Process, span: AddressRange) -> None:
         """The program is here now, or will be with its next call."""
+
+    async def idle(self) -> None:
+        """Finish what is under way."""
 
     async def settle(self) -> None:
         """The program has ended, its memory is still there: finish, check and count."""
@@ -163,6 +172,7 @@ class _Run:
         self.processes: dict[ProcessIndex, Process] = {}
         self.threads: dict[int, tuple[ProcessIndex, Process]] = {}
         self._found = False
+        self._growing = [AddressRange(area.start, area.end) for area in recording.initial if area.grows_down]
         self.done = Replayed(recording.program)
         started = recording.log.calls[0].name == "execve"  # it made the layout that the replay begins with
         self.done.calls = len(recording.log.calls) - started
@@ -310,6 +320,8 @@ class _Run:
         before, after = reached(step)
         if before:
             await self._devices.follow(process, before)
+        if self._takes_from_growing(step):
+            await self._devices.idle()
         found = await make(process, step, self._files)
         if found.expected != found.found:
             raise _DifferenceFoundError(found.expected, found.found)
@@ -317,3 +329,13 @@ class _Run:
             self.done.placed.append(f"line {step.call.line}: {step.call.text}: here {found.placement:#x}")
         if after:
             await self._devices.follow(process, after)
+
+    def _takes_from_growing(self, step: Step) -> bool:
+        """Whether a call may take memory from an area that grows: a CPU that still looks there would bring it back."""
+        match step:
+            case Map(flags=flags, recorded=start, length=length) if flags & MapFlag.GROWSDOWN:
+                self._growing.append(AddressRange(start, page_up(start + length)))
+            case Unmap(address=start, length=length) | Remap(address=start, length=length):
+                end = start + length
+                return any(start < area.end and area.start - GROWTH_BYTES < end for area in self._growing)
+        return False

@@ -41,6 +41,9 @@ class NoDevices:
     async def follow(self, process: Process, span: AddressRange) -> None:
         """Nobody does."""
 
+    async def idle(self) -> None:
+        """Nobody does anything."""
+
     async def settle(self) -> None:
         """Nothing to settle."""
 
@@ -80,6 +83,10 @@ class Stamping:
                 for place, outcome in zip(places, outcomes, strict=True)
             }
         await self._devices.follow(process, span)
+
+    async def idle(self) -> None:
+        """Let the devices finish what they do."""
+        await self._devices.idle()
 
     async def settle(self) -> None:
         """Let the devices finish, then read back what was stamped."""

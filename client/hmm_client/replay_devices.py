@@ -118,14 +118,15 @@ class ReplayDevices:
             device.follow(process.id, span)
         self._followed += 1
         if self._followed % LAG_CALLS == 0:
-            await self._idle()
+            await self.idle()
 
     async def settle(self) -> None:
         """Let all devices finish, compare their tables with the daemon's, and count."""
-        await self._idle()
+        await self.idle()
         self.reports = [await _report(*served) for served in self._served]
 
-    async def _idle(self) -> None:
+    async def idle(self) -> None:
+        """Let all devices finish what they do."""
         await asyncio.gather(*(device.idle() for _, _, device in self._served))
 
 

@@ -787,3 +787,33 @@ def test_mmap_is_shared_when_it_validated_its_flags() -> None:
     step = only_step("mmap(NULL, 4096, PROT_READ, MAP_SHARED_VALIDATE, 3</a>, 0) = 0x7000")
     assert isinstance(step, Map)
     assert step.flags == 0x01
+
+
+def test_area_grows_before_a_call_cuts_what_it_gained() -> None:
+    """What munmap left of it is in the last layout; what another mmap put there is not its own."""
+    text = """
+        1 mmap(0x9000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_GROWSDOWN, -1, 0) = 0x9000
+        1 mmap(0x2000, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x2000
+        1 munmap(0x7000, 4096) = 0
+        1 munmap(0x3000, 8192) = 0
+        """
+    rest = [Area(0x2000, 0x3000, "r--p"), Area(0x5000, 0x7000, "r--p"), Area(0x8000, 0xB000, "r--p")]
+    steps = plan(text, [], rest)
+    assert kinds(steps) == ["Map(0)", "Map(0)", "GrowStack(0)", "Unmap(0)", "Unmap(0)"]
+    assert steps.steps[2] == GrowStack(steps.steps[3].origin, 0x5000, 0x9000)
+
+
+def test_area_has_grown_when_a_call_succeeds_that_begins_below_it() -> None:
+    """mm/mremap.c, vma_to_resize(): all of what moves has to be mapped, and only growth can have mapped it."""
+    text = """
+        1 mmap(0x9000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_GROWSDOWN, -1, 0) = 0x9000
+        1 mremap(0x6000, 20480, 20480, MREMAP_MAYMOVE) = 0x20000
+        1 mprotect(0x1F000, 8192, PROT_NONE) = 0
+        1 mprotect(0x9000, 4096, PROT_NONE) = -1 ENOMEM (Cannot allocate memory)
+        """
+    steps = plan(text).steps
+    assert [step for step in steps if isinstance(step, GrowStack)] == [
+        GrowStack(steps[2].origin, 0x6000, 0x9000), GrowStack(steps[4].origin, 0x1F000, 0x20000),
+    ]  # fmt: skip
+    other = "1 mmap(0x6000, 12288, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x6000"
+    assert not plan(f"{other}\n{text}").counts()["GrowStack"] > 1

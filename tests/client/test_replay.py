@@ -46,6 +46,9 @@ class NoDevices:
         """Write it down."""
         self.followed.append(span)
 
+    async def idle(self) -> None:
+        """Nothing to finish."""
+
     async def settle(self) -> None:
         """Write it down."""
         self.settled += 1

@@ -118,13 +118,13 @@ def _overlap(left: tuple[int, int] | None, right: tuple[int, int] | None) -> boo
 def _exchanged(call: Call) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """The addresses that a call gave back and handed out; of one that is not understood, its step will say so."""
     try:
-        return _given(call), _taken(call)
+        return given(call), taken(call)
     except (ValueError, IndexError):
         return None, None
 
 
-def _given(call: Call) -> tuple[int, int] | None:
-    """The addresses [start, end) that an mremap gave back."""
+def given(call: Call) -> tuple[int, int] | None:
+    """The addresses [start, end) that an mremap gave back.  Raises: ValueError, IndexError as for its step."""
     if call.name != "mremap" or not call.succeeded:
         return None
     start, length, new_length = (number(text) for text in call.arguments[:3])
@@ -133,8 +133,8 @@ def _given(call: Call) -> tuple[int, int] | None:
     return None if "MREMAP_DONTUNMAP" in call.arguments[3] else (start, start + length)
 
 
-def _taken(call: Call) -> tuple[int, int] | None:
-    """The addresses [start, end) that a call handed out."""
+def taken(call: Call) -> tuple[int, int] | None:
+    """The addresses [start, end) that a call handed out.  Raises: as `given`."""
     if call.result is None or not call.succeeded:
         return None
     if call.name == "mremap":

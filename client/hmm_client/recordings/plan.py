@@ -39,7 +39,6 @@ from hmm_client.recordings.steps import (
     GrowStack,
     Ignored,
     Interrupted,
-    Map,
     Origin,
     ProcessIndex,
     Protect,
@@ -109,7 +108,7 @@ def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()
     calls = log.calls
     if not calls:
         raise RecordingError("no system call was recorded", log.path)
-    planner = _Planner(log.path, calls, Segments([*initial, *final]), Growth(initial, final))
+    planner = _Planner(log.path, calls, Segments([*initial, *final]), Growth(initial, final, calls))
     for effect in effects(log):
         planner.take(effect)
     return planner.finish()
@@ -213,8 +212,7 @@ class _Planner:
     def take_step(self, step: Step) -> None:
         if step.process == FIRST:
             self.grow(step.call, self.growth.before(step))
-            if isinstance(step, Map):
-                self.growth.mapped(step)
+            self.growth.made(step)
         self.steps.append(step)
 
     def in_its_state(self, step: Step, task: _Task) -> Step:

@@ -1,4 +1,4 @@
-/* What memory calls do depends on what others have set: personality, the break, the kind of a file, its length. */
+/* What memory calls do depends on what others have set (personality, break, kinds of files), and on faults. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -112,6 +112,27 @@ static void rename_new(const char *path, const char *other)
 	unlink(other);
 }
 
+/* An area with room to grow into, which it does by three pages. */
+static char *grown(void)
+{
+	char *room = map(600, PROT_NONE);
+	munmap(room, 600 * PAGE);
+	char *top = room + 598 * PAGE;
+	mmap(top, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_GROWSDOWN, -1, 0);
+	*(volatile char *)(top - 3 * PAGE) = 1;
+	return top - 3 * PAGE;
+}
+
+/* Of what grew the end does not show all: one has a hole, another is elsewhere. */
+static void grow_down(void)
+{
+	char *cut = grown();
+	munmap(cut + PAGE, PAGE);
+	char *moved = grown();
+	char *target = map(8, PROT_NONE);
+	mremap(moved, 5 * PAGE, 5 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target);
+}
+
 int main(void)
 {
 	char path[32], other[40];
@@ -121,6 +142,7 @@ int main(void)
 	validate(path);
 	lengths();
 	rename_new(path, other);
+	grow_down();
 	move_break();
 	return 0;
 }
