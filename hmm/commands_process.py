@@ -219,8 +219,9 @@ def _end(machine: Machine, space: AddressSpace) -> Operation[None]:
             yield from invalidation.deliver()
             space.notifier.closed = True
             yield from _release_mirrors(machine, space)
-            with space.notifier.invalidation((WHOLE_SPACE,), Cause.EXIT_MMAP, certain=True) as unmapping:
-                yield from unmapping.deliver()
+            if len(space.vmas):  # exit_mmap() unmaps nothing else
+                with space.notifier.invalidation((WHOLE_SPACE,), Cause.EXIT_MMAP, certain=True) as unmapping:
+                    yield from unmapping.deliver()
             yield from forking.exit_mmap(space)
     del machine.spaces[space.id]
 

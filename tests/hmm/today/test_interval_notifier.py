@@ -193,6 +193,14 @@ def test_exit_releases_unmaps_and_keeps_the_subscription(bench: Any) -> None:
     assert not bench.local.machine.receivers
 
 
+def test_exit_unmaps_nothing_when_nothing_is_mapped(bench: Any) -> None:
+    """exit_mmap() ends before unmap_vmas() where there is no VMA: RELEASE is all that is told."""
+    process = bench.call(commands_process.create_process, "empty")
+    _, heard = bench.attach(bench.device, process)
+    bench.call(commands_process.exit_process, process)
+    assert heard.reasons == [Reason.RELEASE]
+
+
 def test_detach_changes_nothing_when_an_owed_answer_does_not_come(bench: Any) -> None:
     """The driver is still there, and has to be told: mmu_interval_notifier_remove() comes when nothing is owed."""
     machine = bench.local.machine
