@@ -7,7 +7,9 @@ huge page is its process's own.  A block that cannot be collapsed is passed over
 
 **Invariants**: mirrors have heard of a block before its pages are replaced.
 
-**Absent**: khugepaged, which does it unasked; huge pages of files.
+**Absent**: khugepaged, which does it unasked.
+
+Differs: pages of files stay small; a block of a file is looked at (`scan_file`) and left as it is.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ from hmm.errors import HmmError, InvalidRequestError, OutOfFramesError, RangeBus
 from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.fault_pages import ANON_PAGE, WRITTEN
+from hmm.file import FILE_SIZE_MAX, File
 from hmm.frames import PageFlag
 from hmm.huge_fault import has_table
 from hmm.huge_split import has_directory
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation
-from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, Pfns, pmd_up
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, Pfns, pmd_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.zone_device import owners
 
-__all__ = ["collapse"]
+__all__ = ["collapse", "scan_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class _Failure:
     ends: bool = False
 
 
+_NOTHING: Entries = np.zeros(0, np.uint64)
 _MISSED = _Failure(errnos.EBUSY, "a userfaultfd misses a page", ends=True)
 
 
@@ -74,6 +78,31 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
                 break
     if failed is not None:
         raise _error(*failed)
+
+
+def scan_file(space: AddressSpace, vma: Vma, file: File) -> None:
+    """Look whether the blocks of a file that lie in a part of one VMA could be collapsed.
+
+    Raises:
+        InvalidRequestError: no whole block lies there, or one has no pages in memory or swap (EINVAL).
+        RangeBusyError: somebody else refers to a page of one (EAGAIN).
+
+    Cost: O(pages), vectorised.  Source: Linux mm/khugepaged.c, hpage_collapse_scan_file(), collapse_file().
+    """
+    first, end = pmd_up(vma.start), vma.end & PMD_MASK
+    if end < first:
+        raise InvalidRequestError(f"collapse: no huge page can come in {vma}", address=vma.start)
+    referenced: AddressRange | None = None
+    for start in range(first, end, PMD_SIZE):
+        block, offset = AddressRange(start, start + PMD_SIZE), vma.page_offset(start) << PAGE_SHIFT
+        entries = file.pages.read(offset, offset + PMD_SIZE) if offset < FILE_SIZE_MAX else _NOTHING
+        pfns = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT))
+        if (space.frames.refcount[pfns] != space.frames.mapcount[pfns] + 1).any():
+            referenced = block
+        elif not entries.any():
+            raise _error(block, _Failure(errnos.EINVAL, "the file has no page there"))
+    if referenced is not None:
+        raise _error(referenced, _Failure(errnos.EAGAIN, "somebody refers to a page"))
 
 
 def _error(block: AddressRange, failure: _Failure) -> HmmError:

@@ -20,8 +20,9 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Absent**: when pages are merged (ksm.py); MADV_SOFT_OFFLINE; the guard regions of 6.13.
 
-Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE passes over mappings of files.  What is
-freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full (folio_mark_lazyfree()).
+Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE leaves pages of files small
+(collapse.py).  What is freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full
+(folio_mark_lazyfree()).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.collapse import collapse
+from hmm.collapse import collapse, scan_file
 from hmm.errors import (
     EHWPOISON,
     AccessDeniedError,
@@ -190,7 +191,7 @@ def madvise(
         RangeBusyError: too many VMAs (EAGAIN).
         OutOfFramesError: POPULATE found no frame (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
-        COLLAPSE: as `collapse`.  HWPOISON: as `inject_memory_failure`.
+        COLLAPSE: as `collapse` and `scan_file`.  HWPOISON: as `inject_memory_failure`.
 
     Cost: O(VMAs + directories + entries), vectorised.
     """
@@ -450,12 +451,14 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
 
 def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:
-    """MADV_COLLAPSE: without a turn, as pages may have to be brought in; mappings of files stay as they are."""
+    """MADV_COLLAPSE: without a turn, as pages may have to be brought in; pages of files stay as they are."""
     for piece in _pieces(space, span):
         if piece.backing is None:
             yield from collapse(space, piece)
         elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE) or not _suits_huge_pages(space, piece):
             raise InvalidRequestError(f"madvise: {piece} does not take COLLAPSE", address=piece.start)
+        elif isinstance(piece.backing, File):
+            scan_file(space, piece, piece.backing)
 
 
 def _suits_huge_pages(space: AddressSpace, piece: Vma) -> bool:

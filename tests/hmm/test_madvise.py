@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+import numpy as np
 import pytest
 from area import BASE, PRIVATE, RW, SHARED, at, pages
 
@@ -27,7 +28,7 @@ from hmm.file import FILE_SIZE_MAX
 from hmm.madvise import Advice, madvise
 from hmm.mman import MapFlag
 from hmm.operation import WaitFor
-from hmm.units import PAGE_SIZE, PIECE_PAGES
+from hmm.units import PAGE_SIZE, PIECE_PAGES, PMD_PAGES
 from hmm.vma import MAY_FLAGS, Mapping, Prot, VmFlag
 
 
@@ -442,3 +443,31 @@ def test_madvise_refuses_to_collapse_when_no_block_of_a_file_fits(
     world.map(space, npages, RW, SHARED, world.file(2), at=0, offset=offset)
     with pytest.raises(InvalidRequestError):
         advise(world, space, 0, npages, Advice.COLLAPSE)
+
+
+def test_madvise_looks_at_every_block_of_a_file_when_it_is_to_be_collapsed(world: Any, space: AddressSpace) -> None:
+    """collapse_file(): SCAN_TRUNCATED where the file has no page, SCAN_PAGE_COUNT where somebody refers to one."""
+    block = PMD_PAGES
+    file = world.file(3 * block)
+    world.map(space, 3 * block, RW, SHARED, file, at=0)
+    for page in (1, block):
+        file.grab(np.array([page * PAGE_SIZE], np.uint64))
+    advise(world, space, 0, 2 * block, Advice.COLLAPSE)
+    with pytest.raises(InvalidRequestError) as empty:
+        advise(world, space, 0, 3 * block, Advice.COLLAPSE)
+    assert (empty.value.errno, empty.value.address) == (errno.EINVAL, at(2 * block))
+    referenced = file.grab(np.array([PAGE_SIZE], np.uint64))
+    world.frames.get(referenced)
+    with pytest.raises(RangeBusyError) as busy:
+        advise(world, space, 0, 2 * block, Advice.COLLAPSE)
+    assert (busy.value.errno, busy.value.address) == (errno.EAGAIN, at(0))
+    world.frames.put(referenced)
+
+
+def test_madvise_refuses_to_collapse_less_than_a_block_of_a_file(world: Any, space: AddressSpace) -> None:
+    """madvise_collapse(): EINVAL where the end lies before the first block; between two blocks there is none to do."""
+    block = PMD_PAGES
+    world.map(space, 2 * block, RW, SHARED, world.file(2 * block), at=0)
+    with pytest.raises(InvalidRequestError):
+        advise(world, space, 1, block - 1, Advice.COLLAPSE)
+    advise(world, space, 1, block, Advice.COLLAPSE)
