@@ -57,9 +57,9 @@ def free_entries(frames: Frames, slots: Slots, *, dirty: bool = True) -> None:
     """Swap entries went: their slots are named once less, and free when nothing names them.
 
     Args:
-        dirty: a page that leaves the swap cache is dirty from now on: folio_free_swap().  A read fault leaves it clean.
+        dirty: a page that leaves the swap cache is dirty from now on: folio_free_swap().
 
-    Cost: O(n), vectorised.  Source: Linux mm/swapfile.c, free_swap_and_cache(); mm/memory.c, should_try_to_free_swap().
+    Cost: O(n), vectorised.  Source: Linux mm/swapfile.c, free_swap_and_cache().
     """
     if not slots.size:
         return

@@ -73,10 +73,12 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
     frames, slots = space.frames, cpu_pte.cpu_pfn(entries)
     marked = (entries & np.uint64(cpu_pte.SWP_EXCLUSIVE)) != 0
     pfns = _cache(frames, slots)
+    leaves = _leave_swap_cache(frames, vma, slots, pfns, write)
     frames.map(pfns)
-    free_entries(frames, slots, dirty=write)
-    # do_swap_page(): a page that this process alone has, by the marker, or as should_try_to_free_swap() lets it look.
-    exclusive = marked | (frames.refcount[pfns] == 1) if write or vma.has(VmFlag.LOCKED) else marked
+    free_entries(frames, slots, dirty=False)
+    frames.set_flags(pfns[leaves & (frames.private[pfns] == 0)], PageFlag.DIRTY)  # folio_free_swap()
+    # do_swap_page(): a page that this process alone has, by the marker, or as there is no other reference.
+    exclusive = marked | (leaves & (frames.refcount[pfns] == 1))
     flags = (entries & np.uint64(cpu_pte.SOFT_DIRTY)) | np.uint64(READ_ONLY)
     if vma.writable:
         tracked = not write and not space.is_soft_dirty(vma)  # pte_needs_soft_dirty_wp()
@@ -85,6 +87,19 @@ def _map(space: AddressSpace, vma: Vma, addresses: Entries, entries: Entries, wr
     frames.set_flags(pfns[exclusive], PageFlag.ANON_EXCLUSIVE)
     space.claim(pfns[exclusive], vma.start)
     space.table.store(addresses, cpu_pte.cpu_entry(pfns, flags))
+
+
+def _leave_swap_cache(frames: Frames, vma: Vma, slots: Slots, pfns: Pfns, write: bool) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages leave the swap cache if these were the last entries: should_try_to_free_swap().
+
+    Those that are to be written and that nobody maps; in locked memory all; so too while half of swap is used.
+    """
+    if vma.has(VmFlag.LOCKED):
+        return np.ones(slots.size, np.bool_)
+    area = area_of(frames)
+    last = area.counts[slots] == 1
+    full: npt.NDArray[np.bool_] = 2 * (area.free + np.cumsum(last) - last) < area.total  # vm_swap_full()
+    return full | (frames.refcount[pfns] == 1) if write else full
 
 
 def _cache(frames: Frames, slots: Slots) -> Pfns:

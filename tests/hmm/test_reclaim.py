@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -351,6 +351,32 @@ def test_page_that_nobody_else_has_is_writable_at_once_when_it_is_read_back_into
         memory.call(processes.mlock, memory.pid, START, PAGE_SIZE, MlockFlag.ONFAULT)
     memory.read(span(0))
     assert cpu_pte.is_writable(memory.entries(span(0))[0]) is locked
+
+
+@pytest.mark.parametrize(("nothers", "full"), [(3, False), (4, True)])
+def test_page_that_nobody_else_has_is_writable_at_once_when_swap_is_half_full(nothers: int, full: bool) -> None:
+    """vm_swap_full(): should_try_to_free_swap() is true for reads as well; folio_free_swap() makes the page dirty."""
+    memory = Memory(replace(SMALL, swap_pages=8))
+    memory.write(span(0, 1 + nothers))
+    memory.advise(span(0, 1 + nothers), Advice.PAGEOUT)
+    memory.call(processes.exit_process, memory.fork())  # no entry is marked as exclusive any more
+    memory.read(span(0))
+    (entry,) = memory.entries(span(0))
+    assert cpu_pte.is_writable(entry) is full
+    assert bool(memory.machine.frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.DIRTY) is full
+
+
+def test_page_is_clean_for_others_when_it_is_copied_for_a_write() -> None:
+    """should_try_to_free_swap() asks for no reference but the swap cache's, so that only the copy has been written."""
+    memory = Memory()
+    memory.write(span(0))
+    memory.advise(span(0), Advice.PAGEOUT)
+    child = memory.fork()
+    memory.read(span(0))
+    memory.write(span(0), 2, child)
+    assert memory.read(span(0)) == [1]
+    (entry,) = memory.entries(span(0))
+    assert not memory.machine.frames.flags_of(cpu_pte.cpu_pfn(entry)) & PageFlag.DIRTY
 
 
 def test_soft_dirty_survives_swap() -> None:
