@@ -227,9 +227,8 @@ def require_token(token: str) -> None:
 
 
 def _in_ascii(name: str) -> str:
-    """A name as metadata can hold it; other characters are escaped."""
-    escaped = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
-    return escaped.encode("ascii", "backslashreplace").decode()
+    """A name as metadata can hold it, and as long: a question mark stands for each other character."""
+    return "".join(one if one.isascii() and one.isprintable() else "?" for one in name)
 
 
 def not_made_error(result: types_pb2.CallResult) -> HmmError | DaemonError:

@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 
 import hmm_client
+from hmm.units import PAGE_SIZE
 from hmm_client.channel import as_target, default_target
 from hmm_client.harness import Harness, HoldPoint
 from hmm_proto.v1 import inspection_pb2, process_pb2_grpc
@@ -198,10 +199,16 @@ async def test_call_says_what_is_wrong_with_its_target_when_nobody_can_be_there(
     assert caught.value.target.endswith(target)
 
 
-async def test_client_is_called_something_when_its_name_has_other_letters(shared_daemon: Daemon) -> None:
-    """Metadata is ASCII: what is not is escaped, where calls are named and in `ps`; a token is no text for people."""
-    async with hmm_client.connect(shared_daemon.target, name="gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\n") as client:
-        process = await client.create_process("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n\n")
+async def test_client_has_a_name_when_it_has_other_letters(shared_daemon: Daemon) -> None:
+    """Metadata is ASCII: a question mark stands for what is not, as long as a name may be.  A token has no other."""
+    async with hmm_client.connect(
+        shared_daemon.target, name="\N{LATIN SMALL LETTER U WITH DIAERESIS}\n" * 32
+    ) as client:
+        process = await client.create_process("\N{LATIN SMALL LETTER U WITH DIAERESIS}\n" * 32)
+        mapped = await process.mmap(PAGE_SIZE)
+        request = inspection_pb2.GetOperationRequest(operation_id=mapped.operation_id)
+        status = await client.channel.request(client.inspection.GetOperation, request)
+        assert status.operation.caller == "??" * 32
         await process.exit()
     with pytest.raises(ValueError, match="a token has printable characters"):
         hmm_client.connect(shared_daemon.target, "mine\n")

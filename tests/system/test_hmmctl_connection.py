@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,3 +106,22 @@ async def test_watch_shows_calls_when_it_is_told_to(start_daemon: StartDaemon) -
     assert done.code == 0
     assert " by program: done after " in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+async def test_top_ends_when_the_daemon_answers_no_more(start_daemon: StartDaemon) -> None:
+    """One that is stopped between two readings; --timeout is for each of them."""
+    daemon = await start_daemon()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hmm_client.cli", "top", "--format", "json", "--interval", "0.1", "--timeout", "2"),
+        *("-t", daemon.target),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline()
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        _, said = await process.communicate()
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert (process.returncode, said.decode()) == (3, f"hmmctl: {daemon.target} did not answer within 2 s\n")

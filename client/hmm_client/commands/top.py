@@ -280,12 +280,16 @@ def command(interval: float, once: bool, form: str, where: Where) -> None:
     live = form != JSON and not once and sys.stdout.isatty()
     endless = live or (form == JSON and not once)
 
+    async def read(client: Client) -> Reading:
+        async with asyncio.timeout(where.timeout_s):
+            return await Reading.take(client)
+
     async def show(client: Client) -> None:
-        before = await Reading.take(client)
+        before = await read(client)
         with _Screen(live) as screen:
             while True:
                 await asyncio.sleep(interval)
-                after = await Reading.take(client)
+                after = await read(client)
                 page = Page(before, after)
                 if form == JSON:
                     print_json(page.value())
