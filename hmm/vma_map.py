@@ -158,8 +158,7 @@ class VmaMap(IntervalMap[Vma]):
         """
         start, end = span.start, span.end
         assert not vmas or (start <= vmas[0][0] and vmas[-1][1] <= end), (span, vmas)
-        slot = self._touching(start, end)
-        touched = self._items(slot)
+        slot, touched = self._touching(start, end)
         serial = next(self._serials)
         result: list[Vma] = []
         joins_below = merge and not (apart_from and apart_from.end == start)
@@ -198,8 +197,7 @@ class VmaMap(IntervalMap[Vma]):
 
     def rejoin(self, whole: Vma) -> None:
         """Put back a VMA that was cut in pieces, with its place in the reverse map."""
-        slot = self._touching(whole.start, whole.end)
-        touched = self._items(slot)
+        slot, touched = self._touching(whole.start, whole.end)
         below = [vma for vma in touched if vma.end <= whole.start]
         above = [vma for vma in touched if vma.start >= whole.end]
         self._splice(slot, [*below, whole, *above])
