@@ -18,6 +18,7 @@ the parent's VMAs with the parent's cuts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
@@ -59,7 +60,8 @@ from hmm.vma_edit import release_files, zap
 __all__ = ["exit_mmap", "fork"]
 
 _UNFAULTABLE = VmFlag.PFNMAP | VmFlag.MIXEDMAP
-_PRIVATE = VmFlag.SHARED | VmFlag.MAYWRITE
+_LOCKED = int(LOCKED_FLAGS)
+_SHARED, _MAYWRITE, _HUGETLB = int(VmFlag.SHARED), int(VmFlag.MAYWRITE), int(VmFlag.HUGETLB)
 _COPIED = READ_ONLY | DIRTIED
 
 
@@ -82,7 +84,8 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
         yield from turn.wait()
         turn.hold(WHOLE_SPACE)
         vmas = [vma for vma in parent.vmas if not vma.has(VmFlag.DONTCOPY)]
-        copied = [vma for vma in vmas if _needs_copy(vma)]
+        runs = list(_runs(parent.vmas))
+        copied = [vma for run in runs for vma in run]
         private = [vma for vma in copied if _is_cow(vma)]
         huge = tuple(vma.span for vma in private if vma.has(VmFlag.HUGETLB))
         small = tuple(vma.span for vma in private if not vma.has(VmFlag.HUGETLB))
@@ -93,7 +96,7 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
                         yield from told.enter_context(parent.notifier.invalidation(spans, cause)).deliver()
                 if small:
                     yield from _split_pinned(parent, copied)
-                yield from _copy(parent, child, vmas, copied)
+                yield from _copy(parent, child, vmas, runs)
         except HmmError:
             yield from exit_mmap(child)
             raise
@@ -120,10 +123,27 @@ def _needs_copy(vma: Vma) -> bool:
 
 def _is_cow(vma: Vma) -> bool:
     """Whether what is written there is private: is_cow_mapping()."""
-    return vma.flags & _PRIVATE == VmFlag.MAYWRITE
+    return vma.flags._value_ & (_SHARED | _MAYWRITE) == _MAYWRITE
 
 
-def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: list[Vma]) -> Operation[None]:
+def _runs(vmas: Iterable[Vma]) -> Iterator[list[Vma]]:
+    """The VMAs to be copied as they follow on each other, with nothing between that is not, and copied alike."""
+    run: list[Vma] = []
+    kind = 0
+    for vma in vmas:
+        copied = not vma.has(VmFlag.DONTCOPY) and _needs_copy(vma)
+        now = vma.flags._value_ & (_SHARED | _MAYWRITE | _HUGETLB)
+        if run and (not copied or now != kind):
+            yield run
+            run = []
+        if copied:
+            run.append(vma)
+            kind = now
+    if run:
+        yield run
+
+
+def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list[list[Vma]]) -> Operation[None]:
     child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
     child.fault_around_pages = parent.fault_around_pages
     child.has_read_hints, child.tracks_writes = parent.has_read_hints, parent.tracks_writes
@@ -134,18 +154,19 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], copied: li
             vma.backing.mapped_by(child)
     forest = parent.forest
     child.vmas.inherit([vma._replace(mapping=_childs_mapping(parent, child, vma, forest)) for vma in vmas])
-    given = yield from _copy_from_devices(parent, child, copied)
+    given = yield from _copy_from_devices(parent, child, [vma for run in runs for vma in run])
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
-    for vma in copied:
-        _allocate_tables(parent, child, vma)
-        for addresses, entries in parent.table.chunks(vma.start, vma.end, PIECE_PAGES):
+    for run in runs:
+        for vma in run:
+            _allocate_tables(parent, child, vma)
+        for addresses, entries in parent.table.chunks(run[0].start, run[-1].end, PIECE_PAGES):
             now = (yield from _with_room(parent, addresses, entries)) if parent.frames.make_room else entries
             if given:
                 missing = child.table.lookup(addresses) == 0
-                _share(parent, child, vma, addresses[missing], now[missing])
+                _share(parent, child, run, addresses[missing], now[missing])
             else:
-                _share(parent, child, vma, addresses, now)
+                _share(parent, child, run, addresses, now)
             npages += addresses.size
             if npages >= PIECE_PAGES:
                 npages = 0
@@ -211,7 +232,9 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
 
 
 def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma, forest: Forest) -> Mapping:
-    mapping = vma.mapping.with_flags(vma.flags & ~LOCKED_FLAGS)
+    mapping = vma.mapping
+    if mapping.flags._value_ & _LOCKED:
+        mapping = mapping.with_flags(mapping.flags & ~LOCKED_FLAGS)
     if mapping.userfaultfd:
         mapping = mapping.with_userfaultfd(0)  # dup_userfaultfd()
     if not vma.anon_vma:
@@ -221,10 +244,14 @@ def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma, forest:
     return mapping.with_anon_vma(child.inherit_anon_vma(parent.family(vma.anon_vma), forest), cloned=True)
 
 
-def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entries, entries: Entries) -> None:
-    """Give the child the entries of some pages of one VMA: copy_pte_range()."""
+def _share(parent: AddressSpace, child: AddressSpace, run: list[Vma], addresses: Entries, entries: Entries) -> None:
+    """Give the child the entries of some pages of VMAs that are copied alike: copy_pte_range()."""
     if not addresses.size:
         return
+    if len(run) > 1 and parent.frames.pinned:
+        _share_each(parent, child, run, addresses, entries)
+        return
+    vma = run[0]
     if _is_cow(vma):
         entries = _given_back(parent, addresses, entries)
         pinned = _pinned(parent, entries)
@@ -239,9 +266,16 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
         if not addresses.size:
             return
         shared = _read_only(entries)
+        try:
+            _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED))
+        except OutOfFramesError:
+            if len(run) == 1:
+                _store(parent.table, addresses, shared)
+                raise
+            _share_each(parent, child, run, addresses, entries)  # as far as there are directories
+            return
         if not np.array_equal(shared, entries):
             _store(parent.table, addresses, shared)
-        _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED))
     else:
         shared = entries
         _store(child.table, addresses, shared & ~np.uint64(cpu_pte.ACCESSED | cpu_pte.DIRTY))
@@ -255,6 +289,15 @@ def _share(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses: Entri
         migrating = cpu_pte.cpu_pfn(shared[cpu_pte.is_migration(shared)])
         pfns = np.concatenate((pfns, migrating))
     parent.frames.clear_flags(pfns, PageFlag.ANON_EXCLUSIVE)
+
+
+def _share_each(
+    parent: AddressSpace, child: AddressSpace, run: list[Vma], addresses: Entries, entries: Entries
+) -> None:
+    """The same, one VMA after the other."""
+    for vma in run:
+        first, stop = addresses.searchsorted((np.uint64(vma.start), np.uint64(vma.end)))
+        _share(parent, child, [vma], addresses[first:stop], entries[first:stop])
 
 
 def _given_back(parent: AddressSpace, addresses: Entries, entries: Entries) -> Entries:
