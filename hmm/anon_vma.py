@@ -72,7 +72,7 @@ class Forest:
 
         Cost: O(1) if no ancestor but the oldest lies between, else once O(VMAs of all relatives).
         """
-        if any(tree.parent[0] and tree != parent.own for tree in parent.trees):
+        if len(parent.trees) > 1 and any(tree.parent[0] and tree != parent.own for tree in parent.trees):
             self._look()
             for tree in parent.trees:
                 if tree.parent[0] and tree not in self._active and self._children[tree[:2]] < _CHILDREN_MAX:

@@ -54,7 +54,7 @@ from hmm.units import (
     all_but,
     block_starts,
 )
-from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
+from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag, new_vma
 from hmm.vma_edit import release_files, zap
 
 __all__ = ["exit_mmap", "fork"]
@@ -153,7 +153,9 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)
     forest = parent.forest
-    child.vmas.inherit([vma._replace(mapping=_childs_mapping(parent, child, vma, forest)) for vma in vmas])
+    child.vmas.inherit(
+        [new_vma((vma.start, vma.end, _childs_mapping(parent, child, vma, forest), *vma[3:])) for vma in vmas]
+    )
     given = yield from _copy_from_devices(parent, child, [vma for run in runs for vma in run])
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.

@@ -39,6 +39,7 @@ FRAMES = 1 << 19
 FLAGS = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED | MapFlag.NORESERVE
 FAULT, MIRROR, SNAPSHOT, MUNMAP = "fault in", "mirror what is there", "snapshot", "munmap"
 BOTH = "fault in and mirror in one call"
+VMAS = 10_000
 MADV_POPULATE_WRITE = 23
 """Python's mmap module does not know it."""
 TARGETS_NS = {(FAULT, 1): 8_000.0, (FAULT, 512): 20_000.0}
@@ -107,6 +108,24 @@ class Model:
         }
 
 
+def _fork(rounds: int) -> Iterator[Row]:
+    """fork of many VMAs with a page each, and of one VMA with as many pages."""
+    figures: list[list[float]] = []
+    for stride in (2, 1):
+        local = Local(Machine(Limits(frames=2 * VMAS, device_frames=0)))
+        pid = local.call(processes.create_process)
+        for at in range(START, START + (VMAS * stride << PAGE_SHIFT), stride << PAGE_SHIFT):
+            local.call(processes.mmap, pid, at, 1 << PAGE_SHIFT, Prot.READ | Prot.WRITE, FLAGS)
+            local.call(processes.touch, pid, AddressRange(at, at + (1 << PAGE_SHIFT)), write=True)
+        figures.append([])
+        for _ in range(rounds):
+            began = thread_time_ns()
+            child = local.call(processes.fork, pid)
+            figures[-1].append((thread_time_ns() - began) / VMAS / 1000)
+            local.call(processes.exit_process, child)
+    yield compared(f"fork, {VMAS} VMAs of a page / of one VMA", "µs/page", *figures)
+
+
 def _kernel(rounds: int, npages: int) -> Iterator[Row]:
     """What this kernel takes for private memory of this process."""
     populated, unmapped = [], []
@@ -132,12 +151,13 @@ class Figures:
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Fault-in, mirroring, snapshot and munmap of 1, 512 and 262,144 pages."""
+    """Fault-in, mirroring, snapshot and munmap of 1, 512 and 262,144 pages; fork."""
     keep_memory()
     model, yardstick = Model(), Yardstick()
     gc.collect()
     for npages, repeats in ((1, 100), (512, 10), (1 << 14 if quick else 1 << 18, 1)):
         yield from _measure_size(model, yardstick, npages, repeats, 5 if quick else 9)
+    yield from _fork(5)
     yield from _kernel(3, 1 << 14)
 
 

@@ -19,7 +19,9 @@ from hmm.frames import PageFlag
 from hmm.madvise import Advice, madvise
 from hmm.mlock import mlock2
 from hmm.mman import MapFlag, mmap
+from hmm.mprotect import mprotect
 from hmm.operation import Deliver, WaitFor
+from hmm.pin import pin_user_pages
 from hmm.units import PAGE_SIZE, PIECE_PAGES, WHOLE_SPACE, AddressRange
 from hmm.vma import LOCKED_FLAGS, Prot, VmFlag
 
@@ -325,6 +327,37 @@ def test_fork_leaves_no_child_when_directories_run_out(world: Any, space: Addres
     assert world.frames.available == FREE - 2
     assert world.run(write_memory(space, start, b"x")).done == 1
     assert world.frames.available == FREE - 2
+
+
+def test_fork_copies_pinned_pages_alone_when_neighbouring_mappings_have_others(world: Any, space: AddressSpace) -> None:
+    """What is pinned gets a copy with its own VMA's permission, all else is shared: copy_present_page()."""
+    readable, rest = world.map(space, 2), world.map(space, 2, at=3)
+    fill(world, space, readable, 2)
+    fill(world, space, rest, 2)
+    pfns = world.run(pin_user_pages(space, pages(readable), write=True, long_term=True))
+    world.run(mprotect(space, readable, 2 * PAGE_SIZE, Prot.READ))
+    pinned_too = world.run(pin_user_pages(space, pages(rest, 1), write=True, long_term=True))
+    child = forked(world, space)
+    entries = [child.table.get(at) for at in (readable, readable + PAGE_SIZE, rest, rest + PAGE_SIZE)]
+    parents = [space.table.get(at) for at in (readable, readable + PAGE_SIZE, rest, rest + PAGE_SIZE)]
+    shared = [cpu_pte.cpu_pfn(a) == cpu_pte.cpu_pfn(b) for a, b in zip(entries, parents, strict=True)]
+    assert shared == [False, True, False, True]
+    assert [cpu_pte.is_writable(entry) for entry in entries] == [False, False, True, False]
+    assert [cpu_pte.is_writable(entry) for entry in parents] == [False, False, True, False]
+    for number, at in enumerate((readable, readable + PAGE_SIZE, rest, rest + PAGE_SIZE)):
+        assert world.run(read_memory(child, at, 1)).data == bytes([number % 2 + 1])
+    world.frames.unpin(np.concatenate((pfns, pinned_too)))
+
+
+def test_fork_leaves_pages_writable_when_directories_ran_out_before_them(world: Any, space: AddressSpace) -> None:
+    """The VMAs are copied in order: the parent's pages are read-only as far as fork came: copy_page_range()."""
+    near, far, behind = (world.map(space, 1, at=at) for at in (0, 1 << 20, (1 << 20) + 2))
+    for start in (near, far, behind):
+        fill(world, space, start)
+    with pytest.raises(OutOfFramesError):
+        world.run(fork(space, world.space(directories=4)))
+    assert [cpu_pte.is_writable(space.table.get(start)) for start in (near, far, behind)] == [False, False, True]
+    world.frames.check()
 
 
 # ---- exit
