@@ -106,19 +106,21 @@ def split_pmds(space: AddressSpace, blocks: Iterable[AddressRange]) -> Operation
             space.split_huge_pmd(block.start)
 
 
-def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[None]:
+def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[bool]:
     """Prepare for cutting `pieces` out of the VMAs that they are parts of.
 
     Args:
         pieces: ascending.
 
+    Returns: whether it may have waited, and what was known of the VMAs is out of date.
+
     Cost: O(pieces); nothing where nobody listens and nothing is huge.
     """
     if not space.huge and not space.notifier.subscribers:
-        return
+        return False
     blocks = sorted(set(_blocks_cut(space, pieces)))
     if not blocks:
-        return
+        return False
     yield from split_pmds(space, blocks)
     populated = tuple(block for block in blocks if has_directory(space, block.start))
     if populated:
@@ -126,6 +128,7 @@ def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[None]:
             yield from bracket.deliver()
     for block in blocks:  # one that was empty may have got a huge page meanwhile
         space.split_huge_pmd(block.start)
+    return True
 
 
 def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressRange]:

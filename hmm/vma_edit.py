@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hmm.address_space import AddressSpace
+from hmm.address_space import AddressSpace, Restoring
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.file import File
@@ -121,9 +121,10 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
     Cost: O(VMAs + directories + entries).  Source: Linux mm/vma.c, do_vmi_align_munmap().
     """
-    if not (yield from _prepare(space, span)):
+    pieces = yield from _prepare(space, span)
+    if not pieces:
         return
-    with space.restoring(span) as pieces, space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
+    with Restoring(space, span, pieces), space.notifier.invalidation((span,), Cause.MUNMAP) as invalidation:
         assert not space.detached, "VMAs are changed by one call at a time"
         space.detached = pieces  # nobody finds them by address any more; the reverse map still does
         space.vmas.erase(span)
@@ -145,23 +146,24 @@ def cut_out(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
     Source: Linux mm/vma.c, vms_gather_munmap_vmas(), reattach_vmas().
     """
-    if (yield from _prepare(space, span)):
-        pieces = space.vmas.mapped_pieces(span)
+    pieces = yield from _prepare(space, span)
+    if pieces:
         space.vmas.replace(span, [(start, end, mapping) for start, end, mapping, *_ in pieces], merge=False)
 
 
-def _prepare(space: AddressSpace, span: AddressRange) -> Operation[bool]:
-    """Make sure that the VMAs can be cut at the edges of `span`.  Returns: whether anything is mapped there."""
+def _prepare(space: AddressSpace, span: AddressRange) -> Operation[list[Vma]]:
+    """Make sure that the VMAs can be cut at the edges of `span`.  Returns: what is mapped there."""
     pieces = space.vmas.mapped_pieces(span)
     if not pieces:
-        return False
+        return pieces
     if len(space.vmas) >= space.limits.vmas:
         _require_no_hole(space, span, pieces[0])
     first, last = pieces[0], pieces[-1]
     require_whole_page(first, span.start)
-    yield from cut(space, pieces if len(pieces) == 1 else (first, last))
+    if (yield from cut(space, pieces if len(pieces) == 1 else (first, last))):
+        pieces = space.vmas.mapped_pieces(span)
     _require_whole_end(space, span.start, last, last.end)
-    return True
+    return pieces
 
 
 def _require_no_hole(space: AddressSpace, span: AddressRange, piece: Vma) -> None:
