@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -205,3 +206,16 @@ def test_record_says_what_may_forbid_it_when_strace_records_nothing(
     with pytest.raises(RecordingError, match=r"strace recorded nothing.*ptrace_scope"):
         record(["/bin/true"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_record_command_writes_where_and_holds_as_long_as_it_is_told(tmp_path: Path) -> None:
+    """--output and --delay; the command's exit code is its own, and what was recorded stands on stderr."""
+    for delay_s in PATIENCE_S:
+        folder = tmp_path / f"{delay_s}"
+        command = [sys.executable, "-m", "hmm_client.cli", "record", "--output", folder, "--delay", f"{delay_s}"]
+        done = subprocess.run([*command, "--", "sh", "-c", "exit 3"], capture_output=True, text=True, check=False)
+        if "not seen in time" not in done.stderr:
+            break
+    assert done.returncode == 3
+    assert re.fullmatch(rf"{folder}: \d+ calls of 1 process, \d+ mappings at the end\n", done.stderr)
+    assert (folder / "maps.final").stat().st_size > 0

@@ -197,3 +197,16 @@ async def test_read_table_ends_with_status_when_mirror_is_not_there(served: Any,
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(served.device.ReadTable(request)))
     assert decode(caught).errno == errnos.ENODEV
+
+
+async def test_dma_fault_fails_when_the_device_has_too_much_mapped(serve: Any) -> None:
+    """The setting `dma_pages`: ENOMEM for what is beyond it, as when dma_map_page() fails."""
+    served = await serve(dma_pages=1)
+    driver, pid = await served.driver(), await served.new_process()
+    await served.mmap(pid, BASE, BASE + 2 * PAGE)
+    device = await driver.make("register_device", device_pb2.RegisterDeviceRequest(name="nic", dma=True))
+    mirroring = device_pb2.RegisterMirrorRequest(device_id=device.device_id, process_id=pid, no_fault_events=True)
+    mirror = (await driver.make("register_mirror", mirroring)).mirror_id
+    ranges = range_pb2.AddressRanges(starts=[BASE], ends=[BASE + 2 * PAGE])
+    faulted = await driver.make("fault", device_pb2.FaultRequest(mirror_id=mirror, ranges=ranges))
+    assert faulted.result.errno == errnos.ENOMEM

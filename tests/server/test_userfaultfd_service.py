@@ -236,3 +236,16 @@ async def test_pin_ends_with_its_session_when_nobody_handles_it(handled: Handled
     driver.call.cancel()
     await handled.served.until(lambda: not handled.served.daemon.executor.running)
     assert not handled.served.daemon.machine.pins
+
+
+async def test_userfaultfd_is_refused_when_too_many_are_open(serve: Any) -> None:
+    """The setting `userfaultfds`; one that is closed makes room."""
+    served = await serve(userfaultfds=1)
+    pid = await served.new_process()
+    stream, _ = await open_userfaultfd(served, pid)
+    second = served.userfaultfd.OpenUserfaultfd(userfaultfd_pb2.OpenUserfaultfdRequest(process_id=pid))
+    assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "userfaultfd" in await second.details()
+    stream.cancel()
+    await served.until(lambda: not served.daemon.machine.userfaultfds)
+    await open_userfaultfd(served, pid)

@@ -211,3 +211,6 @@ async def test_sanitize_says_what_the_device_did_and_who_had_taken_its_page(traf
     assert "acknowledged by gpu driver (pid" in out
     code, out = await hmmctl("sanitize", "-t", traffic.target, "--mirror", "77", "--format", "json", "--check")
     assert (code, json.loads(out)["mirrors"]) == (0, [])
+    device = traffic.mirror.device.id
+    for option, number, found in (("--device", device, 1), ("-d", device + 1, 0), ("-m", traffic.mirror.id, 1)):
+        assert (await hmmctl("sanitize", "-t", traffic.target, option, str(number), "--check"))[0] == found
