@@ -29,7 +29,7 @@ def test_simulate_holds_every_invariant_when_handlers_bring_pages_in(first: int)
 def test_simulate_comes_to_waits_and_to_every_way_that_they_end() -> None:
     """Touches, populating, pins and devices' accesses meet handlers; fills succeed, in part, and fail."""
     calls: Counter[tuple[str, str]] = Counter()
-    for seed in range(1, 14):
+    for seed in range(1, 20):
         calls += simulate_userfaultfds(seed).coverage.calls
     met = {(name, how) for name, how in calls if name.startswith(("uffd", "read_user"))}
     assert {("uffd_continue", how) for how in ("done", "EFAULT", "EINVAL", "ENOENT")} <= met
