@@ -130,7 +130,7 @@ class SteppedMigration:
                 select=select, owner=self.device_id, initiator=self.mirror_id, settle=self._settle,
             )  # fmt: skip
         except HmmError as error:
-            self.ending, self.why = error, error.message
+            self.ending, self.why = error, self._reason_of(error)
             raise
         else:
             self.why = "it was given up" if self.step is Step.ABORT else "it was finalized"
@@ -196,7 +196,10 @@ class SteppedMigration:
     def require_open(self) -> None:
         """Raise when it has ended, or is about to (ENOENT)."""
         if self.over or self.ending is not None:
-            raise ended(self.id, self.why if self.ending is None else self.ending.message)
+            raise ended(self.id, self.why if self.ending is None else self._reason_of(self.ending))
+
+    def _reason_of(self, error: HmmError) -> str:
+        return error.message.removeprefix(f"{self}: ")
 
     def require_idle(self, operation: str) -> None:
         """Raise when it has ended (ENOENT), or takes another step (EBUSY)."""

@@ -27,6 +27,7 @@ from hmm.events import Cause
 from hmm.migration_entries import range_of
 from hmm.units import (
     PMD_MASK,
+    PMD_PAGES,
     AddressRange,
     DeviceId,
     Entries,
@@ -50,6 +51,7 @@ __all__ = [
     "Select",
     "Selection",
     "migrate_pfn",
+    "moving_frames",
     "narrowed",
     "pfns_of",
     "source_words",
@@ -100,6 +102,23 @@ def migrate_pfn(pfns: Pfns) -> Entries:
 def pfns_of(words: Entries) -> Pfns:
     """int64[n]: the frames of words, 0 where there is none."""
     return (words >> _SHIFT).view(np.int64)
+
+
+def moving_frames(src: Entries, dst: Entries) -> tuple[Pfns, Pfns]:
+    """What whoever chose the destinations has to copy: the frames, and where to, int64[n] each.
+
+    Args:
+        src, dst: uint64[n], as a driver has them (`Migration.arrays`); a hole, and what stays, needs no copy.
+    """
+    both = np.flatnonzero(src & dst & np.uint64(VALID))
+    compound = (src[both] & dst[both] & np.uint64(COMPOUND)) != 0
+    run = np.arange(PMD_PAGES)
+    found = []
+    for words in (src, dst):
+        pfns = pfns_of(words[both])
+        large = (pfns[compound][:, np.newaxis] + run).reshape(-1)
+        found.append(np.concatenate((pfns[~compound], large)))
+    return found[0], found[1]
 
 
 def source_words(entries: Entries, pfns: Pfns) -> Entries:

@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from hmm.commands_hmm import Migrated
 from hmm.errors import HmmError, InvalidRequestError
-from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Select, migrate_pfn, pfns_of
-from hmm.units import PAGE_SIZE, PMD_PAGES, AddressRange, Entries, Pfns
+from hmm.migration import MIGRATE, WRITE, Select, migrate_pfn, moving_frames
+from hmm.units import PAGE_SIZE, AddressRange, Entries, Pfns
 from hmm_client.arguments import names_arguments
 from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
 from hmm_proto.v1 import hmm_pb2
@@ -280,19 +280,6 @@ class Migration:
         words = np.zeros(self.src.size, np.uint64)
         words[movable[: pfns.size]] = migrate_pfn(pfns) | np.uint64(WRITE)
         return words
-
-
-def moving_frames(src: Entries, dst: Entries) -> tuple[Pfns, Pfns]:
-    """The frames that are to be copied, and where to, int64[n] each: those of words that are VALID in both arrays."""
-    both = np.flatnonzero(src & dst & np.uint64(VALID))
-    compound = (src[both] & dst[both] & np.uint64(COMPOUND)) != 0
-    run = np.arange(PMD_PAGES)
-    found = []
-    for words in (src, dst):
-        pfns = pfns_of(words[both])
-        large = (pfns[compound][:, np.newaxis] + run).reshape(-1)
-        found.append(np.concatenate((pfns[~compound], large)))
-    return found[0], found[1]
 
 
 def _words(parts: list[Any], name: str) -> Entries:

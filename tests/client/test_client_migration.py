@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 import hmm_client
 from hmm.errors import InvalidRequestError, NoSuchObjectError, RangeBusyError
-from hmm.migration import COMPOUND, MIGRATE, VALID, Select, migrate_pfn, pfns_of
-from hmm.units import PAGE_SIZE, PMD_PAGES, AddressRange
+from hmm.migration import MIGRATE, Select, pfns_of
+from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Device, IntervalDriver, IntervalMirror, Process, sync
 from hmm_client.cli import main
-from hmm_client.migration import Migration, moving_frames
+from hmm_client.migration import Migration
 from hmm_proto.v1 import inspection_pb2
 
 if TYPE_CHECKING:
@@ -198,19 +198,6 @@ async def test_pending_shows_who_has_to_go_on_when_a_cpu_waits(scene: Scene, sha
         assert f"has to go on with migration {migration.id}: 600.0 s of its lease left" in shown
         assert f"migration {migration.id}, mirror {scene.mirror.id}" in shown
     assert await reading == b"pag0"
-
-
-def test_frames_to_copy_are_those_of_words_that_are_valid_on_both_sides() -> None:
-    """Holes need no copy, pages that stay neither; of large folios all frames are copied."""
-    src = np.array(
-        [3 << 6 | VALID | MIGRATE, MIGRATE, 9 << 6 | VALID | MIGRATE, 512 << 6 | VALID | COMPOUND], np.uint64
-    )
-    dst = migrate_pfn(np.array([70, 71, 0, 1024]))
-    dst[2] = 0
-    dst[3] |= np.uint64(COMPOUND)
-    sources, targets = moving_frames(src, dst)
-    assert sources.tolist() == [3, *range(512, 512 + PMD_PAGES)]
-    assert targets.tolist() == [70, *range(1024, 1024 + PMD_PAGES)]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,25 @@ def test_verify_counts_the_same_when_a_daemon_is_verified(name: str, over_wire: 
     report, in_process = verified(path, over_wire), verified(path)
     assert not report.differences
     assert (report.operations, report.counts) == (in_process.operations, in_process.counts)
+
+
+STEPPED_TRACES = ("base/rmultidev-00", "base/rmixed-00", "thp/t05-thp-migrate")
+
+
+@pytest.mark.parametrize("name", STEPPED_TRACES)
+def test_verify_finds_nothing_when_the_driver_takes_the_steps_of_migrations(name: str) -> None:
+    """Setup, allocate, copy, pages and finalize come to what the kernel's driver came to."""
+    path = TRACES / f"{name}.jsonl.gz"
+    report, in_one_call = verified(path, partial(InProcess, by_steps=True)), verified(path)
+    assert not report.differences
+    assert (report.operations, report.counts) == (in_one_call.operations, in_one_call.counts)
+
+
+def test_verify_refuses_steps_when_a_daemon_is_verified() -> None:
+    """The driver of a daemon migrates in one call."""
+    result = CliRunner().invoke(main, ["verify", "--by-steps", str(TRACES)])
+    assert result.exit_code == 2
+    assert "--by-steps needs --in-process" in result.output
 
 
 def test_daemon_is_as_before_when_a_trace_has_ended(tmp_path: Path, over_wire: Callable[[], Subject]) -> None:

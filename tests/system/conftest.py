@@ -27,6 +27,7 @@ TIMEOUT_S = 60.0
 JAVASCRIPT = Path(__file__).with_name("javascript")
 INSTALL_S = 300
 MISBEHAVING = Path(__file__).with_name("misbehaving_driver.py")
+STEPPING = Path(__file__).with_name("stepping_driver.py")
 
 
 @dataclass
@@ -97,6 +98,18 @@ def start_misbehaving(
 
     async def start(daemon: Daemon) -> DriverProcess:
         return await start_driver(daemon, str(MISBEHAVING))
+
+    return start
+
+
+@pytest.fixture
+def start_stepping(
+    start_driver: Callable[..., Awaitable[DriverProcess]],
+) -> Callable[..., Awaitable[DriverProcess]]:
+    """Starts drivers that take one step of a migration at a time: `await start_stepping(daemon)`."""
+
+    async def start(daemon: Daemon) -> DriverProcess:
+        return await start_driver(daemon, str(STEPPING))
 
     return start
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _DEFAULTS = Arguments()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @click.option("--in-process", is_flag=True, help="Verify the model itself, without a daemon.")
 @click.option(
+    "--by-steps", is_flag=True, help="With --in-process: the driver migrates by setup, pages and finalize, and copies."
+)
+@click.option(
     "--show",
     type=click.IntRange(min=0),
     default=SHOWN_DIFFERENCES,
@@ -37,7 +41,7 @@ _DEFAULTS = Arguments()
 )
 @format_option
 @where_options
-def command(paths: tuple[str, ...], in_process: bool, show: int, form: str, where: Where) -> None:
+def command(paths: tuple[str, ...], in_process: bool, by_steps: bool, show: int, form: str, where: Where) -> None:
     """Compare the model with what Linux did, operation by operation.
 
     PATH is a kernel trace (*.jsonl, *.jsonl.gz) or a folder, whose traces are all taken.  After every operation what
@@ -49,9 +53,11 @@ def command(paths: tuple[str, ...], in_process: bool, show: int, form: str, wher
 
     Exit codes: 0 no semantic difference; 1 semantic differences; 2 unusable input; 3 no daemon can be reached.
     """
+    if by_steps and not in_process:
+        raise click.UsageError("--by-steps needs --in-process")
     with failures(where), ExitStack() as stack:
         files = [file for path in paths for file in ktrace.expand(path)]
-        subject = InProcess if in_process else stack.enter_context(_daemon(where))
+        subject = partial(InProcess, by_steps=by_steps) if in_process else stack.enter_context(_daemon(where))
         reports = _verify(files, subject)
     if form == JSON:
         print_json(_as_json(reports))

@@ -1,6 +1,9 @@
 """Today's interface of the model in this process, for drivers that need no daemon.
 
-**Source**: the commands of `hmm.commands_hmm`.
+Migrations are one call of the model, or the steps of a driver (`SteppedHmm`), which come to the same.
+
+**Source**: the commands of `hmm.commands_hmm` and `hmm.commands_migrate`; Linux lib/test_hmm.c,
+dmirror_migrate_alloc_and_copy(), dmirror_devmem_fault_alloc_and_copy().
 
 **Absent**: a daemon.
 """
@@ -9,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hmm import commands_device, commands_hmm
+import numpy as np
+
+from hmm import commands_device, commands_hmm, commands_migrate
 from hmm.commands_hmm import Migrated, VmaView
+from hmm.commands_migrate import MigrationSetUp
 from hmm.events import Event
 from hmm.frames import RegionKind
 from hmm.local import Local
+from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Select, migrate_pfn, moving_frames
 from hmm.units import TASK_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
 from hmm_client.drivers.dmirror import Observer
 
-__all__ = ["InProcessHmm"]
+__all__ = ["InProcessHmm", "SteppedHmm"]
 
 
 class InProcessHmm:
@@ -114,6 +121,69 @@ class InProcessHmm:
     ) -> None:
         """The device writes pages."""
         self._local.call(commands_hmm.write_frames, mirror_id, addresses, pfns, data, offset=offset)
+
+
+class SteppedHmm(InProcessHmm):
+    """The same, but migrations are setup, pages and finalize, and what a driver does in between."""
+
+    def __init__(self, local: Local) -> None:
+        super().__init__(local)
+        self._kinds: dict[DeviceId, RegionKind] = {}
+        self._attached: dict[MirrorId, DeviceId] = {}
+
+    def register_device(self, name: str, memory_pages: int, kind: RegionKind = RegionKind.DEVICE_PRIVATE) -> DeviceId:
+        """A device with memory."""
+        device_id = super().register_device(name, memory_pages, kind)
+        self._kinds[device_id] = kind
+        return device_id
+
+    def attach(self, device_id: DeviceId, process_id: ProcessId, update: Callable[[Event], None]) -> MirrorId:
+        """Get the events of a process."""
+        mirror_id = super().attach(device_id, process_id, update)
+        self._attached[mirror_id] = device_id
+        return mirror_id
+
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
+        """Move a part of one VMA to the device."""
+        vma = self.find_vma(mirror_id, span.start)
+        fresh = WRITE if vma is not None and vma.writable else 0
+        return self._migrate(mirror_id, span, Select.SYSTEM, self._attached[mirror_id], fresh=fresh, compound=compound)
+
+    def migrate_to_system(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
+        """Move it back."""
+        private = self._kinds[self._attached[mirror_id]] is RegionKind.DEVICE_PRIVATE
+        select = Select.DEVICE_PRIVATE if private else Select.DEVICE_COHERENT
+        return self._migrate(mirror_id, span, select, 0, fresh=None, compound=compound)
+
+    def _migrate(
+        self,
+        mirror_id: MirrorId,
+        span: AddressRange,
+        select: Select,
+        device_id: DeviceId,
+        *,
+        fresh: int | None,
+        compound: bool,
+    ) -> Migrated:
+        # `fresh` goes into the words of holes that are to be filled; None: they stay holes.
+        call = self._local.call
+        chosen = select | Select.COMPOUND if compound else select
+        begun = call(commands_migrate.migrate_vma_setup, mirror_id, span, select=chosen)
+        assert isinstance(begun, MigrationSetUp)
+        number, src = begun.migration_id, begun.src
+        dst = np.zeros_like(src)
+        for large in (True, False):
+            wanted = MIGRATE if fresh is not None else MIGRATE | VALID
+            kind = COMPOUND if large else 0
+            pages = np.flatnonzero((src & np.uint64(wanted | COMPOUND)) == wanted | kind)
+            allocate = commands_migrate.migrate_vma_allocate
+            pfns = call(allocate, number, pages.size, device_id=device_id, compound=large)
+            there = pages[: pfns.size]
+            dst[there] = migrate_pfn(pfns) | (src[there] & np.uint64(WRITE)) | np.uint64(kind)
+            dst[there[(src[there] & np.uint64(VALID)) == 0]] |= np.uint64(fresh or 0)
+        call(commands_migrate.migrate_vma_copy, number, *moving_frames(src, dst))
+        call(commands_migrate.migrate_vma_pages, number, dst)
+        return call(commands_migrate.migrate_vma_finalize, number)
 
 
 class _Callback:

@@ -23,7 +23,7 @@ from hmm.local import Local
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, ProcessId
 from hmm.vma import VmFlag
 from hmm_client.drivers.dmirror import Hmm
-from hmm_client.drivers.in_process import InProcessHmm
+from hmm_client.drivers.in_process import InProcessHmm, SteppedHmm
 
 _DIGITS = {0x1: pagemap.PRESENT, 0x2: pagemap.SWAP, 0x4: pagemap.FILE, 0x8: pagemap.MMAP_EXCLUSIVE}
 
@@ -154,15 +154,20 @@ class Subject(Protocol):
 
 
 class InProcess:
-    """A machine of its own in this process, without a daemon."""
+    """A machine of its own in this process, without a daemon.
 
-    def __init__(self) -> None:
+    Args:
+        by_steps: as for `InProcessDevices`.
+    """
+
+    def __init__(self, *, by_steps: bool = False) -> None:
         self._local = Local()
+        self._by_steps = by_steps
 
     @property
     def devices(self) -> InProcessDevices:
         """As `Subject`."""
-        return InProcessDevices(self._local)
+        return InProcessDevices(self._local, by_steps=self._by_steps)
 
     def __enter__(self) -> Self:
         return self
@@ -265,11 +270,15 @@ class InProcess:
 
 
 class InProcessDevices:
-    """Devices that act on the machine of an `InProcess`."""
+    """Devices that act on the machine of an `InProcess`.
 
-    def __init__(self, local: Local) -> None:
+    Args:
+        by_steps: migrations are setup, pages and finalize, and not one call.
+    """
+
+    def __init__(self, local: Local, *, by_steps: bool = False) -> None:
         self._local = local
-        self.hmm = InProcessHmm(local)
+        self.hmm = SteppedHmm(local) if by_steps else InProcessHmm(local)
 
     def driver_file(self, name: str) -> int:
         """As `Devices`."""

@@ -25,7 +25,7 @@ from hmm.errors import (
 from hmm.frames import RegionKind
 from hmm.inspection import pending
 from hmm.limits import Limits
-from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Select, migrate_pfn, pfns_of
+from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Select, migrate_pfn, moving_frames, pfns_of
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, WaitFor
 from hmm.operation_record import Caller, OperationRecord
@@ -275,6 +275,19 @@ def test_leave_pages_of_files_where_they_are_when_system_memory_is_their_destina
     assert bench.read(0, 4) == b"page"
 
 
+def test_frames_to_copy_are_those_of_words_that_are_valid_on_both_sides() -> None:
+    """Holes need no copy, pages that stay neither; of large folios all frames are copied."""
+    src = np.array(
+        [3 << 6 | VALID | MIGRATE, MIGRATE, 9 << 6 | VALID | MIGRATE, 512 << 6 | VALID | COMPOUND], np.uint64
+    )
+    dst = migrate_pfn(np.array([70, 71, 0, 1024]))
+    dst[2] = 0
+    dst[3] |= np.uint64(COMPOUND)
+    sources, targets = moving_frames(src, dst)
+    assert sources.tolist() == [3, *range(512, 512 + PMD_PAGES)]
+    assert targets.tolist() == [70, *range(1024, 1024 + PMD_PAGES)]
+
+
 # ---- huge pages
 
 
@@ -468,7 +481,7 @@ def test_put_pages_back_when_the_lease_ends() -> None:
         (commands_migrate.migrate_vma_finalize, ()),
     ):
         late = error_of(world.start(command, world.id, *arguments))
-        assert str(late) == "ENOENT: migration 1 has ended: migration 1: its driver has done nothing for 30 s"
+        assert str(late) == "ENOENT: migration 1 has ended: its driver has done nothing for 30 s"
     world.machine.check()
     assert world.machine.frames.regions[1].used == 0
 
