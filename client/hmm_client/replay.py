@@ -246,8 +246,9 @@ class _Run:
         self._found = not self.done.layout
 
     async def _end(self) -> None:
+        await self._devices.idle()
+        await self.compare()  # first: who reads what the program wrote can grow its stack
         await self._devices.settle()
-        await self.compare()
 
     async def _exit(self, index: ProcessIndex) -> None:
         for pid in [pid for pid, (owner, _) in self.threads.items() if owner == index]:

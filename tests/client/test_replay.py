@@ -247,7 +247,9 @@ async def test_settle_finds_a_violation_when_a_device_has_entries_of_its_own(dae
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", [demo_folder(), DATA / "recorded" / "shell"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [demo_folder(), *(DATA / "recorded" / name for name in ("shell", "state"))], ids=lambda path: path.name
+)
 async def test_replay_leaves_the_same_contents_when_devices_migrate_the_program(
     shared_daemon: Daemon, folder: Path
 ) -> None:
