@@ -333,7 +333,8 @@ class MirrorMemory:
         copied = np.ones(targets.size, np.bool_)
         if frames.failing_copies:
             copied[failing_copies(frames, np.full(targets.size, self.mirror.id, np.int64))] = False
-        (frames.copy if keeps else frames.move)(targets[copied], sources[copied])
+        which = index_of(copied)
+        (frames.copy if keeps else frames.move)(targets[which], sources[which])
         return copied
 
     # ---- what the driver does
