@@ -29,6 +29,9 @@ from hmm_proto.v1 import types_pb2
 
 MESSAGE_BYTES = 8 << 20
 """Largest message in either direction; what is larger travels in parts."""
+WINDOW_BYTES = 2 << 20
+"""What may be on its way to this client and not read: two parts of a reply.  With HTTP/2's own 64 KiB the daemon waits
+for leave in the middle of every larger reply."""
 RPC_ERRORS = (grpc.aio.AioRpcError, grpc.aio.UsageError)
 """What gRPC raises of a call: it failed, or its channel is closed."""
 SYSTEM_SOCKET = "/run/hmmd/hmmd.sock"
@@ -168,6 +171,7 @@ class Channel:
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", MESSAGE_BYTES),
             ("grpc.http2.bdp_probe", 0),  # else a client that reads late is sent 4 MiB of events first
+            ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 5000),  # how long one attempt may take; refused ones end at once
             ("grpc.use_local_subchannel_pool", 1),  # two clients in one process do not share a connection
