@@ -22,21 +22,15 @@ from hmm.units import Entries
 from hmm_proto import convert
 
 _LENGTH_DELIMITED = 2
-_ONE_BYTE = tuple(bytes((number,)) for number in range(128))
+_LAST = tuple(bytes((bits,)) for bits in range(128))
+_MORE = tuple(bytes((bits | 128,)) for bits in range(128))
 
 
 def varint(number: int) -> bytes:
     """A number that is not negative, seven bits to a byte."""
     if number < 128:
-        return _ONE_BYTE[number]
-    if number < 1 << 14:
-        return bytes((number & 127 | 128, number >> 7))
-    written = bytearray()
-    while number >= 128:
-        written.append(number & 127 | 128)
-        number >>= 7
-    written.append(number)
-    return bytes(written)
+        return _LAST[number]
+    return _MORE[number & 127] + varint(number >> 7)
 
 
 @cache
@@ -64,6 +58,15 @@ def nested(outer: bytes, head: bytes, field: bytes, message: Message, arrays: Ma
     Cost: one copy of the arrays.
     """
     body = message.SerializeToString()
+    if arrays:
+        return _nested_with_arrays(outer, head, field, message, body, arrays)
+    head += field + varint(len(body))
+    return b"".join((outer, varint(len(head) + len(body)), head, body))
+
+
+def _nested_with_arrays(
+    outer: bytes, head: bytes, field: bytes, message: Message, body: bytes, arrays: Mapping[str, Entries]
+) -> bytes:
     size = len(body)
     parts: list[bytes | memoryview] = [body]
     for name, array in arrays.items():

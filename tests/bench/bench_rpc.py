@@ -6,7 +6,8 @@ unless the unit says otherwise; medians of a round, ratios within a round.
 
 Whatever travels on a session costs at least what a bare gRPC stream costs, and what the core takes for the same
 request in this process.  Rows that begin with "floor" add these two up: no target can be met below them, and what lies
-above is the daemon's and the client library's.
+above is the daemon's and the client library's.  The core takes several times as long right after a message as in a loop
+that does nothing else, and a daemon has no loop: of a fault, both are told.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -169,13 +171,12 @@ class Yardsticks:
 
     async def stream(self, nbytes: int, times: int) -> float:
         """Microseconds of a request for `nbytes` on the bare stream."""
-        message = peers.REQUEST.pack(nbytes)
+        return await typical(partial(self.echo, nbytes), times)
 
-        async def echo() -> None:
-            await self._stream.write(message)
-            await self._stream.read()
-
-        return await typical(echo, times)
+    async def echo(self, nbytes: int) -> None:
+        """One request for `nbytes` on the bare stream."""
+        await self._stream.write(peers.REQUEST.pack(nbytes))
+        await self._stream.read()
 
 
 async def typical(call: Callable[[], Awaitable[Any]], times: int) -> float:
@@ -276,8 +277,19 @@ class Core:
 
     def fault(self, times: int) -> float:
         """Microseconds of a fault of one page, which the mirror has."""
+        return median(self._fault() for _ in range(times))
+
+    async def fault_between(self, message: Callable[[], Awaitable[None]], times: int) -> float:
+        """The same with a message before each one, as in a daemon: what it needs has left the caches of the CPU."""
+        took = []
+        for _ in range(times):
+            await message()
+            took.append(self._fault())
+        return median(took)
+
+    def _fault(self) -> float:
         span = (AddressRange(self._whole.start, self._whole.start + PAGE_SIZE),)
-        return median(self._timed(devices.fault, self._mirror, span, write=True) for _ in range(times))
+        return self._timed(devices.fault, self._mirror, span, write=True)
 
     def scattered_fault(self, npages: int, times: int) -> float:
         """Microseconds of a fault of so many pages here and there, which the mirror does not have yet."""
@@ -349,6 +361,8 @@ async def _figures(servers: Servers, cpu: int, rounds: int, times: int) -> Figur
                     note(f"{what}: server", (cpu_us(pid) - before[0]) / times)
                     note(f"{what}: client", (cpu_us(os.getpid()) - before[1]) / times)
                 note("core: fault", core.fault(times))
+                echo = partial(yardsticks.echo, MESSAGE_BYTES)
+                note("core: fault between messages", await core.fault_between(echo, times))
                 note("core: scattered", core.scattered_fault(256, few))
                 note("core: munmap", core.munmap(times))
                 note("stream of words", await yardsticks.stream(256 * 8, times))
@@ -382,12 +396,16 @@ def _rows(where: str, figures: Figures, *, split: bool) -> Iterator[Row]:
     yield ratio("65,536 words, bare gRPC stream / bare socket", figures["stream bytes"], figures["bytes"])
     yield ratio("fault of one page / bare socket", trip, figures["socket"], 2.5 if split else 15.0)
     yield ratio("floor of that: bare gRPC stream + the core", least, figures["socket"])
+    least_between = sums("stream", "core: fault between messages")
+    yield ratio("floor of that: bare gRPC stream + the core between messages", least_between, figures["socket"])
+    between = figures["core: fault between messages"]
+    yield ratio("the core between messages / in a loop", between, figures["core: fault"])
     yield ratio("fault of one page / bare gRPC stream", trip, figures["stream"])
     for side in ("server", "client"):
         cost = figures[f"fault: {side}"], figures[f"stream: {side}"]
         yield ratio(f"CPU of the {side}, fault / bare gRPC message", *cost)
-    ours = figures["fault: server"], sums("stream: server", "core: fault")
-    yield ratio("CPU of the server, fault / bare gRPC message + the core", *ours)
+    ours = figures["fault: server"], sums("stream: server", "core: fault between messages")
+    yield ratio("CPU of the server, fault / bare gRPC message + the core between messages", *ours)
     yield ratio("unary call / fault of one page", unary, trip)
     yield ratio("event and answer, 1 mirror / fault of one page", event, trip, 1.5)
     yield ratio("floor of that: streams + the core's munmap / its fault", sums("stream", "core: munmap"), least)
