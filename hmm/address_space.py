@@ -204,7 +204,7 @@ class AddressSpace:
         Source: Linux mm/rmap.c, __folio_set_anon(), folio_move_anon_rmap().
         """
         if len(self.relatives) > 1:
-            vma = self.vmas.find(address) if self.anon_vmas else None
+            vma = self.vmas.find_again(address) if self.anon_vmas else None
             self.frames.mapping[pfns] = self.id if vma is None else self.family(vma.anon_vma).own.space_id
 
     def may_map(self, pfns: Pfns) -> npt.NDArray[np.bool_]:

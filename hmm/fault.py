@@ -364,7 +364,7 @@ def _attempt_pages(attempt: Attempt, addresses: Entries) -> None:
 
 def _vma_for(attempt: Attempt, address: Address) -> Vma | None:
     # As access_error().
-    vma = attempt.space.vmas.find(address)
+    vma = attempt.space.vmas.find_again(address)
     if vma is None:
         attempt.stop = Stop(address, Signal.SEGV_MAPERR)
     elif not vma.mapping.flags._value_ & (_WRITE if attempt.write else _ACCESS):
@@ -378,7 +378,7 @@ def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool)
     if not isinstance(target, AddressRange) or target.end - target.start != PAGE_SIZE:
         return False
     address = target.start
-    vma = space.vmas.find(address)
+    vma = space.vmas.find_again(address)
     if vma is None or not vma.mapping.flags._value_ & (_WRITE if write else _ACCESS):
         return False
     entry = space.table.get(address)

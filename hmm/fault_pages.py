@@ -468,7 +468,7 @@ def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:
     """
     if vma.mapping.anon_vma:
         return
-    now = space.vmas.find(vma.start)
+    now = space.vmas.find_again(vma.start)
     assert now is not None
     if not now.anon_vma:
         space.vmas.set_anon_vma(now, space.vmas.find_mergeable_anon_vma(now) or space.new_anon_vma())
