@@ -72,8 +72,9 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
         child: new and empty; nobody else knows of it before the call returns.
 
     Raises:
-        OutOfFramesError: no directories for the child's page table (ENOMEM); the child is empty again.  Pages of
-            the parent stay read-only, as in the kernel, until they are written.
+        OutOfFramesError: no directories for the child's page table, or a page that a device has to itself is locked
+            (ENOMEM); the child is empty again.  Pages of the parent stay read-only, as in the kernel, until they are
+            written.
         TimedOutError: a mirror with policy FAIL did not answer, or did not copy a page of its device's; the child is
             empty again (ETIMEDOUT).
         NoSuchObjectError: the parent is gone (ESRCH).
@@ -255,6 +256,7 @@ def _share(parent: AddressSpace, child: AddressSpace, run: list[Vma], addresses:
         return
     vma = run[0]
     if _is_cow(vma):
+        _stop_at_locked(parent, child, run, addresses, entries)
         entries = _given_back(parent, addresses, entries)
         pinned = _pinned(parent, entries)
         if pinned.any() and vma.has(VmFlag.HUGETLB):
@@ -300,6 +302,23 @@ def _share_each(
     for vma in run:
         first, stop = addresses.searchsorted((np.uint64(vma.start), np.uint64(vma.end)))
         _share(parent, child, [vma], addresses[first:stop], entries[first:stop])
+
+
+def _stop_at_locked(
+    parent: AddressSpace, child: AddressSpace, run: list[Vma], addresses: Entries, entries: Entries
+) -> None:
+    """Fail at a page that a device has to itself and that is locked, when those before it are shared.
+
+    Source: Linux mm/memory.c, try_restore_exclusive_pte(), which does not wait for the lock.
+    """
+    locks = parent.frames.locks
+    held = np.flatnonzero(cpu_pte.is_device_exclusive(entries)) if locks.held else np.zeros(0, np.int64)
+    stuck = held[locks.are_locked(cpu_pte.cpu_pfn(entries[held]))]
+    if stuck.size:
+        first = int(stuck[0])
+        _share(parent, child, run, addresses[:first], entries[:first])
+        where = int(addresses[first])
+        raise OutOfFramesError(f"fork: a device has {where:#x} to itself, and somebody has it locked", address=where)
 
 
 def _given_back(parent: AddressSpace, addresses: Entries, entries: Entries) -> Entries:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from area import at, pages
@@ -125,6 +127,32 @@ def test_eviction_leaves_a_page_that_a_device_has_to_itself_and_whoever_touches_
     assert faulting.done
     assert world.do(commands_hmm.evict_device, card) == 1
     assert world.do(commands_process.read_memory, world.pid, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
+    machine.check()
+
+
+def test_fork_fails_when_a_page_that_a_device_has_to_itself_is_locked() -> None:
+    """try_restore_exclusive_pte() does not wait for the lock: copy_pte_range() is EBUSY, and dup_mmap() ENOMEM."""
+    world = World(limits=Limits(frames=64, device_frames=16))
+    machine, (mirror,) = world.machine, world.mirrors
+    card = world.do(commands_device.register_device, "card", memory_pages=8, kind=RegionKind.DEVICE_COHERENT)
+    attached = world.do(commands_hmm.attach, card, world.pid)
+    world.do(commands_process.write_memory, world.pid, START, b"a" * 2 * PAGE_SIZE)
+    world.do(commands_hmm.migrate_to_device, attached, span(0, 2))
+    world.do(commands_hmm.make_exclusive, attached, span(1))
+    evicting = world.start(commands_hmm.evict_device, card)
+    (told,) = world.sent()
+    forking = world.start(commands_process.fork, world.pid)
+    for one in world.sent():
+        machine.answer(one.mirror_id, one.sequence)
+    world.resume(forking)
+    assert error_of(forking).errno == errno.ENOMEM
+    assert len(machine.processes) == 1
+    assert cpu_pte.is_device_exclusive(machine.processes[world.pid].space.table.get(span(1).start))
+    machine.answer(mirror, told.sequence)
+    world.settle()
+    assert evicting.done
+    child = world.do(commands_process.fork, world.pid)
+    assert world.do(commands_process.read_memory, child, START, 2 * PAGE_SIZE).data == b"a" * 2 * PAGE_SIZE
     machine.check()
 
 
