@@ -399,10 +399,15 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
     leaf = tree.leaf_allocate(page) if used else tree.leaf(page)
     if not leaf:
         return
-    row, view = leaf >> DIRECTORY_SHIFT, _view(tree, leaf, page, end)
-    used -= _used(tree, row, view)
-    view[...] = source
-    if used:
+    row, first = leaf >> DIRECTORY_SHIFT, leaf | page & DIRECTORY_MASK
+    stop = first + end - page
+    count = tree.arena.count
+    if there := count[row]:
+        used -= end - page if there == DIRECTORY_ENTRIES else int(np.count_nonzero(tree.entries[first:stop]))
+    tree.entries[first:stop] = source
+    if used > 0:
+        count[row] = there + used
+    elif used:
         tree.arena.lose(row, -used)
 
 
@@ -465,22 +470,36 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
     Returns: how many entries in use were cleared.
     """
     keep, needed = _constant(mask), _constant(mask & valid)
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+        leaf = tree.leaf(page)
+        if not leaf:
+            return 0
+        tree.settle()
+        lost = _mask(_view(tree, leaf, page, end), keep, needed)
+        if lost:
+            tree.arena.lose(leaf >> DIRECTORY_SHIFT, lost)
+        return lost
 
     def change(entries: Entries) -> int:
         if entries.ndim > 1 and np.bitwise_and.reduce(entries.reshape(-1)) & needed:
             np.bitwise_and(entries, keep, entries)
             return 0  # all are in use and have a valid bit in common, the usual case
-        still_valid = entries & needed
-        number = int(np.count_nonzero(still_valid))
-        lost = 0
-        if number < entries.size:
-            lost = int(np.count_nonzero(entries)) - number
-            if lost:
-                np.copyto(entries, _ZERO, where=still_valid == _ZERO)
-        np.bitwise_and(entries, keep, entries)
-        return lost
+        return _mask(entries, keep, needed)
 
     return _change_range(tree, page, end, change)
+
+
+def _mask(entries: Entries, keep: Entries, needed: Entries) -> int:
+    # How many entries in use were cleared.
+    still_valid = entries & needed
+    number = int(np.count_nonzero(still_valid))
+    lost = 0
+    if number < entries.size:
+        lost = int(np.count_nonzero(entries)) - number
+        if lost:
+            np.copyto(entries, _ZERO, where=still_valid == _ZERO)
+    np.bitwise_and(entries, keep, entries)
+    return lost
 
 
 @lru_cache(maxsize=64)
