@@ -11,10 +11,13 @@ import errno
 import os
 from importlib import import_module
 
-import click
-from click.shell_completion import CompletionItem
+try:
+    import click
+    from click.shell_completion import CompletionItem
 
-from hmm_client.commands.connection import INTERRUPTED, UNEXPECTED, UNUSABLE, fail
+    from hmm_client.commands.connection import INTERRUPTED, UNEXPECTED, UNUSABLE, fail
+except KeyboardInterrupt:  # nearly all of the time until a command runs is spent here
+    raise SystemExit(130) from None
 
 COMMANDS = {
     "ps": "List processes, with the mirrors of their memory.",

@@ -176,6 +176,26 @@ def test_command_ends_with_130_when_it_is_interrupted_while_it_loads() -> None:
     assert (result.exit_code, result.output) == (130, "")
 
 
+LOADING = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+import hmm_client.cli
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "click.shell_completion", "hmm_client.commands.connection"])
+def test_command_ends_with_130_when_it_is_interrupted_before_it_is_known(module: str) -> None:
+    """Ctrl-C while the command line itself is loaded."""
+    done = subprocess.run([sys.executable, "-c", LOADING, module], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_command_names_the_file_when_it_cannot_write_it() -> None:
     """A report in a folder that is not there is a line on stderr, not a traceback."""
     result = CliRunner().invoke(failing(FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b")), ["run"])

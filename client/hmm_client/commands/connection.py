@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,7 +183,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         finally:
             under_way.clear()
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return uvloop.run(work)
     signal.signal(signal.SIGINT, interrupt)
     try:
