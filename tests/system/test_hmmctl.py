@@ -178,6 +178,22 @@ async def test_pagemap_shows_what_is_mapped_when_no_range_is_given(daemon: Daemo
     assert (elsewhere.code, elsewhere.stdout) == (0, "nothing is mapped there\n")
 
 
+async def test_pagemap_says_how_far_it_has_come(daemon: Daemon, mirrored: Mirrored) -> None:
+    """On a terminal, where a process has so much mapped that it takes long; nothing of it is in the output."""
+    terminal, its_end = os.openpty()
+    command = ("-m", "hmm_client.cli", "pagemap", str(mirrored.process.id), "-t", daemon.target)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=its_end
+    )
+    os.close(its_end)
+    shown, _ = await process.communicate()
+    said = os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert process.returncode == 0
+    assert b"pagemap" in said
+    assert shown.decode().splitlines()[0].split() == ["pages", "start", "end", "frame", "flags"]
+
+
 @pytest.mark.parametrize("whose", ["mirror", "cpu"])
 async def test_pagetable_draws_a_tree_when_there_are_entries(daemon: Daemon, mirrored: Mirrored, whose: str) -> None:
     """Four levels, one directory each, two entries; a range without entries shows none."""

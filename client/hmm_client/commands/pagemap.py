@@ -15,6 +15,7 @@ from hmm_client.commands.addresses import parse_range
 from hmm_client.commands.connection import Where, ask, where_options
 from hmm_client.commands.ids import PROCESS
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
+from hmm_client.commands.progress import Progress
 
 if TYPE_CHECKING:
     from hmm_client.process import Process
@@ -77,14 +78,17 @@ async def _look(process: Process, span: AddressRange, timeout_s: float) -> list[
     async with asyncio.timeout(timeout_s):
         maps = await process.maps()
     runs: list[_Run] = []
-    for part in _parts(maps, span):
-        async with asyncio.timeout(timeout_s):
-            words = await process.pagemap(part)
-        for run in _runs(part.start, words):
-            if runs and runs[-1].goes_on_with(run):
-                runs[-1].end = run.end
-            else:
-                runs.append(run)
+    parts = list(_parts(maps, span))
+    with Progress("pagemap", len(parts)) as progress:
+        for part in parts:
+            async with asyncio.timeout(timeout_s):
+                words = await process.pagemap(part)
+            for run in _runs(part.start, words):
+                if runs and runs[-1].goes_on_with(run):
+                    runs[-1].end = run.end
+                else:
+                    runs.append(run)
+            progress.advance(what=f"parts, up to {part.end:x}")
     return runs
 
 
