@@ -37,15 +37,15 @@ from hmm.address_space import AddressSpace
 from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, RangeBusyError
 from hmm.frames import SYSTEM_REGION, Frames, Region
 from hmm.migrate import migrate_vma
-from hmm.migration import COMPOUND, NOT_MIGRATE, VALID, WRITE, Migration, Select, migrate_pfn, pfns_of
+from hmm.migration import COMPOUND, NOT_MIGRATE, PFN_SHIFT, VALID, WRITE, Migration, Select, pfns_of
 from hmm.operation import Await, Operation, WaitFor
 from hmm.swap import some_room
-from hmm.units import PAGE_SIZE, PMD_PAGES, ULONG_MAX, AddressRange, DeviceId, Entries, MirrorId, Pfns
+from hmm.units import PMD_PAGES, ULONG_MAX, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns
 
 __all__ = ["Step", "SteppedMigration", "ended"]
 
 _NO_FRAMES = np.empty(0, np.int64)
-_MEANT = np.uint64(VALID | WRITE | COMPOUND | (ULONG_MAX & ~0x3F))
+_MEANT = np.uint64(VALID | WRITE | COMPOUND | ULONG_MAX >> PFN_SHIFT << PFN_SHIFT)
 """What is looked at of a driver's destination word."""
 _VALID, _COMPOUND = np.uint64(VALID), np.uint64(COMPOUND)
 
@@ -153,12 +153,16 @@ class SteppedMigration:
             return
         self.step = None
         filled = migration.holes
-        with self.frames.locks.lock(migration.target_pfns(filled), self.operation_id):
-            try:
+        pfns = migration.target_pfns(filled)
+        self.frames.get(pfns)  # its driver may still be filling them
+        try:
+            with self.frames.locks.lock(pfns, self.operation_id):
                 yield from self._driver()
-            except HmmError:
-                migration.dst[filled] = 0  # these are their mappings' by now
-                raise
+        except HmmError:
+            migration.dst[filled] = 0  # these are their mappings' by now
+            raise
+        finally:
+            self.frames.put(pfns)
         if self.step is Step.ABORT:
             migration.src[migration.pages] &= NOT_MIGRATE
 
@@ -275,11 +279,7 @@ class SteppedMigration:
         Raises: as `read`; sources are not written.
         """
         self._require_own("write", pfns, self.allocated)
-        pages = (
-            self.frames.gather(pfns)
-            if len(data) < pfns.size * PAGE_SIZE
-            else np.empty((pfns.size, PAGE_SIZE), np.uint8)
-        )
+        pages = self.frames.gather(pfns)
         pages.reshape(-1)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         self.frames.scatter(pfns, pages)
 
@@ -331,10 +331,8 @@ class SteppedMigration:
         for head in migration.heads.tolist():
             block = slice(head, head + PMD_PAGES)
             if compound[head]:
-                self._require_folio(migration, head, int(words[head]))
-                words[block] = migrate_pfn(np.arange(PMD_PAGES) + (int(words[head]) >> 6)) | (
-                    words[head] & np.uint64(0x3F)
-                )
+                self._require_folio(migration, head, int(words[head]) >> PFN_SHIFT)
+                words[block] = words[head] + (np.arange(PMD_PAGES, dtype=np.uint64) << np.uint64(PFN_SHIFT))
                 compound[block] = False
             elif not words[head]:
                 words[block], compound[block] = 0, False
@@ -343,13 +341,11 @@ class SteppedMigration:
         migration.dst[:] = words
         self._given = pfns_of(words[words != 0])
 
-    def _require_folio(self, migration: Migration, head: int, word: int) -> None:
-        if not (self.folios == word >> 6).any():
+    def _require_folio(self, migration: Migration, head: int, pfn: Pfn) -> None:
+        if not (self.folios == pfn).any():
             address = int(migration.addresses[head])
-            raise InvalidRequestError(
-                f"pages: frame {word >> 6} for {address:#x} is not the first of a large folio of {self}",
-                address=address,
-            )
+            rule = f"is not the first of a large folio of {self}"
+            raise InvalidRequestError(f"pages: frame {pfn} for {address:#x} {rule}", address=address)
 
     def _require_destinations(self, migration: Migration, words: Entries) -> None:
         given = np.flatnonzero(words)

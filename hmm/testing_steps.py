@@ -25,7 +25,7 @@ from hmm.testing_calls import fork_process
 from hmm.testing_town import Makers, Town
 from hmm.units import PMD_PAGES, Entries, Pfns
 
-__all__ = ["simulate_steps"]
+__all__ = ["simulate_steps", "step_calls"]
 
 _SELECTIONS = (
     *(Select.SYSTEM, Select.SYSTEM, Select.SYSTEM, Select.SYSTEM | Select.COMPOUND, Select.SYSTEM | Select.COMPOUND),
@@ -132,10 +132,11 @@ class _Plans:
         copied = (np.concatenate([nothing, *sources]), np.concatenate([nothing, *targets]))
         return Call(commands_migrate.migrate_vma_copy, (stepped.id, *copied))
 
-    @property
-    def calls(self) -> Makers:
-        """What makes them, and how often."""
-        return ((self.set_up, 32), (self.go_on, 160), (self.err, 6), (self.look, 3))
+
+def step_calls() -> Makers:
+    """What makes calls of drivers that migrate step by step, of one run, and how often."""
+    plans = _Plans()
+    return (plans.set_up, 32), (plans.go_on, 160), (plans.err, 6), (plans.look, 3)
 
 
 def simulate_steps(seed: int, *, ncalls: int = 120) -> Scheduler:
@@ -143,7 +144,7 @@ def simulate_steps(seed: int, *, ncalls: int = 120) -> Scheduler:
 
     Raises: as `simulate`.
     """
-    more = testing_devices.DEVICE_CALLS + _Plans().calls
+    more = testing_devices.DEVICE_CALLS + step_calls()
     if seed % 4:
         limits, first = testing_devices.SMALL_WITH_DEVICES, testing_devices.SUBSCRIBED
         return simulate(seed, ncalls=ncalls, limits=limits, more=more, first=first)

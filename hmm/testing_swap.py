@@ -73,6 +73,16 @@ def simulate_swap_and_mirror_memory(seed: int, *, ncalls: int = 60) -> Scheduler
     return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, first=first)
 
 
+def simulate_swap_and_steps(seed: int, *, ncalls: int = 100) -> Scheduler:
+    """`simulate_swap_and_devices`, whose drivers take the steps of migrations.
+
+    Raises: as there.
+    """
+    more = SWAP_CALLS + testing_devices.DEVICE_CALLS + testing_steps.step_calls()
+    first = testing_devices.SUBSCRIBED
+    return simulate(seed, ncalls=ncalls, limits=SHORT_OF_MEMORY, more=more, first=first)
+
+
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     **testing_devices.TOWNS,
     "userfaultfd": testing_userfaultfd.simulate_userfaultfds,
@@ -81,5 +91,6 @@ TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     "swap": simulate_swap,
     "swap-devices": simulate_swap_and_devices,
     "swap-memory": simulate_swap_and_mirror_memory,
+    "swap-steps": simulate_swap_and_steps,
 }
 """What a seed can be run in: by name, all workloads there are."""

@@ -255,6 +255,20 @@ def test_collect_holes_only_when_nothing_is_selected(bench: Any) -> None:
     stepper.finalize()
 
 
+def test_keep_filled_holes_when_their_driver_has_not_finalized(bench: Any) -> None:
+    """migrate_vma_insert_page() maps them; the driver's own reference goes with finalize, so nobody frees them before."""
+    stepper = Stepper(bench, 0, 1)
+    frames = stepper.allocate(1, 0)
+    stepper.pages(migrate_pfn(frames))
+    refcount = bench.local.machine.frames.refcount
+    assert bench.read(0, 1) == b"\0"
+    assert refcount[frames].tolist() == [2]
+    bench.call(commands_migrate.migrate_vma_write, stepper.id, frames, b"late")
+    assert bench.read(0, 4) == b"late"
+    stepper.finalize()
+    assert refcount[frames].tolist() == [1]
+
+
 def test_refuse_to_detach_when_a_migration_is_not_finalized(bench: Any) -> None:
     """A driver ends what it began first."""
     stepper = Stepper(bench, 0, 1)
