@@ -256,7 +256,7 @@ def test_collect_holes_only_when_nothing_is_selected(bench: Any) -> None:
 
 
 def test_keep_filled_holes_when_their_driver_has_not_finalized(bench: Any) -> None:
-    """migrate_vma_insert_page() maps them; the driver's own reference goes with finalize, so nobody frees them before."""
+    """migrate_vma_insert_page() maps them; the driver holds a reference until it finalizes, so nobody frees them."""
     stepper = Stepper(bench, 0, 1)
     frames = stepper.allocate(1, 0)
     stepper.pages(migrate_pfn(frames))
