@@ -17,6 +17,7 @@ from hmm_client.driver import TableDriver
 from hmm_client.event import Event
 from hmm_client.harness.misbehaviour import FAULTS, Act, Misbehaviour
 from hmm_client.interval_mirror import IntervalMirror, IntervalNotifier
+from hmm_client.migration import Migration
 from hmm_client.mirror import Mirror
 from hmm_client.receiver import Answer
 from hmm_client.scenario.model import Inside, Interface
@@ -106,6 +107,7 @@ class Driven:
         mirrors, attached: by process, of the interface of 2015 and of today's.
         subscriptions: of today's interface, by name.
         sequences: of the read sections that it has begun, by subscription.
+        migration: the last one that it has begun by steps.
     """
 
     client: Client
@@ -116,6 +118,7 @@ class Driven:
     attached: dict[str, IntervalMirror] = field(default_factory=dict)
     subscriptions: dict[str, IntervalNotifier] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
+    migration: Migration | None = None
 
     def mirror(self, process: str | None = None) -> Mirror:
         """Its mirror of a process; None: its first.  Raises: as `tie`."""
@@ -142,6 +145,16 @@ class Driven:
         if not self.subscriptions or (name is not None and name not in self.subscriptions):
             raise InvalidRequestError(f"{self.device.name} has no subscription{f' {name!r}' if name else ''}")
         return name or list(self.subscriptions)[-1]
+
+    def begun(self) -> Migration:
+        """The last migration that it has begun by steps.
+
+        Raises:
+            InvalidRequestError: there is none (EINVAL).
+        """
+        if self.migration is None:
+            raise InvalidRequestError(f"{self.device.name} has begun no migration")
+        return self.migration
 
     def sequence(self, name: str) -> int:
         """What the read section began with that is under way in a subscription.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hmm.madvise import Advice
+from hmm.migration import Select
 from hmm.mirror import DeadlinePolicy
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.vma import Prot
@@ -28,6 +29,7 @@ _POLICY = values.one_of({policy.name.lower(): policy for policy in DeadlinePolic
 _POINT = values.one_of({point.value: point for point in HoldPoint})
 _INSIDE = values.one_of({inside.value: inside for inside in Inside})
 _INTERFACE = values.one_of({interface.value: interface for interface in Interface})
+_SELECTED = values.one_of({"system": Select.SYSTEM, "device": Select.DEVICE_PRIVATE})
 _WANTED = values.one_of({"nothing": 0, "reading": REQ_FAULT, "writing": REQ_FAULT | REQ_WRITE})
 _SUBSCRIPTION: Arguments = {"subscription": (values.text, None)}
 _RANGE: Arguments = {"at": (values.text, REQUIRED), "length": (values.size, None)}
@@ -95,6 +97,10 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
         "read_begin": _SUBSCRIPTION,
         "read_retry": _SUBSCRIPTION,
         "range_fault": _RANGE | _SUBSCRIPTION | {"want": (_WANTED, REQ_FAULT), "deadline_s": (values.seconds, None)},
+        "setup": _RANGE | _MIRRORS | {"select": (_SELECTED, Select.SYSTEM)},
+        "place": {},
+        "finalize": {},
+        "abort": {},
         "exclusive": _RANGE | _MIRRORS,
         "detach": _MIRRORS,
     },
@@ -118,7 +124,8 @@ CALLS: Mapping[str, Mapping[str, Arguments]] = {
 where a driver mirrors several; a `length` that is not given reaches to the end of what is mapped as `at`.  From
 `userfaultfd` on, which registers a range, calls are those of whoever brings in what a process misses there.  From
 `attach` on they are those of today's interface; a `subscription` that is not named is the last one, and a range fault
-with a `deadline_s` begins and retries by itself until then.  A program is asked for what `hmm_client.certify` asks of a
+with a `deadline_s` begins and retries by itself until then.  `setup` begins a migration by steps, `place` allocates,
+copies and says where the pages go.  A program is asked for what `hmm_client.certify` asks of a
 driver; a `process` that is not named is the first."""
 
 FAILURES = values.one_of({name: name for name in ("allocation", "dma mapping", "migrate to ram", "copy")})

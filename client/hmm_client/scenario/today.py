@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hmm.commands_hmm import RangeFaulted
-from hmm.migration import MIGRATE
+from hmm.migration import MIGRATE, Select
 from hmm.range_fault import VALID
 from hmm.units import AddressRange
 from hmm_client.scenario.driver import Driven
@@ -22,7 +22,8 @@ from hmm_client.scenario.model import Step
 MIGRATIONS = frozenset({"to_device", "to_system"})
 """Calls of drivers with the mirror of 2015 as well."""
 RANGED = MIGRATIONS | {"exclusive"}
-CALLS = frozenset({"subscribe", "unsubscribe", "read_begin", "read_retry", "range_fault", "detach"}) | RANGED
+STEPS = frozenset({"setup", "place", "finalize", "abort"})
+CALLS = frozenset({"subscribe", "unsubscribe", "read_begin", "read_retry", "range_fault", "detach"}) | RANGED | STEPS
 
 
 async def today_call(driven: Driven, step: Step, span: AddressRange | None) -> object:
@@ -45,6 +46,8 @@ async def today_call(driven: Driven, step: Step, span: AddressRange | None) -> o
     if step.call == "detach":
         await driven.tie(given["mirrors"]).detach()
         return None
+    if step.call in STEPS:
+        return await _take_step(driven, step, span)
     if step.call in RANGED:
         assert span is not None
         return await _move(driven, step, span.page_aligned())
@@ -57,6 +60,29 @@ async def _move(driven: Driven, step: Step, span: AddressRange) -> int:
         return int((await tie.make_exclusive(span) != 0).sum())
     moved = await (tie.migrate_to_device(span) if step.call == "to_device" else tie.migrate_to_system(span))
     return int(((moved.src & np.uint64(MIGRATE)) != 0).sum())
+
+
+async def _take_step(driven: Driven, step: Step, span: AddressRange | None) -> int:
+    if step.call == "setup":
+        assert span is not None
+        tie = driven.tie(step.arguments["mirrors"])
+        driven.migration = tie.migrate_vma(span.page_aligned(), select=step.arguments["select"])
+        await driven.migration.set_up()
+    migration = driven.begun()
+    match step.call:
+        case "place":
+            count = migration.movable.size
+            there = migration.select & Select.SYSTEM
+            dst = migration.destinations(
+                await (migration.allocate(count) if there else migration.allocate_system(count))
+            )
+            await migration.copy(dst)
+            await migration.pages(dst)
+        case "finalize":
+            await migration.finalize()
+        case "abort":
+            await migration.abort()
+    return int(migration.movable.size)
 
 
 async def _read_section(driven: Driven, step: Step, span: AddressRange | None) -> object:
