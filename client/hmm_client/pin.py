@@ -2,7 +2,7 @@
 
 **Source**: Linux mm/gup.c, pin_user_pages(), unpin_user_pages(); proto/hmm_proto/v1/hmm.proto.
 
-**Invariants**: a pin ends with the session of the client that made it.
+**Invariants**: a pin ends with the session of the client that made it, which shows by itself that it lives.
 
 **Absent**: what pinning does (`hmm.pin`).
 """

@@ -310,7 +310,7 @@ class Executor:
 
     def _advanced(self, record: OperationRecord[Any]) -> None:
         if record.replied:
-            self._tell_caller(self.running[record.id])
+            self._told(self.running[record.id])
         if record.done:
             if not self._stays(Point.BEFORE_END, record, self.running[record.id].space_id):
                 self._leave(record)
@@ -323,11 +323,14 @@ class Executor:
         elif record.waits_for_driver and self.draining:
             self._end_migrations()
 
-    @staticmethod
-    def _tell_caller(running: Running) -> None:
-        then, running.then = running.then, None
+    def _told(self, running: Running) -> None:
+        """A call has replied: its caller is told, once; if that one has gone, nobody could take the next step."""
+        record, then, running.then = running.record, running.then, None
+        if then is not None and running.given_up and record.waits_for_driver:
+            assert isinstance(record.request, Await)
+            self.machine.end_migration(record.request.ticket, "its caller had given up before it was set up")
         if then is not None:
-            then(running.record)
+            then(record)
 
     def _end_migrations(self) -> None:
         for number in self.machine.migrations:

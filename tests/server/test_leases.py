@@ -269,6 +269,25 @@ async def test_lease_does_not_run_when_the_migration_waits_for_somebody_else(hol
     await holder.driver.make("migrate_vma_finalize", finalize)
 
 
+async def test_migration_is_given_up_when_nobody_waits_for_its_setup_any_more(holder: Holder) -> None:
+    """Nobody knows of it who could take its next step."""
+    begun = await holder.set_up()
+    unmapping = asyncio.ensure_future(holder.served.munmap(holder.pid, BASE + PAGE, BASE + 2 * PAGE))
+    await holder.served.until(lambda: len(holder.machine.operations) == 2)
+    first = range_pb2.AddressRange(start=BASE, end=BASE + PAGE)
+    request = hmm_pb2.MigrateVmaSetupRequest(mirror_id=holder.mirror, range=first, select=1)
+    second = holder.served.hmm.MigrateVmaSetup(request)
+    await holder.served.until(lambda: len(holder.machine.operations) == 3)
+    second.cancel()
+    running = holder.served.daemon.executor.running
+    await holder.served.until(lambda: any(one.given_up for one in running.values()))
+    finalize = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=begun.migration_id)
+    await holder.driver.make("migrate_vma_finalize", finalize)
+    assert not (await unmapping).result.errno
+    assert (await holder.read()).data == b"page"
+    assert not holder.machine.migrations
+
+
 @pytest.mark.parametrize("farewell", [False, True])
 async def test_pages_are_where_they_were_when_the_session_ends(holder: Holder, farewell: bool) -> None:
     """Broken or in good order: nobody else could finalize."""
