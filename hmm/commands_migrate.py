@@ -182,6 +182,8 @@ def migrate_vma_pages(machine: Machine, migration_id: int, dst: Entries) -> Oper
         RangeBusyError: another step is under way (EBUSY).
         TimedOutError: a mirror with policy FAIL did not answer when holes were to be filled, or its lease ended
             meanwhile; the migration has ended, and its pages are where they were (ETIMEDOUT).
+        WouldDeadlockError: called from inside a callback that filling holes waits for (EDEADLK); they are filled when
+            that has returned, and the migration has to be finalized as ever.
 
     Source: Linux mm/migrate_device.c, migrate_vma_pages().
     """

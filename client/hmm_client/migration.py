@@ -218,6 +218,8 @@ class Migration:
             RangeBusyError: another step is under way (EBUSY).
             TimedOutError, DeviceLostError: it has ended meanwhile, and its pages are where they were: its lease, or
                 another driver did not answer as holes were filled (ETIMEDOUT); its mirror was lost (ENODEV).
+            WouldDeadlockError: called from inside a callback that filling holes waits for (EDEADLK); they are filled
+                when that has returned.
         """
         request = hmm_pb2.MigrateVmaPagesRequest(migration_id=self.id, dst=entries_to_proto(dst))
         self.src = _words(await self._call("migrate_vma_pages", request), "src")
