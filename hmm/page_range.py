@@ -29,7 +29,7 @@ from hmm.directory_arena import Offsets
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
-from hmm.units import PAGE_SHIFT, ULONG_MAX, Entries
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Entries
 
 __all__ = [
     "any_bits",
@@ -211,6 +211,9 @@ def valid_in_range(tree: DirectoryTree, page: int, end: int) -> tuple[Entries, E
     """The entries in use of [page, end): uint64[n] addresses in bytes, ascending, and uint64[n] entries."""
     if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         return _in_use(page, _view(tree, tree.leaf(page), page, end))
+    offset, level = tree.shared_directory(page, end - 1, end - page)
+    if level == tree.llevel:  # leaves that lie in order are as good as one
+        return _in_use(page, _view(tree, offset, page, end))
     tree.settle()
     parts = _few_parts(tree, page, end)
     if parts is not None:
@@ -264,6 +267,9 @@ def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
 
 
 def _in_use(page: int, view: Entries) -> tuple[Entries, Entries]:
+    if np.count_nonzero(view) == view.size:
+        addresses = np.arange(page << PAGE_SHIFT, page + view.size << PAGE_SHIFT, PAGE_SIZE, dtype=np.uint64)
+        return addresses, view.copy()
     positions = view.nonzero()[0]
     entries = view[positions]
     positions += page

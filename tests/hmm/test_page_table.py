@@ -334,6 +334,23 @@ class TestRanges:
         ):
             assert np.array_equal(table.read(start, end), expected[start // PAGE : end // PAGE])
 
+    @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+    def test_valid_gives_what_is_in_use_when_the_table_ends_with_the_range(self, order: list[int]) -> None:
+        """Three leaves up to the last address of 64 bits, in order in memory or not, full and with a hole."""
+        table, start, end = PageTable(ALL), (1 << 64) - 3 * LEAF, 1 << 64
+        expected = np.arange(start, ALL, PAGE, dtype=np.uint64)
+        for leaf in order:
+            table.fill(start + leaf * LEAF, start + (leaf + 1) * LEAF, _numbers(1 + leaf * 512, 512))
+        for first in (0, 3):
+            addresses, entries = table.valid(start + first * PAGE, end)
+            assert np.array_equal(addresses, expected[first:])
+            assert np.array_equal(entries, _numbers(1 + first, expected.size - first))
+        table.clear(start + LEAF + PAGE, start + LEAF + 3 * PAGE)
+        addresses, entries = table.valid(start, end)
+        assert np.array_equal(addresses, np.delete(expected, [513, 514]))
+        assert np.array_equal(entries, np.delete(_numbers(1, 1536), [513, 514]))
+        table.check()
+
     @pytest.mark.parametrize(("start", "end"), SPANS)
     def test_fill_stores_array_that_read_gives_back(self, table: PageTable, start: int, end: int) -> None:
         """A range written is the range read, and its neighbours stay empty."""
