@@ -1,11 +1,11 @@
 """The memory that holds all directories of one page table.
 
 Directories are the rows of one array, `uint64[n, 512]`. The array is reserved once, as memory that the
-operating system commits page by page when it is first written, so it never moves under a view and an unused
-table costs nothing. A directory is named by its *offset*, the index of its first entry in the flat array; the
-offset is what a directory entry of the parent holds (`hmm.pte`, pde). Offset 0 is therefore "no directory",
-and at the same time a real row: the NULL directory, all zero, whose every entry leads back to itself. A walk
-over absent directories needs no branch; it ends in a zero.
+operating system commits when it is first written, by pages, behind the first 10 MiB by huge pages. So it
+never moves under a view, and an unused table costs nothing. A directory is named by its *offset*, the index
+of its first entry in the flat array; the offset is what a directory entry of the parent holds (`hmm.pte`,
+pde). Offset 0 is therefore "no directory", and at the same time a real row: the NULL directory, all zero,
+whose every entry leads back to itself. A walk over absent directories needs no branch; it ends in a zero.
 
 A directory in use has a count of its entries in use (non-zero words), and is *held* by the walks that look at
 it. When neither is left it is unlinked from its parent, which loses an entry, and so on upwards. The kernel
