@@ -13,7 +13,9 @@ So the daemon ends it when its driver takes no step for `lease_s`; every call of
 
 **Source**: Linux include/linux/migrate.h, Documentation/mm/hmm.rst; proto/hmm_proto/v1/hmm.proto.
 
-**Invariants**: a block that ends with an exception leaves every page where it was, but holes that were filled.
+**Invariants**: a block that ends with an exception leaves every page where it was, but holes that were filled.  One
+that has caught the error of a step itself finalizes what is set up: what `pages` did not move is where it was.  Where
+that error was the end of the migration there is nothing left to do.
 
 **Absent**: what can be moved and where to (`hmm.migrate_steps`); migrations that are one call (interval_mirror.py).
 """
@@ -21,6 +23,7 @@ So the daemon ends it when its driver takes no step for `lease_s`; every call of
 from __future__ import annotations
 
 import asyncio
+import errno as errnos
 from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -30,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.commands_hmm import Migrated
-from hmm.errors import HmmError, InvalidRequestError
+from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObjectError, TimedOutError
 from hmm.migration import MIGRATE, WRITE, Select, migrate_pfn, moving_frames
 from hmm.units import PAGE_SIZE, AddressRange, Entries, Pfns
 from hmm_client.arguments import names_arguments
@@ -49,12 +52,15 @@ ACCESS_FRAMES = 256
 class Migration:
     """One migration.  Made by `IntervalMirror.migrate_vma`; begins with its `async with` block, or with `set_up`.
 
+    When it is over it can be set up again, as another migration of the same pages.
+
     Attributes:
         span: the pages.
         id: names it; 0 before it has begun.
         src: uint64[npages], as the last step left it; MIGRATE stands in the words of pages that can, or will, be moved.
         lease_s: seconds after which the daemon ends it when no step is taken.
-        over: whether it has been finalized, or has failed.
+        over: whether it has ended, as far as its steps have said: it was finalized or given up, or a step has failed
+            because it had ended.
     """
 
     def __init__(self, mirror: IntervalMirror, span: AddressRange, select: int = Select.SYSTEM) -> None:
@@ -65,6 +71,7 @@ class Migration:
         self.src: Entries = np.zeros(0, np.uint64)
         self.lease_s = 0.0
         self.over = False
+        self._asking: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<migration {self.id} of {self.span} by {self.mirror!r}>"
@@ -92,12 +99,16 @@ class Migration:
         It has to be finalized, also where nothing could be collected; whoever gives up waiting for this gives it up.
 
         Raises:
-            InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in (EINVAL).
+            InvalidRequestError: no range of pages of one mapping, or one that nothing can be moved in; it is set up and
+                not over (EINVAL).
             NoSuchObjectError: the process has exited (ESRCH).
             OutOfFramesError: too many migrations are under way (ENOMEM).
             TimedOutError: another driver, whose policy is FAIL, did not answer; nothing was moved (ETIMEDOUT).
         """
-        asking = asyncio.ensure_future(self._set_up())
+        if (self._asking is not None and not self._asking.done()) or (self.id and not self.over):
+            raise InvalidRequestError(f"set_up: {self!r} is not over yet; for one beside it make another one")
+        self.id, self.src, self.over = 0, np.zeros(0, np.uint64), False
+        self._asking = asking = asyncio.ensure_future(self._set_up())
         try:
             await asyncio.shield(asking)
         except asyncio.CancelledError:
@@ -222,7 +233,7 @@ class Migration:
                 when that has returned.
         """
         request = hmm_pb2.MigrateVmaPagesRequest(migration_id=self.id, dst=entries_to_proto(dst))
-        self.src = _words(await self._call("migrate_vma_pages", request), "src")
+        self.src = _words(await self._step("migrate_vma_pages", request), "src")
         return self.src
 
     async def finalize(self) -> Migrated:
@@ -245,7 +256,7 @@ class Migration:
 
     async def _finalize(self, *, abort: bool) -> Migrated:
         request = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=self.id, abort=abort)
-        parts = await self._call("migrate_vma_finalize", request)
+        parts = await self._step("migrate_vma_finalize", request)
         self.over, self.src = True, _words(parts, "src")
         return Migrated(self.src, _words(parts, "dst"))
 
@@ -257,9 +268,21 @@ class Migration:
         """
         await self.copy_frames(np.empty(0, np.int64), np.empty(0, np.int64))
 
+    async def _step(self, name: str, request: Any) -> list[Any]:
+        try:
+            return await self._call(name, request)
+        except TimedOutError:  # it has ended meanwhile
+            self.over = True
+            raise
+
     async def _call(self, name: str, request: Any) -> list[Any]:
-        parts = await self.mirror.call(name, request)
-        self.mirror.require(parts[-1])
+        try:
+            parts = await self.mirror.call(name, request)
+            self.mirror.require(parts[-1])
+        except (NoSuchObjectError, DeviceLostError) as error:
+            if self.id and (isinstance(error, DeviceLostError) or error.errno == errnos.ENOENT):
+                self.over = True
+            raise
         return parts
 
     # ---- the words

@@ -152,6 +152,47 @@ async def test_steps_are_refused_when_they_cannot_be(scene: Scene) -> None:
     assert await scene.on_devices() == 0
 
 
+async def test_migration_begins_again_when_it_is_over(scene: Scene) -> None:
+    """As another one, which its block finalizes as it did the first; not before."""
+    migration = scene.mirror.migrate_vma(scene.span)
+    async with migration:
+        first = migration.id
+        with pytest.raises(InvalidRequestError, match=f"migration {first} of .* is not over yet"):
+            await migration.set_up()
+    setting_up = asyncio.create_task(migration.set_up())
+    await asyncio.sleep(0)
+    with pytest.raises(InvalidRequestError, match="is not over yet"):
+        await migration.set_up()
+    await setting_up
+    assert not migration.over
+    await migration.abort()
+    async with migration:
+        assert migration.id > first
+        await migration.pages(migration.destinations(await migration.allocate(PAGES)))
+    assert migration.over
+    assert await scene.on_devices() == PAGES
+    await scene.process.munmap(scene.span.start, PAGE_SIZE)  # nobody holds mmap_lock
+
+
+async def test_block_finalizes_what_is_set_up_when_it_caught_the_error_of_a_step(scene: Scene) -> None:
+    """Nothing has moved where `pages` was refused; nothing is left to do where the migration had ended."""
+    async with scene.mirror.migrate_vma(scene.span) as migration:
+        with pytest.raises(InvalidRequestError, match=r"frame 0 for .* was not allocated"):
+            await migration.pages(migration.destinations(np.zeros(1, np.int64)))
+        assert not migration.over
+    assert migration.over
+    assert await scene.on_devices() == 0
+    async with scene.mirror.migrate_vma(scene.span) as migration:
+        same = scene.mirror.migrate_vma(scene.span)
+        same.id = migration.id
+        await same.abort()
+        assert not migration.over
+        with pytest.raises(NoSuchObjectError, match="has ended: it was given up"):
+            await migration.renew()
+        assert migration.over
+    assert await scene.read() == b"pag0 pag1 pag2 " + bytes(4)
+
+
 async def test_second_step_is_refused_when_one_is_under_way(scene: Scene) -> None:
     """Steps are taken one at a time."""
     other = await scene.client.register_device("other")
