@@ -27,6 +27,11 @@ from hmm.semantics import PROFILES
 ENVIRONMENT_PREFIX = "HMMD_"
 PORT_MAX = 65_535
 PORT_DIGITS_MAX = 5
+INT32_MAX = (1 << 31) - 1
+"""Of an option of gRPC."""
+UINT32_MAX = (1 << 32) - 1
+SECONDS_MAX = UINT32_MAX // 1000
+"""Of a time that messages give in milliseconds, uint32: 49 days."""
 Value = str | int | float | bool
 
 
@@ -39,12 +44,12 @@ def is_port(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= PORT_DIGITS_MAX and int(text) <= PORT_MAX
 
 
-def _setting(default: Value, text: str, *, at_least: float | None = None) -> Any:
-    return field(default=default, metadata={"text": text, "at_least": at_least})
+def _setting(default: Value, text: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
+    return field(default=default, metadata={"text": text, "at_least": at_least, "at_most": at_most})
 
 
-def _limit(default: int, text: str) -> Any:
-    return _setting(default, text, at_least=1)
+def _limit(default: int, text: str, *, at_most: int | None = None) -> Any:
+    return _setting(default, text, at_least=1, at_most=at_most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +87,16 @@ class Config:
     directories: int = _limit(1 << 16, "directories of one page table")
 
     # How much at a time
-    message_bytes: int = _setting(8 << 20, "largest message in either direction, bytes", at_least=1 << 16)
+    message_bytes: int = _setting(
+        8 << 20, "largest message in either direction, bytes", at_least=1 << 16, at_most=INT32_MAX
+    )
     part_bytes: int = _setting(1 << 20, "largest part of data in one message, bytes", at_least=4096)
     concurrent_calls: int = _limit(16384, "calls of all clients that are under way at a time, streams included")
     batch_calls: int = _limit(4096, "calls in one Execute")
     fault_pages: int = _limit(1 << 18, "pages in one device fault")
     list_entries: int = _limit(1000, "objects in one answer of a list")
     streams: int = _limit(1024, "streams of events that are open at a time")
-    credit: int = _limit(256, "events of one stream that are unanswered at a time")
+    credit: int = _limit(256, "events of one stream that are unanswered at a time", at_most=UINT32_MAX)
     queue_bytes: int = _setting(4 << 20, "unanswered events, and waiting replies, of one stream, bytes", at_least=4096)
     session_calls: int = _limit(4096, "calls of one session that are under way at a time")
     watchers: int = _limit(64, "streams of observations that are open at a time")
@@ -97,7 +104,12 @@ class Config:
     operations_remembered: int = _limit(10_000, "calls that can still be asked for after their end")
 
     # How long
-    acknowledgement_s: float = _setting(5.0, "time for a driver to answer an event, seconds", at_least=0.001)
+    acknowledgement_s: float = _setting(
+        5.0,
+        f"time for a driver to answer an event, seconds, at most {SECONDS_MAX}",
+        at_least=0.001,
+        at_most=SECONDS_MAX,
+    )
     fault_s: float = _setting(1.0, "time for a device fault whose caller names none, seconds", at_least=0.001)
     lease_s: float = _setting(
         30.0, "time that lost mirrors, and their drivers' devices, stay known, seconds", at_least=0
@@ -105,14 +117,15 @@ class Config:
     holding_lease_s: float = _setting(
         30.0,
         "time after which what drivers hold goes back: a migration, without a step of its driver; exclusive access and"
-        " pins, without a word on its stream, which ends; seconds",
+        f" pins, without a word on its stream, which ends; seconds, at most {SECONDS_MAX}, which is 49 days",
         at_least=0.01,
+        at_most=SECONDS_MAX,
     )
     drain_s: float = _setting(
         10.0, "time for calls to end after SIGTERM, before drivers are fenced, seconds", at_least=0
     )
-    keepalive_ms: int = _limit(1000, "time between two pings of a silent client, milliseconds")
-    ping_timeout_ms: int = _limit(3000, "time for the answer of a ping, milliseconds")
+    keepalive_ms: int = _limit(1000, "time between two pings of a silent client, milliseconds", at_most=INT32_MAX)
+    ping_timeout_ms: int = _limit(3000, "time for the answer of a ping, milliseconds", at_most=INT32_MAX)
 
     # How it runs
     semantics: str = _setting("linux-6.12", "where kernels differ, the one to be like: linux-6.12 or linux-7")
@@ -127,10 +140,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            at_least = setting.metadata["at_least"]
+            at_least, at_most = setting.metadata["at_least"], setting.metadata["at_most"]
             value = getattr(self, setting.name)
             if at_least is not None and not at_least <= value < math.inf:
                 raise ConfigError(f"{setting.name} is {value}; it must be at least {at_least:g}")
+            if at_most is not None and value > at_most:
+                raise ConfigError(f"{setting.name} is {value}; it must be at most {at_most}")
         choices_of = (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS), ("semantics", tuple(PROFILES)))
         for name, choices in choices_of:
             if getattr(self, name) not in choices:

@@ -99,6 +99,7 @@ def test_environment_understands_booleans() -> None:
         {"health_tcp": "8080"},
         {"acknowledgement_s": math.nan},
         {"drain_s": math.inf},
+        {"holding_lease_s": math.inf},
     ],
     ids=str,
 )
@@ -106,6 +107,20 @@ def test_value_is_refused_when_out_of_bounds(settings: dict[str, object]) -> Non
     """Limits are positive, parts fit into messages, TCP has TLS unless told otherwise."""
     with pytest.raises(ConfigError):
         Config(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        *(("holding_lease_s", 4_294_967), ("acknowledgement_s", 4_294_967), ("credit", (1 << 32) - 1)),
+        *(("keepalive_ms", (1 << 31) - 1), ("ping_timeout_ms", (1 << 31) - 1), ("message_bytes", (1 << 31) - 1)),
+    ],
+)
+def test_value_is_refused_when_no_message_and_no_option_could_hold_it(name: str, limit: int) -> None:
+    """It is said at the start, with the setting, the value and the limit, which itself is accepted."""
+    assert getattr(Config(**{name: limit}), name) == limit  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"^{name} is {limit + 1}; it must be at most {limit}$"):
+        Config(**{name: limit + 1})  # type: ignore[arg-type]
 
 
 def test_every_limit_of_the_core_is_a_setting() -> None:

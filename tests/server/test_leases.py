@@ -13,6 +13,7 @@ import pytest
 from hmm.errors import NoSuchObjectError
 from hmm.migration import MIGRATE, VALID, migrate_pfn
 from hmm_proto.v1 import device_pb2, event_pb2, hmm_pb2, inspection_pb2, process_pb2, range_pb2, session_pb2
+from hmm_server.config import SECONDS_MAX
 from hmm_server.leases import LOOKS
 
 PAGE = 4096
@@ -392,3 +393,15 @@ async def test_pin_goes_when_its_holder_is_silent_for_its_lease(serve: Any) -> N
     await holder.pin()
     assert "nothing was heard of it for 0.05 s" in await holder.driver.ended
     assert not holder.machine.pins
+
+
+async def test_sessions_open_when_the_lease_is_as_long_as_it_can_be(serve: Any) -> None:
+    """Its Welcome says it in milliseconds, as that of a stream does."""
+    served = await serve(holding_lease_s=SECONDS_MAX, acknowledgement_s=SECONDS_MAX)
+    holder = await Holder.make(served)
+    begun = await holder.set_up()
+    assert begun.lease_ms == SECONDS_MAX * 1000
+    stream = served.device.WatchEvents(device_pb2.WatchEventsRequest(name="simple"))
+    welcome = (await stream.read()).welcome
+    assert (welcome.lease_ms, welcome.acknowledgement_deadline_ms) == (SECONDS_MAX * 1000, SECONDS_MAX * 1000)
+    stream.cancel()
