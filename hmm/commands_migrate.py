@@ -77,6 +77,7 @@ def migrate_vma_setup(
     def set_up() -> None:
         mirror.require_live("migrate_vma_setup")  # it may have been lost meanwhile
         machine.migrations[number] = stepped
+        stepped.fences_told = len(machine.operations[operation_id].fenced)
         machine.reply(MigrationSetUp(number, stepped.words[0]))
 
     try:
@@ -190,7 +191,7 @@ def migrate_vma_pages(machine: Machine, migration_id: int, dst: Entries) -> Oper
     stepped = machine.migration(migration_id)
     stepped.require_idle("pages")
     stepped.set_destinations(dst)
-    yield from stepped.take(Step.PAGES)
+    yield from _take(machine, stepped, Step.PAGES)
     return Migrated(*stepped.words)
 
 
@@ -212,5 +213,16 @@ def migrate_vma_finalize(machine: Machine, migration_id: int, *, abort: bool = F
     Source: Linux mm/migrate_device.c, migrate_vma_finalize().
     """
     stepped = machine.migration(migration_id)
-    yield from stepped.take(Step.ABORT if abort else Step.FINALIZE)
+    yield from _take(machine, stepped, Step.ABORT if abort else Step.FINALIZE)
     return Migrated(*stepped.words)
+
+
+def _take(machine: Machine, stepped: SteppedMigration, step: Step) -> Operation[None]:
+    """Have a step taken.  Its call tells of the mirrors that were lost since the last one, or since the setup."""
+    stepped.require_idle(step.value)
+    taking, moving = machine.operations[machine.current.operation_id], machine.operations[stepped.operation_id]
+    try:
+        yield from stepped.take(step)
+    finally:
+        taking.fenced += moving.fenced[stepped.fences_told :]
+        stepped.fences_told = len(moving.fenced)

@@ -71,6 +71,7 @@ class SteppedMigration:
         allocated: int64[n], the frames that its driver got.
         folios: int64[n], where large folios among them begin.
         holders: the mirrors that are told when pages have to come back from them.
+        fences_told: how many of the mirrors that were lost meanwhile its driver has been told of.
     """
 
     id: int
@@ -87,6 +88,7 @@ class SteppedMigration:
     allocated: Pfns = field(default_factory=_NO_FRAMES.copy)
     folios: Pfns = field(default_factory=_NO_FRAMES.copy)
     holders: set[MirrorId] = field(default_factory=set)
+    fences_told: int = 0
     _migration: Migration | None = None
     _given: Pfns | None = None  # the destinations: since `pages`
 

@@ -532,6 +532,30 @@ def test_put_pages_back_when_the_mirror_is_fenced() -> None:
     world.machine.check()
 
 
+def test_tell_who_was_fenced_in_the_step_that_waited_for_it() -> None:
+    """Not in the result of the setup alone, that its driver had long before; and once."""
+    world = Steps(2)
+    others = [world.do(commands_device.register_device, name) for name in ("second", "third")]
+    second, third = (world.do(commands_hmm.attach, other, world.pid) for other in others)
+    for mirror in (second, third):
+        world.do(commands_hmm.insert_notifier, mirror, at(1), PAGE_SIZE)
+    frames = world.do(commands_migrate.migrate_vma_allocate, world.id, 2, device_id=world.card)
+    filling = world.start(commands_migrate.migrate_vma_pages, world.id, migrate_pfn(frames))
+    world.go_on()
+    busy = world.start(commands_migrate.migrate_vma_finalize, world.id)
+    assert isinstance(error_of(busy), RangeBusyError)
+    for delivery in world.sent():
+        if delivery.mirror_id == second:
+            world.machine.fence(second, "it did not answer in time")
+        else:
+            world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.go_on()
+    finalizing = world.start(commands_migrate.migrate_vma_finalize, world.id)
+    world.go_on()
+    assert (busy.fenced, filling.fenced, finalizing.fenced, world.moving.fenced) == ((), (second,), (), (second,))
+    assert finalizing.done
+
+
 def test_end_a_step_when_the_lease_ends_while_it_is_taken() -> None:
     """Whoever asked for it gets the reason, not silence."""
     world = Steps(2, DeadlinePolicy.BLOCK)
