@@ -91,6 +91,7 @@ class DeviceSide:
         """
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         stream = self.streams.find(request.epoch, caller.token) if name in _SERVED_BY_A_STREAM else None
+        self.streams.hear(getattr(request, "mirror_id", 0), caller.token)
         results: list[Result] = []
 
         def then(record: OperationRecord[Any]) -> None:

@@ -2,7 +2,9 @@
 
     what is held                          its sign of life is            without one
     a migration that is not finalized     a step of that migration       it is ended, and its pages are where they were
-    exclusive access, pins                anything on its stream         the stream is ended, and they go back with it
+    exclusive access, pins                anything on its stream, or     the stream is ended, and they go back with it
+                                          a call that names that or one
+                                          of its mirrors
 
 A migration holds others up: calls that change mappings, and whoever touches its pages.  So a driver whose process
 lives and whose handler is stuck must not keep it, and what its session says beside counts for nothing.  The others hold

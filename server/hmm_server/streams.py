@@ -136,7 +136,7 @@ class Streams:
             self.disconnect(stream, "its client has ended it")
 
     def find(self, epoch: int, owner: str) -> Stream:
-        """Look an open stream up by its epoch.
+        """Look an open stream up by its epoch, which is a sign of its driver.
 
         Raises:
             InvalidRequestError: there is none (EINVAL).
@@ -147,6 +147,7 @@ class Streams:
             raise InvalidRequestError(f"epoch {epoch} names no stream that is open")
         if stream.owner != owner:
             raise AccessDeniedError(f"stream {epoch} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
+        stream.heard_s = time.monotonic()
         return stream
 
     def attach(self, stream: Stream, mirror_id: MirrorId) -> None:
@@ -154,6 +155,12 @@ class Streams:
         receiver = self.executor.machine.receivers[mirror_id]
         self._drop_groups()
         self.served[mirror_id] = stream.mirrors[mirror_id] = ServedMirror(mirror_id, stream, receiver)
+
+    def hear(self, mirror_id: MirrorId, owner: str) -> None:
+        """A call that came on no session names a mirror: a sign of the driver, if it comes from the same owner."""
+        served = self.served.get(mirror_id)
+        if served is not None and served.stream.owner == owner:
+            served.stream.heard_s = time.monotonic()
 
     def detach(self, mirror_id: MirrorId) -> None:
         """A mirror no longer exists."""

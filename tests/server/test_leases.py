@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -384,6 +385,33 @@ async def test_plain_stream_keeps_its_pin_when_it_acknowledges_nothing_in_time(s
     for _ in range(LOOKS + 1):
         look()
     await served.until(lambda: not served.daemon.machine.pins)
+    stream.cancel()
+
+
+@pytest.mark.parametrize("sign", ["a mirror", "the stream", "somebody else's"])
+async def test_plain_stream_shows_life_when_a_call_names_it_or_its_mirror(serve: Any, sign: str) -> None:
+    """A driver that makes calls need not acknowledge beside them; what a stranger asks of its mirror counts nothing."""
+    served = await serve()
+    pid = await served.new_process()
+    await served.mmap(pid, WHOLE.start, WHOLE.end)
+    stream = served.device.WatchEvents(device_pb2.WatchEventsRequest(name="simple"))
+    epoch = (await stream.read()).welcome.epoch
+    card = (await served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="card"))).device_id
+    attach = hmm_pb2.AttachRequest(device_id=card, process_id=pid, epoch=epoch)
+    mirror = (await served.hmm.Attach(attach)).mirror_id
+    pin = hmm_pb2.PinPagesRequest(process_id=pid, range=WHOLE, write=True, epoch=epoch)
+    await served.hmm.PinPages(pin)
+    for _ in range(2 * LOOKS):
+        served.daemon.streams.leases.look()
+        if sign == "the stream":
+            await served.hmm.PinPages(pin)
+        elif sign == "a mirror":
+            await served.hmm.FindVma(hmm_pb2.FindVmaRequest(mirror_id=mirror, address=BASE))
+        else:
+            request, stranger = hmm_pb2.FindVmaRequest(mirror_id=mirror, address=BASE), (("hmm-token", "stranger"),)
+            with suppress(grpc.aio.AioRpcError):  # once the stream has ended
+                await served.hmm.FindVma(request, metadata=stranger)
+    assert bool(served.daemon.streams.open) is (sign != "somebody else's")
     stream.cancel()
 
 
