@@ -21,7 +21,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -208,21 +208,29 @@ class Streams:
             return
         for mirror_id in list(stream.mirrors):
             remove = unregister_mirror if mirror_id in self.executor.machine.mirrors else detach
-            self.executor.start(partial(self._gone, mirror_id), owner, remove, mirror_id)
+            self._remove(remove, mirror_id, owner, self.executor.machine.receivers, self.detach)
         for device_id in stream.devices:
-            self._remove(device_id, owner)
+            self._remove(unregister_device, device_id, owner, self.executor.machine.devices, self.forget_device)
 
-    def _remove(self, device_id: DeviceId, owner: Caller) -> None:
-        # It may be in use yet: by a mirror on another stream, or one that waits for its last callbacks.
+    def _remove(
+        self,
+        remove: Callable[..., Any],
+        number: int,
+        owner: Caller,
+        existing: Mapping[int, object],
+        forget: Callable[[int], None],
+    ) -> None:
+        # It may be in use yet: a mirror by a migration that is about to end; a device by a mirror on another stream,
+        # or by one that waits for its last callbacks.
         def ended(record: OperationRecord[None]) -> None:
-            if record.error is not None and device_id in self.executor.machine.devices:
-                self._loop.call_later(max(self.config.lease_s, AGAIN_S), self._remove, device_id, owner)
+            if record.error is None or number not in existing:
+                forget(number)
+                return
+            again_s = max(self.config.lease_s, AGAIN_S)
+            self._loop.call_later(again_s, self._remove, remove, number, owner, existing, forget)
 
         if not self.executor.draining:
-            self.executor.start(ended, owner, unregister_device, device_id)
-
-    def _gone(self, mirror_id: MirrorId, _: OperationRecord[None]) -> None:
-        self.detach(mirror_id)
+            self.executor.start(ended, owner, remove, number)
 
     # ---- events out: what the executor asks of a router
 

@@ -95,6 +95,25 @@ def words(packed: bytes) -> np.ndarray:
     return np.frombuffer(packed, np.uint64)
 
 
+async def fill_hole(holder: Holder) -> tuple[Any, Any, Any]:
+    """Its driver migrates both pages, up to the event for the hole that it fills.
+
+    Returns: a second driver, which mirrors the hole; that event; the future reply to `pages`.
+    """
+    other = await holder.served.driver()
+    card = (await other.make("register_device", device_pb2.RegisterDeviceRequest(name="other"))).device_id
+    mirror = (await other.make("attach", hmm_pb2.AttachRequest(device_id=card, process_id=holder.pid))).mirror_id
+    insert = hmm_pb2.InsertNotifierRequest(mirror_id=mirror, start=BASE + PAGE, length=PAGE)
+    await other.make("insert_notifier", insert)
+    setting_up = asyncio.ensure_future(holder.set_up())
+    await other.acknowledge(await other.events.get())
+    begun = await setting_up
+    frames = await holder.allocate(begun.migration_id, 2)
+    pages = hmm_pb2.MigrateVmaPagesRequest(migration_id=begun.migration_id, dst=migrate_pfn(frames).tobytes())
+    filling = await holder.driver.send("migrate_vma_pages", pages)
+    return other, await other.events.get(), filling
+
+
 # ---- migrations
 
 
@@ -252,22 +271,12 @@ async def test_lease_does_not_begin_anew_when_a_stranger_names_the_migration(hol
 
 async def test_lease_does_not_run_when_the_migration_waits_for_somebody_else(holder: Holder) -> None:
     """While holes are filled others answer: its driver has done its part."""
-    other = await holder.served.driver()
-    card = (await other.make("register_device", device_pb2.RegisterDeviceRequest(name="other"))).device_id
-    mirror = (await other.make("attach", hmm_pb2.AttachRequest(device_id=card, process_id=holder.pid))).mirror_id
-    insert = hmm_pb2.InsertNotifierRequest(mirror_id=mirror, start=BASE + PAGE, length=PAGE)
-    await other.make("insert_notifier", insert)
-    setting_up = asyncio.ensure_future(holder.set_up())
-    await other.acknowledge(await other.events.get())
-    begun = await setting_up
-    frames = await holder.allocate(begun.migration_id, 2)
-    pages = hmm_pb2.MigrateVmaPagesRequest(migration_id=begun.migration_id, dst=migrate_pfn(frames).tobytes())
-    filling = await holder.driver.send("migrate_vma_pages", pages)
-    event = await other.events.get()
+    other, event, filling = await fill_hole(holder)
     holder.look(3 * LOOKS)
     await other.acknowledge(event)
     assert not (await filling).migrate_vma_pages.result.errno
-    finalize = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=begun.migration_id, abort=True)
+    (number,) = holder.machine.migrations
+    finalize = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=number, abort=True)
     await holder.driver.make("migrate_vma_finalize", finalize)
 
 
@@ -301,6 +310,21 @@ async def test_pages_are_where_they_were_when_the_session_ends(holder: Holder, f
         holder.driver.call.cancel()
     assert (await reading).data == b"page"
     assert not holder.machine.migrations
+
+
+async def test_mirror_and_device_go_when_their_driver_dies_in_a_step_that_waits_for_others(serve: Any) -> None:
+    """The migration ends when these have answered, which may be long after the lease of the driver's registrations."""
+    holder = await Holder.make(await serve(lease_s=0.0))
+    other, event, _ = await fill_hole(holder)
+    holder.driver.call.cancel()
+    ended = holder.served.daemon.executor.operations.ended_by_name
+    await holder.served.until(lambda: ended["detach"])  # for nothing: the migration has not ended
+    assert holder.mirror in holder.machine.receivers
+    await other.acknowledge(event)
+    await other.acknowledge(await other.events.get())  # the page that was put there leaves the device
+    await holder.served.until(lambda: holder.device not in holder.machine.devices)
+    assert holder.mirror not in holder.machine.receivers
+    assert holder.mirror not in holder.served.daemon.streams.served
 
 
 async def test_drain_does_not_wait_for_drivers_that_would_have_to_take_a_step(holder: Holder) -> None:
