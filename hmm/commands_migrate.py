@@ -22,7 +22,7 @@ from hmm.errors import InvalidRequestError
 from hmm.frames import SYSTEM_REGION, Region
 from hmm.interval_notifier import IntervalMirror
 from hmm.machine import Machine
-from hmm.migrate_steps import Step, SteppedMigration
+from hmm.migrate_steps import PastMigration, Step, SteppedMigration
 from hmm.migration import Select
 from hmm.operation import Operation, immediate
 from hmm.receiver import MirrorState
@@ -84,7 +84,7 @@ def migrate_vma_setup(
         yield from stepped.run(Select(select), set_up)
     finally:
         if machine.migrations.pop(number, None) is not None:
-            machine.past_migrations.append(stepped)
+            machine.past_migrations.append(PastMigration(number, stepped.owner, stepped.why))
         for holder in stepped.holders:
             receiver = machine.receivers.get(holder)
             if receiver is None or receiver.state is not MirrorState.LIVE:  # it was lost meanwhile
@@ -98,16 +98,16 @@ def migrate_vma_allocate(
     """Allocate destinations, as many as there is room for; those that get no page are freed when the migration ends.
 
     Args:
-        device_id: whose memory; 0 for the system's.  Another device than the mirror's has a mirror of this address
-            space, which is told when pages have to come back from there.
+        device_id: whose memory; 0 for the system's.  Another device than the mirror's has a live mirror of this
+            address space, which is told when pages have to come back from there.
         compound: large folios, of which the first frames are returned.
 
     Returns: int64[n], n <= count, frames that read as zeroes.
 
     Raises:
         NoSuchObjectError: there is no such migration, or it has ended (ENOENT); the device has no memory (ENODEV).
-        InvalidRequestError: more than the migration has pages; its destinations are given; no mirror on that device
-            (EINVAL).
+        InvalidRequestError: more than the migration has pages; its destinations are given; no live mirror on that
+            device (EINVAL).
         AccessDeniedError: it is somebody else's migration, or device (EPERM).
 
     Source: lib/test_hmm.c, dmirror_devmem_alloc_page(); drivers/gpu/drm/amd/amdkfd/kfd_migrate.c,
@@ -126,9 +126,10 @@ def _region(machine: Machine, stepped: SteppedMigration, device_id: DeviceId) ->
     if device_id == stepped.device_id:
         return region, stepped.mirror_id
     for mirror in machine.receivers.values():
-        if mirror.device is device and mirror.space is stepped.space and isinstance(mirror, IntervalMirror):
+        is_its = mirror.device is device and mirror.space is stepped.space and isinstance(mirror, IntervalMirror)
+        if is_its and mirror.state is MirrorState.LIVE:
             return region, mirror.id
-    raise InvalidRequestError(f"allocate: {device} has no mirror of the address space of {stepped}")
+    raise InvalidRequestError(f"allocate: {device} has no live mirror of the address space of {stepped}")
 
 
 @immediate

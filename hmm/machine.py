@@ -48,7 +48,7 @@ from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.hugetlb import HugetlbPool
 from hmm.ksm import Ksm
 from hmm.limits import Limits
-from hmm.migrate_steps import SteppedMigration, ended
+from hmm.migrate_steps import PastMigration, SteppedMigration, ended
 from hmm.mirror import Mirror, MirrorState
 from hmm.notifier import Notifier
 from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
@@ -131,7 +131,7 @@ class Machine:
         self.files: dict[int, File] = {}
         self.pins: dict[int, Pin] = {}
         self.migrations: dict[int, SteppedMigration] = {}
-        self.past_migrations: deque[SteppedMigration] = deque(maxlen=PAST_MIGRATIONS)
+        self.past_migrations: deque[PastMigration] = deque(maxlen=PAST_MIGRATIONS)
         self.userfaultfds: dict[int, AddressSpace] = {}  # to which each belongs, living or not
         self.file_names: dict[str, int] = {}
         self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)

@@ -29,6 +29,7 @@ import errno as errnos
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ from hmm.operation import Await, Operation, WaitFor
 from hmm.swap import some_room
 from hmm.units import PMD_PAGES, ULONG_MAX, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns
 
-__all__ = ["Step", "SteppedMigration", "ended"]
+__all__ = ["PastMigration", "Step", "SteppedMigration", "ended"]
 
 _NO_FRAMES = np.empty(0, np.int64)
 _MEANT = np.uint64(VALID | WRITE | COMPOUND | ULONG_MAX >> PFN_SHIFT << PFN_SHIFT)
@@ -56,6 +57,14 @@ class Step(Enum):
     PAGES = "pages"
     FINALIZE = "finalize"
     ABORT = "abort"
+
+
+class PastMigration(NamedTuple):
+    """What is kept of a migration that has ended."""
+
+    id: int
+    owner: str
+    why: str
 
 
 @dataclass(slots=True, eq=False)

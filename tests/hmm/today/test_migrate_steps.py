@@ -114,13 +114,32 @@ def test_move_pages_to_another_device_when_it_has_a_mirror_of_the_space(bench: A
     bench.write(0, b"page")
     bench.to_device(0, 1)
     stepper = Stepper(bench, 0, 1, Select.DEVICE_PRIVATE)
-    with pytest.raises(InvalidRequestError, match="has no mirror of the address space"):
+    with pytest.raises(InvalidRequestError, match="has no live mirror of the address space"):
         stepper.allocate(1, other)
     mirror, heard = bench.attach(other, bench.process)
     stepper.move(migrate_pfn(stepper.allocate(1, other)))
     stepper.finalize()
     assert bench.used == 0
     assert bench.local.machine.frames.zone_device_data[cpu_pte.cpu_pfn(bench.entry(0))] == mirror
+    heard.events.clear()
+    assert bench.read(0, 4) == b"page"
+    assert heard.events
+
+
+def test_tell_the_live_mirror_of_another_device_when_one_beside_it_was_lost(bench: Any) -> None:
+    """A lost mirror hears nothing; a device that has no other gets no pages."""
+    machine = bench.local.machine
+    other = bench.call(commands_device.register_device, "other", memory_pages=4)
+    lost, _ = bench.attach(other, bench.process)
+    machine.fence(lost, "its driver died")
+    bench.write(0, b"page")
+    stepper = Stepper(bench, 0, 1)
+    with pytest.raises(InvalidRequestError, match="has no live mirror of the address space"):
+        stepper.allocate(1, other)
+    live, heard = bench.attach(other, bench.process)
+    stepper.move(migrate_pfn(stepper.allocate(1, other)))
+    stepper.finalize()
+    assert machine.frames.zone_device_data[cpu_pte.cpu_pfn(bench.entry(0))] == live
     heard.events.clear()
     assert bench.read(0, 4) == b"page"
     assert heard.events
@@ -518,6 +537,13 @@ def test_leave_holes_filled_when_the_lease_ends_behind_pages() -> None:
     assert touching.done
     world.machine.check()
     assert world.machine.frames.regions[1].used == 0
+
+
+def test_keep_only_how_a_migration_ended_when_it_has() -> None:
+    """Its words and frames, and the address space, are not kept alive by it."""
+    world = Steps()
+    world.finalize()
+    assert list(world.machine.past_migrations) == [(world.id, "", "it was finalized")]
 
 
 def test_put_pages_back_when_the_mirror_is_fenced() -> None:
