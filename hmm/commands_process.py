@@ -8,6 +8,10 @@ after the kernel's file; what is here is what concerns processes: who uses which
 **Invariants**: an address space ends with its last user, after every mirror of it was released.
 
 **Absent**: signals, scheduling, permissions of files, resource limits other than those of `Limits`.
+
+Differs: the end of an address space waits for a migration that its driver has not finalized before any mirror is told.
+In the kernel exit_mmap() tells them and drops the pages beside it, and waits before it frees the page table; and a
+driver that has a reference of the mm runs all that itself, by its mmput(), when the process has long gone.
 """
 
 from __future__ import annotations

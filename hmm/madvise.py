@@ -22,7 +22,9 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE leaves pages of files small
 (collapse.py).  What is freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full
-(folio_mark_lazyfree()).
+(folio_mark_lazyfree()).  WILLNEED, DONTNEED, FREE, COLD and PAGEOUT wait for a migration of the process that its driver
+has not finalized; the kernel takes mmap_lock for reading as that does, and drops migration entries too
+(madvise_need_mmap_write(), zap_pte_range()).
 """
 
 from __future__ import annotations

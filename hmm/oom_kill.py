@@ -9,7 +9,8 @@ Whoever reaps may not sleep, so a device's driver may refuse; then its range sta
 **Absent**: choosing victims; the signal that has to be pending: whoever reaps has sent it.
 
 Differs: all drivers are told at once, where the kernel stops at the first that refuses; those told besides have given
-up more than they had to.
+up more than they had to.  Reaping waits for a migration that its driver has not finalized, where the kernel takes
+mmap_lock for reading as that does.
 """
 
 from __future__ import annotations
