@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from hmm.commands_hmm import Migrated, live_mirror, memory_of
 from hmm.errors import InvalidRequestError
@@ -68,7 +69,8 @@ def migrate_vma_setup(
     if select & ~_SELECT:
         raise InvalidRequestError(f"migrate_vma_setup: select {select:#x} has unknown flags")
     mirror = live_mirror(machine, mirror_id)
-    machine.require_room("migrations", len(machine.migrations), machine.limits.migrations)
+    require_room = partial(machine.require_room, "migrations", limit=machine.limits.migrations)
+    require_room(len(machine.migrations))
     number, operation_id = machine.next_id("migration"), machine.current.operation_id
     stepped = SteppedMigration(
         number, machine.caller.token, mirror_id, mirror.device.id, mirror.space, span, operation_id
@@ -76,6 +78,7 @@ def migrate_vma_setup(
 
     def set_up() -> None:
         mirror.require_live("migrate_vma_setup")  # it may have been lost meanwhile
+        require_room(len(machine.migrations))  # others may have been quicker
         machine.migrations[number] = stepped
         stepped.fences_told = len(machine.operations[operation_id].fenced)
         machine.reply(MigrationSetUp(number, stepped.words[0]))
@@ -176,23 +179,29 @@ def _part(operation: str, pfns: Pfns, offset: int, length: int | None) -> int:
 def migrate_vma_pages(machine: Machine, migration_id: int, dst: Entries) -> Operation[Migrated]:
     """Say where each page goes, as `SteppedMigration.set_destinations`; holes are filled now.
 
+    The same call again gets the reply again, as long as the migration is not finalized.
+
     Returns: the words: MIGRATE is left in `src` where the page moves.
 
     Raises:
         NoSuchObjectError: there is no such migration, or it has ended (ENOENT).
-        InvalidRequestError: a word that cannot be, or `pages` was called before (EINVAL); nothing was changed.
+        InvalidRequestError: a word that cannot be, or `pages` was called before with other words (EINVAL); nothing was
+            changed.
         RangeBusyError: another step is under way (EBUSY).
         TimedOutError: a mirror with policy FAIL did not answer when holes were to be filled, or its lease ended
             meanwhile; the migration has ended, and its pages are where they were (ETIMEDOUT).
         WouldDeadlockError: called from inside a callback that filling holes waits for (EDEADLK); they are filled when
-            that has returned, and the migration has to be finalized as ever.
+            that has returned.  The same call gets its reply then.
 
     Source: Linux mm/migrate_device.c, migrate_vma_pages().
     """
     stepped = machine.migration(migration_id)
-    stepped.require_idle("pages")
-    stepped.set_destinations(dst)
-    yield from _take(machine, stepped, Step.PAGES)
+    if stepped.was_told(dst):
+        yield from _telling(machine, stepped, stepped.taken(Step.PAGES))
+    else:
+        stepped.require_idle("pages")
+        stepped.set_destinations(dst)
+        yield from _telling(machine, stepped, stepped.take(Step.PAGES))
     return Migrated(*stepped.words)
 
 
@@ -214,16 +223,17 @@ def migrate_vma_finalize(machine: Machine, migration_id: int, *, abort: bool = F
     Source: Linux mm/migrate_device.c, migrate_vma_finalize().
     """
     stepped = machine.migration(migration_id)
-    yield from _take(machine, stepped, Step.ABORT if abort else Step.FINALIZE)
+    step = Step.ABORT if abort else Step.FINALIZE
+    stepped.require_idle(step.value)
+    yield from _telling(machine, stepped, stepped.take(step))
     return Migrated(*stepped.words)
 
 
-def _take(machine: Machine, stepped: SteppedMigration, step: Step) -> Operation[None]:
-    """Have a step taken.  Its call tells of the mirrors that were lost since the last one, or since the setup."""
-    stepped.require_idle(step.value)
+def _telling(machine: Machine, stepped: SteppedMigration, step: Operation[None]) -> Operation[None]:
+    """Take a step.  Its call tells of the mirrors that were lost since the last one, or since the setup."""
     taking, moving = machine.operations[machine.current.operation_id], machine.operations[stepped.operation_id]
     try:
-        yield from stepped.take(step)
+        yield from step
     finally:
         taking.fenced += moving.fenced[stepped.fences_told :]
         stepped.fences_told = len(moving.fenced)

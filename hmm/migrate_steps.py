@@ -26,7 +26,8 @@ already; a driver's frames are chosen here, as the daemon keeps the books of its
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.address_space import AddressSpace
-from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, RangeBusyError
+from hmm.errors import HmmError, InvalidRequestError, NoSuchObjectError, RangeBusyError, WouldDeadlockError
 from hmm.frames import SYSTEM_REGION, Frames, Region
 from hmm.migrate import migrate_vma
 from hmm.migration import COMPOUND, NOT_MIGRATE, PFN_SHIFT, VALID, WRITE, Migration, Select, pfns_of
@@ -75,7 +76,9 @@ class SteppedMigration:
         owner: the token of whoever may take its steps.
         operation_id: the operation that does it, which has the pages locked.
         step: what it is to do next, or does; None: it waits for its driver.
+        calls: how many calls of its driver are under way.
         ending: why it was ended from outside; it ends as soon as it waits for its driver.
+        bug: what it has ended with that is no error of a call.
         over: it has ended; `why`: how.
         allocated: int64[n], the frames that its driver got.
         folios: int64[n], where large folios among them begin.
@@ -91,7 +94,9 @@ class SteppedMigration:
     span: AddressRange
     operation_id: int
     step: Step | None = None
+    calls: int = 0
     ending: HmmError | None = None
+    bug: Exception | None = None
     over: bool = False
     why: str = ""
     allocated: Pfns = field(default_factory=_NO_FRAMES.copy)
@@ -99,6 +104,7 @@ class SteppedMigration:
     holders: set[MirrorId] = field(default_factory=set)
     fences_told: int = 0
     _migration: Migration | None = None
+    _said: Entries | None = None  # what `pages` was called with
     _given: Pfns | None = None  # the destinations: since `pages`
 
     def __str__(self) -> str:
@@ -143,6 +149,9 @@ class SteppedMigration:
         except HmmError as error:
             self.ending, self.why = error, self._reason_of(error)
             raise
+        except Exception as error:
+            self.bug, self.why = error, f"a bug: {error!r}"
+            raise
         else:
             self.why = "it was given up" if self.step is Step.ABORT else "it was finalized"
             return moved
@@ -181,8 +190,13 @@ class SteppedMigration:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for its driver."""
+        """Whether it can be told a step."""
         return self.step is None and self.ending is None
+
+    @property
+    def awaits_driver(self) -> bool:
+        """Whether nobody but its driver can go on: no call of it waits for others."""
+        return self.is_idle and not self.calls
 
     @property
     def has_destinations(self) -> bool:
@@ -194,14 +208,40 @@ class SteppedMigration:
 
         Raises:
             RangeBusyError: it takes one already (EBUSY).
-            HmmError: what it has ended with meanwhile.
+            HmmError, WouldDeadlockError, RuntimeError: as `taken`.
         """
         self.require_idle(step.value)
         self.step = step
-        while self.step is step:
-            yield Await(WaitFor.STEP, self.space.id, (self.span,), self.id)
+        yield from self.taken(step)
+
+    def taken(self, step: Step) -> Operation[None]:
+        """Wait until the operation has taken a step that it was told.
+
+        Raises:
+            HmmError: what it has ended with meanwhile.
+            WouldDeadlockError: the call may not wait for it (EDEADLK); it is taken all the same.
+            RuntimeError: it has ended with a bug.
+        """
+        with self._called():
+            try:
+                while self.step is step:
+                    yield Await(WaitFor.STEP, self.space.id, (self.span,), self.id)
+            except WouldDeadlockError as error:
+                then = "; the same call gets its reply then" if step is Step.PAGES else ""
+                goes_on = f"{self} takes this step all the same, when that has returned{then}"
+                raise WouldDeadlockError(f"{error.message}; {goes_on}", error.errno, reason=error.reason) from error
+        if self.bug is not None:
+            raise RuntimeError(f"{step.value}: {self} has ended with a bug") from self.bug
         if self.ending is not None and step is not Step.ABORT:
             raise _again(self.ending)
+
+    @contextmanager
+    def _called(self) -> Iterator[None]:
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
 
     def end(self, error: HmmError) -> None:
         """End it as soon as it waits for its driver, with this error."""
@@ -243,13 +283,13 @@ class SteppedMigration:
         """
         self._require_before_pages("allocate")
         unit = PMD_PAGES if compound else 1
-        if count < 0 or self.allocated.size + count * unit > self.span.npages:
-            has = f"{self.allocated.size} of at most {self.span.npages}"
-            raise InvalidRequestError(f"allocate: {count * unit} more frames for {self}, which has {has}")
+        self._require_room(count * unit)
         count = self._before_failure(count)
         if region.number == SYSTEM_REGION and self.frames.available < count * unit:
-            yield from some_room(self.frames, count * unit)
-            self._require_before_pages("allocate")
+            with self._called():
+                yield from some_room(self.frames, count * unit)
+            self._require_before_pages("allocate")  # other calls may have been quicker
+            self._require_room(count * unit)
         if compound:
             pfns = self._folios(count, region)
             self.folios = np.concatenate((self.folios, pfns[::PMD_PAGES]))
@@ -260,6 +300,11 @@ class SteppedMigration:
             self.holders.add(holder)
         self.allocated = np.concatenate((self.allocated, pfns))
         return pfns[::unit]
+
+    def _require_room(self, more: int) -> None:
+        if more < 0 or self.allocated.size + more > self.span.npages:
+            has = f"{self.allocated.size} of at most {self.span.npages}"
+            raise InvalidRequestError(f"allocate: {more} more frames for {self}, which has {has}")
 
     def _folios(self, count: int, region: Region) -> Pfns:
         found: list[Pfns] = []
@@ -323,6 +368,10 @@ class SteppedMigration:
         if self.has_destinations:
             raise InvalidRequestError(f"{operation}: the pages of {self} have their destinations already")
 
+    def was_told(self, words: Entries) -> bool:
+        """Whether `pages` was called with these very words."""
+        return self._said is not None and np.array_equal(words, self._said)
+
     def set_destinations(self, words: Entries) -> None:
         """Take the driver's destination words: uint64[npages]; nothing is changed when they are refused.
 
@@ -337,6 +386,7 @@ class SteppedMigration:
         migration = self.migration
         if words.size != self.span.npages:
             raise InvalidRequestError(f"pages: {words.size} words for the {self.span.npages} pages of {self}")
+        said = words.copy()
         words = np.where((words & _VALID) != 0, words & _MEANT, np.uint64(0))
         compound = (words & _COMPOUND) != 0
         for head in migration.heads.tolist():
@@ -350,6 +400,7 @@ class SteppedMigration:
         words[compound] = 0  # a large folio for small pages: they stay
         self._require_destinations(migration, words)
         migration.dst[:] = words
+        self._said = said
         self._given = pfns_of(words[words != 0])
 
     def _require_folio(self, migration: Migration, head: int, pfn: Pfn) -> None:

@@ -215,7 +215,9 @@ class Migration:
             at = end
 
     async def pages(self, dst: Entries) -> Entries:
-        """migrate_vma_pages(): say where each page goes, once.  Holes are filled now.
+        """migrate_vma_pages(): say where each page goes.  Holes are filled now.
+
+        The same call again gets the reply again, as long as the migration is not finalized.
 
         Args:
             dst: uint64[npages]: VALID and a frame, each one once; 0: the page stays.  Of a huge page that was collected
@@ -225,12 +227,12 @@ class Migration:
 
         Raises:
             NoSuchObjectError: it has ended (ENOENT).
-            InvalidRequestError: a word that cannot be, or called before (EINVAL); nothing was changed.
+            InvalidRequestError: a word that cannot be, or called before with other words (EINVAL); nothing was changed.
             RangeBusyError: another step is under way (EBUSY).
             TimedOutError, DeviceLostError: it has ended meanwhile, and its pages are where they were: its lease, or
                 another driver did not answer as holes were filled (ETIMEDOUT); its mirror was lost (ENODEV).
             WouldDeadlockError: called from inside a callback that filling holes waits for (EDEADLK); they are filled
-                when that has returned.
+                when that has returned, and the same call gets its reply then.
         """
         request = hmm_pb2.MigrateVmaPagesRequest(migration_id=self.id, dst=entries_to_proto(dst))
         self.src = _words(await self._step("migrate_vma_pages", request), "src")

@@ -107,8 +107,8 @@ class Leases:
                 del kept[number]
         ended = False
         for number, migration in migrations.items():
-            if not migration.is_idle:
-                self._migrations.pop(number, None)  # its driver is not the one that is waited for
+            if not migration.awaits_driver:
+                self._migrations.pop(number, None)  # it waits for others, or a call of its driver does
             elif self._is_over(self._migrations, number, self.steps.get(number)):
                 self.machine.end_migration(number, f"its driver took no step for {self.lease_s:g} s, its lease")
                 ended = True

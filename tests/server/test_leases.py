@@ -280,6 +280,30 @@ async def test_lease_does_not_run_when_the_migration_waits_for_somebody_else(hol
     await holder.driver.make("migrate_vma_finalize", finalize)
 
 
+async def test_lease_does_not_run_when_the_drivers_own_call_waits(serve: Any) -> None:
+    """Its allocation waits for room, and that for another driver: it cannot take a step meanwhile."""
+    holder = await Holder.make(await serve(frames=64, swap_pages=128))
+    other = await holder.served.driver()
+    card = (await other.make("register_device", device_pb2.RegisterDeviceRequest(name="other"))).device_id
+    mirror = (await other.make("attach", hmm_pb2.AttachRequest(device_id=card, process_id=holder.pid))).mirror_id
+    more, npages = BASE + 16 * PAGE, holder.machine.frames.available
+    await holder.served.mmap(holder.pid, more, more + npages * PAGE)
+    data = b"x" * (npages * PAGE)
+    write = process_pb2.WriteMemoryRequest(process_id=holder.pid, address=more, data=data)
+    await holder.served.process.WriteMemory(write)
+    insert = hmm_pb2.InsertNotifierRequest(mirror_id=mirror, start=more, length=npages * PAGE)
+    await other.make("insert_notifier", insert)
+    begun = await holder.set_up()
+    allocating = asyncio.ensure_future(holder.allocate(begun.migration_id, 2, 0))
+    event = await other.events.get()
+    holder.look(3 * LOOKS)
+    assert begun.migration_id in holder.machine.migrations
+    await other.acknowledge(event)
+    assert (await allocating).size == 2
+    finalize = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=begun.migration_id)
+    assert not (await holder.driver.make("migrate_vma_finalize", finalize)).result.errno
+
+
 async def test_migration_is_given_up_when_nobody_waits_for_its_setup_any_more(holder: Holder) -> None:
     """Nobody knows of it who could take its next step."""
     begun = await holder.set_up()

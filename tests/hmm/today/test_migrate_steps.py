@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from hmm.errors import (
     HmmError,
     InvalidRequestError,
     NoSuchObjectError,
+    OutOfFramesError,
     RangeBusyError,
     TimedOutError,
+    WouldDeadlockError,
 )
 from hmm.frames import RegionKind
 from hmm.inspection import pending
 from hmm.limits import Limits
+from hmm.migrate_steps import SteppedMigration
 from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE, Select, migrate_pfn, moving_frames, pfns_of
 from hmm.mirror import DeadlinePolicy
 from hmm.operation import Await, WaitFor
@@ -197,8 +201,9 @@ def test_refuse_destinations_when_a_word_cannot_be(bench: Any) -> None:
     refused(stepper, migrate_pfn(own[:1]), "1 words for the 2 pages")
     source = pfns_of(stepper.src)
     refused(stepper, migrate_pfn(source), "was not allocated")
-    stepper.move(migrate_pfn(own))
-    refused(stepper, migrate_pfn(own), "have their destinations already")
+    src = stepper.move(migrate_pfn(own))
+    refused(stepper, migrate_pfn(own[::-1]), "have their destinations already")
+    assert stepper.pages(migrate_pfn(own)).tolist() == src.tolist()
     with pytest.raises(InvalidRequestError, match="have their destinations already"):
         stepper.allocate(0)
     stepper.finalize()
@@ -621,6 +626,96 @@ def test_end_a_migration_when_a_mirror_does_not_answer_as_a_hole_is_filled() -> 
     assert cpu_pte.is_present(world.entry())
     world.machine.check()
     assert world.machine.frames.regions[1].used == 0
+
+
+def test_give_the_reply_when_pages_is_repeated_after_a_deadlock() -> None:
+    """Inside a callback it fails and says what becomes of the step; afterwards the same call has its words."""
+    world = Steps(2, DeadlinePolicy.BLOCK)
+    gpu = world.do(commands_device.register_device, "gpu")
+    mirror = world.do(commands_device.register_mirror, gpu, world.pid, policy=DeadlinePolicy.BLOCK)
+    words = np.zeros(2, np.uint64)
+    words[1:] = migrate_pfn(world.do(commands_migrate.migrate_vma_allocate, world.id, 1, device_id=world.card))
+    faulting = world.start(commands_device.fault, mirror, (pages(1, 3),), write=False)
+    (delivery,) = world.sent()
+    inside = Caller(callback=(delivery.mirror_id, delivery.sequence))
+    errors = []
+    for _ in range(2):
+        filling = world.machine.start(inside, commands_migrate.migrate_vma_pages, world.id, words)
+        world.go_on()
+        errors.append(error_of(filling))
+    assert all(isinstance(error, WouldDeadlockError) for error in errors)
+    assert str(errors[0]).endswith(
+        "; migration 1 takes this step all the same, when that has returned; the same call gets its reply then"
+    )
+    again = world.start(commands_migrate.migrate_vma_pages, world.id, words)
+    world.machine.answer(delivery.mirror_id, delivery.sequence)
+    world.settle()
+    assert faulting.done
+    assert is_left(again.result.src) == [False, True]
+    assert is_left(world.finalize().src) == [False, True]
+    world.machine.check()
+
+
+def test_fail_a_step_when_the_migration_ends_by_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no error of a call is no success either."""
+    world = Steps()
+    bug = AssertionError("a bug")
+
+    def fail(*_: Any) -> None:
+        raise bug
+
+    monkeypatch.setattr(SteppedMigration, "_driver", fail)  # as it begins to wait for finalize
+    filling = world.start(commands_migrate.migrate_vma_pages, world.id, np.zeros(1, np.uint64))
+    world.go_on()
+    assert world.moving.error is bug
+    with pytest.raises(RuntimeError, match="pages: migration 1 has ended with a bug") as caught:
+        _ = filling.result
+    assert caught.value.__cause__ is bug
+    late = error_of(world.start(commands_migrate.migrate_vma_finalize, world.id))
+    assert "migration 1 has ended: a bug: AssertionError('a bug')" in str(late)
+
+
+def test_refuse_setup_when_others_have_taken_the_last_place_meanwhile() -> None:
+    """The limit holds after a wait too; what was collected goes back."""
+    world = Steps()
+    world.finalize()
+    other = world.do(commands_device.register_device, "other", memory_pages=4)
+    mirror = world.do(commands_hmm.attach, other, world.pid)
+    world.do(commands_hmm.insert_notifier, mirror, at(0), 4 * PAGE_SIZE)
+    world.machine.limits = replace(world.machine.limits, migrations=1)
+    first, second = world.setup(), world.setup(first=1)
+    world.settle()
+    assert first.replied
+    assert isinstance(error_of(second), OutOfFramesError)
+    world.finalize(world.value_of(first).migration_id)
+    world.machine.check()
+
+
+def test_hold_the_limit_of_frames_when_several_allocate_calls_wait_for_memory() -> None:
+    """Those that come too late are refused; nobody but others is waited for meanwhile."""
+    world = World(mirrors=0, limits=Limits(frames=64, device_frames=8, swap_pages=128))
+    card = world.do(commands_device.register_device, "card", memory_pages=8)
+    mirror = world.do(commands_hmm.attach, card, world.pid)
+    world.do(commands_process.mmap, world.pid, at(0), 100 * PAGE_SIZE, READ_WRITE, PRIVATE)
+    world.do(commands_process.touch, world.pid, pages(0, world.machine.frames.available), write=True)
+    slow = world.do(commands_hmm.attach, card, world.pid, policy=DeadlinePolicy.BLOCK)
+    world.do(commands_hmm.insert_notifier, slow, at(8), 92 * PAGE_SIZE)
+    moving = world.start(commands_migrate.migrate_vma_setup, mirror, pages(0, 8))
+    number = Steps.value_of(moving).migration_id
+    stepped = world.machine.migrations[number]
+    assert stepped.awaits_driver
+    allocating = [world.start(commands_migrate.migrate_vma_allocate, number, 8) for _ in range(3)]
+    assert not any(one.done for one in allocating)
+    assert stepped.is_idle
+    assert not stepped.awaits_driver
+    world.settle()
+    assert stepped.awaits_driver
+    assert sorted(one.error is None for one in allocating) == [False, False, True]
+    has = f"which has {stepped.allocated.size} of at most 8"
+    assert str(allocating[-1].error) == f"EINVAL: allocate: 8 more frames for migration 1, {has}"
+    assert 0 < stepped.allocated.size <= 8
+    world.do(commands_migrate.migrate_vma_finalize, number)
+    world.machine.check()
 
 
 def test_refuse_somebody_elses_migration_when_it_is_named() -> None:
