@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import hmm_client
-from hmm.errors import InvalidRequestError, NoSuchObjectError, RangeBusyError
+from hmm.errors import InvalidRequestError, NoSuchObjectError, RangeBusyError, TimedOutError
 from hmm.migration import MIGRATE, Select, pfns_of
+from hmm.receiver import DeadlinePolicy
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm_client import Device, IntervalDriver, IntervalMirror, Process, sync
 from hmm_client.cli import main
@@ -53,17 +55,24 @@ class Scene:
         return sum(count for line in maps.lines for _, count in line.on_devices)
 
 
-@pytest.fixture
-async def scene(shared_daemon: Daemon) -> AsyncIterator[Scene]:
-    """One for each test."""
+@asynccontextmanager
+async def scene_at(daemon: Daemon) -> AsyncIterator[Scene]:
+    """One of these."""
     one = Scene()
-    async with hmm_client.connect(shared_daemon.target, name="test") as one.client:
+    async with hmm_client.connect(daemon.target, name="test") as one.client:
         one.process = await one.client.create_process("test")
         one.span = (await one.process.mmap(PAGES * PAGE_SIZE)).span
         for at in range(PAGES - 1):
             await one.process.write(one.span.start + at * PAGE_SIZE, b"pag%d" % at)
         one.card = await one.client.register_device("card", memory_pages=8)
         one.mirror = await one.card.attach(one.process, IntervalDriver())
+        yield one
+
+
+@pytest.fixture
+async def scene(shared_daemon: Daemon) -> AsyncIterator[Scene]:
+    """One for each test, on a daemon that is patient."""
+    async with scene_at(shared_daemon) as one:
         yield one
 
 
@@ -191,6 +200,28 @@ async def test_block_finalizes_what_is_set_up_when_it_caught_the_error_of_a_step
             await migration.renew()
         assert migration.over
     assert await scene.read() == b"pag0 pag1 pag2 " + bytes(4)
+
+
+@pytest.mark.slow
+async def test_migration_is_over_when_another_driver_does_not_answer_in_time(hasty_daemon: Daemon) -> None:
+    """Its policy is FAIL: `pages` has failed, everything is where it was, and the block has nothing to do."""
+    answer = asyncio.Event()
+
+    class Hung(IntervalDriver):
+        async def invalidate(self, _: Any) -> None:
+            await answer.wait()
+
+    async with scene_at(hasty_daemon) as scene:
+        other = await scene.client.register_device("other")
+        hung = await other.attach(scene.process, Hung(), policy=DeadlinePolicy.FAIL)
+        async with scene.mirror.migrate_vma(scene.span) as migration:
+            await hung.insert(scene.span.end - PAGE_SIZE, PAGE_SIZE)
+            frames = await migration.allocate(PAGES)
+            with pytest.raises(TimedOutError):
+                await migration.pages(migration.destinations(frames))
+            assert migration.over
+        answer.set()
+        assert await scene.on_devices() == 0
 
 
 async def test_second_step_is_refused_when_one_is_under_way(scene: Scene) -> None:
