@@ -558,7 +558,8 @@ class Notifier:
 
     def is_turn(self, ticket: int) -> bool:
         """True when the call with this ticket has to wait for none before it in the queue."""
-        return self.turns[0].ticket == ticket or not self._before(ticket)
+        turn = next(turn for turn in self.turns if turn.ticket == ticket or not turn.shared)
+        return turn.ticket == ticket and (turn.shared or turn is self.turns[0])
 
     def _before(self, ticket: int) -> list[int]:
         """The operations before a call in the queue that it has to wait for."""
