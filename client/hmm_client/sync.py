@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import update_wrapper
 from threading import Thread
 from types import TracebackType
@@ -59,6 +59,7 @@ from hmm_client.results import Outcome
 P = ParamSpec("P")
 T = TypeVar("T")
 A = TypeVar("A")
+B = TypeVar("B", bound=AbstractAsyncContextManager[Any])
 F = TypeVar("F", bound=Callable[..., object])
 
 CALLBACK_THREADS = 64
@@ -106,6 +107,19 @@ class _Handle(Generic[A]):
 
     def __repr__(self) -> str:
         return repr(self.aio)
+
+
+class _Block(_Handle[B]):
+    """A handle that is to be used in `with`."""
+
+    def __enter__(self) -> Self:
+        self.loop.run(self.aio.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.loop.run(self.aio.__aexit__(kind, error, traceback))
 
 
 class Process(_Handle[aio_process.Process]):
@@ -189,17 +203,8 @@ class Pin(_Handle[aio_pin.Pin]):
     unpin = blocking(aio_pin.Pin.unpin)
 
 
-class Userfaultfd(_Handle[aio_userfaultfd.Userfaultfd]):
+class Userfaultfd(_Block[aio_userfaultfd.Userfaultfd]):
     """As `hmm_client.userfaultfd.Userfaultfd`, to be used in `with`; handlers run on worker threads."""
-
-    def __enter__(self) -> Self:
-        self.loop.run(self.aio.open())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.loop.run(self.aio.__aexit__(kind, error, traceback))
 
     @property
     def id(self) -> int:
@@ -273,17 +278,8 @@ class IntervalNotifier(_Handle[aio_interval.IntervalNotifier]):
     fault = blocking(aio_interval.IntervalNotifier.fault)
 
 
-class Migration(_Handle[aio_migration.Migration]):
+class Migration(_Block[aio_migration.Migration]):
     """As `hmm_client.migration.Migration`: `with mirror.migrate_vma(span) as migration`."""
-
-    def __enter__(self) -> Self:
-        self.set_up()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.loop.run(self.aio.__aexit__(kind, error, traceback))
 
     @property
     def id(self) -> int:
