@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from hmm_client import sync
 from hmm_client.cli import main
+from hmm_client.drivers import dmirror
 from hmm_client.embedded import PATIENCE, embedded_daemon
 from hmm_client.recordings.errors import TraceError
 from hmm_client.recordings.ktrace import expand, read_trace
@@ -191,6 +193,14 @@ def test_verify_finds_nothing_when_the_driver_takes_the_steps_of_migrations(name
     report, in_one_call = verified(path, partial(InProcess, by_steps=True)), verified(path)
     assert not report.differences
     assert (report.operations, report.counts) == (in_one_call.operations, in_one_call.counts)
+
+
+def test_verify_finds_nothing_when_the_machine_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HMM_RANGE_DEFAULT_TIMEOUT of the test driver, one second, is no limit here: traces record no timing."""
+    monkeypatch.setattr(dmirror, "monotonic", partial(next, count(step=2)))
+    with InProcess() as subject:
+        report = verify(read_trace(TRACES / "base" / "rdevice-00.jsonl.gz"), subject)
+    assert not report.differences
 
 
 def test_verify_refuses_steps_when_a_daemon_is_verified() -> None:

@@ -1,7 +1,7 @@
 """Performing what a kernel trace does through devices: the two cards of the test driver, their handles, and pins.
 
 Every process is observed through each card besides, for the snapshots that the trace's states show.
-The driver runs in the profile of the kernel that the traces are from.
+The driver runs in the profile of the kernel that the traces are from, but for its time limit.
 
 **Source**: Linux lib/test_hmm.c, mm/gup_test.c and fs/file_table.c, 6.12; the format of `hmm_client.recordings.ktrace`.
 
@@ -14,7 +14,7 @@ nobody.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hmm.errors import InvalidRequestError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, ProcessId
@@ -23,6 +23,9 @@ from hmm_client.recordings.ktrace import Operation, Result, fingerprint
 from hmm_client.verification.subject import Devices
 
 CARDS = 2
+
+# Traces record no timing, and the kernel they are from had nothing else to do: a slow machine is no late fault.
+_PROFILE = replace(LINUX_6_12_CORRECTED, range_timeout_s=60.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +46,7 @@ class DeviceRun:
     def __init__(self, devices: Devices, base: Address) -> None:
         self._devices = devices
         self._base = base
-        self._cards = [Card(devices.hmm, f"dmirror{n}", profile=LINUX_6_12_CORRECTED) for n in range(CARDS)]
+        self._cards = [Card(devices.hmm, f"dmirror{n}", profile=_PROFILE) for n in range(CARDS)]
         self._open_files: dict[int, _OpenFile] = {}
         self._closed: list[_OpenFile] = []
         self._observers: dict[int, list[Observer]] = {}
