@@ -27,7 +27,7 @@ settings.register_profile("hmmd", deadline=None, derandomize=True, suppress_heal
 settings.load_profile("hmmd")
 
 TESTS = Path(__file__).parent
-MEASURED = ("hmm", "simulation")
+MEASURED = ("hmm", "simulation/test_towns.py")
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
 PATIENCE: dict[str, object] = {
@@ -104,10 +104,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def measured_where_hmm_is_tested(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Coverage of hmm is that of its own tests and of the seeded runs; tracing the others would only take time."""
+    """Coverage of hmm is that of its own tests and of the towns; tracing the others would only take time."""
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)  # which `start` sets: daemons and commands are not measured
     measured = Coverage.current()
-    if measured is None or request.path.relative_to(TESTS).parts[0] in MEASURED:
+    if measured is None or any(request.path.is_relative_to(TESTS / name) for name in MEASURED):
         yield
         return
     measured.stop()

@@ -14,16 +14,6 @@ from hmm.testing import SimulationError
 from hmm.testing_ksm import simulate_merging
 from hmm.units import Pfns
 
-SEEDS, BATCH = 12, 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
-def test_simulate_holds_every_invariant_when_pages_are_merged(first: int) -> None:
-    """Every page holds what was written to it, whoever it is merged with; replay agrees."""
-    for seed in range(first, first + BATCH):
-        simulate_merging(seed)
-
 
 @pytest.mark.slow
 def test_simulate_comes_to_merged_pages() -> None:

@@ -14,16 +14,6 @@ from hmm.testing_userfaultfd import simulate_userfaultfds
 from hmm.userfaultfd import Userfaultfd
 from hmm.vma import UFFD_FLAGS, Mapping, Vma
 
-SEEDS, BATCH = 24, 12
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
-def test_simulate_holds_every_invariant_when_handlers_bring_pages_in(first: int) -> None:
-    """Accesses wait for handlers that fill, wake, unregister, close and die, and nobody waits for those that wait."""
-    for seed in range(first, first + BATCH):
-        simulate_userfaultfds(seed)
-
 
 @pytest.mark.slow
 def test_simulate_comes_to_waits_and_to_every_way_that_they_end() -> None:

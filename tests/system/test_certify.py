@@ -59,12 +59,13 @@ def broken(certificate: Certificate) -> set[str]:
     return set(certificate.broken)
 
 
-@pytest.mark.parametrize("name", ["dummy", "rdma", "prefetch", "dmirror"])
-async def test_our_driver_passes_the_whole_suite(name: str) -> None:
-    """Every adversity and a storm, without a report; `make certify` has a thousand storms."""
-    certificate = await certify(ours(name), seeds=range(1))
+@pytest.mark.parametrize(("name", "first"), [("dummy", 0), ("rdma", 1), ("prefetch", 2), ("dmirror", 3)])
+async def test_our_driver_passes_its_share_of_the_suite(name: str, first: int) -> None:
+    """Every fourth adversity and a storm, without a report; `make certify` has all, and a thousand storms."""
+    share = list(ADVERSITIES)[first::4]
+    certificate = await certify(ours(name), adversities=share, seeds=range(1))
     assert certificate.passed, certificate.broken
-    assert len(certificate.trials) == len(ADVERSITIES) + 1 + 1
+    assert {trial.name for trial in certificate.trials} >= set(share)
 
 
 async def test_driver_is_gone_when_its_certification_is_broken_off() -> None:
