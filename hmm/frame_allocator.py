@@ -9,7 +9,7 @@ comes back together and in ascending order, so that most allocations are one run
 (request_free_mem_region()).
 
 **Invariants** (`check()`): the free stack of a region holds frames of the region below its `top`, each
-once; regions do not overlap.
+once; those above its `loose` ones are consecutive, the lowest on top; regions do not overlap.
 
 **Absent**: what a frame holds and who refers to it.
 """
@@ -56,6 +56,7 @@ class Region:
         first: the first frame that can be allocated: `start`, but behind the zero page.
         top: the first frame that was never used.
         nfree: frames on the free stack.
+        loose: how many of them lie below those on top that are known to be one run, in order.
         high_water: most frames that were in use at a time.
         failing: the nth page from now on cannot be allocated, nor any behind it; 0: no failure is injected.
         failing_touches: the nth page from now on that is touched here cannot come back (VM_FAULT_SIGBUS of its device's
@@ -72,6 +73,7 @@ class Region:
     first: Pfn
     top: Pfn
     nfree: int = 0
+    loose: int = 0
     high_water: int = 0
     failing: int = 0
     failing_touches: int = 0
@@ -99,7 +101,8 @@ class Region:
     @property
     def available(self) -> int:
         """Frames that can be allocated: those that are free, or fewer where a failure is injected."""
-        return min(self.free, self.failing - 1) if self.failing else self.free
+        free = self.end - self.top + self.nfree
+        return min(free, self.failing - 1) if self.failing else free
 
     def count_down(self, count: int) -> None:
         """Let `count` pages be allocated, or fail as injected.
@@ -211,29 +214,30 @@ class FrameAllocator:
 
         Cost: 1 ns per page.
         """
-        region = self.region(number)
-        if count > region.free:
+        region = self._regions.get(number) or self.region(number)
+        top = region.top
+        if count > region.end - top + region.nfree:
             raise OutOfFramesError(f"{region}: {count} frames wanted, {region.free} of {region.total} free")
         if region.failing:
             region.count_down(count)
         reused = min(count, region.nfree)
-        top = region.top
-        region.nfree -= reused
-        region.top += count - reused
+        popped = self._pop(region, reused) if reused else slice(top, top)
+        region.top = top + count - reused
         region.high_water = max(region.high_water, region.used)
-        if not reused:
-            return slice(top, top + count), 0
-        popped = self._popped(region, reused)
         if reused == count:
             return popped, reused
         if isinstance(popped, slice) and popped.stop == top:
             return slice(popped.start, region.top), reused
         return np.concatenate((listed(popped), np.arange(top, region.top))), reused
 
-    def _popped(self, region: Region, count: int) -> Pfns | slice:
-        """The frames that stood on top of the stack before its height was lowered by `count`."""
-        top = region.end - region.nfree
-        popped = self._stack[top - count : top]
+    def _pop(self, region: Region, count: int) -> Pfns | slice:
+        """Take frames from the stack, which holds as many."""
+        at, ordered = region.end - region.nfree, region.nfree - region.loose
+        region.nfree -= count
+        if count <= ordered:
+            first = self._stack_view[at]
+            return slice(first, first + count)
+        popped = self._stack[at : at + count]
         first, last = int(popped[0]), int(popped[-1])
         if last - first == count - 1 and popped.argmin() == 0 and popped.argmax() == count - 1:
             return slice(first, last + 1)  # as many as that are all of them, in whatever order, for none is there twice
@@ -316,7 +320,7 @@ class FrameAllocator:
         region.searched = False  # there may be another one
         first = int(whole[0]) * PMD_PAGES
         rest = stack[(stack < first) | (stack >= first + PMD_PAGES)]
-        region.nfree = rest.size
+        region.nfree = region.loose = rest.size
         self._free_frames(region)[:] = rest
         return first
 
@@ -343,6 +347,11 @@ class FrameAllocator:
 
     def _push(self, region: Region, pfns: Pfns) -> None:
         region.searched = False
+        first, last = int(pfns[0]), int(pfns[-1])
+        if last - first >= pfns.size:
+            region.loose = region.nfree + pfns.size
+        elif not self._continues(region, last):
+            region.loose = region.nfree
         region.nfree += pfns.size
         self._free_frames(region)[: pfns.size] = pfns
 
@@ -350,8 +359,14 @@ class FrameAllocator:
         """Free one frame."""
         region = self.system if pfn < self.system.end else self.region_of(pfn)
         region.searched = False
+        if not self._continues(region, pfn):
+            region.loose = region.nfree
         region.nfree += 1
         self._stack_view[region.end - region.nfree] = pfn
+
+    def _continues(self, region: Region, last: Pfn) -> bool:
+        """Whether a run that ends with `last` makes one with those on top of the stack."""
+        return region.nfree > region.loose and self._stack_view[region.end - region.nfree] == last + 1
 
     def region_of(self, pfn: Pfn) -> Region:
         """The region that holds a frame, which must be in one.
@@ -380,18 +395,20 @@ class FrameAllocator:
     def image(self) -> tuple[object, ...]:
         """Everything that `check()` and `free_mask()` look at, as a value.  Cost: O(frames ever used), a copy."""
         return tuple(
-            (region.start, region.end, region.top, self._free_frames(region).tobytes())
+            (region.start, region.end, region.top, region.loose, self._free_frames(region).tobytes())
             for region in self._regions.values()
         )
 
     def check(self) -> None:
-        """Assert that regions do not overlap and their numbers fit.
+        """Assert that regions do not overlap, their numbers fit, and runs are runs.
 
-        Cost: O(regions).
+        Cost: O(regions), and O(frames of the runs on top).
         """
         end = 0
         for region in sorted(self._regions.values(), key=lambda region: region.start):
             assert end <= region.start <= region.first <= region.top <= region.end, region
             assert 0 <= region.used <= region.high_water <= region.total, region
+            run = self._free_frames(region)[: max(region.nfree - region.loose, 0)].astype(np.int64)
+            assert np.array_equal(run, np.arange(run.size) + run[:1]), f"{region}: what is on top is no run"
             end = region.end
         assert end <= self._nframes

@@ -45,6 +45,31 @@ def test_allocate_gives_freed_frames_again_in_ascending_order(frames: Frames) ->
     frames.check()
 
 
+def test_allocate_gives_one_run_when_frames_were_freed_in_pieces_that_continue_each_other(frames: Frames) -> None:
+    """What was freed piece by piece, the upper one first, is a run again, without a look at each frame."""
+    frames.allocate(40)
+    for piece in (pfns(7, 9), np.arange(20, 30), np.arange(12, 20)):
+        frames.put(piece)
+    frames.put_one(11)
+    assert frames.allocate_mapped_run(12, PageFlag.ANON) == slice(11, 23)
+    frames.check()
+    frames.put_one(3)
+    assert listed(frames.allocate_mapped_run(9, PageFlag.ANON)).tolist() == [3, 7, *range(23, 30)]
+    frames.check()
+
+
+def test_allocate_gives_each_frame_once_when_single_frames_come_and_go(frames: Frames) -> None:
+    """However a run on top of the stack is eaten and put back, it stays one, or is known to be none."""
+    taken = frames.allocate(20)
+    frames.put(taken)
+    for step in range(200):
+        for pfn in [frames.allocate_one() for _ in range(step % 7)][:: 1 if step % 2 else -1]:
+            frames.put_one(pfn)
+        frames.put(frames.allocate(step % 11 + 1))
+        frames.check()
+    assert frames.allocate(20).tolist() == taken.tolist()
+
+
 def test_frames_beyond_32_bits_are_freed_and_come_again() -> None:
     """Free frames are kept as 32-bit numbers only where all numbers have as many bits."""
     allocator = FrameAllocator(512, (1 << 32) + (1 << 16))
