@@ -162,7 +162,7 @@ def _access(
 ) -> Operation[tuple[int, Signal | None, Address]]:
     # Bytes done, and the signal with its address.  `transfer` gets every part that may be accessed, at once.
     done = span.start
-    for piece in pieces(span.page_aligned()) if span else ():
+    for piece in pieces(span.page_aligned()) if span.start < span.end else ():
         assert isinstance(piece, AddressRange)
         if done > span.start:
             yield Pause()
@@ -170,7 +170,7 @@ def _access(
         while True:
             stop = yield from bring_in(space, rest, write=write, grow_stack=True)
             part = (rest if stop is None else AddressRange(rest.start, stop.address)).intersect(span)
-            if part:
+            if part.start < part.end:
                 transfer(part)
                 done = part.end
             if stop is None:

@@ -32,14 +32,15 @@ from hmm.address_space import AddressSpace
 from hmm.ascending import unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause
-from hmm.fault_pages import ANON_PAGE, WRITTEN, ZERO_PAGE, Attempt, Stop, Strangers, prepare_anon_vma
+from hmm.fault_pages import Attempt, Stop, Strangers, fill_empty
 from hmm.huge_fault import fault_huge
 from hmm.huge_split import block_of, split_pmds
 from hmm.hugetlb_fault import fault_hugetlb
-from hmm.operation import Operation, Pause
+from hmm.operation import AT_ONCE, Operation, Pause
 from hmm.stack import expand_stack, stack_above
 from hmm.swap import some_room
 from hmm.units import (
+    PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_BYTES,
     PIECE_PAGES,
@@ -165,13 +166,22 @@ def bring_in(
     Raises: TimedOutError, NoSuchObjectError as `fault_in`.
     """
     notifier = space.notifier
+    if not notifier.turns and isinstance(target, AddressRange):
+        notifier.require_usable()
+        if _fault_at_once(space, target, write):
+            return AT_ONCE
+    return _bring_in(space, target, write=write, grow_stack=grow_stack, may_retry=may_retry)
+
+
+def _bring_in(
+    space: AddressSpace, target: AddressRange | Entries, *, write: bool, grow_stack: bool, may_retry: bool
+) -> Operation[Stop | None]:
+    notifier = space.notifier
     while True:
         if notifier.turns:
             yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
-        if not space.unstable and _fault_one(space, target, write):
-            return None
         attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
         if attempt.splits:
             yield from split_pmds(space, map(block_of, attempt.splits))
@@ -373,37 +383,24 @@ def _vma_for(attempt: Attempt, address: Address) -> Vma | None:
     return vma
 
 
-def _fault_one(space: AddressSpace, target: AddressRange | Entries, write: bool) -> bool:
-    # One page that is there, or an untouched one of private memory: the rest is not worth a second copy of the rules.
-    if not isinstance(target, AddressRange) or target.end - target.start != PAGE_SIZE:
+def _fault_at_once(space: AddressSpace, span: AddressRange, write: bool) -> bool:
+    # Pages of one VMA that are all there, or untouched private memory: most calls need no attempt.
+    start, end, table = span.start, span.end, space.table
+    one = end - start == PAGE_SIZE
+    vma = space.vmas.find_again(start)
+    if vma is None or end > vma.end or space.unstable or not (one or not (space.thp or space.huge)):
         return False
-    address = target.start
-    vma = space.vmas.find_again(address)
-    if vma is None or not vma.mapping.flags._value_ & (_WRITE if write else _ACCESS):
+    mapping = vma.mapping
+    permitted, wanted = (_WRITE, _WRITE_BITS) if write else (_ACCESS, _READ_BITS)
+    if not mapping.flags._value_ & permitted:
         return False
-    entry = space.table.get(address)
-    if entry or vma.mapping.backing is not None or vma.mapping.userfaultfd:
-        wanted = _WRITE_BITS if write else _READ_BITS
-        return entry & wanted == wanted
-    if space.thp:
+    there = table.get(start) if one else table.holds(start, end)
+    if there or mapping.backing is not None or mapping.userfaultfd or space.thp:
+        return (there if one else table.common(start, end)) & wanted == wanted
+    if not one and write and end - start > space.frames.available << PAGE_SHIFT:
         return False
     try:
-        _set_anonymous(space, vma, address, write)
+        fill_empty(space, vma, span, write=write)
     except OutOfFramesError:
         return False
     return True
-
-
-def _set_anonymous(space: AddressSpace, vma: Vma, address: Address, write: bool) -> None:
-    # As do_anonymous_page().
-    if not write:
-        space.table.set(address, ZERO_PAGE)
-        return
-    prepare_anon_vma(space, vma)
-    pfn = space.frames.allocate_mapped_one(ANON_PAGE)
-    try:
-        space.table.set(address, cpu_pte.cpu_entry(pfn, WRITTEN))
-    except OutOfFramesError:
-        space.frames.unmap_one(pfn)
-        raise
-    space.claim(pfn, address)

@@ -41,7 +41,7 @@ from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
 from hmm.frames import ZERO_PFN, PageFlag, listed
-from hmm.units import PAGE_SHIFT, Address, AddressRange, Entries, Pfns, page_numbers
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma, VmFlag
 
@@ -55,6 +55,7 @@ __all__ = [
     "Stop",
     "Strangers",
     "copy_unshared",
+    "fill_empty",
     "prepare_anon_vma",
 ]
 
@@ -149,21 +150,11 @@ class Attempt:
         if vma.mapping.userfaultfd:
             self.leave_to_handler(vma, span.start, span.npages)
             return
+        npages = min(span.npages, self.available) if self.write else span.npages
+        end = span.start + (npages << PAGE_SHIFT)
         try:
-            if not self.write:
-                space.table.fill(span.start, span.end, ZERO_PAGE)
-                return
-            npages = min(span.npages, self.available)
-            end = span.start + (npages << PAGE_SHIFT)
             if npages:
-                prepare_anon_vma(space, vma)
-                pfns = space.frames.allocate_mapped_run(npages, ANON_PAGE)
-                try:
-                    space.table.fill(span.start, end, cpu_pte.cpu_entry(pfns, WRITTEN), in_use=True)
-                except OutOfFramesError:
-                    space.frames.unmap(listed(pfns))
-                    raise
-                space.claim(pfns, span.start)
+                fill_empty(space, vma, AddressRange(span.start, end), write=self.write)
             if end < span.end:
                 self.stop = Stop(end, None)
         except OutOfFramesError:
@@ -456,6 +447,41 @@ class _Part:
         # What the processor itself does when it uses an entry.
         bits = READ_ONLY | (DIRTIED if self.attempt.write else 0)
         self.space.table.store(addresses, entries | np.uint64(bits))
+
+
+def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool) -> None:
+    """Bring in all of `span`, which holds no entry: do_anonymous_page().
+
+    Args:
+        vma: whole; private anonymous memory that no userfaultfd has registered, and that permits the access.
+        span: a part of it, not empty.
+
+    Raises:
+        OutOfFramesError: too few frames or directories are left; no page was brought in (ENOMEM).
+
+    Cost: 2 us for one page, 4 us for more; 4 ns per page when writing, 1 ns when reading.
+    """
+    start, end = span.start, span.end
+    if not write:
+        space.table.fill(start, end, ZERO_PAGE)
+        return
+    prepare_anon_vma(space, vma)
+    if end - start == PAGE_SIZE:
+        pfn = space.frames.allocate_mapped_one(ANON_PAGE)
+        try:
+            space.table.set(start, cpu_pte.cpu_entry(pfn, WRITTEN))
+        except OutOfFramesError:
+            space.frames.unmap_one(pfn)
+            raise
+        space.claim(pfn, start)
+        return
+    pfns = space.frames.allocate_mapped_run(span.npages, ANON_PAGE)
+    try:
+        space.table.fill(start, end, cpu_pte.cpu_entry(pfns, WRITTEN), in_use=True)
+    except OutOfFramesError:
+        space.frames.unmap(listed(pfns))
+        raise
+    space.claim(pfns, start)
 
 
 def prepare_anon_vma(space: AddressSpace, vma: Vma) -> None:

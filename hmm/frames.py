@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -256,7 +257,7 @@ class Frames(FrameContents):
         """The same as an index: a slice of frames that are consecutive, as most are, is not written down one by one."""
         where = self._take(count, SYSTEM_REGION)
         self.mapcount[where] = _FIRST
-        self.flags[where] = flags
+        self.flags[where] = _word(flags._value_)
         return where
 
     def allocate_huge(self, flags: PageFlag) -> Pfns | None:
@@ -320,9 +321,11 @@ class Frames(FrameContents):
 
         Cost: 0.6 us.
         """
-        pfn = self.allocate_one()
-        self._mapcount[pfn] = 1
-        self._flags[pfn] = flags
+        pfn, reused = self._allocator.take_one(SYSTEM_REGION)
+        if reused:
+            self._stale_view[pfn] = True
+        self._refcount[pfn] = self._mapcount[pfn] = 1
+        self._flags[pfn] = flags._value_
         return pfn
 
     def get(self, pfns: Pfns) -> None:
@@ -628,6 +631,11 @@ class Frames(FrameContents):
 def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:
     size = np.dtype(dtype).itemsize
     return np.frombuffer(anonymous_memory(nframes * size), dtype, nframes)
+
+
+@lru_cache(maxsize=16)
+def _word(flags: int) -> npt.NDArray[np.uint16]:
+    return np.array(flags, np.uint16)  # without dimensions, as _FIRST
 
 
 def _counted(pfns: Pfns) -> tuple[Pfns, Pfns | slice]:

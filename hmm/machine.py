@@ -160,7 +160,7 @@ class Machine:
         if caller.callback is not None and not self._owns(caller.token, caller.callback[0]):
             caller = replace(caller, callback=None)
         record: OperationRecord[T] = OperationRecord(
-            self.next_id("operation"), command.__name__, args + tuple(kwargs.values()), caller,
+            self.next_id("operation"), command.__name__, (*args, *kwargs.values()), caller,
             command(self, *args, **kwargs),
         )  # fmt: skip
         self.operations[record.id] = record
@@ -400,7 +400,8 @@ class Machine:
         if isinstance(error, OutOfFramesError):
             self.frames.fail_allocation(0)  # an injected failure has been met
         del self.operations[record.id]
-        self._inside.pop(record.id, None)
+        if self._inside:
+            self._inside.pop(record.id, None)
 
     def _refusal(self, record: OperationRecord[Any]) -> HmmError | None:
         """Why an operation may not wait as it is about to."""
@@ -500,7 +501,8 @@ class Machine:
         process = self.processes.get(process_id)
         if process is None:
             raise NoSuchObjectError(f"there is no process {process_id}", errnos.ESRCH)
-        self._require_owner(process.owner, process)
+        if process.owner:
+            self._require_owner(process.owner, process)
         return process
 
     def device(self, device_id: DeviceId) -> Device:

@@ -106,3 +106,16 @@ def immediate(function: Callable[P, T]) -> Callable[P, Operation[T]]:
         yield Pause()  # makes this function a generator
 
     return operation
+
+
+@immediate
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
+AT_ONCE: Operation[None] = _nothing()
+"""An operation that is over: what a function returns, instead of one of its own, that found nothing to wait for.
+
+`yield from` gives None at once, time and again; making a generator and running it to its end takes three times as long.
+"""
+tuple(AT_ONCE)
