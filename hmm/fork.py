@@ -88,8 +88,8 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
         runs = list(_runs(parent.vmas))
         copied = [vma for run in runs for vma in run]
         private = [vma for vma in copied if _is_cow(vma)]
-        huge = tuple(vma.span for vma in private if vma.has(VmFlag.HUGETLB))
-        small = tuple(vma.span for vma in private if not vma.has(VmFlag.HUGETLB))
+        huge = tuple([vma.span for vma in private if vma.has(VmFlag.HUGETLB)])
+        small = tuple([vma.span for vma in private if not vma.has(VmFlag.HUGETLB)])
         try:
             with ExitStack() as told:
                 for spans, cause in ((small, Cause.FORK), (huge, Cause.FORK_HUGETLB)):
@@ -119,7 +119,8 @@ def exit_mmap(space: AddressSpace) -> Operation[None]:
 
 def _needs_copy(vma: Vma) -> bool:
     """Whether entries of the VMA could not be faulted in again by the child: vma_needs_copy()."""
-    return not vma.has(VmFlag.WIPEONFORK) and (vma.has(_UNFAULTABLE) or vma.anon_vma != 0)
+    mapping = vma.mapping
+    return (mapping.anon_vma != 0 or mapping.has(_UNFAULTABLE)) and not mapping.has(VmFlag.WIPEONFORK)
 
 
 def _is_cow(vma: Vma) -> bool:
@@ -161,8 +162,9 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.
     for run in runs:
-        for vma in run:
-            _allocate_tables(parent, child, vma)
+        if parent.keeps_tables:
+            for vma in run:
+                _allocate_tables(parent, child, vma)
         for addresses, entries in parent.table.chunks(run[0].start, run[-1].end, PIECE_PAGES):
             now = (yield from _with_room(parent, addresses, entries)) if parent.frames.make_room else entries
             if given:
@@ -179,11 +181,12 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
 def _copy_from_devices(parent: AddressSpace, child: AddressSpace, copied: list[Vma]) -> Operation[bool]:
     """Give the child copies of what mirrors have in their devices' memory.  Returns: whether there was any."""
     given = False
-    spans = tuple(vma.span for vma in copied if _is_cow(vma))
-    for subscriber in list(parent.notifier.subscribers.values()):
-        if subscriber.home is not None and subscriber.home.has_pages(spans):
+    homes = [one.home for one in parent.notifier.subscribers.values() if one.home is not None]
+    spans = tuple([vma.span for vma in copied if _is_cow(vma)]) if homes else ()
+    for home in homes:
+        if home.has_pages(spans):
             given = True
-            yield from subscriber.home.copy_out(spans, partial(_give, child))
+            yield from home.copy_out(spans, partial(_give, child))
     return given
 
 
@@ -216,8 +219,6 @@ def _give(child: AddressSpace, addresses: Entries, copies: Pfns) -> None:
 
 def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> None:
     """Where the parent has a page table the child gets one, even if it stays empty: copy_pmd_range()."""
-    if not parent.keeps_tables:
-        return
     parent.keep_tables(*whole_blocks(vma.span))
     first, end = vma.start >> PMD_SHIFT, (vma.end - 1 >> PMD_SHIFT) + 1
     child.tables |= {number for number in parent.tables if first <= number < end}
@@ -236,15 +237,16 @@ def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Op
 
 def _childs_mapping(parent: AddressSpace, child: AddressSpace, vma: Vma, forest: Forest) -> Mapping:
     mapping = vma.mapping
+    anon_vma = mapping.anon_vma
     if mapping.flags._value_ & _LOCKED:
         mapping = mapping.with_flags(mapping.flags & ~LOCKED_FLAGS)
     if mapping.userfaultfd:
         mapping = mapping.with_userfaultfd(0)  # dup_userfaultfd()
-    if not vma.anon_vma:
+    if not anon_vma:
         return mapping
-    if vma.has(VmFlag.WIPEONFORK):
+    if mapping.has(VmFlag.WIPEONFORK):
         return mapping.with_anon_vma(0)
-    return mapping.with_anon_vma(child.inherit_anon_vma(parent.family(vma.anon_vma), forest), cloned=True)
+    return mapping.with_anon_vma(child.inherit_anon_vma(parent.family(anon_vma), forest), cloned=True)
 
 
 def _share(parent: AddressSpace, child: AddressSpace, run: list[Vma], addresses: Entries, entries: Entries) -> None:
