@@ -45,8 +45,8 @@ from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Deliver, Operation, immediate
 from hmm.pin import Pin
 from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, Entries, ProcessId, is_page_aligned
-from hmm.unmapped_area import MapFlag, place
-from hmm.vma import Prot
+from hmm.unmapped_area import MapFlag, map_flags, place
+from hmm.vma import protection
 
 FAULT_AROUND_MAX = 512
 _NOT_FIXED = ~int(MapFlag.FIXED | MapFlag.FIXED_NOREPLACE)
@@ -259,7 +259,9 @@ def mmap(
     """mmap(2), as `mman.mmap`; `file_id` 0 stands for no file."""
     space = machine.process(process_id).space
     file = machine.file(file_id) if file_id else None
-    placement = _placement(space, length, MapFlag(flags & _NOT_FIXED), file, offset) if address and length > 0 else 0
+    how = map_flags(flags)
+    anywhere = map_flags(how._value_ & _NOT_FIXED)
+    placement = _placement(space, length, anywhere, file, offset) if address and length > 0 else 0
     made: list[File] = []
 
     def make(file: File) -> File:
@@ -270,7 +272,7 @@ def mmap(
     try:
         with kept(machine, file) if file else nullcontext():
             mapped = yield from mman.mmap(
-                space, address, length, Prot(prot), MapFlag(flags), file, offset,
+                space, address, length, protection(prot), how, file, offset,
                 lambda size_bytes: make(new_shared_memory(machine, size_bytes)),
                 lambda size_bytes, how: make(new_huge_memory(machine, space, size_bytes, how)),
             )  # fmt: skip

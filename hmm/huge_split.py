@@ -118,10 +118,11 @@ def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[bool]:
     """
     if not space.huge and not space.notifier.subscribers:
         return False
-    blocks = sorted(set(_blocks_cut(space, pieces)))
+    blocks = [block_of(start) for start in sorted(set(_blocks_cut(space, pieces)))]
     if not blocks:
         return False
-    yield from split_pmds(space, blocks)
+    if space.huge:
+        yield from split_pmds(space, blocks)
     populated = tuple(block for block in blocks if has_directory(space, block.start))
     if populated:
         with space.notifier.invalidation(populated, Cause.VMA_CUT) as bracket:
@@ -131,7 +132,7 @@ def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[bool]:
     return True
 
 
-def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressRange]:
+def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[Address]:
     # As split_huge_pmd_if_needed(): inside a block that lies in one VMA.
     for piece in pieces:
         whole = space.vmas.find(piece.start)
@@ -139,7 +140,7 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[AddressR
         for edge in (piece.start, piece.end):
             start = edge & PMD_MASK
             if start != edge and whole.start <= start and start + PMD_SIZE <= whole.end:
-                yield block_of(edge)
+                yield start
 
 
 def has_directory(space: AddressSpace, address: Address) -> bool:

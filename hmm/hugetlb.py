@@ -204,7 +204,7 @@ def require_whole_page(vma: Vma, address: Address) -> None:
 
     Raises: InvalidRequestError: it is within a huge page (EINVAL).
     """
-    if vma.has(VmFlag.HUGETLB) and address & ~PMD_MASK:
+    if address & ~PMD_MASK and vma.has(VmFlag.HUGETLB):
         raise InvalidRequestError(f"{vma} cannot be cut at {address:#x}, within a huge page", address=address)
 
 

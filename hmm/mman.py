@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 
 from hmm.address_space import AddressSpace
 from hmm.device_map import map_device
@@ -36,7 +38,7 @@ from hmm.units import (
     pmd_up,
 )
 from hmm.unmapped_area import MapFlag, get_unmapped_area, place
-from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag
+from hmm.vma import LOCKED_FLAGS, MAY_FLAGS, SPECIAL_FLAGS, STACK_GUARD_GAP, Mapping, Prot, VmFlag, vm_flags
 from hmm.vma_edit import cut_out, may_expand, unmap
 
 __all__ = ["MapFlag", "SharedMemoryFactory", "brk", "mmap", "munmap"]
@@ -60,6 +62,7 @@ _VM_FLAGS = (
     (MapFlag.SYNC, VmFlag.SYNC._value_),
 )
 """calc_vm_flag_bits(), and MAP_NORESERVE where overcommit is allowed."""
+_WITH_VM_FLAGS = reduce(or_, [flag for flag, _ in _VM_FLAGS])
 # Plain integers: the operators of an IntFlag cost most of a microsecond each.
 _MAY, _ACCOUNT, _WRITE = int(MAY_FLAGS), int(VmFlag.ACCOUNT), int(VmFlag.WRITE)
 _ACCOUNTING = int(VmFlag.NORESERVE | VmFlag.SHARED | VmFlag.WRITE | VmFlag.HUGETLB)
@@ -127,16 +130,16 @@ def mmap(
             raise OutOfFramesError(f"mmap: the space has {len(space.vmas)} VMAs already")
         start = place(space, length, address, flags, file, offset)
         span = AddressRange(start, start + length)
-        vm_flags = _vm_flags(space, span, prot, flags, file, offset)
-        populates = vm_flags.has(VmFlag.LOCKED) or (flags.has(MapFlag.POPULATE) and not flags.has(MapFlag.NONBLOCK))
-        if vm_flags & SPECIAL_FLAGS:  # populated, but not locked: vma_supports_mlock() is asked by mmap_region()
-            vm_flags &= ~LOCKED_FLAGS
-        if file is None and vm_flags.has(VmFlag.SHARED):
+        new_flags = _new_flags(space, span, prot, flags, file, offset)
+        populates = new_flags.has(VmFlag.LOCKED) or (flags.has(MapFlag.POPULATE) and not flags.has(MapFlag.NONBLOCK))
+        if new_flags.has(SPECIAL_FLAGS):  # populated, but not locked: vma_supports_mlock() is asked by mmap_region()
+            new_flags &= ~LOCKED_FLAGS
+        if file is None and new_flags.has(VmFlag.SHARED):
             assert shared_memory is not None, "nothing makes shared anonymous memory"
             file = shared_memory(length)
         delta = 0 if file is None else (offset - start) >> PAGE_SHIFT
         turn.hold(span)
-        yield from _mmap_region(space, span, Mapping(vm_flags, file, delta))
+        yield from _mmap_region(space, span, Mapping(new_flags, file, delta))
     if populates:
         yield from populate(space, span)
     return start
@@ -152,20 +155,21 @@ def _hugetlb_file(length: int, flags: MapFlag, factory: HugeMemoryFactory | None
     return factory(length, flags)
 
 
-def _vm_flags(
+def _new_flags(
     space: AddressSpace, span: AddressRange, prot: Prot, flags: MapFlag, file: File | None, offset: int
 ) -> VmFlag:
     """The second half of do_mmap(), from where the address is known."""
     if flags.has(MapFlag.FIXED_NOREPLACE) and space.vmas.overlapping(span):
         raise ConflictError(f"mmap: something is mapped in {span}", address=span.start)
     bits = prot._value_ & 7 | _MAY | space.new_flags._value_
-    for flag, vm_flag in _VM_FLAGS:
-        if flags.has(flag):
-            bits |= vm_flag
+    if flags.has(_WITH_VM_FLAGS):
+        for flag, vm_flag in _VM_FLAGS:
+            if flags.has(flag):
+                bits |= vm_flag
     bits |= _anonymous_flags(flags) if file is None else _file_flags(flags, file, offset, span.size_bytes)
     if bits & _ACCOUNTING == _WRITE:
         bits |= _ACCOUNT
-    return VmFlag(bits)
+    return vm_flags(bits)
 
 
 def _anonymous_flags(flags: MapFlag) -> int:

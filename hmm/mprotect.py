@@ -34,7 +34,7 @@ from hmm.hugetlb import told_span
 from hmm.operation import Operation, Pause
 from hmm.populate import populate
 from hmm.units import PUD_SIZE, TASK_SIZE, Address, AddressRange, Entries, all_but, is_page_aligned, page_up
-from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag
+from hmm.vma import ACCESS_FLAGS, Prot, Vma, VmFlag, vm_flags
 from hmm.vma_edit import modify_flags
 
 __all__ = ["ProtGrow", "mprotect"]
@@ -155,7 +155,7 @@ def _planned(space: AddressSpace, span: AddressRange, prot: int) -> tuple[list[t
             return plan, AccessDeniedError(denied, errnos.EACCES, address=piece.start)
         new = _new_flags(piece, prot)
         if new != old:
-            plan.append((piece, VmFlag(new)))
+            plan.append((piece, vm_flags(new)))
     if at < span.end:
         return plan, BadAddressError(f"mprotect: nothing is mapped at {at:#x}", errnos.ENOMEM, address=at)
     return plan, None

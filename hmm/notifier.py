@@ -35,7 +35,7 @@ from typing import Self
 from hmm.dispatch import Audience, Dispatch, Past
 from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError, TimedOutError, WouldDeadlockError
 from hmm.events import IS_INVALIDATION, TAKES, Cause, Event, EventState, EventType
-from hmm.operation import Await, Current, Deliver, Operation, WaitFor
+from hmm.operation import AT_ONCE, Await, Current, Deliver, Operation, WaitFor
 from hmm.pte import MASK_NONE
 from hmm.spans import Spans, are_ascending, overlap
 from hmm.subscriber import HasSpans, Subscriber
@@ -97,6 +97,10 @@ class Invalidation:
 
         Cost: of mirrors of 2015, some 50 ns each, and what their tables hold of the ranges; of others a test each.
         """
+        notifier = self.notifier
+        return self._deliver() if notifier.subscribers or notifier.copies else AT_ONCE
+
+    def _deliver(self) -> Operation[None]:
         notifier = self.notifier
         if notifier.copies:
             yield from notifier.wait_for_copies(self.spans)
@@ -225,13 +229,19 @@ class Turn:
 
     def wait(self) -> Operation[None]:
         """Wait until all earlier calls are done."""
-        if not self.notifier.is_turn(self.ticket):
-            yield Await(WaitFor.TURN, self.notifier.space_id, ticket=self.ticket)
+        notifier = self.notifier
+        if notifier.turns[0] is self or notifier.is_turn(self.ticket):
+            notifier.require_usable()
+            return AT_ONCE
+        return self._wait()
+
+    def _wait(self) -> Operation[None]:
+        yield Await(WaitFor.TURN, self.notifier.space_id, ticket=self.ticket)
         self.notifier.require_usable()
 
     def hold(self, *spans: AddressRange) -> None:
         """Keep faults out of these ranges until the call ends."""
-        self.spans = tuple(sorted(spans))
+        self.spans = spans if len(spans) == 1 else tuple(sorted(spans))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -18,6 +18,7 @@ MAP_FIXED asked for it.
 from __future__ import annotations
 
 import errno as errnos
+from functools import lru_cache
 
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
@@ -25,7 +26,7 @@ from hmm.file import File, FileKind
 from hmm.units import PAGE_SIZE, PMD_SIZE, TASK_SIZE, Address, AddressRange, is_page_aligned, page_down, page_up, pmd_up
 from hmm.vma import Flags
 
-__all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "place"]
+__all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "map_flags", "place"]
 
 MMAP_MIN_ADDR = 1 << 16
 """vm.mmap_min_addr: nothing is mapped below."""
@@ -58,6 +59,8 @@ class MapFlag(Flags):
     UNINITIALIZED = 0x400_0000
 
 
+map_flags = lru_cache(maxsize=256)(MapFlag)
+"""As `vma.vm_flags`."""
 _ANYWHERE = MapFlag(0)
 
 

@@ -176,6 +176,6 @@ def _require_no_hole(space: AddressSpace, span: AddressRange, piece: Vma) -> Non
 
 def release_files(vmas: Iterable[Vma]) -> None:
     """Let go of the pages of files that were mapped by VMAs now gone, if nobody else holds them."""
-    files = {file for vma in vmas if isinstance(file := vma.mapping.backing, File)}
-    for file in sorted(files, key=lambda file: file.id):
-        file.release_unused()
+    files = {file.id: file for vma in vmas if isinstance(file := vma.mapping.backing, File)}
+    for number in sorted(files):
+        files[number].release_unused()
