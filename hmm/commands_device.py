@@ -266,13 +266,14 @@ def fault(
     _require_inside(target)
     if isinstance(target, np.ndarray):
         parts = yield from fault_pages(mirror, target, write=write, wait=wait)
-        entries = mirror.table.lookup(target)
     else:
         parts = []
         for span in target:
             if len(parts) % RANGES_IN_STEP == RANGES_IN_STEP - 1:
                 yield Pause()
             parts.append((yield from fault_range(mirror, span, write=write, wait=wait, whole=whole)))
+    entries = parts[0].entries if len(parts) == 1 else None
+    if entries is None:
         entries = _entries_of(mirror, target)
     if mirror.space.notifier.dispatches or mirror.space.notifier.copies:
         _leave_out_unsettled(mirror, target, entries)
@@ -515,12 +516,14 @@ def _require_page_inside(page: Address) -> None:
         raise InvalidRequestError(f"fault: {page:#x} is beyond the address space", address=page)
 
 
-def _entries_of(mirror: Mirror, spans: Sequence[AddressRange]) -> Entries:
-    if len(spans) == 1:
-        return mirror.table.read(spans[0].start, spans[0].end)
-    entries = np.empty(sum(span.npages for span in spans), np.uint64)
+def _entries_of(mirror: Mirror, target: Sequence[AddressRange] | Entries) -> Entries:
+    if isinstance(target, np.ndarray):
+        return mirror.table.lookup(target)
+    if len(target) == 1:
+        return mirror.table.read(target[0].start, target[0].end)
+    entries = np.empty(sum(span.npages for span in target), np.uint64)
     position = 0
-    for span in spans:
+    for span in target:
         mirror.table.read(span.start, span.end, entries[position : position + span.npages])
         position += span.npages
     return entries

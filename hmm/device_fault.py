@@ -49,6 +49,7 @@ from hmm.fault import fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
+from hmm.page_table import PageTable
 from hmm.spans import Spans
 from hmm.units import (
     PAGE_MASK,
@@ -87,20 +88,28 @@ class Faulted(NamedTuple):
         span: as asked for.
         end: how far the mirror is filled; less than `span.end` after an error, or at the end of a VMA.
         error: why it stopped, None on success.
+        entries: uint64[npages], what the mirror has of all that was asked for now, if that is known; only whoever is
+            told at once can use it.
     """
 
     span: AddressRange
     end: int
     error: HmmError | None = None
     retries: int = 0
+    entries: Entries | None = None
 
 
 @dataclass(slots=True)
 class _Pages:
-    """What is to be filled: one range, or uint64[n] addresses of scattered pages of one VMA."""
+    """What is to be filled: one range, or uint64[n] addresses of scattered pages of one VMA.
+
+    Attributes:
+        entries: uint64[npages], the mirror's; None where they are not known, as after every yield.
+    """
 
     target: AddressRange | Entries
     ranges: tuple[AddressRange, ...] | None = None
+    entries: Entries | None = None
 
     @property
     def spans(self) -> tuple[AddressRange, ...]:
@@ -264,8 +273,9 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
             retries += 1
             continue
-        targets = _lacking(mirror, pages)
-        missing = _missing(mirror, targets, pages, write)
+        pages.entries = _held(mirror, pages.target)
+        targets = tuple(pages.pieces()) if pages.entries is None else ()
+        missing, present = _missing(mirror, targets, pages, write)
         if missing is not None:
             pages, missing = _narrowed(mirror, pages, missing, missed)
             missed = True
@@ -279,14 +289,16 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
                 upto = pages.npages
             continue
         try:
-            filled = yield from _fill(mirror, targets, pages, write)
+            filled = yield from _fill(mirror, targets, present, pages, write)
         except HmmError as error:
             return Faulted(asked, asked.start, error, retries)
         if filled:
             mirror.counters["faulted_pages"] += pages.npages
             # Fewer pages: the mapping ends before the one that failed by now, or fewer were there at one time.
             end = failure.address if failure is not None and pages.npages == upto else None
-            return Faulted(asked, end or pages.whole.end, failure if end else None, retries)
+            whole = pages.whole
+            entries = pages.entries if whole.end == asked.end else None
+            return Faulted(asked, end or whole.end, failure if end else None, retries, entries)
         _require_patience(mirror, wait, f"{asked} was invalidated meanwhile")
         retries += 1
         mirror.counters["retries"] += 1
@@ -372,14 +384,15 @@ def mirrorable_vma(space: AddressSpace, start: int, end: int, *, write: bool) ->
     return vma
 
 
-def _lacking(mirror: Mirror, pages: _Pages) -> tuple[AddressRange | Entries, ...]:
-    """The pieces to be filled; none where it is one and the mirror has it."""
-    targets = tuple(pages.pieces())
-    return () if len(targets) == 1 and _has_all(mirror, targets[0]) else targets
+def _fill(
+    mirror: Mirror, targets: Sequence[AddressRange | Entries], present: Entries | None, pages: _Pages, write: bool
+) -> Operation[bool]:
+    """Fill the mirror, and let its driver know.  Returns: False when an invalidation wants to go first.
 
-
-def _fill(mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool) -> Operation[bool]:
-    """Fill the mirror, and let its driver know.  Returns: False when an invalidation wants to go first."""
+    Args:
+        targets: the pieces to be filled; none where the mirror has all of it.
+        present: the CPU's entries, where it is one piece and they are known.
+    """
     if not targets and not mirror.update_on_fault:
         return True
     # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
@@ -392,11 +405,13 @@ def _fill(mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pag
                 mirror.require_filling("fault")
             if enlisted.backoff:
                 return False
-            if len(targets) == 1 or not _has_all(mirror, target):
+            if len(targets) == 1:
+                pages.entries = install(mirror, target, present, write=write)
+            elif _held(mirror, target) is None:
                 install(mirror, target, write=write)
         if mirror.update_on_fault:
-            whole, table = pages.target, mirror.table
-            entries = table.read(whole.start, whole.end) if isinstance(whole, AddressRange) else table.lookup(whole)
+            entries = _entries(mirror.table, pages.target) if pages.entries is None else pages.entries
+            pages.entries = None
             yield from update(mirror, enlisted.spans, entries, write=write)
     finally:
         notifier.end_fault(enlisted)
@@ -405,42 +420,42 @@ def _fill(mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pag
 
 def _missing(
     mirror: Mirror, targets: Sequence[AddressRange | Entries], pages: _Pages, write: bool
-) -> AddressRange | Entries | None:
-    """What has to be faulted in first; None when all is there.
+) -> tuple[AddressRange | Entries | None, Entries | None]:
+    """What has to be faulted in first, None when all is there; and then, of one piece, the CPU's entries.
 
     Of a range it is all from the first such page on, so that one CPU fault brings all of it in, unless that would
     also bring pages back from the device.
     """
-    space, at_home = mirror.space, mirror.home is not None and mirror.home.region.used > 0
+    table, at_home = mirror.space.table, mirror.home is not None and mirror.home.region.used > 0
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
+    entries = None
     for target in targets:
-        if isinstance(target, AddressRange):
-            if not at_home:
-                if space.table.get(target.start) & wanted != wanted:
-                    return AddressRange(target.start, pages.end_of_range(target.start))
-                if target.end - target.start == PAGE_SIZE:
-                    continue
-            if space.table.common(target.start, target.end) & wanted != wanted:
-                entries = space.table.read(target.start, target.end)
-                lacking = (entries & np.uint64(wanted)) != wanted
-                if at_home and (own := _on_own_device(mirror, target, entries)).any():
-                    if (lacking & ~own).any():
-                        scattered: Entries = _addresses(target)[lacking & ~own]
-                        return scattered
-                    continue
-                first = target.start + int(lacking.argmax()) * PAGE_SIZE
-                return AddressRange(first, pages.end_of_range(first))
-        else:
-            entries = space.table.lookup(target)
-            if int(np.bitwise_and.reduce(entries)) & wanted == wanted:
+        if isinstance(target, AddressRange) and not at_home:
+            if table.get(target.start) & wanted != wanted:
+                return AddressRange(target.start, pages.end_of_range(target.start)), None
+            if target.end - target.start == PAGE_SIZE:
                 continue
-            lacking = (entries & np.uint64(wanted)) != wanted
-            if at_home:
-                lacking &= ~_on_own_device(mirror, target, entries)
-            if lacking.any():
-                found: Entries = target[lacking]
-                return found
-    return None
+            if len(targets) > 1 and table.common(target.start, target.end) & wanted == wanted:
+                continue
+        entries = _entries(table, target)
+        if int(np.bitwise_and.reduce(entries)) & wanted == wanted:
+            continue
+        lacking = (entries & np.uint64(wanted)) != wanted
+        own = _on_own_device(mirror, target, entries) if at_home else None
+        if own is not None and own.any():
+            lacking &= ~own
+            if not lacking.any():
+                continue
+        elif isinstance(target, AddressRange):
+            first = target.start + int(lacking.argmax()) * PAGE_SIZE
+            return AddressRange(first, pages.end_of_range(first)), None
+        found: Entries = _addresses(target)[lacking]
+        return found, None
+    return None, entries if len(targets) == 1 else None
+
+
+def _entries(table: PageTable, target: AddressRange | Entries) -> Entries:
+    return table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
 
 
 def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entries) -> npt.NDArray[np.bool_]:
@@ -451,23 +466,29 @@ def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entr
     return own
 
 
-def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> None:
-    """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays."""
+def install(
+    mirror: Mirror, target: AddressRange | Entries, present: Entries | None = None, *, write: bool
+) -> Entries | None:
+    """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays.
+
+    Args:
+        present: uint64[npages], the CPU's entries of these pages, which are overwritten; None: to be read.
+
+    Returns: uint64[npages], what the mirror has now; None if that is not known.
+    """
     table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
+    asked = target
     if mirror.home is not None and mirror.home.region.used:
         target = _permit_on_device(mirror, target, write)
-    old: Entries | None = None
-    if not isinstance(target, AddressRange):
-        entries, old = _mirrored(cpu.lookup(target), write), None if table.is_empty else table.lookup(target)
-    elif not domain and target.end - target.start == PAGE_SIZE:
+        present = present if target is asked else None
+    if not domain and isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE:
         page = target.start
-        table.set(page, _mirrored(cpu.get(page), write) | table.get(page) & _KEPT)
-        return
-    else:
-        entries = _mirrored(cpu.read(target.start, target.end), write)
-        if table.either(target.start, target.end) & _STAYING:
-            old = table.read(target.start, target.end)
-    if old is not None and int(np.bitwise_or.reduce(old)) & _STAYING:
+        word = _mirrored(cpu.get(page), write) | table.get(page) & _KEPT
+        table.set(page, word)
+        return np.array((word,), np.uint64)
+    entries = _mirrored(_entries(cpu, target) if present is None else present, write)
+    old = _kept(table, target)
+    if old is not None:
         entries |= old & np.uint64(_KEPT)
         if domain:
             kept = pte.pte_test_valid_dma(old)
@@ -478,25 +499,31 @@ def install(mirror: Mirror, target: AddressRange | Entries, *, write: bool) -> N
         table.fill(target.start, target.end, entries, in_use=True)
     else:
         table.store(target, entries)
+    return entries if target is asked else None
 
 
-def _has_all(mirror: Mirror, target: AddressRange | Entries) -> bool:
-    """Whether the mirror has all of it for writing.  Then so has the CPU, and no entry would change.
+def _kept(table: PageTable, target: AddressRange | Entries) -> Entries | None:
+    """What a table has of these pages, unless all of it is written anew."""
+    if isinstance(target, AddressRange):
+        return table.read(target.start, target.end) if table.either(target.start, target.end) & _STAYING else None
+    old = None if table.is_empty else table.lookup(target)
+    return old if old is not None and int(np.bitwise_or.reduce(old)) & _STAYING else None
 
-    Where pages are on their way between memories, entries of a mirror may outlast the CPU's for a while.
+
+def _held(mirror: Mirror, target: AddressRange | Entries) -> Entries | None:
+    """uint64[npages]: what the mirror has, if it has all of it for writing; else None.
+
+    Then so has the CPU, and no entry would change.  Where pages are on their way between memories, entries of a mirror
+    may outlast the CPU's for a while.
     """
     if mirror.space.notifier.copies:
-        return False
-    table = mirror.table
-    if isinstance(target, AddressRange):
-        held = table.get(target.start)
-        if held & pte.WRITE and target.end - target.start > PAGE_SIZE:
-            held &= table.common(target.start, target.end)
-    else:
-        held = table.get(int(target[0]))
-        if held & pte.WRITE:
-            held &= int(np.bitwise_and.reduce(table.lookup(target)))
-    return bool(held & pte.WRITE and held & _IN_SYSTEM)
+        return None
+    first = mirror.table.get(target.start if isinstance(target, AddressRange) else int(target[0]))
+    if not (first & pte.WRITE and first & _IN_SYSTEM):
+        return None
+    entries = _entries(mirror.table, target)
+    held = int(np.bitwise_and.reduce(entries)) if entries.size > 1 else first
+    return entries if held & pte.WRITE and held & _IN_SYSTEM else None
 
 
 def _permit_on_device(mirror: Mirror, target: AddressRange | Entries, write: bool) -> AddressRange | Entries:

@@ -102,7 +102,7 @@ def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply
     response.notifier_seq, response.last_event_sequence = faulted.notifier_seq, faulted.event_sequence
     ends, errnos = response.range_ends, response.range_errnos
     failed, retries = None, 0
-    for _, end, error, retried in faulted.parts:
+    for _, end, error, retried, _ in faulted.parts:
         ends.append(end)
         errnos.append(error.errno if error is not None else 0)
         failed = failed or error

@@ -30,7 +30,8 @@ from hmm.limits import Limits
 from hmm.local import Local
 from hmm.machine import Machine
 from hmm.mirror import MirrorState
-from hmm.units import PAGE_SIZE, PMD_SIZE, AddressRange, Entries
+from hmm.operation_record import Caller
+from hmm.units import PAGE_SIZE, PIECE_BYTES, PMD_SIZE, AddressRange, Entries
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
@@ -305,6 +306,39 @@ def test_fault_of_what_the_mirror_has_changes_nothing_and_tells_the_driver_again
     assert again.entries.tolist() == bench.entries(span(0, 4)) == before
     assert bench.driver.types[1:] == [EventType.DEVICE_WFAULT if write else EventType.DEVICE_RFAULT]
     assert np.frombuffer(bench.driver.events[1].entries, "<u8").tolist() == before
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("dma", [False, True])
+@pytest.mark.parametrize(
+    "pages",
+    [(span(3),), (span(0, 8),), (span(0, 3), span(5, 3)), addresses_of(1, 2, 5), addresses_of(*range(0, 16, 2))],
+)
+def test_result_has_what_the_table_has_whatever_was_there_before(pages: Any, dma: bool, write: bool) -> None:
+    """The entries of a result are the mirror's: new ones, those that were there, those with bits of their own."""
+    bench = Bench(dma=dma, update_on_fault=False)
+    bench.map(span(0, 16))
+    asked = pages if isinstance(pages, tuple) else [AddressRange(page, page + PAGE_SIZE) for page in pages.tolist()]
+    for before in (span(5), span(0, 2), span(0, 16)):
+        result = bench.call(devices.fault, bench.id, pages, write=write).entries.tolist()
+        assert result == [entry for one in asked for entry in bench.entries(one)]
+        assert all(result)
+        bench.fault(before, write=True)
+        bench.call(devices.set_driver_bits, bench.id, before, 5)
+        bench.call(devices.dirty_range, bench.id, before)
+    bench.machine.check()
+
+
+def test_fault_of_what_the_mirror_has_is_one_step_however_many_pieces_it_is() -> None:
+    """Others may go first between the pieces that it fills; where it fills none, there is nothing in between."""
+    bench = Bench(update_on_fault=False)
+    across = AddressRange(START - PAGE_SIZE, START + PAGE_SIZE)
+    assert START % PIECE_BYTES == 0
+    bench.map(across)
+    first = bench.fault(across, write=True)
+    again = bench.machine.start(Caller(), devices.fault, bench.id, (across,), write=True)
+    assert again.done
+    assert again.result.entries.tolist() == first.entries.tolist() == bench.entries(across)
 
 
 @pytest.mark.parametrize("pages", [(span(0, 4),), addresses_of(0, 1, 2, 3)])
