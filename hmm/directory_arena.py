@@ -188,8 +188,12 @@ class DirectoryArena:
         offsets = self._take(slots.size)
         self.index[slots] = offsets
         self._parents[offsets >> DIRECTORY_SHIFT] = slots
-        parents, gained = tally(slots >> DIRECTORY_SHIFT)
-        self.counts[parents] += gained
+        first, last = int(slots[0]) >> DIRECTORY_SHIFT, int(slots[-1]) >> DIRECTORY_SHIFT
+        if first == last:  # all below one directory
+            self.count[first] += slots.size
+        else:
+            parents, gained = tally(slots >> DIRECTORY_SHIFT)
+            self.counts[parents] += gained
         return offsets
 
     def new_siblings(self, slot: int, number: int) -> None:
@@ -203,12 +207,13 @@ class DirectoryArena:
         reused = min(number, self._nfree)
         fresh = number - reused
         assert self._top + fresh <= self.max_directories + 1, "directories were not required beforehand"
-        offsets = np.empty(number, np.int64)
-        # The stack was filled backwards, so that what was freed in order comes out in order.
-        offsets[:reused] = self._free[self._nfree - reused : self._nfree][::-1]
-        offsets[reused:] = np.arange(self._top, self._top + fresh) << DIRECTORY_SHIFT
-        self._nfree -= reused
+        offsets = np.arange(self._top << DIRECTORY_SHIFT, self._top + fresh << DIRECTORY_SHIFT, DIRECTORY_ENTRIES)
         self._top += fresh
+        if reused:
+            # The stack was filled backwards, so that what was freed in order comes out in order.
+            again = self._free[self._nfree - reused : self._nfree][::-1]
+            offsets = np.concatenate((again, offsets))
+            self._nfree -= reused
         return offsets
 
     # -- release

@@ -320,8 +320,9 @@ class DirectoryTree:
 
     def _take_or_allocate(self, slots: Offsets) -> Offsets:
         offsets = self._take(slots)
-        if np.count_nonzero(offsets) < offsets.size:
-            absent = distinct(slots[offsets == 0])
+        there = np.count_nonzero(offsets)
+        if there < offsets.size:
+            absent = distinct(slots[offsets == 0] if there else slots)
             children = self.arena.new_children(absent)
             offsets = children if absent.size == slots.size else self._take(slots)
         return offsets
