@@ -118,7 +118,7 @@ class Backing(Protocol):
         """The name that /proc/PID/maps shows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Mapping:
     """What a VMA says of each of its pages.
 
@@ -139,6 +139,22 @@ class Mapping:
     anon_vma: int = 0
     cloned: bool = False
     userfaultfd: int = 0
+
+    def __init__(
+        self,
+        flags: VmFlag,
+        backing: Backing | None = None,
+        delta: int = 0,
+        anon_vma: int = 0,
+        cloned: bool = False,
+        userfaultfd: int = 0,
+    ) -> None:
+        _set_flags(self, flags)
+        _set_backing(self, backing)
+        _set_delta(self, delta)
+        _set_anon_vma(self, anon_vma)
+        _set_cloned(self, cloned)
+        _set_userfaultfd(self, userfaultfd)
 
     def has(self, flags: VmFlag) -> bool:
         """True when one of `flags` is set."""
@@ -211,6 +227,12 @@ class Mapping:
     def special(self) -> bool:
         """VM_SPECIAL: never merges."""
         return bool(self.flags._value_ & _SPECIAL)
+
+
+# As for AddressRange: every VMA that is made or changed makes one.
+_set_flags, _set_backing, _set_delta, _set_anon_vma, _set_cloned, _set_userfaultfd = (
+    vars(Mapping)[name].__set__ for name in Mapping.__slots__
+)
 
 
 class Vma(NamedTuple):
