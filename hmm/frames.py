@@ -51,6 +51,7 @@ __all__ = [
 MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
 """Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
+_Flags: TypeAlias = npt.NDArray[np.uint16]
 _FIRST = np.array(1, np.int32)  # numpy stores an array without dimensions faster than an int
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
@@ -142,7 +143,7 @@ class Frames(FrameContents):
         self.refcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.mapcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.pincount: npt.NDArray[np.int32] = _column(np.int32, nframes)
-        self.flags: npt.NDArray[np.uint16] = _column(np.uint16, nframes)
+        self.flags: _Flags = _column(np.uint16, nframes)
         self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.zone_device_data: npt.NDArray[np.int64] = _column(np.int64, nframes)
@@ -526,14 +527,14 @@ class Frames(FrameContents):
             dirty: they were written too.
             unevictable: they are on no list, and only become referenced.
         """
+        if not pfns.size:
+            return
         where = as_index(pfns)
         flags = self.flags[where]
-        uses = ((flags & _REFERENCED) != 0) + _TWICE * ((flags & _ACTIVE) != 0)
-        uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + min(times, 3), 3)
-        unused = flags & ~(_REFERENCED | _ACTIVE)
-        if dirty:
-            unused |= np.uint16(PageFlag.DIRTY)
-        self.flags[where] = unused | _USED[uses]
+        if np.count_nonzero(flags == flags[0]) == flags.size:  # as of most that came together
+            self.flags[where] = _accessed_word(int(flags[0]), times, dirty, unevictable)
+        else:
+            self.flags[where] = _accessed(flags, times, dirty, unevictable)
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
@@ -633,8 +634,23 @@ def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:
     return np.frombuffer(anonymous_memory(nframes * size), dtype, nframes)
 
 
-@lru_cache(maxsize=16)
-def _word(flags: int) -> npt.NDArray[np.uint16]:
+def _accessed(flags: _Flags, times: int, dirty: bool, unevictable: bool) -> _Flags:
+    uses = ((flags & _REFERENCED) != 0) + _TWICE * ((flags & _ACTIVE) != 0)
+    uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + min(times, 3), 3)
+    unused = flags & ~(_REFERENCED | _ACTIVE)
+    if dirty:
+        unused |= np.uint16(PageFlag.DIRTY)
+    accessed: _Flags = unused | _USED[uses]
+    return accessed
+
+
+@lru_cache(maxsize=64)
+def _accessed_word(flags: int, times: int, dirty: bool, unevictable: bool) -> _Flags:
+    return _word(int(_accessed(_word(flags), times, dirty, unevictable)))
+
+
+@lru_cache(maxsize=64)
+def _word(flags: int) -> _Flags:
     return np.array(flags, np.uint16)  # without dimensions, as _FIRST
 
 

@@ -88,7 +88,9 @@ def get_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
             yield Pause()
         end = piece.end
         try:
-            if space.table.common(piece.start, piece.end) & wanted != wanted:
+            if not space.table.holds(piece.start, piece.end):
+                yield from fault_in(space, piece, write=write)
+            elif space.table.common(piece.start, piece.end) & wanted != wanted:
                 yield from fault_in(space, _missing(space, piece, wanted), write=write)
         except (OutOfFramesError, SegmentationFault) as error:
             end = error.address or piece.start
@@ -125,9 +127,11 @@ def mark_accessed(space: AddressSpace, span: AddressRange, *, write: bool) -> No
         entries = entries[~huge]
     else:
         entries = table.read(span.start, span.end)
-    entries = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
+    every, some = (int(bits.reduce(entries)) if entries.size else 0 for bits in (np.bitwise_and, np.bitwise_or))
+    if some & cpu_pte.SPECIAL or not every & cpu_pte.PRESENT:
+        entries = entries[cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)]
     pfns = cpu_pte.cpu_pfn(entries)
-    clean = ~cpu_pte.is_dirty(entries) if write else np.zeros(pfns.size, np.bool_)
+    clean = ~cpu_pte.is_dirty(entries) if write and not every & cpu_pte.DIRTY else np.zeros(pfns.size, np.bool_)
     vma = space.vmas.find(span.start)
     locked = vma is not None and vma.has(VmFlag.LOCKED)
     for head in heads_of(frames, pfns) if space.huge else ():  # what is said of a page is said of its folio

@@ -311,6 +311,27 @@ def test_flags_are_set_tested_and_cleared(frames: Frames) -> None:
     frames.check()
 
 
+@pytest.mark.parametrize("unevictable", [False, True])
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_mark_accessed_treats_frames_alike_and_different_ones_the_same(
+    frames: Frames, times: int, unevictable: bool
+) -> None:
+    """What a page becomes when it was used does not depend on those that were used with it."""
+    before = (PageFlag.ANON, PageFlag.REFERENCED, PageFlag.ACTIVE, PageFlag.ACTIVE | PageFlag.REFERENCED)
+    runs = [frames.allocate(3) for _ in before]
+    for run, flags in zip(runs, before, strict=True):
+        frames.set_flags(run, flags)
+        frames.mark_accessed(run, times, dirty=True, unevictable=unevictable)
+    alone = frames.flags[np.concatenate(runs)]
+    frames.clear_flags(np.concatenate(runs), PageFlag.REFERENCED | PageFlag.ACTIVE | PageFlag.DIRTY)
+    for run, flags in zip(runs, before, strict=True):
+        frames.set_flags(run, flags)
+    frames.mark_accessed(np.concatenate(runs), times, dirty=True, unevictable=unevictable)
+    assert frames.flags[np.concatenate(runs)].tolist() == alone.tolist()
+    assert frames.test_flags(runs[1], PageFlag.ACTIVE).all() != unevictable
+    frames.mark_accessed(pfns())
+
+
 def test_belong_says_whose_page_a_frame_is(frames: Frames) -> None:
     """page->mapping and page->index."""
     taken = frames.allocate(3)
