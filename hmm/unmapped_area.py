@@ -62,6 +62,9 @@ class MapFlag(Flags):
 map_flags = lru_cache(maxsize=256)(MapFlag)
 """As `vma.vm_flags`."""
 _ANYWHERE = MapFlag(0)
+# Plain integers: each mmap asks for most of these twice.
+_FIXED, _FIXED_NOREPLACE = int(MapFlag.FIXED), int(MapFlag.FIXED_NOREPLACE)
+_SHARED, _LOW, _ABOVE4G = int(MapFlag.SHARED), int(MapFlag.LOW_2G), int(MapFlag.ABOVE4G)
 
 
 def place(
@@ -81,9 +84,9 @@ def place(
 
     Raises: as `get_unmapped_area`.
     """
-    if flags.has(MapFlag.FIXED_NOREPLACE):
+    if flags._value_ & _FIXED_NOREPLACE:
         flags |= MapFlag.FIXED
-    if not flags.has(MapFlag.FIXED):
+    if not flags._value_ & _FIXED:
         hint = page_down(hint)
         if 0 < hint < MMAP_MIN_ADDR:
             hint = MMAP_MIN_ADDR
@@ -112,7 +115,7 @@ def get_unmapped_area(
         raise OutOfFramesError(f"{length:#x} bytes are more than the address space")
     if file is not None and file.kind is FileKind.HUGETLB:
         address = _whole_pages(space, length, address, flags)
-    elif not flags.has(MapFlag.FIXED):
+    elif not flags._value_ & _FIXED:
         if _wants_huge_pages(length, address, flags, file):
             address = _aligned_area(space, length, address, flags, offset if file else 0)
         else:
@@ -128,9 +131,9 @@ def get_unmapped_area(
 
 def _whole_pages(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
     """hugetlb_get_unmapped_area()."""
-    if (length | (hint if flags.has(MapFlag.FIXED) else 0)) & (PMD_SIZE - 1):
+    if (length | (hint if flags._value_ & _FIXED else 0)) & (PMD_SIZE - 1):
         raise InvalidRequestError(f"{length:#x} bytes at {hint:#x} are not whole huge pages", address=hint)
-    if flags.has(MapFlag.FIXED):
+    if flags._value_ & _FIXED:
         return hint
     apart = space.semantics.hugetlb_places_apart
     if hint:
@@ -145,7 +148,7 @@ def _wants_huge_pages(length: int, hint: Address, flags: MapFlag, file: File | N
     if file is not None and file.kind is not FileKind.DEVICE:
         return file.kind is FileKind.FILE
     # A driver's file has no get_unmapped_area() of its own; shared anonymous memory has shmem's.
-    return not hint and length % PMD_SIZE == 0 and (file is not None or not flags.has(MapFlag.SHARED))
+    return not hint and length % PMD_SIZE == 0 and (file is not None or not flags._value_ & _SHARED)
 
 
 def _aligned_area(space: AddressSpace, length: int, hint: Address, flags: MapFlag, offset: int) -> Address:
@@ -165,13 +168,13 @@ def _aligned_area(space: AddressSpace, length: int, hint: Address, flags: MapFla
 
 def _unmapped_area(space: AddressSpace, length: int, hint: Address, flags: MapFlag) -> Address:
     """arch_get_unmapped_area_topdown(), and arch_get_unmapped_area() after it."""
-    if flags.has(MapFlag.LOW_2G):
+    if flags._value_ & _LOW:
         return _bottom_up(space, length, hint, _LOW_2G)
     if hint:
         hint = page_down(hint)
         if hint <= TASK_SIZE - length and space.vmas.is_free(AddressRange(hint, hint + length)):
             return hint
-    low = _FOUR_G if flags.has(MapFlag.ABOVE4G) else MMAP_MIN_ADDR
+    low = _FOUR_G if flags._value_ & _ABOVE4G else MMAP_MIN_ADDR
     found = space.vmas.unmapped_area_topdown(length, low, space.mmap_base)
     if found is not None:
         return found
