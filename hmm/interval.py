@@ -50,21 +50,25 @@ class _Chunk(Generic[T]):
 
         Returns: the end of the last one of `items`, or `end_before`.
         """
+        ended = self.items[stop - 1][1] if stop else -1
         starts, holes = [], []
+        largest = self.largest
         for item in items:
             start = item[0]
             hole = start - end_before
             end_before = item[1]
             starts.append(start)
             holes.append(hole)
-            if hole > self.largest:  # noqa: PLR1730 - max() would cost more than the rest of the loop
-                self.largest = hole
+            if hole > largest:  # noqa: PLR1730 - max() would cost more than the rest of the loop
+                largest = hole
+        self.largest = largest
         self.items[first:stop] = items
         self.starts[first:stop] = starts
         self.holes[first:stop] = holes
-        follower = first + len(starts)
-        if follower < len(self.starts):
-            self.measure(follower, end_before)
+        if end_before != ended:
+            follower = first + len(starts)
+            if follower < len(self.starts):
+                self.measure(follower, end_before)
         return end_before
 
     def measure(self, index: int, end_before: int) -> None:
