@@ -70,7 +70,7 @@ from hmm.units import (
     all_but,
     spans_of,
 )
-from hmm.vma import VmFlag
+from hmm.vma import Vma, VmFlag
 
 __all__ = ["Reclaim", "is_lazily_free"]
 
@@ -542,12 +542,10 @@ def _in_walk_order(parts: Iterable[_Mapped]) -> list[_Mapped]:
     """Entries of private pages, VMA by VMA as the reverse map comes to them: rmap_walk_anon()."""
     found: list[tuple[tuple[int, ...], SpaceId, _Mapped]] = []
     for part in parts:
-        if part.addresses.size:
-            span = AddressRange(int(part.addresses[0]), int(part.addresses[-1]) + PAGE_SIZE)
-            for vma in part.space.vmas.overlapping(span):
-                mine = part.of(_inside(part.addresses, [vma.span]))
-                if mine.addresses.size:
-                    found.append((walk_order(part.space, vma), part.space.id, mine))
+        for vma in _vmas_of(part):
+            mine = part.of(_inside(part.addresses, [vma.span]))
+            if mine.addresses.size:
+                found.append((walk_order(part.space, vma), part.space.id, mine))
     return [mine for _, _, mine in sorted(found, key=lambda one: one[:2])]
 
 
@@ -561,7 +559,14 @@ def _barred(part: _Mapped) -> _Mask:
 
 def _locked(part: _Mapped) -> _Mask:
     """bool[n]: which entries are in locked mappings."""
-    return _inside(part.addresses, [vma.span for vma in part.space.vmas if vma.has(VmFlag.LOCKED)])
+    return _inside(part.addresses, [vma.span for vma in _vmas_of(part) if vma.has(VmFlag.LOCKED)])
+
+
+def _vmas_of(part: _Mapped) -> Iterable[Vma]:
+    """Those that its entries lie in, and those between: who asks for a part of many does not go through all."""
+    if not part.addresses.size:
+        return ()
+    return part.space.vmas.overlapping(AddressRange(int(part.addresses[0]), int(part.addresses[-1]) + PAGE_SIZE))
 
 
 def _inside(addresses: Entries, spans: list[AddressRange]) -> _Mask:
@@ -577,7 +582,7 @@ def _young(part: _Mapped) -> _Mask:
     young: _Mask = (part.entries & np.uint64(cpu_pte.ACCESSED)) != 0
     if not part.space.has_read_hints:
         return young
-    return young & ~_inside(part.addresses, [vma.span for vma in part.space.vmas if not vma.mapping.has_recency])
+    return young & ~_inside(part.addresses, [vma.span for vma in _vmas_of(part) if not vma.mapping.has_recency])
 
 
 def _clear_accessed(mapped: list[_Mapped], cleared: _Mask) -> None:

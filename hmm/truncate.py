@@ -20,7 +20,10 @@ Differs: a space is told of all its mappings by one event, not by one per VMA.
 from __future__ import annotations
 
 import errno as errnos
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from itertools import accumulate
 
 import numpy as np
 
@@ -130,15 +133,26 @@ def _untold(
     for space in file.mapping_spaces():
         spans = tuple(told_span(space, part) for part in file.mapped_parts(space, start, end))
         if space.id in told:
+            is_told = _inside_one_of(told[space.id])
             spans = tuple(
-                span
-                for span in spans
-                if not any(known.start <= span.start and span.end <= known.end for known in told[space.id])
-                and _doomed(space, span, even_cows=even_cows)[0].size
+                span for span in spans if not is_told(span) and _doomed(space, span, even_cows=even_cows)[0].size
             )
         if spans:
             new[space.id] = spans
     return new
+
+
+def _inside_one_of(known: Iterable[AddressRange]) -> Callable[[AddressRange], bool]:
+    # Whether a range lies in one of others, which may overlap: in that, of those that begin before it, which ends last.
+    ordered = sorted((span.start, span.end) for span in known)
+    starts = [start for start, _ in ordered]
+    reached = list(accumulate([end for _, end in ordered], max))
+
+    def is_inside(span: AddressRange) -> bool:
+        before = bisect_right(starts, span.start)
+        return before > 0 and span.end <= reached[before - 1]
+
+    return is_inside
 
 
 def _doomed(space: AddressSpace, span: AddressRange, *, even_cows: bool) -> tuple[Entries, Entries]:
