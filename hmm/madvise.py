@@ -78,7 +78,7 @@ from hmm.units import (
     page_up,
     pmd_up,
 )
-from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
+from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag, vm_flags
 from hmm.vma_edit import modify_flags, zap
 from hmm.zone_device import owners
 
@@ -269,19 +269,20 @@ def _no_mapping(address: Address) -> BadAddressError:
 
 
 def _change_flags(space: AddressSpace, pieces: list[Vma], advice: Advice) -> Operation[None]:
-    added, removed = _FLAGS[advice]
-    space.has_read_hints |= bool(added & _READ_HINTS)
+    added, removed = (flags._value_ for flags in _FLAGS[advice])
+    space.has_read_hints |= vm_flags(added).has(_READ_HINTS)
     for piece in pieces:
         if advice is Advice.MERGEABLE and piece.has(_UNMERGEABLE):
             continue
-        flags = (piece.flags & ~removed) | added
-        if flags == piece.flags:
+        old = piece.flags._value_
+        new = (old & ~removed) | added
+        if new == old:
             continue
         try:
             if advice is Advice.UNMERGEABLE:
                 yield from unmerge(space, piece)
             yield from cut(space, (piece,))
-            modify_flags(space, piece, flags)
+            modify_flags(space, piece, vm_flags(new))
         except OutOfFramesError as error:
             raise RangeBusyError(f"madvise: {error.message}", errnos.EAGAIN, address=piece.start) from error
 

@@ -21,10 +21,12 @@ from hmm.huge_split import cut
 from hmm.operation import Operation
 from hmm.populate import populate
 from hmm.units import ULONG_MAX, WHOLE_SPACE, Address, AddressRange, page_down, page_up
-from hmm.vma import LOCKED_FLAGS, Vma, VmFlag
+from hmm.vma import LOCKED_FLAGS, Vma, VmFlag, vm_flags
 from hmm.vma_edit import modify_flags
 
 __all__ = ["MclFlag", "MlockFlag", "mlock", "mlock2", "mlockall", "munlock", "munlockall"]
+
+_NOT_LOCKED = ~int(LOCKED_FLAGS)
 
 
 class MlockFlag(IntFlag):
@@ -168,7 +170,8 @@ def _lock_all(space: AddressSpace, flags: VmFlag) -> Operation[None]:
 
 def _fixup(space: AddressSpace, piece: Vma, flags: VmFlag) -> Operation[None]:
     """mlock_fixup()."""
-    new = (piece.flags & ~LOCKED_FLAGS) | flags
-    if new != piece.flags and not piece.mapping.special:
+    old = piece.flags._value_
+    new = (old & _NOT_LOCKED) | flags._value_
+    if new != old and not piece.mapping.special:
         yield from cut(space, (piece,))
-        modify_flags(space, piece, new)
+        modify_flags(space, piece, vm_flags(new))
