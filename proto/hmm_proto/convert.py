@@ -291,8 +291,12 @@ def memory_kind_from_proto(number: int) -> RegionKind:
 # ---- events
 
 
-def event_to_proto(event: Event) -> event_pb2.Event:
-    """What the core knows of an event; who hears of it, under which numbers and until when, is the daemon's to add."""
+def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
+    """What the core knows of an event; who hears of it, under which numbers and until when, is the daemon's to add.
+
+    Args:
+        entries: False leaves them out, for who writes them down without copying them into a message first.
+    """
     message = event_pb2.Event()  # what is an argument of a message takes twice as long
     message.operation_id, message.space_id, message.revision = event.operation_id, event.space_id, event.revision
     message.type, message.reason = event_type_to_proto(event.etype), reason_to_proto(event.reason)
@@ -304,7 +308,7 @@ def event_to_proto(event: Event) -> event_pb2.Event:
         starts.append(span.start)
         ends.append(span.end)
     # Most events have nothing of what follows, and a test costs less than a field.
-    if event.entries:
+    if entries and event.entries:
         message.entries = event.entries
     if event.copy:
         message.copy = event.copy

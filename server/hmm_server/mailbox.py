@@ -36,17 +36,12 @@ VIOLATIONS_MAX = 256
 
 
 @dataclass(slots=True, eq=False)
-class Posting:
-    """One event for all mirrors of one stream that have to hear of it.
+class News:
+    """One event as all streams tell it whose mirrors have to hear of it.
 
     Attributes:
-        sequences: the event's number for each of `mirror_ids`.
         made_s: when the core made it, on the monotonic clock.
-        sent_s: when it left, on the monotonic clock; 0 while it waits.
-        size_bytes: as sent; 0 while it waits.
-        dispatch: what it is a part of.
-        group: `mirror_ids`, if they are all of a group.
-        waiting: mirrors for which it left, and that have not answered.
+        encoded: all that is the same for everybody but the entries, as a part of an `Event`; empty until it leaves.
     """
 
     event: Event
@@ -54,6 +49,23 @@ class Posting:
     caller: str
     notifier_seq: int
     made_s: float
+    encoded: bytes = b""
+
+
+@dataclass(slots=True, eq=False)
+class Posting:
+    """One event for all mirrors of one stream that have to hear of it.
+
+    Attributes:
+        sequences: the event's number for each of `mirror_ids`.
+        sent_s: when it left, on the monotonic clock; 0 while it waits.
+        size_bytes: as sent; 0 while it waits.
+        dispatch: what it is a part of.
+        group: `mirror_ids`, if they are all of a group.
+        waiting: mirrors for which it left, and that have not answered.
+    """
+
+    news: News
     mirror_ids: Sequence[MirrorId]
     sequences: Sequence[int]
     dispatch: Dispatch | None = None
@@ -61,6 +73,11 @@ class Posting:
     sent_s: float = 0.0
     size_bytes: int = 0
     waiting: set[MirrorId] = field(default_factory=set)
+
+    @property
+    def event(self) -> Event:
+        """What happens."""
+        return self.news.event
 
     @property
     def is_awaited(self) -> bool:
@@ -82,18 +99,21 @@ class Outgoing(NamedTuple):
     """One message that leaves.
 
     Attributes:
-        message: everything but the replies.
+        message: everything but the events and the replies.
+        events: each as a SessionResponse with one event in it travels.
         replies: as `replies.encoded` writes them.
     """
 
     message: session_pb2.SessionResponse
+    events: list[bytes]
     replies: list[bytes]
 
     def encoded(self) -> bytes:
-        """All of it, as it travels; a reply that leaves alone is not copied."""
-        if self.message is _NOTHING_ELSE and len(self.replies) == 1:
-            return self.replies[0]
-        return b"".join((self.message.SerializeToString(), *self.replies))
+        """All of it, as it travels; an event or a reply that leaves alone is not copied."""
+        parts = self.events + self.replies
+        if self.message is not _NOTHING_ELSE:
+            parts.append(self.message.SerializeToString())
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +134,12 @@ class Window:
 class Mailbox:
     """The outgoing half of one stream."""
 
-    def __init__(self, window: Window, send: Callable[[Posting], event_pb2.Event | None]) -> None:
+    def __init__(self, window: Window, send: Callable[[Posting], bytes | None]) -> None:
         """Make an empty mailbox.
 
         Args:
-            send: writes a posting down as it leaves, and notes that it left, and its size; None when nobody has to
-                hear of it any longer.
+            send: writes a posting down as it leaves, as a SessionResponse with one event in it, and notes that it left,
+                and its size; None when nobody has to hear of it any longer.
         """
         self.window = window
         self.events: deque[Posting] = deque()
@@ -213,8 +233,10 @@ class Mailbox:
 
     def _outgoing(self) -> Outgoing | None:
         """Write down what waits; None when in the end it is nothing."""
-        if not (self.events or self._welcome or self._violations or self._farewell):
-            return Outgoing(_NOTHING_ELSE, self._take_replies())
+        events = self._take_events() if self.events else []
+        if not (self._welcome or self._violations or self._farewell):
+            replies = self._take_replies() if self._replies else []
+            return Outgoing(_NOTHING_ELSE, events, replies) if events or replies else None
         message = session_pb2.SessionResponse()
         if self._welcome is not None:
             message.welcome.CopyFrom(self._welcome)
@@ -223,14 +245,11 @@ class Mailbox:
         if self._violations:
             message.violations.extend(self._violations)
             self._violations = []
-        if self.events:
-            self._take_events(message)
-            told = told or bool(message.events)
         replies = self._take_replies() if self._replies else []
         if self._farewell and not self._replies:
             message.bye.reason, self._farewell = self._farewell, ""
             told = True
-        return Outgoing(message, replies) if told or replies else None
+        return Outgoing(message, events, replies) if told or events or replies else None
 
     async def room(self) -> None:
         """Wait until the client has read enough for something large to be added."""
@@ -250,9 +269,10 @@ class Mailbox:
         room = self.window.queue_bytes - self.in_flight_bytes
         return self.in_flight < self.window.credit and _size_estimate(self.events[0]) <= room
 
-    def _take_events(self, message: session_pb2.SessionResponse) -> None:
-        taken = size = 0
-        while self.events and taken < BATCH_EVENTS and size < self.window.part_bytes and self._may_send():
+    def _take_events(self) -> list[bytes]:
+        events: list[bytes] = []
+        size = 0
+        while self.events and len(events) < BATCH_EVENTS and size < self.window.part_bytes and self._may_send():
             posting = self.events.popleft()
             event = self._send(posting)
             if event is None:
@@ -260,8 +280,8 @@ class Mailbox:
             self.in_flight += 1
             self.in_flight_bytes += posting.size_bytes
             size += posting.size_bytes
-            taken += 1
-            message.events.append(event)
+            events.append(event)
+        return events
 
     def _take_replies(self) -> list[bytes]:
         replies: list[bytes] = []

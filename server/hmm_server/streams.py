@@ -35,8 +35,8 @@ from hmm.events import EventState
 from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import DeviceId, MirrorId
-from hmm_proto import convert
-from hmm_proto.v1 import event_pb2, inspection_pb2
+from hmm_proto import convert, wire
+from hmm_proto.v1 import event_pb2, inspection_pb2, session_pb2
 from hmm_server.answers import Answers, Plain, Spans
 from hmm_server.config import Config
 from hmm_server.device_totals import Totals
@@ -44,7 +44,7 @@ from hmm_server.executor import Executor
 from hmm_server.holds import Point
 from hmm_server.leases import Leases
 from hmm_server.logs import about
-from hmm_server.mailbox import Mailbox, Posting, Window
+from hmm_server.mailbox import Mailbox, News, Posting, Window
 from hmm_server.observers import Observers
 from hmm_server.operation_log import Ended
 from hmm_server.served import Group, ServedMirror, Stream
@@ -57,6 +57,8 @@ AGAIN_S = 0.1
 """Without a lease: how long after the first try a device that was in use is tried to be removed again."""
 REJECTIONS_KEPT = 256
 """Answers that were rejected and can be asked for."""
+_EVENT = wire.tag(session_pb2.SessionResponse, "events")
+_ENTRIES = wire.tag(event_pb2.Event, "entries")
 log = logging.getLogger(__name__)
 
 
@@ -246,15 +248,17 @@ class Streams:
             served = self.served.get(mirror_ids[0])
             if served is None or not served.stream.open:
                 return [mirror_ids[0]]
-            self._post(dispatch, served.stream, mirror_ids, [dispatch.sequence_of(mirror_ids[0])])
+            sequences = [dispatch.sequence_of(mirror_ids[0])]
+            served.stream.mailbox.post(Posting(self._news(dispatch), mirror_ids, sequences, dispatch))
             return []
         groups = self._groups_of(dispatch.audience) if mirror_ids is dispatch.audience.ids else None
         if groups is None:
             return self._route_some(dispatch, mirror_ids)
-        sequences = dispatch.sequences
+        news, sequences = self._news(dispatch), dispatch.sequences
         for group in groups:
             own = sequences if group.is_whole else [sequences[position] for position in group.positions]
-            self._post(dispatch, group.stream, group.mirror_ids, own, group if len(own) > 1 else None)
+            posting = Posting(news, group.mirror_ids, own, dispatch, group if len(own) > 1 else None)
+            group.stream.mailbox.post(posting)
         return []
 
     def _route_some(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
@@ -266,8 +270,9 @@ class Streams:
                 unserved.append(mirror_id)
             else:
                 by_stream.setdefault(served.stream, []).append(mirror_id)
+        news = self._news(dispatch)
         for stream, its in by_stream.items():
-            self._post(dispatch, stream, its, [dispatch.sequence_of(mirror_id) for mirror_id in its])
+            stream.mailbox.post(Posting(news, its, [dispatch.sequence_of(mirror_id) for mirror_id in its], dispatch))
         return unserved
 
     def _groups_of(self, audience: Audience) -> list[Group] | None:
@@ -302,52 +307,44 @@ class Streams:
                 stream.drop_groups()
         self._groups.clear()
 
-    def _post(
-        self,
-        dispatch: Dispatch,
-        stream: Stream,
-        mirror_ids: Sequence[MirrorId],
-        sequences: Sequence[int],
-        group: Group | None = None,
-    ) -> None:
+    def _news(self, dispatch: Dispatch) -> News:
         machine = self.executor.machine
         event, record = dispatch.event, machine.operations[dispatch.operation_id]
         space = machine.spaces.get(event.space_id)
-        notifier_seq, made_s = space.notifier.sequence if space else 0, time.monotonic()
-        stream.mailbox.post(
-            Posting(
-                event, record.name, record.caller.name, notifier_seq, made_s, mirror_ids, sequences, dispatch, group
-            )
-        )
+        notifier_seq = space.notifier.sequence if space else 0
+        return News(event, record.name, record.caller.name, notifier_seq, time.monotonic())
 
-    def _send(self, posting: Posting) -> event_pb2.Event | None:
+    def _send(self, posting: Posting) -> bytes | None:
         # The mailbox calls this as the event leaves: from now on it can be answered.
         assert posting.dispatch is not None
         if len(posting.dispatch.waiting) != len(posting.dispatch.sequences):
             self._leave_out_settled(posting, posting.dispatch)
             if not posting.mirror_ids:
                 return None
-        group, mirror_ids = posting.group, posting.mirror_ids
-        event = convert.event_to_proto(posting.event)
-        if group is not None:
-            event.MergeFromString(group.encoded)
-        else:
-            event.mirror_ids.extend(mirror_ids)
-        event.event_sequences.extend(posting.sequences)
-        event.caller = posting.caller
-        event.operation = posting.operation
-        event.notifier_seq = posting.notifier_seq
+        group, mirror_ids, news = posting.group, posting.mirror_ids, posting.news
+        if not news.encoded:
+            news.encoded = _encoded(news)
+        own = event_pb2.Event()
+        if group is None:
+            own.mirror_ids.extend(mirror_ids)
+        own.event_sequences.extend(posting.sequences)
         posting.sent_s = time.monotonic()
         if group.has_deadline if group is not None else self._has_deadline(mirror_ids):
-            left_s = posting.made_s + self.executor.acknowledgement_s - posting.sent_s
-            event.deadline_ms = max(1, round(left_s * 1000))
-        posting.size_bytes = event.ByteSize()
+            left_s = news.made_s + self.executor.acknowledgement_s - posting.sent_s
+            own.deadline_ms = max(1, round(left_s * 1000))
+        parts = [news.encoded, own.SerializeToString()]
+        if group is not None:
+            parts.append(group.encoded)
+        entries = news.event.entries
+        told = wire.message(_EVENT, *parts, *((_ENTRIES, wire.varint(len(entries)), entries) if entries else ()))
+        posting.size_bytes = len(told)
         self._note_sent(posting)
         if self.executor.holds.placed:
-            self.executor.come_to(Point.EVENT_SENT, posting.event.operation_id, mirror_ids)
+            self.executor.come_to(Point.EVENT_SENT, news.event.operation_id, mirror_ids)
         if self.observers.watchers:
-            self.observers.publish(lambda: inspection_pb2.Observation(event=_without_entries(event)))
-        return event
+            event = event_pb2.Event.FromString(b"".join(parts))
+            self.observers.publish(lambda: inspection_pb2.Observation(event=event))
+        return told
 
     def _note_sent(self, posting: Posting) -> None:
         spans, reason = posting.event.spans, posting.event.reason
@@ -500,8 +497,7 @@ def _settled(
     )
 
 
-def _without_entries(event: event_pb2.Event) -> event_pb2.Event:
-    copy = event_pb2.Event()
-    copy.CopyFrom(event)
-    copy.entries = b""
-    return copy
+def _encoded(news: News) -> bytes:
+    message = convert.event_to_proto(news.event, entries=False)
+    message.caller, message.operation, message.notifier_seq = news.caller, news.operation, news.notifier_seq
+    return message.SerializeToString()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hmm_proto import wire
-from hmm_proto.v1 import device_pb2, session_pb2
+from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
 
 
 @pytest.mark.parametrize("number", [0, 1, 127, 128, 129, 16383, 16384, 1 << 32, (1 << 63) - 1, (1 << 64) - 1])
@@ -34,6 +34,18 @@ def test_nested_message_has_its_arrays(npages: int) -> None:
     reply.fault.notifier_seq = 4
     reply.fault.entries = words.tobytes()
     assert session_pb2.SessionResponse.FromString(written) == expected
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 100, 127, 128, 1 << 20])
+def test_message_is_put_together_from_parts(nbytes: int) -> None:
+    """What is repeated goes on in the next part; a field of bytes may be a part of its own."""
+    entries = bytes(nbytes)
+    one, other = event_pb2.Event(mirror_ids=[1, 300], revision=5), event_pb2.Event(mirror_ids=[7], deadline_ms=9)
+    last = (wire.tag(event_pb2.Event, "entries"), wire.varint(nbytes), entries)
+    begin = wire.tag(session_pb2.SessionResponse, "events")
+    written = wire.message(begin, one.SerializeToString(), other.SerializeToString(), *last)
+    expected = event_pb2.Event(mirror_ids=[1, 300, 7], revision=5, deadline_ms=9, entries=entries)
+    assert session_pb2.SessionResponse.FromString(written + written).events[:] == [expected, expected]
 
 
 def test_empty_message_is_there_when_it_is_nested() -> None:

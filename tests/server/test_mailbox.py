@@ -10,7 +10,7 @@ from hmm.events import Event, EventType
 from hmm.units import AddressRange
 from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
-from hmm_server.mailbox import Mailbox, Posting, Window
+from hmm_server.mailbox import Mailbox, News, Posting, Window
 from hmm_server.replies import encoded
 
 PAGE = 4096
@@ -19,14 +19,14 @@ PAGE = 4096
 def _posting(number: int, entries: bytes = b"") -> Posting:
     spans = (AddressRange(number * PAGE, (number + 1) * PAGE),)
     event = Event(number, 1, number, EventType.MUNMAP, None, None, spans, entries=entries)
-    return Posting(event, "munmap", "", 1, 0.0, mirror_ids=[1], sequences=[number])
+    return Posting(News(event, "munmap", "", 1, 0.0), mirror_ids=[1], sequences=[number])
 
 
-def _send(posting: Posting) -> event_pb2.Event | None:
+def _send(posting: Posting) -> bytes | None:
     if not posting.mirror_ids:
         return None
-    message = convert.event_to_proto(posting.event)
-    posting.size_bytes = message.ByteSize()
+    message = session_pb2.SessionResponse(events=[convert.event_to_proto(posting.event)]).SerializeToString()
+    posting.size_bytes = len(message)
     return message
 
 

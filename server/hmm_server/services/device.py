@@ -59,10 +59,10 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         name = request.name[:NAME_LENGTH_MAX] or caller.name
         with self._streams.connected(caller.token, name, 0, request.credit) as stream:
             while (outgoing := await stream.mailbox.take()) is not None:
-                message = outgoing.message
-                yield device_pb2.WatchEventsResponse(
-                    welcome=message.welcome if message.HasField("welcome") else None, events=message.events
-                )
+                response = device_pb2.WatchEventsResponse.FromString(b"".join(outgoing.events))  # the same field there
+                if outgoing.message.HasField("welcome"):
+                    response.welcome.CopyFrom(outgoing.message.welcome)
+                yield response
 
     async def Acknowledge(
         self, request: device_pb2.AcknowledgeRequest, context: Context
