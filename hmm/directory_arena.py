@@ -27,24 +27,30 @@ free stack, once.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import tally
 from hmm.errors import OutOfFramesError
-from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_SHIFT
+from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SIZE, Entries
 
-__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets"]
+__all__ = ["NULL", "ROOT", "DirectoryArena", "Offsets", "count_used"]
 
 Offsets = npt.NDArray[np.int64]
+
+count_used = cast("Callable[[npt.ArrayLike], int]", np.count_nonzero)  # declared as np.intp, which it is not
+"""How many of some entries are in use."""
 
 NULL = 0
 """Offset of the NULL directory."""
 ROOT = DIRECTORY_ENTRIES
 """Offset of the root directory."""
+_ROOT_ROW = ROOT >> DIRECTORY_SHIFT
 
 _MAP_NORESERVE = 0x4000  # not in Python 3.11's mmap module
 _COUNT_BYTES = 4
@@ -164,20 +170,31 @@ class DirectoryArena:
         """Take back a promise, or the part of it that was not used."""
         self._reserved -= ndirectories
 
-    def new_child(self, slot: int) -> int:
-        """Allocate an empty directory and link it at `slot`, an absent entry of its parent; its offset."""
-        nfree = self._nfree
-        if nfree:
-            self._nfree = nfree = nfree - 1
-            offset: int = self._free_stack[nfree]
-        else:
-            top = self._top
-            assert top <= self.max_directories, "directories were not required beforehand"
-            offset = top << DIRECTORY_SHIFT
-            self._top = top + 1
-        self.words[slot] = offset
-        self.count[slot >> DIRECTORY_SHIFT] += 1
-        self._parent[offset >> DIRECTORY_SHIFT] = slot
+    def allocate_path(self, page: int, shifts: tuple[int, ...]) -> int:
+        """Go down from the root, and allocate the directories that are not there; the caller has required them.
+
+        Args:
+            shifts: per step, the lowest bit of `page` in the index of the entry to follow.
+
+        Returns: the offset of the last directory.
+        """
+        words, count, parent, free = self.words, self.count, self._parent, self._free_stack
+        nfree, top, offset = self._nfree, self._top, ROOT
+        for shift in shifts:
+            slot = offset | page >> shift & DIRECTORY_MASK
+            offset = words[slot]
+            if not offset:
+                if nfree:
+                    nfree -= 1
+                    offset = free[nfree]
+                else:
+                    offset = top << DIRECTORY_SHIFT
+                    top += 1
+                words[slot] = offset
+                count[slot >> DIRECTORY_SHIFT] += 1
+                parent[offset >> DIRECTORY_SHIFT] = slot
+        assert top <= self.max_directories + 1, "directories were not required beforehand"
+        self._nfree, self._top = nfree, top
         return offset
 
     def new_children(self, slots: Offsets) -> Offsets:
@@ -185,10 +202,9 @@ class DirectoryArena:
 
         Returns: int64[n], their offsets; ascending where fresh memory is used.
         """
-        offsets = self._take(slots.size)
+        offsets = self._take(slots)
         self.index[slots] = offsets
-        self._parents[offsets >> DIRECTORY_SHIFT] = slots
-        first, last = int(slots[0]) >> DIRECTORY_SHIFT, int(slots[-1]) >> DIRECTORY_SHIFT
+        first, last = slots.item(0) >> DIRECTORY_SHIFT, slots.item(-1) >> DIRECTORY_SHIFT
         if first == last:  # all below one directory
             self.count[first] += slots.size
         else:
@@ -198,22 +214,24 @@ class DirectoryArena:
 
     def new_siblings(self, slot: int, number: int) -> None:
         """Allocate a directory for each of so many absent entries of one parent, from `slot` on."""
-        offsets = self._take(number)
-        self.index[slot : slot + number] = offsets
-        self._parents[offsets >> DIRECTORY_SHIFT] = np.arange(slot, slot + number)
+        self.index[slot : slot + number] = self._take(np.arange(slot, slot + number))
         self.count[slot >> DIRECTORY_SHIFT] += number
 
-    def _take(self, number: int) -> Offsets:
+    def _take(self, slots: Offsets) -> Offsets:
+        # Directories that are about to be linked at slots.
+        number = slots.size
         reused = min(number, self._nfree)
-        fresh = number - reused
-        assert self._top + fresh <= self.max_directories + 1, "directories were not required beforehand"
-        offsets = np.arange(self._top << DIRECTORY_SHIFT, self._top + fresh << DIRECTORY_SHIFT, DIRECTORY_ENTRIES)
-        self._top += fresh
+        top, fresh = self._top, number - reused
+        assert top + fresh <= self.max_directories + 1, "directories were not required beforehand"
+        offsets = np.arange(top << DIRECTORY_SHIFT, top + fresh << DIRECTORY_SHIFT, DIRECTORY_ENTRIES)
+        self._parents[top : top + fresh] = slots[reused:]
+        self._top = top + fresh
         if reused:
             # The stack was filled backwards, so that what was freed in order comes out in order.
             again = self._free[self._nfree - reused : self._nfree][::-1]
-            offsets = np.concatenate((again, offsets))
+            self._parents[again >> DIRECTORY_SHIFT] = slots[:reused]
             self._nfree -= reused
+            offsets = np.concatenate((again, offsets))
         return offsets
 
     # -- release
@@ -229,18 +247,20 @@ class DirectoryArena:
         Returns: True when the directory was freed.
         """
         row = offset >> DIRECTORY_SHIFT
-        self.count[row] = used = int(np.count_nonzero(self.rows[row]))
+        self.count[row] = used = count_used(self.rows[row])
         if self.held[row] > 1:
             self.held[row] -= 1
             return False
         del self.held[row]
+        if used:
+            return False
         self.drop_if_empty(row)
-        return not used and offset != ROOT
+        return offset != ROOT
 
     def settle(self) -> None:
         """Derive the counts of held directories again, whose entries may have been written directly."""
         for row in self.held:
-            self.count[row] = int(np.count_nonzero(self.rows[row]))
+            self.count[row] = count_used(self.rows[row])
 
     def lose(self, row: int, number: int) -> None:
         """Count so many entries in use less of a directory, and free it if none is left and nobody holds it."""
@@ -251,16 +271,18 @@ class DirectoryArena:
 
     def drop_if_empty(self, row: int) -> None:
         """Free a directory that has no entry in use and is not held, and so on towards the root."""
-        count, held = self.count, self.held
-        while not count[row] and row != ROOT >> DIRECTORY_SHIFT and row not in held:
-            slot = self._parent[row]
-            self.words[slot] = NULL
-            self.near = -1
-            self._free_stack[self._nfree] = row << DIRECTORY_SHIFT
-            self._nfree += 1
+        words, count, parent, free = self.words, self.count, self._parent, self._free_stack
+        held, nfree = self.held, self._nfree
+        while not count[row] and row != _ROOT_ROW and row not in held:
+            slot = parent[row]
+            words[slot] = NULL
+            free[nfree] = row << DIRECTORY_SHIFT
+            nfree += 1
             row = slot >> DIRECTORY_SHIFT
             count[row] -= 1
-        if self._nfree == self._top - 2:
+        self._nfree = nfree
+        self.near = -1
+        if nfree == self._top - 2:
             self._start_over()
 
     def drop_all_empty(self, rows: Offsets) -> None:
@@ -282,13 +304,12 @@ class DirectoryArena:
                 rows = slots[:1] >> DIRECTORY_SHIFT
                 break
             parents, lost = tally(slots >> DIRECTORY_SHIFT)
-            self.counts[parents] -= lost
-            rows = parents[self.counts[parents] == 0]
-            rows = rows[rows != ROOT >> DIRECTORY_SHIFT]
+            left = self.counts.take(parents)
+            left -= lost
+            self.counts[parents] = left
+            rows = parents[left == 0]
         for row in rows.tolist():
             self.drop_if_empty(row)
-        if self._nfree == self._top - 2:
-            self._start_over()
 
     def _start_over(self) -> None:
         # Only the root is left. Directories are given out in order again, so that what is stored in order lies

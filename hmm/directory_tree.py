@@ -23,13 +23,11 @@ Differs: the posted walk, on meeting an absent entry, went on at the end of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import distinct
-from hmm.directory_arena import ROOT, DirectoryArena, Offsets
+from hmm.directory_arena import ROOT, DirectoryArena, Offsets, count_used
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, Geometry
 from hmm.pte import pde_from_row, pde_row
 from hmm.units import PAGE_SHIFT
@@ -40,18 +38,13 @@ Pages = npt.NDArray[np.int64]
 
 _NONE = np.empty(0, np.int64)
 _INDEX_MASK = np.array(DIRECTORY_MASK)  # numpy takes an array without dimensions twice as fast as an int
-_IN_ORDER_PAGES = 1024  # from here on it pays to see whether the leaves of a batch lie in order
+_IN_ORDER_PAGES = 1024  # from here on it pays to see whether the directories of a batch lie in order
 _GATHER_ROWS = 256  # directories looked at together: 1 MiB, which stays in the cache
 
 
 def after_hole(page: int, shift: int, absent: int) -> int:
     """The first page behind a hole of `absent` entries, 2^shift pages each, from that of `page` on."""
     return ((page >> shift) + absent) << shift
-
-
-def _shifted(values: Pages, distance: int) -> Offsets:
-    shifted: Offsets = values + np.array(distance)
-    return shifted
 
 
 class DirectoryTree:
@@ -130,18 +123,14 @@ class DirectoryTree:
         Raises:
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
-        arena = self.arena
-        if page >> DIRECTORY_SHIFT == arena.near:
+        arena, number = self.arena, page >> DIRECTORY_SHIFT
+        if number == arena.near:
             return arena.near_leaf
-        words, new_child = self.words, arena.new_child
-        if arena.available < len(self.upper_shifts):
+        if arena.available < self.llevel:
             arena.require(self.absent_levels(page))
-        offset = ROOT
-        for shift in self.upper_shifts:
-            slot = offset | page >> shift & DIRECTORY_MASK
-            offset = words[slot] or new_child(slot)
-        arena.near, arena.near_leaf = page >> DIRECTORY_SHIFT, offset
-        return offset
+        arena.near_leaf = leaf = arena.allocate_path(page, self.upper_shifts)
+        arena.near = number
+        return leaf
 
     def next_leaf(self, page: int, end: int) -> tuple[int, int]:
         """Find the first page in [page, end) that has a leaf.
@@ -235,46 +224,82 @@ class DirectoryTree:
     def shared_directory(self, low: int, high: int, number: int) -> tuple[int, int]:
         """The lowest directory that holds all of [low, high], as offset and level, for `descend()`.
 
-        Leaves that lie in order in the arena are as good as one; for many pages it pays to look.
+        Directories that lie in order in the arena are as good as one; for many pages it pays to look.
         """
         offset, level = ROOT, 0
         for shift in self.upper_shifts:
-            if (low ^ high) >> shift:
+            first = offset | low >> shift & DIRECTORY_MASK
+            last = first + (high >> shift) - (low >> shift)
+            if first != last and (number < _IN_ORDER_PAGES or not self._are_in_order(first, last)):
                 break
-            offset = self.words[offset | low >> shift & DIRECTORY_MASK]
+            offset = self.words[first]
             level += 1
-        if level == self.llevel - 1 and number >= _IN_ORDER_PAGES:
-            first, last = (offset | page >> DIRECTORY_SHIFT & DIRECTORY_MASK for page in (low, high))
-            if self._are_in_order(first, last):
-                return self.words[first], self.llevel
         return offset, level
 
     def _are_in_order(self, first: int, last: int) -> bool:
-        # Whether the leaves linked at these slots of one directory lie one after the other in the arena.
+        # Whether the directories linked from slot to slot lie one after the other in the arena.
         if not self.words[first] or self.words[last] - self.words[first] != pde_from_row(last - first):
             return False
-        leaves = self.index[first : last + 1]
-        return int(np.count_nonzero(leaves[1:] - leaves[:-1] == DIRECTORY_ENTRIES)) == last - first
+        linked = self.index[first : last + 1]
+        return not np.count_nonzero(linked[1:] - linked[:-1] != DIRECTORY_ENTRIES)
 
     def descend(self, pages: Pages, low: int, offset: int, level: int) -> Offsets:
         """The slots of pages, int64[n], all of them in the directory at `offset` and `level`, as is `low`."""
-        return self._descend(pages, low, offset, level, self._take)
+        slots = self._first_slots(pages, low, offset, level)
+        for below in range(level + 1, self.llevel + 1):
+            self._next_slots(self.index.take(slots), below, pages, slots)
+        return slots
 
-    def slots_allocate(self, pages: Pages) -> Offsets:
-        """The same with directories allocated as needed.
+    def slots_allocate(self, pages: Pages) -> tuple[Offsets, bool]:
+        """The slots of pages, with directories allocated as needed.
 
         Args:
             pages: int64[n], n > 0, ascending; may repeat. The caller has required their directories.
+
+        Returns: int64[n], and whether all of the leaves are new, hence empty.
         """
-        low, high = int(pages[0]), int(pages[-1])
-        offset, level = ROOT, 0
-        for shift in self.upper_shifts:
-            if (low ^ high) >> shift:
-                break
-            slot = offset | low >> shift & DIRECTORY_MASK
-            offset = self.words[slot] or self.arena.new_child(slot)
-            level += 1
-        return self._descend(pages, low, offset, level, self._take_or_allocate)
+        low, high = pages.item(0), pages.item(-1)
+        shared = tuple(shift for shift in self.upper_shifts if not (low ^ high) >> shift)
+        offset, level = self.arena.allocate_path(low, shared), len(shared)
+        slots, new = self._first_slots(pages, low, offset, level), False
+        for below in range(level + 1, self.llevel + 1):
+            offsets, new = self._children_allocate(slots, new)
+            self._next_slots(offsets, below, pages, slots)
+        return slots, new
+
+    def _children_allocate(self, slots: Offsets, new: bool) -> tuple[Offsets, bool]:
+        # The directories that are linked at slots of directories that are all `new` or not, allocated as needed,
+        # and whether they are all new.
+        there = 0
+        if new:
+            absent = distinct(slots)
+        else:
+            offsets: Offsets = self.index.take(slots)
+            there = count_used(offsets)
+            if there == offsets.size:
+                return offsets, False
+            absent = distinct(slots[offsets == 0] if there else slots)
+        children = self.arena.new_children(absent)
+        return children if absent.size == slots.size else self.index.take(slots), not there
+
+    def _first_slots(self, pages: Pages, low: int, offset: int, level: int) -> Offsets:
+        # Where the entries for pages are in the one directory that holds all of them. They agree in the bits above
+        # its index, so that one addition puts the index into the directory, with these bits taken away.
+        if level == self.llevel:
+            shift, slots = 0, pages.copy()
+        else:
+            shift, slots = self.upper_shifts[level], pages >> self._shifts[level]
+        slots += np.array(offset - (low >> shift & ~DIRECTORY_MASK))
+        return slots
+
+    def _next_slots(self, offsets: Offsets, level: int, pages: Pages, out: Offsets) -> None:
+        # Where the entries for pages are in directories of `level`, one for each page.
+        if level == self.llevel:
+            np.bitwise_and(pages, _INDEX_MASK, out)
+        else:
+            np.right_shift(pages, self._shifts[level], out)
+            out &= _INDEX_MASK
+        out |= offsets
 
     def leaves_allocate(self, page: int, end: int) -> Offsets:
         """Offsets of all leaves of [page, end), which begins and ends with a leaf, allocated as needed.
@@ -284,10 +309,7 @@ class DirectoryTree:
 
         Returns: int64[n], a view.
         """
-        offset = ROOT
-        for shift in self.upper_shifts[:-1]:
-            slot = offset | page >> shift & DIRECTORY_MASK
-            offset = self.words[slot] or self.arena.new_child(slot)
+        offset = self.arena.allocate_path(page, self.upper_shifts[:-1])
         first = offset | page >> DIRECTORY_SHIFT & DIRECTORY_MASK
         offsets = self.index[first : first + (end - page >> DIRECTORY_SHIFT)]
         there = np.count_nonzero(offsets)
@@ -295,36 +317,6 @@ class DirectoryTree:
             self.arena.new_siblings(first, offsets.size)
         elif there < offsets.size:
             self.arena.new_children((offsets == 0).nonzero()[0] + first)
-        return offsets
-
-    def _descend(self, pages: Pages, low: int, offset: int, level: int, take: Callable[[Offsets], Offsets]) -> Offsets:
-        # From one directory that holds all of the pages down to their entries. The pages agree in the bits
-        # above its index, so that one addition puts the index into the directory, with these bits taken away.
-        above = offset - (low >> (*self.upper_shifts, 0)[level] & ~DIRECTORY_MASK)
-        if level == self.llevel:
-            return _shifted(pages, above)
-        slots = _shifted(pages >> self._shifts[level], above)
-        for shift in self._shifts[level + 1 :]:
-            offsets = take(slots)
-            np.right_shift(pages, shift, slots)
-            slots &= _INDEX_MASK
-            slots |= offsets
-        offsets = take(slots)
-        np.bitwise_and(pages, _INDEX_MASK, slots)
-        slots |= offsets
-        return slots
-
-    def _take(self, slots: Offsets) -> Offsets:
-        offsets: Offsets = self.index.take(slots)
-        return offsets
-
-    def _take_or_allocate(self, slots: Offsets) -> Offsets:
-        offsets = self._take(slots)
-        there = np.count_nonzero(offsets)
-        if there < offsets.size:
-            absent = distinct(slots[offsets == 0] if there else slots)
-            children = self.arena.new_children(absent)
-            offsets = children if absent.size == slots.size else self._take(slots)
         return offsets
 
     # -- how many directories a request needs

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmm.ascending import tally
+from hmm.directory_arena import count_used
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_geometry import DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, PIECE_PAGES, Entries
@@ -67,10 +68,10 @@ def store_pages(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> En
 
 
 def _store_piece(tree: DirectoryTree, pages: Pages, entries: Entries | int) -> Entries:
-    slots = tree.slots_allocate(pages)
-    old: Entries = tree.entries.take(slots)
+    slots, new = tree.slots_allocate(pages)
+    old: Entries = np.zeros(pages.size, np.uint64) if new else tree.entries.take(slots)
     tree.entries[slots] = entries
-    already = np.count_nonzero(old)
+    already = 0 if new else count_used(old)
     if already:
         if already == old.size:
             return old
@@ -98,9 +99,9 @@ def clear_pages(tree: DirectoryTree, pages: Pages) -> Entries:
 
 
 def _clear_piece(tree: DirectoryTree, pages: Pages) -> Entries:
-    slots = tree.slots(pages, int(pages[0]), int(pages[-1]))
+    slots = tree.slots(pages, pages.item(0), pages.item(-1))
     old: Entries = tree.entries.take(slots)
-    used = np.count_nonzero(old)
+    used = count_used(old)
     if used < old.size:
         if not used:
             return old
