@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from hmm.directory_arena import Offsets
+from hmm.directory_arena import Offsets, count_used
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
@@ -267,7 +267,7 @@ def _joined(pieces: list[tuple[Entries, Entries]]) -> tuple[Entries, Entries]:
 
 
 def _in_use(page: int, view: Entries) -> tuple[Entries, Entries]:
-    if np.count_nonzero(view) == view.size:
+    if count_used(view) == view.size:
         addresses = np.arange(page << PAGE_SHIFT, page + view.size << PAGE_SHIFT, PAGE_SIZE, dtype=np.uint64)
         return addresses, view.copy()
     positions = view.nonzero()[0]
@@ -337,7 +337,7 @@ def _zap_rows(tree: DirectoryTree, rows: Offsets) -> Entries:
 def _clear_view(tree: DirectoryTree, row: int, view: Entries) -> int:
     used = _used(tree, row, view)
     if used:
-        view.fill(_ZERO)
+        view.fill(0)
         tree.arena.lose(row, used)
     return used
 
@@ -347,7 +347,7 @@ def _used(tree: DirectoryTree, row: int, view: Entries) -> int:
     count = tree.arena.count[row]
     if count == DIRECTORY_ENTRIES:
         return view.size
-    return int(np.count_nonzero(view)) if count else 0
+    return count_used(view) if count else 0
 
 
 def _clear_rows(tree: DirectoryTree, rows: Offsets) -> int:
@@ -401,7 +401,7 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
 
 def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries, *, in_use: bool) -> None:
     # Within one leaf.
-    used = end - page if in_use else int(np.count_nonzero(source))
+    used = end - page if in_use else count_used(source)
     leaf = tree.leaf_allocate(page) if used else tree.leaf(page)
     if not leaf:
         return
@@ -409,7 +409,7 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
     stop = first + end - page
     count = tree.arena.count
     if there := count[row]:
-        used -= end - page if there == DIRECTORY_ENTRIES else int(np.count_nonzero(tree.entries[first:stop]))
+        used -= end - page if there == DIRECTORY_ENTRIES else count_used(tree.entries[first:stop])
     tree.entries[first:stop] = source
     if used > 0:
         count[row] = there + used
@@ -463,9 +463,9 @@ def update_range(tree: DirectoryTree, page: int, end: int, function: Callable[[E
     """
 
     def change(entries: Entries) -> int:
-        used = int(np.count_nonzero(entries))
+        used = count_used(entries)
         function(entries)
-        return used - int(np.count_nonzero(entries))
+        return used - count_used(entries)
 
     return _change_range(tree, page, end, change)
 
@@ -475,7 +475,7 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
     Returns: how many entries in use were cleared.
     """
-    keep, needed = _constant(mask), _constant(mask & valid)
+    keep, needed = _constants(mask, mask & valid)
     if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         leaf = tree.leaf(page)
         if not leaf:
@@ -488,7 +488,7 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 
     def change(entries: Entries) -> int:
         if entries.ndim > 1 and np.bitwise_and.reduce(entries.reshape(-1)) & needed:
-            np.bitwise_and(entries, keep, entries)
+            entries &= keep
             return 0  # all are in use and have a valid bit in common, the usual case
         return _mask(entries, keep, needed)
 
@@ -498,20 +498,20 @@ def mask_range(tree: DirectoryTree, page: int, end: int, mask: int, valid: int) 
 def _mask(entries: Entries, keep: Entries, needed: Entries) -> int:
     # How many entries in use were cleared.
     still_valid = entries & needed
-    number = int(np.count_nonzero(still_valid))
+    number = count_used(still_valid)
     lost = 0
     if number < entries.size:
-        lost = int(np.count_nonzero(entries)) - number
+        lost = count_used(entries) - number
         if lost:
             np.copyto(entries, _ZERO, where=still_valid == _ZERO)
-    np.bitwise_and(entries, keep, entries)
+    entries &= keep
     return lost
 
 
 @lru_cache(maxsize=64)
-def _constant(word: int) -> Entries:
+def _constants(*words: int) -> tuple[Entries, ...]:
     # The few masks that there are; numpy takes an array without dimensions twice as fast as an int.
-    return np.array(word, np.uint64)
+    return tuple(np.array(word, np.uint64) for word in words)
 
 
 def _change_range(tree: DirectoryTree, page: int, end: int, change: Change) -> int:

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import is_ascending
-from hmm.directory_arena import ROOT
+from hmm.directory_arena import ROOT, count_used
 from hmm.directory_tree import DirectoryTree, Pages
 from hmm.errors import InvalidRequestError
 from hmm.page_batch import clear_pages, lookup_addresses, store_pages
@@ -56,6 +56,7 @@ __all__ = ["Cursor", "PageTable", "Run", "TableStatistics"]
 
 _WORD = np.dtype(np.uint64)
 _TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
+_WITHIN_PAGE = PAGE_SIZE - 1
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
 
 
@@ -85,7 +86,7 @@ class PageTable:
         geometry: levels, shifts, spans.
     """
 
-    __slots__ = ("__weakref__", "_arena", "_four_levels", "_last", "_tree", "_words", "geometry")
+    __slots__ = ("__weakref__", "_arena", "_end", "_four_levels", "_tree", "_words", "geometry")
 
     def __init__(self, last: Address, *, max_directories: int = 1 << 18) -> None:
         """Make an empty table.
@@ -107,7 +108,7 @@ class PageTable:
         self._tree = DirectoryTree(self.geometry, max_directories)
         self._arena = self._tree.arena
         self._words = self._tree.words
-        self._last = self.geometry.last
+        self._end = self.geometry.end
         self._four_levels = self.geometry.levels == 4
 
     # -- geometry
@@ -115,7 +116,7 @@ class PageTable:
     @property
     def last(self) -> Address:
         """Last address of the table, the last byte of a page."""
-        return self._last
+        return self.geometry.last
 
     @property
     def llevel(self) -> int:
@@ -133,7 +134,7 @@ class PageTable:
         return self.geometry.root_entries
 
     def _pages(self, start: Address, end: Address) -> tuple[int, int]:
-        if (start | end) & (PAGE_SIZE - 1) or not 0 <= start <= end <= self._last + 1:
+        if (start | end) & _WITHIN_PAGE or not 0 <= start <= end <= self._end:
             raise InvalidRequestError(f"[{start:#x}, {end:#x}) is not a range of pages of the table", address=start)
         return start >> PAGE_SHIFT, end >> PAGE_SHIFT
 
@@ -289,7 +290,7 @@ class PageTable:
                 return end
             looked = min((page | DIRECTORY_MASK) + 1, (page // step + 1) * step, end)
             first = leaf | page & DIRECTORY_MASK
-            if np.count_nonzero(tree.entries[first : first + looked - page]):
+            if count_used(tree.entries[first : first + looked - page]):
                 return page
             page = looked
 
@@ -345,7 +346,7 @@ class PageTable:
             self.clear(start, end)
             return
         if stop - page == 1:
-            self.set(start, entries if isinstance(entries, int) else int(entries[0]))
+            self.set(start, entries if isinstance(entries, int) else entries.item())
         elif page < stop:
             fill_range(self._tree, page, stop, entries, in_use=in_use)
 
@@ -436,13 +437,13 @@ class PageTable:
         if addresses.size <= _SCALAR_PAGES:
             out[:] = [self.get(address) for address in addresses.tolist()]
             return out
-        first, last = int(addresses[0]) >> PAGE_SHIFT, int(addresses[-1]) >> PAGE_SHIFT
+        first, last = addresses.item(0) >> PAGE_SHIFT, addresses.item(-1) >> PAGE_SHIFT
         if last - first == addresses.size - 1 and is_ascending(addresses >> _TO_PAGE):
             self._check_address(last << PAGE_SHIFT)
             read_range(self._tree, first, last + 1, out)
             return out
         # Finding where the bounds are takes a third of the time of reducing to them.
-        low, high = int(addresses[addresses.argmin()]), int(addresses[addresses.argmax()])
+        low, high = addresses.item(addresses.argmin()), addresses.item(addresses.argmax())
         self._check_address(high)
         lookup_addresses(self._tree, addresses, low >> PAGE_SHIFT, high >> PAGE_SHIFT, out)
         return out
@@ -483,7 +484,7 @@ class PageTable:
             return _unsorted(old, order)
         if isinstance(entries, int):
             return _unsorted(store_pages(self._tree, pages, entries), order)
-        if np.count_nonzero(entries) == entries.size:
+        if count_used(entries) == entries.size:
             return _unsorted(store_pages(self._tree, pages, entries), order)
         return _unsorted(self._store_or_clear(pages, entries), order)
 
@@ -534,11 +535,11 @@ class PageTable:
             pages = pages[order]
             if not is_ascending(pages):
                 raise InvalidRequestError("two addresses are in one page")
-        self._check_address(int(pages[-1]) << PAGE_SHIFT)
+        self._check_address(pages.item(-1) << PAGE_SHIFT)
         return pages, order
 
     def _check_address(self, address: Address) -> None:
-        if not 0 <= address <= self._last:
+        if not 0 <= address < self._end:
             raise InvalidRequestError(f"address {address:#x} is not in the page table", address=address)
 
     # -- one page
@@ -549,7 +550,7 @@ class PageTable:
         Raises:
             InvalidRequestError: `address` is not in the table (EINVAL).
         """
-        if not 0 <= address <= self._last:
+        if not 0 <= address < self._end:
             self._check_address(address)
         words, arena, number = self._words, self._arena, address >> 21
         if number == arena.near:
@@ -571,7 +572,7 @@ class PageTable:
             InvalidRequestError: `address` is not in the table (EINVAL).
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
-        if not 0 <= address <= self._last:
+        if not 0 <= address < self._end:
             self._check_address(address)
         page = address >> PAGE_SHIFT
         tree = self._tree
@@ -676,7 +677,7 @@ def _fitting(out: Entries | None, number: int) -> Entries:
 
 def _span_of(pages: Pages) -> tuple[int, int] | None:
     # The first page and the one behind the last, where these, ascending and distinct, are consecutive.
-    first, end = int(pages[0]), int(pages[-1]) + 1
+    first, end = pages.item(0), pages.item(-1) + 1
     return (first, end) if end - first == pages.size else None
 
 

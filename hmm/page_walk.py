@@ -28,7 +28,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from hmm.directory_arena import NULL
+from hmm.directory_arena import NULL, count_used
 from hmm.directory_tree import DirectoryTree
 from hmm.errors import InvalidRequestError
 from hmm.page_geometry import DIRECTORY_MASK
@@ -72,7 +72,7 @@ def walk_runs(tree: DirectoryTree, page: int, end: int) -> Generator[Run, None, 
             return
         stop = min((page | DIRECTORY_MASK) + 1, end)
         run = entries[leaf | page & DIRECTORY_MASK : (leaf | stop - 1 & DIRECTORY_MASK) + 1]
-        if np.count_nonzero(run):
+        if count_used(run):
             arena.hold(leaf)
             try:
                 yield Run(page << PAGE_SHIFT, llevel, run)
