@@ -437,11 +437,11 @@ def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
         for piece, index in _pieces(rows, _COPY_ROWS):
             tree.rows[index] = block[piece]
     else:
-        block, common = source.reshape(-1, DIRECTORY_ENTRIES), ULONG_MAX
-        for piece, index in _pieces(rows, _PIECE_ROWS):
-            common &= int(np.bitwise_and.reduce(block[piece], axis=None))
+        block, least = source.reshape(-1, DIRECTORY_ENTRIES), ULONG_MAX
+        for piece, index in _pieces(rows, _CHANGE_ROWS):
+            least = min(least, int(np.minimum.reduce(block[piece], axis=None)))
             tree.rows[index] = block[piece]  # while they are in the cache
-        if not common:  # else all have a bit in common, as most do
+        if not least:
             used = np.count_nonzero(block, axis=1)
             tree.counts[rows] = used
             tree.arena.drop_all_empty(rows[used == 0])
