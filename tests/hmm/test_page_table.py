@@ -692,6 +692,34 @@ class TestBatches:
         table.check()
         assert table.directories == 1
 
+    @pytest.mark.parametrize("last", [ALL, LAST, 8 * UPPER - 1])
+    @pytest.mark.parametrize("apart", [None, 0, 3, 7])
+    def test_lookup_finds_directories_above_leaves_in_any_order_of_memory(self, last: int, apart: int | None) -> None:
+        """Those that one batch allocated lie in order, one that came first lies apart, one may not be there."""
+        table = PageTable(last)
+        pages = np.unique(np.random.default_rng(7).integers(0, 8 << 18, 2000)).astype(np.uint64)
+        addresses, entries = pages << np.uint64(12), pages + np.uint64(1)
+        if apart is not None:
+            table.set(apart * UPPER, 77)
+        table.store(addresses, entries)
+        if apart is not None:
+            table.set(apart * UPPER, 0)
+        table.check()
+        shuffled = np.random.default_rng(8).permutation(pages.size)
+        assert np.array_equal(table.lookup(addresses[shuffled]), entries[shuffled])
+        found, held = table.valid(0, 8 * UPPER)
+        assert np.array_equal(found, addresses)
+        assert np.array_equal(held, entries)
+        everything = table.read(0, 8 * UPPER)
+        assert np.array_equal(everything[pages.astype(np.int64)], entries)
+        assert np.count_nonzero(everything) == pages.size
+        table.clear(4 * UPPER, 5 * UPPER)
+        entries[pages >> np.uint64(18) == 4] = 0
+        assert np.array_equal(table.lookup(addresses), entries)
+        assert np.array_equal(table.clear_many(addresses[shuffled]), entries[shuffled])
+        table.check()
+        assert table.directories == 1
+
     def test_store_of_zeros_clears(self, table: PageTable) -> None:
         """The entry 0 is no entry, in a batch too."""
         table.store(_addresses(1, 600, 70000), 9)
