@@ -386,18 +386,18 @@ def _vma_for(attempt: Attempt, address: Address) -> Vma | None:
 def _fault_at_once(space: AddressSpace, span: AddressRange, write: bool) -> bool:
     # Pages of one VMA that are all there, or untouched private memory: most calls need no attempt.
     start, end, table = span.start, span.end, space.table
-    one = end - start == PAGE_SIZE
+    several = end - start != PAGE_SIZE
     vma = space.vmas.find_again(start)
-    if vma is None or end > vma.end or space.unstable or not (one or not (space.thp or space.huge)):
+    if vma is None or end > vma.end or space.unstable or (several and (space.thp or space.huge)):
         return False
     mapping = vma.mapping
     permitted, wanted = (_WRITE, _WRITE_BITS) if write else (_ACCESS, _READ_BITS)
     if not mapping.flags._value_ & permitted:
         return False
-    there = table.get(start) if one else table.holds(start, end)
+    there = table.holds(start, end) if several else table.get(start)
     if there or mapping.backing is not None or mapping.userfaultfd or space.thp:
-        return (there if one else table.common(start, end)) & wanted == wanted
-    if not one and write and end - start > space.frames.available << PAGE_SHIFT:
+        return (table.common(start, end) if several else there) & wanted == wanted
+    if several and write and end - start > space.frames.available << PAGE_SHIFT:
         return False
     try:
         fill_empty(space, vma, span, write=write)

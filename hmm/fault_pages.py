@@ -459,7 +459,7 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
     Raises:
         OutOfFramesError: too few frames or directories are left; no page was brought in (ENOMEM).
 
-    Cost: 2 us for one page, 4 us for more; 4 ns per page when writing, 1 ns when reading.
+    Cost: 2 us for one page; 5 us for more, and 4 ns per page when writing, 1 ns when reading.
     """
     start, end = span.start, span.end
     if not write:
