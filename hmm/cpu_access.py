@@ -169,7 +169,9 @@ def _access(
         rest = piece
         while True:
             stop = yield from bring_in(space, rest, write=write, grow_stack=True)
-            part = (rest if stop is None else AddressRange(rest.start, stop.address)).intersect(span)
+            part = rest if stop is None else AddressRange(rest.start, stop.address)
+            if part is not span:
+                part = part.intersect(span)
             if part.start < part.end:
                 transfer(part)
                 done = part.end

@@ -465,11 +465,12 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
     if not write:
         space.table.fill(start, end, ZERO_PAGE)
         return
-    prepare_anon_vma(space, vma)
+    if not vma.mapping.anon_vma:
+        prepare_anon_vma(space, vma)
     if end - start == PAGE_SIZE:
         pfn = space.frames.allocate_mapped_one(ANON_PAGE)
         try:
-            space.table.set(start, cpu_pte.cpu_entry(pfn, WRITTEN))
+            space.table.set(start, pfn << cpu_pte.PFN_SHIFT | WRITTEN)
         except OutOfFramesError:
             space.frames.unmap_one(pfn)
             raise

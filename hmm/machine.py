@@ -378,9 +378,13 @@ class Machine:
             while (error := self._refusal(record)) is not None:
                 request = record.request = generator.throw(error)
         except StopIteration as stop:
-            self._finished(record, stop.value, None)
+            record.value = stop.value
+            self._finished(record)
         except Exception as error:  # noqa: BLE001 - if it is a bug of ours: the caller sees INTERNAL, the space is broken
-            self._finished(record, None, error)
+            record.value, record.error = None, error
+            if isinstance(error, OutOfFramesError):
+                self.frames.fail_allocation(0)  # an injected failure has been met
+            self._finished(record)
         else:
             if isinstance(request, Deliver):
                 self._deliver(record, request)
@@ -395,10 +399,8 @@ class Machine:
             if isinstance(record.request, Await) and record.refusal is None and self.waits_for_itself(record):
                 record.refusal = self._deadlock(record)
 
-    def _finished(self, record: OperationRecord[T], result: T | None, error: BaseException | None) -> None:
-        record.request, record.done, record.value, record.error = None, True, result, error
-        if isinstance(error, OutOfFramesError):
-            self.frames.fail_allocation(0)  # an injected failure has been met
+    def _finished(self, record: OperationRecord[Any]) -> None:
+        record.request, record.done = None, True
         del self.operations[record.id]
         if self._inside:
             self._inside.pop(record.id, None)
