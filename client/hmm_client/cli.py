@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from importlib import import_module
 
 try:
@@ -19,6 +20,7 @@ try:
 except KeyboardInterrupt:  # nearly all of the time until a command runs is spent here
     raise SystemExit(130) from None
 
+STDERR = 2
 COMMANDS = {
     "ps": "List processes, with the mirrors of their memory.",
     "maps": "Show the mappings of a process, as /proc/PID/maps does.",
@@ -54,11 +56,20 @@ command line; 3 no daemon can be reached; 4 the daemon refused.
 """
 
 
+def _open_standard_streams() -> None:
+    # Where one is closed (`>&-`) the first socket would have its number, and libuv ends a process that closes that.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+
+
 class Commands(click.Group):
     """Commands by name, each in a module of that name."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; Ctrl-C and files that cannot be used end it with a line on stderr at most."""
+        _open_standard_streams()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

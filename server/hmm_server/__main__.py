@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 MALLOC_THRESHOLD_BYTES = 1 << 30
+STDERR = 2
 HELP = f"""A daemon that gives device-driver authors the contract of Linux HMM over gRPC.
 
 Settings come from defaults, a TOML file, the environment ({ENVIRONMENT_PREFIX} and the name in capitals) and flags,
@@ -68,6 +69,7 @@ def _metavar(kind: type) -> str:
 @click.version_option(VERSION, prog_name="hmmd")
 def main(config_file: str | None, ready_fd: int | None, until_fd: int | None, **flags: Any) -> None:
     """Read the settings and serve."""
+    _open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container has no default actions
         signal.signal(number, _end_before_serving)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -80,6 +82,13 @@ def main(config_file: str | None, ready_fd: int | None, until_fd: int | None, **
         sys.exit(2)
     set_up(config.log_level, config.log_format)
     sys.exit(_run(config, ready_fd, until_fd))
+
+
+def _open_standard_streams() -> None:
+    # Where one is closed (`<&-`) the first socket would have its number, and libuv ends a process that closes that.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(number)
 
 
 def _require_open(flag: str, descriptor: int | None, *, unlike: int) -> None:

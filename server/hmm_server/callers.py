@@ -62,12 +62,14 @@ class Tokens:
         """Read the tokens.
 
         Raises:
-            ConfigError: the file cannot be read.
+            ConfigError: the file cannot be read, or is no text.
         """
         try:
             accepted = Path(path).read_text().split() if path else None
         except OSError as error:
             raise ConfigError(f"token_file: {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"token_file: {path}: {error}") from error
         self._accepted = None if accepted is None else frozenset(map(_digest, accepted))
 
     def require(self, caller: Caller) -> None:

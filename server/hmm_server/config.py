@@ -32,6 +32,8 @@ INT32_MAX = (1 << 31) - 1
 UINT32_MAX = (1 << 32) - 1
 SECONDS_MAX = UINT32_MAX // 1000
 """Of a time that messages give in milliseconds, uint32: 49 days."""
+PAGE_BYTES = 32
+"""Of a message that tells of pages, for each: two words, and as much again for ranges and errors."""
 Value = str | int | float | bool
 
 
@@ -84,20 +86,24 @@ class Config:
     migrations: int = _limit(256, "migrations at a time whose drivers take the steps themselves")
     vmas: int = _limit(65530, "mappings of one address space")
     dma_pages: int = _limit(1 << 24, "pages that one device can have mapped for DMA")
-    directories: int = _limit(1 << 16, "directories of one page table")
+    directories: int = _limit(1 << 16, "directories of one page table", at_most=INT32_MAX)
 
     # How much at a time
     message_bytes: int = _setting(
         8 << 20, "largest message in either direction, bytes", at_least=1 << 16, at_most=INT32_MAX
     )
     part_bytes: int = _setting(1 << 20, "largest part of data in one message, bytes", at_least=4096)
-    concurrent_calls: int = _limit(16384, "calls of all clients that are under way at a time, streams included")
+    concurrent_calls: int = _limit(
+        16384, "calls of all clients that are under way at a time, streams included", at_most=INT32_MAX
+    )
     batch_calls: int = _limit(4096, "calls in one Execute")
-    fault_pages: int = _limit(1 << 18, "pages in one device fault")
+    fault_pages: int = _limit(1 << 18, "pages in one device fault or migration; 32 bytes of a message each")
     list_entries: int = _limit(1000, "objects in one answer of a list")
     streams: int = _limit(1024, "streams of events that are open at a time")
     credit: int = _limit(256, "events of one stream that are unanswered at a time", at_most=UINT32_MAX)
-    queue_bytes: int = _setting(4 << 20, "unanswered events, and waiting replies, of one stream, bytes", at_least=4096)
+    queue_bytes: int = _setting(
+        4 << 20, "unanswered events, and waiting replies, of one stream, bytes", at_least=4096, at_most=INT32_MAX
+    )
     session_calls: int = _limit(4096, "calls of one session that are under way at a time")
     watchers: int = _limit(64, "streams of observations that are open at a time")
     watch_entries: int = _limit(8192, "observations that wait for one watcher; more are dropped and counted")
@@ -139,6 +145,11 @@ class Config:
     log_format: str = _setting("text", "text or json")
 
     def __post_init__(self) -> None:
+        self._require_bounds()
+        self._require_fitting()
+        self._require_places()
+
+    def _require_bounds(self) -> None:
         for setting in fields(self):
             at_least, at_most = setting.metadata["at_least"], setting.metadata["at_most"]
             value = getattr(self, setting.name)
@@ -150,10 +161,18 @@ class Config:
         for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+
+    def _require_fitting(self) -> None:
         if self.part_bytes > self.message_bytes // 2:
             raise ConfigError("part_bytes must be at most half of message_bytes")
+        if self.fault_pages * PAGE_BYTES > self.message_bytes:
+            raise ConfigError(f"fault_pages must be at most message_bytes / {PAGE_BYTES}")
+
+    def _require_places(self) -> None:
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key belong together")
+        if "\0" in self.socket + self.swap_file:
+            raise ConfigError("a path has no zero byte")
         if self.swap_file and not self.swap_pages:
             raise ConfigError("swap_file needs swap_pages")
         for name in ("tcp", "health_tcp"):

@@ -39,7 +39,7 @@ from hmm_proto.v1 import (
     userfaultfd_pb2_grpc,
 )
 from hmm_server.callers import Tokens
-from hmm_server.config import Config
+from hmm_server.config import Config, ConfigError
 from hmm_server.device_side import DeviceSide
 from hmm_server.endpoint import claimed, listen, listen_for_health
 from hmm_server.executor import Executor
@@ -96,6 +96,15 @@ class GenericHandlers:
         """Leave them out."""
 
 
+def _machine(config: Config) -> Machine:
+    semantics, swap = PROFILES[config.semantics], swap_memory(config)
+    try:
+        return Machine(config.limits, semantics=semantics, swap_memory=swap, capable=config.harness)
+    except (OSError, OverflowError, MemoryError) as error:
+        held = f"{config.frames} frames, {config.device_frames} of devices, and {config.swap_pages} pages of swap"
+        raise ConfigError(f"there is no address space for {held}") from error
+
+
 class Daemon:
     """One machine and its server.  Has to be made on the loop that it will run on.
 
@@ -107,12 +116,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.machine = Machine(
-            config.limits,
-            semantics=PROFILES[config.semantics],
-            swap_memory=swap_memory(config),
-            capable=config.harness,
-        )
+        self.machine = _machine(config)
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
         self.observers = Observers(config.watch_entries)
         self.streams = Streams(self.executor, self.observers, config)

@@ -1,7 +1,7 @@
 """Where the daemon listens: a UNIX socket for its owner alone, and TCP with TLS.
 
 The socket lies in a directory of mode 0700 and has mode 0600.  A lock beside it, held as long as the daemon lives,
-says that it lives: a socket without one is stale and is replaced.
+says that it lives: a socket without one is stale and is replaced, unless somebody listens there.
 
 **Source**: gRPC's local credentials do not look at the peer (grpc/grpc#28755), so the file mode is the access control.
 
@@ -10,6 +10,7 @@ says that it lives: a socket without one is stale and is replaced.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -71,13 +72,21 @@ def remove_stale(path: Path) -> None:
     """Remove a socket that nobody serves any more.
 
     Raises:
-        EndpointError: something else is there.
+        EndpointError: something else is there, or somebody serves it who is no hmmd.
     """
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise EndpointError(f"{path}: there is something, and it is no socket")
+    if _is_served(path):
+        raise EndpointError(f"{path}: somebody else serves it")
     path.unlink()
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN)  # EAGAIN: its queue is full
 
 
 def listen(server: grpc.aio.Server, config: Config, path: Path) -> list[str]:
@@ -138,6 +147,8 @@ def _require_free(place: str, host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except UnicodeError as error:
+        raise EndpointError(f"{place}: {host!r} is no name of a host") from error
     except OSError as error:
         raise EndpointError(f"{place}: {error.strerror}") from error
 
@@ -148,4 +159,22 @@ def _credentials(config: Config) -> grpc.ServerCredentials:
         authority = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
+    _require_usable(config)
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)
+
+
+def _require_usable(config: Config) -> None:
+    # gRPC only says that it failed to bind.
+    import ssl  # noqa: PLC0415 - few serve TCP
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password="")
+    except ssl.SSLError as error:
+        wrong = f"{config.tls_certificate} is no certificate in PEM, or {config.tls_key} is not its key, or encrypted"
+        raise ConfigError(f"tls_certificate: {wrong}") from error
+    try:
+        if config.tls_client_ca:
+            context.load_verify_locations(config.tls_client_ca)
+    except ssl.SSLError as error:
+        raise ConfigError(f"tls_client_ca: {config.tls_client_ca} holds no certificates in PEM") from error

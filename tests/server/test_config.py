@@ -90,6 +90,8 @@ def test_environment_understands_booleans() -> None:
         {"acknowledgement_s": 0.0},
         {"message_bytes": 100},
         {"part_bytes": 8 << 20},
+        {"fault_pages": 1 << 19},
+        {"socket": "s\0t"},
         {"log_level": "loud"},
         {"log_format": "xml"},
         {"tls_certificate": "cert.pem"},
@@ -114,6 +116,7 @@ def test_value_is_refused_when_out_of_bounds(settings: dict[str, object]) -> Non
     [
         *(("holding_lease_s", 4_294_967), ("acknowledgement_s", 4_294_967), ("credit", (1 << 32) - 1)),
         *(("keepalive_ms", (1 << 31) - 1), ("ping_timeout_ms", (1 << 31) - 1), ("message_bytes", (1 << 31) - 1)),
+        *(("concurrent_calls", (1 << 31) - 1), ("queue_bytes", (1 << 31) - 1), ("directories", (1 << 31) - 1)),
     ],
 )
 def test_value_is_refused_when_no_message_and_no_option_could_hold_it(name: str, limit: int) -> None:

@@ -66,6 +66,18 @@ async def test_signal_ends_the_daemon_with_exit_code_zero(place: Path, number: s
 
 
 @pytest.mark.slow
+async def test_daemon_ends_in_good_order_when_it_began_without_standard_input(place: Path) -> None:
+    """Where a descriptor below 3 is free no socket gets it: libuv aborts when it has to close one."""
+    daemon = await asyncio.create_subprocess_exec(
+        *("sh", "-c", 'exec "$0" "$@" <&-', *HMMD, "--frames", "16384", "--socket", str(place)), stdout=subprocess.PIPE
+    )
+    assert daemon.stdout is not None
+    assert b"serving" in await daemon.stdout.readline()
+    daemon.terminate()
+    assert await daemon.wait() == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_a_daemon_that_does_not_serve_yet(tmp_path: Path, number: signal.Signals) -> None:
     """As first process of a container it would not hear them before it asks for them: it asks first."""
@@ -129,8 +141,9 @@ async def test_log_is_json_when_told_to_be(place: Path) -> None:
         (("--until-fd", "0"), 2, "until-fd is 0; it must be the reading end"),
         (("--ready-fd", "0"), 2, "ready-fd is 0; it must be one that can be written to"),
         (("--socket", "/proc/none/s"), 1, "/proc/none"),
+        (("--frames", str(1 << 44)), 2, "there is no address space for 17592186044416 frames"),
     ],
-    ids=["value", "combination", "file", "cpu", "hugetlb", "closed", "regular-file", "read-only", "place"],
+    ids=["value", "combination", "file", "cpu", "hugetlb", "closed", "regular-file", "read-only", "place", "frames"],
 )
 @pytest.mark.slow
 def test_hmmd_exits_with_a_sentence_when_it_cannot_start(flags: tuple[str, ...], code: int, message: str) -> None:
@@ -326,7 +339,7 @@ async def test_reflection_is_not_there_when_it_is_switched_off(serve: Any) -> No
 
 async def test_message_is_refused_when_it_is_larger_than_the_setting_allows(serve: Any) -> None:
     """RESOURCE_EXHAUSTED before anything is done; the connection goes on."""
-    served = await serve(message_bytes=1 << 16, part_bytes=4096)
+    served = await serve(message_bytes=1 << 16, part_bytes=4096, fault_pages=512)
     pid = await served.new_process()
     await served.mmap(pid, BASE, BASE + (1 << 20))
     large = process_pb2.WriteMemoryRequest(process_id=pid, address=BASE, data=bytes(1 << 17))

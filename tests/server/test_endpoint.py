@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hmm_server.callers import Tokens
 from hmm_server.config import Config, ConfigError
 from hmm_server.daemon import Daemon
 from hmm_server.endpoint import EndpointError, claimed
@@ -73,6 +74,17 @@ def test_claim_is_refused_when_something_else_is_there(place: Path) -> None:
     assert place.read_text() == "precious"
 
 
+def test_claim_is_refused_when_somebody_else_serves_it(place: Path) -> None:
+    """A socket that another program listens on is not taken from it."""
+    place.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(place))
+        other.listen()
+        with pytest.raises(EndpointError, match="somebody else serves it"), claimed(place):
+            pass
+        assert place.is_socket()
+
+
 @pytest.mark.parametrize(
     ("path", "message"), [(Path("/proc/none/s"), "/proc/none"), (Path("/" + "x" * 107), "at most 107 bytes")]
 )
@@ -100,6 +112,39 @@ async def test_tcp_says_why_when_it_cannot_be_served(place: Path) -> None:
         with pytest.raises(EndpointError, match=rf"^{config.tcp}: Address already in use$"):
             async with Daemon(config).serving(place):
                 pass
+
+
+async def test_tcp_is_refused_when_the_host_is_no_name(place: Path) -> None:
+    """What cannot be asked for is no different from what is not found."""
+    with pytest.raises(EndpointError, match=r"^a\.\.b:80: 'a\.\.b' is no name of a host$"):
+        async with Daemon(Config(tcp="a..b:80", tcp_plaintext=True)).serving(place):
+            pass
+
+
+async def test_tls_is_refused_when_files_are_no_certificates(place: Path, tmp_path: Path) -> None:
+    """The error names the setting and the file; gRPC would only say that it failed to bind."""
+    wrong = tmp_path / "cert.pem"
+    wrong.write_text("no certificate")
+    config = Config(tcp="127.0.0.1:0", tls_certificate=str(wrong), tls_key=str(wrong))
+    with pytest.raises(ConfigError, match=rf"^tls_certificate: {wrong} is no certificate in PEM"):
+        async with Daemon(config).serving(place):
+            pass
+
+
+@pytest.mark.parametrize("setting", ["frames", "device_frames", "swap_pages"])
+@pytest.mark.parametrize("pages", [1 << 44, 1 << 80])
+async def test_memory_is_refused_when_nobody_has_as_much(setting: str, pages: int) -> None:
+    """The error says what was asked for, and not what the system's call makes of it."""
+    with pytest.raises(ConfigError, match=rf"there is no address space for .*{pages}"):
+        Daemon(Config(**{setting: pages}))  # type: ignore[arg-type]
+
+
+def test_token_file_is_refused_when_it_is_no_text(tmp_path: Path) -> None:
+    """The error names the file."""
+    tokens = tmp_path / "tokens"
+    tokens.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=f"^token_file: {tokens}: "):
+        Tokens(str(tokens))
 
 
 async def test_tls_is_refused_when_files_are_missing(place: Path) -> None:

@@ -568,6 +568,16 @@ async def test_run_takes_every_scenario_when_it_is_told_to() -> None:
     assert (process.returncode, said) == (130, b"")
 
 
+async def test_command_ends_in_good_order_when_its_output_is_closed(shared_daemon: Daemon) -> None:
+    """Nobody reads what it says, and no socket gets the number of the descriptor that is free."""
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "hmm_client.cli", "ps", "-t", shared_daemon.target),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert (await asyncio.wait_for(process.communicate(), TIMEOUT_S))[1] == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(("flags", "shown"), [((), True), (("--steps",), True), (("--no-steps",), False)])
 async def test_run_shows_steps_when_it_is_told_to(tmp_path: Path, flags: tuple[str, ...], shown: bool) -> None:
     """Each on a line; without, the scenario has a line."""
