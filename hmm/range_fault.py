@@ -32,6 +32,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
 from hmm.fault import bring_in, continues
+from hmm.fault_pages import Stop
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
 from hmm.huge_split import has_directory
@@ -84,6 +85,7 @@ _PFN_MASK = np.uint64((1 << ORDER_SHIFT) - 1)
 _TO_WRITE = np.uint64(WRITE.bit_length() - cpu_pte.WRITE.bit_length())
 _UNLIKE = cpu_pte.SPECIAL | cpu_pte.HUGE | cpu_pte.NON_PRESENT
 """An entry with one of these needs a closer look."""
+_WITH_DEVICES = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE
 _IN_HUGE_PAGE = np.uint64(PMD_PAGES - 1)
 _PMD_ORDER = np.uint64(PMD_SHIFT - PAGE_SHIFT << ORDER_SHIFT)
 
@@ -148,12 +150,13 @@ class HmmRange:
 @dataclass(frozen=True, slots=True)
 class _Look:
     # A part of one VMA as it is: words, and bool[n]: what has to be faulted, for writing, what cannot be had; and what
-    # is asked for together.
+    # is asked for together; and whether devices have pages in it.
     words: Entries
     need: _Mask
     need_write: _Mask
     hopeless: _Mask
     at_once: list[slice]
+    with_devices: bool
 
 
 def range_fault(request: HmmRange) -> Operation[None]:
@@ -286,13 +289,14 @@ def _look(request: HmmRange, vma: Vma, span: AddressRange) -> _Look:
     if hugetlb:  # hmm_vma_walk_hugetlb_entry() says of an empty entry, too, how large it is
         absent = np.flatnonzero(entries == 0)
         words[absent] = (absent.view(np.uint64) + np.uint64(span.start >> PAGE_SHIFT)) & _IN_HUGE_PAGE | _PMD_ORDER
-    need_write = write & ~writable & ~own
+    need_write = write & ~(present & writable | own)
     need = np.where(present, need_write, fault & ~own)
     for pages in at_once:
         need[pages], need_write[pages] = need[pages].any(), need_write[pages].any()
     hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)
     words[registers] = np.uint64(ERROR)
-    return _Look(words, need, need_write, hopeless, at_once)
+    with_devices = int(np.bitwise_or.reduce(entries)) & _WITH_DEVICES != 0
+    return _Look(words, need, need_write, hopeless, at_once, with_devices)
 
 
 def _asked_at_once(space: AddressSpace, vma: Vma, span: AddressRange, entries: Entries) -> list[slice]:
@@ -336,12 +340,40 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
         target = still
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
-    stop = yield from bring_in(space, target, write=write, may_retry=request.may_retry)
+    stop = yield from _bring_in(request, target, look, write=write)
     if stop is None or continues(space, target, stop):
         return
     if stop.signal is None:
         raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", address=stop.address)
     raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)
+
+
+def _bring_in(request: HmmRange, target: AddressRange | Entries, look: _Look, *, write: bool) -> Operation[Stop | None]:
+    """`bring_in`, but of what devices have only that it comes back: whether it may be written is looked at then.
+
+    Source: Linux mm/memory.c, do_swap_page(): it returns behind migrate_to_ram() and remove_device_exclusive_entry().
+    """
+    space, may_retry = request.space, request.may_retry
+    if not (write and look.with_devices):
+        return (yield from bring_in(space, target, write=write, may_retry=may_retry))
+    addresses = _addresses(target)
+    away = (space.table.lookup(addresses) & np.uint64(_WITH_DEVICES)) != 0
+    back, rest = addresses[away], addresses[~away]
+    stop: Stop | None = None
+    if rest.size:
+        stop = yield from bring_in(space, rest, write=True, may_retry=may_retry)
+        if stop is not None:
+            back = back[back < stop.address]
+    if back.size:
+        sooner = yield from bring_in(space, back, write=False, may_retry=may_retry)
+        stop = sooner or stop
+    return stop
+
+
+def _addresses(target: AddressRange | Entries) -> Entries:
+    if isinstance(target, AddressRange):
+        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
+    return target
 
 
 def _not_moving(space: AddressSpace, target: AddressRange | Entries) -> Operation[AddressRange | Entries | None]:
@@ -351,9 +383,7 @@ def _not_moving(space: AddressSpace, target: AddressRange | Entries) -> Operatio
 
     Source: Linux mm/hmm.c, hmm_vma_handle_pte(): after migration_entry_wait() the page is looked at again.
     """
-    addresses = target
-    if isinstance(addresses, AddressRange):
-        addresses = np.arange(addresses.start, addresses.end, PAGE_SIZE, dtype=np.uint64)
+    addresses = _addresses(target)
     entries = space.table.lookup(addresses)
     moving = cpu_pte.is_migration(entries)
     if moving[0]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
+from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
+from hmm.events import Reason
 from hmm.interval_notifier import IntervalMirror
 from hmm.operation_record import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
@@ -225,6 +227,38 @@ def test_pages_of_another_device_are_nothing_or_come_back(bench: Any) -> None:
     assert flags_of(fault(bench, 0, 1, 0, mirror)) == [0]
     assert flags_of(fault(bench, 0, 1, REQ_FAULT, mirror)) == [VALID | WRITE]
     assert bench.used == 0
+
+
+@pytest.mark.parametrize("taken", ["by another device", "for atomic access"])
+def test_pages_behind_what_a_device_has_are_faulted_for_writing(make_bench: Any, taken: str) -> None:
+    """hmm_pte_need_fault() is asked as if nothing were there: what a writable entry of a device says does not count.
+
+    So what lies behind, and a huge page in the next directory, comes for writing at once, and no zero page is replaced.
+    """
+    bench = make_bench(frames=3000, mapped_pages=1024, thp=Thp.NEVER)
+    bench.write(510, b"x")
+    other, heard = bench.attach(bench.call(commands_device.register_device, "other"), bench.process)
+    if taken == "by another device":
+        bench.to_device(510, 1)
+    else:
+        bench.call(commands_hmm.make_exclusive, bench.mirror, bench.span(510))
+    heard.events.clear()
+    machine = bench.local.machine
+    machine.process(bench.process).space.thp = Thp.ALWAYS
+    assert flags_of(fault(bench, 510, 514, BOTH, other)) == [VALID | WRITE] * 514
+    revoked = Reason.MIGRATE if taken == "by another device" else Reason.EXCLUSIVE
+    assert [(event.reason, event.spans) for event in heard.events] == [(revoked, (bench.span(510),))]
+    assert cpu_pte.is_huge(bench.entry(512))
+
+
+def test_page_that_comes_back_for_a_device_is_not_written_yet(bench: Any) -> None:
+    """do_swap_page() returns behind migrate_to_ram(): a writable entry is all that the fault for writing looks for."""
+    bench.write(0, b"x")
+    bench.to_device(0, 1)
+    bench.call(commands_process.clear_refs, bench.process, 4)
+    other, _ = bench.attach(bench.call(commands_device.register_device, "other"), bench.process)
+    assert flags_of(fault(bench, 0, 1, BOTH, other)) == [VALID | WRITE]
+    assert not bench.entry(0) & (cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY)
 
 
 def test_fault_fails_behind_the_end_of_a_file(bench: Any) -> None:
