@@ -341,8 +341,8 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
     stop = yield from _bring_in(request, target, look, write=write)
-    if stop is None or continues(space, target, stop):
-        return
+    if stop is None or continues(space, target, stop) or stop.address >> PMD_SHIFT > address >> PMD_SHIFT:
+        return  # in another directory it is met again, when the words before it have been written
     if stop.signal is None:
         raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", address=stop.address)
     raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)

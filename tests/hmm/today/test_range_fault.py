@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from area import RW
 
 from hmm import commands_device, commands_file, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
@@ -259,6 +260,25 @@ def test_page_that_comes_back_for_a_device_is_not_written_yet(bench: Any) -> Non
     other, _ = bench.attach(bench.call(commands_device.register_device, "other"), bench.process)
     assert flags_of(fault(bench, 0, 1, BOTH, other)) == [VALID | WRITE]
     assert not bench.entry(0) & (cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY)
+
+
+def test_words_are_outputs_up_to_a_failure_in_another_directory(make_bench: Any) -> None:
+    """hmm_range_fault() walks on from where it faulted: what lies before a page that cannot be had is written by then.
+
+    If a page was replaced there, that is noticed before anybody comes to the one that cannot be had: -EBUSY.
+    """
+    bench = make_bench(mapped_pages=1)
+    file = bench.call(commands_file.open_file, "f", create=True)
+    bench.call(commands_file.truncate_file, file, 8 * PAGE_SIZE)
+    span = bench.span(508, 10)
+    private = MapFlag.PRIVATE | MapFlag.FIXED
+    bench.call(commands_process.mmap, bench.process, span.start, span.size_bytes, RW, private, file)
+    for error, found in ((RangeBusyError, 0), (BadAddressError, 4)):
+        sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+        bench.read(509, 1)
+        faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, span, BOTH)
+        assert isinstance(faulted.error, error)
+        assert flags_of(faulted.words[:4])[:found] == [VALID | WRITE] * found
 
 
 def test_fault_fails_behind_the_end_of_a_file(bench: Any) -> None:
