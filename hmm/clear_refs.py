@@ -37,6 +37,8 @@ _NOT_SOFT_DIRTY = all_but(cpu_pte.SOFT_DIRTY)
 _WRITABLE = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE)
 _ASKED = np.uint64(cpu_pte.PRESENT | cpu_pte.WRITE | cpu_pte.SPECIAL | cpu_pte.HUGE)
 """pte_is_pinned() asks of small writable pages; clear_soft_dirty_pmd() asks of none."""
+_HUGE_ON_DEVICE = np.uint64(cpu_pte.HUGE | cpu_pte.DEVICE)
+"""clear_soft_dirty_pmd() of 7.2 leaves them as they are."""
 _PASSED_OVER = VmFlag.PFNMAP | VmFlag.HUGETLB
 """clear_refs_test_walk(), and clear_refs_walk_ops, which has no hugetlb_entry."""
 
@@ -102,7 +104,7 @@ def _forget_writes(space: AddressSpace) -> Operation[None]:
         kept &= (entries & _ASKED) == _WRITABLE
         kept[kept] = are_pinned(space.frames, cpu_pte.cpu_pfn(entries[kept]))
         entries[present & ~kept] &= _NOT_WRITTEN
-        entries[~present] &= _NOT_SOFT_DIRTY
+        entries[~present & ((entries & _HUGE_ON_DEVICE) != _HUGE_ON_DEVICE)] &= _NOT_SOFT_DIRTY
 
     watched = [vma for vma in space.vmas if not vma.has(_PASSED_OVER)]
     pieces = ((vma, piece) for vma in watched for piece in space.table.populated(vma.start, vma.end))

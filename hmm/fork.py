@@ -63,6 +63,8 @@ _UNFAULTABLE = VmFlag.PFNMAP | VmFlag.MIXEDMAP
 _LOCKED = int(LOCKED_FLAGS)
 _SHARED, _MAYWRITE, _HUGETLB = int(VmFlag.SHARED), int(VmFlag.MAYWRITE), int(VmFlag.HUGETLB)
 _COPIED = READ_ONLY | DIRTIED
+_DEVICE_WRITABLE = np.uint64(cpu_pte.DEVICE | cpu_pte.WRITE)
+_FORGETTING = _DEVICE_WRITABLE | np.uint64(cpu_pte.HUGE)
 
 
 def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
@@ -374,8 +376,9 @@ def _read_only(entries: Entries) -> Entries:
     shared: Entries = entries & ~np.uint64(cpu_pte.WRITE)
     if not int(np.bitwise_or.reduce(entries)) & (cpu_pte.SWAP | cpu_pte.DEVICE):
         return shared
-    # copy_nonpresent_pte(), of pages in a device's memory: "We do not preserve soft-dirty information".
-    shared[cpu_pte.is_device_private(entries) & cpu_pte.is_writable(entries)] &= all_but(cpu_pte.SOFT_DIRTY)
+    # copy_nonpresent_pte(), of pages in a device's memory: "We do not preserve soft-dirty information".  That of huge
+    # ones copy_huge_non_present_pmd() does preserve.
+    shared[(entries & _FORGETTING) == _DEVICE_WRITABLE] &= all_but(cpu_pte.SOFT_DIRTY)
     shared[cpu_pte.is_swap(entries)] &= ~np.uint64(cpu_pte.SWP_EXCLUSIVE)
     return shared
 

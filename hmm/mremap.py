@@ -58,6 +58,7 @@ from hmm.vma_edit import may_expand, release_files, unmap
 
 __all__ = ["MremapFlag", "mremap"]
 
+_HUGE_ON_DEVICE = np.uint64(cpu_pte.HUGE | cpu_pte.DEVICE)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 _UNRESIZABLE = VmFlag.DONTEXPAND | VmFlag.PFNMAP
 
@@ -390,11 +391,14 @@ def _aligned_part(start: Address, end: Address, size: int, shift: int) -> Addres
 
 
 def _written(entries: Entries, start: Address, tables: tuple[AddressRange, AddressRange]) -> Entries:
-    """Entries as they are where they were moved to: move_soft_dirty_pte(), move_soft_dirty_pmd()."""
+    """Entries as they are where they were moved to: move_soft_dirty_pte(), move_soft_dirty_pmd().
+
+    The latter does not mark what is in a device's private memory.
+    """
     tables_of_pages, directories = [
         np.clip((span.start - start, span.end - start), 0, entries.size << PAGE_SHIFT) >> PAGE_SHIFT for span in tables
     ]
-    marked = entries != 0
+    marked = (entries != 0) & ((entries & _HUGE_ON_DEVICE) != _HUGE_ON_DEVICE)
     marked[slice(*tables_of_pages)] &= cpu_pte.is_huge(entries[slice(*tables_of_pages)])
     marked[slice(*directories)] = False
     return np.where(marked, entries | _SOFT_DIRTY, entries)

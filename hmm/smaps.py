@@ -96,7 +96,8 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
 
     dirty = flagged(PageFlag.DIRTY) | (present & cpu_pte.is_dirty(entries))
     anonymous = flagged(PageFlag.ANON)
-    countable = present | cpu_pte.is_device_private(entries)  # others are "maybe shared, but not sure how often"
+    # Others are "maybe shared, but not sure how often", huge pages of devices too: smaps_pmd_entry().
+    countable = present | (cpu_pte.is_device_private(entries) & ~cpu_pte.is_huge(entries))
     private = countable & ((mapcount < 2) | (frames.refcount[pfns] == 1))
     whole = private | ~countable
     shares = np.where(whole, np.int64(PAGE_SIZE << _PSS_SHIFT), (PAGE_SIZE << _PSS_SHIFT) // mapcount)

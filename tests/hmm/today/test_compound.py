@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blocks import BLOCK, RW, advise, heard, move, protect, shown, space, unmap
+from blocks import BLOCK, BLOCK_BYTES, RW, advise, heard, move, protect, shown, space, unmap
 
 from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.address_space import Thp
@@ -20,6 +20,7 @@ from hmm.madvise import Advice
 from hmm.migration import COMPOUND, MIGRATE, VALID, WRITE
 from hmm.pagemap import PRESENT, SWAP, pagemap
 from hmm.semantics import LINUX_6_12, LINUX_7
+from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE
 from hmm.vma import Prot
 
@@ -492,6 +493,41 @@ def test_splitting_a_folio_gives_back_what_a_device_has_to_itself(bench: Any) ->
     bench.write(11, DATA[11 * PAGE_SIZE :][:8])
     assert heard(bench) == []
     assert bench.read(0, len(DATA)) == DATA
+
+
+def test_soft_dirty_bit_stays_as_it_is_but_when_it_is_write_protected(bench: Any) -> None:
+    """Its entry is no migration entry: clear_soft_dirty_pmd() and move_soft_dirty_pmd() leave its bit alone.
+
+    copy_huge_non_present_pmd() gives it to the child, and only change_non_present_huge_pmd() forgets it.
+    """
+
+    def bit(at: int = 0, process: int = 0) -> bool:
+        return bool(bench.entry(at, process) & cpu_pte.SOFT_DIRTY)
+
+    huge_on_device(bench)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    assert bit()
+    child = bench.call(commands_process.fork, bench.process)
+    assert (bit(), bit(0, child)) == (True, True)
+    bench.call(commands_process.exit_process, child)
+    to_system(bench)
+    bench.write(0, DATA)
+    to_device(bench)
+    protect(bench, 0, BLOCK, Prot.READ)
+    assert shown(bench) == "E512 .512"
+    assert not bit()
+    move(bench, 0, BLOCK, BLOCK)
+    assert shown(bench) == ".512 E512"
+    assert not bit(BLOCK)
+
+
+def test_smaps_counts_it_as_shared(bench: Any) -> None:
+    """smaps_pmd_entry() takes small pages of devices for present, and not huge ones: maybe shared."""
+    huge_on_device(bench)
+    (vma, *_) = space(bench).vmas
+    use = memory_use(space(bench), vma)
+    assert (use.rss, use.pss, use.anon_huge) == (BLOCK_BYTES,) * 3
+    assert use.private_dirty + use.private_clean == 0
 
 
 def test_collapse_is_refused(bench: Any) -> None:
