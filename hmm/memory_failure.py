@@ -265,9 +265,9 @@ def _lose(held: HeldPages, place: Places) -> None:
     entries = table.lookup(place.addresses)
     ours = cpu_pte.is_migration(entries) & (cpu_pte.cpu_pfn(entries) == pfns)
     slots = held.frames.private[pfns[ours]]
-    kinds = np.where(slots != 0, np.uint64(cpu_pte.SWAP), np.uint64(cpu_pte.POISON))
-    kept = kinds | (entries[ours] & _SOFT_DIRTY)
-    table.store(place.addresses[ours], cpu_pte.cpu_entry(np.where(slots != 0, slots, pfns[ours]), kept))
+    # "Soft-dirty" goes along to swap only: try_to_unmap_one().
+    flags = np.where(slots != 0, np.uint64(cpu_pte.SWAP) | (entries[ours] & _SOFT_DIRTY), np.uint64(cpu_pte.POISON))
+    table.store(place.addresses[ours], cpu_pte.cpu_entry(np.where(slots != 0, slots, pfns[ours]), flags))
     if slots.any():
         area_of(held.frames).duplicate(slots[slots != 0])
 

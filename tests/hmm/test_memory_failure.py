@@ -268,6 +268,7 @@ def test_proc_shows_lost_pages(world: World) -> None:
     words = world.do(processes.pagemap, world.pid, span(0, 2)).tolist()
     assert [bool(word & pagemap.SWAP) for word in words] == [False, True]
     assert not words[1] & pagemap.PRESENT
+    assert not entry(world, 1) & cpu_pte.SOFT_DIRTY  # make_hwpoison_entry() has nothing else
     assert world.do(processes.mincore, world.pid, START, 2 * PAGE_SIZE).tolist() == [1, 1]
     space = world.machine.processes[world.pid].space
     vma = space.vmas.find(START)
