@@ -102,7 +102,7 @@ class DirectoryArena:
         rows_at = counts_bytes + 2 * offsets_bytes
         try:
             memory = mmap.mmap(-1, rows_at + nrows * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # more than there is, more than a size can say
             raise OutOfFramesError(f"no address space for {max_directories} directories") from error
         # A huge page per small table would make a thousand of them cost gigabytes; in a large one, scattered pages
         # are found in a third less time. A kernel without huge pages refuses the advice, and does not need it.

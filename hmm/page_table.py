@@ -614,22 +614,29 @@ class PageTable:
 
     def directory_count(self, level: int) -> int:
         """Directories in use at `level`. Cost: O(directories)."""
-        if not 0 <= level <= self.llevel:
-            raise InvalidRequestError(f"the table has no level {level}")
+        self._check_level(level)
         return int(self._tree.directories_at(level).size)
 
     def reference_count(self, address: Address, level: int) -> int:
         """What keeps the directory of `level` for `address`: its entries in use plus the walks that hold it.
 
         Returns: 0 when there is no such directory.
+
+        Raises:
+            InvalidRequestError: the table has no such address or level (EINVAL).
         """
         self._check_address(address)
+        self._check_level(level)
         offset = ROOT
         for shift in self._tree.upper_shifts[:level]:
             offset = self._words[offset | address >> PAGE_SHIFT >> shift & DIRECTORY_MASK]
         row = offset >> DIRECTORY_SHIFT
         self._tree.settle()
         return self._tree.arena.count[row] + self._tree.arena.held.get(row, 0)
+
+    def _check_level(self, level: int) -> None:
+        if not 0 <= level <= self.llevel:
+            raise InvalidRequestError(f"the table has no level {level}")
 
     def statistics(self) -> TableStatistics:
         """Sizes. Cost: O(directories)."""

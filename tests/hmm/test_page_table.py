@@ -78,10 +78,11 @@ class TestGeometry:
         with pytest.raises(InvalidRequestError):
             PageTable(last, max_directories=directories)
 
-    def test_table_is_refused_when_address_space_does_not_suffice(self) -> None:
-        """The reservation fails as an allocation does, not as an error of the host."""
+    @pytest.mark.parametrize("directories", [1 << 40, 1 << 52, 1 << 64])
+    def test_table_is_refused_when_address_space_does_not_suffice(self, directories: int) -> None:
+        """The reservation fails as an allocation does, not as an error of the host, whatever was asked for."""
         with pytest.raises(OutOfFramesError):
-            PageTable(LAST, max_directories=1 << 40)
+            PageTable(LAST, max_directories=directories)
 
     @pytest.mark.parametrize("last", LASTS)
     def test_table_serves_its_first_and_last_page(self, last: int) -> None:
@@ -224,11 +225,13 @@ class TestDirectories:
         assert (leaves[1:] - leaves[:-1] == 512).all()
         table.check()
 
-    def test_directory_count_refuses_level_that_does_not_exist(self, table: PageTable) -> None:
+    def test_level_that_does_not_exist_is_refused(self, table: PageTable) -> None:
         """Levels are 0 to llevel."""
         for level in (-1, 4):
             with pytest.raises(InvalidRequestError):
                 table.directory_count(level)
+            with pytest.raises(InvalidRequestError):
+                table.reference_count(0, level)
 
     def test_statistics_add_up(self, table: PageTable) -> None:
         """Directories per level, entries, holders and the limit."""
