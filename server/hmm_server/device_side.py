@@ -16,7 +16,7 @@ from hmm import commands_device, commands_hmm
 from hmm.errors import HmmError, TimedOutError
 from hmm.machine import Machine
 from hmm.operation_record import Caller, OperationRecord
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, MirrorId
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, MirrorId
 from hmm_proto import convert
 from hmm_proto.status import is_not_made
 from hmm_proto.v1 import device_pb2
@@ -177,8 +177,8 @@ class DeviceSide:
 
     async def table_parts(
         self, caller: Caller, request: device_pb2.ReadTableRequest
-    ) -> AsyncIterator[tuple[Address, bytes]]:
-        """The entries of a range in parts: where each begins, and its entries.  Holes are left out.
+    ) -> AsyncIterator[tuple[Address, Entries]]:
+        """The entries of a range in parts: where each begins, and uint64[npages], its entries.  Holes are left out.
 
         Raises:
             HmmError: as `commands_device.read_table`.
@@ -191,9 +191,8 @@ class DeviceSide:
             position = min(span.end, start + step)
             yield start, await self._read(caller, request.mirror_id, AddressRange(start, position))
 
-    async def _read(self, caller: Caller, mirror_id: MirrorId, span: AddressRange) -> bytes:
-        record = await self.executor.call(caller, commands_device.read_table, mirror_id, span)
-        return convert.entries_to_proto(record.result)
+    async def _read(self, caller: Caller, mirror_id: MirrorId, span: AddressRange) -> Entries:
+        return (await self.executor.call(caller, commands_device.read_table, mirror_id, span)).result
 
     def _next_directory(self, mirror_id: MirrorId, span: AddressRange) -> int | None:
         mirror = self.executor.machine.mirrors.get(mirror_id)

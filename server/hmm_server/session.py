@@ -227,8 +227,8 @@ class Session:
         try:
             async for start, entries in self._side.table_parts(caller, under_way.request):
                 await stream.mailbox.room()
-                part = device_pb2.ReadTableResponse(start=start, entries=entries)
-                stream.mailbox.reply(encoded(under_way.request_id, "read_table", part, more=True))
+                part = device_pb2.ReadTableResponse(start=start)
+                stream.mailbox.reply(encoded(under_way.request_id, "read_table", part, {"entries": entries}, more=True))
         except Exception as error:  # noqa: BLE001 - as in _start()
             self._reply(stream, under_way, error)
         else:

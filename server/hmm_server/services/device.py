@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from hmm_proto import convert
 from hmm_proto.v1 import device_pb2, device_pb2_grpc
 from hmm_server.callers import NAME_LENGTH_MAX, caller_from
 from hmm_server.device_side import DeviceSide
@@ -50,7 +51,7 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         self, request: device_pb2.ReadTableRequest, context: Context
     ) -> AsyncIterator[device_pb2.ReadTableResponse]:
         async for start, entries in self.side.table_parts(caller_from(context.invocation_metadata()), request):
-            yield device_pb2.ReadTableResponse(start=start, entries=entries)
+            yield device_pb2.ReadTableResponse(start=start, entries=convert.entries_to_proto(entries))
 
     async def WatchEvents(
         self, request: device_pb2.WatchEventsRequest, context: Context
