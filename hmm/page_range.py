@@ -40,6 +40,7 @@ __all__ = [
     "read_range",
     "update_range",
     "valid_in_range",
+    "view_range",
     "zap_range",
 ]
 
@@ -119,6 +120,14 @@ def _pieces(rows: Offsets, most: int) -> Iterator[tuple[slice, slice | Offsets]]
 
 
 # -- reading
+
+
+def view_range(tree: DirectoryTree, page: int, end: int) -> Entries | None:
+    """The entries of [page, end) where they lie, uint64[end - page]; None where they lie apart."""
+    if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
+        return _view(tree, tree.leaf(page), page, end)
+    offset, level = tree.shared_directory(page, end - 1, end - page)
+    return _view(tree, offset, page, end) if level == tree.llevel else None
 
 
 def read_range(tree: DirectoryTree, page: int, end: int, out: Entries) -> None:

@@ -7,7 +7,7 @@ are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
 
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
                              populated parts holds
-                             read valid common either        done here, at the speed of memory
+                             read view valid common either        done here, at the speed of memory
                              require fill clear zap
                              apply_mask update
     scattered pages          lookup store clear_many
@@ -47,6 +47,7 @@ from hmm.page_range import (
     read_range,
     update_range,
     valid_in_range,
+    view_range,
     zap_range,
 )
 from hmm.page_walk import Cursor, Run, populate_runs, walk_runs
@@ -223,6 +224,21 @@ class PageTable:
         if page < stop:
             read_range(self._tree, page, stop, out)
         return out
+
+    def view(self, start: Address, end: Address) -> Entries | None:
+        """The entries of a range as they lie in the table: for a look at once, before the table changes.
+
+        Returns: uint64[npages], read-only; None where leaves lie apart, and the range has to be read.
+
+        Cost: O(levels), and O(directories) of a range of many.
+        """
+        page, stop = self._pages(start, end)
+        if page == stop:
+            return np.empty(0, np.uint64)
+        entries = view_range(self._tree, page, stop)
+        if entries is not None:
+            entries.flags.writeable = False
+        return entries
 
     def common(self, start: Address, end: Address) -> int:
         """The bits that all entries of a range have; 0 when a page has no entry.

@@ -83,8 +83,7 @@ STICKY = 0b111 << 58
 ORDER_SHIFT = 53
 _PFN_MASK = np.uint64((1 << ORDER_SHIFT) - 1)
 _TO_WRITE = np.uint64(WRITE.bit_length() - cpu_pte.WRITE.bit_length())
-_UNLIKE = cpu_pte.SPECIAL | cpu_pte.HUGE | cpu_pte.NON_PRESENT
-"""An entry with one of these needs a closer look."""
+_TO_PFN = np.array(cpu_pte.PFN_SHIFT, np.uint64)
 _WITH_DEVICES = cpu_pte.DEVICE | cpu_pte.EXCLUSIVE
 _IN_HUGE_PAGE = np.uint64(PMD_PAGES - 1)
 _PMD_ORDER = np.uint64(PMD_SHIFT - PAGE_SHIFT << ORDER_SHIFT)
@@ -243,20 +242,26 @@ def _refuse(request: HmmRange, span: AddressRange, why: str) -> None:
 
 
 def _all_there(request: HmmRange, span: AddressRange) -> bool:
-    """Fill in a part of one VMA when all pages are plain memory that nobody has to fault: the short way."""
+    """Fill in a part of one VMA when all pages are present that nobody has to fault: the short way.
+
+    They are small pages, the zero page among them: registers are in VMAs that were refused.
+    """
     if not request.blank:
         return False
-    out = request.space.table.read(span.start, span.end, request.slice(span))
+    space, out = request.space, request.slice(span)
     request.written = span.end
-    every = int(np.bitwise_and.reduce(out))
+    entries = space.table.view(span.start, span.end)
+    if entries is None:
+        entries = space.table.read(span.start, span.end, out)
+    every = int(np.bitwise_and.reduce(entries))
     wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if request.default_flags & REQ_WRITE else 0)
-    if every & wanted != wanted or int(np.bitwise_or.reduce(out)) & _UNLIKE:
+    if every & wanted != wanted or (space.huge and int(np.bitwise_or.reduce(entries)) & cpu_pte.HUGE):
         out.fill(0)
         return False
     flags: np.uint64 | Entries = np.uint64(VALID | WRITE)
     if not every & cpu_pte.WRITE:
-        flags = (out & np.uint64(cpu_pte.WRITE)) << _TO_WRITE | np.uint64(VALID)
-    out >>= np.uint64(cpu_pte.PFN_SHIFT)
+        flags = (entries & np.uint64(cpu_pte.WRITE)) << _TO_WRITE | np.uint64(VALID)
+    np.right_shift(entries, _TO_PFN, out=out)
     out |= flags
     return True
 

@@ -320,7 +320,28 @@ class TestDirectories:
 
 
 class TestRanges:
-    """`read`, `valid`, `fill`, `clear`, `zap`, `update`, `apply_mask`."""
+    """`read`, `view`, `valid`, `fill`, `clear`, `zap`, `update`, `apply_mask`."""
+
+    def test_view_shows_entries_where_they_lie_when_they_lie_in_order(self, table: PageTable) -> None:
+        """A part of a leaf, and many leaves in order, are seen without a copy; leaves that lie apart are not."""
+        many = 40
+        table.fill(0, many * LEAF, _numbers(1, many * 512))
+        for start, end in ((3 * PAGE, 7 * PAGE), (0, LEAF), (5 * PAGE, many * LEAF - PAGE)):
+            view = table.view(start, end)
+            assert view is not None
+            assert np.array_equal(view, table.read(start, end))
+            with pytest.raises(ValueError, match="read-only"):
+                view[0] = 1
+        table.set(4 * PAGE, 77)
+        seen = table.view(3 * PAGE, 7 * PAGE)
+        assert seen is not None
+        assert seen[1] == 77
+        assert table.view(0, 2 * UPPER) is None
+        absent, nothing = table.view(UPPER, UPPER + PAGE), table.view(PAGE, PAGE)
+        assert absent is not None
+        assert not absent.any()
+        assert nothing is not None
+        assert not nothing.size
 
     def test_read_gives_zeros_for_holes_when_it_goes_over_directories_of_leaves(self, table: PageTable) -> None:
         """Leaves in order, out of order and absent, below three directories of leaves and one that is absent."""

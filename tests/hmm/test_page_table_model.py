@@ -228,6 +228,8 @@ class PageTableMachine(RuleBasedStateMachine):
         assert [(page + int(at), int(snapshot[at])) for at in np.flatnonzero(snapshot)] == expected
         assert self.table.common(start, stop) == int(np.bitwise_and.reduce(snapshot))
         assert self.table.either(start, stop) == int(np.bitwise_or.reduce(snapshot))
+        view = self.table.view(start, stop)
+        assert view is None or (np.array_equal(view, snapshot) and not view.flags.writeable)
         addressed = [(number << PAGE_SHIFT, word) for number, word in expected]
         assert list(self.table.entries(start, stop)) == addressed
         addresses, entries = self.table.valid(start, stop)
