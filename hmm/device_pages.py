@@ -46,6 +46,7 @@ from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
+from hmm.frame_contents import as_index
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
@@ -62,7 +63,7 @@ from hmm.migration import (
 )
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.migration_folios import map_by_pages
-from hmm.notifier import breaking
+from hmm.notifier import Breaking
 from hmm.operation import Deliver, Operation, Pause
 from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
@@ -96,7 +97,7 @@ _PRIVATE = Select.DEVICE_PRIVATE | Select.COMPOUND
 _MIGRATE = np.array(MIGRATE, np.uint64)
 _VALID = np.array(VALID, np.uint64)
 _WRITE = np.array(WRITE, np.uint64)
-_COMPOUND = np.array(COMPOUND, np.uint64)
+_COMPOUND = np.uint64(COMPOUND)
 
 
 def migrate_to_device(
@@ -126,7 +127,7 @@ def migrate_to_device(
             pages = np.delete(pages, failing)
         if pages.size:
             pfns = _allocate_for(migration, pages, region.number, failing=failing)
-            space.frames.zone_device_data[pfns] = mirror_id
+            space.frames.zone_device_data[as_index(pfns)] = mirror_id
             _leave_failed(migration, pages, pfns)
             if migration.vma.writable and migration.has_holes:
                 hole = (migration.src[pages] & _VALID) == 0
@@ -235,8 +236,7 @@ def _allocate_for(migration: Migration, pages: Positions, region: int, *, failin
         small = pfns == 0
         if number := int(np.count_nonzero(small)):
             pfns[small] = frames.allocate(number, region)
-        words = migrate_pfn(pfns) | (src & _WRITE)
-        words[~small] |= _COMPOUND
+        words = migrate_pfn(pfns) | (src & _WRITE) | ~small * _COMPOUND
     else:
         pfns = frames.allocate(pages.size, region)
         words = migrate_pfn(pfns) | (src & _WRITE)
@@ -524,7 +524,7 @@ def move_to_system(
     held, targets = HeldPages(frames, pfns, indices, places), pfns
     room = np.zeros(pfns.size, np.int64)
     notifiers = [space.notifier for space in spaces.values()]
-    with breaking(notifiers, f"moving {pfns.size} pages off a device"), frames.locks.lock(pfns, operation_id):
+    with Breaking(notifiers, f"moving {pfns.size} pages off a device"), frames.locks.lock(pfns, operation_id):
         try:
             room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
             yield from unmap_everywhere(held, only_where_mapped=True)

@@ -334,8 +334,10 @@ class FrameContents:
         assert not self._stale[ZERO_PFN], "the zero page is stale"
 
 
-def as_index(pfns: Pfns) -> Pfns | slice:
+def as_index(pfns: Pfns | slice) -> Pfns | slice:
     """What selects the frames: a slice when they are consecutive."""
+    if isinstance(pfns, slice):
+        return pfns
     run = as_slice(pfns)
     return pfns if run is None else run
 

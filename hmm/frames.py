@@ -52,6 +52,7 @@ MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
 """Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
 _Flags: TypeAlias = npt.NDArray[np.uint16]
+_NONE = np.array(0, np.int32)
 _FIRST = np.array(1, np.int32)  # numpy stores an array without dimensions faster than an int
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
@@ -82,6 +83,18 @@ _REFERENCED, _ACTIVE = np.uint16(PageFlag.REFERENCED), np.uint16(PageFlag.ACTIVE
 _USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint16)
 """The flags of a page that was used so often."""
 _TWICE = np.uint8(2)
+_MOVES = np.array(
+    PageFlag.ANON
+    | PageFlag.ANON_EXCLUSIVE
+    | PageFlag.SWAPBACKED
+    | PageFlag.DIRTY
+    | PageFlag.KSM
+    | PageFlag.COMPOUND
+    | PageFlag.REFERENCED
+    | PageFlag.ACTIVE,
+    np.uint16,
+)
+"""The flags that go with a page when it changes frames: folio_migrate_flags(), folio_migrate_mapping()."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +351,7 @@ class Frames(FrameContents):
 
     def _get(self, pfns: Pfns, where: Pfns | slice) -> None:
         assert np.count_nonzero(self.refcount[where]) == pfns.size, "a reference to a free frame"
-        _add(self.refcount, pfns, where)
+        _add(self.refcount, where)
 
     def put(self, pfns: Pfns) -> Pfns:
         """Drop a reference to each; frames without any left are free.
@@ -351,7 +364,7 @@ class Frames(FrameContents):
 
     def _put(self, pfns: Pfns, where: Pfns | slice, mapped: int = 1) -> Pfns:
         # `mapped` is 0 where none of them can be mapped.
-        left, alive = _subtract(self.refcount, pfns, where, "a frame was put that nobody held")
+        left, alive = _subtract(self.refcount, where, "a frame was put that nobody held")
         if alive == pfns.size:
             return pfns[:0]
         if alive:
@@ -360,10 +373,25 @@ class Frames(FrameContents):
         elif not isinstance(where, slice):
             pfns = where = unique(pfns)
         assert not mapped or not np.count_nonzero(self.mapcount[where]), "a frame is freed while mapped"
+        self._free(pfns, where)
+        return pfns
+
+    def put_last(self, pfns: Pfns) -> None:
+        """Drop the only reference of frames that are not mapped: int64[n], unique.
+
+        Cost: 5 ns per page.
+        """
+        if pfns.size:
+            where = as_index(pfns)
+            if not isinstance(where, slice):
+                pfns = where = unique(pfns)
+            self.refcount[where] = _NONE
+            self._free(pfns, where)
+
+    def _free(self, pfns: Pfns, where: Pfns | slice) -> None:
         self.flags[where] = 0
         self.mapping[where] = 0
         self._allocator.give_back(pfns)
-        return pfns
 
     def put_one(self, pfn: Pfn) -> bool:
         """Drop a reference.
@@ -402,6 +430,30 @@ class Frames(FrameContents):
         self.exchange(targets[alone], sources[alone])
         self.copy(targets[~alone], sources[~alone])
 
+    def migrate(self, targets: Pfns, sources: Pfns, index: Pfns, *, filled: bool = False) -> bool:
+        """Let pages go from `sources` to `targets`: what they hold, as `move`, their flags, and page->mapping.
+
+        Args:
+            targets, sources: as for `move`.
+            index: int64[n], page->index of the pages.
+            filled: somebody has put into the targets what they are to hold.
+
+        Returns: whether the caller alone refers to all of the sources.
+
+        Cost: 30 ns per page; as `move` for pages that others refer to.  Source: Linux mm/migrate.c,
+        folio_migrate_flags(), folio_migrate_mapping().
+        """
+        to, since = as_index(targets), as_index(sources)
+        alone = int(np.count_nonzero(self.refcount[since] == _FIRST)) == sources.size
+        if alone and not filled:
+            self.exchange(targets, sources)
+        elif not filled:
+            self.move(targets, sources)
+        self.flags[to] = self.flags[since] & _MOVES
+        self.mapping[to] = self.mapping[since]
+        self.index[to] = index
+        return alone
+
     # -- the reverse map's counts
 
     def map(self, pfns: Pfns) -> None:
@@ -411,7 +463,7 @@ class Frames(FrameContents):
         """
         pfns, where = _counted(pfns)
         self._get(pfns, where)
-        _add(self.mapcount, pfns, where)
+        _add(self.mapcount, where)
 
     def map_new(self, pfns: Pfns) -> None:
         """Count the first page-table entry of frames just allocated, whose reference becomes the entry's.
@@ -433,24 +485,25 @@ class Frames(FrameContents):
         Cost: twice that of `put`.  Source: Linux mm/rmap.c, folio_remove_rmap_ptes().
         """
         pfns, where = _counted(pfns)
-        _, mapped = _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
+        _, mapped = _subtract(self.mapcount, where, "unmapped, and not mapped")
         return self._put(pfns, where, mapped)
 
-    def detach(self, pfns: Pfns) -> None:
+    def detach(self, pfns: Pfns | slice) -> None:
         """Count a page-table entry less for each; the reference that went with it stays, and is the caller's.
+
+        Args:
+            pfns: int64[n], or the slice of consecutive ones; without the zero page.
 
         Cost: as `get`.
         """
-        pfns, where = _counted(pfns)
-        _subtract(self.mapcount, pfns, where, "unmapped, and not mapped")
+        _subtract(self.mapcount, as_index(pfns), "unmapped, and not mapped")
 
     def attach(self, pfns: Pfns) -> None:
         """Undo `detach`: count a page-table entry more for each; a reference of the caller's becomes the entry's.
 
         Cost: as `get`.
         """
-        pfns, where = _counted(pfns)
-        _add(self.mapcount, pfns, where)
+        _add(self.mapcount, as_index(pfns))
 
     def unmap_one(self, pfn: Pfn) -> bool:
         """`unmap` for one frame.
@@ -471,7 +524,7 @@ class Frames(FrameContents):
         """
         pfns, where = _counted(pfns)
         self._get(pfns, where)
-        _add(self.pincount, pfns, where)
+        _add(self.pincount, where)
         self.pinned += pfns.size
 
     def unpin(self, pfns: Pfns) -> Pfns:
@@ -482,14 +535,14 @@ class Frames(FrameContents):
         Source: Linux mm/gup.c, unpin_user_pages().
         """
         pfns, where = _counted(pfns)
-        _subtract(self.pincount, pfns, where, "unpinned, and not pinned")
+        _subtract(self.pincount, where, "unpinned, and not pinned")
         self.pinned -= pfns.size
         return self._put(pfns, where)
 
     # -- what a frame is
 
-    def set_flags(self, pfns: Pfns, flags: PageFlag) -> None:
-        """Set flags of frames in use."""
+    def set_flags(self, pfns: Pfns | slice, flags: PageFlag) -> None:
+        """Set flags of frames in use: int64[n], or the slice of consecutive frames."""
         self.flags[as_index(pfns)] |= np.uint16(flags)
 
     def clear_flags(self, pfns: Pfns, flags: PageFlag) -> None:
@@ -666,16 +719,14 @@ def _counted(pfns: Pfns) -> tuple[Pfns, Pfns | slice]:
     return pfns, run
 
 
-def _add(counts: npt.NDArray[np.int32], pfns: Pfns, where: Pfns | slice) -> None:
+def _add(counts: npt.NDArray[np.int32], where: Pfns | slice) -> None:
     if isinstance(where, slice):
         counts[where] += _ONE
     else:
-        np.add.at(counts, pfns, _ONE)
+        np.add.at(counts, where, _ONE)
 
 
-def _subtract(
-    counts: npt.NDArray[np.int32], pfns: Pfns, where: Pfns | slice, negative: str
-) -> tuple[npt.NDArray[np.int32], int]:
+def _subtract(counts: npt.NDArray[np.int32], where: Pfns | slice, negative: str) -> tuple[npt.NDArray[np.int32], int]:
     """Count down; `negative` is what it means when a count was 0.
 
     Returns: int32[n], what is left of each, and how many of these are not 0.
@@ -684,7 +735,7 @@ def _subtract(
         left = counts[where]
         left -= _ONE
     else:
-        np.subtract.at(counts, pfns, _ONE)
+        np.subtract.at(counts, where, _ONE)
         left = counts[where]
     number = int(np.count_nonzero(left))
     assert not number or not np.count_nonzero(left < 0), negative

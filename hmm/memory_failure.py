@@ -51,7 +51,7 @@ from hmm.file import File
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
-from hmm.notifier import breaking
+from hmm.notifier import Breaking
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
@@ -215,7 +215,7 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     frames.poison(pfns)
     yield from _wait_for_lock(space, addresses, pfns)
     what = f"memory failure at {int(addresses[0]):#x}"
-    with breaking(space.notifiers.values(), what), frames.locks.lock(pfns, space.current.operation_id):
+    with Breaking(space.notifiers.values(), what), frames.locks.lock(pfns, space.current.operation_id):
         try:
             yield from unmap_everywhere(held, cause=Cause.MEMORY_FAILURE, certain=True)
             while frames.mapcount[pfns].any():  # mremap or fork took them along meanwhile, to where nobody was told

@@ -39,6 +39,7 @@ from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
 from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, prepare_anon_vma
 from hmm.file import File
+from hmm.frame_contents import as_index
 from hmm.frames import PageFlag
 from hmm.large_folio import are_compound, are_pinned
 from hmm.migration import (
@@ -63,7 +64,7 @@ from hmm.migration_folios import (
     split_unmapped,
     split_zero_pages,
 )
-from hmm.notifier import Invalidation, breaking
+from hmm.notifier import Breaking, Invalidation
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.units import (
@@ -81,7 +82,7 @@ from hmm.zone_device import are_private
 __all__ = ["Copy", "migrate_vma", "run"]
 
 _Mask = npt.NDArray[np.bool_]
-_COMPOUND = np.array(COMPOUND, np.uint64)
+_COMPOUND = np.uint64(COMPOUND)
 _MIGRATE = np.array(MIGRATE, np.uint64)
 _IMMOVABLE = SPECIAL_FLAGS | VmFlag.HUGETLB
 _NOWHERE = np.empty(0, np.intp)
@@ -147,8 +148,8 @@ def run(migration: Migration, copy: Copy, settle: Copy | None = None) -> Operati
         if vma is None:
             return
         taken, held = _collect(migration, vma, left)
-    space, locks = migration.space, held.frames.locks
-    with breaking((space.notifier,), migration.cause.value), locks.lock(held.pfns, space.current.operation_id) as lock:
+    space, locks, what = migration.space, held.frames.locks, migration.cause._value_
+    with Breaking((space.notifier,), what), locks.lock(held.pfns, space.current.operation_id) as lock:
         try:
             if not held.are_all_alone:
                 yield from unmap_everywhere(held)
@@ -192,16 +193,16 @@ def _collect(migration: Migration, vma: Vma, left: _Mask) -> tuple[Selection, He
     chosen = entries[framed]
     pfns = cpu_pte.cpu_pfn(chosen)
     reasons = list(_reasons_to_stay(migration, pfns))
-    if space.huge:
+    if space.huge and (np.count_nonzero(whole) < whole.size or np.count_nonzero(left)):
         reasons.append((are_compound(space.frames, pfns) & ~whole[framed]) | left[framed])
     if reasons and np.count_nonzero(wanted := ~reduce(or_, reasons)) < wanted.size:
         framed, chosen, pfns = narrowed(framed, wanted), chosen[wanted], pfns[wanted]
     migration.has_holes = not isinstance(framed, slice)
     migration.src[framed] = source_words(chosen, pfns)
     if migration.starts.size:
-        migration.src[whole & (migration.src != 0)] |= _COMPOUND
+        migration.src |= (whole & (migration.src != 0)) * _COMPOUND
     addresses, indices = migration.addresses[framed], migration.indices(framed)
-    put = stand_in(space, addresses, chosen, pfns)
+    put = stand_in(space, addresses, chosen, as_index(pfns))
     held = _hold(migration, vma, pfns, indices)
     held.fresh = Fresh(Places(space, vma, addresses, slice(0, pfns.size)), put, space.current.stretch)
     return framed, held

@@ -75,6 +75,7 @@ Selection = Positions | slice
 _SHIFT = np.array(PFN_SHIFT, np.uint64)
 _VALID = np.array(VALID, np.uint64)
 _ON_ITS_WAY = np.array(VALID | MIGRATE, np.uint64)
+_COMPOUND = np.array(COMPOUND, np.uint64)
 _HOLE = np.array(MIGRATE, np.uint64)
 _MOVES_AS_ONE = np.array(MIGRATE | COMPOUND, np.uint64)
 _PTE_WRITE = np.array(cpu_pte.WRITE, np.uint64)
@@ -221,7 +222,8 @@ class Migration:
         """`src` and `dst` as the kernel's arrays are: of what moves as one only the first word is there."""
         if not self.starts.size:
             return self.src, self.dst
-        tails = ((self.src & np.uint64(COMPOUND)) != 0) & ((self.addresses & _INSIDE_BLOCK) != 0)
-        if not tails.any():
+        shown = (self.src & _COMPOUND) == 0
+        shown[self.starts] = True
+        if np.count_nonzero(shown) == shown.size:
             return self.src, self.dst
-        return np.where(tails, np.uint64(0), self.src), np.where(tails, np.uint64(0), self.dst)
+        return self.src * shown, self.dst * shown

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
     ULONG_MAX,
+    Address,
     AddressRange,
     Entries,
     Pfns,
@@ -72,25 +74,11 @@ _NAMES = np.array(ULONG_MAX & ~cpu_pte.FLAGS | cpu_pte.MIGRATION, np.uint64)
 _DEVICE, _PRESENT = np.array(cpu_pte.DEVICE, np.uint64), np.array(cpu_pte.PRESENT, np.uint64)
 _HUGE_WRITTEN, _SOFT_DIRTY = np.uint64(cpu_pte.HUGE | cpu_pte.DIRTY), np.uint64(cpu_pte.SOFT_DIRTY)
 _MAPPED = cpu_pte.PRESENT | cpu_pte.DEVICE
-_PAGE_STATE = np.array(
-    PageFlag.ANON
-    | PageFlag.ANON_EXCLUSIVE
-    | PageFlag.SWAPBACKED
-    | PageFlag.DIRTY
-    | PageFlag.KSM
-    | PageFlag.COMPOUND
-    | PageFlag.REFERENCED
-    | PageFlag.ACTIVE,
-    np.uint16,
-)
-"""What goes with a page: folio_migrate_flags(), folio_migrate_mapping()."""
-
 FindPlaces = Callable[[], Iterator[Places]]
 """Where the pages of a migration could be mapped now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fresh:
+class Fresh(NamedTuple):
     """All migration entries of some pages, just put in one place.
 
     Attributes:
@@ -139,13 +127,13 @@ class HeldPages:
         return int(np.count_nonzero(self.frames.refcount[self.pfns] == 1)) == self.pfns.size
 
 
-def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pfns) -> Entries:
+def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pfns | slice) -> Entries:
     """Put migration entries in the place of entries that map frames, whose references become the migration's.
 
     Args:
         addresses: uint64[n], unique.
         entries: uint64[n], what stands there: present, or of a device's private page.
-        pfns: int64[n], their frames.
+        pfns: int64[n], their frames, or the slice of them.
 
     Returns: uint64[n], the migration entries.
 
@@ -155,7 +143,7 @@ def stand_in(space: AddressSpace, addresses: Entries, entries: Entries, pfns: Pf
     dirty = cpu_pte.having(entries, cpu_pte.DIRTY)
     space.frames.set_flags(pfns if dirty is entries else cpu_pte.cpu_pfn(dirty), PageFlag.DIRTY)
     put: Entries = (entries & _KEPT) | _STANDS_IN
-    put_entries(space.table, addresses, put)
+    put_entries(space.table, addresses, put, in_use=True)
     space.frames.detach(pfns)
     return put
 
@@ -235,25 +223,24 @@ def replace(held: HeldPages, targets: Pfns, *, filled: bool = False) -> None:
         new, old, indices = targets, pfns, held.indices
     else:
         new, old, indices = targets[moved], pfns[moved], held.indices[moved]
-    if not filled:
-        frames.move(new, old)
-    frames.flags[new] = frames.flags[old] & _PAGE_STATE
-    frames.mapping[new] = frames.mapping[old]
-    frames.index[new] = indices
+    alone = frames.migrate(new, old, indices, filled=filled)
     referenced = targets
     for place, entries in held.standing():
         targeted = targets[place.pages]
         flags = _flags(frames, entries, targeted)
         if place.space.huge:
             # remove_migration_pmd() calls pmd_mkdirty() last, which makes the entry soft-dirty too.
-            flags[(flags & _HUGE_WRITTEN) == _HUGE_WRITTEN] |= _SOFT_DIRTY
-        put_entries(place.space.table, place.addresses, cpu_pte.cpu_entry(targeted, flags))
+            flags |= ((flags & _HUGE_WRITTEN) == _HUGE_WRITTEN) * _SOFT_DIRTY
+        put_entries(place.space.table, place.addresses, cpu_pte.cpu_entry(targeted, flags), in_use=True)
         if isinstance(place.pages, slice) and targeted.size == referenced.size:  # merged pages may be there repeatedly
             frames.attach(targeted)
             referenced = targeted[:0]
         else:
             frames.map(targeted)
-    frames.put(old)
+    if alone:
+        frames.put_last(old)
+    else:
+        frames.put(old)
     if referenced.size:
         frames.put(referenced)
 
@@ -274,25 +261,34 @@ def _flags(frames: Frames, entries: Entries, pfns: Pfns) -> Entries:
 
 def entries_of(table: PageTable, addresses: Entries) -> Entries:
     """uint64[n]: the entries at page addresses, ascending and unique; a range is read at once."""
-    span = range_of(addresses)
-    return table.lookup(addresses) if span is None else table.read(span.start, span.end)
+    bounds = _bounds(addresses)
+    return table.lookup(addresses) if bounds is None else table.read(*bounds)
 
 
-def put_entries(table: PageTable, addresses: Entries, entries: Entries) -> None:
-    """Store entries, uint64[n], at page addresses, ascending and unique; a range is filled at once."""
-    span = range_of(addresses)
-    if span is None:
+def put_entries(table: PageTable, addresses: Entries, entries: Entries, *, in_use: bool = False) -> None:
+    """Store entries, uint64[n], at page addresses, ascending and unique; a range is filled at once.
+
+    Args:
+        in_use: none of them is 0.
+    """
+    bounds = _bounds(addresses)
+    if bounds is None:
         table.store(addresses, entries)
     else:
-        table.fill(span.start, span.end, entries)
+        table.fill(*bounds, entries, in_use=in_use)
 
 
 def range_of(addresses: Entries) -> AddressRange | None:
     """The range whose pages are at these addresses, uint64[n] ascending and unique, if they are consecutive."""
+    bounds = _bounds(addresses)
+    return None if bounds is None else AddressRange(*bounds)
+
+
+def _bounds(addresses: Entries) -> tuple[Address, Address] | None:
     if not addresses.size:
         return None
     first, last = int(addresses[0]), int(addresses[-1])
-    return AddressRange(first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
+    return (first, last + PAGE_SIZE) if (last - first) >> PAGE_SHIFT == addresses.size - 1 else None
 
 
 def index_of(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | slice:

@@ -132,7 +132,7 @@ def _move_as_one(migration: Migration) -> bool:
     span = range_of(migration.addresses) if Select.COMPOUND in migration.select else None
     if span is None or (span.start | span.end) & ~PMD_MASK:
         return False
-    return bool(int(np.bitwise_and.reduce(migration.space.table.read(span.start, span.end))) & cpu_pte.HUGE)
+    return bool(migration.space.table.common(span.start, span.end) & cpu_pte.HUGE)
 
 
 def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
@@ -143,7 +143,7 @@ def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
         entry = space.table.get(block.start)
         if not cpu_pte.is_huge(entry) or not _is_selected(migration, entry):
             continue
-        if Select.COMPOUND in migration.select and _head_of(migration, block.start) is not None:
+        if Select.COMPOUND in migration.select and _has_all_of(migration, block.start):
             continue
         if not (yield from split_folio(space, block.start)):
             _leave(migration, left, block.start)
@@ -183,12 +183,15 @@ def _huge_blocks(migration: Migration) -> list[AddressRange]:
     return [block for start in starts for block in huge_blocks(migration.space, AddressRange(start, start + 1))]
 
 
-def _head_of(migration: Migration, start: Address) -> int | None:
-    """Where the words of a block begin that all of is to be migrated."""
-    addresses, at = migration.addresses, int(migration.addresses.searchsorted(np.uint64(start)))
-    last = at + PMD_PAGES - 1
-    there = last < addresses.size and int(addresses[last]) == start + (PMD_PAGES - 1) * PAGE_SIZE
-    return at if there else None
+def _has_all_of(migration: Migration, start: Address) -> bool:
+    """Whether all of a block is to be migrated."""
+    return _is_block(migration, int(migration.addresses.searchsorted(np.uint64(start))), start)
+
+
+def _is_block(migration: Migration, at: int, start: Address) -> bool:
+    """Whether the words from `at` on are those of all of a block."""
+    addresses, last = migration.addresses, at + PMD_PAGES - 1
+    return last < addresses.size and int(addresses[last]) == start + (PMD_PAGES - 1) * PAGE_SIZE
 
 
 def _is_selected(migration: Migration, entry: int) -> bool:
@@ -214,9 +217,9 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
     if not migration.starts.size or space.semantics.migration_splits:
         return found
     anonymous = migration.vma.backing is None
-    for start in distinct(block_starts(migration.addresses)).tolist():
-        head = _head_of(migration, start)
-        if head is None:
+    for head in migration.starts.tolist():
+        start = int(migration.addresses[head])
+        if not _is_block(migration, head, start):
             continue
         entry, block = int(entries[head]), slice(head, head + PMD_PAGES)
         if cpu_pte.is_huge_zero(entry):

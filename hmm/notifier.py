@@ -27,8 +27,7 @@ the number of invalidations; the sequence is odd exactly while one of them conce
 from __future__ import annotations
 
 import errno as errnos
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -53,15 +52,20 @@ def filled_blocks(start: Address, end: Address) -> int:
     return sum([1 << (block & 63) for block in range(first, last + 1)])
 
 
-@contextmanager
-def breaking(notifiers: Iterable[Notifier], what: str) -> Iterator[None]:
+@dataclass(slots=True, eq=False)
+class Breaking:
     """While the `with` block runs, an internal error of ours leaves these address spaces half edited, and unusable."""
-    try:
-        yield
-    except BaseException as error:
-        for notifier in notifiers:
-            notifier.note_failure(what, error)
-        raise
+
+    notifiers: Iterable[Notifier]
+    what: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            for notifier in self.notifiers:
+                notifier.note_failure(self.what, error)
 
 
 @dataclass(slots=True, eq=False)
@@ -568,8 +572,10 @@ class Notifier:
 
     def is_turn(self, ticket: int) -> bool:
         """True when the call with this ticket has to wait for none before it in the queue."""
+        if self.turns[0].ticket == ticket:
+            return True
         turn = next(turn for turn in self.turns if turn.ticket == ticket or not turn.shared)
-        return turn.ticket == ticket and (turn.shared or turn is self.turns[0])
+        return turn.ticket == ticket and turn.shared
 
     def _before(self, ticket: int) -> list[int]:
         """The operations before a call in the queue that it has to wait for."""

@@ -24,7 +24,7 @@ candidates, in those spaces that have come from the one that made the page (`Add
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,7 @@ from hmm.vma import Backing, Vma
 __all__ = ["Places", "anonymous_places", "file_places", "in_walk_order", "merged_places", "walk_order"]
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(NamedTuple):
     """Where one VMA could map some of the pages asked for.
 
     Attributes:

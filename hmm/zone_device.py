@@ -69,8 +69,9 @@ def sole_region(frames: Frames, pfns: Pfns) -> Region | None:
     """The region that all of the frames are in, if there is one.  Cost: one or two passes."""
     if not pfns.size:
         return frames.region(SYSTEM_REGION)
-    region = frames.region_of(int(np.maximum.reduce(pfns)))
-    return region if not region.start or np.minimum.reduce(pfns) >= region.start else None
+    # Finding where the bounds are takes a third of the time of reducing to them.
+    region = frames.region_of(int(pfns[pfns.argmax()]))
+    return region if not region.start or pfns[pfns.argmin()] >= region.start else None
 
 
 def used_frames(frames: Frames, region_number: int) -> Pfns:

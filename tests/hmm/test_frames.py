@@ -455,3 +455,33 @@ def test_statistics_count_by_region(frames: Frames) -> None:
         RegionStatistics(0, 0, RegionKind.SYSTEM, total=63, free=61, used=2, mapped=0, high_water=6),
         RegionStatistics(1, 9, RegionKind.DEVICE_PRIVATE, total=10, free=7, used=3, mapped=3, high_water=3),
     ]
+
+
+def test_migrate_takes_along_what_a_page_is_and_says_whether_the_old_frames_can_go(frames: Frames) -> None:
+    """folio_migrate_flags(), folio_migrate_mapping(): not what a frame is by itself, as PG_lru."""
+    old, new = frames.allocate(4), frames.allocate(4)
+    frames.belong(old, 7, np.arange(4), PageFlag.ANON | PageFlag.SWAPBACKED | PageFlag.LRU)
+    frames.write(int(old[2]), 0, b"page")
+    assert frames.migrate(new, old, np.arange(20, 24))
+    assert frames.read(int(new[2]), 0, 4) == b"page"
+    assert frames.flags[new].tolist() == [PageFlag.ANON | PageFlag.SWAPBACKED] * 4
+    assert frames.mapping[new].tolist() == [7] * 4
+    assert frames.index[new].tolist() == [20, 21, 22, 23]
+    frames.put_last(old[::-1])
+    frames.put_last(old[:0])
+    assert frames.allocate(4).tolist() == old.tolist()
+    frames.check()
+
+
+def test_migrate_leaves_frames_that_others_refer_to_as_they_are(frames: Frames) -> None:
+    """They go on holding what they held; where the targets are filled already nothing is moved at all."""
+    old, new = frames.allocate(2), frames.allocate(2)
+    frames.write(int(old[0]), 0, b"page")
+    frames.get(old[:1])
+    assert not frames.migrate(new, old, old)
+    assert frames.read(int(old[0]), 0, 4) == frames.read(int(new[0]), 0, 4) == b"page"
+    frames.write(int(new[0]), 0, b"more")
+    frames.put(old[:1])
+    assert frames.migrate(new, old, old, filled=True)
+    assert frames.read(int(old[0]), 0, 4) == b"page"
+    assert frames.read(int(new[0]), 0, 4) == b"more"
