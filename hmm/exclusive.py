@@ -34,7 +34,7 @@ from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members, with_folios
-from hmm.migration_entries import wait_on_locked
+from hmm.migration_entries import entries_of, index_of, put_entries, wait_on_locked
 from hmm.operation import Await, Operation, WaitFor
 from hmm.populate import mark_accessed
 from hmm.rmap import Places, anonymous_places, in_walk_order, walk_order
@@ -122,7 +122,7 @@ def make_device_exclusive_range(
 def _note_holder(space: AddressSpace, pfns: Pfns, holder: MirrorId) -> None:
     frames = space.frames
     frames.zone_device_data[pfns] = holder
-    for head in heads_of(frames, pfns) if space.semantics.exclusive_ranges else ():
+    for head in heads_of(frames, pfns) if space.huge and space.semantics.exclusive_ranges else ():
         frames.zone_device_data[members(frames, head)] = holder
 
 
@@ -205,11 +205,14 @@ def _suitable(space: AddressSpace, span: AddressRange) -> tuple[Pfns, Pfns]:
     """Page numbers and frames of the private pages of a range, of a folio maybe the first one only: int64[n] each."""
     entries = space.table.read(span.start, span.end)
     pfns = cpu_pte.cpu_pfn(entries)
-    private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
-    private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
+    if cpu_pte.are_plain(entries) and cpu_pte.is_present(int(entries[0])):
+        private = space.frames.test_flags(pfns, PageFlag.ANON)
+    else:
+        private = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
+        private[private] = space.frames.test_flags(pfns[private], PageFlag.ANON)
     if space.huge and space.semantics.exclusive_ranges:
         private[private] = ~_are_tails(space.frames, pfns[private])
-    chosen = np.flatnonzero(private)
+    chosen = private.nonzero()[0]
     return chosen + (span.start >> PAGE_SHIFT), pfns[chosen]
 
 
@@ -238,20 +241,19 @@ def _take(
     addresses = _addresses_of(pages)
     spans = spans_of_pages(pages)
     space.frames.get(pfns)
-    folios = with_folios(space.frames, pfns)
     try:
-        with ExitStack() as brackets, space.frames.locks.lock(folios, space.current.operation_id):
+        with ExitStack() as brackets, space.frames.locks.lock(_folios(space, pfns), space.current.operation_id):
             bracket = space.notifier.invalidation(spans, Cause.EXCLUSIVE, owner=owner, initiator=initiator)
             yield from brackets.enter_context(bracket).deliver()
             heads: list[int] = []
             if space.semantics.exclusive_ranges:
                 yield from _tell_before(space, pages, pfns, owner, initiator)
-                heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist()
+                heads = np.flatnonzero(are_compound(space.frames, pfns)).tolist() if space.huge else []
             told: list[list[_Told]] = []
             for at in heads:
                 of_folio = _tell_of_folio(space, int(pages[at]), int(pfns[at]), owner, initiator, brackets)
                 told.append((yield from of_folio))
-            entries = space.table.lookup(addresses)
+            entries = entries_of(space.table, addresses)
             # Who forks meanwhile shares the pages, or is about to; the kernel's caller holds mmap_lock.
             if space.notifier.edits_overlap(spans, space.current.operation_id):
                 return None
@@ -260,12 +262,18 @@ def _take(
                 return None
             taken = np.ones(pfns.size, np.bool_)
             taken[heads] = False
-            _set_exclusive(space, addresses[taken], entries[taken])
+            small = index_of(taken)
+            _set_exclusive(space, addresses[small], entries[small])
             for at, known in zip(heads, told, strict=True):
                 taken[at] = _take_folio(space, int(pages[at]), int(pfns[at]), known)
             return taken
     finally:
         space.frames.put(pfns)
+
+
+def _folios(space: AddressSpace, pfns: Pfns) -> Pfns:
+    """Frames of pages that this space maps, and all others of their large folios."""
+    return with_folios(space.frames, pfns) if space.huge else pfns
 
 
 def _addresses_of(pages: Pfns) -> Entries:
@@ -278,8 +286,8 @@ def _set_exclusive(space: AddressSpace, addresses: Entries, entries: Entries) ->
     That a page was written is its folio's from now on; that it was used is forgotten.
     """
     written = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.DIRTY))
-    space.frames.set_flags(with_folios(space.frames, written), PageFlag.DIRTY)
-    space.table.store(addresses, (entries & _KEPT) | _EXCLUSIVE)
+    space.frames.set_flags(_folios(space, written), PageFlag.DIRTY)
+    put_entries(space.table, addresses, (entries & _KEPT) | _EXCLUSIVE, in_use=True)
 
 
 def _is_taken_back(space: AddressSpace, spans: tuple[AddressRange, ...]) -> bool:
@@ -368,9 +376,10 @@ def _revoke(space: AddressSpace, touched: Strangers) -> Operation[None]:
     spans = spans_of(touched.addresses)
     with space.notifier.invalidation(spans, Cause.EXCLUSIVE) as bracket:
         yield from bracket.deliver()
-        entries = space.table.lookup(touched.addresses)
-        held = cpu_pte.is_device_exclusive(entries)
-        space.table.store(touched.addresses[held], restored(space, touched.addresses[held], entries[held]))
+        entries = entries_of(space.table, touched.addresses)
+        held = index_of(cpu_pte.is_device_exclusive(entries))
+        addresses = touched.addresses[held]
+        put_entries(space.table, addresses, restored(space, addresses, entries[held]), in_use=True)
 
 
 def restored(space: AddressSpace, addresses: Entries, entries: Entries) -> Entries:

@@ -485,3 +485,18 @@ def test_migrate_leaves_frames_that_others_refer_to_as_they_are(frames: Frames) 
     assert frames.migrate(new, old, old, filled=True)
     assert frames.read(int(old[0]), 0, 4) == b"page"
     assert frames.read(int(new[0]), 0, 4) == b"more"
+
+
+@pytest.mark.parametrize("unevictable", [False, True])
+@pytest.mark.parametrize("times", [0, 1, 2, 3, 512])
+def test_mark_accessed_uses_a_page_so_often(frames: Frames, times: int, unevictable: bool) -> None:
+    """folio_mark_accessed(): referenced, active, both; a page on no list only becomes referenced."""
+    steps = [PageFlag.NONE, PageFlag.REFERENCED, PageFlag.ACTIVE, PageFlag.REFERENCED | PageFlag.ACTIVE]
+    taken = frames.allocate(4)
+    for pages in (taken, taken[::-1].copy()):
+        for pfn, flags in zip(pages.tolist(), steps, strict=True):
+            frames.flags[pfn] = flags | PageFlag.ANON
+        frames.mark_accessed(pages, times, dirty=times == 2, unevictable=unevictable)
+        after = [max(use, min(times, 1)) if unevictable else min(use + times, 3) for use in range(4)]
+        more = PageFlag.ANON | (PageFlag.DIRTY if times == 2 else PageFlag.NONE)
+        assert frames.flags[pages].tolist() == [steps[use] | more for use in after]
