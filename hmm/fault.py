@@ -40,7 +40,6 @@ from hmm.operation import AT_ONCE, Operation, Pause
 from hmm.stack import expand_stack, stack_above
 from hmm.swap import some_room
 from hmm.units import (
-    PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_BYTES,
     PIECE_PAGES,
@@ -397,8 +396,6 @@ def _fault_at_once(space: AddressSpace, span: AddressRange, write: bool) -> bool
     there = table.holds(start, end) if several else table.get(start)
     if there or mapping.backing is not None or mapping.userfaultfd or space.thp:
         return (table.common(start, end) if several else there) & wanted == wanted
-    if several and write and end - start > space.frames.available << PAGE_SHIFT:
-        return False
     try:
         fill_empty(space, vma, span, write=write)
     except OutOfFramesError:

@@ -465,9 +465,8 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
     if not write:
         space.table.fill(start, end, ZERO_PAGE)
         return
-    if not vma.mapping.anon_vma:
-        prepare_anon_vma(space, vma)
     if end - start == PAGE_SIZE:
+        prepare_anon_vma(space, vma)
         pfn = space.frames.allocate_mapped_one(ANON_PAGE)
         try:
             space.table.set(start, pfn << cpu_pte.PFN_SHIFT | WRITTEN)
@@ -476,7 +475,8 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
             raise
         space.claim(pfn, start)
         return
-    pfns = space.frames.allocate_mapped_run(span.npages, ANON_PAGE)
+    pfns = space.frames.allocate_mapped_run(span.npages, ANON_PAGE)  # first: when it fails, nothing was changed
+    prepare_anon_vma(space, vma)
     try:
         space.table.fill(start, end, cpu_pte.cpu_entry(pfns, WRITTEN), in_use=True)
     except OutOfFramesError:

@@ -52,8 +52,8 @@ MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
 """Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
 _Flags: TypeAlias = npt.NDArray[np.uint16]
-_NONE = np.array(0, np.int32)
-_FIRST = np.array(1, np.int32)  # numpy stores an array without dimensions faster than an int
+# numpy stores an array without dimensions faster than an int
+_NONE, _FIRST, _TRUE = np.array(0, np.int32), np.array(1, np.int32), np.array(True)
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
 
 
@@ -313,7 +313,7 @@ class Frames(FrameContents):
         where, reused = self._allocator.take(count, region)
         self.refcount[where] = _FIRST
         if reused:
-            self._stale[where if reused == count else listed(where)[:reused]] = True
+            self._stale[where if reused == count else listed(where)[:reused]] = _TRUE
         return where
 
     def allocate_one(self, region: int = SYSTEM_REGION) -> Pfn:
