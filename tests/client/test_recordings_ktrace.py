@@ -87,16 +87,17 @@ def test_first_device_operation_counts_mappings_of_a_device_when_they_come_first
         ({"args": {"page": "1"}}, "'page' is '1', not of type int"),
         ({"args": {"page": True}}, "'page' is True, not of type int"),
         ({"args": {"n": 1 << 63}}, "'n' is 9223372036854775808, not within 0 and 65536"),
-        ({"args": {"n": -1}}, "'n' is -1, not within 0 and 65536"),
-        ({"op": "dwrite", "args": {"n": 1 << 20}}, "'n' is 1048576, not within 0 and 65536"),
-        ({"op": "munmap", "args": {"n": -1}}, "'n' is -1, not within 0 and 4503599627370495"),
+        ({"op": "wr", "args": {"n": -1}}, "'n' is -1, not within 0 and 65536"),
+        ({"op": "dwrite", "args": {"n": 1 << 20}}, "'n' is 1048576, not within -4503599627370496 and 65536"),
+        ({"op": "munmap", "args": {"n": 1 << 52}}, "'n' is 4503599627370496, not within -4503599627370496 and "),
         ({"op": "munmap", "args": {"page": -(1 << 28) - 1}}, "'page' is -268435457, not within -268435456 and "),
         ({"op": "mremap", "args": {"to": 1 << 52}}, "'to' is 4503599627370496, not within -268435456 and "),
-        ({"op": "mremap", "args": {"new": -1}}, "'new' is -1, not within 0 and "),
+        ({"op": "fpunch", "args": {"n": -1}}, "'n' is -1, not within 0 and "),
+        ({"op": "mremap", "args": {"new": 1 << 52}}, "'new' is 4503599627370496, not within -4503599627370496 and "),
         ({"op": "fpunch", "args": {"page": -1}}, "'page' is -1, not within 0 and "),
         ({"op": "mmap", "args": {"off": -1}}, "'off' is -1, not within 0 and "),
         ({"args": {"off": 4096}}, "'off' is 4096, not within 0 and 4095"),
-        ({"op": "pin", "args": {"n": -2}}, "'n' is -2, not within -1 and "),
+        ({"op": "pin", "args": {"n": -(1 << 53)}}, "'n' is -9007199254740992, not within -4503599627370496 and "),
         ({"op": "dread", "args": {"unaligned": -1}}, "'unaligned' is -1, not within 0 and 4095"),
         ({"res": {}}, "'ret' is missing"),
         ({"res": {"ret": 0, "vals": "1f"}}, "'1f' is not value*count"),
@@ -122,6 +123,13 @@ def test_read_names_file_and_line_when_an_operation_is_malformed(
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert caught.value.line == 2
+
+
+def test_read_makes_unsigned_what_the_kernel_takes_as_unsigned(tmp_path: Path) -> None:
+    """A negative number of pages of an address range is passed as an unsigned long: mm/mremap.c, SYSCALL_DEFINE5."""
+    change = {"op": "mremap", "args": {"n": -3, "new": -1, "mode": "inplace"}}
+    [operation] = read_trace(write(tmp_path / "x.jsonl", HEADER, {**OPERATION, **change})).operations
+    assert (operation.args.n, operation.args.new) == ((1 << 52) - 3, (1 << 52) - 1)
 
 
 @pytest.mark.parametrize(

@@ -349,8 +349,18 @@ def test_command_shows_as_many_differences_as_it_is_asked_for(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", ["", "{}\n", "no json\n"])
 def test_command_ends_with_two_when_a_trace_is_unusable(tmp_path: Path, content: str) -> None:
-    """An input that cannot be read is told from a difference."""
+    """An input that cannot be read is told from a difference; the traces beside it are compared all the same."""
     (tmp_path / "bad.jsonl").write_text(content)
-    result = CliRunner().invoke(main, ["verify", "--in-process", str(tmp_path)])
+    write(tmp_path / "true.jsonl", true_lines())
+    nowhere = str(tmp_path / "nowhere")
+    result = CliRunner().invoke(main, ["verify", "--in-process", "--format", "json", nowhere, str(tmp_path)])
     assert result.exit_code == 2
-    assert "bad.jsonl" in result.stderr
+    assert f"hmmctl: {nowhere}: no such file or folder\nhmmctl: {tmp_path / 'bad.jsonl'}" in result.stderr
+    assert json.loads(result.stdout)["traces"] == 1
+
+
+def test_command_prints_no_counts_when_no_trace_is_usable(tmp_path: Path) -> None:
+    """Nothing was compared, so nothing agrees."""
+    result = CliRunner().invoke(main, ["verify", "--in-process", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"hmmctl: {tmp_path}: no trace" in result.stderr

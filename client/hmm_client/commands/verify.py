@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from hmm_client.commands.connection import OK, UNEXPECTED, Where, failures, where_options
+from hmm_client.commands.connection import OK, UNEXPECTED, UNUSABLE, Where, failures, where_options
 from hmm_client.commands.output import JSON, format_option, print_json, print_table
 from hmm_client.commands.progress import Progress
 from hmm_client.embedded import PATIENCE, embedded_daemon
-from hmm_client.recordings import ktrace
+from hmm_client.recordings import TraceError, ktrace
 from hmm_client.recordings.ktrace import Arguments, Operation
 from hmm_client.verification import Counts, Difference, InProcess, Level, Subject, TraceReport, verify
 
@@ -51,18 +51,24 @@ def command(paths: tuple[str, ...], in_process: bool, by_steps: bool, show: int,
 
     Without --target a daemon is started for the purpose.
 
-    Exit codes: 0 no semantic difference; 1 semantic differences; 2 unusable input; 3 no daemon can be reached.
+    Exit codes: 0 no semantic difference; 1 semantic differences; 2 unusable input, with all other traces compared; 3
+    no daemon can be reached.
     """
     if by_steps and not in_process:
         raise click.UsageError("--by-steps needs --in-process")
+    unusable: list[TraceError] = []
     with failures(where), ExitStack() as stack:
-        files = [file for path in paths for file in ktrace.expand(path)]
+        files = _expanded(paths, unusable)
         subject = partial(InProcess, by_steps=by_steps) if in_process else stack.enter_context(_daemon(where))
-        reports = _verify(files, subject)
-    if form == JSON:
+        reports = _verify(files, subject, unusable)
+    for error in unusable:
+        click.echo(f"hmmctl: {error}", err=True)
+    if reports and form == JSON:
         print_json(_as_json(reports))
-    else:
+    elif reports:
         _print(reports, show)
+    if unusable:
+        raise SystemExit(UNUSABLE)
     raise SystemExit(UNEXPECTED if _sum(reports, Level.SEMANTIC).differences else OK)
 
 
@@ -79,14 +85,32 @@ def _daemon(where: Where) -> Iterator[Callable[[], Subject]]:
         yield lambda: OverWire(client)
 
 
-def _verify(files: list[Path], subject: Callable[[], AbstractContextManager[Subject]]) -> list[TraceReport]:
+def _expanded(paths: Sequence[str], unusable: list[TraceError]) -> list[Path]:
+    """The traces that can be found; why others cannot is added to `unusable`."""
+    files: list[Path] = []
+    for path in paths:
+        try:
+            files += ktrace.expand(path)
+        except TraceError as error:
+            unusable.append(error)
+    return files
+
+
+def _verify(
+    files: Sequence[Path], subject: Callable[[], AbstractContextManager[Subject]], unusable: list[TraceError]
+) -> list[TraceReport]:
+    """Compare those that can be read and performed; why others cannot is added to `unusable`."""
     reports = []
     with Progress("verifying", len(files)) as progress:
         for file in files:
-            trace = ktrace.read_trace(file)
-            with subject() as fresh:
-                reports.append(verify(trace, fresh))
-            progress.advance(what=f"{trace.header.set}/{trace.header.trace}")
+            try:
+                trace = ktrace.read_trace(file)
+                with subject() as fresh:
+                    reports.append(verify(trace, fresh))
+                progress.advance(what=f"{trace.header.set}/{trace.header.trace}")
+            except TraceError as error:
+                unusable.append(error)
+                progress.advance(what=file.name)
     return reports
 
 

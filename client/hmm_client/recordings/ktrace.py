@@ -46,6 +46,7 @@ HANDLE_OPERATIONS = frozenset({"open", "close"})
 DEVICE_OPERATIONS = frozenset({"dread", "dwrite", "mig_dev", "mig_sys", "snap", "excl", "chk_excl", "release"})
 OPERATIONS = PROCESS_OPERATIONS | HANDLE_OPERATIONS | DEVICE_OPERATIONS
 _PAGE_BY_PAGE = DEVICE_OPERATIONS | {"rd", "wr", "dump", "fwrite", "fread"}
+_COUNTED = FILE_OPERATIONS | {"rd", "wr", "dump"}
 
 THP = ("never", "always")
 """What `thp` of a header may be."""
@@ -90,7 +91,7 @@ class Arguments:
 
     Attributes:
         page: first page of the window, or of the file in fwrite, fread and fpunch.
-        n: pages.
+        n: pages.  A negative number, of calls that take an unsigned one, is as the kernel takes it in those of VMAs.
         prot: letters of r, w, x; `none` for PROT_NONE.
         flags: `private` or `shared`.
         src: `anon`, `f0`..`f2`, or `d<h>` for a mapping of handle h.
@@ -98,7 +99,7 @@ class Arguments:
         noreplace: MAP_FIXED_NOREPLACE instead of MAP_FIXED.
         populate: MAP_POPULATE too.
         adv: advice without MADV_.
-        new: mremap's new size in pages.
+        new: mremap's new size in pages, as `n`.
         mode: mremap `inplace`, `move` or `dontunmap`.
         to: page that mremap moves to.
         val: value of the first byte written; page k gets val + k, modulo 256.
@@ -388,8 +389,11 @@ def _arguments(operation: str, line: _Json, base_page: int) -> Arguments:
     """Those of an operation, none of them beyond what could be passed to the kernel, or is done in reasonable time."""
     args = _members(Arguments, line)
     pages_max = TOUCHED_PAGES_MAX if operation in _PAGE_BY_PAGE else _SPACE_PAGES_MAX - 1
-    _within("n", args.n, -1 if operation == "pin" else 0, pages_max)  # gup_test refuses a size that is negative
-    _within("new", args.new, 0, _SPACE_PAGES_MAX - 1)
+    pages_min = 0 if operation in _COUNTED else -_SPACE_PAGES_MAX
+    _within("n", args.n, pages_min, pages_max)
+    _within("new", args.new, pages_min, _SPACE_PAGES_MAX - 1)
+    if operation in VMA_OPERATIONS:
+        args = replace(args, n=args.n % _SPACE_PAGES_MAX, new=args.new % _SPACE_PAGES_MAX)
     if operation in FILE_OPERATIONS:
         _within("page", args.page, 0, _FILE_PAGES_MAX - 1)
     else:
