@@ -9,7 +9,8 @@ A caller that gives up does not end its operation: it runs to its end, and `Oper
 for the handler of a userfaultfd it does not wait any longer, as nothing bounds that.
 
 **Invariants**: every event handed to the router is answered, fenced or abandoned at the latest when its deadline
-passes, unless the mirror's policy is BLOCK; every started operation is pending or in the log.
+passes, and a second later where the daemon itself was late, unless the mirror's policy is BLOCK; every started
+operation is pending or in the log.
 
 **Absent**: streams and their windows (streams.py); gRPC; what a call means; which calls are held (holds.py).
 """
@@ -38,6 +39,10 @@ from hmm_server.operation_log import Ended, OperationLog
 T = TypeVar("T")
 P = ParamSpec("P")
 Then = Callable[[OperationRecord[T]], None]
+LATE_S = 0.05
+"""A deadline that is noticed so late has passed without the daemon having looked for answers ..."""
+GRACE_S = 1.0
+"""... and is put off once, by so much at most."""
 _ENDING = frozenset({"exit_process", "exec_process"})
 """Calls that may end a process."""
 log = logging.getLogger(__name__)
@@ -397,10 +402,15 @@ class Executor:
         if running.deadline is not None:  # an event that a hold kept back may leave for its mirrors one by one
             running.deadline.cancel()
         running.event_s = time.monotonic()
-        running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running)
+        due_s = running.event_s + self.acknowledgement_s
+        running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running, due_s)
 
-    def _deadline(self, running: Running) -> None:
+    def _deadline(self, running: Running, due_s: float | None = None) -> None:
         running.deadline = None
+        if due_s is not None and time.monotonic() - due_s > LATE_S:
+            # The daemon was stopped, or busy: answers that came in time are read first.
+            running.deadline = self._loop.call_later(min(GRACE_S, self.acknowledgement_s), self._deadline, running)
+            return
         record = running.record
         if _awaits_owed_answers(record):
             self._owed_too_long(running)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
+import time
 from typing import Any
 
 import grpc
 import pytest
 
 from hmm_proto.v1 import device_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
+from hmm_server.executor import GRACE_S
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -38,6 +40,25 @@ async def test_fence_completes_the_call_and_names_the_mirror(serve: Any) -> None
     status = await served.mirror_status(mirror)
     assert (status.state, status.entry_count) == ("lost", 0)
     assert "not answered within" in status.lost_because
+
+
+async def test_driver_is_heard_when_the_daemon_itself_was_late(serve: Any) -> None:
+    """A daemon that was stopped, or busy, reads the answers that came meanwhile before it says that none came."""
+    served = await serve()
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    driver = await served.driver()
+    mirror = await driver.mirror(pid)
+    await driver.fault(mirror, BASE, END)
+    unmapping = served.munmap(pid, BASE, END)
+    event = await driver.events.get()
+    executor = served.daemon.executor
+    (running,) = executor.running.values()
+    running.deadline.cancel()
+    executor._deadline(running, time.monotonic() - 5.0)  # when it should have been looked at
+    assert running.deadline.when() <= asyncio.get_running_loop().time() + GRACE_S
+    await driver.acknowledge(event)
+    assert not (await unmapping).result.fenced_mirrors
 
 
 async def test_fence_spares_the_mirrors_that_answered(serve: Any) -> None:
