@@ -169,7 +169,7 @@ class DeviceSide:
         elif name == "unpin_pages":
             self.streams.let_go(request.pin_id)
         elif name == "register_device" and stream is not None:
-            stream.devices.append(record.result)
+            self.streams.own(stream, record.result)
         elif name == "unregister_device":
             self.streams.forget_device(request.device_id)
 

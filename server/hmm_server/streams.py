@@ -126,7 +126,10 @@ class Streams:
         stream.pins.clear()
         self.executor.pump()
         if stream.mirrors or stream.devices:
-            self._loop.call_later(self.config.lease_s, self._expire, stream)
+            self._forget_later(stream)
+
+    def _forget_later(self, stream: Stream) -> None:
+        self._loop.call_later(self.config.lease_s, self._expire, stream)
 
     @contextmanager
     def connected(self, owner: str, name: str, pid: int, credit: int) -> Iterator[Stream]:
@@ -153,10 +156,19 @@ class Streams:
         return stream
 
     def attach(self, stream: Stream, mirror_id: MirrorId) -> None:
-        """Let a stream serve a mirror from now on."""
+        """Let a stream serve a mirror from now on; a call that was held may have outlived its stream."""
         receiver = self.executor.machine.receivers[mirror_id]
         self._drop_groups()
         self.served[mirror_id] = stream.mirrors[mirror_id] = ServedMirror(mirror_id, stream, receiver)
+        if not stream.open:
+            self.executor.fence(mirror_id, f"{stream} has ended")
+            self._forget_later(stream)
+
+    def own(self, stream: Stream, device_id: DeviceId) -> None:
+        """A device was registered on a stream, and goes with it."""
+        stream.devices.append(device_id)
+        if not stream.open:
+            self._forget_later(stream)
 
     def hear(self, mirror_id: MirrorId, owner: str) -> None:
         """A call that came on no session names a mirror: a sign of the driver, if it comes from the same owner."""

@@ -181,6 +181,29 @@ async def test_hold_keeps_the_result_when_before_the_end(scene: Scene) -> None:
     await unmapping
 
 
+@pytest.mark.parametrize("name", ["register_device", "register_mirror"])
+async def test_object_goes_when_its_stream_has_ended_before_the_end(serve: Any, name: str) -> None:
+    """What a held call has registered has the lease of its stream, though nobody was told of it."""
+    scene = await Scene(await serve(harness=True, lease_s=0.0)).set_up()
+    machine = scene.served.daemon.machine
+    device = (await scene.served.device.RegisterDevice(device_pb2.RegisterDeviceRequest(name="another"))).device_id
+    requests: dict[str, Any] = {
+        "register_device": device_pb2.RegisterDeviceRequest(name="late"),
+        "register_mirror": device_pb2.RegisterMirrorRequest(device_id=device, process_id=scene.pid),
+    }
+    other = await scene.served.driver()
+    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_END, name, lease_ms=600_000)
+    await other.send(name, requests[name])
+    assert (await stream.read()).operation == name
+    there = machine.devices if name == "register_device" else machine.receivers
+    late = max(there)
+    other.call.cancel()
+    await scene.served.until(lambda: len(scene.served.daemon.streams.open) == 1)
+    assert late in there
+    await scene.release(hold_id)
+    await scene.served.until(lambda: late not in there)
+
+
 async def test_calls_pass_when_the_hold_is_for_others(scene: Scene) -> None:
     """Another process, another call, another caller, and as many as `skip` says."""
     other = await scene.served.new_process()
