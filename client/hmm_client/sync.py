@@ -292,6 +292,16 @@ class Migration(_Block[aio_migration.Migration]):
         return self.aio.src
 
     @property
+    def lease_s(self) -> float:
+        """Seconds after which the daemon ends it when no step is taken."""
+        return self.aio.lease_s
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, as far as its steps have said."""
+        return self.aio.over
+
+    @property
     def movable(self) -> npt.NDArray[np.intp]:
         """As of the asynchronous one."""
         return self.aio.movable

@@ -294,6 +294,9 @@ def test_pages_move_when_a_blocking_driver_takes_the_steps(blocking: sync.Client
         assert migration.read(frames)[:4] == b"page"
         assert (migration.pages(dst) & np.uint64(MIGRATE)).all()
         assert migration.id
+        assert migration.lease_s > 0
+        assert not migration.over
+    assert migration.over
 
     def fail() -> None:
         with mirror.migrate_vma(mapped.span, select=Select.DEVICE_PRIVATE) as migration:
