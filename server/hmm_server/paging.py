@@ -78,6 +78,18 @@ def mappings_of(
     return page, ""
 
 
+def fitting(messages: Iterable[M], part_bytes: int) -> list[M]:
+    """The first of some messages, as many as fit into one: one at least, if there is any; no more of them are made."""
+    fit: list[M] = []
+    size_bytes = 0
+    for message in messages:
+        size_bytes += message.ByteSize()
+        if fit and size_bytes > part_bytes:
+            break
+        fit.append(message)
+    return fit
+
+
 def _last_of(page_token: str) -> int:
     try:
         return number_from_text(page_token)

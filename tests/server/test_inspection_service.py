@@ -12,6 +12,7 @@ import pytest
 from hmm.address_space import AddressSpace
 from hmm.madvise import Advice
 from hmm_proto.v1 import device_pb2, event_pb2, file_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
+from hmm_server.observers import BATCH_BYTES, BUFFER_BYTES, Watcher
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -236,6 +237,22 @@ async def test_slow_watcher_loses_observations_and_slows_nobody(serve: Any) -> N
             await served.new_process()
         message = await watcher.take()
     assert (len(message.observations), message.dropped) == (2, 3)
+
+
+def test_watcher_gets_less_at_a_time_when_observations_are_large() -> None:
+    """What is told at a time fits into a message, and what waits is bounded in bytes as well; the rest is counted."""
+    watcher = Watcher(1000, lambda _: True)
+    ranges = range_pb2.AddressRanges(starts=range(20_000), ends=range(20_000))
+    observation = inspection_pb2.Observation(event=event_pb2.Event(ranges=ranges))
+    for _ in range(200):
+        watcher.put(observation)
+    assert 0 < watcher.dropped < 200
+    kept = 200 - watcher.dropped
+    assert kept * observation.ByteSize() >= BUFFER_BYTES
+    told = []
+    while sum(told) < kept:
+        told.append(len(watcher.take_now().observations))
+    assert max(told) == BATCH_BYTES // observation.ByteSize()
 
 
 async def test_statistics_count_events_faults_and_latencies(mirrored: Any) -> None:

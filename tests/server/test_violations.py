@@ -156,3 +156,27 @@ async def test_cpu_calls_carry_no_violation(mirrored: Any) -> None:
     served, _, pid, _ = mirrored
     response = await served.process.ReadMemory(process_pb2.ReadMemoryRequest(process_id=pid, address=0x1000, length=1))
     assert not response.result.HasField("violation")
+
+
+async def test_reports_come_in_parts_when_there_are_many(serve: Any) -> None:
+    """A part has as many mirrors as fit into a message, or as are asked for; rejected answers are in the first."""
+    served = await serve(part_bytes=4096)
+    pid = await served.new_process()
+    await served.mmap(pid, BASE, END)
+    driver = await served.driver()
+    mirrors = [await driver.mirror(pid, f"gpu{number}") for number in range(3)]
+    for mirror in mirrors:
+        for _ in range(64):
+            await driver.make("device_write", write(mirror, BASE))
+    await driver.answer(mirror_ids=[mirrors[0]], acknowledged_up_to=[99])
+    await driver.violations.get()
+    whole = await violations(served)
+    assert [report.mirror_id for report in whole.mirrors] == mirrors[:2]
+    assert len(whole.rejected_answers) == 1
+    told, token = list(whole.mirrors), whole.next_page_token
+    while token:
+        part = await violations(served, page_token=token, page_size=1)
+        assert not part.rejected_answers
+        told, token = [*told, *part.mirrors], part.next_page_token
+    assert [report.mirror_id for report in told] == mirrors
+    assert all(len(report.violations) == 64 for report in told)

@@ -44,10 +44,16 @@ def command(mirror: int | None, device: int | None, check: bool, form: str, wher
 
 
 async def _ask(client: Client, request: inspection_pb2.GetViolationsRequest) -> inspection_pb2.GetViolationsResponse:
-    answer: inspection_pb2.GetViolationsResponse = await client.channel.request(
-        client.inspection.GetViolations, request
-    )
-    return answer
+    answer = inspection_pb2.GetViolationsResponse()
+    while True:
+        part: inspection_pb2.GetViolationsResponse = await client.channel.request(
+            client.inspection.GetViolations, request
+        )
+        answer.mirrors.extend(part.mirrors)
+        answer.rejected_answers.extend(part.rejected_answers)
+        if not part.next_page_token:
+            return answer
+        request.page_token = part.next_page_token
 
 
 def _lines(answer: inspection_pb2.GetViolationsResponse) -> list[str]:

@@ -25,7 +25,7 @@ from hmm_server.callers import caller_from
 from hmm_server.config import Config
 from hmm_server.executor import Executor, Running
 from hmm_server.observers import Observers
-from hmm_server.paging import mappings_of, page_of
+from hmm_server.paging import fitting, mappings_of, page_of
 from hmm_server.process_calls import require_at_most
 from hmm_server.streams import Streams
 from hmm_server.waits import Sees, Waits
@@ -195,14 +195,18 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         device = self._machine.devices.get(request.device_id)
         if device is not None:
             _require(sees, device.owner, str(device))
-        chosen = [
-            (receiver, gone)
+        chosen = {
+            receiver.id: (receiver, gone)
             for receiver, gone in reports.receivers(self._machine)
             if sees(receiver.owner)
             and receiver.reports.counts
             and request.mirror_id in (0, receiver.id)
             and request.device_id in (0, receiver.device.id)
-        ]
+        }
+        page = page_of(chosen, request, self._config.list_entries)
+        told = (reports.mirror_report(self._streams, chosen[key][0], gone=chosen[key][1]) for key in page.keys)
+        mirrors = fitting(told, self._config.part_bytes)
+        more = str(mirrors[-1].mirror_id) if len(mirrors) < len(page.keys) else page.next_token
         devices = {receiver.id: receiver.device.id for receiver, _ in reports.receivers(self._machine)}
         rejections = [
             inspection_pb2.RejectedAnswer(
@@ -214,8 +218,9 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
             and request.device_id in (0, devices.get(violation.mirror_id))
         ]
         return inspection_pb2.GetViolationsResponse(
-            mirrors=[reports.mirror_report(self._streams, receiver, gone=gone) for receiver, gone in chosen],
-            rejected_answers=rejections,
+            mirrors=mirrors,
+            rejected_answers=[] if request.page_token else rejections,
+            next_page_token=more,
         )
 
     async def GetOperation(
