@@ -46,7 +46,6 @@ from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
-from hmm.frame_contents import as_index
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
 from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
@@ -127,7 +126,7 @@ def migrate_to_device(
             pages = np.delete(pages, failing)
         if pages.size:
             pfns = _allocate_for(migration, pages, region.number, failing=failing)
-            space.frames.zone_device_data[as_index(pfns)] = mirror_id
+            space.frames.zone_device_data[pfns] = mirror_id
             _leave_failed(migration, pages, pfns)
             if migration.vma.writable and migration.has_holes:
                 hole = (migration.src[pages] & _VALID) == 0
