@@ -487,27 +487,18 @@ def install(
         table.set(page, word)
         return np.array((word,), np.uint64)
     entries = _mirrored(_entries(cpu, target) if present is None else present, write)
-    old = _kept(table, target)
-    if old is not None:
-        entries |= old & np.uint64(_KEPT)
-        if domain:
-            kept = pte.pte_test_valid_dma(old)
-            entries[kept] = old[kept] | (entries[kept] & np.uint64(pte.WRITE))
     if domain:
-        _map_for_dma(domain, entries, target)
+        _map_for_dma(domain, entries, _entries(table, target), target)
     if isinstance(target, AddressRange):
+        if not domain and table.either(target.start, target.end) & _KEPT:
+            entries |= table.read(target.start, target.end) & np.uint64(_KEPT)
         table.fill(target.start, target.end, entries, in_use=True)
     else:
-        table.store(target, entries)
+        kept = table.store(target, entries) & np.uint64(_KEPT)  # only storing them has to find where they are
+        if not domain and np.count_nonzero(kept):
+            entries |= kept
+            table.store(target, entries)
     return entries if target is asked else None
-
-
-def _kept(table: PageTable, target: AddressRange | Entries) -> Entries | None:
-    """What a table has of these pages, unless all of it is written anew."""
-    if isinstance(target, AddressRange):
-        return table.read(target.start, target.end) if table.either(target.start, target.end) & _STAYING else None
-    old = None if table.is_empty else table.lookup(target)
-    return old if old is not None and int(np.bitwise_or.reduce(old)) & _STAYING else None
 
 
 def _held(mirror: Mirror, target: AddressRange | Entries) -> Entries | None:
@@ -565,8 +556,16 @@ def _addresses(target: AddressRange | Entries) -> Entries:
     return target
 
 
-def _map_for_dma(domain: Domain, entries: Entries, target: AddressRange | Entries) -> None:
-    """Turn the frame numbers that are new into DMA addresses; WRITE and DIRTY survive, the driver's bits do not."""
+def _map_for_dma(domain: Domain, entries: Entries, old: Entries, target: AddressRange | Entries) -> None:
+    """Turn the frame numbers that are new into DMA addresses; WRITE and DIRTY survive, the driver's bits do not.
+
+    Args:
+        old: what the mirror had; of what is mapped for DMA already everything stays.
+    """
+    if int(np.bitwise_or.reduce(old)) & _STAYING:
+        entries |= old & np.uint64(_KEPT)
+        mapped = pte.pte_test_valid_dma(old)
+        entries[mapped] = old[mapped] | (entries[mapped] & np.uint64(pte.WRITE))
     fresh = ~pte.pte_test_valid_dma(entries)
     if fresh.any():
         iovas = domain.map(pte.pte_pfn(entries[fresh]), _addresses(target)[fresh])
