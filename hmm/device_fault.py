@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno as errnos
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, overload
 
@@ -99,37 +98,34 @@ class Faulted(NamedTuple):
     entries: Entries | None = None
 
 
-@dataclass(slots=True)
 class _Pages:
-    """What is to be filled: one range, or uint64[n] addresses of scattered pages of one VMA.
+    """What is to be filled: one range, or uint64[n] addresses of scattered pages of one VMA; it is never empty.
 
     Attributes:
+        whole: from the first page to the last.
+        npages: how many pages.
         entries: uint64[npages], the mirror's; None where they are not known, as after every yield.
     """
 
-    target: AddressRange | Entries
-    ranges: tuple[AddressRange, ...] | None = None
-    entries: Entries | None = None
+    __slots__ = ("_spans", "entries", "npages", "target", "whole")
+
+    def __init__(self, target: AddressRange | Entries) -> None:
+        self.target = target
+        self.entries: Entries | None = None
+        self._spans: tuple[AddressRange, ...] = ()
+        if isinstance(target, AddressRange):
+            self.whole, self.npages = target, target.end - target.start >> PAGE_SHIFT
+        else:
+            self.whole = AddressRange(int(target[0]), int(target[-1]) + PAGE_SIZE)
+            self.npages = target.size
 
     @property
     def spans(self) -> tuple[AddressRange, ...]:
         """The same as ranges."""
-        if self.ranges is None:
+        if not self._spans:
             target = self.target
-            self.ranges = (target,) if isinstance(target, AddressRange) else spans_of(target)
-        return self.ranges
-
-    @property
-    def whole(self) -> AddressRange:
-        """From the first page to the last."""
-        if isinstance(self.target, AddressRange):
-            return self.target
-        return AddressRange(int(self.target[0]), int(self.target[-1]) + PAGE_SIZE)
-
-    @property
-    def npages(self) -> int:
-        """How many pages."""
-        return self.target.npages if isinstance(self.target, AddressRange) else self.target.size
+            self._spans = (target,) if isinstance(target, AddressRange) else spans_of(target)
+        return self._spans
 
     def up_to(self, end: Address) -> _Pages:
         """The part below `end`, which is not empty."""
@@ -275,7 +271,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             continue
         pages.entries = _held(mirror, pages.target)
         targets = tuple(pages.pieces()) if pages.entries is None else ()
-        missing, present = _missing(mirror, targets, pages, write)
+        missing, present = _missing(mirror, targets, pages, write) if targets else (None, None)
         if missing is not None:
             pages, missing = _narrowed(mirror, pages, missing, missed)
             missed = True
@@ -288,8 +284,9 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
                 pages = pages.up_to(failed.address or 0)
                 upto = pages.npages
             continue
+        filled = not targets and not mirror.update_on_fault
         try:
-            filled = yield from _fill(mirror, targets, present, pages, write)
+            filled = filled or (yield from _fill(mirror, targets, present, pages, write))
         except HmmError as error:
             return Faulted(asked, asked.start, error, retries)
         if filled:
@@ -393,8 +390,6 @@ def _fill(
         targets: the pieces to be filled; none where the mirror has all of it.
         present: the CPU's entries, where it is one piece and they are known.
     """
-    if not targets and not mirror.update_on_fault:
-        return True
     # Nothing that is enlisted can be invalidated: what is not missing now is still there when it is installed.
     notifier = mirror.space.notifier
     enlisted = notifier.start_fault(mirror.id, pages)
@@ -512,8 +507,10 @@ def _held(mirror: Mirror, target: AddressRange | Entries) -> Entries | None:
     first = mirror.table.get(target.start if isinstance(target, AddressRange) else int(target[0]))
     if not (first & pte.WRITE and first & _IN_SYSTEM):
         return None
+    if isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE:
+        return np.array((first,), np.uint64)
     entries = _entries(mirror.table, target)
-    held = int(np.bitwise_and.reduce(entries)) if entries.size > 1 else first
+    held = int(np.bitwise_and.reduce(entries))
     return entries if held & pte.WRITE and held & _IN_SYSTEM else None
 
 
