@@ -18,7 +18,7 @@ from hmm_proto.status import to_call_result
 from hmm_proto.v1 import device_pb2, types_pb2
 from hmm_server.calls import Call, Invocation, invoke
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most, require_name
-from hmm_server.replies import ArrayReply
+from hmm_server.replies import FEW, ArrayReply
 
 Result = types_pb2.CallResult
 PIECES_MAX = 4096
@@ -69,35 +69,33 @@ def register_mirror_response(machine: Machine, mirror_id: int) -> device_pb2.Reg
 
 
 def _fault(q: device_pb2.FaultRequest) -> Invocation:
-    target, npages = _fault_target(q)
-    how = {"write": q.write, "wait": not q.no_wait, "whole": not q.first_mapping_only}
-    return Invocation(commands_device.fault, (q.mirror_id, target), how, npages)
-
-
-def _fault_target(q: device_pb2.FaultRequest) -> tuple[tuple[AddressRange, ...] | Entries, int]:
-    """The ranges or the pages of a fault, and how many pages these are.
+    """The ranges or the pages of a fault.
 
     Raises:
         InvalidRequestError: neither or both are given, or they are malformed (EINVAL).
     """
     pages, ranges = q.pages, q.ranges
     starts = ranges.starts  # protobuf makes an object for each look at an array, as long as nobody has one
+    target: tuple[AddressRange, ...] | Entries
     if not pages:
-        require_at_most("fault: ranges", len(starts), PIECES_MAX)
-        spans = convert.page_ranges_from_proto(ranges)
-        if len(spans) == 1:  # most are
-            return spans, spans[0].npages
-        if spans:
-            return spans, sum([span.npages for span in spans])
+        if len(starts) > PIECES_MAX:
+            require_at_most("fault: ranges", len(starts), PIECES_MAX)
+        target = convert.page_ranges_from_proto(ranges)
+        npages = target[0].npages if len(target) == 1 else sum([span.npages for span in target])  # most are one
     elif not (starts or ranges.ends):
-        addresses = convert.pages_from_proto(pages)
-        return addresses, addresses.size
-    raise convert.malformed("fault: either ranges or pages are needed")
+        target = convert.pages_from_proto(pages)
+        npages = target.size
+    else:
+        npages = 0
+    if not npages:
+        raise convert.malformed("fault: either ranges or pages are needed")
+    how = {"write": q.write, "wait": not q.no_wait, "whole": not q.first_mapping_only}
+    return Invocation(commands_device.fault, (q.mirror_id, target), how, npages)
 
 
-def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply:
+def _fault_response(faulted: DeviceFaulted | None, result: Result) -> device_pb2.FaultResponse | ArrayReply:
     if faulted is None:
-        return ArrayReply(device_pb2.FaultResponse(result=result), {})
+        return device_pb2.FaultResponse(result=result)
     response = device_pb2.FaultResponse()  # what is an argument of a message takes twice as long
     response.notifier_seq, response.last_event_sequence = faulted.notifier_seq, faulted.event_sequence
     ends, errnos = response.range_ends, response.range_errnos
@@ -112,6 +110,9 @@ def _fault_response(faulted: DeviceFaulted | None, result: Result) -> ArrayReply
     response.result.CopyFrom(result)
     if retries:
         response.retries = retries
+    if faulted.entries.size <= FEW:
+        response.entries = convert.entries_to_proto(faulted.entries)
+        return response
     return ArrayReply(response, {"entries": faulted.entries})
 
 

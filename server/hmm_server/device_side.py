@@ -27,7 +27,7 @@ from hmm_server.executor import Executor, resolve
 from hmm_server.hmm_calls import CALLS as HMM_CALLS
 from hmm_server.hmm_calls import attach_response
 from hmm_server.process_calls import require_at_most
-from hmm_server.replies import ArrayReply
+from hmm_server.replies import ArrayReply, without_entries
 from hmm_server.reports import complete
 from hmm_server.served import Stream
 from hmm_server.streams import Streams
@@ -154,7 +154,7 @@ class DeviceSide:
         if name in _DESCRIBED:
             return _DESCRIBED[name](self.executor.machine, record.result)
         if name in _WITH_ENTRIES and request.omit_entries:
-            return response.without_arrays()
+            return without_entries(response)
         return response
 
     def _note(self, name: str, request: Any, stream: Stream | None, record: OperationRecord[Any]) -> None:

@@ -21,7 +21,7 @@ from hmm_proto.status import to_call_result
 from hmm_proto.v1 import hmm_pb2, types_pb2
 from hmm_server.calls import Call, Invocation, invoke
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
-from hmm_server.replies import ArrayReply
+from hmm_server.replies import FEW, ArrayReply
 
 Result = types_pb2.CallResult
 MIGRATE_PAGES_MAX = 1 << 17
@@ -71,9 +71,9 @@ def _range_fault(q: hmm_pb2.RangeFaultRequest) -> Invocation:
     return Invocation(commands_hmm.range_fault_unlocked, (q.mirror_id, q.notifier_id, span, *flags), {}, span.npages)
 
 
-def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> ArrayReply:
+def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> hmm_pb2.RangeFaultResponse | ArrayReply:
     if faulted is None:
-        return ArrayReply(hmm_pb2.RangeFaultResponse(result=result), {})
+        return hmm_pb2.RangeFaultResponse(result=result)
     if faulted.error is not None:
         result = to_call_result(faulted.error, result.operation_id, tuple(result.fenced_mirrors))
     response = hmm_pb2.RangeFaultResponse(
@@ -82,6 +82,9 @@ def _range_fault_response(faulted: RangeFaulted | None, result: Result) -> Array
         last_event_sequence=faulted.event_sequence,
         retries=faulted.retries,
     )
+    if faulted.words.size <= FEW:
+        response.words = convert.entries_to_proto(faulted.words)
+        return response
     return ArrayReply(response, {"words": faulted.words})
 
 

@@ -24,6 +24,8 @@ Arrays: TypeAlias = Mapping[str, Entries]
 NO_ARRAYS: Arrays = MappingProxyType({})
 FEW = 64
 """Arrays up to this length are copied with their message: that is sooner done than keeping them out of it."""
+SMALL_BYTES = 512
+"""A response up to this size is sooner copied by protobuf than put together here."""
 _REPLY = wire.tag(session_pb2.SessionResponse, "replies")
 _REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
 _MORE = wire.number_tag(session_pb2.SessionReply, "more") + wire.varint(True)
@@ -38,8 +40,24 @@ def encoded(request_id: int, name: str, response: Message, arrays: Arrays = NO_A
 
     Cost: one copy of the arrays.
     """
+    if not arrays and response.ByteSize() <= SMALL_BYTES:
+        message = session_pb2.SessionResponse()
+        reply = message.replies.add()
+        reply.request_id = request_id
+        if more:
+            reply.more = True
+        getattr(reply, name).CopyFrom(response)
+        return message.SerializeToString()
     head = _REQUEST_ID + wire.varint(request_id) + (_MORE if more else b"")
     return wire.nested(_REPLY, head, wire.tag(session_pb2.SessionReply, name), response, arrays)
+
+
+def without_entries(response: Any) -> Any:
+    """The response to a caller who does not want entries."""
+    if isinstance(response, ArrayReply):
+        return response.response
+    response.ClearField("entries")
+    return response
 
 
 class ArrayReply(NamedTuple):
@@ -53,10 +71,6 @@ class ArrayReply(NamedTuple):
         for name, array in self.arrays.items():
             setattr(self.response, name, convert.entries_to_proto(array))
         return self.response
-
-    def without_arrays(self) -> ArrayReply:
-        """The same for a caller who does not want them."""
-        return ArrayReply(self.response, {})
 
     def parts(self, part_bytes: int) -> Sequence[tuple[Any, Arrays, bool]]:
         """Cut a long reply; everything but the arrays is in the last part.
