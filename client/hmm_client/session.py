@@ -1,11 +1,11 @@
 r"""The session: one stream for a driver process, which carries all its mirrors.
 
-One task reads, one writes.  The reader hands events to the mirrors' drivers and replies to whoever waits for them, in
-the order in which they came.  The writer sends whatever is ready as one message: a message costs more than what is in
+A task reads, a pump writes.  The reader hands events to the mirrors' drivers and replies to whoever waits for them, in
+the order in which they came.  The pump sends whatever is ready as one message: a message costs more than what is in
 it.  Nothing else touches the stream.
 
     events    -> Mirror.deliver -> driver -> ledger of answers -\
-    replies   -> whoever waits                                   > writer
+    replies   -> whoever waits                                   > pump
     calls     ---------------------------------------------------/
 
 **Source**: proto/hmm_proto/v1/session.proto, whose rules these are.
@@ -22,7 +22,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grpc
@@ -38,6 +38,7 @@ from hmm_client.channel import RPC_ERRORS, Channel, DaemonError, as_error, not_m
 from hmm_client.event import Change
 from hmm_client.together import Together
 from hmm_proto import wire
+from hmm_proto.pump import Pump, Write
 from hmm_proto.v1 import event_pb2, session_pb2
 
 PROTOCOL_VERSION = 1
@@ -142,14 +143,14 @@ class Session:
             session_pb2.SessionResponse.VIOLATIONS_FIELD_NUMBER: self._note_violation,
         }
         self._last_request = 0
-        self._sleeping: asyncio.Future[None] | None = None
-        self._bye: bytes | None = None
+        self._pump = Pump(self._next_write, (*RPC_ERRORS, grpc.aio.InternalError, asyncio.InvalidStateError))
+        self._parting: Iterator[Write] | None = None
         self._silent = False  # nothing was written for some time
         self._wrote = True
         self._beat: asyncio.TimerHandle | None = None
         self._reads = asyncio.Event()
         self._reads.set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._reader: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, channel: Channel, *, name: str = "", credit: int = 0) -> Session:
@@ -180,21 +181,22 @@ class Session:
 
     def _start(self, first: session_pb2.SessionResponse) -> None:
         self._dispatch(first)
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        self._reader = asyncio.create_task(self._read())
+        self._pump.wake()
         self._show_life()
 
     def _show_life(self) -> None:
         # What this process holds (pins, exclusive access) is its as long as the daemon hears of it.
         self._silent, self._wrote = not self._wrote, False
         if self._silent:
-            self._wake()
+            self._pump.wake()
         if self.welcome.lease_ms:
             beat_s = self.welcome.lease_ms / 1000 / BEATS_IN_LEASE
             self._beat = asyncio.get_running_loop().call_later(beat_s, self._show_life)
 
     # ---- calls
 
-    async def call(self, name: str, request: Message, on_reply: Callable[[Any], None] | None = None) -> list[Any]:
+    def call(self, name: str, request: Message, on_reply: Callable[[Any], None] | None = None) -> Awaitable[list[Any]]:
         """Make one call of DeviceService on the session.
 
         Args:
@@ -202,7 +204,7 @@ class Session:
             on_reply: called by the reader with the last part of a successful reply, before it looks at anything that
                 came later.
 
-        Returns: the parts of the reply, most calls have one.
+        Returns: the parts of the reply, most calls have one; to be awaited.
 
         Raises:
             HmmError: the call was not made.
@@ -210,19 +212,25 @@ class Session:
         """
         callback = current()
         if callback is None:
-            return await self._ask(name, request, on_reply, None)
+            return self._ask(name, request, on_reply, None)
+        return self._ask_inside(callback, name, request, on_reply)
+
+    async def _ask_inside(
+        self, callback: Callback, name: str, request: Message, on_reply: Callable[[Any], None] | None
+    ) -> list[Any]:
         with callback.waiting():
             return await self._ask(name, request, on_reply, callback)
 
     def _ask(
         self, name: str, request: Message, on_reply: Callable[[Any], None] | None, callback: Callback | None
     ) -> asyncio.Future[list[Any]]:
-        self.require_live(name)
+        if self.lost:
+            self.require_live(name)
         self._last_request = request_id = self._last_request + 1
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._outgoing.append(_written(request_id, name, request, callback))
         self._waiting[request_id] = _Call(future, on_reply, [])
-        self._wake()
+        self._pump.wake()
         return future
 
     def require_live(self, operation: str) -> None:
@@ -258,7 +266,7 @@ class Session:
     def answer(self, mirror_id: MirrorId, sequence: int, answer: event_pb2.Answer | None = None) -> None:
         """Tell the daemon, with the next batch, that an event is finished."""
         self.ledger.done(mirror_id, sequence, answer)
-        self._wake()
+        self._pump.wake()
 
     # ---- what a driver must not do: for tests of whoever has to live with it
 
@@ -279,17 +287,18 @@ class Session:
 
     async def wait_lost(self) -> str:
         """Wait until the session has ended.  Returns: why."""
-        await asyncio.wait(self._tasks[:1])
+        if self._reader is not None:
+            await asyncio.wait([self._reader])
         return self.lost
 
     async def close(self, reason: str = "") -> None:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
         self._reads.set()
         hearers = list(self._hearers.values())
-        self._bye = session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason)).SerializeToString()
-        self._wake()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        self._parting = self._farewell(reason)
+        self._pump.wake()
+        if self._reader is not None:
+            await asyncio.wait([self._reader, self._pump.ended], timeout=CLOSE_TIMEOUT_S)
         self._end("closed")
         self._call.cancel()
         await asyncio.gather(*(hearer.cancel() for hearer in hearers))
@@ -300,7 +309,7 @@ class Session:
         self.lost = why
         if self._beat is not None:
             self._beat.cancel()
-        self._wake()
+        self._pump.wake()
         for waiting_call in self._waiting.values():
             if not waiting_call.future.done():
                 waiting_call.future.set_exception(DeviceLostError(f"the session has ended: {why}"))
@@ -310,13 +319,17 @@ class Session:
         for hearer in hearers:
             hearer.session_lost(why)
 
-    # ---- the two tasks
+    # ---- the two halves
 
     async def _read(self) -> None:
         why = "the daemon is gone"
         try:
             while isinstance(message := await self._call.read(), session_pb2.SessionResponse):
-                self._dispatch(message)
+                self._pump.hold()
+                try:
+                    self._dispatch(message)
+                finally:
+                    self._pump.release()  # answers leave before more is asked for
                 if not self._reads.is_set():
                     await self._reads.wait()
                 if message.HasField("bye"):
@@ -332,27 +345,23 @@ class Session:
             why = repr(error)
             self._call.cancel()
         finally:
-            self._end("closed" if self._bye is not None else why)
+            self._end("closed" if self._parting is not None else why)
 
-    async def _write(self) -> None:
-        try:
-            while not self.lost:
-                while (self._outgoing or self.ledger or self._silent) and not self.lost:
-                    self._silent, self._wrote = False, True
-                    await self._call.write(self._next_batch())
-                if self._bye is not None:
-                    await self._call.write(self._bye)
-                    await self._call.done_writing()
-                    return
-                self._sleeping = asyncio.get_running_loop().create_future()
-                await self._sleeping
-        except (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            # The stream has ended; the reader hears why.
-            return
+    def _next_write(self) -> Write | None:
+        if self.lost:
+            self._pump.finish()
+        elif self._outgoing or self.ledger or self._silent:
+            self._silent, self._wrote = False, True
+            write: Write = self._call.write(self._next_batch())
+            return write
+        elif self._parting is not None:
+            return next(self._parting, None)
+        return None
 
-    def _wake(self) -> None:
-        if self._sleeping is not None and not self._sleeping.done():
-            self._sleeping.set_result(None)
+    def _farewell(self, reason: str) -> Iterator[Write]:
+        yield self._call.write(session_pb2.SessionRequest(bye=session_pb2.Bye(reason=reason)).SerializeToString())
+        yield self._call.done_writing()
+        self._pump.finish()
 
     def _next_batch(self) -> bytes:
         batch: list[bytes] = []
@@ -418,7 +427,7 @@ class Session:
             slots, numbers = np.delete(slots, unfinished), np.delete(numbers, unfinished)
             mirror_ids, sequences = np.delete(group.ids, unfinished).tolist(), numbers.tolist()
         self.ledger.done_together(slots, numbers, mirror_ids, sequences)
-        self._wake()
+        self._pump.wake()
         for position in group.others:
             self._hearers[message.mirror_ids[position]].deliver(message.event_sequences[position], change)
         return True

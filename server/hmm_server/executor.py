@@ -58,6 +58,9 @@ class Router(Protocol):
     def route(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
         """Send an event on its way to some of its audience.  Returns: the mirrors that nobody serves any more."""
 
+    def depart(self) -> None:
+        """All events that are to be sent now are on their way."""
+
     def settled(self, mirror_id: MirrorId, sequences: Sequence[int], state: EventState) -> None:
         """These events have ended without an answer: fenced, or abandoned."""
 
@@ -286,6 +289,7 @@ class Executor:
                 self._set_deadline(running)
             for mirror_id in self.router.route(dispatch, mirror_ids):
                 self.fence(mirror_id, "nobody serves it", running.record if running else None)
+        self.router.depart()
         if self._impatient:
             self._fence_waited_for()
 

@@ -132,7 +132,12 @@ class Window:
 
 
 class Mailbox:
-    """The outgoing half of one stream."""
+    """The outgoing half of one stream.
+
+    Attributes:
+        wake: called whenever there may be something to tell; as it is made, it wakes whoever waits in `take`.
+        begin: called when nothing will be added to it for now; the same, as it is made.
+    """
 
     def __init__(self, window: Window, send: Callable[[Posting], bytes | None]) -> None:
         """Make an empty mailbox.
@@ -154,32 +159,34 @@ class Mailbox:
         self._farewell = ""
         self._waiting: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
+        self.wake: Callable[[], None] = self._wake_taker
+        self.begin: Callable[[], None] = self._wake_taker
 
     # ---- what is to be told
 
     def welcome(self, welcome: event_pb2.Welcome) -> None:
         """The first thing to be told."""
         self._welcome = welcome
-        self._wake()
+        self.wake()
 
     def post(self, posting: Posting) -> None:
         """An event; it leaves when the window permits."""
         if not self.closed:
             self.events.append(posting)
-            self._wake()
+            self.wake()
 
     def reply(self, reply: bytes) -> None:
         """The reply to a call, or a part of it, as `replies.encoded` writes it."""
         if not self.closed:
             self._replies.append(reply)
             self.reply_bytes += len(reply)
-            self._wake()
+            self.wake()
 
     def reject(self, violations: list[event_pb2.ProtocolViolation]) -> None:
         """Answers that were rejected."""
         if violations and not self.closed:
             self._violations += violations[: VIOLATIONS_MAX - len(self._violations)]
-            self._wake()
+            self.wake()
 
     def close(self, why: str) -> None:
         """Let nothing in any more; replies that wait still leave, then a farewell.  Events that wait do not."""
@@ -187,19 +194,14 @@ class Mailbox:
             self.closed = True
             self._farewell = why
             self.events.clear()
-            self._wake()
+            self.wake()
             self._room.set()
 
     def release(self, posting: Posting) -> None:
         """All mirrors of an event have answered, or will not: its part of the window is free again."""
         self.in_flight -= 1
         self.in_flight_bytes -= posting.size_bytes
-        self._wake()
-
-    @property
-    def wakes_writer(self) -> bool:
-        """True when the writer has something to write and has not run since."""
-        return self._waiting is not None and self._waiting.done()
+        self.wake()
 
     @property
     def is_full(self) -> bool:
@@ -215,19 +217,23 @@ class Mailbox:
 
     async def take(self) -> Outgoing | None:
         """The next message, as soon as there is something to tell; None after the farewell."""
-        while True:
-            if self._replies or self._has_something():
-                outgoing = self._outgoing()
-                if outgoing is not None:
-                    return outgoing
-            elif self.closed:
-                return None
-            else:
-                self._waiting = asyncio.get_running_loop().create_future()
-                await self._waiting
-                self._waiting = None
+        while (outgoing := self.next()) is None and not self.closed:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+            self._waiting = None
+        return outgoing
 
-    def _wake(self) -> None:
+    def next(self) -> Outgoing | None:
+        """The next message; None when there is nothing to tell, and nothing ever after when it is closed."""
+        if self._replies and not (self.events or self._welcome or self._violations or self._farewell):
+            return Outgoing(_NOTHING_ELSE, [], self._take_replies())  # as most of the time
+        while self._has_something():
+            outgoing = self._outgoing()
+            if outgoing is not None:
+                return outgoing
+        return None
+
+    def _wake_taker(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 

@@ -1,7 +1,7 @@
 """One session: reads a driver's batches, starts its calls, and writes whatever its mailbox holds.
 
 The reader takes answers before calls and waits for nothing but the next message, and for a driver that asks without
-reading; the writer is the only one that writes.  The session ends when either does: at Bye, at the end of the stream (a
+reading; a pump is the only one that writes.  The session ends when either does: at Bye, at the end of the stream (a
 death), or when the daemon ends.
 
 **Source**: `ServicerContext.read` returns the end of the stream for a driver that was killed, as for one that closed
@@ -23,12 +23,14 @@ import grpc
 from hmm.errors import ConflictError, HmmError, OutOfFramesError
 from hmm.operation_record import Caller, OperationRecord
 from hmm_proto import convert
+from hmm_proto.pump import Pump, Write
 from hmm_proto.v1 import device_pb2, event_pb2, session_pb2
 from hmm_server.callers import NAME_LENGTH_MAX
 from hmm_server.calls import BREATH_S, not_made
 from hmm_server.config import Config
 from hmm_server.device_side import DeviceSide, Result
 from hmm_server.interceptors import require_read
+from hmm_server.mailbox import Mailbox
 from hmm_server.replies import ArrayReply, encoded
 from hmm_server.served import Stream
 from hmm_server.streams import PROTOCOL_VERSION, Streams
@@ -85,24 +87,28 @@ class Session:
         """
         first = await self._context.read()
         stream = self._open(first)
-        writer = asyncio.create_task(self._write(stream))
+        mailbox = stream.mailbox
+        pump = self._pump = Pump(partial(self._next_write, mailbox), (grpc.aio.InternalError, grpc.aio.UsageError))
+        mailbox.wake, mailbox.begin = pump.wake, pump.begin
+        pump.wake()
         reader = asyncio.create_task(self._read(stream, first))
+        halves: list[asyncio.Future[Any]] = [reader, pump.ended]
         why = "its client was cut off"
         try:
-            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
             if reader.done():
                 why = _why_ended(reader)
                 self._streams.disconnect(stream, why)
-                await asyncio.wait({writer}, timeout=FAREWELL_S)
+                await asyncio.wait([pump.ended], timeout=FAREWELL_S)
                 reader.result()  # what made no sense is its caller's error
-            elif stream.mailbox.closed:
+            elif mailbox.closed:
                 why = "the daemon ended it"
-            if writer.done() and not writer.cancelled():
-                writer.result()  # a bug is not an end in good order
+            if pump.ended.done():
+                pump.ended.result()  # a bug is not an end in good order
         finally:
             self._streams.disconnect(stream, why)
             reader.cancel()
-            writer.cancel()
+            pump.finish()
             self._forget_calls()
 
     def _open(self, first: Any) -> Stream:
@@ -118,37 +124,46 @@ class Session:
 
     # ---- the two halves
 
-    async def _write(self, stream: Stream) -> None:
-        try:
-            while (outgoing := await stream.mailbox.take()) is not None:
-                await self._context.write(outgoing.encoded())
-        except (grpc.aio.InternalError, grpc.aio.UsageError):
-            return  # the stream has ended beneath us: the reader says why
+    def _next_write(self, mailbox: Mailbox) -> Write | None:
+        outgoing = mailbox.next()
+        if outgoing is not None:
+            return self._context.write(outgoing.encoded())
+        if mailbox.closed:
+            self._pump.finish()
+        return None
 
     async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
         message: Any = first
         while message is not grpc.aio.EOF:
             stream.heard_s = breathed_s = time.monotonic()
             require_read(message)
-            if message.HasField("hello") and message is not first:
-                stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
-            if message.HasField("acknowledgements"):
-                stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
-            for call in message.calls[:]:  # a list is gone through in half the time
-                self._start(stream, call)
-                if stream.mailbox.is_overfull:
-                    await stream.mailbox.room()  # nothing more is asked for, not even what has small replies
-                elif time.monotonic() - breathed_s > BREATH_S:
-                    await asyncio.sleep(0)
-                    breathed_s = time.monotonic()
+            self._pump.hold()
+            try:
+                if message.HasField("hello") and message is not first:
+                    stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
+                if message.HasField("acknowledgements"):
+                    stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
+                for call in message.calls[:]:  # a list is gone through in half the time
+                    self._start(stream, call)
+                    if stream.mailbox.is_overfull or time.monotonic() - breathed_s > BREATH_S:
+                        await self._breathe(stream.mailbox)
+                        breathed_s = time.monotonic()
+            finally:
+                self._pump.release()  # the replies leave before the next message is asked for
             if message.HasField("bye"):
                 return f"bye: {message.bye.reason[:REASON_LENGTH_MAX]}" if message.bye.reason else "bye"
-            if stream.mailbox.wakes_writer:
-                await asyncio.sleep(0)  # the replies leave before the next message is asked for
             message = await self._context.read()
         return "its driver went away without Bye"
 
     # ---- calls
+
+    async def _breathe(self, mailbox: Mailbox) -> None:
+        self._pump.release()
+        if mailbox.is_overfull:
+            await mailbox.room()  # nothing more is asked for, not even what has small replies
+        else:
+            await asyncio.sleep(0)
+        self._pump.hold()
 
     def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
         name, request_id = call.WhichOneof("call") or "", call.request_id

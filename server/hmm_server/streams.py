@@ -76,6 +76,7 @@ class Streams:
         self.rejected = 0
         self.rejections: deque[tuple[Stream, event_pb2.ProtocolViolation, int]] = deque(maxlen=REJECTIONS_KEPT)
         self._groups: dict[Audience, list[Group]] = {}
+        self._departing: list[Mailbox] = []
         # A restarted daemon is an epoch change: its epochs start beyond all of the one before.
         self._epochs = itertools.count(time.time_ns() >> 10)
         self._loop = asyncio.get_running_loop()
@@ -261,7 +262,7 @@ class Streams:
             if served is None or not served.stream.open:
                 return [mirror_ids[0]]
             sequences = [dispatch.sequence_of(mirror_ids[0])]
-            served.stream.mailbox.post(Posting(self._news(dispatch), mirror_ids, sequences, dispatch))
+            self._post(served.stream, Posting(self._news(dispatch), mirror_ids, sequences, dispatch))
             return []
         groups = self._groups_of(dispatch.audience) if mirror_ids is dispatch.audience.ids else None
         if groups is None:
@@ -270,8 +271,18 @@ class Streams:
         for group in groups:
             own = sequences if group.is_whole else [sequences[position] for position in group.positions]
             posting = Posting(news, group.mirror_ids, own, dispatch, group if len(own) > 1 else None)
-            group.stream.mailbox.post(posting)
+            self._post(group.stream, posting)
         return []
+
+    def _post(self, stream: Stream, posting: Posting) -> None:
+        stream.mailbox.post(posting)
+        self._departing.append(stream.mailbox)
+
+    def depart(self) -> None:
+        """Let leave what was posted: the drivers can go about it while the caller goes on."""
+        departing, self._departing = self._departing, []
+        for mailbox in departing:
+            mailbox.begin()
 
     def _route_some(self, dispatch: Dispatch, mirror_ids: Sequence[MirrorId]) -> list[MirrorId]:
         unserved = []
@@ -284,7 +295,7 @@ class Streams:
                 by_stream.setdefault(served.stream, []).append(mirror_id)
         news = self._news(dispatch)
         for stream, its in by_stream.items():
-            stream.mailbox.post(Posting(news, its, [dispatch.sequence_of(mirror_id) for mirror_id in its], dispatch))
+            self._post(stream, Posting(news, its, [dispatch.sequence_of(mirror_id) for mirror_id in its], dispatch))
         return unserved
 
     def _groups_of(self, audience: Audience) -> list[Group] | None:

@@ -72,18 +72,6 @@ async def test_a_reply_that_leaves_alone_is_not_copied() -> None:
     assert outgoing.encoded() is reply
 
 
-async def test_writer_is_woken_until_it_runs() -> None:
-    """Whoever gives a reply can tell that the writer is about to write, and let it go first."""
-    mailbox = _mailbox()
-    taking = asyncio.ensure_future(_take(mailbox))
-    await asyncio.sleep(0)
-    assert not mailbox.wakes_writer
-    mailbox.reply(_reply(1))
-    assert mailbox.wakes_writer
-    await taking
-    assert not mailbox.wakes_writer
-
-
 async def test_take_waits_until_there_is_something() -> None:
     """The writer sleeps while nothing waits, and wakes with the first thing to tell."""
     mailbox = _mailbox()
