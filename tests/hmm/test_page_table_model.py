@@ -143,6 +143,40 @@ class PageTableMachine(RuleBasedStateMachine):
         for number in lost:
             del self.model[number]
 
+    @rule(data=st.data(), kept=st.sampled_from([ALL & ~WRITE, 0xFFF, 2]))
+    def update(self, data: st.DataObject, kept: int) -> None:
+        """Let a function change a range in place; what it makes zero is gone."""
+        page, end = self._span(data)
+
+        def keep(entries: Entries) -> None:
+            entries &= np.uint64(kept)
+
+        before = self._in(page, end)
+        lost = [number for number, word in before if not word & kept]
+        assert self.table.update(page << PAGE_SHIFT, end << PAGE_SHIFT, keep) == len(lost)
+        self.model.update((number, word & kept) for number, word in before)
+        for number in lost:
+            del self.model[number]
+
+    @rule(data=st.data(), step=st.sampled_from([2, 13, 512 * 3]), number=st.sampled_from([60, 1100]))
+    def many_pages(self, data: st.DataObject, step: int, number: int) -> None:
+        """Store, look up in another order, and clear again pages that lie apart, so many that order is looked for."""
+        first, _ = self._span(data)
+        pages = [page for page in range(first, self.npages, step)[:number] if page not in self.model]
+        addresses = np.array(pages, np.uint64) << np.uint64(PAGE_SHIFT)
+        words = np.arange(1, len(pages) + 1, dtype=np.uint64)
+        order = np.random.default_rng(first).permutation(len(pages))
+        try:
+            assert not self.table.store(addresses, words).any()
+        except OutOfFramesError:
+            words[:] = 0
+        self.table.check()
+        assert np.array_equal(self.table.lookup(addresses[order]), words[order])
+        kept = data.draw(st.integers(0, len(pages)))
+        assert np.array_equal(self.table.clear_many(addresses[kept:]), words[kept:])
+        for page, word in zip(pages[:kept], words.tolist(), strict=False):
+            self._assign(page, [word])
+
     @rule(data=st.data(), ascending=st.booleans())
     def store(self, data: st.DataObject, ascending: bool) -> None:
         """Store a batch."""
