@@ -101,9 +101,11 @@ def populate_runs(tree: DirectoryTree, page: int, end: int) -> Generator[Run, No
                 yield Run(page << PAGE_SHIFT, llevel, run)
             finally:
                 freed = arena.release(leaf)
-            if freed:
-                # Its parents may be gone too, and the next step needs them again.
-                returned = min(taken, arena.available)
+            if freed and stop < end:
+                # Its parents may be gone too, and the next step needs those again that it shares.
+                shared = sum([page >> shift == stop >> shift for shift in tree.upper_shifts])
+                there = llevel - tree.absent_levels(stop)
+                returned = min(max(shared - there, 0), arena.available)
                 arena.reserve(returned)
                 promised += returned
             page = stop

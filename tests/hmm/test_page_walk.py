@@ -374,6 +374,21 @@ class TestPopulate:
         table.check()
         assert table.directories == 4
 
+    @pytest.mark.parametrize(("at", "directories"), [(0, 7), (UPPER - 2 * LEAF, 9)])
+    def test_populate_promises_no_more_than_the_rest_needs(self, at: int, directories: int) -> None:
+        """What a step leaves behind empty is for anybody again, but for the directories above the next one."""
+        table = PageTable(LAST, max_directories=directories)
+        if not at:
+            table.set(UPPER - LEAF, 1)
+        end = at + 3 * LEAF
+        for run in table.populate(at, end):
+            if run.end == end:
+                table.fill(5 * LEAF, 7 * LEAF, 1)
+        assert table.count == 2 * 512 + (not at)
+        table.check()
+        table.fill(10 * LEAF, (10 + directories - table.directories) * LEAF, 1)
+        assert table.directories == directories
+
     def test_populate_fails_late_only_when_the_consumer_used_directories_up(self) -> None:
         """What the consumer frees and gives away itself cannot be promised."""
         table = PageTable(LAST, max_directories=6)
