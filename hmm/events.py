@@ -113,6 +113,7 @@ class Cause(Enum):
     RECLAIM = "reclaim"
     MIGRATE_SHARED = "migrate shared page"  # try_to_migrate(): every other mapping of a page that migrates
     KSM = "page merging"  # write_protect_page(), replace_page()
+    SOFT_OFFLINE = "soft offline"  # migrate_pages() of soft_offline_in_use_page()
     MEMORY_FAILURE = "memory failure"  # try_to_unmap() of hwpoison_user_mappings()
     HUGE_PAGE_SPLIT = "huge page split"  # __split_huge_pmd(), split_folio()
     VMA_CUT = "VMA cut"  # vma_adjust_trans_huge(): a VMA is cut inside a block of 2 MiB, huge page or not
@@ -158,6 +159,7 @@ CAUSES: dict[Cause, Told] = {
     Cause.RECLAIM: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MIGRATE_SHARED: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.KSM: Told(EventType.MIGRATE, Reason.CLEAR),
+    Cause.SOFT_OFFLINE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.MEMORY_FAILURE: Told(EventType.MIGRATE, Reason.CLEAR),
     Cause.HUGE_PAGE_SPLIT: Told(EventType.MUNMAP, Reason.CLEAR),
     Cause.VMA_CUT: Told(EventType.NONE, Reason.CLEAR),

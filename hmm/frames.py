@@ -135,7 +135,8 @@ class Frames(FrameContents):
         zero_page_poisoned: a memory failure was injected into the zero page, which goes on to be used.
         ksm_places: finds where frames with PageFlag.KSM are mapped; None while there never was one.
         pinned: how many pins there are.
-        poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, and they are never used again.
+        poisoned: how many frames have PageFlag.HWPOISON: what they held is lost, or has moved, and
+            they are never used again.
         locks: which frames one call has to itself.
         make_room: how who runs out of system memory gets some: an operation that returns whether it is worth trying
             again; None when nothing can be reclaimed.

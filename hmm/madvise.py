@@ -9,7 +9,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
     populate   POPULATE_READ POPULATE_WRITE bring every page in
     collapse   COLLAPSE makes huge pages of small ones
     merging    MERGEABLE and UNMERGEABLE are flags too; the second copies what was merged
-    failure    HWPOISON takes pages away as if their memory had failed
+    failure    HWPOISON takes pages away as if their memory had failed; SOFT_OFFLINE moves them before it does
     reclaim    WILLNEED brings in what is in swap; PAGEOUT puts out what there is swap for, and drops what was freed
                lazily; COLD makes pages the next to go
 
@@ -18,7 +18,7 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Invariants**: those of the calls it is made of.
 
-**Absent**: when pages are merged (ksm.py); MADV_SOFT_OFFLINE; the guard regions of 6.13.
+**Absent**: when pages are merged (ksm.py); the guard regions of 6.13.
 
 Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE leaves pages of files small
 (collapse.py).  What is freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full
@@ -62,6 +62,7 @@ from hmm.memory_failure import inject_memory_failure
 from hmm.operation import Operation, Pause
 from hmm.populate import get_user_pages
 from hmm.reclaim import Reclaim, is_lazily_free
+from hmm.soft_offline import soft_offline
 from hmm.swap_in import read_ahead
 from hmm.truncate import punch
 from hmm.units import (
@@ -194,6 +195,7 @@ def madvise(
         OutOfFramesError: POPULATE found no frame (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
         COLLAPSE: as `collapse` and `scan_file`.  HWPOISON: as `inject_memory_failure`.
+        SOFT_OFFLINE: as `soft_offline`.
 
     Cost: O(VMAs + directories + entries), vectorised.
     """
@@ -226,9 +228,7 @@ def madvise(
 def _inject(space: AddressSpace, span: AddressRange, advice: Advice, *, capable: bool) -> Operation[None]:
     if not capable:
         raise AccessDeniedError(f"madvise: {advice.name} needs CAP_SYS_ADMIN", errnos.EPERM)
-    if advice is Advice.SOFT_OFFLINE:
-        raise InvalidRequestError("madvise: SOFT_OFFLINE is not modelled", errnos.EOPNOTSUPP)
-    yield from inject_memory_failure(space, span)
+    yield from (inject_memory_failure if advice is Advice.HWPOISON else soft_offline)(space, span)
 
 
 def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Reclaim | None) -> Operation[None]:

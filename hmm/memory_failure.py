@@ -20,7 +20,7 @@ TTU_HWPOISON), 6.12.
 **Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON, but while a
 call waits for the frame's lock, or for the mirrors that it has told.
 
-**Absent**: hugetlb pages (EOPNOTSUPP), MADV_SOFT_OFFLINE, unpoisoning; the signal that the kernel sends at once to who
+**Absent**: hugetlb pages (EOPNOTSUPP), unpoisoning; the signal that the kernel sends at once to who
 had the page dirty, as there are no signals: the touch gets it.
 
 Differs: what a device takes for itself while this waits for the page is taken from it, as in 7.0.  In 6.12 such a page
@@ -40,6 +40,7 @@ from hmm.address_space import AddressSpace
 from hmm.errors import (
     EHWPOISON,
     BadAddressError,
+    HmmError,
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -47,10 +48,11 @@ from hmm.errors import (
 )
 from hmm.events import Cause
 from hmm.fault import bring_in, pieces
+from hmm.fault_pages import Stop
 from hmm.file import File
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
-from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
+from hmm.migration_entries import FindPlaces, HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.notifier import Breaking
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
@@ -59,7 +61,17 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, En
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
-__all__ = ["inject_memory_failure"]
+__all__ = [
+    "are_plain",
+    "elsewhere",
+    "inject_memory_failure",
+    "leading",
+    "memory_at",
+    "not_had",
+    "places_of",
+    "touch",
+    "until_repeated",
+]
 
 _ELSEWHERE = np.uint64(cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION)
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
@@ -91,13 +103,11 @@ def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[
 
 def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
     """Poison the first pages of a piece.  Returns: where to go on."""
-    vma = _memory_at(space, piece.start)
+    vma = memory_at(space, piece.start)
     part = AddressRange(piece.start, min(piece.end, vma.end))
+    coming = elsewhere(space, vma, part)
     entries = space.table.read(part.start, part.end)
-    coming = (entries & _ELSEWHERE) != 0
-    if vma.backing is not None:
-        coming |= entries == 0
-    first = _leading(coming | _are_plain(space.frames, entries))
+    first = leading(coming | are_plain(space.frames, entries))
     if not first:
         return (yield from _inject_one(space, part.start))
     if coming[:first].any():
@@ -105,41 +115,79 @@ def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
         first = first if stop is None else (stop.address - part.start) >> PAGE_SHIFT
         if not first:
             return (yield from _inject_one(space, part.start))
-        vma = _memory_at(space, part.start)  # other memory may have been mapped meanwhile
+        vma = memory_at(space, part.start)  # other memory may have been mapped meanwhile
         first = min(first, (vma.end - part.start) >> PAGE_SHIFT)
         entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
     pfns = cpu_pte.cpu_pfn(entries[:first])
-    first = min(first, _leading(_are_plain(space.frames, entries[:first])), _until_repeated(pfns))
-    first = min(first, _leading(~_are_referenced(space.frames, pfns[:first])) + 1)
+    first = min(first, leading(are_plain(space.frames, entries[:first])), until_repeated(pfns))
+    first = min(first, leading(~_are_referenced(space.frames, pfns[:first])) + 1)
     end = part.start + (first << PAGE_SHIFT)
     if first:
         addresses = np.arange(part.start, end, PAGE_SIZE, dtype=np.uint64)
-        _touch(space.frames, pfns[:first], coming[:first])
+        touch(space.frames, pfns[:first], coming[:first])
         yield from _memory_failure(space, vma, addresses, pfns[:first])
     return end
 
 
-def _memory_at(space: AddressSpace, address: Address) -> Vma:
+def memory_at(space: AddressSpace, address: Address) -> Vma:
+    """The VMA there, whose pages get_user_pages_fast() can have.
+
+    Raises:
+        BadAddressError: there is none, or it permits no reading (EFAULT).
+        InvalidRequestError: hugetlb memory (EOPNOTSUPP).
+    """
     vma = space.vmas.find(address)
     if vma is None or not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
-        raise BadAddressError(f"memory failure: {address:#x} is not memory that can be had", address=address)
+        raise BadAddressError(f"madvise: {address:#x} is not memory that can be had", address=address)
     if vma.has(VmFlag.HUGETLB):
-        raise InvalidRequestError(f"memory failure: {vma} is hugetlb memory", errnos.EOPNOTSUPP, address=address)
+        raise InvalidRequestError(f"madvise: {vma} is hugetlb memory", errnos.EOPNOTSUPP, address=address)
     return vma
 
 
-def _touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
+def elsewhere(space: AddressSpace, vma: Vma, span: AddressRange) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages of a part of a VMA have to come from a device, a file or swap first."""
+    entries = space.table.read(span.start, span.end)
+    coming: npt.NDArray[np.bool_] = (entries & _ELSEWHERE) != 0
+    if vma.backing is not None:
+        coming |= entries == 0
+    return coming
+
+
+def not_had(stop: Stop) -> HmmError:
+    """Why a page could not be brought in (EFAULT, ENOMEM)."""
+    if stop.signal is None:
+        return OutOfFramesError(f"madvise: {stop.address:#x}: memory ran out", address=stop.address)
+    return BadAddressError(f"madvise: {stop.address:#x}: {stop.signal.value}", address=stop.address)
+
+
+def places_of(space: AddressSpace, vma: Vma, indices: Pfns, pfns: Pfns) -> FindPlaces:
+    """What finds where small pages of one VMA may be mapped: their page offsets and frames, int64[n] each."""
+    frames = space.frames
+    anonymous, root = frames.test_flags(pfns, PageFlag.ANON), space.anon_vma_root(vma.anon_vma)
+
+    def places() -> Iterator[Places]:
+        if anonymous.any():
+            relatives = [space.relatives[number] for number in sorted(space.relatives)]
+            yield from anonymous_places(relatives, indices, vma.backing, root)
+            yield from merged_places(frames, pfns)
+        if isinstance(vma.backing, File) and not anonymous.all():
+            yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
+
+    return places
+
+
+def touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
     """What get_user_pages_fast() leaves of looking: gup_fast_pte_range() for pages that are there, else FOLL_TOUCH."""
     frames.set_flags(pfns[~came], PageFlag.REFERENCED)
     frames.mark_accessed(pfns[came])
 
 
-def _leading(mask: npt.NDArray[np.bool_]) -> int:
+def leading(mask: npt.NDArray[np.bool_]) -> int:
     """How many of the first ones are set."""
     return mask.size if mask.all() else int(mask.argmin())
 
 
-def _are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
+def are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
     """bool[n]: which entries map small pages of system memory."""
     pfns = np.where(cpu_pte.is_present(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
     plain: npt.NDArray[np.bool_] = (pfns != ZERO_PFN) & ~cpu_pte.is_special(entries)
@@ -147,19 +195,17 @@ def _are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
     return plain
 
 
-def _until_repeated(pfns: Pfns) -> int:
+def until_repeated(pfns: Pfns) -> int:
     """How many of the first frames differ: one that is mapped twice is lost when it is met again."""
     firsts = np.unique(pfns, return_index=True)[1]
-    return pfns.size if firsts.size == pfns.size else _leading(np.isin(np.arange(pfns.size), firsts))
+    return pfns.size if firsts.size == pfns.size else leading(np.isin(np.arange(pfns.size), firsts))
 
 
 def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     """A page that is no small page of system memory.  Returns: where to go on."""
     stop = yield from bring_in(space, AddressRange(address, address + PAGE_SIZE), write=False)
-    if stop is not None and stop.signal is None:
-        raise OutOfFramesError(f"memory failure: {address:#x}: memory ran out", address=address)
-    if stop is not None and stop.signal is not None:
-        raise BadAddressError(f"memory failure: {address:#x}: {stop.signal.value}", address=address)
+    if stop is not None:
+        raise not_had(stop)
     frames, entry = space.frames, space.table.get(address)
     pfn = cpu_pte.cpu_pfn(entry)
     if cpu_pte.is_special(entry) and not entry & cpu_pte.HUGE:
@@ -179,7 +225,7 @@ def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     if cpu_pte.is_present(entries)[0]:
         _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
     vma = space.vmas.find(address)
-    if vma is not None and not vma.has(VmFlag.HUGETLB) and _are_plain(frames, entries)[0]:
+    if vma is not None and not vma.has(VmFlag.HUGETLB) and are_plain(frames, entries)[0]:
         yield from _memory_failure(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE
 
@@ -200,16 +246,7 @@ def _memory_failure(space: AddressSpace, vma: Vma, addresses: Entries, pfns: Pfn
     """
     frames = space.frames
     indices = page_numbers(addresses) + vma.mapping.delta
-    anonymous, root = frames.test_flags(pfns, PageFlag.ANON), space.anon_vma_root(vma.anon_vma)
-
-    def places() -> Iterator[Places]:
-        if anonymous.any():
-            relatives = [space.relatives[number] for number in sorted(space.relatives)]
-            yield from anonymous_places(relatives, indices, vma.backing, root)
-            yield from merged_places(frames, pfns)
-        if isinstance(vma.backing, File) and not anonymous.all():
-            yield from file_places(vma.backing.mapping_spaces(), indices, vma.backing)
-
+    places = places_of(space, vma, indices, pfns)
     held = HeldPages(frames, pfns, indices, places)
     frames.get(pfns)
     frames.poison(pfns)

@@ -42,7 +42,8 @@ def _fail_memory(town: Town) -> Call | None:
         return None
     span = town.mapped(town.machine.processes[process].space, 2)
     length = min(span.size_bytes, 2 * PAGE_SIZE)
-    return Call(commands_process.madvise, (process, span.start, length, Advice.HWPOISON))
+    advice = town.pick((Advice.HWPOISON, Advice.SOFT_OFFLINE))
+    return Call(commands_process.madvise, (process, span.start, length, advice))
 
 
 FAILURES: Makers = ((_fail_allocation, 1), (_fail_dma, 1), (_fail_memory, 2))

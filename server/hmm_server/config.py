@@ -136,7 +136,9 @@ class Config:
     # How it runs
     semantics: str = _setting("linux-6.12", "where kernels differ, the one to be like: linux-6.12 or linux-7")
     cpu: int = _setting(-1, "run on this CPU only; -1: on any", at_least=-1)
-    harness: bool = _setting(False, "holds and injected failures (HarnessService, MADV_HWPOISON), for tests")
+    harness: bool = _setting(
+        False, "holds and injected failures (HarnessService, MADV_HWPOISON, MADV_SOFT_OFFLINE), for tests"
+    )
     reflection: bool = _setting(True, "serve gRPC reflection")
     metrics: str = _setting(
         "", "serve metrics for Prometheus over HTTP at PORT (of 127.0.0.1), HOST:PORT or unix:PATH; default: nowhere"
