@@ -164,6 +164,24 @@ def test_lost_page_is_an_error_for_cpu_and_device(hmm: Any) -> None:
     assert np.array_equal(hmm.load(a, 1), ramp(1))
 
 
+def test_page_that_changes_its_frame_is_faulted_in_again(hmm: Any) -> None:
+    """CLEAR before it goes; the device finds it elsewhere, and goes on.  A page of coherent memory cannot move: EIO."""
+    a = hmm.map(4)
+    hmm.store(a, ramp(4))
+    succeeded(hmm.mirror.read(a, 4), 4, ramp(4), faults=1)
+    hmm.mirror.events.clear()
+    hmm.process.madvise(a + PAGE_SIZE, 2 * PAGE_SIZE, Advice.SOFT_OFFLINE)
+    assert hmm.mirror.heard(a) == [("CLEAR", [(1, 3)])]
+    succeeded(hmm.mirror.read(a, 4), 4, ramp(4), faults=1)
+    succeeded(hmm.mirror.migrate_to_device(a, 1), 1, ramp(1))
+    if hmm.coherent:
+        failed(errno.EIO, hmm.process.madvise, a, PAGE_SIZE, Advice.SOFT_OFFLINE)
+    else:
+        hmm.process.madvise(a, PAGE_SIZE, Advice.SOFT_OFFLINE)
+    assert hmm.snapshot(a, 4) == [0x42 if hmm.coherent else 0x02, *[0x02] * 3]
+    assert np.array_equal(hmm.load(a, 4), ramp(4))
+
+
 def test_page_on_a_device_fails_where_the_kernel_can_tell(hmm: Any) -> None:
     """A private page is faulted back, and lost there; of coherent memory mf_generic_kill_procs() is ENXIO."""
     a = hmm.map(2)
