@@ -41,6 +41,8 @@ KEPT_BUFFER_BYTES = 32 << 20
 _NOT_FOUND = ("errors resolving", "empty address list")
 _NO_ADDRESS = "the target uri is not valid"
 """How gRPC begins to say that a name has no address, and what it says of a target that it does not understand."""
+_NO_HANDSHAKE = "Tls handshake failed"
+_CLOSED = ("Socket closed", "Secure read failed (Socket closed)")
 _UNIX_PATH_BYTES_MAX = 107
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -278,6 +280,11 @@ def _unavailable(details: str, target: str) -> UnavailableError:
         broken = UnavailableError(f"the connection to {target} broke: {details}", target)
         broken.broke = True
         return broken
+    if (at := details.find(_NO_HANDSHAKE)) >= 0:
+        return UnavailableError(f"{target} is there, but {_why_no_handshake(details[at:])}", target)
+    if why.endswith(_CLOSED) and not target.startswith("unix:"):
+        wants = "it may want TLS, or another certificate of ours"
+        return UnavailableError(f"{target} closes the connection: {wants}", target)
     if "timed out before receiving SETTINGS" in why:
         silent = UnavailableError(f"{target} does not answer: {why}", target)
         silent.silent = True
@@ -285,3 +292,12 @@ def _unavailable(details: str, target: str) -> UnavailableError:
     nobody = UnavailableError(f"nobody listens at {target}: {why}", target)
     nobody.refused = True
     return nobody
+
+
+def _why_no_handshake(details: str) -> str:
+    if "WRONG_VERSION_NUMBER" in details:
+        return "speaks no TLS"
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        why = details.partition("CERTIFICATE_VERIFY_FAILED")[2].removesuffix(": OK").lstrip(": ")
+        return f"its certificate is not trusted: {why}"
+    return f"TLS fails: {details}"

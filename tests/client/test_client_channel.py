@@ -16,7 +16,7 @@ import pytest
 
 import hmm_client
 from hmm.units import PAGE_SIZE
-from hmm_client.channel import as_target, default_target
+from hmm_client.channel import as_target, default_target, tls_credentials
 from hmm_client.harness import Harness, HoldPoint
 from hmm_proto.v1 import inspection_pb2, process_pb2_grpc
 
@@ -197,6 +197,27 @@ async def test_call_says_what_is_wrong_with_its_target_when_nobody_can_be_there(
             await client.create_process()
     assert not caught.value.refused
     assert caught.value.target.endswith(target)
+
+
+@pytest.mark.slow
+async def test_call_says_what_is_wrong_with_tls_when_a_daemon_is_there(
+    start_daemon: Callable[..., Awaitable[Daemon]],
+) -> None:
+    """It is there, and so nobody has to start one: a certificate is missing or not trusted, or it speaks no TLS."""
+    files = {"tls_certificate": TLS / "server.pem", "tls_key": TLS / "server.key"}
+    daemon = await start_daemon(tcp="127.0.0.1:0", **files, tls_client_ca=TLS / "authority.pem")
+    ours = (TLS / "client.pem", TLS / "client.key")
+    trusting, foreign = tls_credentials(TLS / "authority.pem"), tls_credentials(TLS / "client.pem", *ours)
+    for target, credentials, why in (
+        (daemon.targets[1], None, "closes the connection: it may want TLS, or another certificate of ours"),
+        (daemon.targets[1], trusting, "closes the connection: it may want TLS, or another certificate of ours"),
+        (daemon.targets[1], foreign, "is there, but its certificate is not trusted: unable to get local issuer"),
+        (daemon.targets[0], trusting, "is there, but speaks no TLS"),
+    ):
+        async with hmm_client.connect(target, credentials=credentials) as client:
+            with pytest.raises(hmm_client.UnavailableError, match=f"{target} {why}") as caught:
+                await client.create_process()
+        assert not caught.value.refused
 
 
 async def test_client_has_a_name_when_it_has_other_letters(shared_daemon: Daemon) -> None:
