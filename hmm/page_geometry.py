@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hmm.errors import InvalidRequestError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Address
 
 __all__ = ["DIRECTORY_ENTRIES", "DIRECTORY_MASK", "DIRECTORY_SHIFT", "LAST_MAX", "MAX_LEVELS", "Geometry"]
@@ -76,6 +77,15 @@ class Geometry:
     def root_entries(self) -> int:
         """Number of entries of the root that can be in use, 1 to 512."""
         return (self.last >> self.shifts[0]) + 1
+
+    def check(self, address: Address) -> None:
+        """Check that the table has an address.
+
+        Raises:
+            InvalidRequestError: it has not (EINVAL).
+        """
+        if not 0 <= address <= self.last:
+            raise InvalidRequestError(f"address {address:#x} is not in the page table", address=address)
 
     def index(self, address: Address, level: int) -> int:
         """Index of the entry for `address` in its directory of `level` (`hmm_pt_index()`)."""

@@ -27,7 +27,6 @@ import numpy as np
 
 from hmm.directory_arena import Offsets, count_used
 from hmm.directory_tree import DirectoryTree, Pages
-from hmm.page_batch import store_pages
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Entries
 
@@ -390,15 +389,16 @@ def fill_range(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
     if page >> DIRECTORY_SHIFT == end - 1 >> DIRECTORY_SHIFT:
         _fill_part(tree, page, end, source, in_use=in_use)
         return
+    by_leaf = False
     if isinstance(source, int):
         tree.require_range(page, end)
     elif not tree.has_room(page, end):
-        _fill_sparsely(tree, page, end, source)
-        return
+        by_leaf = True  # directories may run out: allocate none for zeros, not even for a moment
+        tree.require_leaves(source.nonzero()[0] + page)
     at = page
     while at < end:
         stop = min((at | DIRECTORY_MASK) + 1, end)
-        if at & DIRECTORY_MASK or stop & DIRECTORY_MASK:
+        if by_leaf or at & DIRECTORY_MASK or stop & DIRECTORY_MASK:
             part = source if isinstance(source, int) else source[at - page : stop - page]
             _fill_part(tree, at, stop, part, in_use=in_use)
         else:
@@ -424,15 +424,6 @@ def _fill_part(tree: DirectoryTree, page: int, end: int, source: int | Entries, 
         count[row] = there + used
     elif used:
         tree.arena.lose(row, -used)
-
-
-def _fill_sparsely(tree: DirectoryTree, page: int, end: int, source: Entries) -> None:
-    # When directories may run out: allocate none for zeros, not even for a moment.
-    positions = source.nonzero()[0]
-    tree.require_leaves(positions + page)
-    clear_range(tree, page, end)
-    if positions.size:
-        store_pages(tree, positions + page, source[positions])
 
 
 def _fill_rows(tree: DirectoryTree, page: int, end: int, source: int | Entries, *, in_use: bool) -> None:

@@ -30,13 +30,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
-from hmm.ascending import is_ascending
 from hmm.directory_arena import ROOT, count_used
-from hmm.directory_tree import DirectoryTree, Pages
+from hmm.directory_tree import DirectoryTree
 from hmm.errors import InvalidRequestError
-from hmm.page_batch import clear_pages, lookup_addresses, store_pages
+from hmm.page_batch import clear_addresses, lookup_addresses, store_addresses
 from hmm.page_geometry import DIRECTORY_ENTRIES, DIRECTORY_MASK, DIRECTORY_SHIFT, LAST_MAX, Geometry
 from hmm.page_range import (
     any_bits,
@@ -56,7 +54,6 @@ from hmm.units import PAGE_SHIFT, PAGE_SIZE, PIECE_BYTES, PIECE_PAGES, ULONG_MAX
 __all__ = ["Cursor", "PageTable", "Run", "TableStatistics"]
 
 _WORD = np.dtype(np.uint64)
-_TO_PAGE = np.array(PAGE_SHIFT, np.uint64)
 _WITHIN_PAGE = PAGE_SIZE - 1
 _SCALAR_PAGES = 8  # so many pages one by one cost less than one vector step
 
@@ -453,15 +450,7 @@ class PageTable:
         if addresses.size <= _SCALAR_PAGES:
             out[:] = [self.get(address) for address in addresses.tolist()]
             return out
-        first, last = addresses.item(0) >> PAGE_SHIFT, addresses.item(-1) >> PAGE_SHIFT
-        if last - first == addresses.size - 1 and is_ascending(addresses >> _TO_PAGE):
-            self._check_address(last << PAGE_SHIFT)
-            read_range(self._tree, first, last + 1, out)
-            return out
-        # Finding where the bounds are takes a third of the time of reducing to them.
-        low, high = addresses.item(addresses.argmin()), addresses.item(addresses.argmax())
-        self._check_address(high)
-        lookup_addresses(self._tree, addresses, low >> PAGE_SHIFT, high >> PAGE_SHIFT, out)
+        lookup_addresses(self._tree, addresses, out)
         return out
 
     def store(self, addresses: Entries, entries: int | Entries) -> Entries:
@@ -489,28 +478,7 @@ class PageTable:
             if len(few) * self.llevel <= self._tree.arena.available:
                 words = [entries] * len(few) if isinstance(entries, int) else entries.tolist()
                 return np.array(list(map(self.set, few, words)), np.uint64)
-        pages, order = self._distinct_pages(addresses)
-        if order is not None and not isinstance(entries, int):
-            entries = entries[order]
-        span = _span_of(pages)
-        if span is not None:
-            old = np.empty(pages.size, np.uint64)
-            read_range(self._tree, *span, old)
-            fill_range(self._tree, *span, entries, in_use=isinstance(entries, int))
-            return _unsorted(old, order)
-        if isinstance(entries, int):
-            return _unsorted(store_pages(self._tree, pages, entries), order)
-        if count_used(entries) == entries.size:
-            return _unsorted(store_pages(self._tree, pages, entries), order)
-        return _unsorted(self._store_or_clear(pages, entries), order)
-
-    def _store_or_clear(self, pages: Pages, entries: Entries) -> Entries:
-        kept = entries != 0
-        old = np.empty(pages.size, np.uint64)
-        if kept.any():
-            old[kept] = store_pages(self._tree, pages[kept], entries[kept])
-        old[~kept] = clear_pages(self._tree, pages[~kept])
-        return old
+        return store_addresses(self._tree, addresses, entries)
 
     def clear_many(self, addresses: Entries) -> Entries:
         """Clear many pages and free the directories that become empty.
@@ -525,38 +493,15 @@ class PageTable:
         """
         if addresses.size <= _SCALAR_PAGES:
             return np.array([self.set(page, 0) for page in self._few_pages(addresses)], np.uint64)
-        pages, order = self._distinct_pages(addresses)
-        span = _span_of(pages)
-        if span is None:
-            return _unsorted(clear_pages(self._tree, pages), order)
-        old = np.empty(pages.size, np.uint64)
-        read_range(self._tree, *span, old)
-        clear_range(self._tree, *span)
-        return _unsorted(old, order)
+        return clear_addresses(self._tree, addresses)
 
     def _few_pages(self, addresses: Entries) -> list[Address]:
         few: list[Address] = addresses.tolist()
         if len({address >> PAGE_SHIFT for address in few}) < len(few):
             raise InvalidRequestError("two addresses are in one page")
         if few:
-            self._check_address(max(few))
+            self.geometry.check(max(few))
         return few
-
-    def _distinct_pages(self, addresses: Entries) -> tuple[Pages, npt.NDArray[np.int64] | None]:
-        # Page numbers, ascending, and the order that made them so unless they were.
-        pages: Pages = (addresses >> _TO_PAGE).view(np.int64)
-        order = None
-        if not is_ascending(pages):
-            order = pages.argsort()
-            pages = pages[order]
-            if not is_ascending(pages):
-                raise InvalidRequestError("two addresses are in one page")
-        self._check_address(pages.item(-1) << PAGE_SHIFT)
-        return pages, order
-
-    def _check_address(self, address: Address) -> None:
-        if not 0 <= address < self._end:
-            raise InvalidRequestError(f"address {address:#x} is not in the page table", address=address)
 
     # -- one page
 
@@ -567,7 +512,7 @@ class PageTable:
             InvalidRequestError: `address` is not in the table (EINVAL).
         """
         if not 0 <= address < self._end:
-            self._check_address(address)
+            self.geometry.check(address)
         words, arena, number = self._words, self._arena, address >> 21
         if number == arena.near:
             return words[arena.near_leaf | address >> 12 & 511]
@@ -589,7 +534,7 @@ class PageTable:
             OutOfFramesError: no directories left; nothing was changed (ENOMEM).
         """
         if not 0 <= address < self._end:
-            self._check_address(address)
+            self.geometry.check(address)
         page = address >> PAGE_SHIFT
         tree = self._tree
         leaf = tree.leaf(page)
@@ -641,7 +586,7 @@ class PageTable:
         Raises:
             InvalidRequestError: the table has no such address or level (EINVAL).
         """
-        self._check_address(address)
+        self.geometry.check(address)
         self._check_level(level)
         offset = ROOT
         for shift in self._tree.upper_shifts[:level]:
@@ -696,17 +641,3 @@ def _fitting(out: Entries | None, number: int) -> Entries:
     if out.shape != (number,) or out.dtype != _WORD or not out.flags.c_contiguous:
         raise InvalidRequestError(f"out must be a contiguous uint64[{number}]")
     return out
-
-
-def _span_of(pages: Pages) -> tuple[int, int] | None:
-    # The first page and the one behind the last, where these, ascending and distinct, are consecutive.
-    first, end = pages.item(0), pages.item(-1) + 1
-    return (first, end) if end - first == pages.size else None
-
-
-def _unsorted(values: Entries, order: npt.NDArray[np.int64] | None) -> Entries:
-    if order is None:
-        return values
-    result = np.empty_like(values)
-    result[order] = values
-    return result

@@ -30,7 +30,6 @@ import numpy as np
 
 from hmm.directory_arena import NULL, count_used
 from hmm.directory_tree import DirectoryTree
-from hmm.errors import InvalidRequestError
 from hmm.page_geometry import DIRECTORY_MASK
 from hmm.units import PAGE_SHIFT, Address, Entries
 
@@ -144,8 +143,7 @@ class Cursor:
         Raises:
             InvalidRequestError: `address` is not in the table (EINVAL).
         """
-        if not 0 <= address <= self._tree.geometry.last:
-            raise InvalidRequestError(f"address {address:#x} is not in the page table", address=address)
+        self._tree.geometry.check(address)
         page = address >> PAGE_SHIFT
         if page ^ self._page > DIRECTORY_MASK:
             self.close()
