@@ -526,9 +526,12 @@ class Machine:
 
     def mirror(self, mirror_id: MirrorId) -> Mirror:
         """Look a mirror of 2015 up: ENODEV when there is none, EPERM when it belongs to somebody else."""
-        mirror = self.receiver(mirror_id)
-        if not isinstance(mirror, Mirror):
-            raise NoSuchObjectError(f"{mirror} has no table here: its driver keeps its own", errnos.ENODEV)
+        mirror = self.mirrors.get(mirror_id)
+        if mirror is None:
+            other = self.receiver(mirror_id)
+            raise NoSuchObjectError(f"{other} has no table here: its driver keeps its own", errnos.ENODEV)
+        if mirror.owner:
+            self._require_owner(mirror.owner, mirror)
         return mirror
 
     def add_receiver(self, receiver: Receiver) -> None:
