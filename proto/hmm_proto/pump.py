@@ -59,12 +59,13 @@ class Pump:
     def release(self) -> None:
         """Begin to write what there is after all."""
         self._held = False
-        self.begin()
+        if self._woken and self._writing is None:
+            self._go_on()
 
     def begin(self) -> None:
         """Begin to write what there is now, unless somebody holds it; if a write is under way it follows that one."""
-        if self._woken and not self._held and self._writing is None:
-            self._go_on()
+        if not self._held:
+            self.release()
 
     def finish(self) -> None:
         """Begin no more writes."""
@@ -77,9 +78,12 @@ class Pump:
             while True:
                 writing = self._writing
                 if writing is None:
-                    self._woken = False
+                    self._held, self._woken = True, False  # whoever is asked for a write may wake, and begins none
                     writing = self._writing = self._next_write()
+                    self._held = False
                     if writing is None:
+                        if self._woken:
+                            self._loop.call_soon(self.begin)
                         return
                 try:
                     waits_for = writing.send(None)

@@ -127,6 +127,26 @@ async def test_pump_looks_again_when_woken_while_it_found_nothing() -> None:
     assert stream.written == [["a"]]
 
 
+async def test_no_write_begins_while_the_next_one_is_looked_for() -> None:
+    """Whoever is asked what to write may ask for a write in turn: there is still one write at a time."""
+    stream = Stream()
+
+    def look() -> Write | None:
+        write = stream._next_write()
+        if not stream.written:
+            stream.tell("b")
+            stream.pump.begin()
+        return write
+
+    stream.pump = Pump(look, (BrokenError,))
+    stream.tell("a")
+    await _turn()
+    assert stream.written == [["a"]]
+    stream.complete()
+    await _turn()
+    assert stream.written == [["a"], ["b"]]
+
+
 async def test_pump_ends_in_good_order_when_the_stream_has_ended() -> None:
     """Nothing is written on a broken stream, and nobody is told of it twice: its reader says why."""
     stream = Stream()
