@@ -168,7 +168,7 @@ class Migration:
         self.src = np.zeros(self.addresses.size, np.uint64)
         self.dst = np.zeros(self.addresses.size, np.uint64)
         as_one = Select.COMPOUND in self.select
-        self.starts = np.flatnonzero((self.addresses & _INSIDE_BLOCK) == 0) if as_one else _NOWHERE
+        self.starts = ((self.addresses & _INSIDE_BLOCK) == 0).nonzero()[0] if as_one else _NOWHERE
 
     @property
     def pages(self) -> Positions:

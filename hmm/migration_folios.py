@@ -38,7 +38,18 @@ from hmm.large_folio import are_compound
 from hmm.migration import COMPOUND, VALID, Migration, Positions, Select
 from hmm.migration_entries import HeldPages, entries_of, range_of
 from hmm.operation import Operation
-from hmm.units import PAGE_SIZE, PMD_MASK, PMD_PAGES, Address, AddressRange, Entries, Pfns, all_but, block_starts
+from hmm.units import (
+    PAGE_SIZE,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SIZE,
+    Address,
+    AddressRange,
+    Entries,
+    Pfns,
+    all_but,
+    block_starts,
+)
 from hmm.zone_device import are_in, sole_region
 
 __all__ = [
@@ -132,7 +143,8 @@ def _move_as_one(migration: Migration) -> bool:
     span = range_of(migration.addresses) if Select.COMPOUND in migration.select else None
     if span is None or (span.start | span.end) & ~PMD_MASK:
         return False
-    return bool(migration.space.table.common(span.start, span.end) & cpu_pte.HUGE)
+    table = migration.space.table
+    return all(table.get(start) & cpu_pte.HUGE for start in range(span.start, span.end, PMD_SIZE))
 
 
 def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
