@@ -117,6 +117,19 @@ async def fill_hole(holder: Holder) -> tuple[Any, Any, Any]:
 # ---- migrations
 
 
+async def test_step_names_who_was_fenced_when_it_waited_for_that_driver(holder: Holder) -> None:
+    """In its own reply and in no later one, as every call does."""
+    _, event, filling = await fill_hole(holder)
+    await holder.served.let_deadlines_pass()
+    filled = (await filling).migrate_vma_pages
+    assert list(filled.result.fenced_mirrors) == list(event.mirror_ids)
+    (migration_id,) = holder.machine.migrations
+    finalize = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=migration_id)
+    finalized = await holder.driver.make("migrate_vma_finalize", finalize)
+    assert not finalized.result.fenced_mirrors
+    assert (words(finalized.src) & MIGRATE).all()
+
+
 async def test_pages_move_when_a_driver_takes_every_step(holder: Holder) -> None:
     """On a session: setup, allocate, copy, write, read, pages, finalize."""
     begun = await holder.set_up()
