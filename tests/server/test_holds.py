@@ -9,7 +9,16 @@ from typing import Any
 import grpc
 import pytest
 
-from hmm_proto.v1 import device_pb2, harness_pb2, harness_pb2_grpc, hmm_pb2, process_pb2, range_pb2, types_pb2
+from hmm_proto.v1 import (
+    device_pb2,
+    harness_pb2,
+    harness_pb2_grpc,
+    hmm_pb2,
+    process_pb2,
+    range_pb2,
+    types_pb2,
+    userfaultfd_pb2,
+)
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -202,6 +211,19 @@ async def test_object_goes_when_its_stream_has_ended_before_the_end(serve: Any, 
     assert late in there
     await scene.release(hold_id)
     await scene.served.until(lambda: late not in there)
+
+
+async def test_userfaultfd_goes_when_its_stream_has_ended_before_the_end(scene: Scene) -> None:
+    """Nobody else could close what a held call has opened, and its handler is gone."""
+    machine = scene.served.daemon.machine
+    stream, hold_id = await scene.hold(harness_pb2.HOLD_POINT_BEFORE_END, "create_userfaultfd")
+    opening = scene.served.userfaultfd.OpenUserfaultfd(userfaultfd_pb2.OpenUserfaultfdRequest(process_id=scene.pid))
+    await stream.read()
+    (number,) = machine.userfaultfds
+    opening.cancel()
+    await scene.served.until(lambda: any(running.given_up for running in scene.served.daemon.executor.running.values()))
+    await scene.release(hold_id)
+    await scene.served.until(lambda: number not in machine.userfaultfds)
 
 
 async def test_calls_pass_when_the_hold_is_for_others(scene: Scene) -> None:

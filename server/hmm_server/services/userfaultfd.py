@@ -15,14 +15,14 @@ from typing import Any
 import grpc
 
 from hmm import commands_userfaultfd as commands
-from hmm.operation_record import Caller
+from hmm.operation_record import Caller, OperationRecord
 from hmm.uffdio import Filled
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import types_pb2, userfaultfd_pb2, userfaultfd_pb2_grpc
 from hmm_server.callers import caller_from
 from hmm_server.calls import Call, Invocation, invoke, make
-from hmm_server.executor import Executor
+from hmm_server.executor import Executor, resolve
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
 
 FAULTS_MAX = 1024
@@ -106,8 +106,7 @@ class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
         self, request: userfaultfd_pb2.OpenUserfaultfdRequest, context: Context
     ) -> AsyncIterator[userfaultfd_pb2.OpenUserfaultfdResponse]:
         caller = caller_from(context.invocation_metadata())
-        command, args = commands.create_userfaultfd, (request.process_id, request.features)
-        number = (await self.executor.call(caller, command, *args)).result
+        number = await self._create(caller, request)
         caller = replace(caller, callback=None)  # the stream may outlive it
         came = self.executor.userfaultfds[number] = asyncio.Event()
         try:
@@ -121,8 +120,25 @@ class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
                     came.clear()
         finally:
             del self.executor.userfaultfds[number]
-            if not self.executor.draining:
-                self.executor.start(lambda _: None, caller, commands.close_userfaultfd, number)
+            self._close(caller, number)
+
+    async def _create(self, caller: Caller, request: userfaultfd_pb2.OpenUserfaultfdRequest) -> int:
+        # A call that is held may outlive its stream: nobody would ever close what it makes.
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def then(record: OperationRecord[int]) -> None:
+            if ended.cancelled() and record.error is None:
+                self._close(replace(caller, callback=None), record.result)
+            resolve(ended)
+
+        command, args = commands.create_userfaultfd, (request.process_id, request.features)
+        record = self.executor.start(then, caller, command, *args)
+        await self.executor.wait(record, ended, None)
+        return record.result
+
+    def _close(self, caller: Caller, number: int) -> None:
+        if not self.executor.draining:
+            self.executor.start(lambda _: None, caller, commands.close_userfaultfd, number)
 
     async def _read(self, caller: Caller, number: int) -> list[userfaultfd_pb2.Userfault]:
         record = await self.executor.call(caller, commands.read_userfaults, number, FAULTS_MAX)
