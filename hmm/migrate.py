@@ -193,6 +193,7 @@ def _collect(migration: Migration, vma: Vma, left: _Mask) -> tuple[Selection, He
     chosen = entries[framed]
     pfns = cpu_pte.cpu_pfn(chosen)
     reasons = list(_reasons_to_stay(migration, pfns))
+    # Where all pages move as parts of blocks none is in the way as part of a large folio.
     if space.huge and (np.count_nonzero(whole) < whole.size or np.count_nonzero(left)):
         reasons.append((are_compound(space.frames, pfns) & ~whole[framed]) | left[framed])
     if reasons and np.count_nonzero(wanted := ~reduce(or_, reasons)) < wanted.size:
