@@ -7,7 +7,7 @@ are in bytes; ranges are half-open and made of whole pages; arrays are uint64.
 
     many pages of a range    walk populate entries chunks    what to do with them is the caller's
                              populated parts holds
-                             read view valid common either        done here, at the speed of memory
+                             read view valid common either   done here, at the speed of memory
                              require fill clear zap
                              apply_mask update
     scattered pages          lookup store clear_many
