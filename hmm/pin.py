@@ -28,7 +28,7 @@ from hmm.ascending import unique
 from hmm.device_pages import move_to_system
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
-from hmm.fault import bring_in, continues, pieces, raise_stop
+from hmm.fault import bring_in, pieces, raise_stop
 from hmm.fault_pages import copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
@@ -120,7 +120,7 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
             target = piece if missing.size == piece.npages else _addresses(piece, missing)
             stop = yield from bring_in(space, target, write=write)
             if stop is not None:
-                if not continues(space, target, stop):
+                if stop.address == piece.start:
                     raise_stop(stop, write=write)
                 piece = AddressRange(piece.start, stop.address)
         # What was waited for may have come with other mappings, and what was there may have gone.

@@ -164,6 +164,21 @@ def test_pin_fails_when_a_page_cannot_be_had(bench: Any) -> None:
     assert not bench.local.machine.frames.pincount[: bench.local.machine.limits.frames].any()
 
 
+def test_pin_has_unshared_pages_before_the_one_that_cannot_be_had(bench: Any) -> None:
+    """__get_user_pages() goes page by page: those before the end of the file have become the process's own copies."""
+    file = bench.call(commands_file.open_file, "f", create=True)
+    bench.call(commands_file.truncate_file, file, 2 * PAGE_SIZE)
+    bench.call(commands_process.mmap, bench.process, bench.span(32).start, 4 * PAGE_SIZE, RW, FILE, file)
+    bench.read(32, 2)
+    with pytest.raises(BadAddressError, match="EFAULT"):
+        pin(bench, 32, 4)
+    pfns = [cpu_pte.cpu_pfn(bench.entry(page)) for page in (32, 33)]
+    frames = bench.local.machine.frames
+    assert all(frames.flags_of(pfn) & PageFlag.ANON_EXCLUSIVE for pfn in pfns)
+    assert frames.pincount[pfns].tolist() == [0, 0]
+    frames.check()
+
+
 def test_pin_fails_when_the_request_is_malformed(bench: Any) -> None:
     """No pages is EINVAL, an unknown pin ENOENT."""
     with pytest.raises(InvalidRequestError):
