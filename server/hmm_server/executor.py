@@ -41,8 +41,9 @@ P = ParamSpec("P")
 Then = Callable[[OperationRecord[T]], None]
 LATE_S = 0.05
 """A deadline that is noticed so late has passed without the daemon having looked for answers ..."""
+GRACE_PART = 0.05
 GRACE_S = 1.0
-"""... and is put off once, by so much at most."""
+"""... and is put off once, by this part of itself, and so much at most."""
 _ENDING = frozenset({"exit_process", "exec_process"})
 """Calls that may end a process."""
 log = logging.getLogger(__name__)
@@ -413,7 +414,8 @@ class Executor:
         running.deadline = None
         if due_s is not None and time.monotonic() - due_s > LATE_S:
             # The daemon was stopped, or busy: answers that came in time are read first.
-            running.deadline = self._loop.call_later(min(GRACE_S, self.acknowledgement_s), self._deadline, running)
+            grace_s = min(GRACE_S, GRACE_PART * self.acknowledgement_s)
+            running.deadline = self._loop.call_later(grace_s, self._deadline, running)
             return
         record = running.record
         if _awaits_owed_answers(record):

@@ -54,7 +54,7 @@ FAULTS = frozenset({EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT})
 """Types of the events that a device fault ends in."""
 TAKING_BACK = frozenset(EventType) - FAULTS - {EventType.RELEASE, EventType.COPY_FROM_DEVICE, EventType.COPY_TO_DEVICE}
 """Types of the events that take something back."""
-LATE_FACTOR = 1.2
+LATE_FACTOR = 1.5
 """A late answer comes after so many times the deadline."""
 
 Deliver = Callable[[Event], None]
