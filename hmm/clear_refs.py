@@ -1,13 +1,14 @@
 """/proc/PID/clear_refs: forget which pages were used (1, 2, 3) or written (4), to see which are from now on.
 
-Forgetting what was written takes the permission to write from every entry: the next write faults, and says so by the
-soft-dirty bit (pagemap.py).  Mirrors hear of it, as their devices' writes have to fault too.
+Forgetting what was written takes the permission to write from every present entry: the next write faults, and says so
+by the soft-dirty bit (pagemap.py).  A page in a device's private memory keeps its permission, so that what a processor
+writes to it later is missed.  Mirrors hear of it, as their devices' writes have to fault too.
 
 **Source**: Linux fs/proc/task_mmu.c (clear_refs_write(), clear_soft_dirty(), pte_is_pinned(), clear_refs_test_walk()),
 Documentation/admin-guide/mm/soft-dirty.rst, 6.12.
 
-**Invariants**: after forgetting what was written no entry permits writing, unless its page is private, small and
-pinned, or of hugetlb memory, which is not watched.
+**Invariants**: after forgetting what was written no present entry permits writing, unless its page is private, small
+and pinned, or of hugetlb memory, which is not watched.
 
 **Absent**: resetting the peak of resident memory (5), which is not counted.
 """

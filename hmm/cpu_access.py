@@ -168,7 +168,7 @@ def _access(
             yield Pause()
         rest = piece
         while True:
-            stop = yield from bring_in(space, rest, write=write, grow_stack=True)
+            stop = yield from bring_in(space, rest, write=write, by_cpu=True)
             part = rest if stop is None else AddressRange(rest.start, stop.address)
             if part is not span:
                 part = part.intersect(span)

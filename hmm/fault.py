@@ -147,14 +147,15 @@ def bring_in(
     target: AddressRange | Entries,
     *,
     write: bool,
-    grow_stack: bool = False,
+    by_cpu: bool = False,
     may_retry: bool = True,
 ) -> Operation[Stop | None]:
     """Bring one piece in.  Until the caller yields, the pages before the stop are as they were asked for.
 
     Args:
         target: at most PIECE_PAGES pages, as for `fault_in`.
-        grow_stack: whether a stack may grow down to a page of `target`, as for the CPU.
+        by_cpu: a processor touches the pages: a stack may grow down to one of them, and an entry that lets it write is
+            none that anybody faults for: it becomes dirty, but not soft-dirty.
         may_retry: FAULT_FLAG_ALLOW_RETRY: whether it may wait for the handler of a userfaultfd; else a page that one
             has to bring in is as one behind the end of a file.
 
@@ -169,11 +170,11 @@ def bring_in(
         notifier.require_usable()
         if _fault_at_once(space, target, write):
             return AT_ONCE
-    return _bring_in(space, target, write=write, grow_stack=grow_stack, may_retry=may_retry)
+    return _bring_in(space, target, write=write, by_cpu=by_cpu, may_retry=may_retry)
 
 
 def _bring_in(
-    space: AddressSpace, target: AddressRange | Entries, *, write: bool, grow_stack: bool, may_retry: bool
+    space: AddressSpace, target: AddressRange | Entries, *, write: bool, by_cpu: bool, may_retry: bool
 ) -> Operation[Stop | None]:
     notifier = space.notifier
     while True:
@@ -181,7 +182,7 @@ def _bring_in(
             yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
-        attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None)
+        attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None, by_cpu)
         if attempt.splits:
             yield from split_pmds(space, map(block_of, attempt.splits))
             continue
@@ -196,18 +197,18 @@ def _bring_in(
             stuck = yield from _resolve(space, attempt.strangers, target, write)
             if stuck is not None:
                 before = _before(target, stuck.address)  # may have changed while the resolver waited
-                sooner = yield from bring_in(space, before, write=write, grow_stack=grow_stack, may_retry=may_retry)
+                sooner = yield from bring_in(space, before, write=write, by_cpu=by_cpu, may_retry=may_retry)
                 return sooner or stuck
             continue
         stop = attempt.stop
         if stop is not None and stop.userfaultfd and not may_retry:
             return Stop(stop.address, Signal.BUS_ADRERR)
-        if stop is None or not (yield from _overcome(space, target, stop, write=write, grow_stack=grow_stack)):
+        if stop is None or not (yield from _overcome(space, target, stop, write=write, by_cpu=by_cpu)):
             return stop
 
 
 def _overcome(
-    space: AddressSpace, target: AddressRange | Entries, stop: Stop, *, write: bool, grow_stack: bool
+    space: AddressSpace, target: AddressRange | Entries, stop: Stop, *, write: bool, by_cpu: bool
 ) -> Operation[bool]:
     """Wait for whoever may bring in the page where an attempt stopped.  Returns: whether to try again."""
     if stop.userfaultfd:
@@ -218,7 +219,7 @@ def _overcome(
         return True
     if stop.signal is None:
         return (yield from _make_room(space, target, stop))
-    return grow_stack and stop.signal is Signal.SEGV_MAPERR and (yield from _grow(space, stop.address))
+    return by_cpu and stop.signal is Signal.SEGV_MAPERR and (yield from _grow(space, stop.address))
 
 
 def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
@@ -239,7 +240,7 @@ def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt
         space.notifier.require_usable()
         if space.notifier.edits_overlap(_concerned(space, target), space.current.operation_id):
             return attempt
-        return _attempt(space, target, attempt.write, told)
+        return _attempt(space, target, attempt.write, told, attempt.by_cpu)
 
 
 def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
@@ -316,8 +317,10 @@ def _grow(space: AddressSpace, address: Address) -> Operation[bool]:
         return expand_stack(space, address)
 
 
-def _attempt(space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None) -> Attempt:
-    attempt = Attempt(space, write, told)
+def _attempt(
+    space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None, by_cpu: bool
+) -> Attempt:
+    attempt = Attempt(space, write, told, by_cpu)
     if space.unstable:
         attempt.stop = _first_missing(space, target, write)
     elif isinstance(target, AddressRange):

@@ -119,6 +119,7 @@ class Attempt:
     Attributes:
         told: pages of which every mirror knows that they are about to be replaced, ascending; None for all,
             because nobody listens.
+        by_cpu: as for `fault.bring_in`.
         stop: the first page that cannot be handled.
         copies: pages that can be copied only after mirrors have been told; ascending arrays.
         strangers: entries that somebody else has to resolve first.
@@ -128,10 +129,16 @@ class Attempt:
     space: AddressSpace
     write: bool
     told: Entries | None
+    by_cpu: bool = False
     stop: Stop | None = None
     copies: list[Entries] = field(default_factory=list)
     strangers: list[Strangers] = field(default_factory=list)
     splits: list[Address] = field(default_factory=list)
+
+    @property
+    def used_bits(self) -> int:
+        """What an entry that lets a page be written says when it has been: pte_mkdirty(), or _PAGE_DIRTY alone."""
+        return cpu_pte.DIRTY if self.by_cpu else DIRTIED
 
     @property
     def available(self) -> int:
@@ -444,8 +451,8 @@ class _Part:
         self.space.drop(self._install(addresses, sources if sources.any() else None), replaced=True)
 
     def _mark(self, addresses: Entries, entries: Entries) -> None:
-        # What the processor itself does when it uses an entry.
-        bits = READ_ONLY | (DIRTIED if self.attempt.write else 0)
+        # As handle_pte_fault() for an entry that is there; or what the processor itself does when it uses one.
+        bits = READ_ONLY | (self.attempt.used_bits if self.attempt.write else 0)
         self.space.table.store(addresses, entries | np.uint64(bits))
 
 

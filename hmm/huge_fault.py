@@ -113,7 +113,7 @@ def _touch(attempt: Attempt, start: Address, entry: int) -> None:
             return
         bits = WRITTEN
     else:
-        bits = WRITTEN & ~cpu_pte.WRITE if attempt.write else READ_ONLY
+        bits = READ_ONLY | (attempt.used_bits if attempt.write else 0)
     if entry & bits != bits:
         mark_huge(space, start, bits)
 

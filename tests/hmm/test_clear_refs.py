@@ -354,6 +354,24 @@ def test_page_counts_as_written_when_a_device_gives_it_back() -> None:
     assert written(world, 2) == "ww"
 
 
+@pytest.mark.parametrize("touched", [False, True])
+def test_write_of_a_page_that_a_device_had_is_missed(touched: bool) -> None:
+    """clear_soft_dirty() leaves its entry writable: no fault says what is written, and _PAGE_DIRTY is another bit."""
+    world = World(limits=Limits(frames=256, device_frames=4))
+    mirror = world.do(hmm.attach, world.do(devices.register_device, "card", memory_pages=4), world.pid)
+    store(world, 0, 2)
+    world.do(hmm.migrate_to_device, mirror, span(0))
+    forget(world)
+    if touched:
+        world.do(processes.read_memory, world.pid, START, 1)
+    store(world, 0, 2)
+    assert written(world, 2) == "-w"
+    world.do(processes.mprotect, world.pid, START, 2 * PAGE_SIZE, Prot.READ)
+    world.do(processes.mprotect, world.pid, START, 2 * PAGE_SIZE, RW)
+    store(world, 0)  # now the processor faults
+    assert written(world, 2) == "ww"
+
+
 @pytest.mark.parametrize("protects", [processes.mprotect, processes.fork])
 def test_page_of_a_device_counts_as_written_no_longer_when_it_is_write_protected(protects: Any) -> None:
     """make_readable_device_private_entry(): "We do not preserve soft-dirtiness"; a page of the system's keeps it."""

@@ -208,10 +208,15 @@ def test_registers_are_skipped_when_every_page_gets_a_byte(world: Any, space: Ad
 def test_registers_become_writable_again_when_writes_are_watched(world: Any, space: AddressSpace) -> None:
     """wp_pfn_shared(): they have no struct page that could be marked; some entries are writable and others are not."""
     start = world.map(space, 3, flags=SHARED, file=world.device_file(REGISTERS))
-    world.run(write_memory(space, start + PAGE_SIZE, b"x"))
     world.run(clear_refs(space, ClearRefs.SOFT_DIRTY))
-    for prot in Prot.READ, Prot.READ | Prot.WRITE:
-        world.run(mprotect(space, start, 3 * PAGE_SIZE, prot))
+
+    def protect() -> None:
+        for prot in Prot.READ, Prot.READ | Prot.WRITE:
+            world.run(mprotect(space, start, 3 * PAGE_SIZE, prot))
+
+    protect()
+    world.run(write_memory(space, start + PAGE_SIZE, b"x"))  # which faults
+    protect()
     assert [bool(space.table.get(start + at * PAGE_SIZE) & cpu_pte.WRITE) for at in range(3)] == [False, True, False]
     assert world.run(write_memory(space, start, bytes(3 * PAGE_SIZE))).done == 3 * PAGE_SIZE
     assert space.table.common(start, start + 3 * PAGE_SIZE) & cpu_pte.WRITE
