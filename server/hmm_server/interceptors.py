@@ -25,7 +25,6 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from hmm.errors import AccessDeniedError, HmmError
 from hmm.machine import Machine
@@ -142,6 +141,8 @@ class Guard(grpc.aio.ServerInterceptor):
             if not self._active:
                 self._quiet.set()
         if status is not None:
+            from grpc_status import rpc_status  # noqa: PLC0415 - loaded with the first error
+
             log.info("%s: %s", method, status.message, extra=fields)
             await context.abort_with_status(rpc_status.to_status(status))
         milliseconds = round((time.perf_counter() - started_s) * 1e3, 3)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import difflib
 import errno as errnos
 import time
 from collections.abc import AsyncIterator
@@ -79,6 +78,8 @@ class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
         point = POINTS[request.point]
         for name in request.operation.split("|") if request.operation else ():
             if name not in COMMANDS:
+                import difflib  # noqa: PLC0415 - a fifth of a megabyte, for who mistypes a name
+
                 near = " or ".join(difflib.get_close_matches(name, COMMANDS)) or "those that `hmmctl pending` shows"
                 raise convert.malformed(f"hold: there is no call {name!r}; names are like {near}")
         if request.mirror_id and point not in (Point.EVENT_SENT, Point.ACKNOWLEDGED):
