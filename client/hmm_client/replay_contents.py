@@ -71,11 +71,15 @@ class Stamping:
         await self._devices.attach(process)
 
     async def follow(self, process: Process, span: AddressRange) -> None:
-        """The program writes, and its devices come after it."""
+        """The program writes where it has memory, and its devices come after it.
+
+        Elsewhere a write below a stack would make it grow, as the program did not.
+        """
         pages = range(span.page_aligned().start, span.end, PAGE_SIZE)[:STAMPED_PAGES]
         self._count += 1
         stamp = struct.pack("<Q", self._count)
-        places = [page + STAMP_OFFSET for page in pages]
+        mapped = await self._client.execute([calls.mincore(process.id, page, PAGE_SIZE) for page in pages])
+        places = [page + STAMP_OFFSET for page, there in zip(pages, mapped, strict=True) if there.error is None]
         outcomes = await self._client.execute([calls.write_memory(process.id, place, stamp) for place in places])
         if process is self._first:
             self._stamped |= {

@@ -13,12 +13,14 @@ import pytest
 
 from hmm import pte
 from hmm.errors import NoSuchObjectError
-from hmm.units import AddressRange
+from hmm.units import PAGE_SIZE, AddressRange
+from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 from hmm_client import Process
 from hmm_client.recordings import Recording, RecordingError, demo_folder
 from hmm_client.replay import Replayed, replay
+from hmm_client.replay_contents import STAMP_OFFSET, Stamping, compare_contents
 from hmm_client.replay_contents import NoDevices as Nobody
-from hmm_client.replay_contents import Stamping, compare_contents
 from hmm_client.replay_devices import ReplayDevices
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ DATA = Path(__file__).parent / "data"
 FOLDERS = [demo_folder(), *sorted(path.parent for path in DATA.glob("*/*/strace.log"))]
 TRUE = DATA / "real-programs" / "true"
 LAYOUT = DATA / "recorded" / "layout"
+STACK = 0x4000_0000
 
 
 @dataclass
@@ -266,6 +269,21 @@ async def test_replay_leaves_the_same_contents_when_devices_migrate_the_program(
     assert all(report.migrated for report in devices.reports)
     assert alone.contents
     assert compare_contents(alone.contents, among.contents) == []
+
+
+async def test_program_writes_only_where_it_has_memory(shared_daemon: Daemon) -> None:
+    """A write into the hole below a stack would make it grow, which the recorded program did not."""
+    client = shared_daemon.connect("program")
+    process = await client.create_process("program")
+    prot, flags = Prot.READ | Prot.WRITE, MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    await process.mmap(PAGE_SIZE, prot, flags | MapFlag.GROWSDOWN, address=STACK)
+    stamping = Stamping(client, Nobody())
+    await stamping.attach(process)
+    await stamping.follow(process, AddressRange(STACK - 2 * PAGE_SIZE, STACK + PAGE_SIZE))
+    await stamping.settle()
+    (stack,) = (await process.maps()).lines
+    assert (stack.start, stack.end) == (STACK, STACK + PAGE_SIZE)
+    assert list(stamping.contents) == [STACK + STAMP_OFFSET]
 
 
 def test_contents_differ_when_a_page_was_lost_or_changed() -> None:
