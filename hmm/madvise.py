@@ -36,7 +36,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hmm import cpu_pte
+from hmm import cpu_pte, fault
 from hmm.address_space import AddressSpace
 from hmm.collapse import collapse, scan_file
 from hmm.errors import (
@@ -226,9 +226,16 @@ def madvise(
 
 
 def _inject(space: AddressSpace, span: AddressRange, advice: Advice, *, capable: bool) -> Operation[None]:
+    """madvise_inject_error()."""
     if not capable:
         raise AccessDeniedError(f"madvise: {advice.name} needs CAP_SYS_ADMIN", errnos.EPERM)
-    yield from (inject_memory_failure if advice is Advice.HWPOISON else soft_offline)(space, span)
+    inject, at = inject_memory_failure if advice is Advice.HWPOISON else soft_offline, span.start
+    while at < span.end:
+        if at > span.start:
+            yield Pause()
+        piece = next(iter(fault.pieces(AddressRange(at, span.end))))
+        assert isinstance(piece, AddressRange)
+        at = yield from inject(space, piece)
 
 
 def _apply(space: AddressSpace, span: AddressRange, advice: Advice, reclaim: Reclaim | None) -> Operation[None]:
@@ -483,7 +490,7 @@ def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operat
         piece = vma.clip(at, span.end)
         try:
             yield from get_user_pages(space, piece.span, write=write)
-        except SegmentationFault as fault:
-            number = EHWPOISON if fault.signal is Signal.BUS_POISON else errnos.EFAULT
-            raise BadAddressError(f"madvise: {fault.message}", number, address=fault.address) from fault
+        except SegmentationFault as error:
+            number = EHWPOISON if error.signal is Signal.BUS_POISON else errnos.EFAULT
+            raise BadAddressError(f"madvise: {error.message}", number, address=error.address) from error
         at = piece.end

@@ -20,8 +20,8 @@ TTU_HWPOISON), 6.12.
 **Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON, but while a
 call waits for the frame's lock, or for the mirrors that it has told.
 
-**Absent**: hugetlb pages (EOPNOTSUPP), unpoisoning; the signal that the kernel sends at once to who
-had the page dirty, as there are no signals: the touch gets it.
+**Absent**: hugetlb pages (EOPNOTSUPP), unpoisoning; the signal that the kernel sends at once to who had the page dirty,
+as there are no signals: the touch gets it.
 
 Differs: what a device takes for itself while this waits for the page is taken from it, as in 7.0.  In 6.12 such a page
 is mapped nowhere: its device, and then the CPU, go on with what is lost.
@@ -47,14 +47,14 @@ from hmm.errors import (
     RangeBusyError,
 )
 from hmm.events import Cause
-from hmm.fault import bring_in, pieces
+from hmm.fault import bring_in
 from hmm.fault_pages import Stop
 from hmm.file import File
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import FindPlaces, HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.notifier import Breaking
-from hmm.operation import Operation, Pause
+from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
@@ -77,8 +77,10 @@ _ELSEWHERE = np.uint64(cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_p
 _SOFT_DIRTY = np.uint64(cpu_pte.SOFT_DIRTY)
 
 
-def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[None]:
-    """Poison the pages of a range, which are brought in by a read first.
+def inject_memory_failure(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
+    """Poison the first pages of a piece, which are brought in by a read first.
+
+    Returns: where to go on.
 
     Raises:
         BadAddressError: a page cannot be had, or is lost already (EFAULT); another call is taking it, or a huge page
@@ -92,17 +94,6 @@ def inject_memory_failure(space: AddressSpace, span: AddressRange) -> Operation[
 
     Cost: O(pages + VMAs), vectorised; huge pages one at a time.
     """
-    at = span.start
-    while at < span.end:
-        if at > span.start:
-            yield Pause()
-        piece = next(iter(pieces(AddressRange(at, span.end))))
-        assert isinstance(piece, AddressRange)
-        at = yield from _inject(space, piece)
-
-
-def _inject(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
-    """Poison the first pages of a piece.  Returns: where to go on."""
     vma = memory_at(space, piece.start)
     part = AddressRange(piece.start, min(piece.end, vma.end))
     coming = elsewhere(space, vma, part)

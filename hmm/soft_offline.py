@@ -13,8 +13,8 @@ The old frame is never used again.
     coherent memory, or of a
     driver's own
 
-**Source**: Linux mm/madvise.c (madvise_inject_error()), mm/memory-failure.c (soft_offline_page(),
-soft_offline_in_use_page(), page_handle_poison()), mm/migrate.c (migrate_pages(), folio_migrate_mapping()), 6.12.
+**Source**: Linux mm/memory-failure.c (soft_offline_page(), soft_offline_in_use_page(), page_handle_poison()),
+mm/migrate.c (migrate_pages(), folio_migrate_mapping()), 6.12.
 
 **Invariants**: when the call ends, however it ends, no migration entry of it is left; a frame that was given up is
 mapped nowhere, in no page cache, and has one reference, for ever.
@@ -34,14 +34,14 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, HmmError, OutOfFramesError, RangeBusyError
 from hmm.events import Cause
-from hmm.fault import bring_in, pieces
+from hmm.fault import bring_in
 from hmm.file import File, FileKind
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.memory_failure import are_plain, elsewhere, leading, memory_at, not_had, places_of, touch, until_repeated
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.notifier import Breaking
-from hmm.operation import Operation, Pause
+from hmm.operation import Operation
 from hmm.swap import area_of, some_room
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.vma import Vma
@@ -52,8 +52,10 @@ __all__ = ["soft_offline"]
 _Mask = npt.NDArray[np.bool_]
 
 
-def soft_offline(space: AddressSpace, span: AddressRange) -> Operation[None]:
-    """Move the pages of a range, which are brought in by a read first, to other frames, and give their frames up.
+def soft_offline(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
+    """Move the first pages of a piece, which are brought in by a read first, to other frames, and give theirs up.
+
+    Returns: where to go on.
 
     Raises:
         BadAddressError: a page cannot be had (EFAULT), or is no page that could be moved (EIO).
@@ -65,17 +67,6 @@ def soft_offline(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
     Cost: O(pages + VMAs), vectorised; huge pages one at a time.
     """
-    at = span.start
-    while at < span.end:
-        if at > span.start:
-            yield Pause()
-        piece = next(iter(pieces(AddressRange(at, span.end))))
-        assert isinstance(piece, AddressRange)
-        at = yield from _offline(space, piece)
-
-
-def _offline(space: AddressSpace, piece: AddressRange) -> Operation[Address]:
-    """Move the first pages of a piece.  Returns: where to go on."""
     vma = memory_at(space, piece.start)
     part = AddressRange(piece.start, min(piece.end, vma.end))
     if space.frames.available < 2 * part.npages:  # to be brought in, and to move to

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hmm import commands_device as devices
+from hmm import commands_hmm as hmm
 from hmm import commands_process as processes
 from hmm.errors import HmmError
 from hmm.events import Delivery
@@ -81,6 +82,20 @@ class World:
     def sent(self) -> list[Delivery]:
         """What is in the outbox."""
         return self.machine.take_outbox()
+
+
+def start_migration_of_a_shared_page(world: World) -> tuple[OperationRecord[Any], int, MirrorId, Delivery]:
+    """Fork, and migrate the first page, which the CPU has filled.
+
+    Returns: the migration, the child that has the page too, its mirror, and the event that this has to answer.
+    """
+    child = world.do(processes.fork, world.pid)
+    card = world.do(devices.register_device, "card", memory_pages=8)
+    slow = world.do(hmm.attach, card, child)
+    world.do(hmm.insert_notifier, slow, START, PAGE_SIZE)
+    moving = world.start(hmm.migrate_to_device, world.do(hmm.attach, card, world.pid), span(0))
+    (owed,) = world.settle(slow)
+    return moving, child, slow, owed
 
 
 def error_of(record: OperationRecord[Any]) -> HmmError:

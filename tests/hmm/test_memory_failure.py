@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
 
 import numpy as np
 import pytest
-from machine_world import FIXED, RW, START, World, error_of, span
+from machine_world import FIXED, RW, START, World, error_of, span, start_migration_of_a_shared_page
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
@@ -401,24 +400,13 @@ def test_failure_is_that_of_what_is_mapped_when_drivers_have_answered(world: Wor
     assert signals(world, 1) == [Signal.BUS_POISON]
 
 
-def start_migration_of_a_shared_page(world: World) -> tuple[Any, int, int, Any]:
-    """Returns: the migration, the child that has the page too, its mirror, and the event that this has to answer."""
-    write(world, 0)
-    child = world.do(processes.fork, world.pid)
-    card = world.do(devices.register_device, "card", memory_pages=8)
-    slow = world.do(hmm.attach, card, child)
-    world.do(hmm.insert_notifier, slow, START, PAGE_SIZE)
-    moving = world.start(hmm.migrate_to_device, world.do(hmm.attach, card, world.pid), span(0))
-    (owed,) = world.settle(slow)
-    return moving, child, slow, owed
-
-
 def test_failure_waits_for_a_migration_that_has_the_page_and_then_takes_it(world: World) -> None:
     """The reference that it has keeps the page where it is: the migration puts it back, and unlocks it.
 
     Source: Linux mm/memory-failure.c, folio_lock() of memory_failure().
     """
     machine = world.machine
+    write(world, 0)
     moving, child, slow, owed = start_migration_of_a_shared_page(world)
     failing = world.start(processes.madvise, child, START, PAGE_SIZE, Advice.HWPOISON)
     assert machine.blockers(failing) == [moving.id]
@@ -461,6 +449,7 @@ def test_failure_waits_for_a_device_that_takes_the_page_and_then_takes_it_from_t
 def test_failure_leaves_a_page_to_the_migration_that_has_it_when_it_may_not_wait(world: World) -> None:
     """Called inside the callback that the migration waits for: EDEADLK, and the page moves."""
     machine = world.machine
+    write(world, 0)
     moving, child, slow, owed = start_migration_of_a_shared_page(world)
     inside = Caller(name="driver", callback=(slow, owed.sequence))
     failing = world.start(processes.madvise, child, START, PAGE_SIZE, Advice.HWPOISON, caller=inside)

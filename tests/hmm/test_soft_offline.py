@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machine_world import FIXED, RW, START, World, error_of, span
+from machine_world import FIXED, RW, START, World, error_of, span, start_migration_of_a_shared_page
 
 from hmm import commands_device as devices
 from hmm import commands_file as files
@@ -351,12 +351,7 @@ def test_call_waits_for_a_migration_that_has_the_page(world: World) -> None:
     """folio_lock(); its reference keeps the page where it is: the migration puts it back."""
     machine = world.machine
     write(world, 0, b"a")
-    child = world.do(processes.fork, world.pid)
-    card = world.do(devices.register_device, "card", memory_pages=8)
-    slow = world.do(hmm.attach, card, child)
-    world.do(hmm.insert_notifier, slow, START, PAGE_SIZE)
-    moving = world.start(hmm.migrate_to_device, world.do(hmm.attach, card, world.pid), span(0))
-    (owed,) = world.settle(slow)
+    moving, child, slow, owed = start_migration_of_a_shared_page(world)
     record = start(world, 0, pid=child)
     assert machine.blockers(record) == [moving.id]
     machine.answer(slow, owed.sequence)
