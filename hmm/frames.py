@@ -23,8 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from enum import IntFlag
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +32,7 @@ from hmm.ascending import unique
 from hmm.folio_lock import FolioLocks
 from hmm.frame_allocator import SYSTEM_REGION, FrameAllocator, Region, RegionKind, listed
 from hmm.frame_contents import ZERO_PFN, FrameContents, MemoryProvider, anonymous_memory, as_index, as_slice
+from hmm.page_flags import MOVES, Flags, PageFlag, accessed, accessed_word, flag_word
 from hmm.swap_area import SwapArea
 from hmm.units import PMD_PAGES, MirrorId, Pfn, Pfns
 
@@ -51,50 +50,9 @@ __all__ = [
 MakeRoom: TypeAlias = Callable[[int], Generator[Any, Any, bool]]
 """Frees as many frames of system memory as it is asked for, or fewer.  Returns: whether it freed any, or need not."""
 
-_Flags: TypeAlias = npt.NDArray[np.uint16]
 # numpy stores an array without dimensions faster than an int
 _NONE, _FIRST, _TRUE = np.array(0, np.int32), np.array(1, np.int32), np.array(True)
 _ONE = np.int32(1)  # ufunc.at is an order of magnitude slower when the types differ
-
-
-class PageFlag(IntFlag):
-    """State of a frame; the kernel's PG_ names, whose bits depend on its configuration.
-
-    `ANON` is PageAnon(), which the kernel keeps in a bit of page->mapping.  `COMPOUND` is PageCompound(): the frame is
-    part of a large folio of PMD_PAGES frames; `large_folio.py` knows which.  `HUGETLB` is PageHuge(), `KSM` PageKsm():
-    ksm.py has merged equal pages into it.
-    """
-
-    NONE = 0
-    REFERENCED = 1 << 1
-    DIRTY = 1 << 2
-    LRU = 1 << 3
-    ACTIVE = 1 << 4
-    ANON = 1 << 5
-    ANON_EXCLUSIVE = 1 << 6
-    SWAPBACKED = 1 << 7
-    HWPOISON = 1 << 8
-    KSM = 1 << 10
-    COMPOUND = 1 << 12
-    HUGETLB = 1 << 13
-
-
-_REFERENCED, _ACTIVE = np.uint16(PageFlag.REFERENCED), np.uint16(PageFlag.ACTIVE)
-_USED = np.array((0, _REFERENCED, _ACTIVE, _REFERENCED | _ACTIVE), np.uint16)
-"""The flags of a page that was used so often."""
-_TWICE = np.uint8(2)
-_MOVES = np.array(
-    PageFlag.ANON
-    | PageFlag.ANON_EXCLUSIVE
-    | PageFlag.SWAPBACKED
-    | PageFlag.DIRTY
-    | PageFlag.KSM
-    | PageFlag.COMPOUND
-    | PageFlag.REFERENCED
-    | PageFlag.ACTIVE,
-    np.uint16,
-)
-"""The flags that go with a page when it changes frames: folio_migrate_flags(), folio_migrate_mapping()."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +115,7 @@ class Frames(FrameContents):
         self.refcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.mapcount: npt.NDArray[np.int32] = _column(np.int32, nframes)
         self.pincount: npt.NDArray[np.int32] = _column(np.int32, nframes)
-        self.flags: _Flags = _column(np.uint16, nframes)
+        self.flags: Flags = _column(np.uint16, nframes)
         self.index: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.mapping: npt.NDArray[np.int64] = _column(np.int64, nframes)
         self.zone_device_data: npt.NDArray[np.int64] = _column(np.int64, nframes)
@@ -272,7 +230,7 @@ class Frames(FrameContents):
         """The same as an index: a slice of frames that are consecutive, as most are, is not written down one by one."""
         where = self._take(count, SYSTEM_REGION)
         self.mapcount[where] = _FIRST
-        self.flags[where] = _word(flags._value_)
+        self.flags[where] = flag_word(flags._value_)
         return where
 
     def allocate_huge(self, flags: PageFlag) -> Pfns | None:
@@ -450,7 +408,7 @@ class Frames(FrameContents):
             self.exchange(targets, sources)
         elif not filled:
             self.move(targets, sources)
-        self.flags[to] = self.flags[since] & _MOVES
+        self.flags[to] = self.flags[since] & MOVES
         self.mapping[to] = self.mapping[since]
         self.index[to] = index
         return alone
@@ -586,9 +544,9 @@ class Frames(FrameContents):
         where = as_index(pfns)
         flags = self.flags[where]
         if np.count_nonzero(flags == flags[0]) == flags.size:  # as of most that came together
-            self.flags[where] = _accessed_word(int(flags[0]), times, dirty, unevictable)
+            self.flags[where] = accessed_word(int(flags[0]), times, dirty, unevictable)
         else:
-            self.flags[where] = _accessed(flags, times, dirty, unevictable)
+            self.flags[where] = accessed(flags, times, dirty, unevictable)
 
     def belong(self, pfns: Pfns, mapping: int, index: Pfns, flags: PageFlag = PageFlag.NONE) -> None:
         """Say whose pages frames are: page->mapping, page->index, and the flags they have from now on.
@@ -686,26 +644,6 @@ class Frames(FrameContents):
 def _column(dtype: type[np.number[Any]], nframes: int) -> npt.NDArray[Any]:
     size = np.dtype(dtype).itemsize
     return np.frombuffer(anonymous_memory(nframes * size), dtype, nframes)
-
-
-def _accessed(flags: _Flags, times: int, dirty: bool, unevictable: bool) -> _Flags:
-    uses = ((flags & _REFERENCED) != 0) + _TWICE * ((flags & _ACTIVE) != 0)
-    uses = np.maximum(uses, min(times, 1)) if unevictable else np.minimum(uses + min(times, 3), 3)
-    unused = flags & ~(_REFERENCED | _ACTIVE)
-    if dirty:
-        unused |= np.uint16(PageFlag.DIRTY)
-    accessed: _Flags = unused | _USED[uses]
-    return accessed
-
-
-@lru_cache(maxsize=64)
-def _accessed_word(flags: int, times: int, dirty: bool, unevictable: bool) -> _Flags:
-    return _word(int(_accessed(_word(flags), times, dirty, unevictable)))
-
-
-@lru_cache(maxsize=64)
-def _word(flags: int) -> _Flags:
-    return np.array(flags, np.uint16)  # without dimensions, as _FIRST
 
 
 def _counted(pfns: Pfns) -> tuple[Pfns, Pfns | slice]:
