@@ -44,7 +44,7 @@ from hmm.errors import (
     TimedOutError,
 )
 from hmm.events import Event, EventState, EventType
-from hmm.fault import fault_in, pieces
+from hmm.fault import addresses_of, fault_in, pieces
 from hmm.iommu import Domain
 from hmm.mirror import Mirror
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
@@ -444,7 +444,7 @@ def _missing(
         elif isinstance(target, AddressRange):
             first = target.start + int(lacking.argmax()) * PAGE_SIZE
             return AddressRange(first, pages.end_of_range(first)), None
-        found: Entries = _addresses(target)[lacking]
+        found: Entries = addresses_of(target)[lacking]
         return found, None
     return None, entries if len(targets) == 1 else None
 
@@ -457,7 +457,7 @@ def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entr
     # Which of the CPU's entries are of pages that the mirror has in its device's memory.
     own: npt.NDArray[np.bool_] = cpu_pte.is_device_private(entries)
     if own.any():
-        own &= pte.pte_test_valid_dev(mirror.table.lookup(_addresses(target)))
+        own &= pte.pte_test_valid_dev(mirror.table.lookup(addresses_of(target)))
     return own
 
 
@@ -516,7 +516,7 @@ def _held(mirror: Mirror, target: AddressRange | Entries) -> Entries | None:
 
 def _permit_on_device(mirror: Mirror, target: AddressRange | Entries, write: bool) -> AddressRange | Entries:
     """Let the device write what it has, if it is to: the VMA permits it.  Returns: the pages in system memory."""
-    addresses = _addresses(target)
+    addresses = addresses_of(target)
     entries = mirror.table.lookup(addresses)
     own = pte.pte_test_valid_dev(entries)
     if not own.any():
@@ -547,12 +547,6 @@ def _mirrored(cpu: int | Entries, writable: bool) -> int | Entries:
     return cpu
 
 
-def _addresses(target: AddressRange | Entries) -> Entries:
-    if isinstance(target, AddressRange):
-        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
-    return target
-
-
 def _map_for_dma(domain: Domain, entries: Entries, old: Entries, target: AddressRange | Entries) -> None:
     """Turn the frame numbers that are new into DMA addresses; WRITE and DIRTY survive, the driver's bits do not.
 
@@ -565,7 +559,7 @@ def _map_for_dma(domain: Domain, entries: Entries, old: Entries, target: Address
         entries[mapped] = old[mapped] | (entries[mapped] & np.uint64(pte.WRITE))
     fresh = ~pte.pte_test_valid_dma(entries)
     if fresh.any():
-        iovas = domain.map(pte.pte_pfn(entries[fresh]), _addresses(target)[fresh])
+        iovas = domain.map(pte.pte_pfn(entries[fresh]), addresses_of(target)[fresh])
         entries[fresh] = pte.pte_from_dma_addr(iovas) | (entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY))
 
 

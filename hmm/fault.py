@@ -52,7 +52,7 @@ from hmm.units import (
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
-__all__ = ["RESOLVERS", "Resolver", "bring_in", "continues", "fault_in", "pieces", "raise_stop"]
+__all__ = ["RESOLVERS", "Resolver", "addresses_of", "bring_in", "continues", "fault_in", "pieces", "raise_stop"]
 
 Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
 RESOLVERS: dict[int, Resolver] = {}
@@ -142,6 +142,13 @@ def _pieces_of_range(span: AddressRange) -> Iterator[AddressRange]:
         yield AddressRange(start, at)
 
 
+def addresses_of(target: AddressRange | Entries) -> Entries:
+    """uint64[npages]: the page addresses of a range, or those that they are already."""
+    if isinstance(target, AddressRange):
+        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
+    return target
+
+
 def bring_in(
     space: AddressSpace,
     target: AddressRange | Entries,
@@ -224,12 +231,11 @@ def _overcome(
 
 def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
     """The first page that is not there to be used, and SIGBUS for it: check_stable_address_space()."""
-    if isinstance(target, AddressRange):
-        target = np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
-    entries = space.table.lookup(target)
+    addresses = addresses_of(target)
+    entries = space.table.lookup(addresses)
     there = cpu_pte.is_writable(entries) & cpu_pte.is_present(entries) if write else cpu_pte.is_present(entries)
     missing = np.flatnonzero(~there)
-    return Stop(int(target[missing[0]]), Signal.BUS_ADRERR) if missing.size else None
+    return Stop(int(addresses[missing[0]]), Signal.BUS_ADRERR) if missing.size else None
 
 
 def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt]:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
-from hmm.fault import bring_in, continues
+from hmm.fault import addresses_of, bring_in, continues
 from hmm.fault_pages import Stop
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
@@ -41,7 +41,6 @@ from hmm.migration_entries import migration_entry_wait
 from hmm.operation import Operation, Pause
 from hmm.units import (
     PAGE_SHIFT,
-    PAGE_SIZE,
     PIECE_BYTES,
     PMD_PAGES,
     PMD_SHIFT,
@@ -361,7 +360,7 @@ def _bring_in(request: HmmRange, target: AddressRange | Entries, look: _Look, *,
     space, may_retry = request.space, request.may_retry
     if not (write and look.with_devices):
         return (yield from bring_in(space, target, write=write, may_retry=may_retry))
-    addresses = _addresses(target)
+    addresses = addresses_of(target)
     away = (space.table.lookup(addresses) & np.uint64(_WITH_DEVICES)) != 0
     back, rest = addresses[away], addresses[~away]
     stop: Stop | None = None
@@ -375,12 +374,6 @@ def _bring_in(request: HmmRange, target: AddressRange | Entries, look: _Look, *,
     return stop
 
 
-def _addresses(target: AddressRange | Entries) -> Entries:
-    if isinstance(target, AddressRange):
-        return np.arange(target.start, target.end, PAGE_SIZE, dtype=np.uint64)
-    return target
-
-
 def _not_moving(space: AddressSpace, target: AddressRange | Entries) -> Operation[AddressRange | Entries | None]:
     """What of the pages is not on its way: that may need no fault when it has arrived.
 
@@ -388,7 +381,7 @@ def _not_moving(space: AddressSpace, target: AddressRange | Entries) -> Operatio
 
     Source: Linux mm/hmm.c, hmm_vma_handle_pte(): after migration_entry_wait() the page is looked at again.
     """
-    addresses = _addresses(target)
+    addresses = addresses_of(target)
     entries = space.table.lookup(addresses)
     moving = cpu_pte.is_migration(entries)
     if moving[0]:
