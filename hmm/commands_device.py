@@ -22,7 +22,15 @@ from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range
 from hmm.device_pages import evict, make_room
-from hmm.errors import ConflictError, HmmError, InvalidRequestError, NoSuchObjectError, OutOfFramesError, TimedOutError
+from hmm.errors import (
+    ConflictError,
+    HmmError,
+    InUseError,
+    InvalidRequestError,
+    NoSuchObjectError,
+    OutOfFramesError,
+    TimedOutError,
+)
 from hmm.events import EventType
 from hmm.frames import RegionKind
 from hmm.iommu import Iommu
@@ -125,7 +133,7 @@ def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
     """Unregister a device; what is in its memory comes back to system memory first.
 
     Raises:
-        ConflictError: it still has mirrors, or a page of its memory is in use otherwise (EBUSY).
+        InUseError: it still has mirrors, or a page of its memory is in use otherwise (EBUSY).
         OutOfFramesError: there is no room for what is in its memory (ENOMEM); it stays registered.
 
     Source: hmm_device_unregister(); Linux mm/memremap.c, memunmap_pages().
@@ -143,7 +151,7 @@ def unregister_device(machine: Machine, device_id: DeviceId) -> Operation[None]:
 def _device_without_mirrors(machine: Machine, device_id: DeviceId) -> Device:
     device = machine.device(device_id)
     if any(receiver.device is device for receiver in machine.receivers.values()):
-        raise ConflictError(f"unregister device: {device} still has mirrors", errnos.EBUSY)
+        raise InUseError(f"unregister device: {device} still has mirrors")
     return device
 
 
@@ -182,7 +190,7 @@ def register_mirror(
     if device.region and any(
         other.device is device and not isinstance(other, Mirror) for other in machine.receivers.values()
     ):
-        raise ConflictError(f"register mirror: {device} has memory, and a driver of today's interface", errnos.EBUSY)
+        raise InUseError(f"register mirror: {device} has memory, and a driver of today's interface")
     machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = Mirror(
         machine.next_id("mirror"),

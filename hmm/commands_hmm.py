@@ -29,8 +29,8 @@ from hmm.device import Device
 from hmm.errors import (
     AccessDeniedError,
     BadAddressError,
-    ConflictError,
     HmmError,
+    InUseError,
     InvalidRequestError,
     NoSuchObjectError,
     RangeBusyError,
@@ -125,13 +125,13 @@ def attach(
 
     Raises:
         OutOfFramesError: too many mirrors (ENOMEM).
-        ConflictError: the device has memory that mirrors of 2015 use, or whose driver copies (EBUSY).
+        InUseError: the device has memory that mirrors of 2015 use, or whose driver copies (EBUSY).
     """
     device = machine.device(device_id)
     process = machine.process(process_id)
     mirrored = any(mirror.device is device for mirror in machine.mirrors.values())
     if device.region and (mirrored or machine.frames.region(device.region).remote):
-        raise ConflictError(f"attach: the memory of {device} is for mirrors of 2015", errnos.EBUSY)
+        raise InUseError(f"attach: the memory of {device} is for mirrors of 2015")
     machine.require_room("mirrors", len(machine.receivers), machine.limits.mirrors)
     mirror = IntervalMirror(machine.next_id("mirror"), device, process.space, process_id, machine.caller.token, policy)
     machine.add_receiver(mirror)
@@ -147,11 +147,11 @@ def detach(machine: Machine, mirror_id: MirrorId) -> Operation[None]:
         WouldDeadlockError: called from inside a callback of this mirror (EDEADLK); nothing was changed.
         TimedOutError: its policy is FAIL, and it still owes the answer to an abandoned event (ETIMEDOUT); nothing was
             changed.
-        ConflictError: a migration of it is not finalized (EBUSY).
+        InUseError: a migration of it is not finalized (EBUSY).
     """
     mirror = _attached(machine, mirror_id)
     if unfinished := machine.migrations_of(mirror_id):
-        raise ConflictError(f"detach: {unfinished[0]} of {mirror} is not finalized", errnos.EBUSY)
+        raise InUseError(f"detach: {unfinished[0]} of {mirror} is not finalized")
     if mirror.owes:  # where this fails, it has to hear what comes after
         yield mirror.callbacks()
     yield from mirror.remove(list(mirror.notifiers))

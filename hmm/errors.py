@@ -9,7 +9,8 @@
     ├── WouldDeadlockError    leave the callback first           EDEADLK
     ├── OutOfFramesError      evict, retry                       ENOMEM
     ├── NoSuchObjectError     -                                  ESRCH ENODEV ENOENT EBADF
-    ├── ConflictError         choose another                     EEXIST EINVAL EBUSY
+    ├── ConflictError         choose another                     EEXIST EINVAL
+    │   └── InUseError        end what uses it first             EBUSY
     ├── DeviceLostError       register again                     ENODEV EIO
     └── TimedOutError         ask `pending`                      ETIMEDOUT
 
@@ -169,6 +170,13 @@ class ConflictError(HmmError):
 
     errno_default = errnos.EEXIST
     reason = "DUPLICATE"
+
+
+class InUseError(ConflictError):
+    """Somebody else has it, or still needs it."""
+
+    errno_default = errnos.EBUSY
+    reason = "IN_USE"
 
 
 class DeviceLostError(HmmError):

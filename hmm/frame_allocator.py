@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm.ascending import is_ascending
-from hmm.errors import ConflictError, NoSuchObjectError, OutOfFramesError
+from hmm.errors import InUseError, NoSuchObjectError, OutOfFramesError
 from hmm.frame_contents import ZERO_PFN, anonymous_memory
 from hmm.units import PMD_PAGES, Pfn, Pfns
 
@@ -193,12 +193,12 @@ class FrameAllocator:
 
         Raises:
             NoSuchObjectError: there is none (ENODEV).
-            ConflictError: frames of it are in use (EBUSY).
+            InUseError: frames of it are in use (EBUSY).
         """
         assert number != SYSTEM_REGION, "system memory stays"
         region = self.region(number)
         if region.used:
-            raise ConflictError(f"remove {region}: {region.used} frames are in use", errnos.EBUSY)
+            raise InUseError(f"remove {region}: {region.used} frames are in use")
         del self._regions[number]
         self._removed_top = max(self._removed_top, region.top)
         return region

@@ -191,7 +191,7 @@ class Frames(FrameContents):
 
         Raises:
             NoSuchObjectError: there is no such region (ENODEV).
-            ConflictError: frames of it are in use (EBUSY).
+            InUseError: frames of it are in use (EBUSY).
 
         Source: Linux mm/memremap.c, memunmap_pages(), which waits for the last reference instead.
         """

@@ -33,6 +33,7 @@ from hmm.errors import (
     BadAddressError,
     ConflictError,
     HmmError,
+    InUseError,
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -131,7 +132,7 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
             anonymous nor of shared memory or a file, or for minor faults private anonymous (EINVAL); nothing was
             changed.
         AccessDeniedError: a mapping that may never be written (EPERM); nothing was changed.
-        ConflictError: a VMA is registered with another userfaultfd (EBUSY); nothing was changed.
+        InUseError: a VMA is registered with another userfaultfd (EBUSY); nothing was changed.
         OutOfFramesError: the process has ended, or too many VMAs (ENOMEM); VMAs below that one are registered.
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT); nothing was changed.
 
@@ -152,7 +153,7 @@ def register(space: AddressSpace, userfaultfd: Userfaultfd, span: AddressRange, 
                 raise AccessDeniedError(f"register: {piece} may never be written", errnos.EPERM, address=piece.start)
             if piece.mapping.userfaultfd not in (0, userfaultfd.id):
                 other = piece.mapping.userfaultfd
-                raise ConflictError(f"register: {piece} is with userfaultfd {other}", errnos.EBUSY, address=piece.start)
+                raise InUseError(f"register: {piece} is with userfaultfd {other}", address=piece.start)
         modes = VmFlag.UFFD_MISSING if mode & RegisterMode.MISSING else VmFlag.NONE
         if mode & RegisterMode.MINOR:
             modes |= VmFlag.UFFD_MINOR

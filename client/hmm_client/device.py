@@ -176,7 +176,7 @@ class Device:
         """Remove the device.
 
         Raises:
-            ConflictError: it still has mirrors (EBUSY).
+            InUseError: it still has mirrors (EBUSY).
         """
         await self._call("unregister_device", device_pb2.UnregisterDeviceRequest(device_id=self.id))
 

@@ -186,7 +186,7 @@ class Userfaultfd:
             InvalidRequestError: no range, another mode, nothing mapped there, or neither private anonymous nor shared
                 memory, or for minor faults no shared memory (EINVAL).
             AccessDeniedError: what may never be written (EPERM).
-            ConflictError: registered with another userfaultfd (EBUSY).
+            InUseError: registered with another userfaultfd (EBUSY).
             OutOfFramesError: too many mappings, or the process has ended (ENOMEM).
         """
         request = userfaultfd_pb2.UffdRegisterRequest(userfaultfd_id=self.id, range=range_to_proto(span), mode=mode)

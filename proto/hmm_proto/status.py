@@ -29,6 +29,7 @@ from hmm.errors import (
     ConflictError,
     DeviceLostError,
     HmmError,
+    InUseError,
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -100,6 +101,7 @@ TABLE: tuple[Row, ...] = (
         not_made=("NO_SUCH_OBJECT", "PROCESS", "DEVICE", "MIRROR", "FILE", "OPERATION", "HOLD", "MIGRATION_ENDED"),
     ),
     _row(ConflictError, grpc.StatusCode.ALREADY_EXISTS, "OVERLAP"),
+    _row(InUseError, grpc.StatusCode.FAILED_PRECONDITION),
     _row(DeviceLostError, grpc.StatusCode.FAILED_PRECONDITION),
     _row(TimedOutError, grpc.StatusCode.DEADLINE_EXCEEDED, "LEASE_ENDED"),
 )

@@ -17,6 +17,7 @@ from hmm.errors import (
     BadAddressError,
     ConflictError,
     DeviceLostError,
+    InUseError,
     NoSuchObjectError,
     WouldDeadlockError,
 )
@@ -197,8 +198,9 @@ async def test_mirror_is_refused_when_the_device_has_one_of_that_process(device:
     mirror = await device.mirror(process, driver)
     with pytest.raises(ConflictError, match="EINVAL"):
         await device.mirror(process, Driver())
-    with pytest.raises(ConflictError, match="EBUSY"):
+    with pytest.raises(InUseError, match="EBUSY") as busy:
         await device.unregister()
+    assert busy.value.reason == "IN_USE"
     await mirror.unregister()
     assert driver.released == [mirror]
     again = await device.mirror(process, Driver())

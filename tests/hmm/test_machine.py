@@ -456,7 +456,7 @@ def test_unregister_device_is_refused_while_it_has_mirrors() -> None:
     """hmm_device_unregister(): EBUSY."""
     world = World()
     refused = world.start(devices.unregister_device, world.devices[0])
-    assert error_of(refused).errno == errno.EBUSY
+    assert (error_of(refused).errno, error_of(refused).reason) == (errno.EBUSY, "IN_USE")
     world.do(devices.unregister_mirror, world.mirrors[0])
     world.do(devices.unregister_device, world.devices[0])
     assert error_of(world.start(devices.unregister_device, world.devices[0])).errno == errno.ENODEV

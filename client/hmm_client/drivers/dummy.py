@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmm import pte
-from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError
+from hmm.errors import InUseError, InvalidRequestError, NoSuchObjectError
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, page_down
 from hmm_client.client import Client
 from hmm_client.device import Device
@@ -95,10 +95,10 @@ class Minor:
         """HMM_DUMMY_EXPOSE_MM: mirror a process from now on.
 
         Raises:
-            ConflictError: this minor mirrors a process already (EBUSY).
+            InUseError: this minor mirrors a process already (EBUSY).
         """
         if self._busy:
-            raise ConflictError("expose_mm: this minor mirrors a process already", errnos.EBUSY)
+            raise InUseError("expose_mm: this minor mirrors a process already")
         self._busy = True
         try:
             self._mirror = await self._device.mirror(process, self._driver)

@@ -16,7 +16,7 @@ from hmm import (
     commands_userfaultfd,
     cpu_pte,
 )
-from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
+from hmm.errors import InUseError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.events import EventType, Reason
 from hmm.fault_pages import WRITTEN
 from hmm.frames import PageFlag, RegionKind
@@ -377,7 +377,7 @@ def test_unregister_loses_nothing_when_pages_are_on_board(bench: Any) -> None:
     """Unregistering moves everything back first; a device with mirrors stays (EBUSY)."""
     bench.write(0, b"u" * 2 * PAGE_SIZE)
     bench.to_device(0, 2)
-    with pytest.raises(ConflictError):
+    with pytest.raises(InUseError):
         bench.call(commands_device.unregister_device, bench.device)
     bench.call(commands_hmm.detach, bench.mirror)
     bench.call(commands_device.unregister_device, bench.device)

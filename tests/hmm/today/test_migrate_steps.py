@@ -15,9 +15,9 @@ from hmm import commands_device, commands_hmm, commands_migrate, commands_proces
 from hmm.address_space import Thp
 from hmm.commands_migrate import MigrationSetUp
 from hmm.errors import (
-    ConflictError,
     DeviceLostError,
     HmmError,
+    InUseError,
     InvalidRequestError,
     NoSuchObjectError,
     OutOfFramesError,
@@ -296,7 +296,7 @@ def test_keep_filled_holes_when_their_driver_has_not_finalized(bench: Any) -> No
 def test_refuse_to_detach_when_a_migration_is_not_finalized(bench: Any) -> None:
     """A driver ends what it began first."""
     stepper = Stepper(bench, 0, 1)
-    with pytest.raises(ConflictError, match=r"migration 1 of mirror 1 .* is not finalized"):
+    with pytest.raises(InUseError, match=r"migration 1 of mirror 1 .* is not finalized"):
         bench.call(commands_hmm.detach, bench.mirror)
     stepper.finalize()
     bench.call(commands_hmm.detach, bench.mirror)
