@@ -22,13 +22,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 # Without gRPC's event engine a round trip takes half the time; read once, when grpc is imported.
 if "grpc" not in sys.modules:
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
+TYPE_CHECKING = False  # as type checkers know it: to import typing takes longer than all the rest
 if TYPE_CHECKING:
     from hmm.address_space import Thp
     from hmm.file import FileKind

@@ -11,14 +11,12 @@ import errno
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
-try:
-    import click
-    from click.shell_completion import CompletionItem
+import click
+from click.shell_completion import CompletionItem
 
-    from hmm_client.commands.connection import INTERRUPTED, UNEXPECTED, UNUSABLE, fail
-except KeyboardInterrupt:  # nearly all of the time until a command runs is spent here
-    raise SystemExit(130) from None
+from hmm_client.commands.connection import INTERRUPTED, UNEXPECTED, UNUSABLE, fail
 
 STDERR = 2
 COMMANDS = {
@@ -66,6 +64,13 @@ def _open_standard_streams() -> None:
 
 class Commands(click.Group):
     """Commands by name, each in a module of that name."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the command line; Ctrl-C ends that quietly, too."""
+        try:
+            return super().make_context(*args, **options)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; Ctrl-C and files that cannot be used end it with a line on stderr at most."""

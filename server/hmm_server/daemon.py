@@ -3,7 +3,7 @@
 To end in good order: take no new calls, let those under way end (or fence whoever they wait for), say goodbye to
 every stream, stop.
 
-**Absent**: where settings come from (config.py), signals (__main__.py).
+**Absent**: where settings come from (config.py), signals (command.py).
 """
 
 from __future__ import annotations

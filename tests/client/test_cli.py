@@ -181,18 +181,29 @@ import signal, sys
 
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == sys.argv[1]:
+        if name == module:
             signal.raise_signal(signal.SIGINT)
 
+module = sys.argv.pop()
 sys.meta_path.insert(0, Finder())
-import hmm_client.cli
+from hmm_client.__main__ import main
+main()
 """
 
 
-@pytest.mark.parametrize("module", ["click", "click.shell_completion", "hmm_client.commands.connection"])
-def test_command_ends_with_130_when_it_is_interrupted_before_it_is_known(module: str) -> None:
-    """Ctrl-C while the command line itself is loaded."""
-    done = subprocess.run([sys.executable, "-c", LOADING, module], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("module", "argument"),
+    [
+        ("hmm_client.cli", "ps"),  # before the command line is there
+        ("click", "ps"),
+        ("importlib.metadata", "--version"),  # while it is read
+        ("hmm_client.commands.ps", "ps"),  # when it is known
+    ],
+)
+def test_command_ends_with_130_when_it_is_interrupted_while_modules_are_loaded(module: str, argument: str) -> None:
+    """Ctrl-C in the first moments says nothing either."""
+    command = [sys.executable, "-c", LOADING, argument, module]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -181,8 +181,32 @@ def test_help_and_version_explain_themselves() -> None:
 
 def test_command_is_read_without_what_takes_long_to_load() -> None:
     """--help, and the error of a setting, need neither gRPC nor numpy nor a loop."""
-    heavy = "import sys, hmm_server.__main__; assert not {'grpc', 'numpy', 'asyncio', 'uvloop'} & set(sys.modules)"
+    heavy = "import sys, hmm_server.command; assert not {'grpc', 'numpy', 'asyncio', 'uvloop'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", heavy], check=True)
+
+
+LOADING = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            signal.raise_signal(number)
+
+module, number = sys.argv.pop(), int(sys.argv.pop())
+sys.meta_path.insert(0, Finder())
+from hmm_server.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["hmm_server.command", "click", "uvloop"])
+def test_daemon_ends_in_good_order_when_it_is_told_to_while_modules_are_loaded(module: str, number: int) -> None:
+    """Before it serves there is nothing to drain."""
+    command = [sys.executable, "-c", LOADING, str(int(number)), module]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.slow

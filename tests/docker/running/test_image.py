@@ -198,7 +198,7 @@ try:
     main(["health"])
 except SystemExit:
     pass
-import hmm_server.__main__
+import hmm_server.command
 specs = [module.__spec__ for module in list(sys.modules.values()) if getattr(module, "__spec__", None)]
 files = [spec.cached for spec in specs if spec.has_location and (spec.origin or "").endswith(".py")]
 print(len(files), *(file for file in files if not os.path.exists(file)))
