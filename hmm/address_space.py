@@ -8,7 +8,7 @@ fault.py and fork.py, which are generators over this class.
 **Invariants**: every present entry of the CPU table lies in a VMA; a frame's map count is the number of CPU entries
 of all spaces that name it.
 
-**Absent**: processes (machine.py), who hears of changes (notifier.py).
+**Absent**: processes (registry.py), who hears of changes (notifier.py).
 """
 
 from __future__ import annotations

@@ -40,10 +40,11 @@ from hmm.errors import HmmError, InvalidRequestError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
 from hmm.ksm import KsmPass
-from hmm.machine import Machine, Process
+from hmm.machine import Machine
 from hmm.mirror import Mirror, MirrorState
 from hmm.operation import Deliver, Operation, immediate
 from hmm.pin import Pin
+from hmm.registry import Process
 from hmm.units import TASK_SIZE, WHOLE_SPACE, Address, AddressRange, Entries, ProcessId, is_page_aligned
 from hmm.unmapped_area import MapFlag, map_flags, place
 from hmm.vma import protection

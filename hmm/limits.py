@@ -4,7 +4,7 @@
 
 **Invariants**: they do not change while a machine lives.
 
-**Absent**: what fails when one is reached (`Machine.require_room`, and whoever is given one).
+**Absent**: what fails when one is reached (`Registry.require_room`, and whoever is given one).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine: the whole state, and the one door through which every input enters.
+"""The machine: the one door through which every input enters, and what is under way behind it.
 
 Inputs are few, come one at a time, and can be written down: a command is started, a driver answers an event, a
 mirror is fenced or an event abandoned (a deadline passed, a stream broke), an operation whose request is satisfied
@@ -8,103 +8,60 @@ the outbox.
 Whoever runs a machine (local.py, scheduler.py, the server's executor) takes the outbox, feeds answers in, and
 resumes what is ready, in an order of its own choosing.
 
-**Source**: our own; the objects are those of mm_struct, hmm_device and hmm_mirror.
+**Source**: our own.
 
-**Invariants**: `check()` runs those of every part and the ones between parts; identifiers are never used again.
+**Invariants**: an operation in `operations` waits for something; `check()` asserts all that there are (invariants.py).
 
-**Absent**: clocks, deadlines, transport, randomness.
+**Absent**: what inputs are about (registry.py); clocks, deadlines, transport, randomness.
 """
 
 from __future__ import annotations
 
 import errno as errnos
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
-from weakref import WeakValueDictionary
 
-import numpy as np
-
-from hmm import cpu_pte
-from hmm.address_space import AddressSpace, SpaceLimits
+from hmm import invariants
 from hmm.checked import Checked
-from hmm.device import Device
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import (
-    AccessDeniedError,
     DeviceLostError,
     HmmError,
-    NoSuchObjectError,
     OutOfFramesError,
     RangeBusyError,
     TimedOutError,
     WouldDeadlockError,
 )
 from hmm.events import Delivery, EventState
-from hmm.file import File
 from hmm.frame_contents import MemoryProvider, anonymous_memory
-from hmm.frames import ZERO_PFN, Frames, PageFlag
-from hmm.hugetlb import HugetlbPool
-from hmm.ksm import Ksm
 from hmm.limits import Limits
-from hmm.migrate_steps import PastMigration, SteppedMigration, ended
-from hmm.mirror import Mirror, MirrorState
-from hmm.notifier import Notifier
-from hmm.operation import Await, Current, Deliver, Operation, Request, WaitFor
+from hmm.mirror import MirrorState
+from hmm.operation import Await, Deliver, Operation, WaitFor
 from hmm.operation_record import Caller, Input, OperationRecord
-from hmm.pin import Pin
-from hmm.receiver import Receiver, note_answered, send
-from hmm.reclaim import Reclaim
+from hmm.receiver import note_answered, send
+from hmm.registry import NOBODY, Registry
 from hmm.semantics import LINUX_6_12, Semantics
-from hmm.swap import slots_of
-from hmm.swap_area import SwapArea
-from hmm.units import AddressRange, DeviceId, MirrorId, ProcessId, SpaceId
-from hmm.userfaultfd import Userfaultfd
-from hmm.zone_device import used_frames
+from hmm.units import AddressRange, MirrorId
 
 T = TypeVar("T")
 P = ParamSpec("P")
-PAST_RECEIVERS = 256
-"""Receivers that are gone and whose violations can still be asked for."""
-PAST_MIGRATIONS = 256
-"""Migrations that have ended and of which it is known how."""
 
-_NOBODY = Caller()
 _MAY_BE_CUT_SHORT = frozenset(
     {WaitFor.SEQUENCE, WaitFor.EDITS, WaitFor.INVALIDATIONS, WaitFor.FOLIO, WaitFor.USERFAULT}
 )
 
-
-@dataclass(slots=True, eq=False)
-class Process:
-    """A process: a name and the address space that it uses, alone or with its threads."""
-
-    id: ProcessId
-    name: str
-    owner: str
-    space: AddressSpace
-    parent: ProcessId = 0
-
-    def __str__(self) -> str:
-        return f"process {self.id} ({self.name})"
-
-
 Command: TypeAlias = Callable[Concatenate["Machine", P], Operation[T]]
 
 
-class Machine:
-    """Address spaces, devices, mirrors, files and the operations that change them.
+class Machine(Registry):
+    """What there is, and the operations that change it.
 
     Args:
         semantics: where kernels differ, which one's rules.
         recording: write every input down.
         swap_memory: gives the memory of the swap area; the default is private.
         capable: processes have CAP_SYS_ADMIN, and may inject memory failures.
-
-    Attributes:
-        notifiers: of the address spaces, of those too that have ended with changes under way: these keep them, as
-            mm_count keeps an mm_struct whose mm_users have gone (mmgrab()).
     """
 
     def __init__(
@@ -116,36 +73,11 @@ class Machine:
         swap_memory: MemoryProvider = anonymous_memory,
         capable: bool = False,
     ) -> None:
-        self.limits = limits or Limits()
-        self.semantics = semantics
-        self.capable = capable
-        self.current = Current()
-        self.frames = Frames(self.limits.frames, self.limits.device_frames)
-        self.hugetlb = HugetlbPool(self.frames, self.limits.hugetlb_pages)
-        self.spaces: dict[SpaceId, AddressSpace] = {}
-        self.notifiers: WeakValueDictionary[SpaceId, Notifier] = WeakValueDictionary()
-        self.processes: dict[ProcessId, Process] = {}
-        self.devices: dict[DeviceId, Device] = {}
-        self.receivers: dict[MirrorId, Receiver] = {}
-        self.mirrors: dict[MirrorId, Mirror] = {}
-        self.files: dict[int, File] = {}
-        self.pins: dict[int, Pin] = {}
-        self.migrations: dict[int, SteppedMigration] = {}
-        self.past_migrations: deque[PastMigration] = deque(maxlen=PAST_MIGRATIONS)
-        self.userfaultfds: dict[int, AddressSpace] = {}  # to which each belongs, living or not
-        self.file_names: dict[str, int] = {}
-        self.past_receivers: deque[Receiver] = deque(maxlen=PAST_RECEIVERS)
+        super().__init__(limits or Limits(), semantics, swap_memory, capable=capable)
         self.operations: dict[int, OperationRecord[Any]] = {}
-        self.reclaim = Reclaim(self.frames, self.spaces, self.files, self.current, self._answering)
-        if self.limits.swap_pages:
-            self.frames.swap = SwapArea(self.limits.swap_pages, swap_memory)
-            self.frames.make_room = self.reclaim.make_room
-        self.ksm = Ksm(self.frames, self.spaces)
         self.inputs: list[Input] | None = [] if recording else None
         self._inside: dict[int, OperationRecord[Any]] = {}  # operations that were called from inside callbacks
         self._outbox: list[Dispatch] = []
-        self._caller = _NOBODY
-        self._last_id: dict[str, int] = {}
 
     # ---- inputs
 
@@ -157,7 +89,7 @@ class Machine:
         """
         if self.inputs is not None:
             self._note("start", caller, command, *args, **kwargs)
-        if caller.callback is not None and not self._owns(caller.token, caller.callback[0]):
+        if caller.callback is not None and not self.owns(caller.token, caller.callback[0]):
             caller = replace(caller, callback=None)
         record: OperationRecord[T] = OperationRecord(
             self.next_id("operation"), command.__name__, (*args, *kwargs.values()), caller,
@@ -263,7 +195,7 @@ class Machine:
         record = self.operations[operation_id]
         record.timed_out = True
         if isinstance(record.request, Await) and record.request.wait_for in _MAY_BE_CUT_SHORT:
-            self._advance(record, None, self._out_of_patience(record, record.request))
+            self._advance(record, None, self._out_of_patience(record))
 
     def kill(self, operation_id: int) -> None:
         """The caller of an operation has gone, as a thread that gets SIGKILL: it does not wait for a userfault (EINTR).
@@ -274,7 +206,7 @@ class Machine:
         record = self.operations[operation_id]
         record.killed = True
         if record.waits_for_handler:
-            self._advance(record, None, self._out_of_patience(record, record.request))
+            self._advance(record, None, self._out_of_patience(record))
 
     def end_migration(self, number: int, why: str) -> None:
         """End a migration that waits for its driver for too long: its pages are where they were (ETIMEDOUT)."""
@@ -335,21 +267,23 @@ class Machine:
         request = record.request
         if not isinstance(request, Await):
             return []
-        if request.wait_for is WaitFor.CALLBACKS:
-            receiver = self.receivers.get(request.mirror_id)
-            return [] if receiver is None or receiver.leaving in (0, record.id) else [receiver.leaving]
-        if request.wait_for is WaitFor.MEMORY:
-            return list(self.reclaim.running)
-        if request.wait_for is WaitFor.FOLIO:
-            return self.frames.locks.holders(request.ticket)
-        if request.wait_for is WaitFor.STEP:
-            migration = self.migrations.get(request.ticket)
-            return [] if migration is None else [migration.operation_id]
-        if request.wait_for is WaitFor.FILE:
-            file = self.files.get(request.file_id)
-            return [file.locked_by] if file is not None and file.locked_by else []
-        notifier = self.notifiers.get(request.space_id)
-        return notifier.blockers(request) if notifier else []
+        match request.wait_for:
+            case WaitFor.CALLBACKS:
+                receiver = self.receivers.get(request.mirror_id)
+                return [] if receiver is None or receiver.leaving in (0, record.id) else [receiver.leaving]
+            case WaitFor.MEMORY:
+                return list(self.reclaim.running)
+            case WaitFor.FOLIO:
+                return self.frames.locks.holders(request.ticket)
+            case WaitFor.STEP:
+                migration = self.migrations.get(request.ticket)
+                return [] if migration is None else [migration.operation_id]
+            case WaitFor.FILE:
+                file = self.files.get(request.file_id)
+                return [file.locked_by] if file is not None and file.locked_by else []
+            case _:
+                notifier = self.notifiers.get(request.space_id)
+                return notifier.blockers(request) if notifier else []
 
     def unanswered(self, record: OperationRecord[Any]) -> list[tuple[MirrorId, int]]:
         """The (mirror, event sequence) pairs that the operation waits for directly."""
@@ -370,7 +304,7 @@ class Machine:
     def _advance(self, record: OperationRecord[T], reply: object, thrown: HmmError | None = None) -> None:
         self.current.operation_id = record.id
         self.current.stretch += 1
-        self._caller = record.caller
+        self.caller = record.caller
         record.refusal = None
         generator = record.generator
         try:
@@ -389,7 +323,7 @@ class Machine:
             if isinstance(request, Deliver):
                 self._deliver(record, request)
         self.current.operation_id = 0
-        self._caller = _NOBODY
+        self.caller = NOBODY
         if self._inside:
             self._refuse_circles()
 
@@ -411,12 +345,13 @@ class Machine:
         if isinstance(request, Deliver):
             return None
         if (record.killed or record.timed_out) and record.waits_for_handler:
-            return self._out_of_patience(record, request)
+            return self._out_of_patience(record)
         if record.caller.callback is not None and self.waits_for_itself(record):
             return self._deadlock(record)
         return None
 
-    def _out_of_patience(self, record: OperationRecord[Any], request: Request | None) -> HmmError:
+    def _out_of_patience(self, record: OperationRecord[Any]) -> HmmError:
+        request = record.request
         assert isinstance(request, Await)
         what = f"{record.name}: {request.spans[0]}" if request.spans else record.name
         if record.killed:
@@ -478,219 +413,15 @@ class Machine:
         if self.inputs is not None:
             self.inputs.append(Input(method, args, tuple(kwargs.items())))
 
-    # ---- objects, as commands look them up
-
-    def next_id(self, kind: str) -> int:
-        """A number never used before for this kind of object."""
-        number = self._last_id[kind] = self._last_id.get(kind, 0) + 1
-        return number
-
     @property
     def is_timed_out(self) -> bool:
         """Whether the patience of the caller of the operation that is being advanced has ended."""
         return self.operations[self.current.operation_id].timed_out
 
-    @property
-    def caller(self) -> Caller:
-        """Who started the operation that is being advanced."""
-        return self._caller
-
-    def _answering(self) -> MirrorId:
-        return self._caller.callback[0] if self._caller.callback else 0
-
-    def process(self, process_id: ProcessId) -> Process:
-        """Look a process up: ESRCH when there is none, EPERM when it belongs to somebody else."""
-        process = self.processes.get(process_id)
-        if process is None:
-            raise NoSuchObjectError(f"there is no process {process_id}", errnos.ESRCH)
-        if process.owner:
-            self._require_owner(process.owner, process)
-        return process
-
-    def device(self, device_id: DeviceId) -> Device:
-        """Look a device up: ENODEV when there is none, EPERM when it belongs to somebody else."""
-        device = self.devices.get(device_id)
-        if device is None:
-            raise NoSuchObjectError(f"there is no device {device_id}", errnos.ENODEV)
-        self._require_owner(device.owner, device)
-        return device
-
-    def receiver(self, mirror_id: MirrorId) -> Receiver:
-        """Look up who gets events by this number: ENODEV when nobody, EPERM when it belongs to somebody else."""
-        receiver = self.receivers.get(mirror_id)
-        if receiver is None:
-            raise NoSuchObjectError(f"there is no mirror {mirror_id}", errnos.ENODEV)
-        if receiver.owner:
-            self._require_owner(receiver.owner, receiver)
-        return receiver
-
-    def mirror(self, mirror_id: MirrorId) -> Mirror:
-        """Look a mirror of 2015 up: ENODEV when there is none, EPERM when it belongs to somebody else."""
-        mirror = self.mirrors.get(mirror_id)
-        if mirror is None:
-            other = self.receiver(mirror_id)
-            raise NoSuchObjectError(f"{other} has no table here: its driver keeps its own", errnos.ENODEV)
-        if mirror.owner:
-            self._require_owner(mirror.owner, mirror)
-        return mirror
-
-    def add_receiver(self, receiver: Receiver) -> None:
-        """From now on this one gets the events of its address space."""
-        self.receivers[receiver.id] = receiver
-        if isinstance(receiver, Mirror):
-            self.mirrors[receiver.id] = receiver
-        receiver.space.notifier.subscribe(receiver)
-
-    def remove_receiver(self, mirror_id: MirrorId) -> None:
-        """Forget one that gets no events any more."""
-        receiver = self.receivers.pop(mirror_id, None)
-        self.mirrors.pop(mirror_id, None)
-        if receiver is not None and receiver.reports.counts:
-            self.past_receivers.append(receiver)
-
-    def file(self, file_id: int) -> File:
-        """Look a file up: EBADF when there is none."""
-        file = self.files.get(file_id)
-        if file is None:
-            raise NoSuchObjectError(f"there is no file {file_id}", errnos.EBADF)
-        return file
-
-    def pin(self, number: int) -> Pin:
-        """Look a pin up: ENOENT when there is none, EPERM when it belongs to somebody else."""
-        pin = self.pins.get(number)
-        if pin is None:
-            raise NoSuchObjectError(f"unpin: there is no pin {number}", errnos.ENOENT)
-        self._require_owner(pin.owner, f"pin {number}")
-        return pin
-
-    def migration(self, number: int) -> SteppedMigration:
-        """Look one up whose driver takes the steps: ENOENT when there is none (any more), EPERM when it is not its."""
-        migration = self.migrations.get(number)
-        if migration is None:
-            past = next((one for one in self.past_migrations if one.id == number), None)
-            if past is not None and past.owner in ("", self._caller.token):
-                raise ended(number, past.why)
-            raise NoSuchObjectError(f"there is no migration {number}", errnos.ENOENT)
-        self._require_owner(migration.owner, migration)
-        return migration
-
-    def migrations_of(self, mirror_id: MirrorId) -> list[SteppedMigration]:
-        """Those that a mirror has not finalized."""
-        return [one for one in self.migrations.values() if one.mirror_id == mirror_id]
-
-    def userfaultfd(self, number: int) -> tuple[AddressSpace, Userfaultfd]:
-        """Look a userfaultfd up, and its address space: EBADF when there is none, EPERM when it is somebody else's."""
-        space = self.userfaultfds.get(number)
-        if space is None:
-            raise NoSuchObjectError(f"there is no userfaultfd {number}", errnos.EBADF)
-        userfaultfd = space.userfaultfds[number]
-        self._require_owner(userfaultfd.owner, userfaultfd)
-        return space, userfaultfd
-
-    def _owns(self, token: str, mirror_id: MirrorId) -> bool:
-        receiver = self.receivers.get(mirror_id)
-        return receiver is not None and receiver.owner in ("", token)
-
-    def _require_owner(self, owner: str, what: object) -> None:
-        if owner and owner != self._caller.token and self.current.operation_id:
-            raise AccessDeniedError(f"{what} belongs to another owner", errnos.EPERM, reason="NOT_OWNER")
-
-    def new_space(self) -> AddressSpace:
-        """An empty address space with one user."""
-        limits = SpaceLimits(vmas=self.limits.vmas, directories=self.limits.directories)
-        space = AddressSpace(self.next_id("space"), self.frames, self.current, limits, semantics=self.semantics)
-        self.spaces[space.id], self.notifiers[space.id] = space, space.notifier
-        return space
-
-    def require_room(self, kind: str, count: int, limit: int) -> None:
-        """ENOMEM when there are as many objects of a kind as the limits allow."""
-        if count >= limit:
-            raise OutOfFramesError(f"{kind}: the limit of {limit} is reached", reason="LIMIT")
-
-    # ---- invariants
-
     def check(self, checked: Checked | None = None) -> None:
-        """Assert every invariant of every part, and those between them.  Cost: O(everything mapped).
+        """Assert every invariant (invariants.py).  Cost: O(everything mapped).
 
         Args:
             checked: what earlier checks of this machine saw; what has not changed since is not checked again.
         """
-        checked = checked or Checked()
-        checked.begin()
-        frames = checked.number(self.frames)
-        if checked.is_new(self.frames, frames):
-            self.frames.check()
-        self.hugetlb.check()
-        for space in self.spaces.values():
-            space.check(checked)
-        tables = [number for space in self.spaces.values() for number in (space.id, checked.number(space.table))]
-        if checked.is_new(self, frames, bool(self.operations), *tables):
-            self._check_map_counts(checked)
-            if not self.operations:
-                self._check_device_memory()
-        if self.frames.swap is not None:
-            tables += [number for file in self.files.values() for number in (file.id, checked.number(file.pages))]
-            if checked.is_new(self.frames.swap, frames, checked.number(self.frames.swap), *tables):
-                self._check_swap(self.frames.swap, checked)
-        for receiver in self.receivers.values():
-            receiver.check(checked)
-        for migration in self.migrations.values():
-            migration.check()
-        self._check_dma()
-        for record in self.operations.values():
-            assert record.request is not None
-            assert not record.done
-            if record.waits_for_handler:
-                self._check_wait_for_handler(record)
-            assert isinstance(record.request, Deliver) == (record.dispatch is not None)
-            if record.dispatch is not None:
-                record.dispatch.check()
-
-    def _check_wait_for_handler(self, record: OperationRecord[Any]) -> None:
-        # It lasts as long as somebody outside likes: nobody may have to wait for it in turn.
-        for space in self.spaces.values():
-            assert record.id not in space.notifier.holders, f"{record.name} waits for a handler and holds up others"
-
-    def _check_map_counts(self, checked: Checked) -> None:
-        mapcount = self.frames.mapcount[: self.frames.used_end]
-        counted = np.zeros_like(mapcount)
-        for space in self.spaces.values():
-            _, entries = checked.look(space.table, space.table.in_use)
-            moving = cpu_pte.cpu_pfn(entries[cpu_pte.is_migration(entries)])
-            assert self.operations or not moving.size, f"space {space.id} has migration entries and nothing migrates"
-            nobodys = moving[(moving != ZERO_PFN) & ~self.frames.locks.are_locked(moving)]
-            assert not nobodys.size, f"space {space.id} has a migration entry of frame {nobodys[0]}, which nobody moves"
-            held = entries[cpu_pte.holds_frame(entries)]
-            np.add.at(counted, cpu_pte.cpu_pfn(held), np.int32(1))
-            writable = cpu_pte.cpu_pfn(held[cpu_pte.is_writable(held)])
-            merged = self.frames.test_flags(writable, PageFlag.KSM)
-            assert not merged.any(), f"space {space.id} may write merged page {writable[merged][0]}"
-        lost = self.frames.test_flags(np.arange(mapcount.size), PageFlag.HWPOISON)
-        assert self.operations or not mapcount[lost].any(), "a page is mapped whose contents are lost"
-        wrong = np.flatnonzero(counted != mapcount)
-        assert not wrong.size, f"frame {wrong[0]} is mapped {counted[wrong[0]]} times, not {mapcount[wrong[0]]}"
-
-    def _check_device_memory(self) -> None:
-        # While nothing is on its way, a device's frame in use is a page of somebody's.
-        for region in self.frames.regions[1:]:
-            pfns = used_frames(self.frames, region.number)
-            leaked = pfns[(self.frames.mapcount[pfns] == 0) & (self.frames.pincount[pfns] == 0)]
-            assert not leaked.size, f"{region}: frame {leaked[0]} is in use, and nobody's"
-
-    def _check_dma(self) -> None:
-        # What a mirror has mapped, its own check counts.
-        mirrored = {receiver.device.id for receiver in self.receivers.values()}
-        for device in self.devices.values():
-            leaked = device.iommu.mapped_pages if device.iommu and device.id not in mirrored else 0
-            assert not leaked, f"{device} has {leaked} pages mapped for DMA, and no mirror"
-
-    def _check_swap(self, area: SwapArea, checked: Checked) -> None:
-        area.check()
-        named = np.zeros_like(area.counts)
-        for table in [space.table for space in self.spaces.values()] + [file.pages for file in self.files.values()]:
-            np.add.at(named, slots_of(checked.look(table, table.in_use)[1]), np.int32(1))
-        wrong = np.flatnonzero(named != area.counts)
-        assert not wrong.size, f"swap slot {wrong[0]} is named {named[wrong[0]]} times, not {area.counts[wrong[0]]}"
-        slots = np.flatnonzero(area.cached)
-        assert np.array_equal(self.frames.private[area.cached[slots]], slots), "the swap cache has other pages"
-        assert np.count_nonzero(self.frames.private) == slots.size, "a page says that it is in the swap cache"
+        invariants.check(self, self.operations.values(), checked or Checked())

@@ -7,7 +7,7 @@ page leaves the cache and the slot is free.
 **Source**: Linux mm/swap_state.c (add_to_swap_cache(), delete_from_swap_cache()), mm/swapfile.c
 (free_swap_and_cache(), folio_free_swap()), include/linux/swapops.h, 6.12.
 
-**Invariants** (`Machine.check()`): a slot is named by as many entries as it counts; `Frames.private` and
+**Invariants** (invariants.py): a slot is named by as many entries as it counts; `Frames.private` and
 `SwapArea.cached` name each other.
 
 **Absent**: when pages go out (reclaim.py) and who brings them in (swap_in.py, file.py).

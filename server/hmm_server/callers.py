@@ -4,7 +4,7 @@
     hmm-caller: NAME
     hmm-in-callback: MIRROR:SEQUENCE
 
-**Absent**: what belongs to whom (`hmm.machine` decides at every look-up).
+**Absent**: what belongs to whom (`hmm.registry` decides at every look-up).
 """
 
 from __future__ import annotations

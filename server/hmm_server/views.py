@@ -15,10 +15,11 @@ from hmm import cpu_pte, inspection, pte, smaps
 from hmm.address_space import AddressSpace
 from hmm.device import Device
 from hmm.interval_notifier import IntervalMirror
-from hmm.machine import Machine, Process
+from hmm.machine import Machine
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
 from hmm.receiver import Receiver
+from hmm.registry import Process
 from hmm.units import PAGE_SHIFT, WHOLE_SPACE, Address, AddressRange, Entries, Pfn, Pfns
 from hmm.vma import Vma
 from hmm.zone_device import owners

@@ -14,9 +14,10 @@ import grpc
 
 from hmm import inspection
 from hmm.errors import AccessDeniedError, NoSuchObjectError, OutOfFramesError
-from hmm.machine import Machine, Process
+from hmm.machine import Machine
 from hmm.mirror import Mirror
 from hmm.page_table import PageTable
+from hmm.registry import Process
 from hmm.units import TASK_SIZE, WHOLE_SPACE, Entries, Pfns
 from hmm_proto import convert
 from hmm_proto.v1 import inspection_pb2, inspection_pb2_grpc
