@@ -1,16 +1,23 @@
-"""A daemon's end of a session, played by the test: what it says is written down in the test, word for word."""
+"""What tests of the client share: clients, and a daemon's end of a session that the test plays.
+
+What a `ScriptedDaemon` says is written down in the test, word for word.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
 
 import hmm_client
 from hmm_proto.v1 import event_pb2, session_pb2, session_pb2_grpc
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
 
 Requests = asyncio.Queue["session_pb2.SessionRequest | None"]
 
@@ -76,6 +83,19 @@ class ScriptedDaemon(session_pb2_grpc.SessionServiceServicer):
         request = await self.received()
         assert not request.calls
         return request.acknowledgements
+
+
+@pytest.fixture
+async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
+    """A client of its own for each test; what it registered goes when it is closed."""
+    async with hmm_client.connect(shared_daemon.target, name="test") as client:
+        yield client
+
+
+@pytest.fixture
+async def process(client: hmm_client.Client) -> hmm_client.Process:
+    """A process of its own for each test."""
+    return await client.create_process("test")
 
 
 @pytest.fixture

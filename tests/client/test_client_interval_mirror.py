@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,13 +102,6 @@ class Bench:
     def addresses(self, at: int, npages: int = 1) -> Entries:
         """The same as an array."""
         return np.uint64(self.mapped.address) + (np.arange(at, at + npages, dtype=np.uint64) << np.uint64(PAGE_SHIFT))
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="today") as client:
-        yield client
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno as errnos
 import re
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,19 +48,6 @@ class Card(MemoryDriver):
         self.heard.append("copy for a child" if event.keeps else "copy back")
         await self.memory.give(event)
         return bytes(errnos.EIO if number in self.failing else 0 for number in range(event.npages))
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="test") as client:
-        yield client
-
-
-@pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
-    """A process of its own for each test."""
-    return await client.create_process("test")
 
 
 @pytest.fixture

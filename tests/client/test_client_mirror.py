@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm_client import Device, Driver, Event, Mirror, Process, Prot, TableDriver
 
 if TYPE_CHECKING:
-    from tests.conftest import Daemon
+    pass
 
 
 class Witness(TableDriver):
@@ -51,19 +50,6 @@ class Witness(TableDriver):
     def heard(self) -> list[EventType]:
         """The types of all events."""
         return [event.type for event in self.events]
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="test") as client:
-        yield client
-
-
-@pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
-    """A process of its own for each test."""
-    return await client.create_process("test")
 
 
 @pytest.fixture

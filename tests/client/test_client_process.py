@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,19 +26,6 @@ from hmm_client.results import Mapped, PageMap
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="test") as client:
-        yield client
-
-
-@pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
-    """A process of its own for each test."""
-    return await client.create_process("test")
 
 
 async def test_mmap_returns_where_it_is_and_maps_shows_it(process: Process) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno as errnos
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,14 +26,7 @@ from hmm_client import Process
 from hmm_client.results import Mapped
 
 if TYPE_CHECKING:
-    from tests.conftest import Daemon
-
-
-@pytest.fixture
-async def process(shared_daemon: Daemon) -> AsyncIterator[Process]:
-    """A process of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="test") as client:
-        yield await client.create_process("test")
+    pass
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,6 @@ from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
     from tests.conftest import Daemon
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="control") as client:
-        yield client
 
 
 async def ask(path: Path, *lines: str) -> list[dict[str, Any]]:

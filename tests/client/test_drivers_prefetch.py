@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +18,9 @@ from hmm_client.drivers.prefetch import Behaviour, PrefetchDevice
 from hmm_client.embedded import EmbeddedDaemon
 
 if TYPE_CHECKING:
-    from tests.conftest import Daemon
+    pass
 
 NPAGES = 64
-
-
-@pytest.fixture
-async def client(shared_daemon: Daemon) -> AsyncIterator[hmm_client.Client]:
-    """A client of its own for each test."""
-    async with hmm_client.connect(shared_daemon.target, name="prefetch") as client:
-        yield client
-
-
-@pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
-    """The program."""
-    return await client.create_process("program")
 
 
 async def test_device_faults_and_checks_where_the_program_is(client: hmm_client.Client, process: Process) -> None:

@@ -36,12 +36,6 @@ async def card(client: hmm_client.Client, request: pytest.FixtureRequest) -> Rdm
 
 
 @pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
-    """The process whose memory is registered."""
-    return await client.create_process("application")
-
-
-@pytest.fixture
 async def mapped(process: Process) -> Mapped:
     """Its memory."""
     return await process.mmap(NPAGES * PAGE_SIZE)
