@@ -149,16 +149,12 @@ class DeviceModel:
         """Raise LostTranslationError when a device could reach a frame that is no longer its page's."""
         for mirror_id, held in self.translations.items():
             mirror = self.machine.mirrors.get(mirror_id)
-            if mirror is None or mirror.state is not MirrorState.LIVE:
-                held.clear()  # the daemon lets no access through any more
+            _forget_ended(self.machine.frames, mirror, held)
+            if mirror is None or not held:
                 continue
-            if mirror.awaits_late_answer():
-                if not mirror.space.users:  # a death goes on without those who do not answer in time
-                    held.clear()
-                _forget_failed(self.machine.frames, held)
             table = mirror.space.table
             state = (self.changes[mirror_id], self.checked.number(table))
-            if held and self.checked.is_new((DeviceModel, mirror_id), *state):
+            if self.checked.is_new((DeviceModel, mirror_id), *state):
                 _check_mirrored(mirror, held, table.lookup(np.fromiter(held, np.uint64, len(held))))
 
     def _program(self, mirror_id: MirrorId, spans: tuple[AddressRange, ...], entries: Any) -> None:
@@ -186,11 +182,16 @@ def _check_mirrored(mirror: Mirror, held: dict[int, tuple[int, bool]], entries: 
         )
 
 
-def _forget_failed(frames: Frames, held: dict[int, tuple[int, bool]]) -> None:
-    # A failure of memory is told of, and does not wait for those who do not answer in time.
-    pages, pfns = list(held), np.array([pfn for pfn, _ in held.values()], np.int64)
-    for at in np.flatnonzero(frames.test_flags(pfns, PageFlag.HWPOISON)).tolist():
-        del held[pages[at]]
+def _forget_ended(frames: Frames, mirror: Receiver | None, held: dict[int, tuple[int, bool]]) -> None:
+    """Take out of what a device holds that which it need not have been told to give up."""
+    if mirror is None or mirror.state is not MirrorState.LIVE:
+        held.clear()  # the daemon lets no access through any more
+    elif mirror.awaits_late_answer():
+        if not mirror.space.users:  # a death goes on without those who do not answer in time
+            held.clear()
+        pages, pfns = list(held), np.array([pfn for pfn, _ in held.values()], np.int64)
+        for at in np.flatnonzero(frames.test_flags(pfns, PageFlag.HWPOISON)).tolist():  # and so does lost memory
+            del held[pages[at]]
 
 
 def _give_up(held: dict[int, tuple[int, bool]], event: Event) -> None:
@@ -281,14 +282,8 @@ class IntervalDrivers:
                 self._drop_leaving(*record.arguments)
         for mirror_id, held in self.held.items():
             mirror = self.machine.receivers.get(mirror_id)
-            if mirror is None or mirror.state is not MirrorState.LIVE:
-                held.clear()  # the daemon lets no access through any more
-                continue
-            if mirror.awaits_late_answer():
-                if not mirror.space.users:  # a death goes on without those who do not answer in time
-                    held.clear()
-                _forget_failed(self.machine.frames, held)
-            if held:
+            _forget_ended(self.machine.frames, mirror, held)
+            if mirror is not None and held:
                 entries = mirror.space.table.lookup(np.fromiter(held, np.uint64, len(held)))
                 alone = self.exclusive.get(mirror_id, set())
                 _check_held(mirror_id, held, entries, np.array([page in alone for page in held]))
