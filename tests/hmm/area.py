@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hmm.address_space import AddressSpace
+from hmm.cpu_access import read_memory, write_memory
 from hmm.mman import MapFlag
 from hmm.units import PAGE_SIZE, AddressRange
 from hmm.vma import Prot
@@ -31,3 +34,15 @@ def layout(space: AddressSpace) -> str:
     return " ".join(
         f"{(vma.start - BASE) // PAGE_SIZE}-{(vma.end - BASE) // PAGE_SIZE}:{vma.perms}" for vma in space.vmas
     )
+
+
+def fill(world: Any, space: AddressSpace, first: int, text: str) -> None:
+    """Write a letter into each page."""
+    for number, letter in enumerate(text):
+        assert world.run(write_memory(space, at(first + number), letter.encode())).signal is None
+
+
+def letters(world: Any, space: AddressSpace, first: int, last: int) -> str:
+    """The first byte of each page."""
+    data = [world.run(read_memory(space, at(page), 1)).data for page in range(first, last)]
+    return b"".join(data).replace(b"\0", b".").decode()

@@ -15,10 +15,11 @@ from hmm.checked import Checked
 from hmm.dispatch import Audience, Dispatch
 from hmm.events import Delivery, Event, EventState
 from hmm.file import File, FileKind
+from hmm.fork import fork
 from hmm.frames import Frames
 from hmm.machine import Machine
 from hmm.mman import MapFlag, mmap
-from hmm.operation import Await, Current, Deliver, Operation, Pause
+from hmm.operation import Await, Current, Deliver, Operation, Pause, WaitFor
 from hmm.spans import Spans
 from hmm.subscriber import Home
 from hmm.units import PAGE_SIZE, Address
@@ -84,6 +85,12 @@ class World:
         """An empty address space."""
         self.spaces.append(AddressSpace(self.new_id(), self.frames, self.current, SpaceLimits(**limits)))
         return self.spaces[-1]
+
+    def fork(self, space: AddressSpace) -> AddressSpace:
+        """A child of a space."""
+        child = self.space()
+        self.run(fork(space, child))
+        return child
 
     def file(self, npages: float = 0, kind: FileKind = FileKind.FILE, **more: Any) -> File:
         """A file of so many pages, with one handle open."""
@@ -156,6 +163,17 @@ class World:
         request = operation.send(None)
         assert isinstance(request, Await), request
         return request
+
+    def start_meanwhile(self, operation: Operation[Any]) -> list[WaitFor]:
+        """Start another call's operation while mirrors are waited for.  Returns: what it waits for, from then on."""
+        waiting: list[WaitFor] = []
+
+        def meanwhile() -> None:
+            self.current.operation_id = 2
+            waiting.append(self.start(operation).wait_for)
+
+        self.meanwhile = meanwhile
+        return waiting
 
 
 @pytest.fixture(autouse=True)

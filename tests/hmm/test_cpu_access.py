@@ -12,7 +12,6 @@ from hmm.address_space import AddressSpace
 from hmm.clear_refs import ClearRefs, clear_refs
 from hmm.cpu_access import read_memory, read_pages, touch, write_memory, write_pages
 from hmm.errors import InvalidRequestError, OutOfFramesError, Signal
-from hmm.fork import fork
 from hmm.mman import MapFlag, munmap
 from hmm.mprotect import mprotect
 from hmm.units import PAGE_SIZE, PIECE_BYTES, TASK_SIZE, AddressRange
@@ -170,8 +169,7 @@ def test_write_reaches_only_its_process_when_the_page_is_shared_after_fork(world
     start = world.map(space, 3)
     span = AddressRange(start, start + 3 * PAGE_SIZE)
     world.run(write_pages(space, span, 0, np.full(3, 1, np.uint8)))
-    child = world.space()
-    world.run(fork(space, child))
+    child = world.fork(space)
     world.run(write_pages(child, span, 0, np.full(3, 2, np.uint8)))
     assert world.run(read_pages(space, span, 0)).data == b"\1\1\1"
     assert world.run(read_pages(child, span, 0)).data == b"\2\2\2"

@@ -17,7 +17,7 @@ from hmm.errors import NoSuchObjectError, OutOfFramesError, SegmentationFault, S
 from hmm.events import Cause, EventState, EventType, Reason
 from hmm.fault import bring_in, fault_in
 from hmm.fault_pages import READ_ONLY, WRITTEN, ZERO_PAGE, Strangers
-from hmm.fork import exit_mmap, fork
+from hmm.fork import exit_mmap
 from hmm.frames import PageFlag
 from hmm.mman import MapFlag, munmap
 from hmm.mprotect import mprotect
@@ -48,13 +48,6 @@ def flags(space: AddressSpace, start: int, npages: int = 1) -> list[int]:
 def pfn(space: AddressSpace, address: int) -> int:
     """The frame of a page."""
     return cpu_pte.cpu_pfn(space.table.get(address))
-
-
-def forked(world: Any, space: AddressSpace) -> AddressSpace:
-    """A child of a space."""
-    child: AddressSpace = world.space()
-    world.run(fork(space, child))
-    return child
 
 
 # ---- private anonymous memory
@@ -147,7 +140,7 @@ def test_fault_in_copies_when_another_process_has_the_page(world: Any, space: Ad
     """After fork the first writer gets a copy, the other then has the page alone and reuses it: do_wp_page()."""
     start = world.map(space, 3)
     world.run(write_memory(space, start, b"a" * (3 * PAGE_SIZE)))
-    child = forked(world, space)
+    child = world.fork(space)
     parents, childs = world.listen(space), world.listen(child)
     world.run(write_memory(child, start + PAGE_SIZE, b"b"))
     (event,) = childs.events
@@ -166,7 +159,7 @@ def test_fault_in_reuses_when_the_other_process_is_gone(world: Any, space: Addre
     """A page with one reference left is not copied: wp_can_reuse_anon_folio()."""
     start = world.map(space, 2)
     world.run(write_memory(space, start, b"a" * (2 * PAGE_SIZE)))
-    child = forked(world, space)
+    child = world.fork(space)
     listener = world.listen(space)
     world.run(exit_mmap(child))
     before = pfn(space, start)
@@ -180,7 +173,7 @@ def test_fault_in_copies_when_somebody_else_holds_a_reference(world: Any, space:
     """A shared page with any further reference is copied, though it is mapped once: wp_can_reuse_anon_folio()."""
     start = world.map(space, 1)
     world.run(write_memory(space, start, b"a"))
-    child = forked(world, space)
+    child = world.fork(space)
     before = pfn(space, start)
     world.frames.get(np.array([before]))
     world.run(exit_mmap(child))
@@ -242,7 +235,7 @@ def test_fault_in_reuses_when_the_other_process_exits_meanwhile(world: Any, spac
     """The page that was to be copied has become ours alone while mirrors were told: it stays."""
     start = world.map(space, 1)
     world.run(write_memory(space, start, b"a"))
-    child = forked(world, space)
+    child = world.fork(space)
     world.listen(space)
     before = pfn(space, start)
     world.meanwhile = lambda: world.run(exit_mmap(child))
@@ -256,7 +249,7 @@ def test_fault_in_tells_again_when_more_is_shared_meanwhile(world: Any, space: A
     world.run(fault_in(space, pages(start), write=False))
     world.run(fault_in(space, pages(start + 2 * PAGE_SIZE, 2), write=True))
     listener = world.listen(space)
-    world.meanwhile = lambda: forked(world, space)
+    world.meanwhile = lambda: world.fork(space)
     world.run(fault_in(space, pages(start, 4), write=True))
     copies = [event.spans for event in listener.events if event.cause is Cause.COPY_ON_WRITE]
     assert copies == [(pages(start),), (pages(start + PAGE_SIZE, 3),)]
@@ -333,7 +326,7 @@ def test_fault_in_maps_writable_when_shared_memory_is_read(world: Any, space: Ad
 def test_fault_in_maps_the_same_page_when_two_processes_share(world: Any, space: AddressSpace) -> None:
     """What one writes the other reads, whoever touched it first."""
     start = world.map(space, 2, flags=SHARED)
-    child = forked(world, space)
+    child = world.fork(space)
     assert space.table.read(start, start + 2 * PAGE_SIZE).any() == child.table.read(start, start + PAGE_SIZE).any()
     world.run(write_memory(child, start, b"hello"))
     assert world.run(read_memory(space, start, 5)).data == b"hello"
@@ -641,7 +634,7 @@ def build(world: Any, layout: list[Any], touched: list[Any], forks: bool) -> Add
             world.run(mprotect(space, start, npages * PAGE_SIZE, prot))
         at += npages
     if forks:
-        forked(world, space)
+        world.fork(space)
     return space
 
 

@@ -12,7 +12,7 @@ from hmm import file as files
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.file import FILE_SIZE_MAX, File, FileKind
-from hmm.fork import exit_mmap, fork
+from hmm.fork import exit_mmap
 from hmm.mman import MapFlag, munmap
 from hmm.units import PAGE_SIZE, PIECE_BYTES
 from hmm.vma import VmFlag
@@ -183,8 +183,7 @@ def test_exit_keeps_the_pages_when_another_process_maps_the_file(world: Any, spa
     (shared,) = (vma.backing for vma in space.vmas)
     assert isinstance(shared, File)
     shared.grab(np.arange(0, 4 * PAGE_SIZE, PAGE_SIZE, dtype=np.uint64))
-    child = world.space()
-    world.run(fork(space, child))
+    child = world.fork(space)
     assert [mapper.id for mapper in shared.mapping_spaces()] == [space.id, child.id]
     world.run(exit_mmap(space))
     assert world.frames.available == FREE - 4

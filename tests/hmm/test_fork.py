@@ -36,8 +36,7 @@ def pages(start: int, npages: int = 1) -> AddressRange:
 
 def forked(world: Any, space: AddressSpace) -> AddressSpace:
     """A child of a space."""
-    child: AddressSpace = world.space()
-    world.run(fork(space, child))
+    child: AddressSpace = world.fork(space)
     world.frames.check()
     child.table.check()
     child.vmas.check()

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from area import BASE, PRIVATE, RW, SHARED, at, pages
+from area import BASE, PRIVATE, RW, SHARED, at, fill, letters, pages
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.cpu_access import read_memory, touch, write_memory
+from hmm.cpu_access import touch
 from hmm.errors import (
     EHWPOISON,
     AccessDeniedError,
@@ -36,18 +36,6 @@ def advise(world: Any, space: AddressSpace, first: int, last: int, advice: int) 
     """madvise of pages [first, last)."""
     result: int = world.run(madvise(space, at(first), (last - first) * PAGE_SIZE, advice))
     return result
-
-
-def fill(world: Any, space: AddressSpace, first: int, text: str) -> None:
-    """Write a letter into each page."""
-    for number, letter in enumerate(text):
-        assert world.run(write_memory(space, at(first + number), letter.encode())).signal is None
-
-
-def letters(world: Any, space: AddressSpace, first: int, last: int) -> str:
-    """The first byte of each page."""
-    data = [world.run(read_memory(space, at(page), 1)).data for page in range(first, last)]
-    return b"".join(data).replace(b"\0", b".").decode()
 
 
 def special_flags(space: AddressSpace) -> list[tuple[int, VmFlag]]:

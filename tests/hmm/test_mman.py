@@ -140,13 +140,7 @@ def test_mmap_keeps_faults_out_when_it_waits_for_mirrors(world: Any, space: Addr
     world.map(space, 2, Prot.READ, at=0)
     world.listen(space)
     fault = touch(space, pages(0, 1), write=True)
-    waiting = []
-
-    def meanwhile() -> None:
-        world.current.operation_id = 2
-        waiting.append(world.start(fault).wait_for)
-
-    world.meanwhile = meanwhile
+    waiting = world.start_meanwhile(fault)
     world.map(space, 1, at=0)
     assert waiting == [WaitFor.EDITS]
     assert world.run(fault).signal is None

@@ -22,7 +22,6 @@ from hmm.errors import (
     TimedOutError,
 )
 from hmm.events import Cause, EventState, EventType, Reason
-from hmm.fork import fork
 from hmm.mman import MapFlag
 from hmm.mprotect import ProtGrow, mprotect
 from hmm.operation import WaitFor
@@ -218,7 +217,7 @@ def test_mprotect_gives_write_access_back_when_the_page_is_exclusive(world: Any,
     """R to RW: private pages that nobody shares at once, the zero page and pages shared by fork not."""
     world.map(space, 4)
     world.run(touch(space, pages(0, 2), write=True))
-    world.run(fork(space, world.space()))
+    world.fork(space)
     world.run(touch(space, pages(1, 3), write=True))
     world.run(touch(space, pages(3, 4), write=False))
     protect(world, space, 0, 4, Prot.READ)
@@ -377,13 +376,7 @@ def test_mprotect_keeps_faults_out_when_it_waits_for_mirrors(world: Any, space: 
     world.run(touch(space, pages(0, 2), write=True))
     world.listen(space)
     fault = touch(space, pages(0, 1), write=True)
-    waiting = []
-
-    def meanwhile() -> None:
-        world.current.operation_id = 2
-        waiting.append(world.start(fault).wait_for)
-
-    world.meanwhile = meanwhile
+    waiting = world.start_meanwhile(fault)
     protect(world, space, 0, 1, Prot.READ)
     assert waiting == [WaitFor.EDITS]
     assert world.run(fault).signal is Signal.SEGV_ACCERR

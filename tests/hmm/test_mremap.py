@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from area import BASE, PRIVATE, RW, SHARED, at, layout, pages
+from area import BASE, PRIVATE, RW, SHARED, at, fill, layout, letters, pages
 
 from hmm import cpu_pte
 from hmm.address_space import MMAP_BASE, AddressSpace
-from hmm.cpu_access import read_memory, touch, write_memory
+from hmm.cpu_access import touch
 from hmm.errors import BadAddressError, HmmError, InvalidRequestError, OutOfFramesError, Signal, TimedOutError
 from hmm.events import Cause, EventState, EventType, Reason
 from hmm.mman import MapFlag, munmap
@@ -30,18 +30,6 @@ def remap(world: Any, space: AddressSpace, old: tuple[int, int], new_npages: int
     call = mremap(space, at(first), (last - first) * PAGE_SIZE, new_npages * PAGE_SIZE, flags, at(to))
     address: int = world.run(call)
     return (address - BASE) // PAGE_SIZE
-
-
-def fill(world: Any, space: AddressSpace, first: int, text: str) -> None:
-    """Write a letter into each page."""
-    for number, letter in enumerate(text):
-        assert world.run(write_memory(space, at(first + number), letter.encode())).signal is None
-
-
-def letters(world: Any, space: AddressSpace, first: int, last: int) -> str:
-    """The first byte of each page."""
-    data = [world.run(read_memory(space, at(page), 1)).data for page in range(first, last)]
-    return b"".join(data).replace(b"\0", b".").decode()
 
 
 # ---- in place
@@ -506,13 +494,7 @@ def test_mremap_keeps_faults_out_when_it_waits_for_mirrors(world: Any, space: Ad
     fill(world, space, 0, "a")
     world.listen(space)
     fault = touch(space, pages(page, page + 1), write=False)
-    waiting = []
-
-    def meanwhile() -> None:
-        world.current.operation_id = 2
-        waiting.append(world.start(fault).wait_for)
-
-    world.meanwhile = meanwhile
+    waiting = world.start_meanwhile(fault)
     remap(world, space, (0, 2), 2, FIXED, 8)
     assert waiting == [WaitFor.EDITS]
     assert world.run(fault).signal is (None if page else Signal.SEGV_MAPERR)

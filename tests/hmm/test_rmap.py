@@ -11,7 +11,6 @@ import pytest
 from hmm.address_space import AddressSpace
 from hmm.cpu_access import touch
 from hmm.file import File
-from hmm.fork import fork
 from hmm.madvise import Advice, madvise
 from hmm.mman import MapFlag, munmap
 from hmm.mprotect import mprotect
@@ -45,13 +44,6 @@ def visited(spaces: Sequence[AddressSpace], address: int, file: File | None = No
 def write(world: Any, space: AddressSpace, page: int, npages: int = 1) -> None:
     """Touch pages for writing."""
     world.run(touch(space, AddressRange(at(page), at(page + npages)), write=True))
-
-
-def forked(world: Any, space: AddressSpace) -> AddressSpace:
-    """A child of a space."""
-    child: AddressSpace = world.space()
-    world.run(fork(space, child))
-    return child
 
 
 def test_walk_comes_to_vmas_as_they_were_mapped_when_they_begin_at_one_offset(world: Any, space: AddressSpace) -> None:
@@ -129,9 +121,9 @@ def test_walk_comes_to_children_behind_their_parent_when_the_vma_is_of_a_file(wo
     file, stranger = world.file(8), world.space()
     for one in (space, stranger):
         world.map(one, 4, flags=SHARED, file=file)
-    elder = forked(world, space)
-    younger = forked(world, space)
-    grandchild = forked(world, elder)
+    elder = world.fork(space)
+    younger = world.fork(space)
+    grandchild = world.fork(elder)
     spaces = [space, stranger, elder, younger, grandchild]
     assert [number for number, _ in visited_of_file(file, spaces)] == [0, 3, 2, 4, 1]
     world.run(mprotect(elder, at(1), PAGE_SIZE, Prot.READ))
@@ -142,8 +134,8 @@ def test_walk_comes_last_to_the_youngest_child_when_the_pages_are_private(world:
     """anon_vma_fork() inserts a child's VMA as any other: mm/rmap.c, anon_vma_clone()."""
     world.map(space, 4)
     write(world, space, 0, 4)
-    elder = forked(world, space)
-    younger = forked(world, space)
+    elder = world.fork(space)
+    younger = world.fork(space)
     spaces = [space, elder, younger]
     assert visited(spaces, at(0)) == [0, 1, 2]
     world.run(munmap(elder, at(3), PAGE_SIZE))
