@@ -15,12 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import grpc.aio
 from google.protobuf.message import Message
 
 from hmm.errors import HmmError
 from hmm.operation_record import Caller, OperationRecord
 from hmm_proto.status import DRAINING_REASON, INTERNAL_REASON, is_not_made, to_call_result
 from hmm_proto.v1 import types_pb2
+from hmm_server.callers import caller_from
 from hmm_server.executor import DrainingError, Executor
 from hmm_server.logs import about
 
@@ -92,6 +94,15 @@ async def make(executor: Executor, caller: Caller, call: Call[Q, R], request: Q,
         within_s, caller, invocation.command, *invocation.arguments, **invocation.keywords
     )
     return call.respond(record)
+
+
+def rpc(call: Call[Any, Any]) -> Any:
+    """The method of a servicer that makes one call with its `executor`, for whom the RPC's metadata name."""
+
+    async def method(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await make(self.executor, caller_from(context.invocation_metadata()), call, request)
+
+    return method
 
 
 async def attempt(

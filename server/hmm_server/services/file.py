@@ -14,8 +14,7 @@ from hmm.file import FileKind
 from hmm.vma import VmFlag
 from hmm_proto import convert
 from hmm_proto.v1 import file_pb2, file_pb2_grpc
-from hmm_server.callers import caller_from
-from hmm_server.calls import Call, Invocation, invoke, make
+from hmm_server.calls import Call, Invocation, invoke, rpc
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.paging import page_of
@@ -81,13 +80,6 @@ _WRITE: Call[Any, Any] = Call(
 )
 
 
-def _rpc(call: Call[Any, Any]) -> Any:
-    async def rpc(self: FileService, request: Any, context: Context) -> Any:
-        return await make(self.executor, caller_from(context.invocation_metadata()), call, request)
-
-    return rpc
-
-
 class FileService(file_pb2_grpc.FileServiceServicer):
     """Files."""
 
@@ -95,13 +87,13 @@ class FileService(file_pb2_grpc.FileServiceServicer):
         self.executor = executor
         self._config = config
 
-    OpenFile = _rpc(_OPEN)
-    CloseFile = _rpc(_CLOSE)
-    UnlinkFile = _rpc(_UNLINK)
-    TruncateFile = _rpc(_TRUNCATE)
-    PunchFile = _rpc(_PUNCH)
-    ReadFile = _rpc(_READ)
-    WriteFile = _rpc(_WRITE)
+    OpenFile = rpc(_OPEN)
+    CloseFile = rpc(_CLOSE)
+    UnlinkFile = rpc(_UNLINK)
+    TruncateFile = rpc(_TRUNCATE)
+    PunchFile = rpc(_PUNCH)
+    ReadFile = rpc(_READ)
+    WriteFile = rpc(_WRITE)
 
     async def GetFileStatus(
         self,

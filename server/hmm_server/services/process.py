@@ -20,7 +20,7 @@ from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
 from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
 from hmm_server.callers import caller_from
-from hmm_server.calls import BREATH_S, attempt, make, not_made
+from hmm_server.calls import BREATH_S, attempt, make, not_made, rpc
 from hmm_server.config import Config
 from hmm_server.executor import Executor
 from hmm_server.interceptors import require_read
@@ -32,29 +32,18 @@ SILENCE_S = 1.0
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def _rpc(name: str) -> Any:
-    async def rpc(self: ProcessService, request: Any, context: Context) -> Any:
-        return await self.make(name, request, context)
-
-    return rpc
-
-
 class ProcessService(process_pb2_grpc.ProcessServiceServicer):
     """Processes and their memory calls."""
 
     def __init__(self, executor: Executor, config: Config) -> None:
-        self._executor = executor
+        self.executor = executor
         self._config = config
-
-    async def make(self, name: str, request: Any, context: Context) -> Any:
-        """Make the call of that name."""
-        return await make(self._executor, caller_from(context.invocation_metadata()), CALLS[name], request)
 
     async def CreateProcess(
         self, request: process_pb2.CreateProcessRequest, context: Context
     ) -> process_pb2.CreateProcessResponse:
         require_name("create process", request.name)
-        record = await self._executor.call(
+        record = await self.executor.call(
             caller_from(context.invocation_metadata()),
             commands_process.create_process,
             request.name,
@@ -78,7 +67,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
                 address=request.address + done,
                 length=min(self._config.part_bytes, request.length - done),
             )
-            read: process_pb2.ReadMemoryResponse = await make(self._executor, caller, CALLS["read_memory"], part)
+            read: process_pb2.ReadMemoryResponse = await make(self.executor, caller, CALLS["read_memory"], part)
             yield process_pb2.StreamMemoryResponse(result=read.result, data=read.data, signal=read.signal)
             if read.result.errno or read.signal.signal:
                 return
@@ -105,7 +94,7 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
             require_read(request)
             process_id, address = request.process_id or process_id, request.address or address
             part = process_pb2.WriteMemoryRequest(process_id=process_id, address=address, data=request.data)
-            wrote: process_pb2.WriteMemoryResponse = await make(self._executor, caller, CALLS["write_memory"], part)
+            wrote: process_pb2.WriteMemoryResponse = await make(self.executor, caller, CALLS["write_memory"], part)
             total.result.CopyFrom(wrote.result)
             total.bytes_written += wrote.bytes_written
             address += wrote.bytes_written
@@ -136,38 +125,38 @@ class ProcessService(process_pb2_grpc.ProcessServiceServicer):
         name = call.WhichOneof("call")
         if name is None:
             return process_pb2.CallOutcome(not_made=not_made("execute", convert.malformed("a call of no known kind")))
-        result = await attempt(self._executor, caller, name, CALLS[name], getattr(call, name))
+        result = await attempt(self.executor, caller, name, CALLS[name], getattr(call, name))
         if isinstance(result, types_pb2.CallResult):
             return process_pb2.CallOutcome(not_made=result)
         return process_pb2.CallOutcome(**{name: result})
 
     # ---- one RPC for each call of a batch
 
-    Fork = _rpc("fork")
-    Vfork = _rpc("vfork")
-    CloneThread = _rpc("clone_thread")
-    Exec = _rpc("exec")
-    Exit = _rpc("exit")
-    Mmap = _rpc("mmap")
-    Munmap = _rpc("munmap")
-    Mprotect = _rpc("mprotect")
-    Mremap = _rpc("mremap")
-    Madvise = _rpc("madvise")
-    Brk = _rpc("brk")
-    Msync = _rpc("msync")
-    Mlock = _rpc("mlock")
-    Munlock = _rpc("munlock")
-    Mlockall = _rpc("mlockall")
-    Munlockall = _rpc("munlockall")
-    Mincore = _rpc("mincore")
-    ProcessMrelease = _rpc("process_mrelease")
-    Pagemap = _rpc("pagemap")
-    ClearRefs = _rpc("clear_refs")
-    Place = _rpc("place")
-    ReadMemory = _rpc("read_memory")
-    WriteMemory = _rpc("write_memory")
-    Touch = _rpc("touch")
-    AccessPages = _rpc("access_pages")
+    Fork = rpc(CALLS["fork"])
+    Vfork = rpc(CALLS["vfork"])
+    CloneThread = rpc(CALLS["clone_thread"])
+    Exec = rpc(CALLS["exec"])
+    Exit = rpc(CALLS["exit"])
+    Mmap = rpc(CALLS["mmap"])
+    Munmap = rpc(CALLS["munmap"])
+    Mprotect = rpc(CALLS["mprotect"])
+    Mremap = rpc(CALLS["mremap"])
+    Madvise = rpc(CALLS["madvise"])
+    Brk = rpc(CALLS["brk"])
+    Msync = rpc(CALLS["msync"])
+    Mlock = rpc(CALLS["mlock"])
+    Munlock = rpc(CALLS["munlock"])
+    Mlockall = rpc(CALLS["mlockall"])
+    Munlockall = rpc(CALLS["munlockall"])
+    Mincore = rpc(CALLS["mincore"])
+    ProcessMrelease = rpc(CALLS["process_mrelease"])
+    Pagemap = rpc(CALLS["pagemap"])
+    ClearRefs = rpc(CALLS["clear_refs"])
+    Place = rpc(CALLS["place"])
+    ReadMemory = rpc(CALLS["read_memory"])
+    WriteMemory = rpc(CALLS["write_memory"])
+    Touch = rpc(CALLS["touch"])
+    AccessPages = rpc(CALLS["access_pages"])
 
 
 async def _read_out(request_iterator: AsyncIterator[Any]) -> None:

@@ -21,7 +21,7 @@ from hmm_proto import convert
 from hmm_proto.status import to_call_result
 from hmm_proto.v1 import types_pb2, userfaultfd_pb2, userfaultfd_pb2_grpc
 from hmm_server.callers import caller_from
-from hmm_server.calls import Call, Invocation, invoke, make
+from hmm_server.calls import Call, Invocation, invoke, rpc
 from hmm_server.executor import Executor, resolve
 from hmm_server.process_calls import DATA_BYTES_MAX, require_at_most
 
@@ -82,25 +82,18 @@ _WAKE: Call[Any, Any] = Call(
 )
 
 
-def _rpc(call: Call[Any, Any]) -> Any:
-    async def rpc(self: UserfaultfdService, request: Any, context: Context) -> Any:
-        return await make(self.executor, caller_from(context.invocation_metadata()), call, request)
-
-    return rpc
-
-
 class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
     """Userfaultfds."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
 
-    UffdRegister = _rpc(_REGISTER)
-    UffdUnregister = _rpc(_UNREGISTER)
-    UffdCopy = _rpc(_COPY)
-    UffdZeropage = _rpc(_ZEROPAGE)
-    UffdContinue = _rpc(_CONTINUE)
-    UffdWake = _rpc(_WAKE)
+    UffdRegister = rpc(_REGISTER)
+    UffdUnregister = rpc(_UNREGISTER)
+    UffdCopy = rpc(_COPY)
+    UffdZeropage = rpc(_ZEROPAGE)
+    UffdContinue = rpc(_CONTINUE)
+    UffdWake = rpc(_WAKE)
 
     async def OpenUserfaultfd(
         self, request: userfaultfd_pb2.OpenUserfaultfdRequest, context: Context
