@@ -104,13 +104,11 @@ class Ksm:
 
     Attributes:
         checksums: what the last pass found, by space: uint64[n] addresses, ascending, and checksums.
-        full_scans: how many passes there were.
     """
 
     frames: Frames
     spaces: Mapping[SpaceId, AddressSpace]
     checksums: dict[SpaceId, tuple[Entries, Entries]] = field(default_factory=dict)
-    full_scans: int = 0
 
     def scan(self, passes: int = 1) -> Operation[KsmPass]:
         """Look at all mergeable memory, once or more often: what is to be merged has to stay as it is for one pass.
@@ -147,7 +145,6 @@ class Ksm:
     # ---- one pass
 
     def _pass(self, merged_before: int) -> Operation[KsmPass]:
-        self.full_scans += 1
         looks = [look for number in sorted(self.spaces) if (look := _mergeable(self.spaces[number])).pfns.size]
         sums = [self.frames.checksums(look.pfns) for look in looks]
         steady = [self._steady(look, found) for look, found in zip(looks, sums, strict=True)]

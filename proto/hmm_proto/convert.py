@@ -195,7 +195,6 @@ _HUGE_PAGES = {thp: types_pb2.HugePages.Value(f"HUGE_PAGES_{thp.name}") for thp 
 
 _EVENT_TYPE_MEMBERS = _inverse(_EVENT_TYPES)
 _REASON_MEMBERS = _inverse(_REASONS)
-_EVENT_STATE_MEMBERS = _inverse(_EVENT_STATES)
 _POLICY_MEMBERS = {**_inverse(_POLICIES), 0: DeadlinePolicy.FENCE}
 _SIGNAL_MEMBERS = _inverse(_SIGNALS)
 _FILE_KIND_MEMBERS = {**_inverse(_FILE_KINDS), 0: FileKind.FILE}
@@ -227,11 +226,6 @@ def reason_from_proto(number: int) -> Reason | None:
 def event_state_to_proto(state: EventState) -> types_pb2.EventState.ValueType:
     """How far an event has come."""
     return _EVENT_STATES[state]
-
-
-def event_state_from_proto(number: int) -> EventState:
-    """How far an event has come.  Raises: InvalidRequestError for QUEUED, which the core does not know (EINVAL)."""
-    return _member(_EVENT_STATE_MEMBERS, number, "event state")
 
 
 def policy_to_proto(policy: DeadlinePolicy) -> types_pb2.DeadlinePolicy.ValueType:

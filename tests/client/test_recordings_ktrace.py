@@ -11,7 +11,6 @@ import pytest
 
 from hmm_client.recordings.errors import TraceError
 from hmm_client.recordings.ktrace import (
-    DEVICE_OPERATIONS,
     MapsLine,
     canonical_maps,
     expand,
@@ -67,16 +66,6 @@ def test_read_opens_plain_and_gzipped_files_when_both_are_given(tmp_path: Path) 
     plain = write(tmp_path / "x.jsonl", HEADER, OPERATION)
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     assert read_trace(plain).operations == read_trace(tmp_path / "y.jsonl.gz").operations
-
-
-def test_first_device_operation_counts_mappings_of_a_device_when_they_come_first() -> None:
-    """Opening a handle acts on nothing; an access through it, or a mapping of it, does."""
-    for path in expand(DATA):
-        trace = read_trace(path)
-        first = trace.first_device_operation
-        assert not any(op.name in DEVICE_OPERATIONS or op.args.src[:1] == "d" for op in trace.operations[:first])
-        if first < len(trace.operations):
-            assert trace.operations[first].is_device_operation
 
 
 @pytest.mark.parametrize(

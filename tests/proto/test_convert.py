@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmm.errors import InvalidRequestError, Signal
-from hmm.events import Cause, Event, EventState, EventType, Reason
+from hmm.events import Cause, Event, EventType, Reason
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
@@ -74,8 +74,6 @@ def test_enums_return_equal_member_when_decoded() -> None:
         assert convert.event_type_from_proto(convert.event_type_to_proto(etype)) is etype
     for reason in (None, *Reason):
         assert convert.reason_from_proto(convert.reason_to_proto(reason)) is reason
-    for state in EventState:
-        assert convert.event_state_from_proto(convert.event_state_to_proto(state)) is state
     for policy in DeadlinePolicy:
         assert convert.policy_from_proto(convert.policy_to_proto(policy)) is policy
     for kind in FileKind:
@@ -92,7 +90,6 @@ def test_enums_return_equal_member_when_decoded() -> None:
     [
         convert.event_type_from_proto,
         convert.reason_from_proto,
-        convert.event_state_from_proto,
         convert.policy_from_proto,
         convert.file_kind_from_proto,
         convert.memory_kind_from_proto,

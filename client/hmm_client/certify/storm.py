@@ -55,11 +55,11 @@ class Step:
         return f"{self.what} page {self.page}" + (f" to {self.page + self.pages - 1}" if self.pages > 1 else "")
 
 
-def draw(seed: int, count: int = STEPS) -> list[Step]:
+def draw(seed: int) -> list[Step]:
     """The steps of a seed."""
     random = np.random.default_rng(seed)
     weights = np.array(list(_WEIGHTS.values()), float)
-    kinds = random.choice(list(_WEIGHTS), count, p=weights / weights.sum())
+    kinds = random.choice(list(_WEIGHTS), STEPS, p=weights / weights.sum())
     steps = []
     for number, what in enumerate(kinds.tolist()):
         first = int(random.integers(NOISY if what in ("use", "churn") else COMPARED))

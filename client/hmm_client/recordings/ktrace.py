@@ -226,11 +226,6 @@ class Operation:
     corrections: Corrections
     states: tuple[State, ...]
 
-    @property
-    def is_device_operation(self) -> bool:
-        """True for what acts through a device; opening and closing a handle alone does not."""
-        return self.name in DEVICE_OPERATIONS or self.args.src.startswith("d")
-
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -239,11 +234,6 @@ class Trace:
     path: Path
     header: Header
     operations: tuple[Operation, ...]
-
-    @property
-    def first_device_operation(self) -> int:
-        """Number of the first operation that acts through a device; their count when none does."""
-        return next((op.index for op in self.operations if op.is_device_operation), len(self.operations))
 
 
 def expand(path: Path | str) -> list[Path]:
