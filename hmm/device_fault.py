@@ -4,19 +4,16 @@ The order is the contract: the fault enlists only when no overlapping invalidati
 tells the driver, and leaves.  What the CPU's table lacks is faulted in after leaving, because breaking
 copy-on-write invalidates the range and would wait for us.
 
-**Source**: linux-mm, "HMM: add device page fault support v3", hmm_mirror_fault(), hmm_mirror_handle_fault(),
-hmm_mirror_fault_pmd(); DMA: "HMM: DMA map memory on behalf of device driver v2".
+**Source**: linux-mm, "HMM: add device page fault support v3", hmm_mirror_fault(), hmm_mirror_handle_fault().
 
 **Invariants**: an entry is written only while its fault is enlisted, so no overlapping invalidation is past its start.
 
-**Absent**: CPU faults (fault.py); moving pages to the device (mirror_migrate.py); queueing of requests.
-
-A page in the device's own memory stays there: its entry is valid already, and a write fault that the VMA permits sets
-WRITE ("HMM: allow to get pte entry from device memory", patch 19).
+**Absent**: CPU faults (fault.py); what entries are made of (mirror_entries.py); moving pages to the device
+(mirror_migrate.py); queueing of requests.
 
 Differs: the posted code looped for ever (v8) or returned EBUSY (v9) when it raced with an invalidation; here the
-caller says which.  The posted code did not upgrade WRITE in an entry that was mapped for DMA already; this does.
-The posted code did not test VM_READ; a mapping without it is EACCES here, as its test suite demands.
+caller says which.  The posted code did not test VM_READ; a mapping without it is EACCES here, as its test suite
+demands.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,16 +42,13 @@ from hmm.errors import (
 )
 from hmm.events import Event, EventState, EventType
 from hmm.fault import addresses_of, fault_in, pieces
-from hmm.iommu import Domain
 from hmm.mirror import Mirror
+from hmm.mirror_entries import entries_of, held_for_writing, install
 from hmm.operation import Await, Deliver, Operation, Pause, WaitFor
-from hmm.page_table import PageTable
 from hmm.spans import Spans
 from hmm.units import (
-    PAGE_MASK,
     PAGE_SHIFT,
     PAGE_SIZE,
-    ULONG_MAX,
     Address,
     AddressRange,
     Entries,
@@ -68,16 +62,6 @@ SCATTERED = 8
 """From this many gaps on, pages are handled together as an array of addresses, else range by range."""
 
 _PAGE_SIZE = np.uint64(PAGE_SIZE)
-_PFN_MASK = PAGE_MASK & ULONG_MAX
-_TO_WRITE = pte.WRITE.bit_length() - cpu_pte.WRITE.bit_length()
-"""Both kinds of entries have the frame number at the same place; WRITE has to be moved."""
-_KEPT = pte.DIRTY | pte.DRIVER_MASK
-"""What a fault leaves alone in a mirror's entry."""
-_IN_SYSTEM = pte.VALID_PFN | pte.VALID_DMA
-_STAYING = _KEPT | pte.VALID_DMA
-"""With one of these an entry is not simply written anew."""
-# numpy takes an array without dimensions twice as fast as an int
-_PFN, _VALID, _WRITABLE = (np.array(bits, np.uint64) for bits in (_PFN_MASK, pte.VALID_PFN, pte.VALID_PFN | pte.WRITE))
 
 
 class Faulted(NamedTuple):
@@ -269,7 +253,7 @@ def _fault(mirror: Mirror, pages: _Pages, write: bool, wait: bool) -> Operation[
             yield _wait_or_busy(mirror, Await(WaitFor.INVALIDATIONS, notifier.space_id, pages.spans), wait)
             retries += 1
             continue
-        pages.entries = _held(mirror, pages.target)
+        pages.entries = held_for_writing(mirror, pages.target)
         targets = tuple(pages.pieces()) if pages.entries is None else ()
         missing, present = _missing(mirror, targets, pages, write) if targets else (None, None)
         if missing is not None:
@@ -402,10 +386,10 @@ def _fill(
                 return False
             if len(targets) == 1:
                 pages.entries = install(mirror, target, present, write=write)
-            elif _held(mirror, target) is None:
+            elif held_for_writing(mirror, target) is None:
                 install(mirror, target, write=write)
         if mirror.update_on_fault:
-            entries = _entries(mirror.table, pages.target) if pages.entries is None else pages.entries
+            entries = entries_of(mirror.table, pages.target) if pages.entries is None else pages.entries
             pages.entries = None
             yield from update(mirror, enlisted.spans, entries, write=write)
     finally:
@@ -432,7 +416,7 @@ def _missing(
                 continue
             if len(targets) > 1 and table.common(target.start, target.end) & wanted == wanted:
                 continue
-        entries = _entries(table, target)
+        entries = entries_of(table, target)
         if int(np.bitwise_and.reduce(entries)) & wanted == wanted:
             continue
         lacking = (entries & np.uint64(wanted)) != wanted
@@ -449,118 +433,12 @@ def _missing(
     return None, entries if len(targets) == 1 else None
 
 
-def _entries(table: PageTable, target: AddressRange | Entries) -> Entries:
-    return table.read(target.start, target.end) if isinstance(target, AddressRange) else table.lookup(target)
-
-
 def _on_own_device(mirror: Mirror, target: AddressRange | Entries, entries: Entries) -> npt.NDArray[np.bool_]:
     # Which of the CPU's entries are of pages that the mirror has in its device's memory.
     own: npt.NDArray[np.bool_] = cpu_pte.is_device_private(entries)
     if own.any():
         own &= pte.pte_test_valid_dev(mirror.table.lookup(addresses_of(target)))
     return own
-
-
-def install(
-    mirror: Mirror, target: AddressRange | Entries, present: Entries | None = None, *, write: bool
-) -> Entries | None:
-    """Copy frame and permission of every page into the mirror; what was dirty or the driver's own stays.
-
-    Args:
-        present: uint64[npages], the CPU's entries of these pages, which are overwritten; None: to be read.
-
-    Returns: uint64[npages], what the mirror has now; None if that is not known.
-    """
-    table, cpu, domain = mirror.table, mirror.space.table, mirror.domain
-    asked = target
-    if mirror.home is not None and mirror.home.region.used:
-        target = _permit_on_device(mirror, target, write)
-        present = present if target is asked else None
-    if not domain and isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE:
-        page = target.start
-        word = _mirrored(cpu.get(page), write) | table.get(page) & _KEPT
-        table.set(page, word)
-        return np.array((word,), np.uint64)
-    entries = _mirrored(_entries(cpu, target) if present is None else present, write)
-    if domain:
-        _map_for_dma(domain, entries, _entries(table, target), target)
-    if isinstance(target, AddressRange):
-        if not domain and table.either(target.start, target.end) & _KEPT:
-            entries |= table.read(target.start, target.end) & np.uint64(_KEPT)
-        table.fill(target.start, target.end, entries, in_use=True)
-    else:
-        kept = table.store(target, entries) & np.uint64(_KEPT)  # only storing them has to find where they are
-        if not domain and np.count_nonzero(kept):
-            entries |= kept
-            table.store(target, entries)
-    return entries if target is asked else None
-
-
-def _held(mirror: Mirror, target: AddressRange | Entries) -> Entries | None:
-    """uint64[npages]: what the mirror has, if it has all of it for writing; else None.
-
-    Then so has the CPU, and no entry would change.  Where pages are on their way between memories, entries of a mirror
-    may outlast the CPU's for a while.
-    """
-    if mirror.space.notifier.copies:
-        return None
-    first = mirror.table.get(target.start if isinstance(target, AddressRange) else int(target[0]))
-    if not (first & pte.WRITE and first & _IN_SYSTEM):
-        return None
-    if isinstance(target, AddressRange) and target.end - target.start == PAGE_SIZE:
-        return np.array((first,), np.uint64)
-    entries = _entries(mirror.table, target)
-    held = int(np.bitwise_and.reduce(entries))
-    return entries if held & pte.WRITE and held & _IN_SYSTEM else None
-
-
-def _permit_on_device(mirror: Mirror, target: AddressRange | Entries, write: bool) -> AddressRange | Entries:
-    """Let the device write what it has, if it is to: the VMA permits it.  Returns: the pages in system memory."""
-    addresses = addresses_of(target)
-    entries = mirror.table.lookup(addresses)
-    own = pte.pte_test_valid_dev(entries)
-    if not own.any():
-        return target
-    if write:
-        mirror.table.store(addresses[own], pte.pte_set_write(entries[own]))
-    rest: Entries = addresses[~own]
-    return rest
-
-
-@overload
-def _mirrored(cpu: int, writable: bool) -> int: ...
-@overload
-def _mirrored(cpu: Entries, writable: bool) -> Entries: ...
-def _mirrored(cpu: int | Entries, writable: bool) -> int | Entries:
-    """Entries of a mirror from the CPU's, in place in an array; `writable` when all are known to be."""
-    if isinstance(cpu, int):
-        return cpu & _PFN_MASK | (cpu & cpu_pte.WRITE) << _TO_WRITE | pte.VALID_PFN
-    if writable:
-        cpu &= _PFN
-        cpu |= _WRITABLE
-        return cpu
-    permitted = cpu & np.uint64(cpu_pte.WRITE)
-    permitted <<= np.uint64(_TO_WRITE)
-    cpu &= _PFN
-    cpu |= _VALID
-    cpu |= permitted
-    return cpu
-
-
-def _map_for_dma(domain: Domain, entries: Entries, old: Entries, target: AddressRange | Entries) -> None:
-    """Turn the frame numbers that are new into DMA addresses; WRITE and DIRTY survive, the driver's bits do not.
-
-    Args:
-        old: what the mirror had; of what is mapped for DMA already everything stays.
-    """
-    if int(np.bitwise_or.reduce(old)) & _STAYING:
-        entries |= old & np.uint64(_KEPT)
-        mapped = pte.pte_test_valid_dma(old)
-        entries[mapped] = old[mapped] | (entries[mapped] & np.uint64(pte.WRITE))
-    fresh = ~pte.pte_test_valid_dma(entries)
-    if fresh.any():
-        iovas = domain.map(pte.pte_pfn(entries[fresh]), addresses_of(target)[fresh])
-        entries[fresh] = pte.pte_from_dma_addr(iovas) | (entries[fresh] & np.uint64(pte.WRITE | pte.DIRTY))
 
 
 def update(mirror: Mirror, spans: Spans, entries: Entries, *, write: bool) -> Operation[None]:
@@ -604,7 +482,6 @@ __all__ = [
     "bring_in",
     "fault_pages",
     "fault_range",
-    "install",
     "mirrorable_vma",
     "update",
     "wait_to_start",

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte, pte
 from hmm.address_space import AddressSpace
-from hmm.device_fault import bring_in, install, mirrorable_vma, update, wait_to_start
+from hmm.device_fault import bring_in, mirrorable_vma, update, wait_to_start
 from hmm.errors import (
     BadAddressError,
     HmmError,
@@ -52,6 +52,7 @@ from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_split import huge_blocks, split_folio, split_pmds
 from hmm.migration_entries import CARRIED, are_names_of, entries_of, index_of, put_entries, stand_in
 from hmm.mirror import Mirror, MirrorState
+from hmm.mirror_entries import install
 from hmm.mirror_memory import COPY_PAGES, MirrorMemory
 from hmm.operation import Await, Operation, WaitFor
 from hmm.units import PAGE_SIZE, AddressRange, Entries, Pfns, is_page_aligned, page_numbers
