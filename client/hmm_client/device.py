@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hmm.frames import RegionKind
 from hmm.mirror import DeadlinePolicy
@@ -18,7 +20,7 @@ from hmm_client.interval_driver import IntervalDriver
 from hmm_client.interval_mirror import IntervalMirror
 from hmm_client.mirror import Mirror
 from hmm_client.process import Process
-from hmm_client.receiver import Between
+from hmm_client.receiver import Between, Receiver
 from hmm_client.session import Session
 from hmm_proto.convert import memory_kind_to_proto, policy_to_proto
 from hmm_proto.status import from_call_result
@@ -26,6 +28,8 @@ from hmm_proto.v1 import device_pb2, hmm_pb2
 
 if TYPE_CHECKING:
     from hmm_client.client import Client
+
+M = TypeVar("M", bound=Receiver)
 
 
 @names_arguments
@@ -103,7 +107,6 @@ class Device:
             NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
         """
         require_driver(driver, "update", "Driver")
-        session = await self.client.session()
         request = device_pb2.RegisterMirrorRequest(
             device_id=self.id,
             process_id=process.id,
@@ -111,17 +114,8 @@ class Device:
             no_fault_events=not fault_events,
             report_only=report_only,
         )
-        made: list[Mirror] = []
-
-        def bind(response: device_pb2.RegisterMirrorResponse) -> None:
-            # In the reader: the mirror's first events may follow in the same message.
-            mirror = Mirror(self, process, driver, session, response, concurrent=concurrent)
-            mirror.between = misbehaviour
-            session.bind(mirror.id, mirror)
-            made.append(mirror)
-
-        await session.call("register_mirror", request, bind)
-        return made[0]
+        make = partial(Mirror, self, process, driver, concurrent=concurrent)
+        return await self._bind("register_mirror", request, make, misbehaviour)
 
     async def attach(
         self,
@@ -143,17 +137,24 @@ class Device:
             NoSuchObjectError: there is no such process, or the device is gone (ESRCH, ENODEV).
         """
         require_driver(driver, "invalidate", "IntervalDriver")
-        session = await self.client.session()
         request = hmm_pb2.AttachRequest(device_id=self.id, process_id=process.id, policy=policy_to_proto(policy))
-        made: list[IntervalMirror] = []
+        make = partial(IntervalMirror, self, process, driver, concurrent=concurrent)
+        return await self._bind("attach", request, make, misbehaviour)
 
-        def bind(response: hmm_pb2.AttachResponse) -> None:
-            mirror = IntervalMirror(self, process, driver, session, response, concurrent=concurrent)
+    async def _bind(
+        self, name: str, request: Any, make: Callable[[Session, Any], M], misbehaviour: Between | None
+    ) -> M:
+        session = await self.client.session()
+        made: list[M] = []
+
+        def bind(response: Any) -> None:
+            # In the reader: the mirror's first events may follow in the same message.
+            mirror = make(session, response)
             mirror.between = misbehaviour
             session.bind(mirror.id, mirror)
             made.append(mirror)
 
-        await session.call("attach", request, bind)
+        await session.call(name, request, bind)
         return made[0]
 
     async def evict(self) -> int:
