@@ -36,7 +36,7 @@ from hmm_client.interval_driver import Adapter, IntervalDriver
 from hmm_client.migration import Migration
 from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
-from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
+from hmm_proto.convert import entries_from_proto, entries_of_parts, entries_to_proto, range_to_proto
 from hmm_proto.status import from_call_result
 from hmm_proto.v1 import hmm_pb2
 
@@ -207,8 +207,7 @@ class IntervalMirror(Receiver):
             replies = await self.call(name, request)
             self.require(replies[-1])
             parts += replies
-        src, dst = (b"".join(getattr(part, array) for part in parts) for array in ("src", "dst"))
-        return Migrated(entries_from_proto(src), entries_from_proto(dst))
+        return Migrated(entries_of_parts(parts, "src"), entries_of_parts(parts, "dst"))
 
     async def make_exclusive(self, span: AddressRange, *, owned: bool = False) -> Pfns:
         """Take pages from the CPU until it touches them; it is as if nobody had them mapped.
@@ -256,8 +255,7 @@ class IntervalMirror(Receiver):
         )
         parts = await self.call("dma_map", request)
         self.require(parts[-1])
-        mapped, dma_addresses = (b"".join(getattr(part, name) for part in parts) for name in ("words", "dma_addresses"))
-        return DmaMapped(entries_from_proto(mapped), entries_from_proto(dma_addresses))
+        return DmaMapped(entries_of_parts(parts, "words"), entries_of_parts(parts, "dma_addresses"))
 
     async def dma_unmap(self, addresses: Entries, words: Entries) -> Entries:
         """Unmap the pages whose word has VALID and DMA_MAPPED (`hmm_dma_unmap_pfn()`); others are left alone.
@@ -279,7 +277,7 @@ class IntervalMirror(Receiver):
         )
         parts = await self.call("dma_unmap", request)
         self.require(parts[-1])
-        return entries_from_proto(b"".join(part.words for part in parts))
+        return entries_of_parts(parts, "words")
 
     # ---- what the device does
 
@@ -483,7 +481,7 @@ class IntervalNotifier:
         parts = await self.mirror.call("range_fault", request)
         last = parts[-1]
         return RangeFaulted(
-            words=entries_from_proto(b"".join(part.words for part in parts)),
+            words=entries_of_parts(parts, "words"),
             error=from_call_result(last.result),
             notifier_seq=last.notifier_seq,
             event_sequence=last.last_event_sequence,

@@ -37,7 +37,7 @@ from hmm.errors import DeviceLostError, HmmError, InvalidRequestError, NoSuchObj
 from hmm.migration import MIGRATE, WRITE, Select, migrate_pfn, moving_frames
 from hmm.units import PAGE_SIZE, AddressRange, Entries, Pfns
 from hmm_client.arguments import names_arguments
-from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
+from hmm_proto.convert import entries_of_parts, entries_to_proto, range_to_proto
 from hmm_proto.v1 import hmm_pb2
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Migration:
         )
         parts = await self._call("migrate_vma_setup", request)
         self.id, self.lease_s = parts[-1].migration_id, parts[-1].lease_ms / 1000
-        self.src = _words(parts, "src")
+        self.src = entries_of_parts(parts, "src")
 
     def _forsaken(self, asking: asyncio.Future[None]) -> None:
         if asking.cancelled() or asking.exception() is not None:
@@ -157,7 +157,7 @@ class Migration:
         request = hmm_pb2.MigrateVmaAllocateRequest(
             migration_id=self.id, count=count, device_id=device_id, compound=compound
         )
-        return _words(await self._call("migrate_vma_allocate", request), "pfns").view(np.int64)
+        return entries_of_parts(await self._call("migrate_vma_allocate", request), "pfns").view(np.int64)
 
     async def copy(self, dst: Entries) -> None:
         """Let the device copy each page that has a destination there.
@@ -235,7 +235,7 @@ class Migration:
                 when that has returned, and the same call gets its reply then.
         """
         request = hmm_pb2.MigrateVmaPagesRequest(migration_id=self.id, dst=entries_to_proto(dst))
-        self.src = _words(await self._step("migrate_vma_pages", request), "src")
+        self.src = entries_of_parts(await self._step("migrate_vma_pages", request), "src")
         return self.src
 
     async def finalize(self) -> Migrated:
@@ -259,8 +259,8 @@ class Migration:
     async def _finalize(self, *, abort: bool) -> Migrated:
         request = hmm_pb2.MigrateVmaFinalizeRequest(migration_id=self.id, abort=abort)
         parts = await self._step("migrate_vma_finalize", request)
-        self.over, self.src = True, _words(parts, "src")
-        return Migrated(self.src, _words(parts, "dst"))
+        self.over, self.src = True, entries_of_parts(parts, "src")
+        return Migrated(self.src, entries_of_parts(parts, "dst"))
 
     async def renew(self) -> None:
         """Take a step that does nothing, so that the lease begins anew: for a device that copies for long by itself.
@@ -307,10 +307,6 @@ class Migration:
         words = np.zeros(self.src.size, np.uint64)
         words[movable[: pfns.size]] = migrate_pfn(pfns) | np.uint64(WRITE)
         return words
-
-
-def _words(parts: list[Any], name: str) -> Entries:
-    return entries_from_proto(b"".join(getattr(part, name) for part in parts))
 
 
 def _in_parts(pfns: Pfns) -> Iterator[Pfns]:

@@ -26,7 +26,7 @@ from hmm_client.driver import Driver
 from hmm_client.event import pages_of
 from hmm_client.receiver import STALE_RETRIES, Receiver
 from hmm_client.session import Session
-from hmm_proto.convert import entries_from_proto, entries_to_proto, range_to_proto
+from hmm_proto.convert import entries_from_proto, entries_of_parts, entries_to_proto, range_to_proto
 from hmm_proto.status import from_call_result
 from hmm_proto.v1 import device_pb2
 
@@ -131,7 +131,7 @@ class Faulted:
 
         Empty if they were not wanted.
         """
-        return entries_from_proto(b"".join([part.entries for part in self._parts]))
+        return entries_of_parts(self._parts, "entries")
 
     @property
     def pages(self) -> Entries:
@@ -292,7 +292,7 @@ class Mirror(Receiver):
             if error is not None and not partial:
                 self.fail(error)
             moved += last.moved_pages
-            entries = entries_from_proto(b"".join(reply.entries for reply in replies))
+            entries = entries_of_parts(replies, "entries")
             at = last.end or piece.start
             parts.append(entries[: (at - piece.start) >> PAGE_SHIFT])
         return Migrated(AddressRange(span.start, max(span.start, at)), moved, np.concatenate(parts), error)

@@ -1,4 +1,4 @@
-"""Values of the core <-> messages of hmm.v1, side by side: for every `..._to_proto` a `..._from_proto`.
+"""Values of the core <-> messages of hmm.v1, side by side: `..._to_proto`, and `..._from_proto` where one is read.
 
 **Invariants**: converting there and back gives an equal value; what a message may hold and the core does not (an
 enum value of a newer client, a range that ends before it starts, an array of half an entry) is an
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -140,6 +140,11 @@ def entries_from_proto(data: bytes) -> Entries:
     if len(data) % 8:
         raise malformed(f"{len(data)} bytes are no whole number of 8-byte entries")
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
+
+
+def entries_of_parts(parts: Iterable[Any], name: str) -> Entries:
+    """As `entries_from_proto`: the array of that name in a reply that has come in parts."""
+    return entries_from_proto(b"".join([getattr(part, name) for part in parts]))
 
 
 def pages_from_proto(data: bytes) -> Entries:
