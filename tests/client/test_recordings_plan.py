@@ -542,6 +542,27 @@ def test_thread_ends_alone_when_a_signal_ends_the_process_thread_by_thread() -> 
         """
     )
     assert kinds(result) == ["Thread(0)", "ThreadExit(0)", "Exit(0)"]
+    assert result.ending is None
+
+
+def test_ending_is_where_the_signal_came_that_ended_the_process() -> None:
+    """Not one that was handled, and not that of a child; other threads go on meanwhile."""
+    result = plan(
+        """
+        1 --- SIGSEGV {si_signo=SIGSEGV} ---
+        1 fork() = 2
+        2 --- SIGSEGV {si_signo=SIGSEGV} ---
+        2 +++ killed by SIGSEGV +++
+        1 --- SIGCHLD {si_signo=SIGCHLD} ---
+        1 clone(child_stack=0x1, flags=CLONE_VM|CLONE_THREAD) = 3
+        3 --- SIGSEGV {si_signo=SIGSEGV} ---
+        1 munlockall() = 0
+        3 +++ killed by SIGSEGV +++
+        1 +++ killed by SIGSEGV +++
+        """
+    )
+    assert kinds(result) == ["Fork(0)", "Exit(1)", "Thread(0)", "UnlockAll(0)", "ThreadExit(0)", "Exit(0)"]
+    assert result.ending == 7
 
 
 # What calls do not say.

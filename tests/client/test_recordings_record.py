@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from layout_model import LayoutModel
 
-from hmm_client.recordings import Recorded, RecordingError, compare, record
+from hmm_client.recordings import Recorded, Recording, RecordingError, compare, record
 
 PROGRAMS = Path(__file__).parent / "data" / "programs"
-DELAY_S = 0.25
-PATIENCE_S = (DELAY_S, 1.0, 4.0, 16.0)
 
 pytestmark = pytest.mark.slow
 
@@ -31,24 +29,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compile_program(name, folder / f"{name}-static", "-pthread", "-static")
     compile_program("late", folder / "late", "-static", "-nostdlib")
     compile_program("state", folder / "state")
+    compile_program("killed", folder / "killed", "-pthread")
     return folder
 
 
 def compile_program(name: str, target: Path, *options: str) -> None:
     """Compile one of the C programs."""
     subprocess.run(["gcc", "-O1", "-w", *options, "-o", target, PROGRAMS / f"{name}.c"], check=True)
-
-
-def patiently(command: list[str], folder: Path, begin: Callable[[], object] = lambda: None) -> Recorded:
-    """Record, with a longer delay when the machine was too busy to look in time; `begin` comes before each try."""
-    for delay_s in PATIENCE_S:
-        begin()
-        try:
-            return record(command, folder / f"{delay_s}", delay_s=delay_s)
-        except RecordingError as error:
-            if "not seen in time" not in str(error):
-                raise
-    pytest.fail(f"{PATIENCE_S[-1]} s were too short to look at a layout")
 
 
 def check(recorded: Recorded) -> None:
@@ -73,7 +60,7 @@ def test_record_reproduces_the_final_layout_when_the_program_is_a_shells(
     tmp_path: Path, command: list[str], status: int
 ) -> None:
     """Children are recorded too; a first process that execs is recorded from its last program on."""
-    recorded = patiently(command, tmp_path)
+    recorded = record(command, tmp_path)
     assert recorded.status == status
     assert sorted(path.name for path in recorded.recording.folder.iterdir()) == [
         "maps.final",
@@ -100,9 +87,65 @@ def test_record_reproduces_the_final_layout_when_the_program_does_odd_things(
     tmp_path: Path, built: Path, name: str, arguments: list[str], status: int
 ) -> None:
     """Static programs, threads, no exit_group, a late first brk, calls that others have made mean something else."""
-    recorded = patiently([str(built / name), *arguments], tmp_path)
+    recorded = record([str(built / name), *arguments], tmp_path)
     assert recorded.status == status
     check(recorded)
+
+
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        ("fault", signal.SIGSEGV),
+        ("blocked", signal.SIGSEGV),
+        ("abort", signal.SIGABRT),
+        ("raise", signal.SIGRTMIN + 3),
+        ("kill", signal.SIGKILL),
+        ("child", signal.SIGKILL),
+        ("thread", signal.SIGSEGV),
+        ("handler", signal.SIGTERM),
+    ],
+)
+def test_record_reproduces_the_layout_before_its_death_when_a_signal_ends_the_program(
+    tmp_path: Path, built: Path, how: str, number: int
+) -> None:
+    """strace is held by the line that announces the signal, or by the kill that nothing else announces."""
+    recorded = record([str(built / "killed"), how], tmp_path)
+    assert recorded.status == 128 + number
+    assert "+++ killed by SIG" in (tmp_path / "strace.log").read_text()
+    check(recorded)
+
+
+def start_recording(folder: Path, *command: str | Path) -> subprocess.Popen[str]:
+    """A recording on its own, whose program says its process id first."""
+    recording = [sys.executable, "-m", "hmm_client", "record", "-o", folder, "--", *command]
+    return subprocess.Popen(recording, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_record_reproduces_the_layout_before_its_death_when_somebody_kills_an_idle_program(
+    tmp_path: Path, built: Path
+) -> None:
+    """Nothing announces that; its layout is read as soon as it has made no call for a while."""
+    with start_recording(tmp_path / "out", built / "killed", "sleep") as recording:
+        assert recording.stdout is not None
+        pid = int(recording.stdout.readline())
+        assert recording.stdout.readline() == "idle\n"  # said by the program when it has slept for long enough
+        os.kill(pid, signal.SIGKILL)
+        recording.communicate()
+    assert recording.returncode == 128 + signal.SIGKILL
+    check(Recorded(Recording.load(tmp_path / "out"), recording.returncode))
+
+
+def test_record_says_that_the_last_layout_was_not_seen_when_somebody_kills_a_busy_program(
+    tmp_path: Path, built: Path
+) -> None:
+    """There was no time to look between two of its calls."""
+    with start_recording(tmp_path / "out", built / "killed", "busy") as recording:
+        assert recording.stdout is not None
+        os.kill(int(recording.stdout.readline()), signal.SIGKILL)
+        _, said = recording.communicate()
+    assert recording.returncode == 2
+    assert "killed was not seen: SIGKILL ended it in the middle of its calls" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,13 +153,12 @@ def test_record_reproduces_the_final_layout_when_the_program_does_odd_things(
     [
         ([], "no such command: (none given)"),
         (["/no/such/program"], "no such command: /no/such/program"),
-        (["sh", "-c", "kill -9 $$"], "sh was ended by SIGKILL; its final layout was not seen"),
     ],
 )
 def test_record_leaves_nothing_when_it_fails(tmp_path: Path, command: list[str], message: str) -> None:
     """A recording is complete, or is not there."""
     with pytest.raises(RecordingError) as caught:
-        record(command, tmp_path / "out", delay_s=DELAY_S)
+        record(command, tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -152,7 +194,7 @@ def test_record_says_why_when_the_kernel_can_not_execute_the_command(tmp_path: P
     program.write_bytes(b"\x7fELF and no more")
     program.chmod(0o755)
     with pytest.raises(RecordingError, match="can't be executed: ENOEXEC"):
-        record([str(program)], tmp_path / "out", delay_s=DELAY_S)
+        record([str(program)], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +209,8 @@ def test_record_starts_the_command_as_it_starts_without(
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("SIGNS", "a=b=c d")
     alone = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    patiently(command, tmp_path, capfd.readouterr)
+    capfd.readouterr()
+    record(command, tmp_path)
     recorded = capfd.readouterr().out
     expected, found = (
         sorted(line for part in text.split("\0") for line in part.splitlines() if line.startswith(seen))
@@ -208,14 +251,11 @@ def test_record_says_what_may_forbid_it_when_strace_records_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_record_command_writes_where_and_holds_as_long_as_it_is_told(tmp_path: Path) -> None:
-    """--output and --delay; the command's exit code is its own, and what was recorded stands on stderr."""
-    for delay_s in PATIENCE_S:
-        folder = tmp_path / f"{delay_s}"
-        command = [sys.executable, "-m", "hmm_client.cli", "record", "--output", folder, "--delay", f"{delay_s}"]
-        done = subprocess.run([*command, "--", "sh", "-c", "exit 3"], capture_output=True, text=True, check=False)
-        if "not seen in time" not in done.stderr:
-            break
+def test_record_command_writes_where_it_is_told(tmp_path: Path) -> None:
+    """--output; the command's exit code is its own, and what was recorded stands on stderr."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "hmm_client", "record", "--output", folder, "--", "sh", "-c", "exit 3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert re.fullmatch(rf"{folder}: \d+ calls of 1 process, \d+ mappings at the end\n", done.stderr)
     assert (folder / "maps.final").stat().st_size > 0

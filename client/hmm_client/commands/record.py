@@ -13,7 +13,6 @@ from hmm_client.commands.connection import UNUSABLE, fail
 from hmm_client.commands.output import counted
 from hmm_client.recordings import RecordingError, canonical
 from hmm_client.recordings import record as make_recording
-from hmm_client.recordings.record import DELAY_S
 
 
 @click.command("record", context_settings={"ignore_unknown_options": True})
@@ -24,16 +23,8 @@ from hmm_client.recordings.record import DELAY_S
     type=click.Path(path_type=Path),
     help="Where to; must be new or empty.  [default: the command's name]",
 )
-@click.option(
-    "--delay",
-    type=click.FloatRange(min=0.01),
-    default=DELAY_S,
-    metavar="SECONDS",
-    show_default=True,
-    help="How long processes are held at exec and exit, so that their layout can be read.",
-)
 @click.argument("arguments", metavar="-- COMMAND [ARGUMENT]...", nargs=-1, required=True, type=click.UNPROCESSED)
-def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> None:
+def command(output: Path | None, arguments: tuple[str, ...]) -> None:
     """Run a command under strace and record its memory calls, for `hmmctl replay`.
 
     \b
@@ -45,7 +36,7 @@ def command(output: Path | None, delay: float, arguments: tuple[str, ...]) -> No
     signal.signal(signal.SIGTERM, _terminate)
     folder = output or Path(Path(arguments[0]).name)
     try:
-        recorded = make_recording(arguments, folder, delay_s=delay)
+        recorded = make_recording(arguments, folder)
     except RecordingError as error:
         fail(UNUSABLE, str(error))
     recording = recorded.recording

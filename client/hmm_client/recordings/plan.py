@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from hmm_client.recordings.steps import (
     Unmap,
     Vfork,
 )
-from hmm_client.recordings.strace import Call, Ended, Log, Superseded
+from hmm_client.recordings.strace import Call, Ended, Event, Log, Signal, Superseded
 
 FIRST: ProcessIndex = 0
 """The process whose layouts were recorded."""
@@ -78,8 +78,9 @@ class Plan:
         steps: in the order in which the calls took effect.
         processes: by number.
         incomparable: why the final layout of the first process can't be compared; None when it can.
-        ending: line of the log where a thread of the first process began to end it.  Its final layout was read at some
-            time between this line and its Exit, while other threads may have gone on.  None when it ends otherwise.
+        ending: line of the log where a thread of the first process began to end it, or got the signal that did.  Its
+            final layout was read at some time between this line and its Exit, while other threads may have gone on.
+            None when it ends otherwise.
     """
 
     steps: tuple[Step, ...]
@@ -108,7 +109,8 @@ def make_plan(log: Log, initial: Sequence[Area] = (), final: Sequence[Area] = ()
     calls = log.calls
     if not calls:
         raise RecordingError("no system call was recorded", log.path)
-    planner = _Planner(log.path, calls, Segments([*initial, *final]), Growth(initial, final, calls))
+    endings = deque(_endings(log))
+    planner = _Planner(log.path, calls, endings, Segments([*initial, *final]), Growth(initial, final, calls))
     for effect in effects(log):
         planner.take(effect)
     return planner.finish()
@@ -132,11 +134,11 @@ class _Task:
 class _Planner:
     path: Path | None
     calls: tuple[Call, ...]
+    endings: deque[Call | Signal]
     segments: Segments
     growth: Growth
     first: Call = field(init=False)
     began: int = field(init=False)
-    exits: deque[Call] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     processes: list[ProcessInfo] = field(default_factory=list)
     tasks: dict[int, _Task] = field(default_factory=dict)
@@ -154,7 +156,6 @@ class _Planner:
         self.first = self.calls[0]
         self.new_process(self.first.pid, None, self.first)
         self.began = _first_read(self.first.pid, self.calls)
-        self.exits = deque(call for call in self.calls if call.name == "exit_group")
         for call in self.calls:
             if call.name in DECODERS:
                 self.memory_calls.setdefault(call.pid, []).append(call)
@@ -201,12 +202,12 @@ class _Planner:
             raise RecordingError(f"{call.name}: too few arguments", self.path, call.line) from None
 
     def begin_to_end(self, call: Call) -> None:
-        """Take note of every exit_group that was entered before a call acts."""
-        while self.exits and self.exits[0].line <= call.end_line:
-            entered = self.exits.popleft()
-            task = self.tasks.get(entered.pid)
+        """Take note of every exit_group that was entered, and every signal that was fatal, before a call acts."""
+        while self.endings and self.endings[0].line <= call.end_line:
+            begun = self.endings.popleft()
+            task = self.tasks.get(begun.pid)
             if task is not None and task.process == FIRST and self.ending is None:
-                self.ending = entered.line
+                self.ending = begun.line
                 self.grow(task.call, self.growth.rest())
 
     def take_step(self, step: Step) -> None:
@@ -380,6 +381,20 @@ def _first_read(pid: int, calls: Sequence[Call]) -> int:
     """
     brk = next((call for call in calls if call.pid == pid and call.name == "brk"), None)
     return brk.line if brk is not None and brk.text.endswith(_HELD) else 0
+
+
+def _endings(log: Log) -> Iterator[Call | Signal]:
+    """Where processes begin to end: at each exit_group, and at each signal behind which its thread made no call."""
+    last: dict[int, Event] = {}
+    fatal = set()
+    for event in log.events:
+        before = last.get(event.pid)
+        if isinstance(event, Ended) and isinstance(before, Signal) and before.name == event.signal:
+            fatal.add(before.line)
+        last[event.pid] = event
+    for event in log.events:
+        if isinstance(event, Call | Signal) and (event.line in fatal or event.name == "exit_group"):
+            yield event
 
 
 def _unsaid(attempt: Step) -> bool:
