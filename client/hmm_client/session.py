@@ -23,7 +23,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -91,28 +91,8 @@ class Hearer(Protocol):
         """It hears with these others no more; what it heard with them, ascending, is its own."""
 
 
-class _Call(NamedTuple):
-    """A call under way.
-
-    Attributes:
-        parts: of its reply, so far.
-    """
-
-    future: asyncio.Future[list[Any]]
-    on_reply: Callable[[Any], None] | None
-    parts: list[Any]
-
-
-def _written(request_id: int, name: str, request: Message, callback: Callback | None) -> bytes:
-    """A SessionRequest with one call in it, as it travels; many of them in a row are one with many calls."""
-    if callback is None:
-        head = _REQUEST_ID + wire.varint(request_id)
-    else:
-        event = callback.event
-        head = session_pb2.SessionCall(
-            request_id=request_id, in_callback_mirror_id=event.mirror.id, in_callback_sequence=event.sequence
-        ).SerializeToString()
-    return wire.nested(_CALLS, head, wire.tag(session_pb2.SessionCall, name), request, {})
+_Call: TypeAlias = tuple[asyncio.Future[list[Any]], Callable[[Any], None] | None, list[Any]]
+"""A call under way: who waits, who hears of its reply first, the parts of its reply so far."""
 
 
 class Session:
@@ -142,14 +122,15 @@ class Session:
             session_pb2.SessionResponse.REPLIES_FIELD_NUMBER: self._reply,
             session_pb2.SessionResponse.VIOLATIONS_FIELD_NUMBER: self._note_violation,
         }
+        self._loop = asyncio.get_running_loop()
         self._last_request = 0
         self._pump = Pump(self._next_write, (*RPC_ERRORS, grpc.aio.InternalError, asyncio.InvalidStateError))
         self._parting: Iterator[Write] | None = None
         self._silent = False  # nothing was written for some time
         self._wrote = True
         self._beat: asyncio.TimerHandle | None = None
-        self._reads = asyncio.Event()
-        self._reads.set()
+        self._stopped: asyncio.Future[None] | None = None  # done when reading goes on
+        self._told = 0  # who have got what they wait for, and have not gone on
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
@@ -192,7 +173,7 @@ class Session:
             self._pump.wake()
         if self.welcome.lease_ms:
             beat_s = self.welcome.lease_ms / 1000 / BEATS_IN_LEASE
-            self._beat = asyncio.get_running_loop().call_later(beat_s, self._show_life)
+            self._beat = self._loop.call_later(beat_s, self._show_life)
 
     # ---- calls
 
@@ -211,26 +192,35 @@ class Session:
             DeviceLostError: the session has ended.
         """
         callback = current()
-        if callback is None:
-            return self._ask(name, request, on_reply, None)
-        return self._ask_inside(callback, name, request, on_reply)
+        if callback is not None:
+            return self._ask_inside(callback, name, request, on_reply)
+        request_id = self._last_request + 1
+        return self._ask(name, request, on_reply, request_id, _REQUEST_ID + wire.varint(request_id))
 
     async def _ask_inside(
         self, callback: Callback, name: str, request: Message, on_reply: Callable[[Any], None] | None
     ) -> list[Any]:
+        event, request_id = callback.event, self._last_request + 1
+        head = session_pb2.SessionCall(
+            request_id=request_id, in_callback_mirror_id=event.mirror.id, in_callback_sequence=event.sequence
+        )
         with callback.waiting():
-            return await self._ask(name, request, on_reply, callback)
+            return await self._ask(name, request, on_reply, request_id, head.SerializeToString())
 
     def _ask(
-        self, name: str, request: Message, on_reply: Callable[[Any], None] | None, callback: Callback | None
+        self, name: str, request: Message, on_reply: Callable[[Any], None] | None, request_id: int, head: bytes
     ) -> asyncio.Future[list[Any]]:
         if self.lost:
             self.require_live(name)
-        self._last_request = request_id = self._last_request + 1
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._outgoing.append(_written(request_id, name, request, callback))
-        self._waiting[request_id] = _Call(future, on_reply, [])
-        self._pump.wake()
+        self._last_request = request_id
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        # A SessionRequest with one call in it, as it travels; many of them in a row are one with many calls.
+        self._outgoing.append(wire.nested(_CALLS, head, wire.tag(session_pb2.SessionCall, name), request, {}))
+        if self._told == 1 and not self._waiting:
+            self._pump.begin()  # nobody else goes on now, who might have something to add
+        else:
+            self._pump.wake()
+        self._waiting[request_id] = future, on_reply, []
         return future
 
     def require_live(self, operation: str) -> None:
@@ -272,15 +262,17 @@ class Session:
 
     def stop_reading(self) -> None:
         """Read nothing more of the stream, until `go_on_reading`."""
-        self._reads.clear()
+        self._stopped = self._stopped or self._loop.create_future()
 
     def go_on_reading(self) -> None:
         """Read again."""
-        self._reads.set()
+        if self._stopped is not None:
+            self._stopped.set_result(None)
+            self._stopped = None
 
     def drop(self) -> None:
         """Break the stream, without a farewell."""
-        self._reads.set()
+        self.go_on_reading()
         self._call.cancel()
 
     # ---- the end
@@ -293,7 +285,7 @@ class Session:
 
     async def close(self, reason: str = "") -> None:
         """Say goodbye and wait for the daemon to end the stream; mirrors still registered are fenced."""
-        self._reads.set()
+        self.go_on_reading()
         hearers = list(self._hearers.values())
         self._parting = self._farewell(reason)
         self._pump.wake()
@@ -310,9 +302,9 @@ class Session:
         if self._beat is not None:
             self._beat.cancel()
         self._pump.wake()
-        for waiting_call in self._waiting.values():
-            if not waiting_call.future.done():
-                waiting_call.future.set_exception(DeviceLostError(f"the session has ended: {why}"))
+        for future, _, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(DeviceLostError(f"the session has ended: {why}"))
         self._waiting.clear()
         hearers = list(self._hearers.values())
         self._hearers.clear()
@@ -325,13 +317,16 @@ class Session:
         why = "the daemon is gone"
         try:
             while isinstance(message := await self._call.read(), session_pb2.SessionResponse):
-                self._pump.hold()
+                self._pump.held = True
                 try:
                     self._dispatch(message)
                 finally:
                     self._pump.release()  # answers leave before more is asked for
-                if not self._reads.is_set():
-                    await self._reads.wait()
+                if self._told:
+                    await asyncio.sleep(0)  # and whoever has waited goes on
+                    self._told = 0
+                if self._stopped is not None:
+                    await self._stopped
                 if message.HasField("bye"):
                     why = message.bye.reason or "the daemon said goodbye"
         except grpc.aio.AioRpcError as error:
@@ -350,11 +345,16 @@ class Session:
     def _next_write(self) -> Write | None:
         if self.lost:
             self._pump.finish()
-        elif self._outgoing or self.ledger or self._silent:
+            return None
+        if self._outgoing or self.ledger or self._silent:
             self._silent, self._wrote = False, True
-            write: Write = self._call.write(self._next_batch())
+            batch = self._next_batch()
+            if self._outgoing or self._parting is not None:
+                self._pump.wake()
+            write: Write = self._call.write(batch)
             return write
-        elif self._parting is not None:
+        if self._parting is not None:
+            self._pump.wake()
             return next(self._parting, None)
         return None
 
@@ -456,27 +456,29 @@ class Session:
 
     def _registers(self) -> bool:
         # The first events of a mirror may come before the reply that names it.
-        return any(call.on_reply is not None for call in self._waiting.values())
+        return any(on_reply is not None for _, on_reply, _ in self._waiting.values())
 
     def _reply(self, reply: session_pb2.SessionReply) -> None:
         call = self._waiting.get(reply.request_id)
         if call is None:
             return
+        future, on_reply, parts = call
         name = reply.WhichOneof("reply")
         if name is not None and name != "not_made":
-            call.parts.append(getattr(reply, name))
+            parts.append(getattr(reply, name))
         if reply.more:
             return
         del self._waiting[reply.request_id]
         error = not_made_error(reply.not_made) if name == "not_made" else None
-        if call.on_reply is not None:
+        if on_reply is not None:
             if error is None:
-                call.on_reply(call.parts[-1])
+                on_reply(parts[-1])
             if not self._registers():
                 self._answer_unclaimed()
-        if call.future.done():
+        if future.done():
             return
+        self._told += 1
         if error is not None:
-            call.future.set_exception(error)
+            future.set_exception(error)
         else:
-            call.future.set_result(call.parts)
+            future.set_result(parts)

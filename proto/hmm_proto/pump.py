@@ -7,7 +7,7 @@ write is over.
 **Source**: two overlapping writes on one gRPC stream lose a message.
 
 **Invariants**: at most one write is under way; writes begin in the order in which they were given; while one is under
-way, what comes waits, to be written together.
+way, what comes waits, to be written together; nobody is asked for a write who has not woken it.
 
 **Absent**: what is written, and why a stream has ended.
 """
@@ -26,6 +26,7 @@ class Pump:
     """The writing half of a stream.
 
     Attributes:
+        held: begins no write until `release`, which has to follow before anybody waits.
         ended: done when nothing is written any more: all was, or the stream has ended beneath it; or with the error of
             a bug.
     """
@@ -34,37 +35,38 @@ class Pump:
         """Write nothing yet.
 
         Args:
-            next_write: what is to be written now; None when there is nothing, or nothing any more.
+            next_write: what is to be written now; None when there is nothing now, or nothing any more.  It wakes the
+                pump when it leaves something for the write after that.
             endings: what a write raises once the stream has ended.
         """
+        self.held = False
         self._next_write = next_write
         self._endings: tuple[type[BaseException], ...] = (*endings, asyncio.CancelledError)
         self._loop = asyncio.get_running_loop()
         self._writing: Write | None = None
         self._woken = False
-        self._held = False
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def wake(self) -> None:
         """There is something to write: it leaves in the loop's next turn at the latest, with what has come by then."""
         if not self._woken:
             self._woken = True
-            if self._writing is None and not self._held:
-                self._loop.call_soon(self.begin)
+            if self._writing is None and not self.held:
+                self._loop.call_soon(self._begin)
 
-    def hold(self) -> None:
-        """Begin no write until `release`, which has to follow before anybody waits."""
-        self._held = True
+    def begin(self) -> None:
+        """There is something to write, now, unless somebody holds it; if a write is under way it follows that one."""
+        self._woken = True
+        self._begin()
 
     def release(self) -> None:
         """Begin to write what there is after all."""
-        self._held = False
+        self.held = False
         if self._woken and self._writing is None:
             self._go_on()
 
-    def begin(self) -> None:
-        """Begin to write what there is now, unless somebody holds it; if a write is under way it follows that one."""
-        if not self._held:
+    def _begin(self) -> None:
+        if not self.held:
             self.release()
 
     def finish(self) -> None:
@@ -75,15 +77,15 @@ class Pump:
 
     def _go_on(self, _: object = None) -> None:
         try:
-            while True:
+            while self._writing is not None or self._woken:
                 writing = self._writing
                 if writing is None:
-                    self._held, self._woken = True, False  # whoever is asked for a write may wake, and begins none
+                    self.held, self._woken = True, False  # whoever is asked for a write may wake, and begins none
                     writing = self._writing = self._next_write()
-                    self._held = False
+                    self.held = False
                     if writing is None:
                         if self._woken:
-                            self._loop.call_soon(self.begin)
+                            self._loop.call_soon(self._begin)
                         return
                 try:
                     waits_for = writing.send(None)

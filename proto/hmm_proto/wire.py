@@ -28,8 +28,10 @@ _MORE = tuple(bytes((bits | 128,)) for bits in range(128))
 
 def varint(number: int) -> bytes:
     """A number that is not negative, seven bits to a byte."""
-    if number < 128:
+    if number < 1 << 7:
         return _LAST[number]
+    if number < 1 << 14:
+        return _MORE[number & 127] + _LAST[number >> 7]
     return _MORE[number & 127] + varint(number >> 7)
 
 

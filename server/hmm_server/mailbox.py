@@ -19,7 +19,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hmm.dispatch import Dispatch
 from hmm.events import Event
@@ -92,30 +92,6 @@ class Posting:
         return self.sequences[self.group.index[mirror_id] if self.group else self.mirror_ids.index(mirror_id)]
 
 
-_NOTHING_ELSE = session_pb2.SessionResponse()
-
-
-class Outgoing(NamedTuple):
-    """One message that leaves.
-
-    Attributes:
-        message: everything but the events and the replies.
-        events: each as a SessionResponse with one event in it travels.
-        replies: as `replies.encoded` writes them.
-    """
-
-    message: session_pb2.SessionResponse
-    events: list[bytes]
-    replies: list[bytes]
-
-    def encoded(self) -> bytes:
-        """All of it, as it travels; an event or a reply that leaves alone is not copied."""
-        parts = self.events + self.replies
-        if self.message is not _NOTHING_ELSE:
-            parts.append(self.message.SerializeToString())
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
 @dataclass(frozen=True, slots=True)
 class Window:
     """How much of one stream may be under way.
@@ -136,7 +112,7 @@ class Mailbox:
 
     Attributes:
         wake: called whenever there may be something to tell; as it is made, it wakes whoever waits in `take`.
-        begin: called when nothing will be added to it for now; the same, as it is made.
+        begin: called when there is something to tell and nothing will be added for now; the same, as it is made.
     """
 
     def __init__(self, window: Window, send: Callable[[Posting], bytes | None]) -> None:
@@ -170,10 +146,9 @@ class Mailbox:
         self.wake()
 
     def post(self, posting: Posting) -> None:
-        """An event; it leaves when the window permits."""
+        """An event; it leaves when the window permits.  Whoever posts it asks the writer to `begin`."""
         if not self.closed:
             self.events.append(posting)
-            self.wake()
 
     def reply(self, reply: bytes) -> None:
         """The reply to a call, or a part of it, as `replies.encoded` writes it."""
@@ -215,58 +190,44 @@ class Mailbox:
 
     # ---- the writer
 
-    async def take(self) -> Outgoing | None:
+    async def take(self) -> bytes | None:
         """The next message, as soon as there is something to tell; None after the farewell."""
-        while (outgoing := self.next()) is None and not self.closed:
+        while (message := self.next()) is None and not self.closed:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
             self._waiting = None
-        return outgoing
+        return message
 
-    def next(self) -> Outgoing | None:
-        """The next message; None when there is nothing to tell, and nothing ever after when it is closed."""
-        if self._replies and not (self.events or self._welcome or self._violations or self._farewell):
-            return Outgoing(_NOTHING_ELSE, [], self._take_replies())  # as most of the time
-        while self._has_something():
-            outgoing = self._outgoing()
-            if outgoing is not None:
-                return outgoing
-        return None
+    def next(self) -> bytes | None:
+        """The next message, as it travels; None when there is nothing to tell.  Wakes when something is left.
+
+        An event or a reply that leaves alone is not copied.
+        """
+        parts: list[bytes] = []
+        if self._welcome or self._violations:
+            first = session_pb2.SessionResponse(welcome=self._welcome, violations=self._violations)
+            parts.append(first.SerializeToString())
+            self._welcome, self._violations = None, []
+        if self.events:
+            self._take_events(parts)
+        if self._replies:
+            self._take_replies(parts)
+        if self._farewell and not self._replies:
+            bye, self._farewell = session_pb2.Bye(reason=self._farewell), ""
+            parts.append(session_pb2.SessionResponse(bye=bye).SerializeToString())
+        if self._replies or self.closed or (self.events and self._may_send()):
+            self.wake()
+        return b"".join(parts) if parts else None
 
     def _wake_taker(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
-
-    def _outgoing(self) -> Outgoing | None:
-        """Write down what waits; None when in the end it is nothing."""
-        events = self._take_events() if self.events else []
-        if not (self._welcome or self._violations or self._farewell):
-            replies = self._take_replies() if self._replies else []
-            return Outgoing(_NOTHING_ELSE, events, replies) if events or replies else None
-        message = session_pb2.SessionResponse()
-        if self._welcome is not None:
-            message.welcome.CopyFrom(self._welcome)
-            self._welcome = None
-        told = bool(self._violations) or message.HasField("welcome")
-        if self._violations:
-            message.violations.extend(self._violations)
-            self._violations = []
-        replies = self._take_replies() if self._replies else []
-        if self._farewell and not self._replies:
-            message.bye.reason, self._farewell = self._farewell, ""
-            told = True
-        return Outgoing(message, events, replies) if told or events or replies else None
 
     async def room(self) -> None:
         """Wait until the client has read enough for something large to be added."""
         while self.is_full and not self.closed:
             self._room.clear()
             await self._room.wait()
-
-    def _has_something(self) -> bool:
-        return bool(
-            self._welcome or self._violations or self._replies or self._farewell or (self.events and self._may_send())
-        )
 
     def _may_send(self) -> bool:
         # An event that is larger than the window leaves when it has the stream for itself.
@@ -275,31 +236,33 @@ class Mailbox:
         room = self.window.queue_bytes - self.in_flight_bytes
         return self.in_flight < self.window.credit and _size_estimate(self.events[0]) <= room
 
-    def _take_events(self) -> list[bytes]:
-        events: list[bytes] = []
-        size = 0
-        while self.events and len(events) < BATCH_EVENTS and size < self.window.part_bytes and self._may_send():
+    def _take_events(self, parts: list[bytes]) -> None:
+        number = size = 0
+        while self.events and number < BATCH_EVENTS and size < self.window.part_bytes and self._may_send():
             posting = self.events.popleft()
             event = self._send(posting)
             if event is None:
                 continue
             self.in_flight += 1
             self.in_flight_bytes += posting.size_bytes
+            number += 1
             size += posting.size_bytes
-            events.append(event)
-        return events
+            parts.append(event)
 
-    def _take_replies(self) -> list[bytes]:
-        replies: list[bytes] = []
+    def _take_replies(self, parts: list[bytes]) -> None:
+        if self.is_full:
+            self._room.set()
+        if self.reply_bytes <= self.window.part_bytes:
+            parts += self._replies
+            self._replies.clear()
+            self.reply_bytes = 0
+            return
         size = 0
         while self._replies and (not size or size + len(self._replies[0]) <= self.window.part_bytes):
             reply = self._replies.popleft()
             size += len(reply)
-            replies.append(reply)
-        if self.is_full:
-            self._room.set()
+            parts.append(reply)
         self.reply_bytes -= size
-        return replies
 
 
 def _size_estimate(posting: Posting) -> int:

@@ -24,8 +24,6 @@ Arrays: TypeAlias = Mapping[str, Entries]
 NO_ARRAYS: Arrays = MappingProxyType({})
 FEW = 64
 """Arrays up to this length are copied with their message: that is sooner done than keeping them out of it."""
-SMALL_BYTES = 512
-"""A response up to this size is sooner copied by protobuf than put together here."""
 _REPLY = wire.tag(session_pb2.SessionResponse, "replies")
 _REQUEST_ID = wire.number_tag(session_pb2.SessionReply, "request_id")
 _MORE = wire.number_tag(session_pb2.SessionReply, "more") + wire.varint(True)
@@ -40,14 +38,6 @@ def encoded(request_id: int, name: str, response: Message, arrays: Arrays = NO_A
 
     Cost: one copy of the arrays.
     """
-    if not arrays and response.ByteSize() <= SMALL_BYTES:
-        message = session_pb2.SessionResponse()
-        reply = message.replies.add()
-        reply.request_id = request_id
-        if more:
-            reply.more = True
-        getattr(reply, name).CopyFrom(response)
-        return message.SerializeToString()
     head = _REQUEST_ID + wire.varint(request_id) + (_MORE if more else b"")
     return wire.nested(_REPLY, head, wire.tag(session_pb2.SessionReply, name), response, arrays)
 

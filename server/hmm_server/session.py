@@ -125,31 +125,33 @@ class Session:
     # ---- the two halves
 
     def _next_write(self, mailbox: Mailbox) -> Write | None:
-        outgoing = mailbox.next()
-        if outgoing is not None:
-            return self._context.write(outgoing.encoded())
+        message = mailbox.next()
+        if message is not None:
+            return self._context.write(message)
         if mailbox.closed:
             self._pump.finish()
         return None
 
     async def _read(self, stream: Stream, first: session_pb2.SessionRequest) -> str:
         message: Any = first
+        mailbox, pump = stream.mailbox, self._pump
         while message is not grpc.aio.EOF:
-            stream.heard_s = breathed_s = time.monotonic()
             require_read(message)
-            self._pump.hold()
+            stream.heard_s = breathed_s = time.monotonic()
+            pump.held = True
             try:
                 if message.HasField("hello") and message is not first:
-                    stream.mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
+                    mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
                 if message.HasField("acknowledgements"):
-                    stream.mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
-                for call in message.calls[:]:  # a list is gone through in half the time
+                    mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
+                calls = message.calls[:]  # a list is gone through in half the time
+                for call in calls:
                     self._start(stream, call)
-                    if stream.mailbox.is_overfull or time.monotonic() - breathed_s > BREATH_S:
-                        await self._breathe(stream.mailbox)
+                    if mailbox.is_overfull or (len(calls) > 1 and time.monotonic() - breathed_s > BREATH_S):
+                        await self._breathe(mailbox)
                         breathed_s = time.monotonic()
             finally:
-                self._pump.release()  # the replies leave before the next message is asked for
+                pump.release()  # the replies leave before the next message is asked for
             if message.HasField("bye"):
                 return f"bye: {message.bye.reason[:REASON_LENGTH_MAX]}" if message.bye.reason else "bye"
             message = await self._context.read()
@@ -163,7 +165,7 @@ class Session:
             await mailbox.room()  # nothing more is asked for, not even what has small replies
         else:
             await asyncio.sleep(0)
-        self._pump.hold()
+        self._pump.held = True
 
     def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
         name, request_id = call.WhichOneof("call") or "", call.request_id

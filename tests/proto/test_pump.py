@@ -89,7 +89,7 @@ async def test_what_comes_during_a_write_follows_together_when_that_one_is_over(
 async def test_nothing_is_written_when_held_until_it_is_released() -> None:
     """Whoever holds the pump decides when what it causes leaves, and needs no turn of the loop for that."""
     stream = Stream()
-    stream.pump.hold()
+    stream.pump.held = True
     stream.tell("a")
     stream.pump.begin()
     await _turn()
@@ -103,7 +103,7 @@ async def test_pump_does_not_look_when_nobody_has_woken_it() -> None:
     """Whoever has something to write says so."""
     stream = Stream()
     stream.waiting.append("a")
-    stream.pump.hold()
+    stream.pump.held = True
     stream.pump.release()
     assert not stream.written
 

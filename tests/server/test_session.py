@@ -560,6 +560,7 @@ async def test_session_ends_as_a_bug_when_its_writer_has_one(mirrored: Any, capl
     (stream,) = served.daemon.streams.open.values()
     no_posting: Any = object()
     stream.mailbox.post(no_posting)
+    stream.mailbox.begin()
     assert await driver.call.code() is grpc.StatusCode.INTERNAL
     assert "hit a bug" in caplog.text
 

@@ -59,10 +59,9 @@ class DeviceService(device_pb2_grpc.DeviceServiceServicer):
         caller = caller_from(context.invocation_metadata())
         name = request.name[:NAME_LENGTH_MAX] or caller.name
         with self._streams.connected(caller.token, name, 0, request.credit) as stream:
-            while (outgoing := await stream.mailbox.take()) is not None:
-                response = device_pb2.WatchEventsResponse.FromString(b"".join(outgoing.events))  # the same field there
-                if outgoing.message.HasField("welcome"):
-                    response.welcome.CopyFrom(outgoing.message.welcome)
+            while (message := await stream.mailbox.take()) is not None:
+                response = device_pb2.WatchEventsResponse.FromString(message)  # the same fields there
+                response.DiscardUnknownFields()
                 yield response
 
     async def Acknowledge(
