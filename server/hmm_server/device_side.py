@@ -68,10 +68,8 @@ class DeviceSide:
         self.streams = streams
         self.config = config
 
-    def start(
-        self, caller: Caller, name: str, request: Any, then: Callable[[OperationRecord[Any]], None]
-    ) -> OperationRecord[Any]:
-        """Start a call; `then` gets its record when it has ended, maybe before this returns, and asks for `response`.
+    def begin(self, caller: Caller, name: str, request: Any) -> OperationRecord[Any]:
+        """Start a call, as `Executor.begin`; once it is over, `response` has to be asked for.
 
         Raises:
             HmmError: the request makes no sense, or asks for too much at a time.
@@ -80,7 +78,7 @@ class DeviceSide:
         command, arguments, keywords, npages = CALLS[name].invocation(request)
         if npages > self.config.fault_pages:
             require_at_most(f"{name.replace('_', ' ')}: pages", npages, self.config.fault_pages)
-        return self.executor.start(then, caller, command, *arguments, **keywords)
+        return self.executor.begin(caller, command, *arguments, **keywords)
 
     async def make(self, caller: Caller, name: str, request: Any) -> Any:
         """Make a call that came on no session, and wait for its response.
@@ -101,7 +99,8 @@ class DeviceSide:
                 results.append(error)
             resolve(ended)
 
-        record = self.start(caller, name, request, then)
+        record = self.begin(caller, name, request)
+        self.executor.tell(record, then)
         patience_s = self.patience_s(name, request)
         if await self.executor.has_ended(record, ended, patience_s):
             return self._response(results)

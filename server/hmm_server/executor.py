@@ -78,6 +78,7 @@ class Running:
 
     Attributes:
         started_s: on the monotonic clock.
+        then: gets the record once it is over; None: it did, or nobody asked for it.
         event_s: when its present event was made; the deadline counts from here.
         given_up: its caller no longer waits.
         epoch: the stream that the call came on; 0 for none.
@@ -86,7 +87,7 @@ class Running:
 
     record: OperationRecord[Any]
     started_s: float
-    then: Then[Any] | None  # None: it was called
+    then: Then[Any] | None = None
     event_s: float = 0.0
     deadline: asyncio.TimerHandle | None = None
     given_up: bool = False
@@ -123,7 +124,25 @@ class Executor:
     def start(
         self, then: Then[T], caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> OperationRecord[T]:
-        """Start a command; `then` gets its record once it has ended, possibly before this returns.
+        """Start a command; `then` gets its record once it is over, possibly before this returns.
+
+        Raises:
+            DrainingError: the daemon is ending.
+        """
+        record = self.begin(caller, command, *args, **kwargs)
+        self.tell(record, then)
+        return record
+
+    def tell(self, record: OperationRecord[T], then: Then[T]) -> None:
+        """Let `then` have the record of a call that was begun, once it is over, now if it is; then go on."""
+        if self.is_over(record):
+            then(record)
+        else:
+            self.running[record.id].then = then
+        self.pump()
+
+    def begin(self, caller: Caller, command: Command[P, T], *args: P.args, **kwargs: P.kwargs) -> OperationRecord[T]:
+        """Start a command; what `tell` does has to follow.
 
         Raises:
             DrainingError: the daemon is ending.
@@ -131,17 +150,16 @@ class Executor:
         if self.draining:
             raise DrainingError
         started_s = time.monotonic()
-        space_id = self.holds.space_of_call(command, args) if self.holds.placed else 0
+        placed = self.holds.placed
+        space_id = self.holds.space_of_call(command, args) if placed else 0
         record = self.machine.start(caller, command, *args, **kwargs)
-        if record.done and not (self.holds.placed and self._stays(Point.BEFORE_END, record, space_id)):
-            self._end(record, started_s, then)
+        if record.done and not (placed and self._stays(Point.BEFORE_END, record, space_id)):
+            self._end(record, started_s)
         else:
-            self.running[record.id] = Running(record, started_s, then, space_id=space_id)
+            self.running[record.id] = Running(record, started_s, space_id=space_id)
             self._idle.clear()
             if not record.done:
                 self._advanced(record)
-        if self.running:
-            self.pump()
         return record
 
     def is_over(self, record: OperationRecord[Any]) -> bool:
@@ -350,17 +368,19 @@ class Executor:
         running = self.running.pop(record.id)
         if not self.running:
             self._idle.set()
-        self._end(record, running.started_s, running.then)
+        self._end(record, running.started_s)
+        if running.then is not None:
+            running.then(record)
 
-    def _end(self, record: OperationRecord[Any], started_s: float, then: Then[Any] | None) -> None:
+    def _end(self, record: OperationRecord[Any], started_s: float) -> None:
         if record.error is not None:
             vars(record.error)["operation_id"] = record.id  # of an HmmError, or of a bug's exception, for the guard
-        if record.error is not None and not isinstance(record.error, HmmError):
-            log.error(
-                *("operation %d (%s) hit a bug", record.id, record.name),
-                exc_info=record.error,
-                extra=about(record),
-            )
+            if not isinstance(record.error, HmmError):
+                log.error(
+                    *("operation %d (%s) hit a bug", record.id, record.name),
+                    exc_info=record.error,
+                    extra=about(record),
+                )
         ended = self.operations.note(record, time.monotonic() - started_s)
         if log.isEnabledFor(logging.DEBUG):
             _tell(record, ended)
@@ -368,8 +388,6 @@ class Executor:
         self.router.ended(ended)
         if self.userfaultfds and record.name in _ENDING:
             self._wake_handlers()
-        if then is not None:
-            then(record)
 
     def _wake_handlers(self) -> None:
         for came in self.userfaultfds.values():

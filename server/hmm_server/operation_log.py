@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from hmm.errors import HmmError
 from hmm.operation_record import OperationRecord
@@ -16,7 +17,8 @@ from hmm.units import MirrorId
 from hmm_proto.status import INTERNAL_REASON
 
 
-class Ended(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Ended:
     """One call that has ended.
 
     Attributes:

@@ -55,6 +55,7 @@ class UnderWay:
     """A call whose reply has not been given.
 
     Attributes:
+        record: None: it is made of several (read_table).
         replied: it has, or will not be given.
     """
 
@@ -72,6 +73,7 @@ class Session:
 
     def __init__(self, side: DeviceSide, streams: Streams, config: Config, caller: Caller, context: Context) -> None:
         self._side = side
+        self._executor = side.executor
         self._streams = streams
         self._config = config
         self._context = context
@@ -171,27 +173,29 @@ class Session:
         name, request_id = call.WhichOneof("call") or "", call.request_id
         refusal = self._refusal(stream, request_id, name)
         if refusal is not None:
-            stream.mailbox.reply(encoded(request_id, "not_made", not_made(name or "session", refusal)))
+            self._reply(stream, request_id, name or "session", refusal)
             return
         request = getattr(call, name)
-        under_way = UnderWay(request_id, name, request)
         caller = self._inside(call) if call.in_callback_mirror_id else self._caller
         if name == "read_table":
-            self._calls[request_id] = under_way
+            under_way = self._calls[request_id] = UnderWay(request_id, name, request)
             under_way.task = asyncio.create_task(self._send_table(stream, under_way, caller))
             return
         try:
-            record = self._side.start(caller, name, request, partial(self._ended, stream, under_way))
+            record = self._side.begin(caller, name, request)
         except Exception as error:  # noqa: BLE001 - one call must not end the session; not_made() logs bugs
-            self._reply(stream, under_way, error)
+            self._reply(stream, request_id, name, error)
             return
-        if not under_way.replied:  # most calls have ended, and need not be remembered or timed
-            self._wait_for(stream, under_way, record)
+        if self._executor.is_over(record):  # as most are, and need not be remembered or timed
+            self._reply(stream, request_id, name, self._result(stream, name, request, record), record)
+        else:
+            self._wait_for(stream, UnderWay(request_id, name, request, record), record)
+        self._executor.pump()
 
     def _wait_for(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
         self._calls[under_way.request_id] = under_way
-        under_way.record = record
-        self._side.executor.running[record.id].epoch = stream.epoch
+        running = self._executor.running[record.id]
+        running.epoch, running.then = stream.epoch, partial(self._ended, stream, under_way)
         patience_s = self._side.patience_s(under_way.name, under_way.request)
         if patience_s is not None:
             under_way.timer = self._loop.call_later(patience_s, self._give_up, stream, under_way, record, patience_s)
@@ -199,7 +203,7 @@ class Session:
     def _give_up(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any], patience_s: float) -> None:
         error = self._side.give_up(record, patience_s)
         if error is not None:
-            self._reply(stream, under_way, error)
+            self._settle(stream, under_way, error)
 
     def _refusal(self, stream: Stream, request_id: int, name: str) -> HmmError | None:
         if not name:
@@ -217,23 +221,28 @@ class Session:
         return Caller(self._caller.token, self._caller.name, callback)
 
     def _ended(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
-        under_way.record = record
-        try:
-            result = self._side.response(under_way.name, under_way.request, stream, record)
-        except Exception as error:  # noqa: BLE001 - as in _start()
-            result = error
-        self._reply(stream, under_way, result)
+        self._settle(stream, under_way, self._result(stream, under_way.name, under_way.request, record))
 
-    def _reply(self, stream: Stream, under_way: UnderWay, result: Result) -> None:
+    def _result(self, stream: Stream, name: str, request: Any, record: OperationRecord[Any]) -> Result:
+        try:
+            return self._side.response(name, request, stream, record)
+        except Exception as error:  # noqa: BLE001 - as in _start()
+            return error
+
+    def _settle(self, stream: Stream, under_way: UnderWay, result: Result) -> None:
         if under_way.replied:
             return  # it ended after its caller's patience
         under_way.replied = True
-        request_id, name = under_way.request_id, under_way.name
-        self._calls.pop(request_id, None)
+        del self._calls[under_way.request_id]
         if under_way.timer is not None:
             under_way.timer.cancel()
+        self._reply(stream, under_way.request_id, under_way.name, result, under_way.record)
+
+    def _reply(
+        self, stream: Stream, request_id: int, name: str, result: Result, record: OperationRecord[Any] | None = None
+    ) -> None:
         if isinstance(result, BaseException):
-            stream.mailbox.reply(encoded(request_id, "not_made", not_made(name, result, under_way.record)))
+            stream.mailbox.reply(encoded(request_id, "not_made", not_made(name, result, record)))
         elif isinstance(result, ArrayReply):
             for response, arrays, more in result.parts(self._config.part_bytes):
                 stream.mailbox.reply(encoded(request_id, name, response, arrays, more=more))
@@ -247,15 +256,15 @@ class Session:
                 part = device_pb2.ReadTableResponse(start=start)
                 stream.mailbox.reply(encoded(under_way.request_id, "read_table", part, {"entries": entries}, more=True))
         except Exception as error:  # noqa: BLE001 - as in _start()
-            self._reply(stream, under_way, error)
+            self._settle(stream, under_way, error)
         else:
-            self._reply(stream, under_way, device_pb2.ReadTableResponse())
+            self._settle(stream, under_way, device_pb2.ReadTableResponse())
 
     def _forget_calls(self) -> None:
         for under_way in list(self._calls.values()):
             under_way.replied = True
             if under_way.record is not None:
-                self._side.executor.forsake(under_way.record)
+                self._executor.forsake(under_way.record)
             if under_way.timer is not None:
                 under_way.timer.cancel()
             if under_way.task is not None:
