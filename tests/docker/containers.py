@@ -1,6 +1,7 @@
 """Containers, as tests use them: started with Docker's command line, looked into, signalled.
 
-Whatever waits here waits for what the engine says, asked again and again; each question takes a process.
+Whatever waits here waits for what the engine says, asked again and again; each question takes a process, so a few times
+a second.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ TIMEOUT_S = 180.0
 CONFINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 SERVICE = "com.docker.compose.service"
 """The label in which compose keeps its name of a container."""
-PROBE_OFTEN = ("--health-interval=1s", "--health-timeout=10s", "--health-start-period=60s")
+PAUSE_S = 0.2
+"""Between two questions: each takes a tenth of a second of CPU."""
+SERVING = "hmmd serving "
+"""How the line begins that a daemon prints when it serves."""
 
 
 def docker(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +45,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < end, f"not within {TIMEOUT_S:g} s: {what}"
+        time.sleep(PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Container:
     def wait_until_healthy(self) -> None:
         """Wait for a probe that succeeds."""
         until(lambda: self.health == "healthy", f"{self.id} is healthy; {self.logs()[-2000:]}")
+
+    def wait_until_serving(self, times: int = 1) -> None:
+        """Wait for the line that says so, of its daemon's first start or a later one."""
+        until(lambda: self.logs().count(SERVING) >= times, f"{self.id} serves; {self.logs()[-2000:]}")
 
     def logs(self) -> str:
         """What it has printed, on both streams."""
@@ -114,14 +123,17 @@ class Stack:
     file: str
     environment: dict[str, str]
     began: float = field(default_factory=time.time)
+    services: dict[str, Container] = field(default_factory=dict)
 
     def compose(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `docker compose` on the file."""
         return docker("compose", "-p", "hmmd", "-f", self.file, *arguments, **self.environment)
 
     def service(self, name: str) -> Container:
-        """Its container."""
-        return Container(self.compose("ps", "-q", name).stdout.strip())
+        """Its container, which is the same one however often it is started again."""
+        if name not in self.services:
+            self.services[name] = Container(self.compose("ps", "-q", name).stdout.strip())
+        return self.services[name]
 
     def events_until(self, service: str, action: str) -> list[Event]:
         """Everything that was started, or became healthy, since the stack was, up to this."""

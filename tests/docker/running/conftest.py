@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from containers import IMAGE, ROOT, Container, Stack, docker
 
 
-@pytest.fixture(scope="module")
-def run_container() -> Iterator[Callable[..., Container]]:
+@contextmanager
+def removed() -> Iterator[Callable[..., Container]]:
     """Starts containers: call it with the options, and with the command after the image."""
     containers = []
 
@@ -24,6 +25,20 @@ def run_container() -> Iterator[Callable[..., Container]]:
     yield run
     for container in containers:
         docker("rm", "--force", "--volumes", container.id)
+
+
+@pytest.fixture
+def run_container() -> Iterator[Callable[..., Container]]:
+    """Starts containers that go with their test: what runs is probed."""
+    with removed() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def run_lasting_container() -> Iterator[Callable[..., Container]]:
+    """Starts containers that last as long as the tests of a file."""
+    with removed() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +57,7 @@ def stack(request: pytest.FixtureRequest, certificates: Path) -> Iterator[Stack]
     user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else "10001:10001"
     environment = {
         "HMMD_IMAGE": IMAGE,
-        "HMMD_PROBE_INTERVAL": "1s",
+        "HMMD_PROBE_INTERVAL": "2s",
         "HMMD_PROBE_TIMEOUT": "60s",
         "HMMD_ROUNDS": "0",
         "HMMD_PAUSE": "0.5",

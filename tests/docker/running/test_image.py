@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from containers import CONFINED, IMAGE, PROBE_OFTEN, ROOT, Container, docker, until
+from containers import CONFINED, IMAGE, ROOT, SERVING, Container, docker, until
 from packaging.requirements import Requirement
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -17,10 +17,10 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def daemon(run_container: Callable[..., Container]) -> Container:
+def daemon(run_lasting_container: Callable[..., Container]) -> Container:
     """A daemon with every confinement and limits, serving."""
-    container = run_container(*CONFINED, *PROBE_OFTEN, "--memory=512m", "--memory-swap=512m", "--pids-limit=48")
-    container.wait_until_healthy()
+    container = run_lasting_container(*CONFINED, "--memory=512m", "--memory-swap=512m", "--pids-limit=48")
+    container.wait_until_serving()
     return container
 
 
@@ -93,7 +93,7 @@ def test_command_line_of_the_image_reaches_its_daemon(daemon: Container) -> None
 
 def test_log_is_lines_of_json(daemon: Container) -> None:
     """What collects logs needs no patterns; only the ready line is for people."""
-    lines = [line for line in daemon.logs().splitlines() if not line.startswith("hmmd serving ")]
+    lines = [line for line in daemon.logs().splitlines() if not line.startswith(SERVING)]
     assert lines
     assert all({"time", "level", "message"} <= json.loads(line).keys() for line in lines)
 
@@ -112,23 +112,23 @@ def test_probe_finds_a_daemon_that_hangs(run_container: Callable[..., Container]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_daemon_ends_with_0_when_signalled(run_container: Callable[..., Container], number: signal.Signals) -> None:
     """As first process of its container it has no default actions of signals: it must handle them."""
-    container = run_container(*CONFINED, *PROBE_OFTEN, f"--stop-signal={number.name}")
-    container.wait_until_healthy()
+    container = run_container(*CONFINED, f"--stop-signal={number.name}")
+    container.wait_until_serving()
     assert container.stop() == 0
     assert "stopped" in container.logs()
 
 
 def test_daemon_serves_again_when_restarted_after_a_kill(run_container: Callable[..., Container]) -> None:
     """The socket that a killed daemon left behind is replaced."""
-    container = run_container(*CONFINED, *PROBE_OFTEN)
-    container.wait_until_healthy()
+    container = run_container(*CONFINED)
+    container.wait_until_serving()
     container.kill()
     until(lambda: not container.state()["Running"], "it has ended")
     assert container.state()["ExitCode"] == 128 + signal.SIGKILL
     docker("start", container.id)
-    container.wait_until_healthy()
+    container.wait_until_serving(2)
     docker("restart", container.id)
-    container.wait_until_healthy()
+    container.wait_until_serving(3)
 
 
 def test_daemon_says_what_is_wrong_when_it_cannot_start(run_container: Callable[..., Container]) -> None:

@@ -32,7 +32,7 @@ def network() -> Iterator[str]:
     docker("network", "rm", NETWORK)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run_pod(
     network: str, run_container: Callable[..., Container], certificates: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Container]:
