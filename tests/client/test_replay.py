@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,12 @@ class NoDevices:
     async def settle(self) -> None:
         """Write it down."""
         self.settled += 1
+
+
+@pytest.fixture(scope="module")
+async def daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
+    """One for all replays, which leave nothing behind."""
+    return await start_session_daemon()
 
 
 @pytest.fixture

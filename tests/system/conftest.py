@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,13 +58,13 @@ class DriverProcess:
         await self.process.wait()
 
 
-@pytest.fixture
-async def start_driver(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[DriverProcess]]]:
-    """Starts driver processes: `await start_driver(daemon, "-m", "hmm_client.drivers.dummy")`."""
+@asynccontextmanager
+async def driver_processes(folder: Path) -> AsyncIterator[Callable[..., Awaitable[DriverProcess]]]:
+    """Starts driver processes with sockets in a folder, and ends them."""
     drivers: list[DriverProcess] = []
 
     async def start(daemon: Daemon, *command: str) -> DriverProcess:
-        control = tmp_path / f"control{len(drivers)}.sock"
+        control = folder / f"control{len(drivers)}.sock"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, *command, f"--target={daemon.target}", f"--control={control}"),
             env={name: value for name, value in os.environ.items() if not name.startswith("HMM")},
@@ -85,9 +85,19 @@ async def start_driver(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[
 
 
 @pytest.fixture
-async def dummy(start_driver: Callable[..., Awaitable[DriverProcess]], daemon: Daemon) -> DriverProcess:
-    """The dummy driver, as a process of its own."""
-    return await start_driver(daemon, "-m", "hmm_client.drivers.dummy")
+async def start_driver(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[DriverProcess]]]:
+    """Starts driver processes: `await start_driver(daemon, "-m", "hmm_client.drivers.dummy")`."""
+    async with driver_processes(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+async def start_lasting_driver(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Callable[..., Awaitable[DriverProcess]]]:
+    """Starts driver processes that last as long as the tests of a file."""
+    async with driver_processes(tmp_path_factory.mktemp("drivers")) as start:
+        yield start
 
 
 @pytest.fixture

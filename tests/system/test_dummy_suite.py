@@ -9,7 +9,7 @@ Source: the list of cases in the dummy driver's test suite (github.com/glisse/hm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 T = TypeVar("T")
+DRIVER = ("-m", "hmm_client.drivers.dummy")
 NPAGES = 1024
 SIZE = NPAGES * PAGE_SIZE
 RECLAIMS, REMAPS, RACES = (16, 512, 1024) if ALL else (6, 64, 192)
@@ -72,22 +73,38 @@ class Dummy:
         await self._call("close", **self._where)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+async def daemon(start_session_daemon: Callable[..., Awaitable[Daemon]]) -> Daemon:
+    """One for all cases."""
+    return await start_session_daemon()
+
+
+@pytest.fixture(scope="module")
+async def dummy(start_lasting_driver: Callable[..., Awaitable[DriverProcess]], daemon: Daemon) -> DriverProcess:
+    """The dummy driver, as a process of its own."""
+    return await start_lasting_driver(daemon, *DRIVER)
+
+
+@pytest.fixture(scope="module")
 def client(daemon: Daemon) -> hmm_client.Client:
     """The program's end of the daemon."""
     return daemon.connect("program")
 
 
 @pytest.fixture
-async def process(client: hmm_client.Client) -> Process:
+async def process(client: hmm_client.Client) -> AsyncIterator[Process]:
     """The program."""
-    return await client.create_process("program")
+    process = await client.create_process("program")
+    yield process
+    await process.exit()
 
 
 @pytest.fixture
-async def minor(dummy: DriverProcess, process: Process) -> Dummy:
+async def minor(dummy: DriverProcess, process: Process) -> AsyncIterator[Dummy]:
     """The device, opened by the program."""
-    return await Dummy(dummy, 0, 0).expose(process)
+    minor = await Dummy(dummy, 0, 0).expose(process)
+    yield minor
+    await minor.close()
 
 
 async def test_anon001_device_reads_what_the_cpu_wrote(process: Process, minor: Dummy) -> None:
@@ -147,6 +164,7 @@ async def test_anon005_parent_does_not_see_what_the_childs_device_writes(
     assert await child.read(mapped.address, SIZE) == pattern(seed=2)
     assert await process.read(mapped.address, SIZE) == pattern(seed=1)
     assert (await minor.read(mapped.address, SIZE))[0] == pattern(seed=1)
+    await device.close()
 
 
 async def test_share001_parent_sees_what_the_childs_device_writes_when_memory_is_shared(
@@ -159,6 +177,7 @@ async def test_share001_parent_sees_what_the_childs_device_writes_when_memory_is
     await device.write(mapped.address, pattern())
     assert await process.read(mapped.address, SIZE) == pattern()
     assert (await minor.read(mapped.address, SIZE))[0] == pattern()
+    await device.close()
 
 
 async def test_file001_device_reads_a_shared_file(client: hmm_client.Client, process: Process, minor: Dummy) -> None:
@@ -208,6 +227,7 @@ async def test_expose_mm_is_refused_when_the_minor_is_busy(
         await Dummy(dummy, 0, 0).expose(other)
     await minor.close()
     await Dummy(dummy, 0, 0).expose(other)
+    await other.exit()
 
 
 async def test_rmem001_pages_move_to_the_device(process: Process, minor: Dummy) -> None:
@@ -242,9 +262,13 @@ async def test_rmem003_cpu_sees_what_the_device_wrote_to_its_own_memory(process:
     assert (after["ndev_pages"], after["nsys_pages"]) == (0, 256)
 
 
-@pytest.mark.parametrize("daemon", [{"frames": 3 * NPAGES // 2, "swap_pages": 4 * NPAGES}], indirect=True)
-async def test_stress001_device_faults_again_when_pages_were_reclaimed(process: Process, minor: Dummy) -> None:
+async def test_stress001_device_faults_again_when_pages_were_reclaimed(
+    start_daemon: Callable[..., Awaitable[Daemon]], start_driver: Callable[..., Awaitable[DriverProcess]]
+) -> None:
     """Memory that is too small for all takes pages from CPU and device at any time; every access finds them again."""
+    daemon = await start_daemon(frames=3 * NPAGES // 2, swap_pages=4 * NPAGES)
+    process = await daemon.connect("program").create_process("program")
+    minor = await Dummy(await start_driver(daemon, *DRIVER), 0, 0).expose(process)
     mapped = await process.mmap(SIZE)
     other = await process.mmap(SIZE)
     await process.write(mapped.address, pattern())

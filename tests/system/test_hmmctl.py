@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[1] / "client" / "data"
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
+PAUSE_S = 0.01
+"""Between two changes of something that is watched, or will be soon."""
 
 
 @dataclass
@@ -63,14 +65,16 @@ async def hmmctl(*arguments: object, environment: dict[str, str] | None = None) 
 
 
 class Holding(Driver):
-    """Answers updates only after `go_on` is set."""
+    """Answers updates only after `go_on` is set; `reached`: one has come."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
+        self.reached = asyncio.Event()
 
     async def update(self, event: Event) -> None:
         """Wait, but not after faults."""
         if not event.is_fault:
+            self.reached.set()
             await self.go_on.wait()
 
 
@@ -87,8 +91,7 @@ class Mirrored:
     async def stuck(self) -> AsyncIterator[None]:
         """While this lasts, munmap of the first page waits for the device."""
         unmapping = asyncio.create_task(self.process.munmap(self.span.start, 4096))
-        while (await hmmctl("pending", "--check", "-t", self.process.client.channel.target)).code == 0:
-            pass
+        await self.driver.reached.wait()
         yield
         self.driver.go_on.set()
         await unmapping
@@ -259,6 +262,7 @@ async def test_watch_shows_event_and_answer_when_memory_is_unmapped(daemon: Daem
         mapped = await mirrored.process.mmap(4096)
         await mirrored.mirror.fault(mapped.span)
         await mirrored.process.munmap(mapped.address, 4096)
+        await asyncio.sleep(PAUSE_S)
     done = await watching
     assert done.code == 0
     assert len(done.values) == 3
@@ -279,6 +283,7 @@ async def test_watch_says_that_the_daemon_has_gone_when_it_is_killed(tmp_path: P
         seen = asyncio.create_task(watching.stdout.readline())
         while not seen.done():
             await client.create_process()
+            await asyncio.sleep(PAUSE_S)
         daemon.process.kill()
         _, errors = await watching.communicate()
     daemon.stop()
@@ -333,11 +338,20 @@ async def test_health_is_its_exit_code_when_a_container_asks(daemon: Daemon, tmp
 
 
 @pytest.mark.parametrize(
-    "arguments", [("maps", 99), ("smaps", 99), ("pagemap", 99, "0-1000"), ("walk", 99, "1000"), ("pagetable", 99)]
+    "arguments",
+    [
+        ("maps", 1 << 30),
+        ("smaps", 1 << 30),
+        ("pagemap", 1 << 30, "0-1000"),
+        ("walk", 1 << 30, "1000"),
+        ("pagetable", 99999),
+    ],
 )
-async def test_command_ends_with_four_when_the_daemon_refuses(daemon: Daemon, arguments: tuple[object, ...]) -> None:
+async def test_command_ends_with_four_when_the_daemon_refuses(
+    shared_daemon: Daemon, arguments: tuple[object, ...]
+) -> None:
     """What does not exist is told by the kernel's errno."""
-    done = await hmmctl(*arguments, "-t", daemon.target)
+    done = await hmmctl(*arguments, "-t", shared_daemon.target)
     assert done.code == 4
     assert done.stdout == ""
     assert done.stderr.startswith(("hmmctl: ESRCH: ", "hmmctl: ENODEV: "))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tests.conftest import Daemon
 
 TLS = Path(__file__).parents[1] / "server" / "tls"
+PAUSE_S = 0.01
+"""Between two changes of something that is watched, or will be soon."""
 pytestmark = pytest.mark.slow
 StartDaemon = Callable[..., Awaitable["Daemon"]]
 
@@ -79,6 +81,7 @@ async def test_watch_shows_what_it_was_asked_for_alone(start_daemon: StartDaemon
         for process in (other, watched):
             mapped = await process.mmap(4096)
             await process.munmap(mapped.address, 4096)
+        await asyncio.sleep(PAUSE_S)
     done = await watching
     assert done.code == 0
     heard = [value["event"]["mirror_ids"] for value in done.values if "event" in value]
@@ -102,6 +105,7 @@ async def test_watch_shows_calls_when_it_is_told_to(start_daemon: StartDaemon) -
     watching = asyncio.create_task(hmmctl("watch", "--operations", "--count", 1, "-t", daemon.target))
     while not watching.done():
         await process.mmap(4096)
+        await asyncio.sleep(PAUSE_S)
     done = await watching
     assert done.code == 0
     assert " by program: done after " in done.stdout

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.slow
 SIZE = 16 * PAGE_SIZE
 TIMEOUT_S = 60.0
 """Far more than anything takes; a busy machine is no failure."""
+PAUSE_S = 0.01
+"""Between two questions whether it is so."""
 SOON_S = 0.5
 """A deadline for drivers that do not answer at all; nobody can look in time at what waits for them."""
 IN_TIME_S = 3.0
@@ -70,6 +72,7 @@ class Scene:
                     sent = [event for event in operation.events if event.state == types_pb2.EVENT_STATE_SENT]
                     if operation.name == name and sent:
                         return operation
+                await asyncio.sleep(PAUSE_S)
 
     async def mirror_statistics(self) -> inspection_pb2.MirrorStatistics:
         """Counters of the mirror."""
@@ -88,12 +91,26 @@ class Scene:
         assert event.state == types_pb2.EVENT_STATE_SENT
 
 
+@pytest.fixture(scope="module")
+def daemon_with(start_session_daemon: StartDaemon) -> Callable[..., Awaitable[Daemon]]:
+    """Daemons by their settings: a scene minds nothing of those before it."""
+    daemons: dict[tuple[tuple[str, object], ...], Daemon] = {}
+
+    async def find(**settings: object) -> Daemon:
+        key = tuple(settings.items())
+        if key not in daemons:
+            daemons[key] = await start_session_daemon(**settings)
+        return daemons[key]
+
+    return find
+
+
 @pytest.fixture
-async def set_up(start_daemon: StartDaemon, start_misbehaving: StartDriver) -> Callable[..., Awaitable[Scene]]:
+async def set_up(daemon_with: StartDaemon, start_misbehaving: StartDriver) -> Callable[..., Awaitable[Scene]]:
     """Makes scenes: `await set_up(policy="fence", acknowledgement_s=SOON_S)`, on a patient daemon unless told so."""
 
     async def make(*, policy: str = "fence", **settings: object) -> Scene:
-        daemon = await start_daemon(**settings)
+        daemon = await daemon_with(**settings)
         driver = await start_misbehaving(daemon)
         client = daemon.connect("program")
         process = await client.create_process("program")
