@@ -43,11 +43,11 @@ def _guarded_start(vma: Vma | None, stack_guard: int) -> int:
     return vma.start - stack_guard if vma.has(VmFlag.GROWSDOWN) else vma.start
 
 
-def _in_place(vmas: list[Vma], start: Address, end: Address, mapping: Mapping) -> Vma | None:
-    """The one of `vmas` that has this extent, with another mapping."""
-    at = bisect_left(vmas, start, key=_START)
-    if at < len(vmas) and vmas[at][:2] == (start, end):
-        return new_vma((start, end, mapping, *vmas[at][3:]))
+def _in_place(vmas: list[Vma], first: int, stop: int, piece: tuple[Address, Address, Mapping]) -> Vma | None:
+    """The one of VMAs `first` to `stop` that has the extent of a piece, with the piece's mapping."""
+    at = bisect_left(vmas, piece[0], first, stop, key=_START)
+    if at < stop and vmas[at][:2] == piece[:2]:
+        return new_vma((*piece, *vmas[at][3:]))
     return None
 
 
@@ -158,49 +158,48 @@ class VmaMap(IntervalMap[Vma]):
         """
         start, end = span.start, span.end
         assert not vmas or (start <= vmas[0][0] and vmas[-1][1] <= end), (span, vmas)
-        slot, touched = self._touching(start, end)
+        number, first, stop, below, above = self._touching(start, end)
         serial = next(self._serials)
         result: list[Vma] = []
         joins_below = merge and not (apart_from and apart_from.end == start)
         joins_above = merge and not (apart_from and apart_from.start == end)
         # The VMA that may still grow upwards; it becomes an object when it cannot, or stays the one that it was.
-        low = high = outer = 0
+        low = high = 0
+        inner = first
         grown = added = same = None
-        if touched and touched[0][0] < start:
-            low, high, grown, _, _ = touched[0]
-            same = touched[0] if high == start else None
-            high, outer = start, 1
+        if below:
+            inner += 1
+            low, high, grown = below[0], start, below[2]
+            same = below if below[1] == start else None
         for piece_start, piece_end, added in vmas:
             if grown and joins_below and high == piece_start and mergeable(grown, added):
                 grown, same = merged(grown, added, (grown if moved else added).flags), None
             else:
                 if grown:
                     result.append(same or new_vma((low, high, grown, serial, serial)))
-                low, grown = piece_start, added
-                same = _in_place(touched, piece_start, piece_end, added) if outer < len(touched) else None
+                low, grown, same = piece_start, added, None
+                if inner < stop:
+                    same = _in_place(self._chunks[number].items, inner, stop, (piece_start, piece_end, added))
             if added.delta and added.backing is None:
                 self.moved = True
             high = piece_end
             joins_below = merge
-        if touched and touched[-1][1] > end:
-            edge, high_end, above, _, _ = touched[-1]
-            if grown and added and joins_above and high == end and merges_upwards(grown, added, above):
-                grown, same = merged(grown, above, (above if moved and low == start else grown).flags), None
+        if above:
+            if grown and added and joins_above and high == end and merges_upwards(grown, added, above[2]):
+                grown, same = merged(grown, above[2], (above[2] if moved and low == start else grown).flags), None
             else:
                 if grown:
                     result.append(same or new_vma((low, high, grown, serial, serial)))
-                low, grown, same = end, above, touched[-1] if edge == end else None
-            high = high_end
+                low, grown, same = end, above[2], above if above[0] == end else None
+            high = above[1]
         if grown:
             result.append(same or new_vma((low, high, grown, serial, serial)))
-        self._splice(slot, result)
+        self._splice(number, first, stop, result)
 
     def rejoin(self, whole: Vma) -> None:
         """Put back a VMA that was cut in pieces, with its place in the reverse map."""
-        slot, touched = self._touching(whole.start, whole.end)
-        below = [vma for vma in touched if vma.end <= whole.start]
-        above = [vma for vma in touched if vma.start >= whole.end]
-        self._splice(slot, [*below, whole, *above])
+        number, first, stop, below, above = self._touching(whole.start, whole.end)
+        self._splice(number, first, stop, [vma for vma in (below, whole, above) if vma])
 
     def inherit(self, vmas: Sequence[Vma]) -> None:
         """Make a parent's VMAs, ascending, all that is mapped here: dup_mmap().
@@ -212,7 +211,7 @@ class VmaMap(IntervalMap[Vma]):
         assert not len(self), "the child maps something"
         inherited = [new_vma((*vma[:4], next(self._serials))) for vma in vmas]
         self.moved = any(vma.mapping.delta and vma.mapping.backing is None for vma in inherited)
-        self._splice((0, 0, 0, 0), inherited)
+        self._splice(0, 0, 0, inherited)
 
     def set_mapping(self, vma: Vma, mapping: Mapping) -> Vma:
         """Change the mapping of one whole VMA in place; its neighbours stay apart.

@@ -272,6 +272,11 @@ def test_check_notices_a_map_that_was_damaged(three: VmaMap) -> None:
     with pytest.raises(AssertionError):
         three.check()
     chunk.largest = 1 << 40
+    three._firsts[0] += 1
+    with pytest.raises(AssertionError):
+        three.check()
+    three._firsts[0] -= 1
+    three.check()
     three._count += 1
     with pytest.raises(AssertionError):
         three.check()
