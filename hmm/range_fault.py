@@ -15,7 +15,8 @@ pages of a huge page are asked for together, and so are those without a page tab
 
 **Source**: Linux mm/hmm.c, include/linux/hmm.h; 6.12, with the bits of the words as of 6.16.
 
-**Invariants**: when an error is raised, words below the failing address are outputs and all others still inputs.
+**Invariants**: when an error is raised, words below the failing address are outputs and all others still inputs.  Pages
+that were faulted together with that address are above it in this: they were faulted in, and nobody came to their words.
 
 **Absent**: DMA mapping of the result (hmm_dma.py).
 """
@@ -108,6 +109,7 @@ class HmmRange:
         blank: nobody has written `words` yet: only the default flags count, and what is not reached becomes 0.
         may_retry: the mmap lock may be dropped to wait for the handler of a userfaultfd.
         written: up to here `words` are written.
+        failure: a fault failed that begins at this address; words below it are written before that is said.
     """
 
     mirror: IntervalMirror
@@ -121,6 +123,7 @@ class HmmRange:
     blank: bool = False
     may_retry: bool = False
     written: Address = 0
+    failure: tuple[Address, BadAddressError] | None = None
 
     @property
     def space(self) -> AddressSpace:
@@ -147,8 +150,9 @@ class HmmRange:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    # A part of one VMA as it is: words, and bool[n]: what has to be faulted, for writing, what cannot be had; and what
-    # is asked for together; and whether devices have pages in it.
+    # A part of one VMA as it is: the CPU's entries, words, and bool[n]: what has to be faulted, for writing, what can
+    # not be had; and what is asked for together; and whether devices have pages in it.
+    entries: Entries
     words: Entries
     need: _Mask
     need_write: _Mask
@@ -166,16 +170,23 @@ def range_fault(request: HmmRange) -> Operation[None]:
         AccessDeniedError: a page is wanted for writing and its VMA does not permit it (EPERM), `error.address`.
         BadAddressError: a page that is wanted cannot be had: no mapping, no permission to read, behind the end of its
             file, registers, lost, missing for a userfaultfd while the lock may not be dropped, or no memory (EFAULT),
-            `error.address`.  Pages below it have been faulted in.
+            `error.address`.  Pages below it have been faulted in.  Words are outputs up to the first of them that is
+            faulted together with it.
 
     Cost: O(pages + VMAs), vectorised.
     """
     _check(request)
     at = request.written = request.span.start
+    request.failure = None
     try:
         while at < request.span.end:
             _require_current(request)
             stop = min(request.span.end, (at // PIECE_BYTES + 1) * PIECE_BYTES)
+            if request.failure is not None:
+                failing, error = request.failure
+                if at == failing:
+                    raise error
+                stop = min(stop, failing)
             at = yield from _part(request, at, stop)
             if at < request.span.end and at == stop:
                 yield Pause()
@@ -300,7 +311,7 @@ def _look(request: HmmRange, vma: Vma, span: AddressRange) -> _Look:
     hopeless = (registers & fault & ~need) | (cpu_pte.is_poison(entries) & fault)
     words[registers] = np.uint64(ERROR)
     with_devices = int(np.bitwise_or.reduce(entries)) & _WITH_DEVICES != 0
-    return _Look(words, need, need_write, hopeless, at_once, with_devices)
+    return _Look(entries, words, need, need_write, hopeless, at_once, with_devices)
 
 
 def _asked_at_once(space: AddressSpace, vma: Vma, span: AddressRange, entries: Entries) -> list[slice]:
@@ -336,6 +347,7 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     """hmm_vma_fault(): fault from the first page on that needs it, in each directory to its end."""
     space = request.space
     target, write = _to_be_faulted(request, span, look, first)
+    together = look.at_once if look.at_once or not _crosses(span) else _asked_at_once(space, vma, span, look.entries)
     address = span.start + (first << PAGE_SHIFT)
     if space.frames.locks.held or space.notifier.copies:
         still = yield from _not_moving(space, target)
@@ -345,11 +357,27 @@ def _fault(request: HmmRange, vma: Vma, span: AddressRange, look: _Look, first: 
     if write and not vma.writable:
         raise AccessDeniedError(f"range fault: {vma} may not be written", errnos.EPERM, address=address)
     stop = yield from _bring_in(request, target, look, write=write)
-    if stop is None or continues(space, target, stop) or stop.address >> PMD_SHIFT > address >> PMD_SHIFT:
-        return  # in another directory it is met again, when the words before it have been written
-    if stop.signal is None:
-        raise BadAddressError(f"range fault: {stop.address:#x}: memory ran out", address=stop.address)
-    raise BadAddressError(f"range fault: {stop.address:#x}: {stop.signal.value}", address=stop.address)
+    if stop is None or continues(space, target, stop):
+        return
+    why = "memory ran out" if stop.signal is None else stop.signal.value
+    error = BadAddressError(f"range fault: {stop.address:#x}: {why}", address=stop.address)
+    begun = _begun(span, look, together, stop.address)
+    if begun <= address:
+        raise error
+    request.failure = begun, error
+
+
+def _crosses(span: AddressRange) -> bool:
+    return span.start >> PMD_SHIFT != (span.end - 1) >> PMD_SHIFT
+
+
+def _begun(span: AddressRange, look: _Look, together: list[slice], failing: Address) -> Address:
+    """The first page that was faulted together with one that cannot be had."""
+    page = (failing - span.start) >> PAGE_SHIFT
+    first = (max(span.start, failing & -PMD_SIZE) - span.start) >> PAGE_SHIFT
+    first += int((look.need & ~look.hopeless)[first : page + 1].argmax())
+    first = next((pages.start for pages in together if pages.start <= page < pages.stop), first)
+    return span.start + (first << PAGE_SHIFT)
 
 
 def _bring_in(request: HmmRange, target: AddressRange | Entries, look: _Look, *, write: bool) -> Operation[Stop | None]:
@@ -401,11 +429,15 @@ def _to_be_faulted(
         # In every directory at once: the outcome is that of one after the other.
         pages = np.arange(start, start + look.need.size)
         blocks = pages >> (PMD_SHIFT - PAGE_SHIFT)
-        needy = pages[look.need]
+        needy = pages[look.need & ~look.hopeless]
         which, positions = np.unique(needy >> (PMD_SHIFT - PAGE_SHIFT), return_index=True)
         begins = np.full(int(blocks[-1] - blocks[0]) + 1, np.iinfo(np.int64).max)
         begins[which - blocks[0]] = needy[positions]
-        limit = start + int(look.hopeless.argmax()) if look.hopeless.any() else int(pages[-1]) + 1
+        limit = int(pages[-1]) + 1
+        if look.hopeless.any():  # one behind a needy page is faulted, in vain; at another one the walk ends
+            hopeless = int(pages[look.hopeless.argmax()])
+            in_vain = int(begins[(hopeless >> (PMD_SHIFT - PAGE_SHIFT)) - int(blocks[0])]) < hopeless
+            limit = hopeless + in_vain
         chosen = pages[(pages >= begins[blocks - blocks[0]]) & (pages < limit)]
         write = bool(look.need_write[first])
         if chosen.size == int(chosen[-1]) - int(chosen[0]) + 1:

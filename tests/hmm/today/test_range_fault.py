@@ -14,10 +14,11 @@ from hmm.address_space import Thp
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
 from hmm.events import Reason
 from hmm.interval_notifier import IntervalMirror
+from hmm.madvise import Advice
 from hmm.operation_record import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
 from hmm.semantics import LINUX_6_12, LINUX_7
-from hmm.units import PAGE_SIZE
+from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
@@ -262,23 +263,78 @@ def test_page_that_comes_back_for_a_device_is_not_written_yet(bench: Any) -> Non
     assert not bench.entry(0) & (cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY)
 
 
-def test_words_are_outputs_up_to_a_failure_in_another_directory(make_bench: Any) -> None:
+@pytest.mark.parametrize(("replaced", "error", "found"), [(True, RangeBusyError, 0), (False, BadAddressError, 4)])
+def test_words_are_outputs_up_to_a_failure_in_another_directory(
+    make_bench: Any, error: type[HmmError], found: int, *, replaced: bool
+) -> None:
     """hmm_range_fault() walks on from where it faulted: what lies before a page that cannot be had is written by then.
 
-    If a page was replaced there, that is noticed before anybody comes to the one that cannot be had: -EBUSY.
+    Not what is faulted together with it.  If a page was replaced before, that is noticed before anybody comes to the
+    one that cannot be had: -EBUSY.
     """
     bench = make_bench(mapped_pages=1)
+    span = file_that_ends(bench, at=508, npages=8, mapped=10)
+    bench.read(0, 1)
+    if replaced:
+        bench.read(509, 1)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, span, BOTH)
+    assert isinstance(faulted.error, error)
+    assert flags_of(faulted.words) == [VALID | WRITE] * found + [0] * (10 - found)
+    assert cpu_pte.is_present(bench.entry(515))
+
+
+def file_that_ends(bench: Any, at: int, npages: int, mapped: int) -> AddressRange:
+    """Map more pages of a file than it has, as private memory.  Returns: where."""
     file = bench.call(commands_file.open_file, "f", create=True)
-    bench.call(commands_file.truncate_file, file, 8 * PAGE_SIZE)
-    span = bench.span(508, 10)
+    bench.call(commands_file.truncate_file, file, npages * PAGE_SIZE)
+    span: AddressRange = bench.span(at, mapped)
     private = MapFlag.PRIVATE | MapFlag.FIXED
     bench.call(commands_process.mmap, bench.process, span.start, span.size_bytes, RW, private, file)
-    for error, found in ((RangeBusyError, 0), (BadAddressError, 4)):
-        sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
-        bench.read(509, 1)
-        faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, span, BOTH)
-        assert isinstance(faulted.error, error)
-        assert flags_of(faulted.words[:4])[:found] == [VALID | WRITE] * found
+    return span
+
+
+@pytest.mark.parametrize(("table", "found"), [(False, 0), (True, 512)])
+def test_words_stay_inputs_when_a_page_without_a_page_table_cannot_be_had(
+    make_bench: Any, *, table: bool, found: int
+) -> None:
+    """hmm_vma_walk_hole() gives hmm_vma_fault() a whole GiB; where that has a table of directories, 2 MiB of it."""
+    bench = make_bench(mapped_pages=1, frames=1000)
+    span = file_that_ends(bench, at=1024, npages=520, mapped=1024)
+    if table:
+        bench.read(0, 1)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, span, REQ_FAULT)
+    assert isinstance(faulted.error, BadAddressError)
+    assert faulted.error.address == span.start + 520 * PAGE_SIZE
+    assert flags_of(faulted.words) == [VALID] * found + [0] * (1024 - found)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(
+    ("present", "found"),
+    [
+        ([0, 1, 2, 3, 4, 5], 4),  # hmm_vma_handle_pte() comes to the lost page: -EFAULT
+        ([0, 1, 3, 4], 2),  # hmm_vma_fault() begins at the third, and comes to it in vain
+        ([0, 1, 2, 3], 4),  # nobody comes to the one behind it
+    ],
+)
+def test_words_between_a_missing_page_and_a_lost_one_stay_inputs(
+    bench: Any, present: list[int], found: int, *, one_by_one: bool
+) -> None:
+    """hmm_vma_fault() of Linux 6.12 ends with -EFAULT, and hmm_range_fault() does not walk again."""
+    bench.local.machine.capable = True
+    for at in [*present, 4]:
+        bench.write(at, b"x")
+    lost = bench.span(4)
+    bench.call(commands_process.madvise, bench.process, lost.start, lost.size_bytes, Advice.HWPOISON)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    requests = (0, BOTH, np.full(8, REQ_FAULT | 1, np.uint64)) if one_by_one else (REQ_FAULT,)
+    faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, bench.span(0, 8), *requests)
+    assert isinstance(faulted.error, BadAddressError)
+    assert faulted.error.address == lost.start
+    assert flags_of(faulted.words) == [VALID | WRITE] * found + [REQ_FAULT if one_by_one else 0] * (8 - found)
+    assert [bool(cpu_pte.is_present(bench.entry(at))) for at in range(5, 8)] == [at in present for at in range(5, 8)]
 
 
 def test_fault_fails_behind_the_end_of_a_file(bench: Any) -> None:
