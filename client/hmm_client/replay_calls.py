@@ -11,6 +11,7 @@ MREMAP_FIXED.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -171,18 +172,40 @@ async def _map(process: Process, step: Map, files: Mapping[str, File]) -> Made:
 
 async def _remap(process: Process, step: Remap) -> Made:
     flags, target = MremapFlag(step.flags), step.target
+    span = _span(step.address, min(step.length, step.new_length))
     if step.recorded and flags & MremapFlag.FIXED and step.length == step.new_length:
-        span = _span(step.address, step.length)
         pieces = list(moved_pieces((await process.maps()).lines, span))
-        if pieces != [span]:  # Linux 6.17 moves all that lies there
-            for piece in pieces:
-                length, distance = piece.end - piece.start, piece.start - step.address
-                await process.mremap(piece.start, length, length, flags, new_address=step.recorded + distance)
+        if pieces != [span]:  # Linux 6.17 moves all that lies there, and leaves what a hole comes to
+            await _remap_pieces(process, step, pieces)
             return Made()
     if step.recorded not in (0, step.address):
         flags, target = flags | MremapFlag.MAYMOVE | MremapFlag.FIXED, step.recorded
-    moved = await process.mremap(step.address, step.length, step.new_length, flags, new_address=target)
+    try:
+        moved = await process.mremap(step.address, step.length, step.new_length, flags, new_address=target)
+    except BadAddressError as error:
+        pieces = list(moved_pieces((await process.maps()).lines, span))
+        covered = sum(piece.end - piece.start for piece in pieces) == span.end - span.start
+        if error.errno != errno.EFAULT or not step.recorded or not covered:
+            raise
+        # One mapping there: since Linux 6.16 touched memory and untouched become one, and touches are not recorded.
+        await _remap_pieces(process, step, pieces)
+        return Made()
     return Made(f"{step.recorded:#x}", f"{moved.address:#x}")
+
+
+async def _remap_pieces(process: Process, step: Remap, pieces: Sequence[AddressRange]) -> None:
+    """An mremap of what is several mappings here; the last one may grow."""
+    distance = step.recorded - step.address
+    if distance:
+        flags = MremapFlag(step.flags) | MremapFlag.MAYMOVE | MremapFlag.FIXED
+        for piece in pieces:
+            length = piece.end - piece.start
+            await process.mremap(piece.start, length, length, flags, new_address=piece.start + distance)
+    growth = page_up(step.new_length) - page_up(step.length)
+    if growth > 0:
+        last = pieces[-1]
+        length = last.end - last.start
+        await process.mremap(last.start + distance, length, length + growth)
 
 
 async def _brk(process: Process, step: Brk) -> Made:

@@ -17,6 +17,7 @@ from hmm.units import Address, AddressRange, page_up
 from hmm_client.recordings import Interrupted
 from hmm_client.recordings.decode import AIO_RING
 from hmm_client.recordings.flags import PROT
+from hmm_client.recordings.maps import SHARED_ANONYMOUS
 from hmm_client.recordings.segments import NAME
 from hmm_client.results import MapsLine
 
@@ -77,13 +78,17 @@ def changed(lines: Sequence[MapsLine], step: Interrupted) -> Address:
     if step.errno == "EPERM":
         stops = [sealed for sealed, end in step.sealed if sealed < span.end and span.start < end]
     else:
-        stops = [line.start for line in mapped(lines, span) if _stops(line, step)]
+        may_stop = [line for line in mapped(lines, span) if _stops(line, step)]
+        certain = [line for line in may_stop if line.permissions[3] == "p" or line.file_name not in step.writable]
+        stops = [line.start for line in certain or may_stop]
     # When nothing is known that could have stopped it, nothing is known that has changed.
     return max(start, min(stops, default=start))
 
 
 def _stops(line: MapsLine, step: Interrupted) -> bool:
     shared = line.permissions[3] == "s"
+    if shared and line.file_name.startswith(SHARED_ANONYMOUS):
+        return False
     asked = step.attempt.prot & ~prot_of(line)
     if step.errno == "EACCES":  # of a file that may not be written, or lies where nothing may be executed
         return bool(line.file_id) and bool(asked & (_EXEC | _WRITE if shared else _EXEC))

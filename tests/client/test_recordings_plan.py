@@ -195,6 +195,22 @@ def test_mprotect_is_interrupted_when_it_fails_at_a_mapping(errno: str) -> None:
     assert interrupted[0].attempt == Protect(interrupted[0].origin, 0x1000, 0x8000, 1)
 
 
+def test_interrupted_mprotect_knows_which_files_were_written_when_they_were_mapped_before() -> None:
+    """mmap(2): MAP_SHARED with PROT_WRITE needs a descriptor open for writing."""
+    steps = plan(
+        """
+        1 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_SHARED, 3</shared>, 0) = 0x10000
+        1 mmap(NULL, 4096, PROT_READ, MAP_SHARED, 4</read>, 0) = 0x20000
+        1 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_PRIVATE, 4</private>, 0) = 0x30000
+        1 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_SHARED, 4</refused>, 0) = -1 EACCES (Permission denied)
+        1 mprotect(0x20000, 4096, PROT_READ|PROT_WRITE) = -1 EACCES (Permission denied)
+        1 mmap(NULL, 4096, PROT_WRITE, MAP_SHARED_VALIDATE, 4</later>, 0) = 0x40000
+        """
+    ).steps
+    (interrupted,) = (step for step in steps if isinstance(step, Interrupted))
+    assert interrupted.writable == {"/shared"}
+
+
 @pytest.mark.parametrize(
     ("advice", "kind"),
     [

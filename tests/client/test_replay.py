@@ -194,6 +194,54 @@ async def test_replay_maps_huge_pages_when_the_daemon_sets_none_aside(
     assert (done.outcomes, done.layout) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("call", "result", "end"),
+    [
+        ("12288, 20480, 0)", 0x7F0000000000, 5),
+        ("12288, 20480, MREMAP_MAYMOVE)", 0x7E0000000000, 5),
+        ("12288, 20480, MREMAP_MAYMOVE|MREMAP_FIXED, 0x7e0000000000)", 0x7E0000000000, 5),
+        ("12288, 8192, MREMAP_MAYMOVE|MREMAP_FIXED, 0x7e0000000000)", 0x7E0000000000, 2),
+        ("12288, 12288, MREMAP_MAYMOVE|MREMAP_DONTUNMAP)", 0x7E0000000000, 3),
+    ],
+    ids=["grow in place", "grow and move", "grow and be put", "shrink and be put", "stay mapped"],
+)
+async def test_replay_moves_touched_and_untouched_memory_when_it_is_one_mapping_there(
+    daemon: Daemon, altered: Callable[..., Path], call: str, result: int, end: int
+) -> None:
+    """mm/vma.c, is_mergeable_anon_vma(): since Linux 6.16 memory without pages becomes one mapping with what has some.
+
+    What mlock has brought in stays a mapping of its own here when it is unlocked.
+    """
+    exit_line = "21460 exit_group(0)                     = ?"
+    calls = (
+        "21460 mmap(0x7f0000000000, 12288, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n"
+        "21460 mlock(0x7f0000001000, 4096) = 0\n"
+        "21460 munlock(0x7f0000001000, 4096) = 0\n"
+        f"21460 mremap(0x7f0000000000, {call} = {result:#x}\n"
+        f"21460 mprotect({result:#x}, {end * 4096}, PROT_READ) = 0\n"
+        f"21460 mprotect({result:#x}, {(end + 1) * 4096}, PROT_READ) = -1 ENOMEM (Cannot allocate memory)\n"
+        f"21460 munmap({result:#x}, {end * 4096}) = 0\n"
+        "21460 munmap(0x7f0000000000, 12288) = 0\n"
+    )
+    done = await replayed(altered(TRUE, "strace.log", exit_line, calls + exit_line), daemon)
+    assert (done.outcomes, done.layout) == ([], [])
+
+
+async def test_replay_finds_a_difference_when_moved_memory_is_not_there(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """mm/mremap.c: what is not mapped, or ends too early, cannot be moved."""
+    exit_line = "21460 exit_group(0)                     = ?"
+    calls = (
+        "21460 mmap(0x7f0000000000, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n"
+        "21460 mremap(0x7f0000000000, 8192, 12288, MREMAP_MAYMOVE) = 0x7e0000000000\n"
+        "21460 mremap(0x7f0000001000, 4096, 12288, MREMAP_MAYMOVE) = 0x7d0000000000\n"
+        "21460 munmap(0x7f0000000000, 4096) = 0\n"
+    )
+    done = await replayed(altered(TRUE, "strace.log", exit_line, calls + exit_line), daemon)
+    assert [outcome.found.split(":")[0] for outcome in done.outcomes] == ["EFAULT", "EFAULT"]
+
+
 async def test_replay_counts_a_placement_when_the_kernel_chose_another_place(daemon: Daemon) -> None:
     """Where the daemon would have put a mapping, here into a hole that the kernel did not have, is no difference."""
     recording = Recording.load(TRUE)

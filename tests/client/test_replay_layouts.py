@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hmm.units import AddressRange
@@ -77,6 +79,18 @@ def test_length_is_the_gap_when_nothing_else_says_it() -> None:
 def test_mprotect_has_changed_what_lies_below_the_mapping_that_stopped_it(step: Interrupted, end: int) -> None:
     """mm/mprotect.c, mprotect_fixup(): seals, a file that may not be written or executed, and limits stop it."""
     lines = [line(1, 3), line(3, 5, "r--p"), line(5, 7, "r--s", "/lib/x"), line(7, 9, "r--p", "/lib/x")]
+    assert changed(lines, step) == end << 12
+
+
+@pytest.mark.parametrize(("writable", "end"), [((), 3), (("/a",), 5), (("/a", "/b"), 3), (("/a", "/b", "/lib/x"), 3)])
+def test_mprotect_passed_what_may_be_written_when_a_file_stopped_it(writable: tuple[str, ...], end: int) -> None:
+    """mm/mprotect.c, do_mprotect_pkey(): EACCES where VM_MAYWRITE is missing.
+
+    Shared memory without a file has it, and a file that was mapped to be written was open for that.  If all that lies
+    there may be written (a seal has taken the right away since, or another descriptor lacked it), it was the first.
+    """
+    lines = [line(1, 3, "r--s", "/dev/zero (deleted)"), line(3, 5, "r--s", "/a"), line(5, 7, "r--s", "/b")]
+    step = dataclasses.replace(interrupted("EACCES", 1, 7, RW), writable=frozenset(writable))
     assert changed(lines, step) == end << 12
 
 

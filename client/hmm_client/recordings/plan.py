@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hmm.units import PAGE_SIZE, TASK_SIZE, page_up
+from hmm_client.recordings import flags
 from hmm_client.recordings.arguments import ArgumentError, descriptor, fields, flag_names, number, string
 from hmm_client.recordings.decode import DECODERS, IGNORED, REPLAYED_ERRORS
 from hmm_client.recordings.errors import RecordingError
@@ -39,6 +40,7 @@ from hmm_client.recordings.steps import (
     GrowStack,
     Ignored,
     Interrupted,
+    Map,
     Origin,
     ProcessIndex,
     Protect,
@@ -51,6 +53,7 @@ from hmm_client.recordings.steps import (
 )
 from hmm_client.recordings.strace import Call, Ended, Event, Log, Signal, Superseded
 
+_SHARED, _WRITE = flags.MAP["MAP_SHARED"], flags.PROT["PROT_WRITE"]
 FIRST: ProcessIndex = 0
 """The process whose layouts were recorded."""
 
@@ -149,6 +152,7 @@ class _Planner:
     memory_calls: dict[int, list[Call]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
     sealed: dict[ProcessIndex, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    writable: set[str] = field(default_factory=set)
     incomparable: str | None = None
     ending: int | None = None
 
@@ -214,6 +218,8 @@ class _Planner:
         if step.process == FIRST:
             self.grow(step.call, self.growth.before(step))
             self.growth.made(step)
+        if isinstance(step, Map) and step.source and step.flags & _SHARED and step.prot & _WRITE:
+            self.writable.add(step.source)
         self.steps.append(step)
 
     def in_its_state(self, step: Step, task: _Task) -> Step:
@@ -247,7 +253,8 @@ class _Planner:
             return Failed(origin, errno, None)
         attempt = decoder(origin, call.arguments, 0)
         if isinstance(attempt, Protect):
-            return Interrupted(origin, errno, attempt, self.sealed.get(origin.process, ()))
+            sealed, writable = self.sealed.get(origin.process, ()), frozenset(self.writable)
+            return Interrupted(origin, errno, attempt, sealed, writable)
         return Failed(origin, errno, None if isinstance(attempt, Ignored | Unknown) or _unsaid(attempt) else attempt)
 
     def other_step(self, call: Call, origin: Origin, result: int) -> Step:

@@ -278,11 +278,13 @@ class Interrupted(Step):
         errno: name of the error: ENOMEM (a hole, or a limit), EACCES (the file does not permit it), EPERM (sealed).
         attempt: the whole call.
         sealed: [start, end) of everything that the process has sealed.
+        writable: names of the files that were mapped to be shared and written before; so they may be written.
     """
 
     errno: str
     attempt: Protect
     sealed: tuple[tuple[int, int], ...] = ()
+    writable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
