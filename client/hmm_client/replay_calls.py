@@ -108,7 +108,7 @@ async def make(process: Process, step: Step, files: Mapping[str, File]) -> Made:
             for piece in attached((await process.maps()).lines, address):
                 await process.munmap(piece.start, piece.end - piece.start)
         case Interrupted():
-            await _protect_in_part(process, step)
+            await _change_in_part(process, step)
         case Lock() | Unlock() | LockAll() | UnlockAll():
             await _lock(process, step)
         case _:
@@ -226,13 +226,19 @@ async def _with_length(process: Process, step: Map, segment: File) -> Map:
     return replace(step, length=length)
 
 
-async def _protect_in_part(process: Process, step: Interrupted) -> None:
-    """An mprotect that failed, as far as it came."""
+async def _change_in_part(process: Process, step: Interrupted) -> None:
+    """An mprotect, mlock or munlock that failed, as far as it came."""
     attempt = step.attempt
     span = _span(attempt.address, attempt.length)
     lines = (await process.maps()).lines
     pieces = list(mapped(lines, span))
-    if step.errno == "ENOMEM" and (not pieces or pieces[-1].end < span.end):
+    hole = not pieces or pieces[-1].end < span.end
+    if not isinstance(attempt, Protect):
+        # Without a hole it met a limit, and did nothing; or pages that nobody may touch, and all is locked.
+        if hole or any(line.permissions.startswith("---") for line in pieces):
+            with suppress(BadAddressError):
+                await _lock(process, attempt)
+    elif step.errno == "ENOMEM" and hole:
         with suppress(BadAddressError):  # which it must meet, at the hole
             await process.mprotect(attempt.address, attempt.length, attempt.prot)
     elif (end := changed(lines, step)) > attempt.address:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hmm.units import Address, AddressRange, page_up
-from hmm_client.recordings import Interrupted
+from hmm_client.recordings import Interrupted, Protect
 from hmm_client.recordings.decode import AIO_RING
 from hmm_client.recordings.flags import PROT
 from hmm_client.recordings.maps import SHARED_ANONYMOUS
@@ -89,6 +89,7 @@ def _stops(line: MapsLine, step: Interrupted) -> bool:
     shared = line.permissions[3] == "s"
     if shared and line.file_name.startswith(SHARED_ANONYMOUS):
         return False
+    assert isinstance(step.attempt, Protect)
     asked = step.attempt.prot & ~prot_of(line)
     if step.errno == "EACCES":  # of a file that may not be written, or lies where nothing may be executed
         return bool(line.file_id) and bool(asked & (_EXEC | _WRITE if shared else _EXEC))

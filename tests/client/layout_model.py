@@ -187,7 +187,7 @@ class LayoutModel:
                 for area in list(space.areas):
                     if area.name.startswith(("/SYSV", "/[aio]")) and area.start - address == area.offset:
                         space.put(area.start, area.end, [])
-            case Interrupted():
+            case Interrupted(attempt=Protect()):
                 self._protect_in_part(space, step)
 
     def _unmap(self, space: Space, step: Unmap) -> str | None:

@@ -195,6 +195,19 @@ def test_mprotect_is_interrupted_when_it_fails_at_a_mapping(errno: str) -> None:
     assert interrupted[0].attempt == Protect(interrupted[0].origin, 0x1000, 0x8000, 1)
 
 
+@pytest.mark.parametrize(
+    ("call", "attempt"), [("mlock(", Lock), ("mlock2(", Lock), ("munlock(", Unlock)], ids=["mlock", "mlock2", "munlock"]
+)
+def test_locking_is_interrupted_when_it_fails_at_a_hole(call: str, attempt: type[Step]) -> None:
+    """mm/mlock.c, apply_vma_lock_flags(): what lies below the hole is locked, or no longer."""
+    step = only_step(
+        f"{call}0x1000, 8192{', MLOCK_ONFAULT' if attempt is Lock and '2' in call else ''}) = -1 ENOMEM (x)"
+    )
+    assert isinstance(step, Interrupted)
+    assert isinstance(step.attempt, attempt)
+    assert isinstance(only_step(f"{call}0x1000, 8192, 0) = -1 EAGAIN (x)"), Failed)
+
+
 def test_interrupted_mprotect_knows_which_files_were_written_when_they_were_mapped_before() -> None:
     """mmap(2): MAP_SHARED with PROT_WRITE needs a descriptor open for writing."""
     steps = plan(
@@ -838,6 +851,16 @@ def test_area_grows_before_a_call_cuts_what_it_gained() -> None:
     steps = plan(text, [], rest)
     assert kinds(steps) == ["Map(0)", "Map(0)", "GrowStack(0)", "Unmap(0)", "Unmap(0)"]
     assert steps.steps[2] == GrowStack(steps.steps[3].origin, 0x5000, 0x9000)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "later"])
+def test_area_has_not_grown_when_another_call_maps_what_lies_below_it(first: bool) -> None:
+    """Two mappings that touch are no growth."""
+    below = "1 mmap(0x5000, 16384, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x5000"
+    grows = "1 mmap(0x9000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_GROWSDOWN, -1, 0) = 0x9000"
+    text = "\n".join([below, grows] if first else [grows, below])
+    final = [Area(0x5000, 0x9000, "r--p"), Area(0x9000, 0xB000, "r--p")]
+    assert kinds(plan(f"{text}\n1 exit_group(0) = ?", [], final)) == ["Map(0)", "Map(0)", "Exit(0)"]
 
 
 def test_area_has_grown_when_a_call_succeeds_that_begins_below_it() -> None:

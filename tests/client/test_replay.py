@@ -17,8 +17,9 @@ from hmm.units import PAGE_SIZE, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client import Process
-from hmm_client.recordings import Recording, RecordingError, demo_folder
+from hmm_client.recordings import Call, Interrupted, Lock, Origin, Recording, RecordingError, Unlock, demo_folder
 from hmm_client.replay import Replayed, replay
+from hmm_client.replay_calls import make
 from hmm_client.replay_contents import STAMP_OFFSET, Stamping, compare_contents
 from hmm_client.replay_contents import NoDevices as Nobody
 from hmm_client.replay_devices import ReplayDevices
@@ -225,6 +226,29 @@ async def test_replay_moves_touched_and_untouched_memory_when_it_is_one_mapping_
     )
     done = await replayed(altered(TRUE, "strace.log", exit_line, calls + exit_line), daemon)
     assert (done.outcomes, done.layout) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("prot", "npages", "locked"),
+    [(Prot.READ, 2, True), (Prot.READ, 1, False), (Prot.NONE, 1, True)],
+    ids=["hole", "limit", "no access"],
+)
+async def test_replay_locks_as_far_as_the_call_came_when_it_failed(
+    daemon: Daemon, prot: Prot, npages: int, locked: bool
+) -> None:
+    """mm/mlock.c, do_mlock(): a limit is met first, a hole at its place, pages that cannot come in when all is locked.
+
+    munlock() goes up to the hole as well.
+    """
+    process = await daemon.connect().create_process("p")
+    start = (await process.mmap(4096, prot)).address
+    await process.munmap(start + 4096, 4096)
+    origin = Origin(0, Call(1, "mlock", (), None, None, 1, 1, ""))
+    await make(process, Interrupted(origin, "ENOMEM", Lock(origin, start, npages * 4096, 0)), {})
+    assert ("lo" in (await process.smaps())[0].vm_flags) == locked
+    await process.mlock(start, 4096, 1)
+    await make(process, Interrupted(origin, "ENOMEM", Unlock(origin, start, 8192)), {})
+    assert "lo" not in (await process.smaps())[0].vm_flags
 
 
 async def test_replay_finds_a_difference_when_moved_memory_is_not_there(

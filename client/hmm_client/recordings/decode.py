@@ -196,6 +196,9 @@ REPLAYED_ERRORS: Mapping[str, frozenset[str]] = MappingProxyType(
         "munmap": frozenset({"EINVAL"}),
         "mprotect": frozenset({"ENOMEM", "EACCES", "EPERM"}),
         "pkey_mprotect": frozenset({"ENOMEM", "EACCES", "EPERM"}),
+        "mlock": frozenset({"ENOMEM"}),
+        "mlock2": frozenset({"ENOMEM"}),
+        "munlock": frozenset({"ENOMEM"}),
         "madvise": frozenset({"ENOMEM"}),
         "msync": frozenset({"ENOMEM"}),
     }

@@ -98,21 +98,19 @@ class Growth:
     def _expect(self, start: int, line: int) -> None:
         """Take note of an area that began at `start`, and of where it begins at the end if that is lower."""
         self._starts.add(start)
+        later = [exchange for exchange in self._calls if exchange.line > line]
         lowest = start
         for area in reversed(self._final):
             if area.start >= lowest or (area.name and area.name != STACK) or area.is_shared:
                 continue
-            if area.end < lowest and not self._is_cut(area, lowest, line):
+            gained = area.start, min(area.end, lowest)
+            if self._is_mapped(*gained) or any(brought and _touch(brought, gained) for _, brought, _ in later):
+                break  # calls have mapped it, or will
+            if area.end < lowest and not _is_cut(area.end, lowest, later):
                 break
             lowest = area.start
         if lowest < start:
             self._pending.append((lowest, start))
-
-    def _is_cut(self, area: Area, above: int, line: int) -> bool:
-        """Whether calls behind a line have cut the hole above an area, and none brings the area."""
-        later = [exchange for exchange in self._calls if exchange.line > line]
-        cut = any(removed and removed[0] <= area.end and above <= removed[1] for _, _, removed in later)
-        return cut and not any(brought and _touch(brought, (area.start, area.end)) for _, brought, _ in later)
 
 
 class _Exchange(NamedTuple):
@@ -132,6 +130,11 @@ def _exchange(call: Call) -> _Exchange | None:
         brought = taken(call)
         return _Exchange(call.line, brought, removed) if brought or removed else None
     return None
+
+
+def _is_cut(start: int, end: int, later: Iterable[_Exchange]) -> bool:
+    """Whether one of some calls cuts the hole [start, end)."""
+    return any(removed and removed[0] <= start and end <= removed[1] for _, _, removed in later)
 
 
 def _touch(one: _Range, other: _Range) -> bool:

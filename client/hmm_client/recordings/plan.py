@@ -40,6 +40,7 @@ from hmm_client.recordings.steps import (
     GrowStack,
     Ignored,
     Interrupted,
+    Lock,
     Map,
     Origin,
     ProcessIndex,
@@ -48,6 +49,7 @@ from hmm_client.recordings.steps import (
     Thread,
     ThreadExit,
     Unknown,
+    Unlock,
     Unmap,
     Vfork,
 )
@@ -252,7 +254,7 @@ class _Planner:
         if decoder is None or errno not in REPLAYED_ERRORS.get(call.name, ()):
             return Failed(origin, errno, None)
         attempt = decoder(origin, call.arguments, 0)
-        if isinstance(attempt, Protect):
+        if isinstance(attempt, Protect | Lock | Unlock):
             sealed, writable = self.sealed.get(origin.process, ()), frozenset(self.writable)
             return Interrupted(origin, errno, attempt, sealed, writable)
         return Failed(origin, errno, None if isinstance(attempt, Ignored | Unknown) or _unsaid(attempt) else attempt)

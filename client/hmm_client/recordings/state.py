@@ -33,7 +33,7 @@ def reads_execute(call: Call, *, before: bool) -> bool:
 
 def made_executable(step: Step) -> Step:
     """A step of a thread whose readable memory may be executed."""
-    if isinstance(step, Interrupted):
+    if isinstance(step, Interrupted) and isinstance(step.attempt, Protect):
         return replace(step, attempt=replace(step.attempt, prot=_executable(step.attempt.prot)))
     return replace(step, prot=_executable(step.prot)) if isinstance(step, Map | Protect) else step
 

@@ -272,17 +272,18 @@ class Failed(Step):
 
 @dataclass(frozen=True, slots=True)
 class Interrupted(Step):
-    """mprotect or pkey_mprotect failed; the mappings below the one that stopped it have been changed.
+    """mprotect, pkey_mprotect, mlock, mlock2 or munlock failed; the mappings below what stopped it have been changed.
 
     Attributes:
-        errno: name of the error: ENOMEM (a hole, or a limit), EACCES (the file does not permit it), EPERM (sealed).
+        errno: name of the error: ENOMEM (a hole, a limit, or memory that cannot be locked), EACCES (the file does not
+            permit it), EPERM (sealed).
         attempt: the whole call.
         sealed: [start, end) of everything that the process has sealed.
         writable: names of the files that were mapped to be shared and written before; so they may be written.
     """
 
     errno: str
-    attempt: Protect
+    attempt: Protect | Lock | Unlock
     sealed: tuple[tuple[int, int], ...] = ()
     writable: frozenset[str] = frozenset()
 
