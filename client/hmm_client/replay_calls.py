@@ -185,7 +185,7 @@ async def _remap(process: Process, step: Remap) -> Made:
     except BadAddressError as error:
         pieces = list(moved_pieces((await process.maps()).lines, span))
         covered = sum(piece.end - piece.start for piece in pieces) == span.end - span.start
-        if error.errno != errno.EFAULT or not step.recorded or not covered:
+        if error.errno != errno.EFAULT or not (step.recorded and pieces and covered):
             raise
         # One mapping there: since Linux 6.16 touched memory and untouched become one, and touches are not recorded.
         await _remap_pieces(process, step, pieces)
