@@ -17,32 +17,26 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 
 from hmm.machine import Machine
 from hmm.semantics import PROFILES
 from hmm_proto.v1 import (
     device_pb2,
-    device_pb2_grpc,
     file_pb2,
-    file_pb2_grpc,
     harness_pb2,
-    harness_pb2_grpc,
     hmm_pb2,
-    hmm_pb2_grpc,
     inspection_pb2,
-    inspection_pb2_grpc,
     process_pb2,
-    process_pb2_grpc,
     session_pb2,
     userfaultfd_pb2,
-    userfaultfd_pb2_grpc,
 )
 from hmm_server.callers import Tokens
 from hmm_server.config import Config, ConfigError
 from hmm_server.device_side import DeviceSide
 from hmm_server.endpoint import claimed, listen, listen_for_health
 from hmm_server.executor import Executor
+from hmm_server.handlers import handlers_of
 from hmm_server.interceptors import Guard
 from hmm_server.observers import Observers
 from hmm_server.operation_log import OperationLog
@@ -62,8 +56,8 @@ STOP_S = 1.0
 """Time for streams to end after their farewell."""
 LAST_S = 0.1
 """Time for the last messages to leave; then what is not ours is cut off: health checks that watch."""
-SERVICES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
+_DESCRIPTIONS = {
+    name: module.DESCRIPTOR.services_by_name[name]
     for module, name in (
         (process_pb2, "ProcessService"),
         (file_pb2, "FileService"),
@@ -74,26 +68,9 @@ SERVICES = tuple(
         (userfaultfd_pb2, "UserfaultfdService"),
         (harness_pb2, "HarnessService"),
     )
-)
+}
+SERVICES = tuple(description.full_name for description in _DESCRIPTIONS.values())
 log = logging.getLogger(__name__)
-
-
-class GenericHandlers:
-    """Takes a service's generic handlers only.
-
-    With registered methods the accept loop of grpc.aio waits on one future for each of them at every call
-    (grpc/grpc PR 43461): a tenth of a call's time with this many.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Pass them on."""
-        self._server.add_generic_rpc_handlers(handlers)
-
-    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
-        """Leave them out."""
 
 
 def _machine(config: Config) -> Machine:
@@ -143,21 +120,25 @@ class Daemon:
         ]
 
     def _add_services(self) -> None:
-        handlers: Any = GenericHandlers(self._server)
         side = DeviceSide(self.executor, self.streams, self.config)
-        process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessService(self.executor, self.config), handlers)
-        file_pb2_grpc.add_FileServiceServicer_to_server(FileService(self.executor, self.config), handlers)
-        device_pb2_grpc.add_DeviceServiceServicer_to_server(DeviceService(side, self.streams), handlers)
-        hmm_pb2_grpc.add_HmmServiceServicer_to_server(HmmService(side), handlers)
-        handlers.add_generic_rpc_handlers((SessionService(side, self.streams, self.config).handler(),))
-        inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
-            InspectionService(self.executor, self.streams, self.observers, self.config), handlers
+        services = (
+            ProcessService(self.executor, self.config),
+            FileService(self.executor, self.config),
+            DeviceService(side, self.streams),
+            HmmService(side),
+            InspectionService(self.executor, self.streams, self.observers, self.config),
+            UserfaultfdService(self.executor),
+            HarnessService(self.executor, self.config),
         )
-        userfaultfd_pb2_grpc.add_UserfaultfdServiceServicer_to_server(UserfaultfdService(self.executor), handlers)
-        harness_pb2_grpc.add_HarnessServiceServicer_to_server(HarnessService(self.executor, self.config), handlers)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
+        handlers = [handlers_of(_DESCRIPTIONS[type(service).__name__], service) for service in services]
+        handlers += SessionService(side, self.streams, self.config).handler(), self._health_handlers()
         if self.config.reflection:
-            handlers.add_generic_rpc_handlers((Reflection((*SERVICES, health.SERVICE_NAME)),))
+            handlers.append(Reflection((*SERVICES, health.SERVICE_NAME)))
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def _health_handlers(self) -> grpc.GenericRpcHandler:
+        description: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        return handlers_of(description, self._health)
 
     @asynccontextmanager
     async def serving(self, path: Path | None = None) -> AsyncIterator[Daemon]:
@@ -200,8 +181,7 @@ class Daemon:
             yield
             return
         server = grpc.aio.server(options=self._options())
-        handlers: Any = GenericHandlers(server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
+        server.add_generic_rpc_handlers([self._health_handlers()])
         self.health_target = listen_for_health(server, self.config)
         await server.start()
         log.info("health checks at %s", self.health_target)

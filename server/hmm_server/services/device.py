@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from hmm_proto import convert
-from hmm_proto.v1 import device_pb2, device_pb2_grpc
+from hmm_proto.v1 import device_pb2
 from hmm_server.callers import NAME_LENGTH_MAX, caller_from
 from hmm_server.device_side import DeviceSide
 from hmm_server.streams import Streams
@@ -26,7 +26,7 @@ def _rpc(name: str) -> Any:
     return rpc
 
 
-class DeviceService(device_pb2_grpc.DeviceServiceServicer):
+class DeviceService:
     """Devices, mirrors, faults and accesses."""
 
     def __init__(self, side: DeviceSide, streams: Streams) -> None:

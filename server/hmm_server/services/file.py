@@ -13,7 +13,7 @@ from hmm import commands_file
 from hmm.file import FileKind
 from hmm.vma import VmFlag
 from hmm_proto import convert
-from hmm_proto.v1 import file_pb2, file_pb2_grpc
+from hmm_proto.v1 import file_pb2
 from hmm_server.calls import Call, Invocation, invoke, rpc
 from hmm_server.config import Config
 from hmm_server.executor import Executor
@@ -80,7 +80,7 @@ _WRITE: Call[Any, Any] = Call(
 )
 
 
-class FileService(file_pb2_grpc.FileServiceServicer):
+class FileService:
     """Files."""
 
     def __init__(self, executor: Executor, config: Config) -> None:

@@ -25,7 +25,7 @@ from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
 from hmm.testing_coverage import COMMANDS
 from hmm_proto import convert
-from hmm_proto.v1 import harness_pb2, harness_pb2_grpc
+from hmm_proto.v1 import harness_pb2
 from hmm_server import holds
 from hmm_server.callers import caller_from
 from hmm_server.config import Config
@@ -47,7 +47,7 @@ POINTS = {
 }
 
 
-class HarnessService(harness_pb2_grpc.HarnessServiceServicer):
+class HarnessService:
     """Stops calls and breaks things, on demand."""
 
     def __init__(self, executor: Executor, config: Config) -> None:

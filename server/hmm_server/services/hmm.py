@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 
-from hmm_proto.v1 import hmm_pb2_grpc
 from hmm_server.callers import caller_from
 from hmm_server.device_side import DeviceSide
 
@@ -24,7 +23,7 @@ def _rpc(name: str) -> Any:
     return rpc
 
 
-class HmmService(hmm_pb2_grpc.HmmServiceServicer):
+class HmmService:
     """Interval notifiers, range faults, migration, exclusive access, DMA, pins."""
 
     def __init__(self, side: DeviceSide) -> None:

@@ -20,7 +20,7 @@ from hmm.page_table import PageTable
 from hmm.registry import Process
 from hmm.units import TASK_SIZE, WHOLE_SPACE, Entries, Pfns
 from hmm_proto import convert
-from hmm_proto.v1 import inspection_pb2, inspection_pb2_grpc
+from hmm_proto.v1 import inspection_pb2
 from hmm_server import counters, reports, views
 from hmm_server.callers import caller_from
 from hmm_server.config import Config
@@ -36,7 +36,7 @@ USES_IN_PART = 100
 """So many mappings are measured for one answer; drivers go on being heard between two."""
 
 
-class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
+class InspectionService:
     """Looks on."""
 
     def __init__(self, executor: Executor, streams: Streams, observers: Observers, config: Config) -> None:

@@ -18,7 +18,7 @@ from hmm.errors import HmmError
 from hmm.operation_record import Caller
 from hmm.units import PAGE_SHIFT
 from hmm_proto import convert
-from hmm_proto.v1 import process_pb2, process_pb2_grpc, types_pb2
+from hmm_proto.v1 import process_pb2, types_pb2
 from hmm_server.callers import caller_from
 from hmm_server.calls import BREATH_S, attempt, make, not_made, rpc
 from hmm_server.config import Config
@@ -32,7 +32,7 @@ SILENCE_S = 1.0
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class ProcessService(process_pb2_grpc.ProcessServiceServicer):
+class ProcessService:
     """Processes and their memory calls."""
 
     def __init__(self, executor: Executor, config: Config) -> None:

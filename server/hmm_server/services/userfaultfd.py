@@ -19,7 +19,7 @@ from hmm.operation_record import Caller, OperationRecord
 from hmm.uffdio import Filled
 from hmm_proto import convert
 from hmm_proto.status import to_call_result
-from hmm_proto.v1 import types_pb2, userfaultfd_pb2, userfaultfd_pb2_grpc
+from hmm_proto.v1 import types_pb2, userfaultfd_pb2
 from hmm_server.callers import caller_from
 from hmm_server.calls import Call, Invocation, invoke, rpc
 from hmm_server.executor import Executor, resolve
@@ -82,7 +82,7 @@ _WAKE: Call[Any, Any] = Call(
 )
 
 
-class UserfaultfdService(userfaultfd_pb2_grpc.UserfaultfdServiceServicer):
+class UserfaultfdService:
     """Userfaultfds."""
 
     def __init__(self, executor: Executor) -> None:
