@@ -54,7 +54,7 @@ from hmm.units import (
     all_but,
     block_starts,
 )
-from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag, new_vma
+from hmm.vma import LOCKED_FLAGS, Mapping, Vma, VmFlag
 from hmm.vma_edit import release_files, zap
 
 __all__ = ["exit_mmap", "fork"]
@@ -89,9 +89,9 @@ def fork(parent: AddressSpace, child: AddressSpace) -> Operation[None]:
         vmas = [vma for vma in parent.vmas if not vma.has(VmFlag.DONTCOPY)]
         runs = list(_runs(parent.vmas))
         copied = [vma for run in runs for vma in run]
-        private = [vma for vma in copied if _is_cow(vma)]
-        huge = tuple([vma.span for vma in private if vma.has(VmFlag.HUGETLB)])
-        small = tuple([vma.span for vma in private if not vma.has(VmFlag.HUGETLB)])
+        private = [run for run in runs if _is_cow(run[0])]
+        huge = tuple([vma.span for run in private if run[0].has(VmFlag.HUGETLB) for vma in run])
+        small = tuple([vma.span for run in private if not run[0].has(VmFlag.HUGETLB) for vma in run])
         try:
             with ExitStack() as told:
                 for spans, cause in ((small, Cause.FORK), (huge, Cause.FORK_HUGETLB)):
@@ -157,9 +157,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
         if isinstance(vma.backing, File):
             vma.backing.mapped_by(child)
     forest = parent.forest
-    child.vmas.inherit(
-        [new_vma((vma.start, vma.end, _childs_mapping(parent, child, vma, forest), *vma[3:])) for vma in vmas]
-    )
+    child.vmas.inherit(vmas, lambda vma: _childs_mapping(parent, child, vma, forest))
     given = yield from _copy_from_devices(parent, child, [vma for run in runs for vma in run])
     npages = 0
     # The turn keeps these VMAs as they are; their entries are read piece by piece.

@@ -15,7 +15,7 @@ A VMA whose extent it makes or changes is inserted into the reverse map anew (rm
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from operator import itemgetter
 
@@ -201,15 +201,15 @@ class VmaMap(IntervalMap[Vma]):
         number, first, stop, below, above = self._touching(whole.start, whole.end)
         self._splice(number, first, stop, [vma for vma in (below, whole, above) if vma])
 
-    def inherit(self, vmas: Sequence[Vma]) -> None:
-        """Make a parent's VMAs, ascending, all that is mapped here: dup_mmap().
+    def inherit(self, vmas: Iterable[Vma], mapping_of: Callable[[Vma], Mapping]) -> None:
+        """Make a parent's VMAs, ascending, all that is mapped here, with mappings of their own: dup_mmap().
 
         In the trees of their files they come directly behind their parents, in those of private pages last.
 
         Source: Linux kernel/fork.c, dup_mmap(), vma_interval_tree_insert_after(); mm/rmap.c, anon_vma_fork().
         """
         assert not len(self), "the child maps something"
-        inherited = [new_vma((*vma[:4], next(self._serials))) for vma in vmas]
+        inherited = [new_vma((vma[0], vma[1], mapping_of(vma), vma[3], next(self._serials))) for vma in vmas]
         self.moved = any(vma.mapping.delta and vma.mapping.backing is None for vma in inherited)
         self._splice(0, 0, 0, inherited)
 
