@@ -219,6 +219,11 @@ class Event(NamedTuple):
     finishes: int = 0
 
     @property
+    def what(self) -> str:
+        """What happens, for people: its cause, or its type where it has none."""
+        return self.cause.value if self.cause is not None else self.etype.name.lower()
+
+    @property
     def npages(self) -> int:
         """Of all its ranges."""
         return sum(span.npages for span in self.spans)

@@ -248,7 +248,7 @@ def _blocked(machine: Machine, record: OperationRecord[Any]) -> Blocked:
 def _in_words(request: object) -> str:
     match request:
         case Deliver(event=event):
-            what = event.cause.value if event.cause else event.etype.name.lower()
+            what = event.what
             if event.copy:
                 what = f"{event.etype.name.lower().replace('_', ' ')} by its driver ({what})"
             where = ", ".join(map(str, event.spans[:3])) + (" ..." if len(event.spans) > 3 else "")

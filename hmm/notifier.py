@@ -437,14 +437,14 @@ class Notifier:
             yield from self.end(tuple(killed), event.operation_id)
         if refused:
             raise RangeBusyError(
-                f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {refused[0]} cannot give up "
-                f"{event.spans[0]} at once; those that could have done so",
+                f"{event.what}: mirror {refused[0]} cannot give up {event.spans[0]} at once; those that could have "
+                "done so",
                 errnos.EAGAIN,
             )
         if abandoned:
             raise TimedOutError(
-                f"{event.cause.value if event.cause else event.etype.name.lower()}: mirror {abandoned[0]} did not "
-                f"acknowledge {event.spans[0]} in time; its policy is FAIL and nothing was changed"
+                f"{event.what}: mirror {abandoned[0]} did not acknowledge {event.spans[0]} in time; its policy is FAIL "
+                "and nothing was changed"
             )
 
     def _finish(self, event: Event, mirror_ids: tuple[MirrorId, ...]) -> Operation[list[MirrorId]]:
@@ -582,31 +582,18 @@ class Notifier:
         shared = next(turn.shared for turn in self.turns if turn.ticket == ticket)
         return [turn.operation_id for turn in self.turns if turn.ticket < ticket and not (shared and turn.shared)]
 
-    def is_ready(self, request: Await) -> bool:  # noqa: PLR0911 - one for each condition
+    def is_ready(self, request: Await) -> bool:
         """Whether an operation that waits for `request` may go on."""
         match request.wait_for:
-            case WaitFor.FAULTS:
-                return not self.faults_overlap(request.spans)
-            case WaitFor.INVALIDATIONS:
-                return not self.invalidations_overlap(request.spans)
-            case WaitFor.EDITS:
-                return not self.edits_overlap(request.spans)
             case WaitFor.TURN:
                 return self.is_turn(request.ticket)
             case WaitFor.SEQUENCE:
                 return self.sequence != request.ticket
-            case WaitFor.COPIES:
-                return not self.copies_overlap(request.spans, request.ticket)
+            case WaitFor.LATE_ANSWERS:
+                subscriber = self.subscribers.get(request.mirror_id)
+                return subscriber is None or not subscriber.awaits_late_answer()
             case _:
-                return self._has_done(self.subscribers.get(request.mirror_id), request)
-
-    @staticmethod
-    def _has_done(subscriber: Subscriber | None, request: Await) -> bool:
-        if subscriber is None:
-            return True
-        if request.wait_for is WaitFor.SETTLED:
-            return not subscriber.settling(request.spans)
-        return not subscriber.awaits_late_answer()
+                return not self.blockers(request)
 
     def blockers(self, request: Await) -> list[int]:  # noqa: PLR0911 - one for each condition
         """The operations that `request` waits for, in order of arrival."""

@@ -28,7 +28,7 @@ from hmm import (
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import Migrated, RangeFaulted
 from hmm.cpu_access import Accessed
-from hmm.events import Cause, Delivery, Event
+from hmm.events import Cause, Delivery
 from hmm.migration import MIGRATE
 from hmm.operation_record import OperationRecord
 from hmm.receiver import Receiver
@@ -83,13 +83,14 @@ class Coverage:
     def sent(self, delivery: Delivery, receiver: Receiver | None) -> None:
         """An event is on its way."""
         event = delivery.event
+        what = event.what.replace("_", " ")
         keeps_table = receiver is not None and hasattr(receiver, "table")
         if keeps_table:
-            self.events[_what(event), "mirror", event.etype.name] += 1
+            self.events[what, "mirror", event.etype.name] += 1
         else:
             heard = event.reason.name if event.reason is not None else event.etype.name
             passes = " (second pass)" if event.finishes else "" if event.blockable else " (may not block)"
-            self.events[_what(event), "interval notifier", heard + passes] += 1
+            self.events[what, "interval notifier", heard + passes] += 1
 
     def add(self, other: Coverage) -> None:
         """Count what another has counted, too."""
@@ -117,10 +118,6 @@ class Coverage:
         """The causes that nobody who could hear of them was told of."""
         told = {what for what, *_ in self.events}
         return [cause.value for cause in Cause if cause.value not in told and cause is not Cause.MUNLOCK]
-
-
-def _what(event: Event) -> str:
-    return event.cause.value if event.cause is not None else event.etype.name.lower().replace("_", " ")
 
 
 def outcome(record: OperationRecord[Any]) -> str:
