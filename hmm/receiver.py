@@ -288,10 +288,8 @@ class Receiver(ABC):
         counted[EventState.ACKNOWLEDGED.value] = self.sequence - waiting - others
         return +counted
 
-    def answer(
-        self, sequence: int, errno: int, dirty: tuple[AddressRange, ...], results: bytes = b""
-    ) -> Dispatch | None:
-        """Record a driver's answer.  Returns: the event that it answers, None when it changes nothing.
+    def answer(self, sequence: int, errno: int, dirty: tuple[AddressRange, ...], results: bytes = b"") -> None:
+        """Record a driver's answer; one that was given before, or comes too late, changes nothing.
 
         Raises:
             InvalidRequestError: the event was never sent to this receiver, or it wants a result for each page (EINVAL).
@@ -303,13 +301,13 @@ class Receiver(ABC):
         sent = self._find(sequence)
         if sent is None:
             self.counters["repeated_answers"] += 1
-            return None
+            return
         event = sent.event
         if sent.outcomes and sent.state_of(self.id) is EventState.ABANDONED:
             self.counters["late_answers"] += 1
             self._forget(sequence)
             self.heard_late(event, dirty)
-            return None
+            return
         wanted = event.npages if event.copy and not errno else 0
         if len(results) != wanted and not errno:
             raise InvalidRequestError(
@@ -331,13 +329,12 @@ class Receiver(ABC):
         self._owed.pop(sequence, None)
         if len(sent.sequences) == 1 and TAKES[event.etype] and sent.acknowledged_as(self.id):
             self.history.add(sent.delivery(self.id))
-        return sent
 
-    def finish(self, sequence: int, state: EventState) -> Dispatch | None:
+    def finish(self, sequence: int, state: EventState) -> None:
         """Give an unanswered event a final state other than a driver's answer (fenced, abandoned)."""
         sent = self._find(sequence)
         if sent is None or self.id not in sent.waiting:
-            return None
+            return
         sent.waiting.remove(self.id)
         sent.outcomes[self.id] = Delivery(self.id, sequence, sent.event, sent.operation_id, state)
         self.counters[state._value_] += 1
@@ -346,7 +343,6 @@ class Receiver(ABC):
             self.space.notifier.owing.add(self.id)
         else:
             self._owed.pop(sequence, None)
-        return sent
 
     def forget_answers(self) -> None:
         """No answer counts any more."""
