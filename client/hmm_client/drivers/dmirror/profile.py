@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import errno as errnos
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["CLEAN", "LINUX_6_12_CORRECTED", "LINUX_7_CORRECTED", "Profile"]
 
@@ -59,17 +59,14 @@ LINUX_6_12_CORRECTED = Profile(
     exclusive_errno=errnos.EBUSY,
     ignores_own_migrations=True,
 )
-LINUX_7_CORRECTED = Profile(
-    "7-corrected",
+LINUX_7_CORRECTED = replace(
+    LINUX_6_12_CORRECTED,
+    name="7-corrected",
     batch_pages=32,
     migrate_pages=512,
     compound=True,
     tags_holes=False,
-    end_included=True,
-    faults_own_pages_back=False,
-    range_timeout_s=1.0,
     exclusive_errno=0,
-    ignores_own_migrations=True,
 )
 CLEAN = Profile(
     "clean",
