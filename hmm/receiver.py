@@ -35,9 +35,9 @@ from hmm.subscriber import Home
 from hmm.units import WHOLE_SPACE, Address, AddressRange, MirrorId, ProcessId
 from hmm.violation import Taking, Violation, ViolationKind
 
-__all__ = ["DeadlinePolicy", "MirrorState", "Receiver"]
+__all__ = ["EVENTS_OF", "DeadlinePolicy", "MirrorState", "Receiver"]
 
-_EVENTS_OF = tuple(f"events_{etype.name.lower()}" for etype in EventType)
+EVENTS_OF = tuple(f"events_{etype.name.lower()}" for etype in EventType)
 """The counter of events of each type."""
 
 
@@ -234,7 +234,7 @@ class Receiver(ABC):
     def note_sent(self, dispatch: Dispatch) -> None:
         """An event is on its way to it alone."""
         self._owed[self.sequence] = dispatch
-        self.counters[_EVENTS_OF[dispatch.event.etype]] += 1
+        self.counters[EVENTS_OF[dispatch.event.etype]] += 1
 
     @property
     def owes(self) -> bool:
@@ -383,7 +383,7 @@ def send(event: Event, audience: Audience, operation_id: int) -> Dispatch:
             receiver.sequence += 1
         sequences = [receiver.sequence for receiver in receivers]
         dispatch = Dispatch(event, operation_id, audience, sequences, set(audience.everybody))
-        audience.counters[_EVENTS_OF[event.etype]] += 1
+        audience.counters[EVENTS_OF[event.etype]] += 1
     first.space.notifier.note_sent(dispatch)
     return dispatch
 

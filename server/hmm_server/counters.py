@@ -9,14 +9,12 @@ import resource
 from pathlib import Path
 
 from hmm.events import EventType
-from hmm.receiver import Receiver
+from hmm.receiver import EVENTS_OF, Receiver
 from hmm_proto.v1 import inspection_pb2
 from hmm_server import VERSION
 from hmm_server.served import ServedMirror
 from hmm_server.streams import Streams
 from hmm_server.traffic import Traffic
-
-EVENTS = "events_"
 
 
 def daemon_statistics(streams: Streams, uptime_s: float) -> inspection_pb2.DaemonStatistics:
@@ -56,11 +54,7 @@ def mirror_statistics(mirror: Receiver, served: ServedMirror | None) -> inspecti
     traffic = served.traffic if served else Traffic()
     return inspection_pb2.MirrorStatistics(
         mirror_id=mirror.id,
-        events_by_type={
-            etype.name: counters[EVENTS + etype.name.lower()]
-            for etype in EventType
-            if counters[EVENTS + etype.name.lower()]
-        },
+        events_by_type={etype.name: counters[EVENTS_OF[etype]] for etype in EventType if counters[EVENTS_OF[etype]]},
         events_by_reason=traffic.events_by_reason,
         ranges=traffic.ranges,
         pages=traffic.pages,

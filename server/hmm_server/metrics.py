@@ -42,7 +42,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from hmm.events import EventType
-from hmm.receiver import MirrorState
+from hmm.receiver import EVENTS_OF, MirrorState
 from hmm_server import VERSION
 from hmm_server.config import ConfigError, is_port
 from hmm_server.device_totals import DeviceTotals
@@ -189,7 +189,7 @@ def _events(totals: dict[str, DeviceTotals]) -> Iterator[Metric]:
     for device, total in totals.items():
         counters = total.counters
         for etype in EventType:
-            if count := counters[f"events_{etype.name.lower()}"]:
+            if count := counters[EVENTS_OF[etype]]:
                 types.add_metric([device, etype.name.lower()], count)
         for reason, count in sorted(total.reasons.items()):
             reasons.add_metric([device, reason.lower()], count)
