@@ -237,17 +237,14 @@ class File:
         pfns = np.where(cpu_pte.is_present(entries), cpu_pte.cpu_pfn(entries), ZERO_PFN)
         return self.frames.test_flags(pfns, PageFlag.HWPOISON)
 
-    def drop_pages(self, start: int, end: int) -> int:
+    def drop_pages(self, start: int, end: int) -> None:
         """Take the pages of [start, end), page-aligned bytes, out of the cache.
-
-        Returns: number of pages dropped.
 
         Source: Linux mm/truncate.c, truncate_inode_pages_range().
         """
         entries = self.pages.zap(start, end)
         self.frames.put(cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT)))
         free_entries(self.frames, slots_of(entries))
-        return entries.size
 
     def zero(self, start: int, end: int) -> None:
         """Fill [start, end), bytes inside one page, with zeroes; a hole is zero already."""

@@ -191,7 +191,9 @@ class Mirror(Receiver):
         which no entry has, so that it never marked anything.
         """
         self.table.update(span.start, span.end, _set_dirty)
-        self._take_owed(span)
+        if self.owed.size:
+            reported = slice(*np.searchsorted(self.owed, np.array([span.start, span.end], np.uint64)))
+            self.owed = np.delete(self.owed, reported)
 
     def discard(self, span: AddressRange) -> None:
         """Drop the entries of a range without telling the driver, who has stopped the device there already.
@@ -210,15 +212,6 @@ class Mirror(Receiver):
     def owe(self, addresses: Entries) -> None:
         """The device wrote these pages, uint64[n], and set no DIRTY: its driver has to report them."""
         self.owed = unique(np.concatenate((self.owed, addresses)))
-
-    def _take_owed(self, span: AddressRange) -> Entries:
-        if not self.owed.size:
-            return self.owed
-        first, behind = np.searchsorted(self.owed, np.array([span.start, span.end], np.uint64))
-        taken = self.owed[first:behind]
-        if taken.size:
-            self.owed = np.delete(self.owed, slice(first, behind))
-        return taken
 
     def _require_reported(self, spans: tuple[AddressRange, ...], sequence: int) -> None:
         # What is given up now without a report is lost: the page will be taken for clean.

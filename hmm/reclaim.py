@@ -184,23 +184,19 @@ class Reclaim:
         """Have whoever runs out of memory reclaim, from now on: there is something that could go."""
         self.frames.make_room = self.make_room
 
-    def page_out(self, space: AddressSpace, spans: Iterable[AddressRange]) -> Operation[int]:
+    def page_out(self, space: AddressSpace, spans: Iterable[AddressRange]) -> Operation[None]:
         """Put out the pages of ranges, used or not, that no other process maps: MADV_PAGEOUT.
 
         Those that there is no slot for become active; pages of files lose their entries all the same.
 
-        Returns: how many went.
-
         Cost: O(entries), vectorised; mirrors of what goes are waited for.
         Source: Linux mm/vmscan.c, reclaim_pages().
         """
-        freed = 0
         for span in spans:
             for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
                 for folio in self._whole_folios(space, piece):
                     if is_lazily_free(self.frames, folio.entries):
                         gone = yield from self._put_out([folio], folio.pfns)
-                        freed += gone
                         if gone and space.thp:  # its page table stays, as it went page by page: seen on 6.18
                             space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
                 mapped = self._mapped_once(space, piece)
@@ -209,8 +205,7 @@ class Reclaim:
                 stays = ~np.isin(pfns, self._affordable(pfns))
                 self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
                 stays &= self.frames.test_flags(pfns, PageFlag.ANON)
-                freed += yield from self._put_out([mapped.of(np.isin(mapped.pfns, pfns[~stays]))], pfns[~stays])
-        return freed
+                yield from self._put_out([mapped.of(np.isin(mapped.pfns, pfns[~stays]))], pfns[~stays])
 
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
         """Make pages of ranges that no other process maps unused, and the active ones inactive: MADV_COLD.
