@@ -21,7 +21,6 @@ from hmm import cpu_pte, device_access, pte
 from hmm.device import Device
 from hmm.device_access import PLAIN, Manner, Segment
 from hmm.device_fault import Faulted, fault_pages, fault_range
-from hmm.device_pages import evict, make_room
 from hmm.errors import (
     ConflictError,
     HmmError,
@@ -32,6 +31,7 @@ from hmm.errors import (
     TimedOutError,
 )
 from hmm.events import EventType
+from hmm.eviction import evict, make_room
 from hmm.frames import RegionKind
 from hmm.iommu import Iommu
 from hmm.machine import Machine

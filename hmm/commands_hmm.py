@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hmm import device_pages, exclusive, frame_access, hmm_dma
+from hmm import device_pages, eviction, exclusive, frame_access, hmm_dma
 from hmm.device import Device
 from hmm.errors import (
     AccessDeniedError,
@@ -282,7 +282,7 @@ def migrate_to_device(
 ) -> Operation[Migrated]:
     """Move what can be moved of a part of one VMA to the mirror's device, as `device_pages.migrate_to_device`.
 
-    If the device evicts, pages that went there longest ago make room (`device_pages.make_room`).
+    If the device evicts, pages that went there longest ago make room (`eviction.make_room`).
 
     Raises: also
         InvalidRequestError: `wanted` is not of one page each (EINVAL).
@@ -292,7 +292,7 @@ def migrate_to_device(
     mirror = live_mirror(machine, mirror_id)
     region = memory_of(machine, mirror.device)
     if mirror.device.evicts and npages > region.free:
-        yield from device_pages.make_room(mirror.space, machine.spaces, span, region, wanted)
+        yield from eviction.make_room(mirror.space, machine.spaces, span, region, wanted)
         live_mirror(machine, mirror_id)
     moving = device_pages.migrate_to_device(mirror.space, span, region, mirror_id, compound=compound, wanted=wanted)
     migration = yield from moving
@@ -355,9 +355,9 @@ def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
 
 
 def evict_device(machine: Machine, device_id: DeviceId) -> Operation[int]:
-    """Move everything in a device's memory to system memory, as `device_pages.evict`."""
+    """Move everything in a device's memory to system memory, as `eviction.evict`."""
     region = memory_of(machine, machine.device(device_id))
-    return (yield from device_pages.evict(machine.frames, machine.spaces, region, machine.current.operation_id))
+    return (yield from eviction.evict(machine.frames, machine.spaces, region, machine.current.operation_id))
 
 
 def make_exclusive(

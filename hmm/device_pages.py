@@ -3,8 +3,6 @@
     to the device    migrate_to_device   by its driver's request
     back             migrate_to_system   by its driver's request
                      RESOLVERS[DEVICE]   a CPU, or another device, touches the page: migrate_to_ram()
-                     evict               everything that is in a device's memory: migrate_device_range()
-                     make_room           what went there longest ago, when more is to go there than there is room for
 
 The frames of devices have bytes like all others, so what a page holds goes with it here, and not by the driver.  Before
 a page leaves because it was touched, the mirror that put it there is told to stop using it (COPY_FROM_DEVICE).
@@ -24,15 +22,14 @@ fail; mm/huge_memory.c (do_huge_pmd_device_private()), 7.0.
 **Invariants**: a device's frame in use is mapped as a device's page or held by a migration; nothing is lost when a
 page cannot be moved: it stays where it is.
 
-**Absent**: the steps of a migration (migrate.py), swap.
+**Absent**: the steps of a migration (migrate.py); eviction (eviction.py); swap.
 
-Differs: a large folio that a device has no memory left for, or system memory on its eviction, moves by small pages as
-far as there is room, where the kernel's test driver follows a null pointer.
+Differs: a large folio that a device has no memory left for moves by small pages as far as there is room, where the
+kernel's test driver follows a null pointer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -41,13 +38,12 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.ascending import is_ascending, unique
+from hmm.ascending import unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause, Event, EventType
 from hmm.fault import RESOLVERS
 from hmm.fault_pages import Strangers
 from hmm.frames import SYSTEM_REGION, Frames, Region, RegionKind
-from hmm.large_folio import are_compound, belong_to, heads_of, with_folios
 from hmm.migrate import migrate_vma, run
 from hmm.migration import (
     COMPOUND,
@@ -60,34 +56,27 @@ from hmm.migration import (
     Select,
     migrate_pfn,
 )
-from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
-from hmm.migration_folios import map_by_pages
-from hmm.notifier import Breaking
+from hmm.migration_entries import wait_on_locked
 from hmm.operation import Deliver, Operation, Pause
-from hmm.rmap import Places, anonymous_places, merged_places
 from hmm.swap import some_room
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
-    PIECE_PAGES,
     PMD_MASK,
     PMD_PAGES,
     PMD_SIZE,
     ULONG_MAX,
-    WHOLE_SPACE,
     AddressRange,
     DeviceId,
     Entries,
     MirrorId,
     Pfns,
-    SpaceId,
     block_starts,
     spans_of,
 )
-from hmm.vma import Backing
-from hmm.zone_device import are_remote, failing_copies, owners, used_frames
+from hmm.zone_device import are_remote, failing_copies, owners
 
-__all__ = ["Wanted", "evict", "lose", "make_room", "migrate_to_device", "migrate_to_system", "move_to_system"]
+__all__ = ["Wanted", "lose", "migrate_to_device", "migrate_to_system"]
 
 Wanted: TypeAlias = npt.NDArray[np.bool_]
 """Of each page of a range whether a driver gives it a destination."""
@@ -395,189 +384,3 @@ def _copy_event(migration: Migration, addresses: Entries) -> Event:
 
 
 RESOLVERS[cpu_pte.DEVICE] = _bring_back
-
-
-# ---- eviction
-
-
-def evict(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], region: Region, operation_id: int) -> Operation[int]:
-    """Move everything in a device's memory to system memory, whoever has mapped it.
-
-    Args:
-        spaces: all that there are, by id; kept up while the call waits, as all such arguments here.
-        operation_id: whose locks the pages have meanwhile.
-
-    Returns: number of pages moved.
-
-    Raises:
-        OutOfFramesError: system memory ran out; what was moved stays moved (ENOMEM).
-        TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
-
-    Cost: O(VMAs + pages), vectorised.  Source: Linux mm/migrate_device.c, migrate_device_range().
-    """
-    step = min(PIECE_PAGES, frames.batch_pages) if frames.make_room else PIECE_PAGES
-    moved = 0
-    for space in list(spaces.values()):
-        for subscriber in list(space.notifier.subscribers.values()):
-            if subscriber.home is not None and subscriber.home.region is region:
-                moved += yield from subscriber.home.vacate((WHOLE_SPACE,))
-    for first in range(region.first, region.top, step):
-        used = used_frames(frames, region.number)
-        pfns = used[(used >= first) & (used < first + step)]
-        if pfns.size:
-            moved += yield from move_to_system(frames, spaces, pfns, operation_id)
-            yield Pause()
-    return moved
-
-
-def make_room(
-    space: AddressSpace,
-    spaces: Mapping[SpaceId, AddressSpace],
-    span: AddressRange,
-    region: Region,
-    wanted: Wanted | None = None,
-) -> Operation[int]:
-    """Move out of a device's memory what went there longest ago, so that a range fits, or as much as there can be room.
-
-    It is tried once: others who want room at the same time may take it, and then less of the range fits.
-
-    Args:
-        space, span: what is about to be moved there; what it has there already stays.
-        spaces: all that there are, by id.
-        wanted: as for `migrate_to_device`.
-
-    Returns: number of pages moved; less than were needed when pages are in use, or system memory runs out.
-
-    Raises: TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
-
-    Cost: as `evict`, for the pages that move.  Source: the device's driver does it, as nouveau_dmem_evict_chunk() and
-    svm_range_evict() of amdgpu do.
-    """
-    frames, moved = space.frames, 0
-    pfns = cpu_pte.cpu_pfn(space.table.read(span.start, span.end))
-    if wanted is not None:
-        pfns = pfns[wanted]
-    there = pfns[(pfns >= region.start) & (pfns < region.end)]
-    needed = min(pfns.size - there.size, region.total - there.size) - region.free
-    if needed <= 0:
-        return 0
-    used = used_frames(frames, region.number)
-    used = used[(frames.pincount[used] == 0) & ~np.isin(used, there)]
-    oldest = used[np.argsort(frames.lru[used], kind="stable")[:needed]]
-    if are_compound(frames, oldest).any():
-        oldest = with_folios(frames, oldest)
-    try:
-        for other in list(spaces.values()):
-            for subscriber in list(other.notifier.subscribers.values()):
-                if subscriber.home is not None and subscriber.home.region is region:
-                    moved += yield from subscriber.home.give_up(oldest)
-        step = frames.batch_pages if frames.make_room else PIECE_PAGES
-        for first in range(0, oldest.size, step):
-            part = oldest[first : first + step]
-            moved += yield from move_to_system(frames, spaces, part, space.current.operation_id)
-    except OutOfFramesError:
-        pass  # as much as there is room for
-    return moved
-
-
-def move_to_system(
-    frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns, operation_id: int
-) -> Operation[int]:
-    """Move frames of devices to system memory, as far as nobody else uses them; where memory is reclaimed, a batch.
-
-    Large folios stay large where a run of frames is free; otherwise they are split.
-
-    Args:
-        spaces: those that may map them, by id; a child that fork adds meanwhile is one.
-        pfns: int64[n], unique.
-        operation_id: as for `evict`.
-
-    Returns: number of pages moved.
-
-    Raises: as `evict`.
-
-    Source: Linux mm/migrate_device.c, migrate_device_pfns(), migrate_device_coherent_folio(), which leaves it to the
-    driver to find memory for a large folio.
-    """
-    if pfns.size > frames.available:  # before they are taken: reclaim may wait for a driver that touches one of them
-        yield from some_room(frames, pfns.size)
-    pfns = pfns[(frames.mapcount[pfns] > 0) & ~frames.locks.are_locked(pfns) & ~_have_homes(frames, spaces, pfns)]
-    if not pfns.size:
-        return 0
-    if frames.make_room:
-        pfns = pfns[: frames.batch_pages]
-    asked = pfns
-    if are_compound(frames, pfns).any():
-        pfns = with_folios(frames, pfns)
-    pfns = pfns[np.argsort(frames.index[pfns], kind="stable")]
-    indices = frames.index[pfns]
-
-    def places() -> Iterator[Places]:
-        for space in (spaces[number] for number in sorted(spaces)):
-            backings = {vma.backing.id if vma.backing else 0: vma.backing for vma in space.vmas if vma.anon_vma}
-            for backing in backings.values():
-                yield from _places(space, indices, backing)
-        yield from merged_places(frames, pfns)
-
-    frames.get(pfns)
-    held, targets = HeldPages(frames, pfns, indices, places), pfns
-    room = np.zeros(pfns.size, np.int64)
-    notifiers = [space.notifier for space in spaces.values()]
-    with Breaking(notifiers, f"moving {pfns.size} pages off a device"), frames.locks.lock(pfns, operation_id):
-        try:
-            room = _allocate(frames, pfns, np.isin(pfns, asked, assume_unique=True))
-            yield from unmap_everywhere(held, only_where_mapped=True)
-            free = (frames.mapcount[pfns] == 0) & (frames.refcount[pfns] == 1)
-            for folio in _folios_among(frames, pfns):
-                free[folio] = free[folio].all()
-            map_by_pages(held, free & are_compound(frames, pfns) & ~are_compound(frames, room))
-            targets = np.where(free & (room != 0), room, pfns)
-            if frames.failing_copies:
-                moved = targets != pfns
-                failed = pfns[moved][failing_copies(frames, frames.zone_device_data[pfns[moved]])]
-                stays = np.isin(pfns, with_folios(frames, failed))
-                targets[stays] = pfns[stays]
-        finally:
-            replace(held, targets)
-            frames.put(room[(room != 0) & (targets != room)])
-    return int(np.count_nonzero(targets != pfns))
-
-
-def _have_homes(frames: Frames, spaces: Mapping[SpaceId, AddressSpace], pfns: Pfns) -> npt.NDArray[np.bool_]:
-    """bool[n]: which pages a mirror of 2015 has there, which alone gives them up."""
-    subscribers = [one for space in spaces.values() for one in space.notifier.subscribers.values()]
-    return np.isin(frames.zone_device_data[pfns], [one.id for one in subscribers if one.home is not None])
-
-
-def _places(space: AddressSpace, indices: Pfns, backing: Backing | None) -> Iterator[Places]:
-    """`anonymous_places` for pages of many processes, of which some have the same offset: those one after the other."""
-    if is_ascending(indices):
-        yield from anonymous_places([space], indices, backing)
-        return
-    repetition = np.arange(indices.size) - np.searchsorted(indices, indices)
-    for number in range(int(repetition.max()) + 1):
-        chosen = np.flatnonzero(repetition == number)
-        for place in anonymous_places([space], indices[chosen], backing):
-            yield Places(space, place.vma, place.addresses, chosen[place.pages])
-
-
-def _folios_among(frames: Frames, pfns: Pfns) -> list[Positions]:
-    """Where the pages of each large folio are."""
-    return [np.flatnonzero(belong_to(frames, pfns, head)) for head in heads_of(frames, pfns)]
-
-
-def _allocate(frames: Frames, pfns: Pfns, asked: npt.NDArray[np.bool_]) -> Pfns:
-    """Destinations for the pages that are asked for: int64[n], 0 for the others.
-
-    Before anybody is told: while mirrors are waited for, others may take what is free.
-    """
-    count = int(np.count_nonzero(asked))
-    if count > frames.available:
-        raise OutOfFramesError(f"evict: {count} pages have to move and {frames.available} frames are free")
-    room = np.zeros(pfns.size, np.int64)
-    for folio in _folios_among(frames, pfns):
-        if folio.size == PMD_PAGES and asked[folio].all() and (run := frames.allocate_folio()) is not None:
-            room[folio] = run[pfns[folio] % PMD_PAGES]
-    small = asked & (room == 0)
-    room[small] = frames.allocate(int(np.count_nonzero(small)))
-    return room

@@ -19,7 +19,7 @@ mm_hmm_migrate(), mm_hmm_migrate_cleanup().
 **Invariants**: when the operation ends, however it ends, no migration entry of it is left; a page that did not move has
 the entry that it had, and an error of the driver's copy moves none.
 
-**Absent**: the way back and the carrying (mirror_memory.py); which pages leave a full device (device_pages.py).
+**Absent**: the way back and the carrying (mirror_memory.py); which pages leave a full device (eviction.py).
 
 Differs: a private page that several processes share since a fork moves as a copy, which is what the next write would
 have made of it; the others keep the page.  The posted code swapped the tests for the zero page and for no page, and

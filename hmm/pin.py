@@ -25,9 +25,9 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.ascending import unique
-from hmm.device_pages import move_to_system
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
+from hmm.eviction import move_to_system
 from hmm.fault import bring_in, pieces, raise_stop
 from hmm.fault_pages import copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag

@@ -13,8 +13,8 @@ import pytest
 from hmm import (
     cpu_pte,
     device_access,
-    device_pages,
     directory_tree,
+    eviction,
     exclusive,
     fork,
     frame_access,
@@ -239,7 +239,7 @@ def pages_name_drivers_that_are_gone(patch: pytest.MonkeyPatch) -> None:
 
 def evictions_leave_their_entries(patch: pytest.MonkeyPatch) -> None:
     """An eviction forgets to put its pages back; their map counts are wrong, or they are lost."""
-    patch.setattr(device_pages, "replace", lambda *_: None)
+    patch.setattr(eviction, "replace", lambda *_: None)
 
 
 def lost_pages_read_as_zeroes(patch: pytest.MonkeyPatch) -> None:
