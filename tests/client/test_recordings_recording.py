@@ -106,6 +106,34 @@ def test_load_refuses_a_folder_when_a_file_is_not_what_it_should_be(
     assert message in str(caught.value)
 
 
+def test_load_reads_the_same_when_lines_end_as_elsewhere(folder: Path) -> None:
+    """A recording may have come through a system that ends lines with CR and LF."""
+    before = Recording.load(folder)
+    for name in ("strace.log", "maps.initial", "maps.final"):
+        text = (folder / name).read_bytes()
+        (folder / name).write_bytes(text.replace(b"\n", b"\r\n"))
+    after = Recording.load(folder)
+    assert (after.initial, after.final, after.plan) == (before.initial, before.final, before.plan)
+
+
+def test_load_refuses_a_log_when_it_is_cut_anywhere_in_a_line(folder: Path) -> None:
+    """Half an address is an address too."""
+    text = (folder / "strace.log").read_text()
+    begin = text.index("mmap(")
+    for end in range(begin + 1, text.index("\n", begin)):
+        (folder / "strace.log").write_text(text[:end])
+        with pytest.raises(RecordingError, match=r"strace.log:\d+: (not a line of strace|.*is the log cut short\?)"):
+            Recording.load(folder)
+
+
+def test_load_refuses_a_layout_when_no_process_can_have_it(folder: Path) -> None:
+    """The kernel's half of the addresses begins behind the last page of a process."""
+    maps = (folder / "maps.initial").read_text().splitlines(True)[:-1]
+    (folder / "maps.initial").write_text("".join([*maps, "7fffffffe000-800000000000 rw-p 00000000 00:00 0 \n"]))
+    with pytest.raises(RecordingError, match=r"maps.initial: no process has memory at 0x7fffffffffff"):
+        Recording.load(folder)
+
+
 def test_load_refuses_a_path_when_it_is_no_folder(tmp_path: Path, folder: Path) -> None:
     """A mistyped path and a file are told apart."""
     with pytest.raises(RecordingError, match="absent: no such folder"):

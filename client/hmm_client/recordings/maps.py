@@ -131,7 +131,10 @@ def parse_maps(text: str, path: Path | None = None) -> tuple[Area, ...]:
     """
     areas: list[Area] = []
     end = 0
-    for number, line in enumerate(text.split("\n"), 1):
+    lines = text.split("\n")
+    if all(line.endswith("\r") for line in lines if line):  # it came through a system that ends lines so
+        lines = [line.removesuffix("\r") for line in lines]
+    for number, line in enumerate(lines, 1):
         if not line:
             continue
         area = _parse_line(line)

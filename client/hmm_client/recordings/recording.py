@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmm.units import page_up
+from hmm.units import TASK_SIZE, page_up
 from hmm_client.recordings.arguments import ArgumentError, string
 from hmm_client.recordings.errors import RecordingError
 from hmm_client.recordings.maps import STACK, VDSO, VSYSCALL, Area, read_maps
@@ -63,6 +63,8 @@ class Recording:
             raise RecordingError(f"not a recording: it has no {' and no '.join(missing)}", folder)
         log = read_log(folder / LOG)
         initial = tuple(area for area in read_maps(folder / INITIAL) if area.name != VSYSCALL)
+        if initial[-1:] and initial[-1].end > TASK_SIZE:
+            raise RecordingError(f"no process has memory at {initial[-1].end - 1:#x}", folder / INITIAL)
         final = tuple(area for area in read_maps(folder / FINAL) if area.name != VSYSCALL)
         return cls(folder, log, initial, final, make_plan(log, initial, final))
 

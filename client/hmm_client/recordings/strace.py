@@ -155,7 +155,7 @@ def read_log(path: Path) -> Log:
     """Read a log from a file.
 
     Raises:
-        RecordingError: unreadable, or a line that strace does not write.
+        RecordingError: unreadable, cut short within a line, or a line that strace does not write.
 
     Cost: O(length), about 15 µs per line.
     """
@@ -163,7 +163,10 @@ def read_log(path: Path) -> Log:
         text = path.read_bytes().decode("utf-8", "backslashreplace")
     except OSError as error:
         raise RecordingError(error.strerror or str(error), path) from error
-    return parse_log(text.removesuffix("\n").split("\n"), path)
+    log = parse_log(text.removesuffix("\n").split("\n"), path)
+    if text and not text.endswith(("\n", "+++")):
+        raise RecordingError("the line has no end: is the log cut short?", path, log.lines)
+    return log
 
 
 def parse_log(lines: Iterable[str], path: Path | None = None) -> Log:
