@@ -107,6 +107,7 @@ class Config:
     session_calls: int = _limit(4096, "calls of one session that are under way at a time")
     watchers: int = _limit(64, "streams of observations that are open at a time")
     watch_entries: int = _limit(8192, "observations that wait for one watcher; more are dropped and counted")
+    watch_bytes: int = _limit(2 << 20, "bytes of observations that wait for one watcher; more are dropped and counted")
     operations_remembered: int = _limit(10_000, "calls that can still be asked for after their end")
 
     # How long

@@ -95,7 +95,7 @@ class Daemon:
         self.config = config
         self.machine = _machine(config)
         self.executor = Executor(self.machine, OperationLog(config.operations_remembered), config.acknowledgement_s)
-        self.observers = Observers(config.watch_entries)
+        self.observers = Observers(config.watch_entries, config.watch_bytes)
         self.streams = Streams(self.executor, self.observers, config)
         self.guard = Guard(self.machine, Tokens(config.token_file))
         self.targets: list[str] = []

@@ -12,7 +12,8 @@ import pytest
 from hmm.address_space import AddressSpace
 from hmm.madvise import Advice
 from hmm_proto.v1 import device_pb2, event_pb2, file_pb2, inspection_pb2, process_pb2, range_pb2, types_pb2
-from hmm_server.observers import BATCH_BYTES, BUFFER_BYTES, Watcher
+from hmm_server.config import Config
+from hmm_server.observers import BATCH_BYTES, BATCH_OBSERVATIONS, Watcher
 
 PAGE = 4096
 BASE = 0x10000000000
@@ -241,18 +242,37 @@ async def test_slow_watcher_loses_observations_and_slows_nobody(serve: Any) -> N
 
 def test_watcher_gets_less_at_a_time_when_observations_are_large() -> None:
     """What is told at a time fits into a message, and what waits is bounded in bytes as well; the rest is counted."""
-    watcher = Watcher(1000, lambda _: True)
+    limit = Config().watch_bytes
+    watcher = Watcher(1000, limit, lambda _: True)
     ranges = range_pb2.AddressRanges(starts=range(20_000), ends=range(20_000))
     observation = inspection_pb2.Observation(event=event_pb2.Event(ranges=ranges))
+    data = observation.SerializeToString()
     for _ in range(200):
-        watcher.put(observation)
-    assert 0 < watcher.dropped < 200
-    kept = 200 - watcher.dropped
-    assert kept * observation.ByteSize() >= BUFFER_BYTES
+        watcher.put(data)
+    kept = limit // len(data)
+    assert watcher.dropped == 200 - kept
     told = []
     while sum(told) < kept:
-        told.append(len(watcher.take_now().observations))
-    assert max(told) == BATCH_BYTES // observation.ByteSize()
+        message = watcher.take_now()
+        assert message.observations[0] == observation
+        told.append(len(message.observations))
+    assert max(told) == BATCH_BYTES // len(data)
+
+
+def test_watcher_is_told_what_it_lost_where_it_lost_it() -> None:
+    """What was kept comes first; what comes when there is room again comes behind the loss."""
+    watcher = Watcher(BATCH_OBSERVATIONS + 1, 1 << 20, lambda _: True)
+    data = inspection_pb2.Observation(time_ns=1).SerializeToString()
+
+    def told() -> tuple[int, int]:
+        message = watcher.take_now()
+        return len(message.observations), message.dropped
+
+    for _ in range(BATCH_OBSERVATIONS + 8):
+        watcher.put(data)
+    assert told() == (BATCH_OBSERVATIONS, 0)
+    watcher.put(data)
+    assert [told(), told()] == [(1, 7), (1, 7)]
 
 
 async def test_statistics_count_events_faults_and_latencies(mirrored: Any) -> None:
