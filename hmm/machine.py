@@ -103,7 +103,8 @@ class Machine(Registry):
 
     def resume(self, operation_id: int) -> None:
         """Advance an operation whose request is satisfied to its next request or to its end."""
-        self._note("resume", operation_id)
+        if self.inputs is not None:
+            self._note("resume", operation_id)
         record = self.operations[operation_id]
         assert self.is_ready(record), f"operation {operation_id} ({record.name}) is not ready"
         dispatch, record.dispatch = record.dispatch, None
@@ -140,7 +141,8 @@ class Machine(Registry):
 
         Raises: as `answer`; those before are taken.
         """
-        self._note("acknowledge", answers)
+        if self.inputs is not None:
+            self._note("acknowledge", answers)
         receivers = self.receivers
         for mirror_id, sequence in answers:
             receiver = receivers.get(mirror_id) or self.receiver(mirror_id)

@@ -301,7 +301,7 @@ def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
     message.type, message.reason = event_type_to_proto(event.etype), reason_to_proto(event.reason)
     message.pte_mask = event.pte_mask & _MASK
     if event.cause is not None:
-        message.cause = event.cause.value
+        message.cause = _CAUSE_TEXTS[event.cause]
     starts, ends = message.ranges.starts, message.ranges.ends
     for span in event.spans:
         starts.append(span.start)
@@ -325,6 +325,7 @@ def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
 
 _MASK = (1 << 64) - 1
 _CAUSES = {cause.value: cause for cause in Cause}
+_CAUSE_TEXTS = {cause: cause.value for cause in Cause}
 
 
 def event_from_proto(message: event_pb2.Event) -> Event:

@@ -176,7 +176,8 @@ class Mailbox:
         """All mirrors of an event have answered, or will not: its part of the window is free again."""
         self.in_flight -= 1
         self.in_flight_bytes -= posting.size_bytes
-        self.wake()
+        if self.events:
+            self.wake()
 
     @property
     def is_full(self) -> bool:

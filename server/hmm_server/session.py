@@ -145,7 +145,9 @@ class Session:
                 if message.HasField("hello") and message is not first:
                     mailbox.reject([event_pb2.ProtocolViolation(rule="Hello comes once, in the first message")])
                 if message.HasField("acknowledgements"):
-                    mailbox.reject(self._streams.acknowledge(stream, message.acknowledgements))
+                    violations = self._streams.acknowledge(stream, message.acknowledgements)
+                    if violations:
+                        mailbox.reject(violations)
                 calls = message.calls[:]  # a list is gone through in half the time
                 for call in calls:
                     self._start(stream, call)

@@ -31,7 +31,7 @@ from hmm.commands_hmm import EXCLUSIVE_PAGES, detach, give_back_exclusive
 from hmm.commands_process import unpin
 from hmm.dispatch import Audience, Dispatch
 from hmm.errors import AccessDeniedError, InvalidRequestError, OutOfFramesError
-from hmm.events import EventState
+from hmm.events import EventState, Reason
 from hmm.operation_record import Caller, OperationRecord
 from hmm.receiver import DeadlinePolicy
 from hmm.units import DeviceId, MirrorId
@@ -59,6 +59,7 @@ REJECTIONS_KEPT = 256
 """Answers that were rejected and can be asked for."""
 _EVENT = wire.tag(session_pb2.SessionResponse, "events")
 _ENTRIES = wire.tag(event_pb2.Event, "entries")
+_REASONS = {reason: reason.name for reason in Reason}
 log = logging.getLogger(__name__)
 
 
@@ -370,9 +371,9 @@ class Streams:
         return told
 
     def _note_sent(self, posting: Posting) -> None:
-        spans, reason = posting.event.spans, posting.event.reason
+        spans, reason = posting.news.event.spans, posting.news.event.reason
         npages = sum([span.npages for span in spans])
-        told = posting.size_bytes, len(spans), npages, "" if reason is None else reason.name
+        told = posting.size_bytes, len(spans), npages, "" if reason is None else _REASONS[reason]
         group, mirror_ids = posting.group, posting.mirror_ids
         if group is not None:
             posting.waiting = set(group.everybody)
@@ -452,8 +453,8 @@ class Streams:
         )
         violations = answers.take(message)
         self.rejected += answers.rejected
-        self.rejections.extend((stream, violation, time.time_ns()) for violation in violations)
         for violation in violations:
+            self.rejections.append((stream, violation, time.time_ns()))
             log.warning(
                 "%s: answer to event %d of mirror %d rejected: %s",
                 *(stream, violation.event_sequence, violation.mirror_id, violation.rule),
