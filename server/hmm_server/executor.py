@@ -80,6 +80,8 @@ class Running:
         started_s: on the monotonic clock.
         then: gets the record once it is over; None: it did, or nobody asked for it.
         event_s: when its present event was made; the deadline counts from here.
+        due_s: the deadline, on the monotonic clock; 0 when nobody's answer is waited for.
+        put_off: it was, because the daemon itself was late.
         given_up: its caller no longer waits.
         epoch: the stream that the call came on; 0 for none.
         space_id: the address space that it concerns; 0 where nobody has to know.
@@ -89,7 +91,8 @@ class Running:
     started_s: float
     then: Then[Any] | None = None
     event_s: float = 0.0
-    deadline: asyncio.TimerHandle | None = None
+    due_s: float = 0.0
+    put_off: bool = False
     given_up: bool = False
     epoch: int = 0
     space_id: SpaceId = 0
@@ -116,6 +119,7 @@ class Executor:
         self._pumping = False
         self._continuing = False
         self._impatient = False
+        self._clock: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -286,9 +290,6 @@ class Executor:
                 pass
         finally:
             self._pumping = False
-        if not self._continuing and any(isinstance(r.record.request, Pause) for r in self.running.values()):
-            self._continuing = True
-            self._loop.call_soon(self._continue)
 
     def _deliver(self) -> bool:
         dispatches = self.machine.take_dispatches()
@@ -313,11 +314,15 @@ class Executor:
             self._fence_waited_for()
 
     def _resume(self) -> bool:
-        ready = [record for record in self.machine.ready() if not isinstance(record.request, Pause)]
+        all_ready = self.machine.ready()
+        ready = [record for record in all_ready if not isinstance(record.request, Pause)]
+        if len(ready) < len(all_ready) and not self._continuing:
+            self._continuing = True
+            self._loop.call_soon(self._continue)
         if self.holds.placed:
             ready = [record for record in ready if not self._stays(_point_of(record), record)]
         for record in ready:
-            if self.machine.is_ready(record):
+            if record is ready[0] or self.machine.is_ready(record):
                 self._advance(record)
         return bool(ready)
 
@@ -330,9 +335,7 @@ class Executor:
 
     def _advance(self, record: OperationRecord[Any]) -> None:
         running = self.running[record.id]
-        if running.deadline is not None:
-            running.deadline.cancel()
-            running.deadline = None
+        running.due_s = 0.0
         self.machine.resume(record.id)
         self._advanced(record)
 
@@ -342,12 +345,16 @@ class Executor:
         if record.done:
             if not self._stays(Point.BEFORE_END, record, self.running[record.id].space_id):
                 self._leave(record)
-        elif _awaits_owed_answers(record):
+        elif isinstance(record.request, Await):
+            self._waits(record, record.request)
+
+    def _waits(self, record: OperationRecord[Any], request: Await) -> None:
+        if _awaits_owed_answers(record):
             self._set_deadline(self.running[record.id])
-        elif (number := _awaited_userfaultfd(record)) and self.draining:
+        elif request.userfaultfd and self.draining:
             self._kill(record)
-        elif number in self.userfaultfds:
-            self.userfaultfds[number].set()
+        elif request.userfaultfd in self.userfaultfds:
+            self.userfaultfds[request.userfaultfd].set()
         elif record.waits_for_driver and self.draining:
             self._end_migrations()
 
@@ -422,19 +429,29 @@ class Executor:
     # ---- deadlines
 
     def _set_deadline(self, running: Running) -> None:
-        if running.deadline is not None:  # an event that a hold kept back may leave for its mirrors one by one
-            running.deadline.cancel()
         running.event_s = time.monotonic()
-        due_s = running.event_s + self.acknowledgement_s
-        running.deadline = self._loop.call_later(self.acknowledgement_s, self._deadline, running, due_s)
+        running.due_s, running.put_off = running.event_s + self.acknowledgement_s, False
+        if self._clock is None:  # one for all: most are answered long before, and would only stop theirs
+            self._clock = self._loop.call_later(self.acknowledgement_s, self._look_at_deadlines)
 
-    def _deadline(self, running: Running, due_s: float | None = None) -> None:
-        running.deadline = None
-        if due_s is not None and time.monotonic() - due_s > LATE_S:
-            # The daemon was stopped, or busy: answers that came in time are read first.
-            grace_s = min(GRACE_S, GRACE_PART * self.acknowledgement_s)
-            running.deadline = self._loop.call_later(grace_s, self._deadline, running)
-            return
+    def _look_at_deadlines(self) -> None:
+        now_s = time.monotonic()
+        try:
+            for running in list(self.running.values()):
+                if not 0 < running.due_s <= now_s:
+                    continue
+                if now_s - running.due_s > LATE_S and not running.put_off:
+                    # The daemon was stopped, or busy: answers that came in time are read first.
+                    running.due_s = now_s + min(GRACE_S, GRACE_PART * self.acknowledgement_s)
+                    running.put_off = True
+                else:
+                    self._deadline(running)
+        finally:
+            due_s = min([running.due_s for running in self.running.values() if running.due_s], default=0.0)
+            self._clock = self._loop.call_later(due_s - now_s, self._look_at_deadlines) if due_s else None
+
+    def _deadline(self, running: Running) -> None:
+        running.due_s = 0.0
         record = running.record
         if _awaits_owed_answers(record):
             self._owed_too_long(running)

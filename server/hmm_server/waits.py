@@ -133,7 +133,7 @@ class Waits:
         )
         if sent.state is EventState.SENT and served and sequence not in served.outstanding:
             event.state = types_pb2.EVENT_STATE_QUEUED
-        if running.deadline is not None and mirror.policy is not DeadlinePolicy.BLOCK:
+        if running.due_s and mirror.policy is not DeadlinePolicy.BLOCK:
             event.deadline_ms = _milliseconds(running.event_s + self._executor.acknowledgement_s - now_s)
         return event
 

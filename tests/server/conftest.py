@@ -217,10 +217,9 @@ class Served:
     async def let_deadlines_pass(self) -> None:
         """The time of drivers is up, as soon as a call waits for them; for daemons that give them for ever."""
         executor = self.daemon.executor
-        await self.until(lambda: any(running.deadline is not None for running in executor.running.values()))
+        await self.until(lambda: any(running.due_s for running in executor.running.values()))
         for running in list(executor.running.values()):
-            if running.deadline is not None:
-                running.deadline.cancel()
+            if running.due_s:
                 executor._deadline(running)
 
     async def statistics(self) -> inspection_pb2.GetStatisticsResponse:
