@@ -40,7 +40,7 @@ from hmm.ascending import among
 from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
-from hmm.frames import ZERO_PFN, PageFlag, listed
+from hmm.frames import ZERO_PFN, PageFlag
 from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
 from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma, VmFlag
@@ -427,7 +427,7 @@ class _Part:
         try:
             before = self.space.table.store(addresses, cpu_pte.cpu_entry(pfns, WRITTEN))
         except OutOfFramesError:
-            frames.unmap(pfns)
+            frames.take_back(pfns)
             raise
         self.space.claim(pfns, self.vma.start)
         if sources is not None:
@@ -478,7 +478,7 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
         try:
             space.table.set(start, pfn << cpu_pte.PFN_SHIFT | WRITTEN)
         except OutOfFramesError:
-            space.frames.unmap_one(pfn)
+            space.frames.take_back(pfn)
             raise
         space.claim(pfn, start)
         return
@@ -487,7 +487,7 @@ def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool
     try:
         space.table.fill(start, end, cpu_pte.cpu_entry(pfns, WRITTEN), in_use=True)
     except OutOfFramesError:
-        space.frames.unmap(listed(pfns))
+        space.frames.take_back(pfns)
         raise
     space.claim(pfns, start)
 

@@ -365,7 +365,7 @@ def _copy_pinned(parent: AddressSpace, child: AddressSpace, vma: Vma, addresses:
     try:
         child.table.store(addresses, cpu_pte.cpu_entry(copies, flags))
     except OutOfFramesError:
-        frames.unmap(copies)
+        frames.take_back(copies)
         raise
     child.claim(copies, vma.start)
 

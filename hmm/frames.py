@@ -447,6 +447,13 @@ class Frames(FrameContents):
         _, mapped = _subtract(self.mapcount, where, "unmapped, and not mapped")
         return self._put(pfns, where, mapped)
 
+    def take_back(self, allocated: Pfn | Pfns | slice) -> None:
+        """Undo `allocate_mapped` or its like: an injected failure is as far away again as it was before."""
+        pfns = np.array([allocated]) if isinstance(allocated, int) else listed(allocated)
+        self.unmap(pfns)
+        if self._system.failing:
+            self._system.failing += pfns.size
+
     def detach(self, pfns: Pfns | slice) -> None:
         """Count a page-table entry less for each; the reference that went with it stays, and is the caller's.
 

@@ -426,7 +426,7 @@ def _install(space: AddressSpace, vma: Vma, piece: AddressRange, data: memoryvie
         try:
             table.fill(piece.start, piece.end, cpu_pte.cpu_entry(pfns, flags))
         except OutOfFramesError:
-            frames.unmap(pfns)
+            frames.take_back(pfns)
             raise
         space.claim(pfns, piece.start)
     if data is not None:

@@ -569,6 +569,17 @@ def test_fault_in_loses_no_frame_when_directories_run_out(
     world.frames.check()
 
 
+@pytest.mark.parametrize("npages", [1, 3])
+def test_fault_in_counts_no_allocation_when_directories_run_out(world: Any, npages: int) -> None:
+    """do_anonymous_page() allocates the page table first: an injected failure of a page is as far away as before."""
+    space = world.space(directories=3)
+    start = world.map(space, npages)
+    world.frames.fail_allocation(20)
+    with pytest.raises(OutOfFramesError):
+        world.run(fault_in(space, pages(start, npages), write=True))
+    assert world.frames.available == 19
+
+
 # ---- entries that others resolve
 
 
