@@ -120,6 +120,8 @@ CERTIFY_SEEDS ?= 0:1000
 CERTIFIED ?=
 .PHONY: certify
 certify: install-dev ## Certify each of our drivers with a thousand storms; CERTIFY_SEEDS=FIRST:END and CERTIFIED select
+	$(call need,command -v npm,nodejs npm)
+	npm --prefix tests/system/javascript ci --silent
 	$(BIN)/python tests/certify $(CERTIFY_SEEDS) $(CERTIFIED)
 
 SEEDS ?= 0:10000

@@ -12,16 +12,21 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from hmm_client.certify import Trial, certify
 from hmm_client.commands.output import print_table
 from hmm_client.commands.progress import Progress
 
-DRIVERS = ("dummy", "rdma", "prefetch", "dmirror")
+OURS = ("dummy", "rdma", "prefetch", "dmirror")
+DRIVERS = (*OURS, "javascript")
+JAVASCRIPT = Path(__file__).parents[1] / "system" / "javascript" / "driver.js"
 
 
 def command(driver: str) -> list[str]:
     """Starts one of them."""
+    if driver == "javascript":
+        return ["node", str(JAVASCRIPT)]
     return [sys.executable, "-m", f"hmm_client.drivers.{driver}", "--certified"]
 
 
@@ -30,7 +35,8 @@ def say(driver: str, trial: Trial) -> None:
     which = f"--only {trial.name}" if trial.seed is None else f"--only plain --seeds {trial.seed}"
     for finding in trial.findings:
         print(f"\r{driver} {trial.name}: {finding}", flush=True)
-    print(f"  hmmctl certify {which} -- python -m hmm_client.drivers.{driver} --certified", flush=True)
+    started_by = "python" if driver in OURS else "node"
+    print(f"  hmmctl certify {which} -- {started_by} {' '.join(command(driver)[1:])}", flush=True)
     if trial.shortest:
         print(f"  shortest: {'; '.join(map(str, trial.shortest))}", flush=True)
 

@@ -14,17 +14,25 @@ from hmm.testing_swap import simulate_swap
 pytestmark = pytest.mark.slow
 
 
+def missed(coverage: Coverage) -> set[str]:
+    """What seeds did not come to: 2015 event types of this model, final states of an event, kills, and retries."""
+    kinds = {kind for kind in EventType if kind.is_invalidation} - {EventType.ISDIRTY}
+    kinds |= {EventType.RELEASE, EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
+    heard = {heard for _, who, heard in coverage.events if who == "mirror"}
+    answers = {"done", "EIO", "EAGAIN", "lost, fence", "lost, fail", "late", "repeated"}
+    counts = {"killed": coverage.callers["killed"], "retries": coverage.retries}
+    missed = {kind.name for kind in kinds} - heard
+    return missed | (answers - set(coverage.answers)) | {name for name, count in counts.items() if not count}
+
+
 def test_simulate_comes_to_every_event_and_every_way_to_answer() -> None:
-    """The workload reaches all 2015 event types of this model, all final states of an event, and faults that retry."""
+    """A few dozen seeds reach everything; no more of them run than it takes."""
     coverage = Coverage()
     for seed in range(60):
         coverage.add(simulate(seed).coverage)
-    kinds = {kind for kind in EventType if kind.is_invalidation} - {EventType.ISDIRTY}
-    kinds |= {EventType.RELEASE, EventType.DEVICE_RFAULT, EventType.DEVICE_WFAULT}
-    assert {kind.name for kind in kinds} <= {heard for _, who, heard in coverage.events if who == "mirror"}
-    assert {"done", "EIO", "EAGAIN", "lost, fence", "lost, fail", "late", "repeated"} <= set(coverage.answers)
-    assert coverage.callers["killed"] > 0
-    assert coverage.retries > 0
+        if not missed(coverage):
+            return
+    assert not missed(coverage)
 
 
 def test_simulate_reclaims_pages_that_devices_use() -> None:
