@@ -9,7 +9,7 @@ from hmm.testing import simulate
 from hmm.testing_coverage import Coverage
 from hmm.testing_swap import TOWNS
 
-SEEDS = 4
+SEEDS = 6
 
 pytestmark = pytest.mark.slow
 
