@@ -127,6 +127,7 @@ class AddressSpace:
         fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512;
             1 for the one touched alone, 16 in a kernel that was not told otherwise (fault_around_bytes).
         thp: where a first touch may bring in a huge page.
+        low_addresses: whether calls may name addresses below vm.mmap_min_addr: its callers have CAP_SYS_RAWIO.
         huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
         tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
             a huge page comes only where there is none.  Kept where `keeps_tables`.
@@ -155,6 +156,7 @@ class AddressSpace:
     users: int = 1
     fault_around_pages: int = 1
     thp: Thp = Thp.NEVER
+    low_addresses: bool = False
     huge: bool = False
     tables: set[int] = field(default_factory=set)
     unstable: bool = False

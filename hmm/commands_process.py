@@ -78,6 +78,7 @@ def create_process(
     brk_start: Address = 0,
     fault_around_pages: int = 1,
     thp: int = Thp.NEVER,
+    low_addresses: bool = False,
 ) -> ProcessId:
     """A process with an empty address space, as right after execve() before anything is mapped.
 
@@ -86,6 +87,7 @@ def create_process(
         brk_start: the initial program break; 0 for no heap.
         fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
         thp: where first touches may bring in huge pages, a Thp.
+        low_addresses: whether it may map addresses below vm.mmap_min_addr, as with CAP_SYS_RAWIO.
 
     Raises:
         InvalidRequestError: an address that is unaligned or beyond the address space, or another number of pages
@@ -97,7 +99,7 @@ def create_process(
         raise InvalidRequestError(f"create process: {fault_around_pages} pages around a fault are no power of two")
     space = _empty_space(machine, mmap_base, brk_start)
     space.fault_around_pages = fault_around_pages
-    space.thp = Thp(thp)
+    space.thp, space.low_addresses = Thp(thp), low_addresses
     process = Process(machine.next_id("process"), name, machine.caller.token, space)
     machine.processes[process.id] = process
     return process.id
@@ -150,6 +152,7 @@ def exec_process(
     space = _empty_space(machine, mmap_base, brk_start)
     left, old_name = process.space, process.name
     space.thp, space.fault_around_pages = left.thp, left.fault_around_pages
+    space.low_addresses = left.low_addresses
     process.space, process.name = space, name or old_name
     try:
         yield from _leave(machine, left)

@@ -151,7 +151,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
     child.mmap_base, child.brk_start, child.brk_end = parent.mmap_base, parent.brk_start, parent.brk_end
     child.fault_around_pages = parent.fault_around_pages
     child.has_read_hints, child.tracks_writes = parent.has_read_hints, parent.tracks_writes
-    child.thp, child.huge = parent.thp, parent.huge
+    child.thp, child.huge, child.low_addresses = parent.thp, parent.huge, parent.low_addresses
     child.join(parent)
     for vma in vmas:
         if isinstance(vma.backing, File):

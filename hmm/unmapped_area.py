@@ -9,8 +9,8 @@ files of which at least one aligned 2 MiB is mapped.
 (arch_get_unmapped_area_topdown()), arch/x86/mm/hugetlbpage.c, mm/huge_memory.c (__thp_get_unmapped_area()), mm/shmem.c
 (shmem_get_unmapped_area() with the default huge=never), 6.12 with the correction "no hint" of 6.12.9.
 
-**Invariants**: what is returned is page-aligned, inside the address space, not below MMAP_MIN_ADDR, and free unless
-MAP_FIXED asked for it.
+**Invariants**: what is returned is page-aligned, inside the address space, and free unless MAP_FIXED asked for
+it; what no address was given for lies above MMAP_MIN_ADDR.
 
 **Absent**: randomisation; the alignment for the caches of AMD family 15h.
 """
@@ -29,7 +29,7 @@ from hmm.vma import Flags
 __all__ = ["MMAP_MIN_ADDR", "MapFlag", "get_unmapped_area", "map_flags", "place"]
 
 MMAP_MIN_ADDR = 1 << 16
-"""vm.mmap_min_addr: nothing is mapped below."""
+"""vm.mmap_min_addr: what is mapped below was asked for there by whoever may (CAP_SYS_RAWIO)."""
 _BOTTOM_UP_BASE = page_up(TASK_SIZE // 3)
 _LOW_2G = AddressRange(1 << 30, 1 << 31)
 _FOUR_G = 1 << 32
@@ -107,9 +107,10 @@ def get_unmapped_area(
     Raises:
         OutOfFramesError: longer than the address space, or nothing free is long enough (ENOMEM).
         InvalidRequestError: MAP_FIXED at an address within a page (EINVAL).
-        AccessDeniedError: below MMAP_MIN_ADDR (EPERM).
+        AccessDeniedError: below MMAP_MIN_ADDR, and the space may not have low addresses (EPERM).
 
-    Cost: O(log VMAs), in bad cases O(VMAs).  Source: Linux mm/mmap.c, __get_unmapped_area().
+    Cost: O(log VMAs), in bad cases O(VMAs).  Source: Linux mm/mmap.c, __get_unmapped_area(); security/commoncap.c,
+    cap_mmap_addr().
     """
     if length > TASK_SIZE:
         raise OutOfFramesError(f"{length:#x} bytes are more than the address space")
@@ -124,7 +125,7 @@ def get_unmapped_area(
         raise OutOfFramesError(f"{length:#x} bytes at {address:#x} end outside the address space", address=address)
     if not is_page_aligned(address):
         raise InvalidRequestError(f"{address:#x} is not the start of a page", address=address)
-    if address < MMAP_MIN_ADDR:
+    if address < MMAP_MIN_ADDR and not space.low_addresses:
         raise AccessDeniedError(f"{address:#x} is below mmap_min_addr", errnos.EPERM, address=address)
     return address
 

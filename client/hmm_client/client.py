@@ -124,6 +124,7 @@ class Client:
         brk_start: int = 0,
         fault_around_pages: int = 1,
         thp: Thp = Thp.NEVER,
+        low_addresses: bool = False,
     ) -> Process:
         """A process with an empty address space.
 
@@ -133,6 +134,7 @@ class Client:
             brk_start: initial program break; 0: no heap.
             fault_around_pages: how many cached pages of a file a read fault maps at most, a power of two up to 512.
             thp: where the first touch of private memory may bring in a huge page.
+            low_addresses: whether it may map addresses below 64 KiB (vm.mmap_min_addr), as with CAP_SYS_RAWIO.
         """
         request = process_pb2.CreateProcessRequest(
             name=name,
@@ -140,6 +142,7 @@ class Client:
             brk_start=brk_start,
             fault_around_pages=fault_around_pages,
             huge_pages=convert.thp_to_proto(thp),
+            low_addresses=low_addresses,
         )
         response: process_pb2.CreateProcessResponse = await self.channel.request(self.processes.CreateProcess, request)
         return Process(self, response.process_id)

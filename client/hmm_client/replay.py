@@ -185,7 +185,10 @@ class _Run:
         for name, size_bytes in recording.file_sizes().items():
             await self._open(name, size_bytes)
         process = await self._client.create_process(
-            recording.program, mmap_base=recording.mmap_base, brk_start=page_up(recording.brk_start or 0)
+            recording.program,
+            mmap_base=recording.mmap_base,
+            brk_start=page_up(recording.brk_start or 0),
+            low_addresses=True,  # what the program was not allowed to do failed there, and is not repeated
         )
         for area in recording.initial:
             await self._place(process, area)

@@ -558,10 +558,16 @@ class Client(_Handle[aio_client.Client]):
         brk_start: int = 0,
         fault_around_pages: int = 1,
         thp: Thp = Thp.NEVER,
+        low_addresses: bool = False,
     ) -> Process:
         """A process with an empty address space."""
         made = self.aio.create_process(
-            name, mmap_base=mmap_base, brk_start=brk_start, fault_around_pages=fault_around_pages, thp=thp
+            name,
+            mmap_base=mmap_base,
+            brk_start=brk_start,
+            fault_around_pages=fault_around_pages,
+            thp=thp,
+            low_addresses=low_addresses,
         )
         return Process(self.loop.run(made), self.loop)
 

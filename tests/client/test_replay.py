@@ -266,6 +266,31 @@ async def test_replay_finds_a_difference_when_moved_memory_is_not_there(
     assert [outcome.found.split(":")[0] for outcome in done.outcomes] == ["EFAULT", "EFAULT"]
 
 
+async def test_replay_maps_low_addresses_when_the_program_had_them(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """fs/binfmt_elf.c, load_elf_binary(): MMAP_PAGE_ZERO maps page 0; and root may ask for it (CAP_SYS_RAWIO)."""
+    exit_line = "21460 exit_group(0)                     = ?"
+    calls = (
+        "mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_FIXED|MAP_ANONYMOUS, -1, 0) = 0",
+        "fork() = 7",
+        "mmap(0x8000, 4096, PROT_READ, MAP_PRIVATE|MAP_FIXED_NOREPLACE|MAP_ANONYMOUS, -1, 0) = 0x8000",
+        "mremap(0x8000, 4096, 4096, MREMAP_MAYMOVE|MREMAP_FIXED, 0x2000) = 0x2000",
+        "munmap(0x2000, 4096) = 0",
+    )
+    text = "".join(f"21460 {call}\n" for call in calls)
+    child = "7 mmap(0x3000, 4096, PROT_READ, MAP_PRIVATE|MAP_FIXED|MAP_ANONYMOUS, -1, 0) = 0x3000\n"
+    folder = altered(TRUE, "strace.log", exit_line, text + child + exit_line)
+    for name in ("maps.initial", "maps.final"):
+        perms = "r-xp" if name == "maps.initial" else "r--p"
+        page = f"00000000-00001000 {perms} 00000000 00:00 0 \n"
+        (folder / name).write_text(page + (folder / name).read_text())
+    async with ReplayDevices(daemon.connect, 1, 0) as devices:
+        done = await replay(Recording.load(folder), daemon.connect(), devices)
+    assert (done.outcomes, done.layout) == ([], [])
+    assert devices.reports[0].violations == []
+
+
 async def test_replay_counts_a_placement_when_the_kernel_chose_another_place(daemon: Daemon) -> None:
     """Where the daemon would have put a mapping, here into a hole that the kernel did not have, is no difference."""
     recording = Recording.load(TRUE)

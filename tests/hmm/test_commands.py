@@ -12,7 +12,7 @@ from machine_world import World
 from hmm import commands_file as files
 from hmm import commands_process as processes
 from hmm.address_space import Thp
-from hmm.errors import ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
+from hmm.errors import AccessDeniedError, ConflictError, InvalidRequestError, NoSuchObjectError, OutOfFramesError
 from hmm.file import FileKind
 from hmm.limits import Limits
 from hmm.local import Local
@@ -108,6 +108,19 @@ def test_vfork_shares_the_space_until_exec(local: Local) -> None:
     assert local.machine.spaces[1].users == 1
     local.call(processes.exit_process, child)
     assert list(local.machine.processes) == [1]
+
+
+def test_low_addresses_stay_allowed_when_a_process_forks_or_execs(local: Local) -> None:
+    """CAP_SYS_RAWIO is inherited, and kept by root's exec; whoever has it not gets EPERM: cap_mmap_addr()."""
+    flags = MapFlag.PRIVATE | MapFlag.ANONYMOUS | MapFlag.FIXED
+    privileged = local.call(processes.create_process, "root", low_addresses=True)
+    child = local.call(processes.fork, privileged)
+    local.call(processes.exec_process, privileged, "next")
+    for process in (privileged, child):
+        assert local.call(processes.mmap, process, 0, PAGE_SIZE, RW, flags).address == 0
+        local.call(processes.write_memory, process, 0, b"page 0")
+    with pytest.raises(AccessDeniedError, match="below mmap_min_addr"):
+        local.call(processes.mmap, 1, 0, PAGE_SIZE, RW, flags)
 
 
 def test_file_stays_when_it_is_closed_while_a_call_works_on_it() -> None:

@@ -234,6 +234,17 @@ def test_get_unmapped_area_fails_when_a_fixed_address_is_no_place(
     assert error.value.errno == number
 
 
+def test_low_addresses_are_given_when_they_are_asked_for_by_whoever_may(space: AddressSpace) -> None:
+    """security/commoncap.c, cap_mmap_addr(): CAP_SYS_RAWIO.  round_hint_to_min() knows no such exception."""
+    space.low_addresses = True
+    assert place(space, PAGE_SIZE, 0, PRIVATE | MapFlag.FIXED) == 0
+    assert place(space, PAGE_SIZE, PAGE_SIZE, PRIVATE | MapFlag.FIXED_NOREPLACE) == PAGE_SIZE
+    assert place(space, PAGE_SIZE, PAGE_SIZE, PRIVATE) == MMAP_MIN_ADDR
+    fill(space, MMAP_MIN_ADDR, TASK_SIZE)
+    with pytest.raises(OutOfFramesError):
+        place(space, PAGE_SIZE, 0, PRIVATE)
+
+
 def test_place_returns_the_fixed_address_when_something_is_there(space: AddressSpace) -> None:
     """MAP_FIXED is not a question; MAP_FIXED_NOREPLACE implies it and is judged later."""
     fill(space, 1 << 40, (1 << 40) + PAGE_SIZE)

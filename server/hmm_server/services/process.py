@@ -51,6 +51,7 @@ class ProcessService:
             brk_start=request.brk_start,
             fault_around_pages=request.fault_around_pages or 1,
             thp=convert.thp_from_proto(request.huge_pages),
+            low_addresses=request.low_addresses,
         )
         return process_pb2.CreateProcessResponse(process_id=record.result)
 
