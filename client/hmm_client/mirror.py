@@ -64,10 +64,11 @@ class Migrated:
 
 
 class Faulted:
-    """What a device fault brought in.  All but its error is read when it is asked for.
+    """What a device fault brought in.  Most of it is read when it is asked for.
 
     Attributes:
         error: what stopped the fault, if it is a partial result.
+        event_sequence: the last event of the mirror that the entries include.
     """
 
     def __init__(self, target: tuple[AddressRange, ...] | Entries, parts: Sequence[device_pb2.FaultResponse]) -> None:
@@ -80,16 +81,12 @@ class Faulted:
         self._parts = parts
         self._last = last = parts[-1]
         self.error: HmmError | None = from_call_result(last.result)
+        self.event_sequence: int = last.last_event_sequence
 
     @property
     def notifier_seq(self) -> int:
         """The sequence of the address space when the entries were read."""
         return self._last.notifier_seq
-
-    @property
-    def event_sequence(self) -> int:
-        """The last event of the mirror that the entries include."""
-        return self._last.last_event_sequence
 
     @property
     def retries(self) -> int:
@@ -223,13 +220,12 @@ class Mirror(Receiver):
 
         Cost: one round trip, 10 ns per page.
         """
-        if not isinstance(target, np.ndarray):
-            target = _spans(target)
         request = device_pb2.FaultRequest()
         request.mirror_id = self.id
         if isinstance(target, np.ndarray):
             request.pages = entries_to_proto(target)
         else:
+            target = (target,) if isinstance(target, AddressRange) else _spans(target)
             starts, ends = request.ranges.starts, request.ranges.ends
             for span in target:
                 starts.append(span.start)
@@ -247,7 +243,10 @@ class Mirror(Receiver):
             request.deadline_ms = max(1, round(deadline_s * 1000))
         for _ in range(STALE_RETRIES):
             self.faults += 1
-            faulted = Faulted(target, await self.call("fault", request))
+            try:
+                faulted = Faulted(target, await self.ask("fault", request))
+            except HmmError as error:
+                self.fail(error)
             if faulted.error is not None and not (partial and faulted.errnos.any()):
                 self.fail(faulted.error)
             if not self.is_stale(faulted):
@@ -429,8 +428,6 @@ def _first(target: tuple[AddressRange, ...] | Entries) -> int:
 
 
 def _spans(target: object) -> tuple[AddressRange, ...]:
-    if isinstance(target, AddressRange):
-        return (target,)
     spans = tuple(target) if isinstance(target, Iterable) else (target,)
     if not all(isinstance(span, AddressRange) for span in spans):
         raise TypeError(f"what is faulted in is an AddressRange, several, or an array of addresses; not {target!r}")

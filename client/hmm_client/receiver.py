@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
@@ -223,12 +223,21 @@ class Receiver:
 
     # ---- calls
 
-    async def call(self, name: str, request: Any) -> list[Any]:
-        """Make one call on the session: the parts of its reply.  Raises: as `Session.call`."""
+    def ask(self, name: str, request: Any) -> Awaitable[list[Any]]:
+        """Begin one call on the session.
+
+        Returns: the parts of its reply, to be awaited; an error that comes of it is for `fail`.
+
+        Raises: as `Session.call`.
+        """
         if self.lost:
             raise DeviceLostError(f"{name}: {self!r} was fenced: {self.lost}")
+        return self.session.call(name, request)
+
+    async def call(self, name: str, request: Any) -> list[Any]:
+        """Make one call on the session: the parts of its reply.  Raises: as `Session.call`."""
         try:
-            return await self.session.call(name, request)
+            return await self.ask(name, request)
         except HmmError as error:
             self.fail(error)
 

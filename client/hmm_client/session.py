@@ -346,9 +346,9 @@ class Session:
         if self.lost:
             self._pump.finish()
             return None
-        if self._outgoing or self.ledger or self._silent:
+        batch = self._next_batch()
+        if batch or self._silent:
             self._silent, self._wrote = False, True
-            batch = self._next_batch()
             if self._outgoing or self._parting is not None:
                 self._pump.wake()
             write: Write = self._call.write(batch)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,7 @@ class OperationLog:
     def __init__(self, remembered: int) -> None:
         self.ended_by_name: Counter[str] = Counter()
         self.errors_by_reason: Counter[str] = Counter()
-        self._remembered = remembered
-        self._ended: OrderedDict[int, Ended] = OrderedDict()
+        self._ended: deque[Ended] = deque(maxlen=remembered)
 
     def note(self, record: OperationRecord[Any], duration_s: float) -> Ended:
         """Count a call that has ended.  Returns: what is remembered of it."""
@@ -55,13 +54,10 @@ class OperationLog:
             reason = error.reason if error is not None else INTERNAL_REASON
             self.errors_by_reason[reason] += 1
         self.ended_by_name[record.name] += 1
-        ended = self._ended[record.id] = Ended(
-            *(record.id, record.name, caller.token, caller.name, error, reason, record.fenced, duration_s)
-        )
-        if len(self._ended) > self._remembered:
-            self._ended.popitem(last=False)
+        ended = Ended(record.id, record.name, caller.token, caller.name, error, reason, record.fenced, duration_s)
+        self._ended.append(ended)
         return ended
 
     def get(self, operation_id: int) -> Ended | None:
-        """A call that has ended, if it is still remembered."""
-        return self._ended.get(operation_id)
+        """A call that has ended, if it is still remembered.  Cost: O(calls that ended since)."""
+        return next((ended for ended in reversed(self._ended) if ended.id == operation_id), None)

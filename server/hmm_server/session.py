@@ -173,10 +173,11 @@ class Session:
 
     def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
         name, request_id = call.WhichOneof("call") or "", call.request_id
-        refusal = self._refusal(stream, request_id, name)
-        if refusal is not None:
-            self._reply(stream, request_id, name or "session", refusal)
-            return
+        if not name or self._calls or stream.mailbox.is_full:  # as it is rarely
+            refusal = self._refusal(stream, request_id, name)
+            if refusal is not None:
+                self._reply(stream, request_id, name or "session", refusal)
+                return
         request = getattr(call, name)
         caller = self._inside(call) if call.in_callback_mirror_id else self._caller
         if name == "read_table":
