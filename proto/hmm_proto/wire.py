@@ -74,8 +74,10 @@ def nested(outer: bytes, head: bytes, field: bytes, message: Message, arrays: Ma
     body = message.SerializeToString()
     if arrays:
         return _nested_with_arrays(outer, head, field, message, body, arrays)
-    head += field + varint(len(body))
-    return b"".join((outer, varint(len(head) + len(body)), head, body))
+    size = len(body)
+    head += field + (_LAST[size] if size < 128 else varint(size))  # most are short: a call takes as long as the rest
+    size += len(head)
+    return b"".join((outer, _LAST[size] if size < 128 else varint(size), head, body))
 
 
 def _nested_with_arrays(

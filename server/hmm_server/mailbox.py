@@ -111,6 +111,9 @@ class Mailbox:
     """The outgoing half of one stream.
 
     Attributes:
+        reply_bytes: of the replies that wait.
+        reply_bytes_max: small replies have filled as much again as large ones may: with so many waiting nothing more
+            may be asked for until some are read.
         wake: called whenever there may be something to tell; as it is made, it wakes whoever waits in `take`.
         begin: called when there is something to tell and nothing will be added for now; the same, as it is made.
     """
@@ -127,6 +130,7 @@ class Mailbox:
         self.in_flight = 0
         self.in_flight_bytes = 0
         self.reply_bytes = 0
+        self.reply_bytes_max = 2 * window.queue_bytes
         self.closed = False
         self._send = send
         self._welcome: event_pb2.Welcome | None = None
@@ -183,11 +187,6 @@ class Mailbox:
     def is_full(self) -> bool:
         """True when replies wait that the client does not read: nothing large may be added."""
         return self.reply_bytes >= self.window.queue_bytes
-
-    @property
-    def is_overfull(self) -> bool:
-        """True when small replies have filled as much again: nothing more may be asked for until some are read."""
-        return self.reply_bytes >= 2 * self.window.queue_bytes
 
     # ---- the writer
 
@@ -251,7 +250,7 @@ class Mailbox:
             parts.append(event)
 
     def _take_replies(self, parts: list[bytes]) -> None:
-        if self.is_full:
+        if self.reply_bytes >= self.window.queue_bytes:
             self._room.set()
         if self.reply_bytes <= self.window.part_bytes:
             parts += self._replies

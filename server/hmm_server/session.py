@@ -151,7 +151,8 @@ class Session:
                 calls = message.calls[:]  # a list is gone through in half the time
                 for call in calls:
                     self._start(stream, call)
-                    if mailbox.is_overfull or (len(calls) > 1 and time.monotonic() - breathed_s > BREATH_S):
+                    is_overfull = mailbox.reply_bytes >= mailbox.reply_bytes_max
+                    if is_overfull or (len(calls) > 1 and time.monotonic() - breathed_s > BREATH_S):
                         await self._breathe(mailbox)
                         breathed_s = time.monotonic()
             finally:
@@ -165,7 +166,7 @@ class Session:
 
     async def _breathe(self, mailbox: Mailbox) -> None:
         self._pump.release()
-        if mailbox.is_overfull:
+        if mailbox.reply_bytes >= mailbox.reply_bytes_max:
             await mailbox.room()  # nothing more is asked for, not even what has small replies
         else:
             await asyncio.sleep(0)
@@ -173,7 +174,7 @@ class Session:
 
     def _start(self, stream: Stream, call: session_pb2.SessionCall) -> None:
         name, request_id = call.WhichOneof("call") or "", call.request_id
-        if not name or self._calls or stream.mailbox.is_full:  # as it is rarely
+        if not name or self._calls or stream.mailbox.reply_bytes:  # else there is no reason for one
             refusal = self._refusal(stream, request_id, name)
             if refusal is not None:
                 self._reply(stream, request_id, name or "session", refusal)
@@ -193,7 +194,8 @@ class Session:
             self._reply(stream, request_id, name, self._result(stream, name, request, record), record)
         else:
             self._wait_for(stream, UnderWay(request_id, name, request, record), record)
-        self._executor.pump()
+        if self._executor.running:
+            self._executor.pump()
 
     def _wait_for(self, stream: Stream, under_way: UnderWay, record: OperationRecord[Any]) -> None:
         self._calls[under_way.request_id] = under_way
