@@ -133,10 +133,12 @@ def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[bool]:
 
 
 def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[Address]:
-    # As split_huge_pmd_if_needed(): inside a block that lies in one VMA.
+    # As split_huge_pmd_if_needed(): inside a block that lies in one VMA; hugetlb's may_split() refuses that before.
     for piece in pieces:
         whole = space.vmas.find(piece.start)
         assert whole is not None
+        if whole.has(VmFlag.HUGETLB):
+            continue
         for edge in (piece.start, piece.end):
             start = edge & PMD_MASK
             if start != edge and whole.start <= start and start + PMD_SIZE <= whole.end:

@@ -101,13 +101,15 @@ def test_mmap_refuses_what_is_not_of_whole_pages(bench: Any) -> None:
 
 @pytest.mark.parametrize(("at", "npages"), [(1, BLOCK), (0, 1), (BLOCK - 1, 2)])
 def test_calls_do_not_cut_a_page(bench: Any, at: int, npages: int) -> None:
-    """hugetlb_vm_op_split(): EINVAL, and nothing has changed."""
+    """hugetlb_vm_op_split(): EINVAL, and nothing has changed; __split_vma() asks it before vma_adjust_trans_huge()."""
     bench.map(2 * BLOCK, flags=PRIVATE)
     bench.write(0, b"x")
+    bench.heard.events.clear()
     span = place(bench, at, npages)
     assert refused(bench, commands_process.munmap, *span) == errno.EINVAL
     assert refused(bench, commands_process.mprotect, *span, Prot.READ) == errno.EINVAL
     assert refused(bench, commands_process.madvise, *span, Advice.DONTFORK) == errno.EINVAL
+    assert not bench.heard.events
     assert bench.read(0, 1) == b"x"
     assert len(bench.local.machine.process(bench.process).space.vmas) == 1
 
