@@ -71,6 +71,7 @@ __all__ = [
     "places_of",
     "touch",
     "until_repeated",
+    "within",
 ]
 
 _ELSEWHERE = np.uint64(cpu_pte.DEVICE | cpu_pte.EXCLUSIVE | cpu_pte.SWAP | cpu_pte.MIGRATION)
@@ -95,17 +96,17 @@ def inject_memory_failure(space: AddressSpace, piece: AddressRange) -> Operation
     Cost: O(pages + VMAs), vectorised; huge pages one at a time.
     """
     vma = memory_at(space, piece.start)
-    part = AddressRange(piece.start, min(piece.end, vma.end))
+    part = within(vma, piece)
     coming = elsewhere(space, vma, part)
     entries = space.table.read(part.start, part.end)
     first = leading(coming | are_plain(space.frames, entries))
     if not first:
-        return (yield from _inject_one(space, part.start))
+        return (yield from _inject_one(space, vma, part.start))
     if coming[:first].any():
         stop = yield from bring_in(space, AddressRange(part.start, part.start + (first << PAGE_SHIFT)), write=False)
         first = first if stop is None else (stop.address - part.start) >> PAGE_SHIFT
         if not first:
-            return (yield from _inject_one(space, part.start))
+            return (yield from _inject_one(space, vma, part.start))
         vma = memory_at(space, part.start)  # other memory may have been mapped meanwhile
         first = min(first, (vma.end - part.start) >> PAGE_SHIFT)
         entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
@@ -124,15 +125,28 @@ def memory_at(space: AddressSpace, address: Address) -> Vma:
     """The VMA there, whose pages get_user_pages_fast() can have.
 
     Raises:
-        BadAddressError: there is none, or it permits no reading (EFAULT).
+        BadAddressError: there is none, or it permits no reading and the page is not there (EFAULT).
         InvalidRequestError: hugetlb memory (EOPNOTSUPP).
+
+    Source: Linux mm/gup.c, gup_fast_pte_range(), which asks the entry alone, then check_vma_flags().
     """
     vma = space.vmas.find(address)
-    if vma is None or not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
+    if vma is None or vma.has(VmFlag.IO | VmFlag.PFNMAP) or not (vma.readable or _is_there(space, vma, address)):
         raise BadAddressError(f"madvise: {address:#x} is not memory that can be had", address=address)
     if vma.has(VmFlag.HUGETLB):
         raise InvalidRequestError(f"madvise: {vma} is hugetlb memory", errnos.EOPNOTSUPP, address=address)
     return vma
+
+
+def _is_there(space: AddressSpace, vma: Vma, address: Address) -> bool:
+    """Whether the CPU may read a page though its mapping does not permit it: x86 reads what may be written or run."""
+    entry = space.table.get(address)
+    return vma.has(VmFlag.WRITE | VmFlag.EXEC) and cpu_pte.is_present(entry) and not cpu_pte.is_special(entry)
+
+
+def within(vma: Vma, span: AddressRange) -> AddressRange:
+    """The part of a range that lies in its first VMA; one page where only pages that are there can be had."""
+    return AddressRange(span.start, min(span.end, vma.end if vma.readable else span.start + PAGE_SIZE))
 
 
 def elsewhere(space: AddressSpace, vma: Vma, span: AddressRange) -> npt.NDArray[np.bool_]:
@@ -192,11 +206,12 @@ def until_repeated(pfns: Pfns) -> int:
     return pfns.size if firsts.size == pfns.size else leading(np.isin(np.arange(pfns.size), firsts))
 
 
-def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
+def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Address]:
     """A page that is no small page of system memory.  Returns: where to go on."""
-    stop = yield from bring_in(space, AddressRange(address, address + PAGE_SIZE), write=False)
-    if stop is not None:
-        raise not_had(stop)
+    if vma.readable:
+        stop = yield from bring_in(space, AddressRange(address, address + PAGE_SIZE), write=False)
+        if stop is not None:
+            raise not_had(stop)
     frames, entry = space.frames, space.table.get(address)
     pfn = cpu_pte.cpu_pfn(entry)
     if cpu_pte.is_special(entry) and not entry & cpu_pte.HUGE:
@@ -215,9 +230,9 @@ def _inject_one(space: AddressSpace, address: Address) -> Operation[Address]:
     entries = space.table.read(address, address + PAGE_SIZE)
     if cpu_pte.is_present(entries)[0]:
         _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
-    vma = space.vmas.find(address)
-    if vma is not None and not vma.has(VmFlag.HUGETLB) and are_plain(frames, entries)[0]:
-        yield from _memory_failure(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
+    whole = space.vmas.find(address)
+    if whole is not None and not whole.has(VmFlag.HUGETLB) and are_plain(frames, entries)[0]:
+        yield from _memory_failure(space, whole, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE
 
 

@@ -38,7 +38,17 @@ from hmm.fault import bring_in
 from hmm.file import File, FileKind
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import split_folio
-from hmm.memory_failure import are_plain, elsewhere, leading, memory_at, not_had, places_of, touch, until_repeated
+from hmm.memory_failure import (
+    are_plain,
+    elsewhere,
+    leading,
+    memory_at,
+    not_had,
+    places_of,
+    touch,
+    until_repeated,
+    within,
+)
 from hmm.migration_entries import HeldPages, replace, unmap_everywhere, wait_on_locked
 from hmm.notifier import Breaking
 from hmm.operation import Operation
@@ -68,22 +78,22 @@ def soft_offline(space: AddressSpace, piece: AddressRange) -> Operation[Address]
     Cost: O(pages + VMAs), vectorised; huge pages one at a time.
     """
     vma = memory_at(space, piece.start)
-    part = AddressRange(piece.start, min(piece.end, vma.end))
+    part = within(vma, piece)
     if space.frames.available < 2 * part.npages:  # to be brought in, and to move to
         yield from some_room(space.frames, 2 * part.npages)
         vma = memory_at(space, part.start)
-        part = AddressRange(part.start, min(part.end, vma.end))
+        part = within(vma, part)
     coming = elsewhere(space, vma, part)
     first = leading(coming | are_plain(space.frames, space.table.read(part.start, part.end)))
     first = max(1, min(first, space.frames.available // 2))
     part = AddressRange(part.start, part.start + (first << PAGE_SHIFT))
-    stop = yield from bring_in(space, part, write=False)
+    stop = (yield from bring_in(space, part, write=False)) if vma.readable else None
     if stop is not None:
         if stop.address == part.start:
             raise not_had(stop)
         part = AddressRange(part.start, stop.address)
     vma = memory_at(space, part.start)  # other memory may have been mapped meanwhile
-    part = AddressRange(part.start, min(part.end, vma.end))
+    part = within(vma, part)
     entries = space.table.read(part.start, part.end)
     pfns = cpu_pte.cpu_pfn(entries)
     first = min(
@@ -106,8 +116,8 @@ def _offline_one(space: AddressSpace, address: Address, entry: int) -> Operation
         raise BadAddressError(f"soft offline: {address:#x} is no page that could move", errnos.EIO, address=address)
     if not (yield from split_folio(space, address)):
         raise RangeBusyError(f"soft offline: the huge page at {address:#x} is in use", errnos.EBUSY, address=address)
-    vma, entries = memory_at(space, address), space.table.read(address, address + PAGE_SIZE)
-    if are_plain(frames, entries)[0]:  # and nobody has made the zero page of it
+    vma, entries = space.vmas.find(address), space.table.read(address, address + PAGE_SIZE)
+    if vma is not None and are_plain(frames, entries)[0]:  # and nobody has made the zero page of it
         yield from _move(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE
 

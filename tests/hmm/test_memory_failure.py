@@ -27,6 +27,7 @@ from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 
 SHARED = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
 EVERY_EVENT = 1 << 47
@@ -199,6 +200,14 @@ def test_failure_ends_at_the_first_page_that_cannot_fail(world: World) -> None:
     write(world, 15)
     assert poison(world, 15, 2) == errno.EFAULT
     assert signals(world, 1, first=15) == [Signal.BUS_POISON]
+
+
+def test_page_that_is_there_fails_when_its_mapping_permits_no_reading(world: World) -> None:
+    """gup_fast_pte_range() asks the entry, check_vma_flags() the VMA: what is not there is EFAULT."""
+    write(world, 0, 2)
+    world.do(processes.mprotect, world.pid, START, 4 * PAGE_SIZE, Prot.WRITE)
+    assert poison(world, 0, 4) == errno.EFAULT
+    assert signals(world, 3) == [Signal.BUS_POISON, Signal.BUS_POISON, None]
 
 
 @pytest.mark.parametrize("around", [1, 16])

@@ -22,6 +22,7 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
+from hmm.vma import Prot
 
 EVERYTHING = 1 << 47
 SHARED = MapFlag.SHARED | MapFlag.FIXED
@@ -230,6 +231,35 @@ def test_call_ends_at_a_page_that_somebody_refers_to(world: World) -> None:
     world.do(processes.unpin, pin)
     assert offline(world, 2, 2) == 0
     assert given_up(world) == {*before}
+
+
+@pytest.mark.parametrize(("prot", "expected"), [(Prot.WRITE, 0), (Prot.EXEC, 0), (Prot(0), errno.EFAULT)])
+def test_page_that_is_there_moves_when_its_mapping_permits_no_reading(prot: Prot, expected: int) -> None:
+    """gup_fast_pte_range() asks the entry, check_vma_flags() the VMA: what is not there is EFAULT."""
+    world = made()
+    write(world, 0, b"ab")
+    world.do(processes.mprotect, world.pid, START, 4 * PAGE_SIZE, prot)
+    before = pfns(world, 0, 2)
+    assert offline(world, 0, 2) == expected
+    assert given_up(world) == (set() if expected else {*before})
+    assert offline(world, 2) == errno.EFAULT
+    world.do(processes.mprotect, world.pid, START, 4 * PAGE_SIZE, RW)
+    assert read(world, 0, 4) == b"ab\0\0"
+    assert offline(world, 1, 2) == errno.EIO  # the zero page
+
+
+def test_huge_page_is_split_when_its_mapping_permits_no_reading() -> None:
+    """gup_fast_pmd_leaf(): pmd_access_permitted() asks the entry."""
+    world = made(frames=8 * PMD_PAGES)
+    at = (-(-START // PMD_SIZE) * PMD_SIZE - START) // PAGE_SIZE
+    space(world).thp = Thp.ALWAYS
+    where = span(at, PMD_PAGES)
+    world.do(processes.mmap, world.pid, where.start, where.size_bytes, Prot.WRITE, FIXED)
+    world.do(processes.write_pages, world.pid, where, 0, b"h" * PMD_PAGES)
+    assert space(world).table.get(where.start) & cpu_pte.HUGE
+    lost = pfns(world, at, 1)
+    assert offline(world, at) == 0
+    assert given_up(world) == {*lost}
 
 
 @pytest.mark.parametrize("what", ["zero page", "coherent memory", "nothing mapped", "behind the end", "hugetlb"])
