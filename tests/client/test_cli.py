@@ -144,6 +144,7 @@ def test_command_says_how_to_start_a_daemon_when_nobody_listens(tmp_path: Path, 
         (["pending", "--timeout", "0"], "Invalid value for '--timeout': 0.0 is not in the range x>0"),
         (["run", "/nonexistent/file"], "there is no file and no scenario '/nonexistent/file'"),
         (["record", "--", "/nonexistent/command"], "no such command"),
+        (["record", "--outptu", "folder", "--", "true"], "No such option '--outptu'"),
         (["nonsense"], "No such command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -320,7 +321,7 @@ def test_number_of_things_is_said_as_people_do(number: int, said: str) -> None:
 
 
 INTERRUPTED = """
-import asyncio, signal, sys
+import asyncio, importlib.abc, signal, sys
 from hmm_client.commands.connection import run
 
 moment = sys.argv[1]
@@ -335,6 +336,13 @@ def handle(number, handler, install=signal.signal):
         now("before")
 
 signal.signal = handle
+
+class Loading(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "uvloop":
+            now("loading")
+
+sys.meta_path.insert(0, Loading())
 
 async def generator():
     try:
@@ -361,9 +369,9 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before", "meanwhile", "after", "never"])
+@pytest.mark.parametrize("moment", ["loading", "before", "meanwhile", "after", "never"])
 def test_work_is_put_away_in_order_when_it_is_interrupted(moment: str) -> None:
-    """Ctrl-C before the loop is made, while it runs, or while it is closed: nothing but that is told."""
+    """Ctrl-C before there is a loop, while it is made, while it runs or is closed: nothing but that is told."""
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-c", INTERRUPTED, moment], capture_output=True, text=True, check=False
     )

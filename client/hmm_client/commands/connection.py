@@ -157,6 +157,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     Before and after the coroutine too: a loop that is left half made or half closed says so on stderr.  A second Ctrl-C
     is raised where it comes.
     """
+    try:
+        return _run(work)
+    finally:
+        work.close()  # when it was never begun
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
     import asyncio  # noqa: PLC0415 - takes longer than --help may
 
     import uvloop  # noqa: PLC0415
@@ -194,7 +201,6 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             raise
         raise KeyboardInterrupt from None
     finally:
-        work.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts:  # while it was put away
         raise KeyboardInterrupt

@@ -33,6 +33,8 @@ def command(output: Path | None, arguments: tuple[str, ...]) -> None:
 
     The command keeps its standard input and outputs.  Exit code: the command's own, or 2 if it cannot be recorded.
     """
+    if arguments[0].startswith("-"):  # a misspelt option: no command is called so
+        raise click.NoSuchOption(arguments[0], ctx=click.get_current_context())
     signal.signal(signal.SIGTERM, _terminate)
     folder = output or Path(Path(arguments[0]).name)
     try:
