@@ -7,7 +7,8 @@ and write.  A page that is in swap as well is read from there again.
     what stands there           becomes of the call
     a small page                goes on with the next
     a huge page                 is split, and loses the page asked for; the rest of it is passed over
-    the zero page               ends: EBUSY, from the second time on EHWPOISON
+    the zero page, a page of a  ends: EBUSY, from the second time on EHWPOISON; it stays mapped, and goes on to be
+    driver's own                used, as nobody knows what it is
     a page of a file, or in     ends: EBUSY, after it was lost like others
     swap as well, that is pinned
     a page in coherent memory   ends: ENXIO, as the device's driver would have to deal with it
@@ -17,8 +18,8 @@ and write.  A page that is in swap as well is read from there again.
 hwpoison_user_mappings(), identify_page_state(), mf_generic_kill_procs()), mm/rmap.c (try_to_unmap_one() with
 TTU_HWPOISON), 6.12.
 
-**Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON, but while a
-call waits for the frame's lock, or for the mirrors that it has told.
+**Invariants**: no entry that can be reached by the CPU or a device names a frame with PageFlag.HWPOISON, but of a
+driver's own page, and while a call waits for the frame's lock, or for the mirrors that it has told.
 
 **Absent**: hugetlb pages (EOPNOTSUPP), unpoisoning; the signal that the kernel sends at once to who had the page dirty,
 as there are no signals: the touch gets it.
@@ -49,7 +50,7 @@ from hmm.errors import (
 from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.fault_pages import Stop
-from hmm.file import File
+from hmm.file import File, FileKind
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import FindPlaces, HeldPages, replace, unmap_everywhere, wait_on_locked
@@ -62,6 +63,7 @@ from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
 __all__ = [
+    "are_drivers",
     "are_plain",
     "elsewhere",
     "inject_memory_failure",
@@ -86,8 +88,8 @@ def inject_memory_failure(space: AddressSpace, piece: AddressRange) -> Operation
     Raises:
         BadAddressError: a page cannot be had, or is lost already (EFAULT); another call is taking it, or a huge page
             cannot be split, as somebody refers to it, or it is the zero page for the second time (EHWPOISON).
-        RangeBusyError: a page is the zero page; or of a file, or in swap as well, and somebody refers to it: it is
-            poisoned, and those behind it are not (EBUSY).
+        RangeBusyError: a page is the zero page, or a driver's; or of a file, or in swap as well, and somebody refers
+            to it: it is poisoned, and those behind it are not (EBUSY).
         NoSuchObjectError: a page is in coherent memory of a device (ENXIO).
         InvalidRequestError: hugetlb memory (EOPNOTSUPP).
         OutOfFramesError: a page could not be brought in (ENOMEM).
@@ -99,7 +101,7 @@ def inject_memory_failure(space: AddressSpace, piece: AddressRange) -> Operation
     part = within(vma, piece)
     coming = elsewhere(space, vma, part)
     entries = space.table.read(part.start, part.end)
-    first = leading(coming | are_plain(space.frames, entries))
+    first = leading(coming | _can_be_taken(space.frames, vma, entries))
     if not first:
         return (yield from _inject_one(space, vma, part.start))
     if coming[:first].any():
@@ -111,7 +113,7 @@ def inject_memory_failure(space: AddressSpace, piece: AddressRange) -> Operation
         first = min(first, (vma.end - part.start) >> PAGE_SHIFT)
         entries = space.table.read(part.start, part.start + (first << PAGE_SHIFT))
     pfns = cpu_pte.cpu_pfn(entries[:first])
-    first = min(first, leading(are_plain(space.frames, entries[:first])), until_repeated(pfns))
+    first = min(first, leading(_can_be_taken(space.frames, vma, entries[:first])), until_repeated(pfns))
     first = min(first, leading(~_are_referenced(space.frames, pfns[:first])) + 1)
     end = part.start + (first << PAGE_SHIFT)
     if first:
@@ -200,6 +202,17 @@ def are_plain(frames: Frames, entries: Entries) -> npt.NDArray[np.bool_]:
     return plain
 
 
+def are_drivers(frames: Frames, vma: Vma, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages of a VMA a driver has mapped, that are on no list: of its file, and not copied."""
+    of_driver = isinstance(vma.backing, File) and vma.backing.kind is FileKind.DEVICE
+    drivers: npt.NDArray[np.bool_] = ~frames.test_flags(pfns, PageFlag.ANON) & of_driver
+    return drivers
+
+
+def _can_be_taken(frames: Frames, vma: Vma, entries: Entries) -> npt.NDArray[np.bool_]:
+    return are_plain(frames, entries) & ~are_drivers(frames, vma, cpu_pte.cpu_pfn(entries))
+
+
 def until_repeated(pfns: Pfns) -> int:
     """How many of the first frames differ: one that is mapped twice is lost when it is met again."""
     firsts = np.unique(pfns, return_index=True)[1]
@@ -222,6 +235,10 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
     if owners(frames, np.array([pfn]))[0]:
         raise NoSuchObjectError(f"memory failure: {address:#x} is in a device's memory", errnos.ENXIO, address=address)
     _require_sound(frames, pfn, address)
+    if are_drivers(frames, memory_at(space, address), np.array([pfn]))[0]:
+        frames.get(np.array([pfn]))  # for ever
+        frames.poison(np.array([pfn]))
+        raise RangeBusyError(f"memory failure: {address:#x} is a driver's page", address=address)  # me_unknown()
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
     if cpu_pte.is_special(entry) or not (yield from split_folio(space, address)):

@@ -35,10 +35,11 @@ from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, HmmError, OutOfFramesError, RangeBusyError
 from hmm.events import Cause
 from hmm.fault import bring_in
-from hmm.file import File, FileKind
+from hmm.file import File
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.memory_failure import (
+    are_drivers,
     are_plain,
     elsewhere,
     leading,
@@ -96,9 +97,7 @@ def soft_offline(space: AddressSpace, piece: AddressRange) -> Operation[Address]
     part = within(vma, part)
     entries = space.table.read(part.start, part.end)
     pfns = cpu_pte.cpu_pfn(entries)
-    first = min(
-        leading(are_plain(space.frames, entries) & ~_are_drivers(space.frames, vma, pfns)), until_repeated(pfns)
-    )
+    first = min(leading(are_plain(space.frames, entries) & ~are_drivers(space.frames, vma, pfns)), until_repeated(pfns))
     if not first:
         return (yield from _offline_one(space, part.start, int(entries[0])))
     first = min(first, leading(~_are_referenced(space.frames, pfns[:first])) + 1)
@@ -171,13 +170,6 @@ def _error(address: Address, *, full: bool) -> HmmError:
     if full:
         return OutOfFramesError(f"soft offline: no frame for the page at {address:#x}", address=address)
     return RangeBusyError(f"soft offline: somebody refers to the page at {address:#x}", errnos.EBUSY, address=address)
-
-
-def _are_drivers(frames: Frames, vma: Vma, pfns: Pfns) -> _Mask:
-    """bool[n]: which pages a driver has mapped, that are on no list: of its file, and not copied."""
-    of_driver = isinstance(vma.backing, File) and vma.backing.kind is FileKind.DEVICE
-    drivers: _Mask = ~frames.test_flags(pfns, PageFlag.ANON) if of_driver else np.zeros(pfns.size, np.bool_)
-    return drivers
 
 
 def _are_referenced(frames: Frames, pfns: Pfns) -> _Mask:

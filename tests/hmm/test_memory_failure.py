@@ -27,7 +27,7 @@ from hmm.range_fault import REQ_FAULT, VALID
 from hmm.smaps import memory_use
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
-from hmm.vma import Prot
+from hmm.vma import Prot, VmFlag
 
 SHARED = MapFlag.SHARED | MapFlag.ANONYMOUS | MapFlag.FIXED
 EVERY_EVENT = 1 << 47
@@ -208,6 +208,33 @@ def test_page_that_is_there_fails_when_its_mapping_permits_no_reading(world: Wor
     world.do(processes.mprotect, world.pid, START, 4 * PAGE_SIZE, Prot.WRITE)
     assert poison(world, 0, 4) == errno.EFAULT
     assert signals(world, 3) == [Signal.BUS_POISON, Signal.BUS_POISON, None]
+
+
+def test_page_of_a_drivers_own_stays_mapped(world: World) -> None:
+    """memory_failure() finds no LRU page, and me_unknown() does nothing: EBUSY, then EHWPOISON; a copy is lost.
+
+    identify_page_state(), kill_accessing_process(), Linux 6.12.
+    """
+    device = world.do(files.open_device_file, "card", VmFlag.MIXEDMAP)
+    shared = MapFlag.SHARED | MapFlag.FIXED
+    world.do(processes.mmap, world.pid, START, 2 * PAGE_SIZE, RW, shared, device)
+    private = MapFlag.PRIVATE | MapFlag.FIXED
+    world.do(processes.mmap, world.pid, span(2).start, 2 * PAGE_SIZE, RW, private, device)
+    write(world, 0, 3)
+    notifier = world.machine.processes[world.pid].space.notifier
+    before, sequence = entry(world, 0), notifier.sequence
+    assert [poison(world, 0, 2), poison(world, 0)] == [errno.EBUSY, EHWPOISON]
+    assert notifier.sequence == sequence  # nobody was told
+    assert signals(world, 4) == [None] * 4
+    assert entry(world, 0) & ~cpu_pte.ACCESSED == before & ~cpu_pte.ACCESSED
+    assert poison(world, 2, 2) == errno.EBUSY
+    assert signals(world, 4) == [None, None, Signal.BUS_POISON, None]
+    frames = world.machine.frames
+    lost = cpu_pte.cpu_pfn(before)
+    world.do(processes.munmap, world.pid, START, 4 * PAGE_SIZE)
+    world.settle()
+    assert (frames.poisoned, frames.refcount[lost]) == (3, 1)
+    world.machine.check()
 
 
 @pytest.mark.parametrize("around", [1, 16])
