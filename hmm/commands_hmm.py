@@ -172,23 +172,23 @@ def insert_notifier(
     two_pass: bool = False,
 ) -> int:
     """As `IntervalMirror.insert`; `filtered`: the mirror's own migrations do not disturb its read sections."""
-    return _mirror(machine, mirror_id).insert(start, length, filtered=filtered, two_pass=two_pass).id
+    return hearing_mirror(machine, mirror_id).insert(start, length, filtered=filtered, two_pass=two_pass).id
 
 
 def remove_notifier(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[None]:
     """As `IntervalMirror.remove`."""
-    yield from _mirror(machine, mirror_id).remove((number,))
+    yield from hearing_mirror(machine, mirror_id).remove((number,))
 
 
 def read_begin(machine: Machine, mirror_id: MirrorId, number: int) -> Operation[int]:
     """As `IntervalMirror.read_begin`."""
-    return (yield from _mirror(machine, mirror_id).read_begin(number))
+    return (yield from hearing_mirror(machine, mirror_id).read_begin(number))
 
 
 @immediate
 def read_retry(machine: Machine, mirror_id: MirrorId, number: int, sequence: int) -> bool:
     """As `IntervalMirror.read_retry`."""
-    return _mirror(machine, mirror_id).read_retry(number, sequence)
+    return hearing_mirror(machine, mirror_id).read_retry(number, sequence)
 
 
 @immediate
@@ -329,22 +329,6 @@ def _wanted_pages(span: AddressRange, wanted: device_pages.Wanted | None) -> int
 
 
 @immediate
-def inject_migration_failure(machine: Machine, mirror_id: MirrorId, nth: int) -> None:
-    """Make the nth allocation from now on fail that is made to migrate pages for a mirror (1 is the next, 0 is none).
-
-    It is that of a frame, or of a large folio, on the device or on the way back.
-
-    A huge page that was to move as one moves by small pages instead.  A small page on its way to the device stays where
-    it is; on the way back it does, and those behind it too.
-
-    Source: Linux lib/test_hmm.c, HMM_DMIRROR_FLAG_FAIL_ALLOC, 7.0.
-    """
-    if nth < 0:
-        raise InvalidRequestError(f"inject migration failure: {nth} is negative")
-    _mirror(machine, mirror_id).failing_allocation = nth
-
-
-@immediate
 def device_frames(machine: Machine, device_id: DeviceId) -> tuple[Pfn, Pfn]:
     """The frames of a device's memory, from the first to behind the last.
 
@@ -399,7 +383,7 @@ def dma_map(
 @immediate
 def dma_unmap(machine: Machine, mirror_id: MirrorId, addresses: Entries, words: Entries) -> Entries:
     """As `hmm_dma.dma_unmap_pfns`; also when the process has exited."""
-    return hmm_dma.dma_unmap_pfns(_mirror(machine, mirror_id), addresses, words)
+    return hmm_dma.dma_unmap_pfns(hearing_mirror(machine, mirror_id), addresses, words)
 
 
 @immediate
@@ -413,7 +397,7 @@ def read_dma(
     length: int | None = None,
 ) -> bytes:
     """As `hmm_dma.read_dma`."""
-    return hmm_dma.read_dma(_mirror(machine, mirror_id), pages, since, offset=offset, length=length)
+    return hmm_dma.read_dma(hearing_mirror(machine, mirror_id), pages, since, offset=offset, length=length)
 
 
 @immediate
@@ -421,7 +405,7 @@ def write_dma(
     machine: Machine, mirror_id: MirrorId, pages: Entries, data: bytes, since: int | None = None, *, offset: int = 0
 ) -> None:
     """As `hmm_dma.write_dma`."""
-    hmm_dma.write_dma(_mirror(machine, mirror_id), pages, data, since, offset=offset)
+    hmm_dma.write_dma(hearing_mirror(machine, mirror_id), pages, data, since, offset=offset)
 
 
 @immediate
@@ -436,7 +420,7 @@ def read_frames(
     length: int | None = None,
 ) -> bytes:
     """As `frame_access.read_frames`."""
-    mirror = _mirror(machine, mirror_id)
+    mirror = hearing_mirror(machine, mirror_id)
     return frame_access.read_frames(mirror, addresses, pfns, since, offset=offset, length=length)
 
 
@@ -454,7 +438,7 @@ def write_frames(
     """As `frame_access.write_frames`."""
     if addresses.size != pfns.size:
         raise InvalidRequestError(f"write frames: {addresses.size} pages and {pfns.size} frames")
-    mirror = _mirror(machine, mirror_id)
+    mirror = hearing_mirror(machine, mirror_id)
     frame_access.write_frames(mirror, addresses, pfns, data, since, offset=offset)
 
 
@@ -465,7 +449,8 @@ def _attached(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
     return mirror
 
 
-def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+def hearing_mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
+    """A mirror of today's interface that hears."""
     mirror = _attached(machine, mirror_id)
     mirror.require_live()
     return mirror
@@ -473,7 +458,7 @@ def _mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
 
 def live_mirror(machine: Machine, mirror_id: MirrorId) -> IntervalMirror:
     """A mirror that hears, of a process that lives (ESRCH)."""
-    mirror = _mirror(machine, mirror_id)
+    mirror = hearing_mirror(machine, mirror_id)
     if not mirror.space.users:
         raise NoSuchObjectError(f"the process of {mirror} has exited", errnos.ESRCH)
     return mirror

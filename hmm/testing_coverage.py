@@ -19,6 +19,7 @@ import numpy as np
 
 from hmm import (
     commands_device,
+    commands_failures,
     commands_file,
     commands_hmm,
     commands_migrate,
@@ -35,7 +36,15 @@ from hmm.receiver import Receiver
 
 __all__ = ["COMMANDS", "Coverage", "outcome"]
 
-_MODULES = (*(commands_process, commands_file, commands_device, commands_hmm, commands_migrate, commands_userfaultfd),)
+_MODULES = (
+    commands_process,
+    commands_file,
+    commands_device,
+    commands_hmm,
+    commands_migrate,
+    commands_userfaultfd,
+    commands_failures,
+)
 COMMANDS = tuple(
     sorted(
         name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmm import commands_device, commands_hmm, commands_process
+from hmm import commands_failures, commands_process
 from hmm.frames import PageFlag
 from hmm.madvise import Advice
 from hmm.scheduler import Call
@@ -23,14 +23,14 @@ _FAILED_FRAMES = 4
 
 
 def _fail_allocation(town: Town) -> Call | None:
-    return None if town.choose(3) else Call(commands_device.inject_allocation_failure, (1 + town.choose(6),))
+    return None if town.choose(3) else Call(commands_failures.inject_allocation_failure, (1 + town.choose(6),))
 
 
 def _fail_dma(town: Town) -> Call | None:
     device = town.pick(device.id for device in town.machine.devices.values() if device.iommu is not None)
     if device is None or town.choose(3):
         return None
-    return Call(commands_device.inject_dma_failure, (device, 1 + town.choose(3)))
+    return Call(commands_failures.inject_dma_failure, (device, 1 + town.choose(3)))
 
 
 def _fail_memory(town: Town) -> Call | None:
@@ -59,12 +59,12 @@ def _with_memory(town: Town, *, carried: bool) -> list[DeviceId]:
 def _fail_copy(town: Town) -> Call | None:
     copied = _with_memory(town, carried=False)
     mirror = town.pick(number for number, one in town.machine.receivers.items() if one.device.id in copied)
-    return None if mirror is None else Call(commands_device.inject_copy_failure, (mirror, town.choose(6)))
+    return None if mirror is None else Call(commands_failures.inject_copy_failure, (mirror, town.choose(6)))
 
 
 def _fail_touch(town: Town) -> Call | None:
     device = town.pick(_with_memory(town, carried=True))
-    return None if device is None else Call(commands_device.inject_touch_failure, (device, town.choose(4)))
+    return None if device is None else Call(commands_failures.inject_touch_failure, (device, town.choose(4)))
 
 
 FAILURES_OF_DEVICES: Makers = ((_fail_copy, 3), (_fail_touch, 2))
@@ -73,7 +73,7 @@ FAILURES_OF_DEVICES: Makers = ((_fail_copy, 3), (_fail_touch, 2))
 
 def _fail_migration(town: Town) -> Call | None:
     mirror = town.pick(town.interval_mirrors())
-    return None if mirror is None else Call(commands_hmm.inject_migration_failure, (mirror, town.choose(3)))
+    return None if mirror is None else Call(commands_failures.inject_migration_failure, (mirror, town.choose(3)))
 
 
 FAILURES_OF_MIGRATIONS: Makers = ((_fail_migration, 10),)

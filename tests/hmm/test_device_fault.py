@@ -11,9 +11,9 @@ import pytest
 from machine_world import FIXED, RW, START, span
 
 from hmm import commands_device as devices
+from hmm import commands_failures, pte
 from hmm import commands_file as files
 from hmm import commands_process as processes
-from hmm import pte
 from hmm.commands_device import DeviceFaulted
 from hmm.errors import (
     AccessDeniedError,
@@ -515,7 +515,7 @@ def test_dma_is_unmapped_exactly_when_the_mask_clears_the_entry(dma: Bench, comm
 
 def test_dma_mapping_failure_is_enomem_and_maps_nothing(dma: Bench) -> None:
     """A mapping error is ENOMEM; a second try succeeds."""
-    dma.call(devices.inject_dma_failure, dma.device, 1)
+    dma.call(commands_failures.inject_dma_failure, dma.device, 1)
     error = dma.error(span(0, 2), write=True)
     assert error.errno == errno.ENOMEM
     assert iommu_of(dma).mapped_pages == 0
@@ -534,7 +534,7 @@ def test_dma_mapping_fails_beyond_the_limit(dma: Bench) -> None:
 def test_inject_dma_failure_is_refused_when_the_device_does_no_dma(bench: Bench) -> None:
     """EINVAL."""
     with pytest.raises(InvalidRequestError):
-        bench.call(devices.inject_dma_failure, bench.device, 1)
+        bench.call(commands_failures.inject_dma_failure, bench.device, 1)
 
 
 def test_dma_entry_appears_once_when_two_faults_race(dma: Bench) -> None:

@@ -6,7 +6,7 @@ import errno as errnos
 
 import pytest
 
-from hmm.commands_device import inject_allocation_failure
+from hmm.commands_failures import inject_allocation_failure
 from hmm.commands_process import create_process, mmap, touch
 from hmm.errors import InvalidRequestError, OutOfFramesError
 from hmm.local import Local

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hmm import commands_device as devices
-from hmm import commands_file, cpu_pte, pte
+from hmm import commands_failures, commands_file, cpu_pte, pte
 from hmm import commands_hmm as today
 from hmm import commands_process as processes
 from hmm.errors import (
@@ -814,7 +814,7 @@ def test_page_stays_when_the_daemons_copy_to_the_device_fails() -> None:
     bench = Bench(copies=False)
     bench.write(0, 3)
     bench.call(devices.fault, bench.mirrors[0], [span(0, 3)], write=True)
-    bench.call(devices.inject_copy_failure, bench.mirrors[0], 2)
+    bench.call(commands_failures.inject_copy_failure, bench.mirrors[0], 2)
     result = bench.migrate(0, 4)
     assert (result.moved.npages, result.moved.error, bench.where(0, 4), bench.used()) == (3, None, "dsdd", 3)
     assert pte.pte_test_valid_pfn(result.entries).tolist() == [False, True, False, False]
@@ -829,7 +829,7 @@ def test_page_is_poison_when_the_daemons_copy_back_fails(touched: bool) -> None:
     """As where the driver clears VALID of a page: that one is lost, the others are back, and the mirror lives."""
     bench = Bench(copies=False)
     bench.write(0, 3)
-    bench.call(devices.inject_copy_failure, bench.mirrors[0], 3 + 2)
+    bench.call(commands_failures.inject_copy_failure, bench.mirrors[0], 3 + 2)
     bench.migrate(0, 3)
     if touched:
         assert bench.read(0) == [1]
@@ -848,7 +848,7 @@ def test_fork_poisons_the_childs_page_alone_when_the_daemons_copy_fails() -> Non
     bench = Bench(copies=False)
     bench.write(0, 2)
     bench.migrate(0, 2)
-    bench.call(devices.inject_copy_failure, bench.mirrors[0], 2)
+    bench.call(commands_failures.inject_copy_failure, bench.mirrors[0], 2)
     child = bench.call(processes.fork, bench.pid)
     assert bench.read(0, pid=child) == [1]
     with pytest.raises(SegmentationFault) as caught:

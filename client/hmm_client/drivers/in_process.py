@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hmm import commands_device, commands_hmm, commands_migrate
+from hmm import commands_device, commands_failures, commands_hmm, commands_migrate
 from hmm.commands_hmm import Migrated, VmaView
 from hmm.commands_migrate import MigrationSetUp
 from hmm.events import Event
@@ -100,7 +100,7 @@ class InProcessHmm:
 
     def fail_migration(self, mirror_id: MirrorId, nth: int) -> None:
         """Make an allocation fail."""
-        self._local.call(commands_hmm.inject_migration_failure, mirror_id, nth)
+        self._local.call(commands_failures.inject_migration_failure, mirror_id, nth)
 
     def evict_device(self, device_id: DeviceId) -> int:
         """Move everything back."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import grpc
 
-from hmm.commands_device import (
+from hmm.commands_failures import (
     inject_allocation_failure,
     inject_copy_failure,
     inject_dma_failure,
+    inject_migration_failure,
     inject_touch_failure,
 )
-from hmm.commands_hmm import inject_migration_failure
 from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
 from hmm.testing_coverage import COMMANDS

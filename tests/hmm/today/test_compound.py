@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from blocks import BLOCK, BLOCK_BYTES, RW, advise, heard, move, protect, shown, space, unmap
 
-from hmm import commands_device, commands_hmm, commands_process, cpu_pte, range_fault
+from hmm import commands_device, commands_failures, commands_hmm, commands_process, cpu_pte, range_fault
 from hmm.address_space import Thp
 from hmm.clear_refs import ClearRefs
 from hmm.commands_hmm import Migrated
@@ -224,7 +224,7 @@ def test_migration_moves_by_small_pages_when_the_allocation_fails(bench: Any, wr
     """HMM_DMIRROR_FLAG_FAIL_ALLOC fails one allocation, of a page or of a huge one; the next one is fine."""
     if written:
         bench.write(0, b"x" * BLOCK * PAGE_SIZE)
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 1)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 1)
     to_device(bench, 0, 2 * BLOCK)
     assert shown(bench) == "d512 D512"
     assert (SPLIT in [cause for cause, _ in heard(bench)]) == written
@@ -233,15 +233,15 @@ def test_migration_moves_by_small_pages_when_the_allocation_fails(bench: Any, wr
 def test_migration_leaves_one_small_page_when_its_allocation_fails(bench: Any) -> None:
     """To the device that page is passed over; back, the driver stops there."""
     bench.write(0, b"x" * BLOCK * PAGE_SIZE)
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 1)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 1)
     to_device(bench, 0, 4)
     assert shown(bench, 6) == "w1 d3 w2"
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 1)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 1)
     to_system(bench, 1, 2)
     assert shown(bench, 6) == "w1 d3 w2"
     to_system(bench, 1, 2)
     assert shown(bench, 6) == "w3 d1 w2"
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 1)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 1)
     assert bench.read(3, 1) == b"x"  # it is touched again
 
 
@@ -288,7 +288,7 @@ def test_touching_comes_back_by_small_pages_when_no_run_is_free(make_bench: Call
 def test_touching_comes_back_by_small_pages_when_the_allocation_fails(bench: Any) -> None:
     """The flag of the mirror that put the page there counts."""
     huge_on_device(bench)
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 1)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 1)
     assert bench.read(0, len(DATA)) == DATA
     assert shown(bench) == "w512 .512"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from machine_world import FIXED, RW, START, World, span
 
-from hmm import commands_device, commands_hmm, commands_process, cpu_pte
+from hmm import commands_device, commands_failures, commands_hmm, commands_process, cpu_pte
 from hmm.address_space import Thp
 from hmm.clear_refs import ClearRefs
 from hmm.errors import AccessDeniedError, BadAddressError, InvalidRequestError, OutOfFramesError
@@ -121,7 +121,7 @@ def test_take_fails_when_the_first_page_cannot_be_had(bench: Any) -> None:
 
 def test_take_fails_with_enomem_when_memory_runs_out_at_the_first_page(bench: Any) -> None:
     """make_device_exclusive_range() returns what get_user_pages_remote() does; behind the first page it stops early."""
-    bench.call(commands_device.inject_allocation_failure, 2)
+    bench.call(commands_failures.inject_allocation_failure, 2)
     assert take(bench, 0, 2).size == 1
     with pytest.raises(OutOfFramesError) as caught:
         take(bench, 1)

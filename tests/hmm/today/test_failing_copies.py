@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from blocks import BLOCK, shown
 
-from hmm import commands_device, commands_hmm, commands_process
+from hmm import commands_device, commands_failures, commands_hmm, commands_process
 from hmm.address_space import Thp
 from hmm.errors import BadAddressError, DeviceLostError, HmmError, InvalidRequestError, RangeBusyError, Signal
 from hmm.frames import RegionKind
@@ -28,7 +28,7 @@ from hmm.units import PAGE_SIZE
 
 def fail(bench: Any, nth: int, mirror: int = 0) -> None:
     """Let the copy of the nth page from now on fail."""
-    bench.call(commands_device.inject_copy_failure, mirror or bench.mirror, nth)
+    bench.call(commands_failures.inject_copy_failure, mirror or bench.mirror, nth)
 
 
 def written(bench: Any, npages: int) -> bytes:
@@ -137,7 +137,7 @@ def test_touch_is_sigbus_at_the_page_when_it_is_in_the_second_mapping(bench: Any
     if injected == "copy":
         fail(bench, 3)
     else:
-        bench.call(commands_device.inject_touch_failure, bench.device, 3)
+        bench.call(commands_failures.inject_touch_failure, bench.device, 3)
     assert touch(bench, 0, 4) == (2, Signal.BUS_ADRERR)
     assert shown(bench, 4) == "w2 d2"
     assert bench.read(0, 4 * PAGE_SIZE) == data
@@ -221,7 +221,7 @@ def test_inject_is_refused_when_nothing_is_copied_here(bench: Any, kind: str) ->
         refusal: type[HmmError] = DeviceLostError
         bench.local.machine.fence(mirror, "it died")
     with pytest.raises(refusal):
-        bench.call(commands_device.inject_copy_failure, mirror, nth)
+        bench.call(commands_failures.inject_copy_failure, mirror, nth)
 
 
 # ---- huge pages
@@ -257,7 +257,7 @@ def test_huge_page_stays_when_the_copy_of_a_part_fails(large: Any, nth: int) -> 
 
 def test_huge_page_stays_when_it_was_to_move_by_small_ones(large: Any) -> None:
     """Its allocation has failed, and then the copy of a page: nothing of it has moved, and it is whole."""
-    large.call(commands_hmm.inject_migration_failure, large.mirror, 1)
+    large.call(commands_failures.inject_migration_failure, large.mirror, 1)
     fail(large, 7)
     assert moved(large, commands_hmm.migrate_to_device) == "W512 D512"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from area import BASE
 
-from hmm import commands_device, commands_hmm, commands_process
+from hmm import commands_device, commands_failures, commands_hmm, commands_process
 from hmm.dma_map import DmaMap
 from hmm.errors import (
     AccessDeniedError,
@@ -227,7 +227,7 @@ def test_map_fails_as_a_whole_when_the_iommu_does(card: Card) -> None:
     """DMA_MAPPING_ERROR: ENOMEM, no page is mapped, and what was mapped before stays."""
     card.have(0, 2)
     card.fault(2, 4)
-    card.bench.call(commands_device.inject_dma_failure, card.id, 1)
+    card.bench.call(commands_failures.inject_dma_failure, card.id, 1)
     with pytest.raises(OutOfFramesError):
         card.map(0, 6)
     assert card.mapped_pages == 2

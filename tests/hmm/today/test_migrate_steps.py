@@ -11,7 +11,7 @@ import pytest
 from area import at, pages
 from machine_world import World, error_of
 
-from hmm import commands_device, commands_hmm, commands_migrate, commands_process, cpu_pte
+from hmm import commands_device, commands_failures, commands_hmm, commands_migrate, commands_process, cpu_pte
 from hmm.address_space import Thp
 from hmm.commands_migrate import MigrationSetUp
 from hmm.errors import (
@@ -252,7 +252,7 @@ def test_give_fewer_frames_when_the_device_has_no_more(make_bench: Callable[...,
 
 def test_give_fewer_frames_when_an_allocation_is_made_to_fail(bench: Any) -> None:
     """HMM_DMIRROR_FLAG_FAIL_ALLOC counts a driver's own allocations too."""
-    bench.call(commands_hmm.inject_migration_failure, bench.mirror, 3)
+    bench.call(commands_failures.inject_migration_failure, bench.mirror, 3)
     stepper = Stepper(bench, 0, 8)
     assert stepper.allocate(1).size == 1
     assert stepper.allocate(4).size == 1
