@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno as errnos
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hmm import commands_hmm
@@ -160,12 +161,15 @@ class Scheduler:
         options: list[Callable[[], None]] = []
         if sum(not record.replied for record in self.running) < self.parallel and not self._exhausted:
             options.append(self._start)
-        options += [self._resumer(record) for record in self.machine.ready()]
-        options += [self._answerer(mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
-        options += [self._expirer(record) for record in self.running if self._waits_for_owed_answers(record)]
-        options += [self._handler(record) for record in self.running if self._waits_for_handler(record)]
-        options += [self._lapser(number) for number, one in self.machine.migrations.items() if one.is_idle]
-        options += [self._leaver(record) for record in self._leaving if not record.done]
+        options += [partial(self.machine.resume, record.id) for record in self.machine.ready()]
+        options += [partial(self._answer, mirror_id) for mirror_id in self.mailboxes if self._answerable(mirror_id)]
+        options += [
+            partial(self.machine.expire, record.id) for record in self.running if self._waits_for_owed_answers(record)
+        ]
+        unhandled = [one for one in self.running if one.waits_for_handler and not self.machine.is_ready(one)]
+        options += [partial(self._handle, record) for record in unhandled]
+        options += [partial(self._lapse, number) for number, one in self.machine.migrations.items() if one.is_idle]
+        options += [partial(self._leave, record) for record in self._leaving if not record.done]
         return options
 
     def _answerable(self, mirror_id: MirrorId) -> list[Delivery]:
@@ -182,11 +186,6 @@ class Scheduler:
         return bool(owed) and all(
             receivers[mirror_id].unanswered[sequence].state is EventState.ABANDONED for mirror_id, sequence in owed
         )
-
-    def _waits_for_handler(self, record: OperationRecord[Any]) -> bool:
-        request = record.request
-        awaits = isinstance(request, Await) and request.wait_for is WaitFor.USERFAULT
-        return awaits and not self.machine.is_ready(record)
 
     def _start(self) -> None:
         call = next(self.workload, None)
@@ -207,15 +206,6 @@ class Scheduler:
         delivery = handled[self.choose(len(handled))]
         return delivery.mirror_id, delivery.sequence
 
-    def _resumer(self, record: OperationRecord[Any]) -> Callable[[], None]:
-        return lambda: self.machine.resume(record.id)
-
-    def _expirer(self, record: OperationRecord[Any]) -> Callable[[], None]:
-        return lambda: self.machine.expire(record.id)
-
-    def _handler(self, record: OperationRecord[Any]) -> Callable[[], None]:
-        return lambda: self._handle(record)
-
     def _handle(self, record: OperationRecord[Any]) -> None:
         call = None if self._happens(self.odds.kill) else self.handling(record)
         if call is None:
@@ -225,16 +215,10 @@ class Scheduler:
             handler = Caller(name="handler")
             self.running.append(self.machine.start(handler, call.command, *call.arguments, **call.options))
 
-    def _lapser(self, number: int) -> Callable[[], None]:
-        return lambda: self._lapse(number)
-
     def _lapse(self, number: int) -> None:
         if self._happens(2 if self._exhausted else self.odds.lapse):
             self.coverage.callers["driver was too slow"] += 1
             self.machine.end_migration(number, "its driver was too slow")
-
-    def _leaver(self, record: OperationRecord[Any]) -> Callable[[], None]:
-        return lambda: self._leave(record)
 
     def _leave(self, record: OperationRecord[Any]) -> None:
         self._leaving.remove(record)
@@ -244,9 +228,6 @@ class Scheduler:
         else:
             self.coverage.callers["killed"] += 1
             self.machine.kill(record.id)
-
-    def _answerer(self, mirror_id: MirrorId) -> Callable[[], None]:
-        return lambda: self._answer(mirror_id)
 
     def _answer(self, mirror_id: MirrorId) -> None:
         # A driver may answer its events in any order.
