@@ -19,7 +19,6 @@ import asyncio
 import errno as errnos
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import grpc.aio
@@ -96,9 +95,7 @@ class Userfaultfd:
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         await self.close()
         failure = None if self.serving is None or self.serving.cancelled() else self.serving.exception()
         if failure is not None and error is None:

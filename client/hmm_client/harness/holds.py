@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from enum import Enum
-from types import TracebackType
 from typing import Any, Self
 
 from hmm.errors import NoSuchObjectError
@@ -89,9 +88,7 @@ class Hold:
         self.id = (await self._read()).hold_id
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             if not self.ended:
                 await self._release()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Self
 
 from hmm.errors import HmmError
@@ -58,9 +57,7 @@ class Rig:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
