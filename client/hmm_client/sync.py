@@ -6,25 +6,25 @@
         process.write(mapped.address, b"hello")
 
 A loop on a thread of its own serves the session, also while the caller blocks: a driver must hear the events that its
-own calls cause.  Drivers' callbacks run on worker threads, one mirror's events in order, and may make calls.
+own calls cause.
 
 Every method is the asynchronous one of the same name and has its arguments, results and errors.
 
 **Source**: `hmm_client.client` and the handles.
 
-**Absent**: behaviour of its own.
+**Absent**: behaviour of its own; drivers (sync_driver.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, suppress
-from functools import update_wrapper
+from contextlib import AbstractAsyncContextManager
+from functools import partial, update_wrapper
 from threading import Thread
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import grpc
 import numpy as np
@@ -41,9 +41,7 @@ from hmm.units import Address, AddressRange, DeviceId, Entries, Pfn, Pfns, Proce
 from hmm_client import client as aio_client
 from hmm_client import device as aio_device
 from hmm_client import driver as aio_driver
-from hmm_client import event as aio_event
 from hmm_client import file as aio_file
-from hmm_client import interval_driver as aio_interval_driver
 from hmm_client import interval_mirror as aio_interval
 from hmm_client import migration as aio_migration
 from hmm_client import mirror as aio_mirror
@@ -51,10 +49,29 @@ from hmm_client import pin as aio_pin
 from hmm_client import process as aio_process
 from hmm_client import userfaultfd as aio_userfaultfd
 from hmm_client.calls import Call
-from hmm_client.driver import Copied, Written
 from hmm_client.loop_thread import LoopThread
 from hmm_client.receiver import Between
 from hmm_client.results import Outcome
+from hmm_client.sync_driver import AnyDriver, Driver, Event, IntervalDriver, adapted, adapted_interval
+
+__all__ = [
+    "AnyDriver",
+    "Client",
+    "Device",
+    "Driver",
+    "Event",
+    "File",
+    "IntervalDriver",
+    "IntervalMirror",
+    "IntervalNotifier",
+    "Migration",
+    "Mirror",
+    "Pin",
+    "Process",
+    "Userfaultfd",
+    "around",
+    "connect",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -364,109 +381,6 @@ class IntervalMirror(_Handle[aio_interval.IntervalMirror]):
     detach = blocking(aio_interval.IntervalMirror.detach)
 
 
-class Event(aio_event.Event):
-    """As `hmm_client.Event`."""
-
-
-class Driver:
-    """As `hmm_client.Driver`, with plain functions, which run on worker threads and may make calls."""
-
-    def update(self, event: Event) -> Written:
-        """Make the device stop using what `event` names, or program it after a fault, before returning."""
-
-    def copy_to_device(self, event: Event) -> Copied:
-        """Take pages into the device's memory."""
-        return aio_driver.Driver.copy_to_device(self, event)  # type: ignore[arg-type, return-value]
-
-    def copy_from_device(self, event: Event) -> Copied:
-        """Give pages back."""
-        return aio_driver.Driver.copy_from_device(self, event)  # type: ignore[arg-type, return-value]
-
-    def release(self, mirror: Mirror) -> None:
-        """Stop everything that uses the address space."""
-
-    def lost(self, mirror: Mirror, why: str) -> None:
-        """The mirror was fenced, or the connection broke."""
-
-
-AnyDriver: TypeAlias = Driver | aio_driver.Driver
-"""A driver's functions are called the same way whoever its base is; those that are `async def` run as well."""
-
-
-class IntervalDriver:
-    """As `hmm_client.IntervalDriver`, with plain functions, which run on worker threads and may make calls."""
-
-    def invalidate(self, event: Event) -> None:
-        """Make the device stop using what `event` names, before returning."""
-
-    def invalidate_start(self, event: Event) -> object | None:
-        """The first pass of a subscription that has two: start; what is returned goes to `invalidate_finish`."""
-        return self.invalidate(event)  # type: ignore[func-returns-value]  # an awaitable of an `async def`
-
-    def invalidate_finish(self, event: Event, token: object) -> None:
-        """The second pass: wait until the device has stopped."""
-
-    def migrate_to_ram(self, event: Event) -> None:
-        """Stop using pages of the device's memory that this mirror put there."""
-        self.invalidate(event)
-
-    def lost(self, mirror: IntervalMirror, why: str) -> None:
-        """The mirror was fenced, or the connection broke."""
-
-
-def _submit(executor: ThreadPoolExecutor, what: Callable[..., None], *arguments: object) -> None:
-    with suppress(RuntimeError):  # the interpreter ends: nobody is left to be told
-        executor.submit(what, *arguments)
-
-
-class _IntervalAdapter(aio_interval_driver.IntervalDriver):
-    """Hands an interval driver the handles of this module."""
-
-    def __init__(self, driver: IntervalDriver, loop: LoopThread, executor: ThreadPoolExecutor) -> None:
-        self._driver = cast("aio_interval_driver.IntervalDriver", driver)
-        self._loop = loop
-        self._executor = executor
-
-    def invalidate(self, event: aio_event.Event) -> Awaitable[None] | None:
-        return self._driver.invalidate(Event.at(event, IntervalMirror(event.mirror, self._loop)))
-
-    def invalidate_start(self, event: aio_event.Event) -> object | Awaitable[object] | None:
-        return self._driver.invalidate_start(Event.at(event, IntervalMirror(event.mirror, self._loop)))
-
-    def invalidate_finish(self, event: aio_event.Event, token: object) -> Awaitable[None] | None:
-        return self._driver.invalidate_finish(Event.at(event, IntervalMirror(event.mirror, self._loop)), token)
-
-    def migrate_to_ram(self, event: aio_event.Event) -> Awaitable[None] | None:
-        return self._driver.migrate_to_ram(Event.at(event, IntervalMirror(event.mirror, self._loop)))
-
-    def lost(self, mirror: aio_interval.IntervalMirror, why: str) -> None:
-        _submit(self._executor, self._driver.lost, IntervalMirror(mirror, self._loop), why)
-
-
-class _Adapter(aio_driver.Driver):
-    """Hands a driver the handles of this module."""
-
-    def __init__(self, driver: Driver, loop: LoopThread, executor: ThreadPoolExecutor) -> None:
-        self._driver = driver
-        self._loop = loop
-        self._executor = executor
-
-    def update(self, event: aio_event.Event) -> Written:
-        return self._driver.update(Event.at(event, Mirror(event.mirror, self._loop)))
-
-    def copy_to_device(self, event: aio_event.Event) -> Copied:
-        return self._driver.copy_to_device(Event.at(event, Mirror(event.mirror, self._loop)))
-
-    def copy_from_device(self, event: aio_event.Event) -> Copied:
-        return self._driver.copy_from_device(Event.at(event, Mirror(event.mirror, self._loop)))
-
-    def release(self, mirror: aio_mirror.Mirror) -> Awaitable[None] | None:
-        return self._driver.release(Mirror(mirror, self._loop))  # type: ignore[func-returns-value]  # as `invalidate_start`
-
-    def lost(self, mirror: aio_mirror.Mirror, why: str) -> None:
-        _submit(self._executor, self._driver.lost, Mirror(mirror, self._loop), why)
-
-
 class Device(_Handle[aio_device.Device]):
     """As `hmm_client.Device`."""
 
@@ -486,7 +400,7 @@ class Device(_Handle[aio_device.Device]):
         aio_driver.require_driver(driver, "update", "Driver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
-        adapter = _Adapter(cast("Driver", driver), self.loop, executor)
+        adapter = adapted(driver, partial(Mirror, loop=self.loop), executor)
         options = {"policy": policy, "fault_events": fault_events, "concurrent": concurrent}
         options |= {"report_only": report_only, "misbehaviour": misbehaviour}
         mirror = self.loop.run(self.aio.mirror(process.aio, adapter, **options))  # type: ignore[arg-type]
@@ -506,7 +420,7 @@ class Device(_Handle[aio_device.Device]):
         aio_driver.require_driver(driver, "invalidate", "IntervalDriver")
         executor = self.aio.client.executor
         assert isinstance(executor, ThreadPoolExecutor)
-        adapter = _IntervalAdapter(driver, self.loop, executor)
+        adapter = adapted_interval(driver, partial(IntervalMirror, loop=self.loop), executor)
         options = {"policy": policy, "concurrent": concurrent, "misbehaviour": misbehaviour}
         mirror = self.loop.run(self.aio.attach(process.aio, adapter, **options))  # type: ignore[arg-type]
         return IntervalMirror(mirror, self.loop)
@@ -531,9 +445,7 @@ class Client(_Handle[aio_client.Client]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
