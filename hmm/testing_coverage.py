@@ -12,20 +12,11 @@ from __future__ import annotations
 import errno as errnos
 from collections import Counter
 from dataclasses import dataclass, field
-from inspect import isgeneratorfunction
 from typing import Any
 
 import numpy as np
 
-from hmm import (
-    commands_device,
-    commands_failures,
-    commands_file,
-    commands_hmm,
-    commands_migrate,
-    commands_process,
-    commands_userfaultfd,
-)
+from hmm.commands import COMMANDS
 from hmm.commands_device import DeviceFaulted, DeviceMigrated
 from hmm.commands_hmm import Migrated, RangeFaulted
 from hmm.cpu_access import Accessed
@@ -34,26 +25,7 @@ from hmm.migration import MIGRATE
 from hmm.operation_record import OperationRecord
 from hmm.receiver import Receiver
 
-__all__ = ["COMMANDS", "Coverage", "outcome"]
-
-_MODULES = (
-    commands_process,
-    commands_file,
-    commands_device,
-    commands_hmm,
-    commands_migrate,
-    commands_userfaultfd,
-    commands_failures,
-)
-COMMANDS = tuple(
-    sorted(
-        name
-        for module in _MODULES
-        for name, function in vars(module).items()
-        if isgeneratorfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
-    )
-)
-"""The names of all commands there are."""
+__all__ = ["Coverage", "outcome"]
 
 
 @dataclass(slots=True)

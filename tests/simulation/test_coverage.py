@@ -6,9 +6,10 @@ from machine_world import World, span
 
 from hmm import commands_device as devices
 from hmm import commands_process as processes
+from hmm.commands import COMMANDS
 from hmm.operation_record import Caller
 from hmm.testing import simulate
-from hmm.testing_coverage import COMMANDS, Coverage, outcome
+from hmm.testing_coverage import Coverage, outcome
 
 
 def test_commands_are_all_that_a_machine_can_be_asked_for() -> None:

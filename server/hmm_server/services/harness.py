@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from hmm.commands import COMMANDS
 from hmm.commands_failures import (
     inject_allocation_failure,
     inject_copy_failure,
@@ -23,7 +24,6 @@ from hmm.commands_failures import (
 )
 from hmm.commands_process import scan_ksm
 from hmm.errors import AccessDeniedError, NoSuchObjectError
-from hmm.testing_coverage import COMMANDS
 from hmm_proto import convert
 from hmm_proto.v1 import harness_pb2
 from hmm_server import holds
