@@ -184,6 +184,12 @@ class EventState(Enum):
     ABANDONED = "abandoned"
 
 
+def pte_mask_of(etype: EventType, keeps: bool) -> int:
+    """`Event.pte_mask` of events of that type."""
+    moving = etype in (EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE) and not keeps
+    return MASK_NONE if moving else etype.pte_mask
+
+
 class Event(NamedTuple):
     """One change, as every mirror concerned hears it.
 
@@ -226,7 +232,7 @@ class Event(NamedTuple):
     @property
     def npages(self) -> int:
         """Of all its ranges."""
-        return sum(span.npages for span in self.spans)
+        return sum([span.npages for span in self.spans])
 
     @property
     def pte_mask(self) -> int:
@@ -236,8 +242,7 @@ class Event(NamedTuple):
 
         Differs: pages that came back are faulted in again at their new place; the posted code left entries of it.
         """
-        moving = self.etype in (EventType.COPY_TO_DEVICE, EventType.COPY_FROM_DEVICE) and not self.keeps
-        return MASK_NONE if moving else self.etype.pte_mask
+        return pte_mask_of(self.etype, self.keeps)
 
     def overlaps(self, span: AddressRange) -> bool:
         """True when a range of the event shares a byte with `span`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from hmm.address_space import Thp
 from hmm.errors import InvalidRequestError, Signal
-from hmm.events import Cause, Event, EventState, EventType, Reason
+from hmm.events import Cause, Event, EventState, EventType, Reason, pte_mask_of
 from hmm.file import FileKind
 from hmm.frames import RegionKind
 from hmm.receiver import DeadlinePolicy
@@ -290,18 +291,27 @@ def memory_kind_from_proto(number: int) -> RegionKind:
 # ---- events
 
 
+@cache
+def _kind(etype: EventType, reason: Reason | None, cause: Cause | None, keeps: bool) -> event_pb2.Event:
+    # What all events of a kind say; nobody writes to it.
+    return event_pb2.Event(
+        type=event_type_to_proto(etype),
+        reason=reason_to_proto(reason),
+        cause=cause.value if cause is not None else "",
+        pte_mask=pte_mask_of(etype, keeps) & _MASK,
+        keeps=keeps,
+    )
+
+
 def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
     """What the core knows of an event; who hears of it, under which numbers and until when, is the daemon's to add.
 
     Args:
         entries: False leaves them out, for who writes them down without copying them into a message first.
     """
-    message = event_pb2.Event()  # what is an argument of a message takes twice as long
+    message = event_pb2.Event()
+    message.CopyFrom(_kind(event.etype, event.reason, event.cause, event.keeps))
     message.operation_id, message.space_id, message.revision = event.operation_id, event.space_id, event.revision
-    message.type, message.reason = event_type_to_proto(event.etype), reason_to_proto(event.reason)
-    message.pte_mask = event.pte_mask & _MASK
-    if event.cause is not None:
-        message.cause = _CAUSE_TEXTS[event.cause]
     starts, ends = message.ranges.starts, message.ranges.ends
     for span in event.spans:
         starts.append(span.start)
@@ -312,8 +322,6 @@ def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
     if event.copy:
         message.copy = event.copy
         message.wants_answer = True
-    if event.keeps:
-        message.keeps = True
     if event.owner or event.initiator:
         message.owner, message.initiator = event.owner, event.initiator
     if event.finishes:
@@ -325,7 +333,6 @@ def event_to_proto(event: Event, *, entries: bool = True) -> event_pb2.Event:
 
 _MASK = (1 << 64) - 1
 _CAUSES = {cause.value: cause for cause in Cause}
-_CAUSE_TEXTS = {cause: cause.value for cause in Cause}
 
 
 def event_from_proto(message: event_pb2.Event) -> Event:

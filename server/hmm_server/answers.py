@@ -8,7 +8,7 @@ the mirror lives; what an answer has to say is never covered by a plain one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from hmm.errors import HmmError
@@ -60,27 +60,37 @@ class Answers:
 
     def take(self, message: event_pb2.Acknowledgements) -> list[event_pb2.ProtocolViolation]:
         """Take those that count.  Returns: the others."""
+        # Read once: protobuf makes an object for each look at an array, as long as nobody has one.
         mirror_ids, marks = message.mirror_ids, message.acknowledged_up_to
+        single_ids, singles = message.single_mirror_ids, message.single_sequences
         if message.epoch not in (0, self._stream.epoch):
             self._reject(0, 0, f"epoch {message.epoch} is not this stream's, {self._stream.epoch}")
-        elif len(mirror_ids) != len(marks) or len(message.single_mirror_ids) != len(message.single_sequences):
+        elif len(mirror_ids) != len(marks) or len(single_ids) != len(singles):
             self._reject(0, 0, "as many mirrors as event sequences are needed")
         elif message.ByteSize() > ANSWERS_MAX and (number := _size(message)) > ANSWERS_MAX:
             self._reject(0, 0, f"{number} answers and ranges are more than {ANSWERS_MAX} at a time; none was taken")
         else:
-            self._take(message, mirror_ids[:], marks[:])
+            for answer in message.answers:
+                self._take_answer(answer)
+            plain = self._singles(single_ids, singles) if single_ids else []
+            self._take_marks(mirror_ids[:], marks[:], plain)
+            if plain:
+                self._acknowledged(plain)
         if self.rejected > REJECTIONS_TOLD:
             more = f"{self.rejected - REJECTIONS_TOLD} more answers of the same message were rejected"
             self._violations.append(event_pb2.ProtocolViolation(rule=more))
         return self._violations
 
-    def _take(self, message: event_pb2.Acknowledgements, mirror_ids: list[MirrorId], marks: list[int]) -> None:
-        for answer in message.answers:
-            self._take_answer(answer)
+    def _singles(self, mirror_ids: Sequence[MirrorId], sequences: Sequence[int]) -> Plain:
+        """Those that are told by number."""
         plain: Plain = []
-        for mirror_id, sequence in zip(message.single_mirror_ids, message.single_sequences, strict=True):
+        for mirror_id, sequence in zip(mirror_ids, sequences, strict=True):
             if (served := self._find(mirror_id, sequence)) and self._is_enough(served, sequence, 0):
                 plain.append((served, sequence))
+        return plain
+
+    def _take_marks(self, mirror_ids: list[MirrorId], marks: list[int], plain: Plain) -> None:
+        """Those below marks: take what many have answered together, and add the rest to `plain`."""
         taken = 0
         while self._stream.postings and taken < len(mirror_ids):
             together = self._take_together(mirror_ids, marks, taken)
@@ -95,10 +105,8 @@ class Answers:
             for sequence, posting in outstanding.items():  # ascending
                 if sequence > up_to:
                     break
-                if not posting.event.copy:
+                if not posting.news.event.copy:
                     plain.append((served, sequence))
-        if plain:
-            self._acknowledged(plain)
 
     def _take_together(self, mirror_ids: list[MirrorId], marks: list[int], first: int) -> int:
         """Take what is usual of an event that many have heard: all of a group have finished it, and all before it.

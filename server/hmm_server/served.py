@@ -84,10 +84,9 @@ class ServedMirror:
 
     def settle(self, sequence: int) -> Posting | None:
         """An event was answered, or will not be; its part of the window is free when all have.  Returns: the event."""
-        posting = self.find(sequence)
+        posting = self.alone.pop(sequence, None) or self.find(sequence)
         if posting is None:
             return None
-        self.alone.pop(sequence, None)
         posting.waiting.remove(self.id)
         if not posting.waiting:
             self.stream.release(posting)

@@ -371,17 +371,15 @@ class Streams:
         return told
 
     def _note_sent(self, posting: Posting) -> None:
-        spans, reason = posting.news.event.spans, posting.news.event.reason
-        npages = sum([span.npages for span in spans])
-        told = posting.size_bytes, len(spans), npages, "" if reason is None else _REASONS[reason]
-        group, mirror_ids = posting.group, posting.mirror_ids
+        event, group, mirror_ids = posting.news.event, posting.group, posting.mirror_ids
+        reason = "" if event.reason is None else _REASONS[event.reason]
+        told = posting.size_bytes, len(event.spans), event.npages, reason
+        posting.waiting = set(mirror_ids) if group is None else set(group.everybody)
         if group is not None:
-            posting.waiting = set(group.everybody)
             group.sequences = posting.sequences
             group.traffic.note_sent(*told)
             group.stream.postings.append(posting)
             return
-        posting.waiting = set(mirror_ids)
         served = [self.served[mirror_id] for mirror_id in mirror_ids]
         for one, sequence in zip(served, posting.sequences, strict=True):
             one.last_sent = sequence
@@ -447,7 +445,6 @@ class Streams:
 
         Returns: those that were rejected; the others count.
         """
-        stream.heard_s = time.monotonic()
         answers = Answers(
             self.executor.machine, stream, self._answered, self._acknowledged, self._acknowledged_together
         )
