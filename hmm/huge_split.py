@@ -183,8 +183,12 @@ def ours(place: Places, head: Pfn) -> tuple[Entries, npt.NDArray[np.bool_]]:
     return entries, naming & are_compound(place.space.frames, pfns)
 
 
-def split_folio(space: AddressSpace, address: Address) -> Operation[bool]:
+def split_folio(space: AddressSpace, address: Address, *, hold: bool = False, lost: bool = False) -> Operation[bool]:
     """Make small pages of the large folio that is mapped at `address`, in all address spaces.
+
+    Args:
+        hold: the caller refers to the page at `address`: that reference is counted when the folio was split.
+        lost: the page at `address` has lost its contents: it does not become the zero page.
 
     Returns: False, and nothing was changed, when somebody holds a reference, or it is not there (any more).
 
@@ -214,6 +218,10 @@ def split_folio(space: AddressSpace, address: Address) -> Operation[bool]:
             zero[pfns - head] = frames.are_zero(pfns)
         if frames.poisoned:
             zero[pfns - head] &= ~frames.test_flags(pfns, PageFlag.HWPOISON)
+        page = cpu_pte.cpu_pfn(space.table.get(address))
+        zero[page - head] &= not lost
+        if hold:
+            frames.get(np.array([page]))
         gone = [(place.space, _remap(place, head, zero)) for place in places]
         frames.clear_flags(pfns, PageFlag.COMPOUND)
         for one, entries in gone:

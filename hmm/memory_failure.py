@@ -241,7 +241,7 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
         raise RangeBusyError(f"memory failure: {address:#x} is a driver's page", address=address)  # me_unknown()
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
-    if cpu_pte.is_special(entry) or not (yield from split_folio(space, address)):
+    if cpu_pte.is_special(entry) or not (yield from split_folio(space, address, lost=True)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
     entries = space.table.read(address, address + PAGE_SIZE)

@@ -6,7 +6,8 @@ The old frame is never used again.
 
     what stands there           becomes of the call
     a small page                moves, and goes on with the next; of a file it moves in the page cache as well
-    a huge page                 is split, and the page asked for moves; the rest of it is passed over
+    a huge page                 is split, and the page asked for moves; the rest of it is passed over.  If it held
+                                nothing, the zero page is there now, and its frame is given up without a move
     a page that is pinned, or   ends: EBUSY; the page is where it was
     referenced otherwise
     the zero page, a page of    ends: EIO, as they are on no list of pages that could be moved
@@ -113,11 +114,15 @@ def _offline_one(space: AddressSpace, address: Address, entry: int) -> Operation
     large = not cpu_pte.is_special(entry) and frames.flags_of(pfn) & PageFlag.COMPOUND
     if not large or owners(frames, np.array([pfn]))[0]:
         raise BadAddressError(f"soft offline: {address:#x} is no page that could move", errnos.EIO, address=address)
-    if not (yield from split_folio(space, address)):
+    if not (yield from split_folio(space, address, hold=True)):
         raise RangeBusyError(f"soft offline: the huge page at {address:#x} is in use", errnos.EBUSY, address=address)
-    vma, entries = space.vmas.find(address), space.table.read(address, address + PAGE_SIZE)
-    if vma is not None and are_plain(frames, entries)[0]:  # and nobody has made the zero page of it
-        yield from _move(space, vma, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
+    page, vma = np.array([pfn]), space.vmas.find(address)
+    assert vma is not None, "the huge page was mapped there"
+    if frames.refcount[pfn] == 1:  # it held nothing, and everybody has the zero page instead: migrate_folio_unmap()
+        frames.poison(page)
+    else:
+        frames.put(page)
+        yield from _move(space, vma, np.array([address], np.uint64), page)
     return address + PMD_SIZE
 
 

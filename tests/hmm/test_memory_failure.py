@@ -345,6 +345,15 @@ def test_huge_page_is_split_and_loses_one_page(large: World) -> None:
     assert not entry(large, first + 1) & cpu_pte.HUGE
 
 
+def test_page_of_a_huge_page_is_lost_though_it_held_nothing(large: World) -> None:
+    """try_to_map_unused_to_zeropage() leaves PageHWPoison() alone."""
+    first = huge(large)
+    large.do(processes.write_memory, large.pid, span(first).start, bytes(3 * PAGE_SIZE))
+    assert poison(large, first + 1) == 0
+    assert signals(large, 3, first=first) == [None, Signal.BUS_POISON, None]
+    assert cpu_pte.is_special(entry(large, first))
+
+
 def test_huge_page_is_not_split_when_somebody_refers_to_it(large: World) -> None:
     """memory_failure(): EHWPOISON, MF_MSG_UNSPLIT_THP."""
     first = huge(large)

@@ -20,6 +20,7 @@ from hmm.frames import PageFlag, RegionKind
 from hmm.limits import Limits
 from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
+from hmm.mlock import MlockFlag
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
@@ -293,6 +294,30 @@ def test_call_ends_at_a_page_that_cannot_move(what: str) -> None:
     assert offline(world, 14, 3) == expected
     assert len(given_up(world)) == at - 14
     assert read(world, 14) == b"a"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_frame_of_a_huge_page_is_given_up_when_it_held_nothing(*, shared: bool) -> None:
+    """The split maps the zero page; migrate_folio_unmap() finds nothing to move, page_handle_poison() gives it up.
+
+    Where it stays mapped, as somebody has it locked, it moves.
+    """
+    world = made(frames=4096)
+    first = 2 * PMD_PAGES
+    space(world).thp = Thp.ALWAYS
+    world.do(processes.mmap, world.pid, span(first).start, PMD_SIZE, RW, FIXED)
+    write(world, first, b"a")
+    (before,) = pfns(world, first + 1)
+    if shared:
+        child = world.do(processes.fork, world.pid)
+        world.do(processes.mlock, child, span(first).start, PMD_SIZE, MlockFlag.ONFAULT)
+        assert pfns(world, first + 1, pid=child) == [before]
+    assert offline(world, first + 1) == 0
+    assert given_up(world) == {before}
+    assert pfns(world, first + 1) == [0]
+    if shared:
+        assert pfns(world, first + 1, pid=child) not in ([0], [before])
+    assert read(world, first) == b"a"
 
 
 def test_huge_page_is_split_and_one_page_of_it_moves() -> None:
