@@ -38,6 +38,7 @@ from hmm.units import (
     PMD_PAGES,
     PMD_SHIFT,
     PMD_SIZE,
+    PUD_SHIFT,
     TASK_SIZE,
     Address,
     AddressRange,
@@ -131,6 +132,8 @@ class AddressSpace:
         huge: whether entries may have `cpu_pte.HUGE`; cleared never, so that spaces without pay one test.
         tables: the numbers (address >> PMD_SHIFT) of blocks that have a page table though no entry may be left in it;
             a huge page comes only where there is none.  Kept where `keeps_tables`.
+        directories: the numbers (address >> PUD_SHIFT) of pieces of 1 GiB that have a directory of such blocks though
+            no entry and no page table may be left in it.  Kept where `keeps_tables`.
         unstable: a part of it was reaped: nothing can be brought in any more (MMF_UNSTABLE).
         semantics: the kernel whose rules hold, where kernels differ.
         has_read_hints: whether a VMA was ever said to be read once or anywhere (MADV_SEQUENTIAL, MADV_RANDOM).
@@ -159,6 +162,7 @@ class AddressSpace:
     low_addresses: bool = False
     huge: bool = False
     tables: set[int] = field(default_factory=set)
+    directories: set[int] = field(default_factory=set)
     unstable: bool = False
     semantics: Semantics = LINUX_6_12
     has_read_hints: bool = False
@@ -251,8 +255,8 @@ class AddressSpace:
 
     @property
     def keeps_tables(self) -> bool:
-        """Whether a huge page may come: at a first touch, or from a migration that fills holes."""
-        return self.thp is not Thp.NEVER or not self.semantics.migration_splits
+        """Whether a huge page may come: at a first touch, from a migration that fills holes, or from a file."""
+        return self.thp is not Thp.NEVER or self.huge or not self.semantics.migration_splits
 
     def zap(self, start: Address, end: Address) -> int:
         """Drop every entry of [start, end) and the frames that only it held.
@@ -291,15 +295,30 @@ class AddressSpace:
             self.split_huge_pmd(end)
 
     def split_huge_pmd(self, address: Address) -> None:
-        """Map the block of an address by page entries if it is mapped by a huge one.
+        """Map the block of an address by page entries if it is mapped by a huge one; by none if that is a file's page.
 
         Whoever calls it has told the mirrors.  What was written ever counts as written since that was last forgotten.
         Source: Linux mm/huge_memory.c, __split_huge_pmd_locked(), __split_huge_zero_page_pmd().
         """
         entry = self.table.get(address)
-        if entry & cpu_pte.HUGE and not self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB:
-            start = address & PMD_MASK
+        if not entry & cpu_pte.HUGE or self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & _HUGETLB:
+            return
+        start = address & PMD_MASK
+        if self.is_huge_of_file(entry):
+            pfns = cpu_pte.cpu_pfn(self.table.zap(start, start + PMD_SIZE))
+            self.directories.add(start >> PUD_SHIFT)
+            for bit, flag in ((cpu_pte.DIRTY, PageFlag.DIRTY), (cpu_pte.ACCESSED, PageFlag.REFERENCED)):
+                if entry & bit:
+                    self.frames.set_flags(pfns, flag)
+            self.frames.unmap(pfns)
+        else:
             self.table.update(start, start + PMD_SIZE, _become_small)
+
+    def is_huge_of_file(self, entry: int) -> bool:
+        """Whether an entry maps a huge page of a file, which a touch finds again, and not of hugetlb memory."""
+        if entry & (cpu_pte.HUGE | cpu_pte.PRESENT | cpu_pte.SPECIAL) != cpu_pte.HUGE | cpu_pte.PRESENT:
+            return False
+        return not self.frames.flags_of(cpu_pte.cpu_pfn(entry)) & (_ANON | _HUGETLB)
 
     def keep_tables(self, start: Address, end: Address) -> None:
         """Note that the page tables of [start, end) stay when their entries go, as they do until they are unmapped.
@@ -307,23 +326,32 @@ class AddressSpace:
         Cost: O(blocks that hold entries).
         """
         for run in self.table.walk(start, end):
+            self.directories.add(run.start >> PUD_SHIFT)
             if not int(run.entries[0]) & cpu_pte.HUGE:
                 self.tables.add(run.start >> PMD_SHIFT)
 
+    def retract_table(self, start: Address) -> None:
+        """Free the page table of a block that has no entry, not the directory above it: retract_page_tables()."""
+        self.tables.discard(start >> PMD_SHIFT)
+        self.directories.add(start >> PUD_SHIFT)
+
     def free_tables(self, span: AddressRange) -> None:
         """Free the page tables of blocks that no VMA is left in, of a range that was unmapped: free_pgtables()."""
-        if not self.tables:
-            return
+        for numbers, shift in (self.tables, PMD_SHIFT), (self.directories, PUD_SHIFT):
+            if numbers:
+                self._free_unused(span, numbers, shift)
+
+    def _free_unused(self, span: AddressRange, numbers: set[int], shift: int) -> None:
         below, above = self.vmas.find_prev(span.start), self.vmas.find_next(span.start)
-        first, end = span.start >> PMD_SHIFT, (span.end - 1 >> PMD_SHIFT) + 1
-        if below is not None and below.end > first << PMD_SHIFT:
+        first, end = span.start >> shift, (span.end - 1 >> shift) + 1
+        if below is not None and below.end > first << shift:
             first += 1
-        if above is not None and above.start < end << PMD_SHIFT:
+        if above is not None and above.start < end << shift:
             end -= 1
-        if end - first < len(self.tables):
-            self.tables.difference_update(range(first, end))
+        if end - first < len(numbers):
+            numbers.difference_update(range(first, end))
         else:
-            self.tables -= {number for number in self.tables if first <= number < end}
+            numbers -= {number for number in numbers if first <= number < end}
 
     def drop(self, entries: Entries, *, replaced: bool = False) -> None:
         """Let go of the frames and swap slots that CPU entries named; `entries` are no longer in any table.

@@ -1,55 +1,43 @@
 """Collapsing: the small pages of a block become one huge page, by request (MADV_COLLAPSE).
 
 Pages that are elsewhere are brought in, holes and zero pages become zeroes, pages that others share are copied: the
-huge page is its process's own.  A block that cannot be collapsed is passed over, and told in the end.
+huge page is its process's own.  Pages of files stay the file's (collapse_file.py).  A block that cannot be collapsed is
+passed over, and told in the end.
 
 **Source**: Linux mm/khugepaged.c (madvise_collapse(), hpage_collapse_scan_pmd(), collapse_huge_page()), 6.12.
 
 **Invariants**: mirrors have heard of a block before its pages are replaced.
 
 **Absent**: khugepaged, which does it unasked.
-
-Differs: pages of files stay small; a block of a file is looked at (`scan_file`) and left as it is.
 """
 
 from __future__ import annotations
 
 import errno as errnos
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
+from hmm.collapse_file import Failure, allows_collapse, collapse_block_of_file
 from hmm.errors import HmmError, InvalidRequestError, OutOfFramesError, RangeBusyError
 from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.fault_pages import ANON_PAGE, WRITTEN
-from hmm.file import FILE_SIZE_MAX, File
 from hmm.frames import PageFlag
 from hmm.huge_fault import has_table
 from hmm.huge_split import has_directory
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, Pfns, pmd_up
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SHIFT, PMD_SIZE, AddressRange, Entries, Pfns, pmd_up
 from hmm.vma import SPECIAL_FLAGS, Vma, VmFlag
 from hmm.zone_device import owners
 
-__all__ = ["collapse", "scan_file"]
+__all__ = ["collapse"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a block cannot be collapsed, and whether others are tried after it: enum scan_result."""
-
-    errno: int
-    why: str
-    ends: bool = False
-
-
-_NOTHING: Entries = np.zeros(0, np.uint64)
-_MISSED = _Failure(errnos.EBUSY, "a userfaultfd misses a page", ends=True)
+_MISSED = Failure(errnos.EBUSY, "a userfaultfd misses a page", ends=True)
 
 
 def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
@@ -57,21 +45,26 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
 
     Raises:
         InvalidRequestError: the VMA cannot have huge pages or never had a page, or a block has no page table, no page
-            that may be written, or pages that are no memory of its own (EINVAL).
+            that may be written, or pages that are no memory of its own; or a mapping of a file lies so that no huge
+            page fits, or the file has no page there (EINVAL).
         OutOfFramesError: no run of frames is free (ENOMEM); the blocks before it are collapsed, and nobody heard of it.
         RangeBusyError: somebody else refers to a page (EAGAIN); all other blocks are collapsed.  A userfaultfd misses a
             page (EBUSY, SCAN_EXCEED_NONE_PTE); the blocks before it are collapsed.
         TimedOutError: a mirror with policy FAIL did not answer (ETIMEDOUT).
 
-    Cost: O(blocks), and the copying.
+    Cost: O(blocks), and the copying; of files O(VMAs of the spaces that map it) for each block.
     """
     first, end = pmd_up(vma.start), vma.end & PMD_MASK
     if not _allowed(space.vmas.find(vma.start)) or end < first:
         raise InvalidRequestError(f"collapse: no huge page can come in {vma}", address=vma.start)
-    failed: tuple[AddressRange, _Failure] | None = None
+    failed: tuple[AddressRange, Failure] | None = None
     for start in range(first, end, PMD_SIZE):
         block = AddressRange(start, start + PMD_SIZE)
-        failure = yield from _collapse(space, block)
+        now = space.vmas.find(start)
+        if now is not None and allows_collapse(now) and block.end <= now.end:
+            failure = yield from collapse_block_of_file(space, now, start)
+        else:
+            failure = yield from _collapse(space, block)
         if failure is not None:
             failed = (block, failure)
             if failure.ends:
@@ -80,32 +73,7 @@ def collapse(space: AddressSpace, vma: Vma) -> Operation[None]:
         raise _error(*failed)
 
 
-def scan_file(space: AddressSpace, vma: Vma, file: File) -> None:
-    """Look whether the blocks of a file that lie in a part of one VMA could be collapsed.
-
-    Raises:
-        InvalidRequestError: no whole block lies there, or one has no pages in memory or swap (EINVAL).
-        RangeBusyError: somebody else refers to a page of one (EAGAIN).
-
-    Cost: O(pages), vectorised.  Source: Linux mm/khugepaged.c, hpage_collapse_scan_file(), collapse_file().
-    """
-    first, end = pmd_up(vma.start), vma.end & PMD_MASK
-    if end < first:
-        raise InvalidRequestError(f"collapse: no huge page can come in {vma}", address=vma.start)
-    referenced: AddressRange | None = None
-    for start in range(first, end, PMD_SIZE):
-        block, offset = AddressRange(start, start + PMD_SIZE), vma.page_offset(start) << PAGE_SHIFT
-        entries = file.pages.read(offset, offset + PMD_SIZE) if offset < FILE_SIZE_MAX else _NOTHING
-        pfns = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT))
-        if (space.frames.refcount[pfns] != space.frames.mapcount[pfns] + 1).any():
-            referenced = block
-        elif not entries.any():
-            raise _error(block, _Failure(errnos.EINVAL, "the file has no page there"))
-    if referenced is not None:
-        raise _error(referenced, _Failure(errnos.EAGAIN, "somebody refers to a page"))
-
-
-def _error(block: AddressRange, failure: _Failure) -> HmmError:
+def _error(block: AddressRange, failure: Failure) -> HmmError:
     message = f"collapse: {block}: {failure.why}"
     match failure.errno:
         case errnos.ENOMEM:
@@ -117,12 +85,16 @@ def _error(block: AddressRange, failure: _Failure) -> HmmError:
 
 def _allowed(vma: Vma | None) -> bool:
     """thp_vma_allowable_order(), whatever the setting for first touches is."""
-    if vma is None or vma.backing is not None or not vma.anon_vma or vma.has(VmFlag.NOHUGEPAGE | SPECIAL_FLAGS):
+    if vma is None:
+        return False
+    if vma.backing is not None:
+        return allows_collapse(vma)
+    if not vma.anon_vma or vma.has(VmFlag.NOHUGEPAGE | SPECIAL_FLAGS):
         return False
     return vma.end - PMD_SIZE & PMD_MASK >= vma.start
 
 
-def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | None]:
+def _collapse(space: AddressSpace, block: AddressRange) -> Operation[Failure | None]:
     entries = space.table.read(block.start, block.end)
     if cpu_pte.is_huge(entries).any():
         return _away(entries)
@@ -131,7 +103,7 @@ def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | 
         return failure
     folio = space.frames.allocate_folio()  # before anything is brought in or told: alloc_charge_folio()
     if folio is None:
-        return _Failure(errnos.ENOMEM, "no run of frames is free", ends=True)
+        return Failure(errnos.ENOMEM, "no run of frames is free", ends=True)
     collapsed = False
     try:
         failure = yield from _collapse_into(space, block, folio)
@@ -142,7 +114,7 @@ def _collapse(space: AddressSpace, block: AddressRange) -> Operation[_Failure | 
     return failure
 
 
-def _collapse_into(space: AddressSpace, block: AddressRange, folio: Pfns) -> Operation[_Failure | None]:
+def _collapse_into(space: AddressSpace, block: AddressRange, folio: Pfns) -> Operation[Failure | None]:
     """collapse_huge_page()."""
     entries = space.table.read(block.start, block.end)
     away = np.flatnonzero((entries != 0) & ~cpu_pte.is_present(entries))
@@ -150,7 +122,7 @@ def _collapse_into(space: AddressSpace, block: AddressRange, folio: Pfns) -> Ope
         addresses = np.uint64(block.start) + away.astype(np.uint64) * np.uint64(PAGE_SIZE)
         stop = yield from bring_in(space, addresses, write=False)
         if stop is not None:
-            return _Failure(errnos.EINVAL, f"{stop.address:#x} cannot be brought in", ends=True)
+            return Failure(errnos.EINVAL, f"{stop.address:#x} cannot be brought in", ends=True)
     with space.notifier.turn() as turn:
         yield from turn.wait()
         turn.hold(block)
@@ -159,25 +131,25 @@ def _collapse_into(space: AddressSpace, block: AddressRange, folio: Pfns) -> Ope
             return _replace(space, block, folio)
 
 
-def _away(entries: Entries) -> _Failure | None:
+def _away(entries: Entries) -> Failure | None:
     """find_pmd_or_thp_or_none() of a huge page: it is there already, in the memory of a device, or on its way."""
     if cpu_pte.is_present(int(entries[0])):
         return None
-    return _Failure(errnos.EINVAL, "the huge page is in a device's memory, or on its way")
+    return Failure(errnos.EINVAL, "the huge page is in a device's memory, or on its way")
 
 
-def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> _Failure | None:
+def _scan(space: AddressSpace, block: AddressRange, entries: Entries) -> Failure | None:
     """hpage_collapse_scan_pmd(): what is in the way, of pages the first."""
     vma = space.vmas.find(block.start)
     if vma is None or block.end > vma.end or not _allowed(vma):
-        return _Failure(errnos.EINVAL, "no VMA that may have huge pages covers it", ends=True)
+        return Failure(errnos.EINVAL, "no VMA that may have huge pages covers it", ends=True)
     if not has_table(space, block.start):
         # SCAN_PMD_NONE; without a directory above SCAN_PMD_NULL, which does not end it
-        return _Failure(errnos.EINVAL, "there is no page table", ends=has_directory(space, block.start))
+        return Failure(errnos.EINVAL, "there is no page table", ends=has_directory(space, block.start))
     return _in_the_way(space, vma, entries)
 
 
-def _in_the_way(space: AddressSpace, vma: Vma, entries: Entries) -> _Failure | None:
+def _in_the_way(space: AddressSpace, vma: Vma, entries: Entries) -> Failure | None:
     present = cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
     here = entries[present]
     pfns = cpu_pte.cpu_pfn(here)
@@ -191,11 +163,11 @@ def _in_the_way(space: AddressSpace, vma: Vma, entries: Entries) -> _Failure | N
         if not present[at]:
             return _MISSED
         if alien[np.count_nonzero(present[:at])]:
-            return _Failure(errnos.EINVAL, "a page is in a device's memory")
-        return _Failure(errnos.EAGAIN, "somebody refers to a page")
+            return Failure(errnos.EINVAL, "a page is in a device's memory")
+        return Failure(errnos.EAGAIN, "somebody refers to a page")
     assert space.frames.all_have(pfns, PageFlag.ANON), f"{vma} has pages that are not private"
     if not cpu_pte.is_writable(here).any():
-        return _Failure(errnos.EINVAL, "no page may be written")
+        return Failure(errnos.EINVAL, "no page may be written")
     return None
 
 
@@ -221,7 +193,7 @@ def _are_referenced(space: AddressSpace, pfns: Pfns, entries: Entries) -> npt.ND
     return referenced
 
 
-def _replace(space: AddressSpace, block: AddressRange, folio: Pfns) -> _Failure | None:
+def _replace(space: AddressSpace, block: AddressRange, folio: Pfns) -> Failure | None:
     """collapse_huge_page() from where mirrors have been told."""
     frames = space.frames
     entries = space.table.read(block.start, block.end)
@@ -231,7 +203,7 @@ def _replace(space: AddressSpace, block: AddressRange, folio: Pfns) -> _Failure 
     if failure is not None:
         return failure
     if ((entries != 0) & ~cpu_pte.is_present(entries)).any():
-        return _Failure(errnos.EINVAL, "a page went elsewhere meanwhile")
+        return Failure(errnos.EINVAL, "a page went elsewhere meanwhile")
     framed = np.flatnonzero((entries != 0) & ~cpu_pte.is_special(entries))
     frames.copy(folio[framed], cpu_pte.cpu_pfn(entries[framed]))
     vma = space.vmas.find(block.start)

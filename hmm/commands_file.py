@@ -63,6 +63,7 @@ def open_file(machine: Machine, name: str, *, create: bool = False, exclusive: b
             raise NoSuchObjectError(f"open: there is no file {name}", errnos.ENOENT)
         file = _new_file(machine, name, FileKind.FILE)
         file.open()  # the name itself counts as a handle
+        file.named = True
     elif exclusive:
         raise ConflictError(f"open: {name} is there already", errnos.EEXIST)
     file.open()
@@ -93,6 +94,7 @@ def unlink_file(machine: Machine, name: str) -> None:
     if file is None:
         raise NoSuchObjectError(f"unlink: there is no file {name}", errnos.ENOENT)
     del machine.file_names[name]
+    file.named = False
     _close(machine, file)
 
 

@@ -32,7 +32,7 @@ from hmm.events import Cause
 from hmm.fault import RESOLVERS, bring_in
 from hmm.fault_pages import DIRTIED, Strangers
 from hmm.frames import Frames, PageFlag
-from hmm.huge_split import folio_places, huge_blocks, ours, split_pmds
+from hmm.huge_split import folio_places, huge_blocks, keep_small, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members, with_folios
 from hmm.migration_entries import entries_of, index_of, put_entries, wait_on_locked
 from hmm.operation import Await, Operation, WaitFor
@@ -167,8 +167,15 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
     away = [max(one.start, span.start) for one in blocks if cpu_pte.is_device_private(space.table.get(one.start))]
     if away:
         yield from bring_in(space, np.array(away, np.uint64), write=False)
-    yield from split_pmds(space, huge_blocks(space, AddressRange(span.start, end)))
-    stop = yield from bring_in(space, AddressRange(span.start, end), write=True, may_retry=False)
+    blocks = huge_blocks(space, AddressRange(span.start, end))
+    while True:
+        yield from split_pmds(space, blocks)
+        keep_small(space, blocks)
+        stop = yield from bring_in(space, AddressRange(span.start, end), write=True, may_retry=False)
+        blocks = huge_blocks(space, AddressRange(span.start, end))
+        blocks = [block for block in blocks if space.is_huge_of_file(space.table.get(block.start))]
+        if not blocks:
+            break
     if stop is not None and stop.address == span.start:
         where = f"exclusive access: {span.start:#x}"
         if stop.signal is None:

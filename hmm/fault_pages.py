@@ -36,12 +36,24 @@ import numpy.typing as npt
 
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
-from hmm.ascending import among
+from hmm.ascending import among, unique
 from hmm.errors import OutOfFramesError, Signal
 from hmm.fault_around import map_around
 from hmm.file import File, FileKind
+from hmm.file_folio import fits, folio_at
 from hmm.frames import ZERO_PFN, PageFlag
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_SIZE,
+    PUD_SHIFT,
+    Address,
+    AddressRange,
+    Entries,
+    Pfns,
+    block_starts,
+    page_numbers,
+)
 from hmm.userfaultfd import UserfaultFeature
 from hmm.vma import Vma, VmFlag
 
@@ -55,6 +67,7 @@ __all__ = [
     "Stop",
     "Strangers",
     "copy_unshared",
+    "file_flags",
     "fill_empty",
     "prepare_anon_vma",
 ]
@@ -294,6 +307,7 @@ class _Part:
         if empty[at] and self.private_write:
             # do_cow_fault() prepares for the copy before it finds that there is nothing to copy.
             prepare_anon_vma(self.space, self.vma)
+        self.space.directories.add(int(self.addresses[at]) >> PUD_SHIFT)  # __handle_mm_fault() has made it
         self._cut(at, Signal.BUS_ADRERR if behind is not None and behind[at] else Signal.BUS_POISON)
 
     def _cut_at_userfault(self) -> None:
@@ -390,16 +404,8 @@ class _Part:
         behind = np.flatnonzero(self._offsets(empty) >= np.uint64(self.file.size_bytes))
         faulting = empty[: behind[0] + 1] if behind.size else empty
         if faulting.size and self.file.kind is not FileKind.DEVICE:
-            map_around(self.space, self.vma, self.file, faulting, self._file_flags())
+            map_around(self.space, self.vma, self.file, faulting, file_flags(self.space, self.vma, write=False))
             self.entries = self.space.table.lookup(self.addresses)
-
-    def _file_flags(self) -> int:
-        if not self.vma.shared or not self.vma.writable:
-            return READ_ONLY
-        if self.attempt.write:
-            return WRITTEN
-        # vma_wants_writenotify(): where writes are watched, the first one is to fault.
-        return READ_ONLY | cpu_pte.WRITE if self.space.is_soft_dirty(self.vma) else READ_ONLY
 
     def _fill(self, addresses: Entries) -> None:
         table, frames = self.space.table, self.space.frames
@@ -411,14 +417,30 @@ class _Part:
             else:
                 table.store(addresses, ZERO_PAGE)
             return
+        if self.file.huge and not self.private_write:
+            addresses = self._with_folios(addresses, self.file)
         cached = self.file.grab(self._offsets(addresses))
         if self.private_write:
             self._install(addresses, cached)
         else:
-            table.store(addresses, cpu_pte.cpu_entry(cached, self._file_flags()))
+            flags = file_flags(self.space, self.vma, write=self.attempt.write)
+            table.store(addresses, cpu_pte.cpu_entry(cached, flags))
             frames.map(cached)
             if self.attempt.write:
                 frames.set_flags(cached, PageFlag.DIRTY)  # fault_dirty_shared_page()
+
+    def _with_folios(self, addresses: Entries, file: File) -> Entries:
+        # finish_fault(): memory without a name gets all of a large folio by page entries, where nothing stands yet.
+        if file.named or self.vma.mapping.userfaultfd:
+            return addresses
+        blocks = [
+            np.arange(start, start + PMD_SIZE, PAGE_SIZE, dtype=np.uint64)
+            for start in unique(block_starts(addresses)).tolist()
+            if fits(self.vma, start)
+            and not self.space.table.holds(start, start + PMD_SIZE)
+            and folio_at(file, self.vma.page_offset(start) << PAGE_SHIFT) is not None
+        ]
+        return unique(np.concatenate((addresses, *blocks))) if blocks else addresses
 
     def _install(self, addresses: Entries, sources: Pfns | None) -> Entries:
         # New private pages, with the contents of others or zeroes; returns the entries before.
@@ -454,6 +476,16 @@ class _Part:
         # As handle_pte_fault() for an entry that is there; or what the processor itself does when it uses one.
         bits = READ_ONLY | (self.attempt.used_bits if self.attempt.write else 0)
         self.space.table.store(addresses, entries | np.uint64(bits))
+
+
+def file_flags(space: AddressSpace, vma: Vma, *, write: bool) -> int:
+    """Flags of the entry of a file's page, when it is mapped at a touch: mk_pte() with vm_page_prot."""
+    if not vma.shared or not vma.writable:
+        return READ_ONLY
+    if write:
+        return WRITTEN
+    # vma_wants_writenotify(): where writes are watched, the first one is to fault.
+    return READ_ONLY | cpu_pte.WRITE if space.is_soft_dirty(vma) else READ_ONLY
 
 
 def fill_empty(space: AddressSpace, vma: Vma, span: AddressRange, *, write: bool) -> None:

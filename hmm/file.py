@@ -12,11 +12,15 @@ only has to call `release_unused()`, and what one call misses the next one finds
 **Source**: Linux mm/shmem.c (shmem_file_read_iter(), shmem_file_write_iter(), shmem_evict_inode()).
 
 **Invariants** (`check()`): every page of the cache is a frame on which the cache holds a reference; none lies
-behind `size_bytes`; the bytes of the last page behind `size_bytes` are zero unless a mapping wrote them.
+behind `size_bytes`, unless it is part of a large folio that begins before it or could not be split when the file was
+truncated; the bytes of the last page behind `size_bytes` are zero unless a mapping wrote them.  A large folio is whole,
+aligned and in order.
 
-**Absent**: truncation and holes (truncate.py), page faults (fault.py), names and directories, access rights.
+**Absent**: truncation and holes (truncate.py), page faults (fault.py), large folios (file_folio.py), names and
+directories, access rights.
 
-Differs: a file ends at 256 TiB at the latest (EFBIG beyond), where four levels of directories end.
+Differs: the kernel asks whether a file has a name when it is mapped (shmem_mmap()).  A file ends at 256 TiB at the
+latest (EFBIG beyond), where four levels of directories end.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
     PIECE_BYTES,
+    PMD_PAGES,
     Address,
     Entries,
     Pfn,
@@ -84,6 +89,9 @@ class File:
         opens: open handles; a name in a file system counts as one.
         calls: calls that work on it and have not ended; to them it is open, whoever closes it.
         locked_by: the operation that is changing the file, by write, truncation or a hole (inode_lock()); 0 for none.
+        named: whether it has a name in a file system; without, as shared anonymous memory and memfds, a touch of a
+            large folio maps all of it.
+        huge: whether the page cache may hold large folios; cleared never, so that files without pay one test.
         mappers: the address spaces that may map the file, by id.
         pages: the page cache: an entry per page that is no hole, addressed by the offset in bytes.
     """
@@ -99,6 +107,8 @@ class File:
     calls: int = 0
     locked_by: int = 0
     max_directories: int = 1 << 16
+    named: bool = False
+    huge: bool = False
     mappers: dict[SpaceId, AddressSpace] = field(default_factory=dict)
     pages: PageTable = field(init=False)
 
@@ -138,6 +148,13 @@ class File:
     def mapped_by(self, space: AddressSpace) -> None:
         """Note that VMAs of `space` map the file, or are about to."""
         self.mappers[space.id] = space
+        space.huge |= self.huge
+
+    def become_huge(self) -> None:
+        """Note that the page cache may hold large folios from now on, and those who map it huge pages."""
+        self.huge = True
+        for space in self.mappers.values():
+            space.huge = True
 
     def mapping_spaces(self) -> list[AddressSpace]:
         """The address spaces with a VMA that maps the file, by ascending id.
@@ -259,10 +276,21 @@ class File:
         """Assert the invariants.  Cost: O(pages of the cache)."""
         self.pages.check()
         offsets, entries = self.pages.valid(0, FILE_SIZE_MAX)
-        assert not offsets.size or int(offsets[-1]) < self.size_bytes, f"{self} has pages behind its end"
         assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
-        held = cpu_pte.cpu_pfn(cpu_pte.having(entries, cpu_pte.PRESENT))
+        there = cpu_pte.is_present(entries)
+        held = cpu_pte.cpu_pfn(entries[there])
         assert (self.frames.refcount[held] > 0).all(), f"{self} has a free frame"
+        large = np.zeros(offsets.size, np.bool_)
+        large[there] = self.frames.test_flags(held, PageFlag.COMPOUND)
+        assert self.huge or not large.any(), f"{self} has a large folio"
+        assert (large | (offsets < self.size_bytes)).all(), f"{self} has pages behind its end"
+        pages = page_numbers(offsets[large])
+        counts = np.unique(pages // PMD_PAGES, return_counts=True)[1]
+        assert (counts == PMD_PAGES).all(), f"{self} has a large folio in parts"
+        pfns = cpu_pte.cpu_pfn(entries[large])
+        assert (pfns % PMD_PAGES == pages % PMD_PAGES).all(), f"{self} has a large folio that is not aligned"
+        heads = (pfns // PMD_PAGES).reshape(-1, PMD_PAGES)
+        assert (heads == heads[:, :1]).all(), f"{self} has a large folio of several"
 
 
 def locked(file: File, operation_id: int, call: Operation[T]) -> Operation[T]:

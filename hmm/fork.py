@@ -165,7 +165,7 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
         if parent.keeps_tables:
             for vma in run:
                 _allocate_tables(parent, child, vma)
-        for addresses, entries in parent.table.chunks(run[0].start, run[-1].end, PIECE_PAGES):
+        for addresses, entries in _to_copy(parent, run):
             now = (yield from _with_room(parent, addresses, entries)) if parent.frames.make_room else entries
             if given:
                 missing = child.table.lookup(addresses) == 0
@@ -176,6 +176,17 @@ def _copy(parent: AddressSpace, child: AddressSpace, vmas: list[Vma], runs: list
             if npages >= PIECE_PAGES:
                 npages = 0
                 yield Pause()
+
+
+def _to_copy(parent: AddressSpace, run: list[Vma]) -> Iterator[tuple[Entries, Entries]]:
+    """The entries of VMAs, piece by piece; huge pages of files the child finds at a touch: copy_huge_pmd()."""
+    for addresses, entries in parent.table.chunks(run[0].start, run[-1].end, PIECE_PAGES):
+        if not parent.huge:
+            yield addresses, entries
+            continue
+        huge = cpu_pte.is_huge(entries) & cpu_pte.is_present(entries) & ~cpu_pte.is_special(entries)
+        huge[huge] = ~parent.frames.test_flags(cpu_pte.cpu_pfn(entries[huge]), PageFlag.ANON | PageFlag.HUGETLB)
+        yield (addresses[~huge], entries[~huge]) if huge.any() else (addresses, entries)
 
 
 def _copy_from_devices(parent: AddressSpace, child: AddressSpace, copied: list[Vma]) -> Operation[bool]:
@@ -222,6 +233,7 @@ def _allocate_tables(parent: AddressSpace, child: AddressSpace, vma: Vma) -> Non
     parent.keep_tables(*whole_blocks(vma.span))
     first, end = vma.start >> PMD_SHIFT, (vma.end - 1 >> PMD_SHIFT) + 1
     child.tables |= {number for number in parent.tables if first <= number < end}
+    child.directories |= parent.directories
 
 
 def _with_room(parent: AddressSpace, addresses: Entries, entries: Entries) -> Operation[Entries]:

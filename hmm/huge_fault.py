@@ -5,16 +5,20 @@
     read-only       write   becomes writable if nobody else has the page;              do_huge_pmd_wp_page()
                             else the block is split, and its pages are copied one by one
 
+    no page table   file has a huge page: that, unless a private page is written       do_set_pmd()
+    read-only       write   of a file: is unmapped, and comes as if it never was there wp_huge_pmd()
+
 Where a huge page cannot be had (the VMA does not cover the block, or no run of frames is free) small pages come.
 
 An entry of a huge page is one entry per page with `cpu_pte.HUGE`, so that everything else works on pages.
 
 **Source**: Linux mm/memory.c (__handle_mm_fault()), mm/huge_memory.c (do_huge_pmd_anonymous_page(),
-do_huge_pmd_wp_page(), __thp_vma_allowable_orders()), 6.12.
+do_huge_pmd_wp_page(), __thp_vma_allowable_orders()), 6.12.  With a page table huge pages of files are mapped by page
+entries (fault_pages.py).
 
 **Invariants**: a huge page comes only where the block has no page table.
 
-**Absent**: huge pages of files; sizes between a page and a block; khugepaged.
+**Absent**: how huge pages of files are made (collapse_file.py); sizes between a page and a block; khugepaged.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace, Thp
 from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
-from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, prepare_anon_vma
+from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, file_flags, prepare_anon_vma
+from hmm.file import File
+from hmm.file_folio import fits, folio_at
 from hmm.frames import PageFlag
-from hmm.units import PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries, block_starts
+from hmm.units import PAGE_SHIFT, PMD_MASK, PMD_PAGES, PMD_SHIFT, PMD_SIZE, Address, AddressRange, Entries, block_starts
 from hmm.vma import Vma, VmFlag
 
-__all__ = ["blocks_of", "fault_huge", "has_table", "mark_huge", "reuse_huge"]
+__all__ = ["blocks_of", "fault_huge", "has_table", "map_huge_of_file", "mark_huge", "reuse_huge"]
 
 _HUGE_ZERO_PAGE = ZERO_PAGE | cpu_pte.HUGE
 
@@ -48,16 +54,57 @@ def fault_huge(attempt: Attempt, vma: Vma, target: AddressRange | Entries) -> No
     allowed = _allows_huge(space, vma)
     if not allowed and not space.huge:
         return
+    file = vma.backing if isinstance(vma.backing, File) and vma.backing.huge else None
     for start in blocks_of(target):
         entry = space.table.get(start)
         if entry & cpu_pte.HUGE:
             if entry & cpu_pte.PRESENT:
                 _touch(attempt, start, entry)
+        elif file is not None:
+            if not (attempt.write and not vma.shared) and not has_table(space, start):
+                _fault_file(attempt, vma, file, start, _first_of(target, start))
         elif allowed and vma.start <= start and start + PMD_SIZE <= vma.end and not has_table(space, start):
             if vma.mapping.userfaultfd:
                 prepare_anon_vma(space, vma)  # and the page that is touched is for the handler to bring in
             else:
                 _install(space, vma, start, attempt.write)
+
+
+def _first_of(target: AddressRange | Entries, start: Address) -> Address:
+    """The first page of a target that is not below `start`."""
+    if isinstance(target, AddressRange):
+        return max(target.start, start)
+    return int(target[target.searchsorted(np.uint64(start))])
+
+
+def _fault_file(attempt: Attempt, vma: Vma, file: File, start: Address, touched: Address) -> None:
+    """finish_fault() where there is no page table; what is not mapped by a huge entry is left to small pages."""
+    offset = vma.page_offset(touched) << PAGE_SHIFT
+    if offset < file.size_bytes and not vma.has(VmFlag.UFFD_MINOR):
+        map_huge_of_file(attempt.space, vma, file, start, write=attempt.write)
+
+
+def map_huge_of_file(space: AddressSpace, vma: Vma, file: File, start: Address, *, write: bool) -> bool:
+    """Map the large folio of a file's page cache at `start`, a block without a page table: do_set_pmd().
+
+    Returns: whether it is mapped: there is one, it fits into the VMA, which may have huge pages, and nothing of it is
+        lost.
+    """
+    if not fits(vma, start) or vma.has(VmFlag.NOHUGEPAGE):
+        return False
+    folio = folio_at(file, vma.page_offset(start) << PAGE_SHIFT)
+    if folio is None or (space.frames.poisoned and space.frames.test_flags(folio, PageFlag.HWPOISON).any()):
+        return False
+    flags = file_flags(space, vma, write=write)
+    try:
+        space.table.fill(start, start + PMD_SIZE, cpu_pte.cpu_entry(folio, flags | cpu_pte.HUGE))
+    except OutOfFramesError:
+        return False  # no directory: the small page finds that out
+    space.tables.discard(start >> PMD_SHIFT)
+    space.frames.map(folio)
+    if write:
+        space.frames.set_flags(folio, PageFlag.DIRTY)
+    return True
 
 
 def _allows_huge(space: AddressSpace, vma: Vma) -> bool:

@@ -9,9 +9,10 @@ Mirrors hear of all of it: they may map the block as one.  Of a cut they hear to
 **Source**: Linux mm/huge_memory.c, mm/migrate.c (try_to_map_unused_to_zeropage()), 6.12.
 
 **Invariants**: those of large_folio.py; an entry keeps its frame and permission, but for the pages of a split folio
-that hold nothing but zeroes: they become the zero page, unless they are in a device's private memory.
+that hold nothing but zeroes: they become the zero page, unless they are in a device's private memory.  Entries of pages
+of files go.
 
-**Absent**: splitting in the background, when memory runs out; folios of files.
+**Absent**: splitting in the background, when memory runs out; what becomes of folios of files (file_folio.py).
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.ascending import unique
 from hmm.events import Cause
+from hmm.file import File
+from hmm.file_folio import split_file_folio
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.large_folio import are_compound, can_split, members
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, in_walk_order
 from hmm.units import (
+    PAGE_SHIFT,
     PMD_MASK,
     PMD_PAGES,
     PMD_SHIFT,
     PMD_SIZE,
+    PUD_SHIFT,
     PUD_SIZE,
     TASK_SIZE,
     Address,
@@ -56,6 +61,7 @@ __all__ = [
     "folio_places",
     "has_directory",
     "huge_blocks",
+    "keep_small",
     "ours",
     "split_folio",
     "split_pmds",
@@ -106,6 +112,14 @@ def split_pmds(space: AddressSpace, blocks: Iterable[AddressRange]) -> Operation
             space.split_huge_pmd(block.start)
 
 
+def keep_small(space: AddressSpace, blocks: Iterable[AddressRange]) -> None:
+    """Give blocks that were split page tables, empty where that was a file's huge page, so that none comes again.
+
+    Source: Linux mm/gup.c, follow_pmd_mask() with FOLL_SPLIT_PMD.
+    """
+    space.tables.update(block.start >> PMD_SHIFT for block in blocks)
+
+
 def cut(space: AddressSpace, pieces: Iterable[Vma]) -> Operation[bool]:
     """Prepare for cutting `pieces` out of the VMAs that they are parts of.
 
@@ -148,6 +162,8 @@ def _blocks_cut(space: AddressSpace, pieces: Iterable[Vma]) -> Iterator[Address]
 def has_directory(space: AddressSpace, address: Address) -> bool:
     """Whether the 1 GiB of an address has a directory, where mm_find_pmd() finds a block's entry, empty or not."""
     start = address & -PUD_SIZE
+    if start >> PUD_SHIFT in space.directories:
+        return True
     if space.table.holds(start, min(start + PUD_SIZE, TASK_SIZE)):
         return True
     return any(number << PMD_SHIFT & -PUD_SIZE == start for number in space.tables)
@@ -200,6 +216,9 @@ def split_folio(space: AddressSpace, address: Address, *, hold: bool = False, lo
     if folio is None:
         return False
     vma, head, index = folio
+    page = cpu_pte.cpu_pfn(space.table.get(address))
+    if isinstance(vma.backing, File) and not frames.flags_of(page) & PageFlag.ANON:
+        return (yield from split_file_folio(vma.backing, index << PAGE_SHIFT, hold=page if hold else 0))
     places = folio_places(space, vma, head, index)
     if not _can_split(space, places, head):
         return False

@@ -6,7 +6,7 @@ aligned.  Frames that nobody maps any more leave their folio at once, so it may 
 **Source**: Linux include/linux/mm.h (folio_likely_mapped_shared(), folio_maybe_dma_pinned()), mm/huge_memory.c
 (can_split_folio()), 6.12.
 
-**Invariants**: the members of a folio are private pages, or pages of one hugetlb file.
+**Invariants**: the members of a folio are private pages, or pages of one file.
 
 **Absent**: who maps a folio, and how it is split (huge_split.py); folios of other sizes.
 

@@ -20,11 +20,10 @@ a VMA that may not get the advice ends the call at once.  What lies below was ch
 
 **Absent**: when pages are merged (ksm.py); the guard regions of 6.13.
 
-Differs: one event for the call, where the kernel sends one per VMA.  COLLAPSE leaves pages of files small
-(collapse.py).  What is freed lazily shows it at once; the kernel waits until a CPU's batch of such pages is full
-(folio_mark_lazyfree()).  WILLNEED, DONTNEED, FREE, COLD and PAGEOUT wait for a migration of the process that its driver
-has not finalized; the kernel takes mmap_lock for reading as that does, and drops migration entries too
-(madvise_need_mmap_write(), zap_pte_range()).
+Differs: one event for the call, where the kernel sends one per VMA.  What is freed lazily shows it at once; the kernel
+waits until a CPU's batch of such pages is full (folio_mark_lazyfree()).  WILLNEED, DONTNEED, FREE, COLD and PAGEOUT
+wait for a migration of the process that its driver has not finalized; the kernel takes mmap_lock for reading as that
+does, and drops migration entries too (madvise_need_mmap_write(), zap_pte_range()).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ import numpy.typing as npt
 
 from hmm import cpu_pte, fault
 from hmm.address_space import AddressSpace
-from hmm.collapse import collapse, scan_file
+from hmm.collapse import collapse
 from hmm.errors import (
     EHWPOISON,
     AccessDeniedError,
@@ -69,7 +68,6 @@ from hmm.units import (
     PAGE_SHIFT,
     PMD_MASK,
     PMD_PAGES,
-    PMD_SIZE,
     Address,
     AddressRange,
     Entries,
@@ -194,7 +192,7 @@ def madvise(
         RangeBusyError: too many VMAs (EAGAIN).
         OutOfFramesError: POPULATE found no frame (ENOMEM).
         TimedOutError: a mirror with policy FAIL did not answer; nothing was discarded (ETIMEDOUT).
-        COLLAPSE: as `collapse` and `scan_file`.  HWPOISON: as `inject_memory_failure`.
+        COLLAPSE: as `collapse`.  HWPOISON: as `inject_memory_failure`.
         SOFT_OFFLINE: as `soft_offline`.
 
     Cost: O(VMAs + directories + entries), vectorised.
@@ -349,7 +347,8 @@ def _split_folios(space: AddressSpace, part: AddressRange, *, whole: bool) -> Op
         mapped = np.flatnonzero(belong_to(frames, pfns, head))
         if mapped.size == PMD_PAGES:
             alone = int(frames.mapcount[pfns[mapped]].sum()) == PMD_PAGES
-            chosen = whole and alone and not is_lazily_free(frames, entries[mapped])
+            private = frames.flags_of(head) & PageFlag.ANON  # Reclaim.page_out() splits those of files
+            chosen = whole and alone and bool(private) and not is_lazily_free(frames, entries[mapped])
         else:
             chosen = not likely_mapped_shared(frames, head)
         if chosen:
@@ -461,21 +460,9 @@ def _remove(space: AddressSpace, span: AddressRange) -> Operation[None]:
 
 
 def _collapse(space: AddressSpace, span: AddressRange) -> Operation[None]:
-    """MADV_COLLAPSE: without a turn, as pages may have to be brought in; pages of files stay as they are."""
+    """MADV_COLLAPSE: without a turn, as pages may have to be brought in."""
     for piece in _pieces(space, span):
-        if piece.backing is None:
-            yield from collapse(space, piece)
-        elif piece.mapping.special or piece.has(VmFlag.NOHUGEPAGE) or not _suits_huge_pages(space, piece):
-            raise InvalidRequestError(f"madvise: {piece} does not take COLLAPSE", address=piece.start)
-        elif isinstance(piece.backing, File):
-            scan_file(space, piece, piece.backing)
-
-
-def _suits_huge_pages(space: AddressSpace, piece: Vma) -> bool:
-    """A whole block of a file fits into the VMA, at its offset: thp_vma_suitable_order()."""
-    vma = space.vmas.find(piece.start)
-    assert vma is not None
-    return not vma.mapping.delta % PMD_PAGES and vma.end - PMD_SIZE & PMD_MASK >= vma.start
+        yield from collapse(space, piece)
 
 
 def _populate(space: AddressSpace, span: AddressRange, *, write: bool) -> Operation[None]:

@@ -50,7 +50,7 @@ from hmm.errors import (
 from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.fault_pages import Stop
-from hmm.file import File, FileKind
+from hmm.file import FILE_SIZE_MAX, File, FileKind
 from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.migration_entries import FindPlaces, HeldPages, replace, unmap_everywhere, wait_on_locked
@@ -58,7 +58,7 @@ from hmm.notifier import Breaking
 from hmm.operation import Operation
 from hmm.rmap import Places, anonymous_places, file_places, merged_places
 from hmm.swap import area_of
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfns, page_numbers
+from hmm.units import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Address, AddressRange, Entries, Pfn, Pfns, page_numbers
 from hmm.vma import Vma, VmFlag
 from hmm.zone_device import owners
 
@@ -70,6 +70,7 @@ __all__ = [
     "leading",
     "memory_at",
     "not_had",
+    "page_at",
     "places_of",
     "touch",
     "until_repeated",
@@ -189,6 +190,20 @@ def touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
     frames.mark_accessed(pfns[came])
 
 
+def page_at(space: AddressSpace, address: Address, pfn: Pfn) -> Entries:
+    """uint64[1]: the entry of a page whose folio was split; of a file's, which has none, that of the page cache.
+
+    Args:
+        pfn: of the page.
+    """
+    entries, vma = space.table.read(address, address + PAGE_SIZE), space.vmas.find(address)
+    if not entries[0] and vma is not None and isinstance(vma.backing, File):
+        offset = vma.page_offset(address) << PAGE_SHIFT
+        cached = vma.backing.pages.get(offset) if offset < FILE_SIZE_MAX else 0
+        entries[0] = cached if cpu_pte.cpu_pfn(cached) == pfn else 0
+    return entries
+
+
 def leading(mask: npt.NDArray[np.bool_]) -> int:
     """How many of the first ones are set."""
     return mask.size if mask.all() else int(mask.argmin())
@@ -244,7 +259,7 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
     if cpu_pte.is_special(entry) or not (yield from split_folio(space, address, lost=True)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
-    entries = space.table.read(address, address + PAGE_SIZE)
+    entries = page_at(space, address, pfn)
     if cpu_pte.is_present(entries)[0]:
         _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
     whole = space.vmas.find(address)

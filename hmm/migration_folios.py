@@ -8,7 +8,8 @@
     a block without a page table             a hole for each page   a hole for all of it, where selected as one
     the huge zero page                       split                  a hole; split when small pages take its place
 
-What cannot be split stays, and with it what lies behind it in its block.
+What cannot be split stays, and with it what lies behind it in its block.  A huge page of a file never moves as one, and
+is mapped nowhere when it was split.
 
 **Source**: Linux mm/migrate_device.c, 7.0: migrate_vma_collect_huge_pmd(), migrate_vma_collect_pmd(),
 migrate_vma_collect_hole(), migrate_vma_split_unmapped_folio(); 6.12: migrate_vma_collect_pmd().
@@ -141,7 +142,7 @@ def _split_all(migration: Migration) -> Operation[None]:
 def _move_as_one(migration: Migration) -> bool:
     """Whether all of the pages are in huge pages that are asked for as such."""
     span = range_of(migration.addresses) if Select.COMPOUND in migration.select else None
-    if span is None or (span.start | span.end) & ~PMD_MASK:
+    if migration.vma.backing is not None or span is None or (span.start | span.end) & ~PMD_MASK:
         return False
     table = migration.space.table
     return all(table.get(start) & cpu_pte.HUGE for start in range(span.start, span.end, PMD_SIZE))
@@ -155,7 +156,8 @@ def _split_selected(migration: Migration, left: _Mask) -> Operation[None]:
         entry = space.table.get(block.start)
         if not cpu_pte.is_huge(entry) or not _is_selected(migration, entry):
             continue
-        if Select.COMPOUND in migration.select and _has_all_of(migration, block.start):
+        anonymous = migration.vma.backing is None
+        if anonymous and Select.COMPOUND in migration.select and _has_all_of(migration, block.start):
             continue
         if not (yield from split_folio(space, block.start)):
             _leave(migration, left, block.start)
@@ -237,7 +239,7 @@ def are_whole(migration: Migration, entries: Entries) -> _Mask:
         if cpu_pte.is_huge_zero(entry):
             found[block] = anonymous and Select.SYSTEM in migration.select
         elif cpu_pte.is_huge(entry):
-            found[block] = _is_selected(migration, entry)
+            found[block] = anonymous and _is_selected(migration, entry)
         else:
             found[block] = anonymous and not entry and not has_table(space, start)
     return found

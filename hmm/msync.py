@@ -28,9 +28,21 @@ from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind
+from hmm.file_folio import folio_at
 from hmm.frames import PageFlag
 from hmm.operation import Operation
-from hmm.units import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Address, AddressRange, Entries, is_page_aligned, page_up
+from hmm.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_MASK,
+    ULONG_MAX,
+    Address,
+    AddressRange,
+    Entries,
+    is_page_aligned,
+    page_up,
+    pmd_up,
+)
 from hmm.vma import VmFlag
 
 __all__ = ["MsyncFlag", "msync", "write_back"]
@@ -94,7 +106,7 @@ def msync(space: AddressSpace, start: Address, length: int, flags: int) -> Opera
 
 
 def write_back(file: File, start: int, end: int) -> Operation[None]:
-    """Make the pages of [start, end), page-aligned bytes of `file`, clean.
+    """Make the pages of [start, end), page-aligned bytes of `file`, clean; of a huge page all.
 
     Raises:
         TimedOutError: a mirror with policy FAIL did not answer; nothing was changed (ETIMEDOUT).
@@ -104,6 +116,8 @@ def write_back(file: File, start: int, end: int) -> Operation[None]:
     end = min(end, FILE_SIZE_MAX)
     if file.kind is not FileKind.FILE or start >= end:
         return
+    start = start & PMD_MASK if folio_at(file, start) is not None else start
+    end = pmd_up(end) if folio_at(file, end - PAGE_SIZE) is not None else end
     told: list[tuple[AddressSpace, AddressRange]] = []
     with ExitStack() as brackets:
         for space in file.mapping_spaces():
@@ -137,7 +151,15 @@ def _dirty(space: AddressSpace, span: AddressRange) -> AddressRange | None:
 
 
 def _clean(space: AddressSpace, span: AddressRange) -> None:
+    """page_mkclean_one(); a huge page that has come across an edge meanwhile is left alone."""
+    if not span:
+        return
+    start = pmd_up(span.start) if cpu_pte.is_huge(space.table.get(span.start)) else span.start
+    end = span.end & PMD_MASK if cpu_pte.is_huge(space.table.get(span.end - PAGE_SIZE)) else span.end
+    if start >= end:
+        return
+
     def clean(entries: Entries) -> None:
         entries &= ~_CLEANED
 
-    space.table.update(span.start, span.end, clean)
+    space.table.update(start, end, clean)

@@ -32,7 +32,7 @@ from hmm.fault import bring_in, pieces, raise_stop
 from hmm.fault_pages import copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
-from hmm.huge_split import block_of, split_pmds
+from hmm.huge_split import block_of, keep_small, split_pmds
 from hmm.hugetlb_fault import unshare
 from hmm.migration_entries import wait_on_locked
 from hmm.operation import Operation, Pause
@@ -180,7 +180,8 @@ def _keep_huge(
 ) -> Operation[bool]:
     """do_huge_pmd_wp_page() for FAULT_FLAG_UNSHARE: a huge page nobody else has becomes exclusive, others are split.
 
-    Hugetlb pages are copied, one at a time.
+    Hugetlb pages are copied, one at a time.  Where a file's huge page was, its pages come by small entries; the kernel
+    maps it again each time.
 
     Returns: whether there were any, so that the pages have to be looked at again.
     """
@@ -192,6 +193,7 @@ def _keep_huge(
         return True
     alien = [start for start in starts if not reuse_huge(space, start, space.table.get(start))]
     yield from split_pmds(space, map(block_of, alien))
+    keep_small(space, map(block_of, alien))
     for start in alien:
         assert not cpu_pte.is_huge(space.table.get(start)), f"the huge page at {start:#x} was not split"
     return bool(starts)

@@ -48,6 +48,7 @@ from hmm.ascending import unique
 from hmm.errors import TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import File
+from hmm.file_folio import is_folio_at, large_folios, split_file_folio
 from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.large_folio import belong_to, heads_of
@@ -195,7 +196,9 @@ class Reclaim:
         for span in spans:
             for piece in space.table.populated(span.start, span.end, PMD_PAGES if space.huge else PIECE_PAGES):
                 for folio in self._whole_folios(space, piece):
-                    if is_lazily_free(self.frames, folio.entries):
+                    if not self.frames.flags_of(int(folio.pfns[0])) & PageFlag.ANON:
+                        yield from self._put_out_of_file(folio)
+                    elif is_lazily_free(self.frames, folio.entries):
                         gone = yield from self._put_out([folio], folio.pfns)
                         if gone and space.thp:  # its page table stays, as it went page by page: seen on 6.18
                             space.tables.add(int(folio.addresses[0]) >> PMD_SHIFT)
@@ -206,6 +209,29 @@ class Reclaim:
                 self.frames.set_flags(pfns[stays], PageFlag.ACTIVE)
                 stays &= self.frames.test_flags(pfns, PageFlag.ANON)
                 yield from self._put_out([mapped.of(np.isin(mapped.pfns, pfns[~stays]))], pfns[~stays])
+
+    def _put_out_of_file(self, folio: _Mapped) -> Operation[None]:
+        """Unmap a huge page of a file, and put its pages out by themselves; without swap it stays where it is."""
+        frames, pfns = self.frames, folio.pfns
+        file = self.files.get(int(frames.mapping[pfns[0]]))
+        if file is None or _barred(folio).any():
+            return
+        offset = int(frames.index[pfns[0]]) << PAGE_SHIFT
+        with ExitStack() as brackets:
+            for part in (yield from self._tell([folio], brackets)):
+                now = _as_it_is(part)
+                if now.pfns.size and is_folio_at(file, offset, pfns):
+                    part.space.keep_tables(int(now.addresses[0]), int(now.addresses[-1]) + PAGE_SIZE)
+                    frames.set_flags(now.pfns[cpu_pte.is_dirty(now.entries)], PageFlag.DIRTY)
+                    part.space.table.clear_many(now.addresses)
+                    frames.unmap(now.pfns)
+        if not is_folio_at(file, offset, pfns) or frames.mapcount[pfns].any():
+            return
+        if frames.swap is None or not (yield from split_file_folio(file, offset)):
+            frames.set_flags(pfns, PageFlag.ACTIVE)  # AOP_WRITEPAGE_ACTIVATE of shmem_writepage()
+            return
+        kept = pfns[frames.refcount[pfns] > 0]  # not those behind the end of the file
+        yield from self._put_out([], self._affordable(kept))
 
     def deactivate(self, space: AddressSpace, spans: Iterable[AddressRange]) -> None:
         """Make pages of ranges that no other process maps unused, and the active ones inactive: MADV_COLD.
@@ -248,6 +274,11 @@ class Reclaim:
                         return True
                 except (TimedOutError, WouldDeadlockError):
                     break
+        for number in sorted(self.files):
+            for offset, folio in large_folios(self.files[number]):
+                unmapped = not self.frames.mapcount[folio].any()
+                if unmapped and (yield from split_file_folio(self.files[number], offset)):
+                    return True
         return False
 
     def _look(self) -> _Look:

@@ -5,7 +5,7 @@ smaps_hugetlb_range(), smap_gather_stats(), show_smap_vma_flags()), Documentatio
 
 **Invariants**: nothing is changed by looking; `rss` is the sum of the four clean and dirty parts.
 
-**Absent**: what is always 0 here: pages of files mapped by huge entries; THPeligible.
+**Absent**: what is always 0 here: pages mapped by huge entries of files that are no shared memory; THPeligible.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class MemoryUse:
         referenced: used since that was last forgotten.
         ksm: merged with equal pages (MADV_MERGEABLE).
         lazy_free: may go without being written (MADV_FREE).
+        shmem_pmd: pages of files mapped by huge entries.
         shared_hugetlb, private_hugetlb: hugetlb pages, which count as nothing else.
         locked: the pss of locked mappings.
     """
@@ -65,6 +66,7 @@ class MemoryUse:
     ksm: int = 0
     lazy_free: int = 0
     anon_huge: int = 0
+    shmem_pmd: int = 0
     shared_hugetlb: int = 0
     private_hugetlb: int = 0
     swap: int = 0
@@ -95,7 +97,7 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
         return found
 
     dirty = flagged(PageFlag.DIRTY) | (present & cpu_pte.is_dirty(entries))
-    anonymous = flagged(PageFlag.ANON)
+    anonymous, huge = flagged(PageFlag.ANON), cpu_pte.is_huge(entries)
     # Others are "maybe shared, but not sure how often", huge pages of devices too: smaps_pmd_entry().
     countable = present | (cpu_pte.is_device_private(entries) & ~cpu_pte.is_huge(entries))
     private = countable & ((mapcount < 2) | (frames.refcount[pfns] == 1))
@@ -116,7 +118,8 @@ def memory_use(space: AddressSpace, vma: Vma) -> MemoryUse:
         anonymous=_bytes(anonymous),
         ksm=_bytes(flagged(PageFlag.KSM)),
         lazy_free=_bytes(anonymous & ~flagged(PageFlag.SWAPBACKED) & ~dirty),
-        anon_huge=_bytes(anonymous & ((entries & np.uint64(cpu_pte.HUGE)) != 0)),
+        anon_huge=_bytes(anonymous & huge),
+        shmem_pmd=_bytes(~anonymous & huge & ~cpu_pte.is_special(entries)),
         swap=(swapped.size << PAGE_SHIFT) + _swapped_of_file(space, vma),
         swap_pss=int(((PAGE_SIZE << _PSS_SHIFT) // np.maximum(counts, 1)).sum()) >> _PSS_SHIFT,
         locked=pss if vma.has(VmFlag.LOCKED) else 0,

@@ -6,15 +6,19 @@ lock is taken: VMAs stay, and a touch of an address that lies behind the end is 
 Truncation takes private copies too (`even_cows`), as they stand for bytes that the file no longer has; a hole
 leaves them, as they are no longer the file's.
 
-**Source**: Linux mm/truncate.c (truncate_pagecache()), mm/memory.c (unmap_mapping_range()), mm/shmem.c
-(shmem_setattr(), shmem_fallocate(), shmem_undo_range()).
+A large folio that lies across an edge is split first.  Where somebody refers to it, it cannot be: then its part of the
+range is zeroed and stays in the cache, even behind the end of the file.
+
+**Source**: Linux mm/truncate.c (truncate_pagecache(), truncate_inode_partial_folio()), mm/memory.c
+(unmap_mapping_range()), mm/shmem.c (shmem_setattr(), shmem_fallocate(), shmem_undo_range()).
 
 **Invariants**: when an operation is done no CPU entry names a page of the file that the cache has not, and no
 mirror one that it was not told about.
 
 **Absent**: reading and writing (file.py); quotas.
 
-Differs: a space is told of all its mappings by one event, not by one per VMA.
+Differs: a space is told of all its mappings by one event, not by one per VMA; of a folio that is split before, not
+after.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import errno as errnos
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -32,10 +37,12 @@ from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, NoSuchObjectError, TimedOutError, WouldDeadlockError
 from hmm.events import Cause
 from hmm.file import FILE_SIZE_MAX, File, FileKind, zero
+from hmm.file_folio import Told, can_split, folio_at, split_file_folio, tell_everywhere
 from hmm.frames import ZERO_PFN, PageFlag
+from hmm.huge_split import huge_blocks
 from hmm.hugetlb import told_span
 from hmm.operation import Operation
-from hmm.units import AddressRange, Entries, SpaceId, all_but, page_down, page_up
+from hmm.units import PAGE_SIZE, PMD_MASK, PMD_SIZE, AddressRange, Entries, all_but, page_down, page_up
 from hmm.vma import Vma
 
 __all__ = ["punch", "truncate"]
@@ -65,11 +72,10 @@ def truncate(file: File, size_bytes: int) -> Operation[None]:
     hole = page_up(size_bytes)
     if before > hole:
         try:
-            yield from _unmap(file, hole, FILE_SIZE_MAX, even_cows=True)
+            yield from _drop(file, hole, FILE_SIZE_MAX, even_cows=True)
         except (TimedOutError, WouldDeadlockError):
             file.size_bytes = before
             raise
-        file.drop_pages(hole, FILE_SIZE_MAX)
     yield from zero(file, size_bytes, hole)
 
 
@@ -95,8 +101,7 @@ def punch(file: File, start: int, length: int) -> Operation[None]:
         raise InvalidRequestError(f"punch: {end:#x} is behind the end of any file", errnos.EFBIG)
     first, last = page_up(start), page_down(end)
     if first < last:
-        yield from _unmap(file, first, last, even_cows=False)
-        file.drop_pages(first, last)
+        yield from _drop(file, first, last, even_cows=False)
     elif not last:  # the last byte before page 0 is behind all others, and everything is unmapped up to there
         yield from _unmap(file, first, FILE_SIZE_MAX, even_cows=False)
     if last < first:
@@ -106,32 +111,56 @@ def punch(file: File, start: int, length: int) -> Operation[None]:
         yield from zero(file, last, end)
 
 
+def _drop(file: File, start: int, end: int, *, even_cows: bool) -> Operation[None]:
+    """Unmap whole pages, and take them out of the cache."""
+    while True:
+        for offset in _across(file, start, end):
+            yield from split_file_folio(file, offset)
+        with ExitStack() as brackets:
+            yield from _tell(file, brackets, start, end, even_cows=even_cows)
+            stuck = _across(file, start, end)
+            if any(can_split(file, offset) for offset in stuck):  # a collapse came between
+                continue
+            _zap_all(file, start, end, even_cows=even_cows)
+            for offset in stuck:
+                low, high = max(start, offset & PMD_MASK), min(end, (offset & PMD_MASK) + PMD_SIZE)
+                file.frames.clear(cpu_pte.cpu_pfn(file.pages.read(low, high)))
+                start, end = (high, end) if low == start else (start, low)
+            if start < end:
+                file.drop_pages(start, end)
+            return
+
+
 def _unmap(file: File, start: int, end: int, *, even_cows: bool) -> Operation[None]:
-    # unmap_mapping_range().  All spaces are told before one of them is changed, so that nothing is when one
-    # of the mirrors does not answer.  While they were being told, pages may have been mapped or moved: the
-    # kernel looks twice, we look until there is nothing new.
-    told: dict[SpaceId, tuple[AddressRange, ...]] = {}
+    """unmap_mapping_range()."""
     with ExitStack() as brackets:
-        while new := _untold(file, start, end, told, even_cows=even_cows):
-            for space_id, spans in new.items():
-                space = file.mappers.get(space_id)
-                if space is None:  # it unmapped the file while another space was being told
-                    continue
-                told[space_id] = told.get(space_id, ()) + spans
-                invalidation = brackets.enter_context(space.notifier.invalidation(spans, Cause.TRUNCATE))
-                yield from invalidation.deliver()
-        for space in file.mapping_spaces():
-            for part in file.mapped_parts(space, start, end):
-                _zap(space, part, even_cows=even_cows)
+        yield from _tell(file, brackets, start, end, even_cows=even_cows)
+        _zap_all(file, start, end, even_cows=even_cows)
 
 
-def _untold(
-    file: File, start: int, end: int, told: dict[SpaceId, tuple[AddressRange, ...]], *, even_cows: bool
-) -> dict[SpaceId, tuple[AddressRange, ...]]:
-    # At first every mapping of the range, as the kernel; later only what has come to hold entries.
+def _tell(file: File, brackets: ExitStack, start: int, end: int, *, even_cows: bool) -> Operation[None]:
+    # All spaces are told before one of them is changed, so that nothing is when one of the mirrors does not answer.
+    yield from tell_everywhere(file, brackets, Cause.TRUNCATE, partial(_untold, file, start, end, even_cows=even_cows))
+
+
+def _zap_all(file: File, start: int, end: int, *, even_cows: bool) -> None:
+    for space in file.mapping_spaces():
+        for part in file.mapped_parts(space, start, end):
+            _zap(space, part, even_cows=even_cows)
+
+
+def _across(file: File, start: int, end: int) -> list[int]:
+    """Offsets of pages at the edges of a range in large folios that are not all in it: none, one or two."""
+    edges = [start] if start & ~PMD_MASK else []
+    edges += [end - PAGE_SIZE] if end & ~PMD_MASK and (not edges or edges[0] & PMD_MASK != end & PMD_MASK) else []
+    return [offset for offset in edges if folio_at(file, offset) is not None]
+
+
+def _untold(file: File, start: int, end: int, told: Told, *, even_cows: bool) -> Told:
+    # At first every mapping of the range, as the kernel; later only what has come to hold entries: it looks twice.
     new = {}
     for space in file.mapping_spaces():
-        spans = tuple(told_span(space, part) for part in file.mapped_parts(space, start, end))
+        spans = tuple(_told_span(space, part) for part in file.mapped_parts(space, start, end))
         if space.id in told:
             is_told = _inside_one_of(told[space.id])
             spans = tuple(
@@ -140,6 +169,15 @@ def _untold(
         if spans:
             new[space.id] = spans
     return new
+
+
+def _told_span(space: AddressSpace, part: Vma) -> AddressRange:
+    """A part of a VMA, with all of the huge pages that lie across its edges: __split_huge_pmd()."""
+    span = told_span(space, part)
+    for edge in (span.start, span.end - PAGE_SIZE) if space.huge else ():
+        for block in huge_blocks(space, AddressRange(edge, edge + PAGE_SIZE)):
+            span = AddressRange(min(span.start, block.start), max(span.end, block.end))
+    return span
 
 
 def _inside_one_of(known: Iterable[AddressRange]) -> Callable[[AddressRange], bool]:
@@ -171,6 +209,8 @@ def _zap(space: AddressSpace, part: Vma, *, even_cows: bool) -> None:
     if even_cows:
         space.zap(part.start, part.end)
         return
+    if space.huge:
+        space.split_edges(part.start, part.end)
     addresses, _ = _doomed(space, part.span, even_cows=False)
     entries = space.table.clear_many(addresses)
     space.drop(entries if part.mapping.has_recency else entries & all_but(cpu_pte.ACCESSED))

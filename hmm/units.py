@@ -24,7 +24,8 @@ PMD_SHIFT = 21
 PMD_SIZE = 1 << PMD_SHIFT
 PMD_MASK = ~(PMD_SIZE - 1)
 PMD_PAGES = 1 << (PMD_SHIFT - PAGE_SHIFT)
-PUD_SIZE = 1 << 30
+PUD_SHIFT = 30
+PUD_SIZE = 1 << PUD_SHIFT
 TASK_SIZE = (1 << 47) - PAGE_SIZE
 """End of a process's address space: x86-64 keeps the last page below 2^47 unmapped."""
 PIECE_PAGES = 1 << 16

@@ -131,7 +131,7 @@ def unmap(space: AddressSpace, span: AddressRange) -> Operation[None]:
         try:
             yield from invalidation.deliver()
             yield from zap(space, span)
-            if space.tables:
+            if space.tables or space.directories:
                 space.free_tables(AddressRange(pieces[0].start, pieces[-1].end))
         finally:
             space.detached = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-import numpy as np
 import pytest
 from area import BASE, PRIVATE, RW, SHARED, at, fill, letters, pages
 
@@ -431,25 +430,6 @@ def test_madvise_refuses_to_collapse_when_no_block_of_a_file_fits(
     world.map(space, npages, RW, SHARED, world.file(2), at=0, offset=offset)
     with pytest.raises(InvalidRequestError):
         advise(world, space, 0, npages, Advice.COLLAPSE)
-
-
-def test_madvise_looks_at_every_block_of_a_file_when_it_is_to_be_collapsed(world: Any, space: AddressSpace) -> None:
-    """collapse_file(): SCAN_TRUNCATED where the file has no page, SCAN_PAGE_COUNT where somebody refers to one."""
-    block = PMD_PAGES
-    file = world.file(3 * block)
-    world.map(space, 3 * block, RW, SHARED, file, at=0)
-    for page in (1, block):
-        file.grab(np.array([page * PAGE_SIZE], np.uint64))
-    advise(world, space, 0, 2 * block, Advice.COLLAPSE)
-    with pytest.raises(InvalidRequestError) as empty:
-        advise(world, space, 0, 3 * block, Advice.COLLAPSE)
-    assert (empty.value.errno, empty.value.address) == (errno.EINVAL, at(2 * block))
-    referenced = file.grab(np.array([PAGE_SIZE], np.uint64))
-    world.frames.get(referenced)
-    with pytest.raises(RangeBusyError) as busy:
-        advise(world, space, 0, 2 * block, Advice.COLLAPSE)
-    assert (busy.value.errno, busy.value.address) == (errno.EAGAIN, at(0))
-    world.frames.put(referenced)
 
 
 def test_madvise_refuses_to_collapse_less_than_a_block_of_a_file(world: Any, space: AddressSpace) -> None:

@@ -26,6 +26,7 @@ _FIELDS = (
     ("KSM", "ksm"),
     ("LazyFree", "lazy_free"),
     ("AnonHugePages", "anon_huge"),
+    ("ShmemPmdMapped", "shmem_pmd"),
     ("Shared_Hugetlb", "shared_hugetlb"),
     ("Private_Hugetlb", "private_hugetlb"),
     ("Swap", "swap"),

@@ -125,7 +125,9 @@ class OverWire:
 
     def open_file(self, name: str) -> int:
         """As `Subject`."""
-        file = self._client.open_file(f"{self._prefix}/{name}", create=True)
+        name = f"{self._prefix}/{name}"
+        file = self._client.open_file(name, create=True)
+        self._client.unlink_file(name)
         self._files[file.id] = file
         return file.id
 

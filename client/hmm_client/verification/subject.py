@@ -236,7 +236,9 @@ class InProcess:
 
     def open_file(self, name: str) -> int:
         """As `Subject`."""
-        return self._local.call(commands_file.open_file, name, create=True, exclusive=True)
+        file: int = self._local.call(commands_file.open_file, name, create=True, exclusive=True)
+        self._local.call(commands_file.unlink_file, name)
+        return file
 
     def truncate(self, file_id: int, size_bytes: int) -> None:
         """As `Subject`."""

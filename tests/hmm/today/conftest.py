@@ -61,10 +61,16 @@ class Bench:
         thp: Thp = Thp.NEVER,
         mapped_pages: int = 16,
         hugetlb_pages: int = 0,
+        swap_pages: int = 0,
         semantics: Semantics = LINUX_6_12,
         more_memory_pages: int = 224,
     ) -> None:
-        limits = Limits(frames=frames, device_frames=memory_pages + more_memory_pages, hugetlb_pages=hugetlb_pages)
+        limits = Limits(
+            frames=frames,
+            device_frames=memory_pages + more_memory_pages,
+            hugetlb_pages=hugetlb_pages,
+            swap_pages=swap_pages,
+        )
         self.local = Local(Machine(limits, semantics=semantics))
         self.call = self.local.call
         self.process = self.call(commands_process.create_process, "bench", thp=thp)
