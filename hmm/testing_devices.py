@@ -23,11 +23,12 @@ from hmm.madvise import Advice
 from hmm.mirror import DeadlinePolicy
 from hmm.range_fault import REQ_FAULT, REQ_WRITE
 from hmm.scheduler import Call, Scheduler
-from hmm.semantics import LINUX_7
+from hmm.semantics import LINUX_6_12, LINUX_7
 from hmm.testing import simulate
 from hmm.testing_calls import fork_process
 from hmm.testing_dma import DMA_CALLS, holder
 from hmm.testing_failures import FAILURES_OF_DEVICES, FAILURES_OF_MIGRATIONS
+from hmm.testing_huge_files import FIRST_HUGE_FILES, HUGE_FILE_CALLS
 from hmm.testing_town import NEAR, Maker, Makers, Town, register_mirror
 from hmm.units import PAGE_SIZE, PMD_PAGES, PMD_SIZE, AddressRange, DeviceId, MirrorId
 from hmm.unmapped_area import MapFlag
@@ -45,6 +46,7 @@ __all__ = [
     "TOWNS",
     "simulate_compound",
     "simulate_devices",
+    "simulate_huge_files",
     "simulate_huge_pages",
 ]
 
@@ -389,11 +391,23 @@ def simulate_compound(seed: int) -> Scheduler:
     return simulate(seed, ncalls=80, limits=COMPOUND, more=more, first=first, thp=thp, semantics=LINUX_7)
 
 
+def simulate_huge_files(seed: int) -> Scheduler:
+    """As `simulate_huge_pages`, with huge pages of files too; on every second seed with swap, or as Linux 7 does."""
+    thp = Thp.ALWAYS if seed % 3 else Thp.MADVISE
+    first = (*FIRST_HUGE_FILES, *SUBSCRIBED, fork_process)
+    more, limits = DEVICE_CALLS + HUGE_CALLS + HUGE_FILE_CALLS, LARGE_WITH_DEVICES
+    if seed % 4 == 1:
+        limits = replace(limits, swap_pages=4096)
+    semantics = LINUX_7 if seed % 4 == 3 else LINUX_6_12
+    return simulate(seed, ncalls=80, limits=limits, more=more, first=first, thp=thp, semantics=semantics)
+
+
 TOWNS: Mapping[str, Callable[[int], Scheduler]] = {
     "mirrors": simulate,
     "devices": simulate_devices,
     "memory": simulate_mirror_memory,
     "huge": simulate_huge_pages,
     "compound": simulate_compound,
+    "huge-files": simulate_huge_files,
 }
 """What a seed can be run in: by name, all workloads there are."""

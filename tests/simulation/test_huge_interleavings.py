@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from hmm import huge_fault, migration_folios, mprotect
+from hmm import collapse_file, huge_fault, migration_folios, mprotect, truncate
 from hmm.address_space import AddressSpace
 from hmm.testing import SimulationError
-from hmm.testing_devices import simulate_compound, simulate_huge_pages
+from hmm.testing_devices import simulate_compound, simulate_huge_files, simulate_huge_pages
 from hmm.units import Address
 
 
@@ -50,3 +50,15 @@ def test_simulate_finds_a_huge_page_that_moved_by_small_ones_and_is_still_one(mo
     """Planted: what gets small destinations keeps its huge entry."""
     monkeypatch.setattr(migration_folios, "map_by_pages", lambda *_: None)
     assert "huge page" in found(range(50), simulate_compound)
+
+
+def test_simulate_finds_pages_of_a_file_that_are_mapped_beside_the_huge_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a collapse leaves the entries of the small pages that it replaces."""
+    monkeypatch.setattr(collapse_file, "unmap_place", lambda *_: None)
+    assert found(range(50), simulate_huge_files)
+
+
+def test_simulate_finds_a_huge_page_of_a_file_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: truncation does not look whether a huge page lies across its edge."""
+    monkeypatch.setattr(truncate, "_across", lambda *_: [])
+    assert "huge page" in found(range(50), simulate_huge_files)
