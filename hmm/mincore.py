@@ -3,7 +3,7 @@
 A page counts when a touch of it needs no contents from elsewhere: it is mapped, or on a device, or in the page cache
 of the file that is mapped there, or in the swap cache.
 
-**Source**: Linux mm/mincore.c (mincore_pte_range(), __mincore_unmapped_range()), 6.12.
+**Source**: Linux mm/mincore.c (mincore_pte_range(), mincore_hugetlb(), __mincore_unmapped_range()), 6.12.
 
 **Invariants**: nothing changes.
 
@@ -21,10 +21,22 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import BadAddressError, InvalidRequestError
 from hmm.file import FILE_SIZE_MAX, File
+from hmm.huge_split import has_directory
 from hmm.operation import Operation, Pause
 from hmm.swap import area_of, slots_of
-from hmm.units import PAGE_SHIFT, PIECE_BYTES, TASK_SIZE, Address, AddressRange, is_page_aligned, page_up
-from hmm.vma import Vma
+from hmm.units import (
+    PAGE_SHIFT,
+    PIECE_BYTES,
+    PMD_MASK,
+    PMD_PAGES,
+    PMD_SIZE,
+    TASK_SIZE,
+    Address,
+    AddressRange,
+    is_page_aligned,
+    page_up,
+)
+from hmm.vma import Vma, VmFlag
 
 __all__ = ["mincore"]
 
@@ -74,5 +86,18 @@ def _resident(space: AddressSpace, piece: Vma) -> npt.NDArray[np.bool_]:
         first, stop = piece.start + shift, min(piece.end + shift, FILE_SIZE_MAX)
         if first < stop:
             unmapped = entries[: (stop - first) >> PAGE_SHIFT] == 0  # the file is not asked for private pages in swap
+            if piece.has(VmFlag.HUGETLB):
+                unmapped &= ~_have_entries(space, piece)[: unmapped.size]
             found[: unmapped.size] |= unmapped & cpu_pte.is_present(piece.backing.pages.read(first, stop))
     return found
+
+
+def _have_entries(space: AddressSpace, piece: Vma) -> npt.NDArray[np.bool_]:
+    """bool[n]: which pages of hugetlb memory have an entry, if an empty one, which says that they are not resident.
+
+    Source: Linux mm/pagewalk.c, walk_hugetlb_range(); mm/hugetlb.c, huge_pte_offset().
+    """
+    blocks = range(piece.start & PMD_MASK, piece.end, PMD_SIZE)
+    have = np.repeat([has_directory(space, start) for start in blocks], PMD_PAGES)
+    before = (piece.start & ~PMD_MASK) >> PAGE_SHIFT
+    return have[before : before + piece.npages]

@@ -470,3 +470,18 @@ def test_fault_fails_with_enomem_and_keeps_the_reservation_when_directories_run_
     pool = local.machine.hugetlb
     assert (pool.free, pool.reserved) == (1, 1)
     local.machine.check()
+
+
+def test_mincore_asks_the_file_where_there_is_no_directory(bench: Any) -> None:
+    """walk_hugetlb_range(): an empty entry is not resident, mincore_hugetlb(); without one it is pte_hole()."""
+    bench.map(2 * BLOCK, flags=SHARED)
+    bench.write(0, b"x")
+    child = bench.call(commands_process.fork, bench.process)  # shared memory is not copied
+
+    def resident() -> str:
+        found = bench.call(commands_process.mincore, child, *place(bench, 1, 2 * BLOCK - 1))
+        return "".join(str(found[page]) for page in (0, BLOCK - 2, BLOCK - 1, 2 * BLOCK - 2))
+
+    assert resident() == "1100"
+    bench.call(commands_process.touch, child, bench.span(BLOCK, BLOCK), write=False)
+    assert resident() == "0011"
