@@ -195,6 +195,16 @@ class Served:
         response = await self.process.Mmap(request)
         assert response.result.errno == 0, response
 
+    async def mirrored(self, npages: int, *, filled: bool = False) -> tuple[Served, Driver, int, int]:
+        """This, a driver, a process with so many pages at BASE, and the driver's mirror, which may have all of them."""
+        pid, end = await self.new_process(), BASE + npages * PAGE
+        await self.mmap(pid, BASE, end)
+        driver = await self.driver()
+        mirror = await driver.mirror(pid)
+        if filled:
+            assert (await driver.fault(mirror, BASE, end)).result.errno == 0
+        return self, driver, pid, mirror
+
     def munmap(self, process_id: int, start: int, end: int, **call: Any) -> Any:
         """Unmap; the call, to be awaited."""
         request = process_pb2.MunmapRequest(process_id=process_id, address=start, length=end - start)
@@ -256,6 +266,12 @@ async def serve(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serve
 async def served(serve: Serve) -> Served:
     """A daemon whose drivers and faults have all the time that they need."""
     return await serve()
+
+
+@pytest.fixture
+async def mirrored(served: Served) -> tuple[Served, Driver, int, int]:
+    """A daemon, a driver, a process with 16 pages mapped, and the driver's mirror of it."""
+    return await served.mirrored(16)
 
 
 def error_of(caught: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> HmmError:

@@ -34,15 +34,6 @@ GARBAGE = b"\x0a\xff\xff\xff\xff\x0f"
 """A field of four gigabytes, of which nothing follows."""
 
 
-@pytest.fixture
-async def mirrored(served: Any) -> tuple[Any, Any, int, int]:
-    """A daemon, a driver, a process with 16 pages mapped, and the driver's mirror of it."""
-    pid = await served.new_process()
-    await served.mmap(pid, BASE, BASE + 16 * PAGE)
-    driver = await served.driver()
-    return served, driver, pid, await driver.mirror(pid)
-
-
 async def refused(call: Any) -> grpc.aio.AioRpcError:
     """The error that a call ends with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:

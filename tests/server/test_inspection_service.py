@@ -24,12 +24,7 @@ MINE = (("hmm-token", "mine"),)
 @pytest.fixture
 async def mirrored(served: Any) -> tuple[Any, Any, int, int]:
     """A daemon, a driver, a process with four pages, all in the driver's mirror of it."""
-    pid = await served.new_process()
-    await served.mmap(pid, BASE, END)
-    driver = await served.driver()
-    mirror = await driver.mirror(pid)
-    await driver.fault(mirror, BASE, END)
-    return served, driver, pid, mirror
+    return await served.mirrored(4, filled=True)
 
 
 async def test_list_processes_counts_what_each_holds(mirrored: Any) -> None:

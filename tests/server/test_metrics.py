@@ -52,13 +52,7 @@ def values(text: str) -> dict[str, float]:
 @pytest.fixture
 async def mirrored(serve: Any) -> Any:
     """A daemon that serves metrics on a free port, a driver, its mirror of a process of four pages."""
-    served = await serve(metrics="0")
-    pid = await served.new_process()
-    await served.mmap(pid, BASE, END)
-    driver = await served.driver()
-    mirror = await driver.mirror(pid)
-    assert (await driver.fault(mirror, BASE, END)).result.errno == 0
-    return served, driver, pid, mirror
+    return await (await serve(metrics="0")).mirrored(4, filled=True)
 
 
 async def test_scrape_tells_what_happened_by_device_and_kind(mirrored: Any) -> None:

@@ -18,15 +18,6 @@ BASE = 0x10000000000
 END = BASE + 16 * PAGE
 
 
-@pytest.fixture
-async def mirrored(served: Any) -> tuple[Any, Any, int, int]:
-    """A daemon, a driver, a process with 16 pages mapped, and the driver's mirror of it."""
-    pid = await served.new_process()
-    await served.mmap(pid, BASE, END)
-    driver = await served.driver()
-    return served, driver, pid, await driver.mirror(pid)
-
-
 # ---- events and answers
 
 

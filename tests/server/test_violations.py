@@ -17,12 +17,7 @@ END = BASE + 4 * PAGE
 @pytest.fixture
 async def mirrored(served: Any) -> Any:
     """A daemon, a driver, its mirror of a process of four pages, all faulted in."""
-    pid = await served.new_process()
-    await served.mmap(pid, BASE, END)
-    driver = await served.driver()
-    mirror = await driver.mirror(pid)
-    assert (await driver.fault(mirror, BASE, END)).result.errno == 0
-    return served, driver, pid, mirror
+    return await served.mirrored(4, filled=True)
 
 
 async def munmap(served: Any, driver: Any, pid: int, start: int, end: int) -> None:
