@@ -45,7 +45,6 @@ from hmm.units import (
     PIECE_PAGES,
     PMD_PAGES,
     PMD_SIZE,
-    TASK_SIZE,
     AddressRange,
     DeviceId,
     Entries,
@@ -128,7 +127,7 @@ def _note_holder(space: AddressSpace, pfns: Pfns, holder: MirrorId) -> None:
 
 def held_exclusively(space: AddressSpace, mirror_id: MirrorId) -> Entries:
     """The pages that a mirror has to itself: uint64[n] addresses, ascending.  Cost: O(pages mapped)."""
-    addresses, entries = space.table.valid(0, TASK_SIZE)
+    addresses, entries = space.table.in_use()
     exclusive = np.flatnonzero(cpu_pte.is_device_exclusive(entries))
     holders = space.frames.zone_device_data[cpu_pte.cpu_pfn(entries[exclusive])]
     held: Entries = addresses[exclusive[holders == mirror_id]]

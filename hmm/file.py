@@ -128,7 +128,7 @@ class File:
         """Pages in memory.  Cost: O(directories of the page cache), and O(pages) when there is swap."""
         if self.frames.swap is None:
             return self.pages.count
-        return int(np.count_nonzero(cpu_pte.is_present(self.pages.valid(0, FILE_SIZE_MAX)[1])))
+        return int(np.count_nonzero(cpu_pte.is_present(self.pages.in_use()[1])))
 
     # ---- who holds it
 
@@ -275,7 +275,7 @@ class File:
     def check(self) -> None:
         """Assert the invariants.  Cost: O(pages of the cache)."""
         self.pages.check()
-        offsets, entries = self.pages.valid(0, FILE_SIZE_MAX)
+        offsets, entries = self.pages.in_use()
         assert np.unique(entries).size == entries.size, f"{self} has a frame twice"
         there = cpu_pte.is_present(entries)
         held = cpu_pte.cpu_pfn(entries[there])

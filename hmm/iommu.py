@@ -133,5 +133,5 @@ class Domain:
         """Assert the invariants of this domain."""
         self.frames.check()
         self.origins.check()
-        mapped, _ = self.frames.valid(0, IOVA_LAST + 1)
-        assert np.array_equal(mapped, self.origins.valid(0, IOVA_LAST + 1)[0])
+        mapped, _ = self.frames.in_use()
+        assert np.array_equal(mapped, self.origins.in_use()[0])

@@ -29,7 +29,7 @@ from hmm.operation_record import Input
 from hmm.receiver import Receiver
 from hmm.semantics import LINUX_6_12, Semantics
 from hmm.swap import area_of, slots_of
-from hmm.units import TASK_SIZE, Entries
+from hmm.units import Entries
 
 
 def replay(
@@ -58,7 +58,7 @@ def digest(machine: Machine) -> str:
     for space in machine.spaces.values():
         _add_space(state, space)
     for file in machine.files.values():
-        _, entries = file.pages.valid(0, file.pages.last + 1)
+        _, entries = file.pages.in_use()
         state.update(repr((file.id, file.name, file.size_bytes)).encode())
         held = cpu_pte.cpu_pfn(entries[cpu_pte.is_present(entries)])
         state.update(machine.frames.gather(held).tobytes())
@@ -83,7 +83,7 @@ def _add_space(state: hashlib._Hash, space: AddressSpace) -> None:
     for userfaultfd in space.userfaultfds.values():
         faults = [(fault.ticket, fault.address, fault.told) for fault in userfaultfd.faults.values()]
         state.update(repr((userfaultfd.id, faults)).encode())
-    addresses, entries = space.table.valid(0, TASK_SIZE)
+    addresses, entries = space.table.in_use()
     state.update(addresses.tobytes() + entries.tobytes())
     held = entries[cpu_pte.holds_frame(entries)]
     state.update(space.frames.gather(cpu_pte.cpu_pfn(held)).tobytes())
@@ -106,5 +106,5 @@ def _add_receiver(state: hashlib._Hash, receiver: Receiver) -> None:
 
 
 def _add_table(state: hashlib._Hash, mirror: Mirror) -> None:
-    addresses, entries = mirror.table.valid(0, TASK_SIZE)
+    addresses, entries = mirror.table.in_use()
     state.update(addresses.tobytes() + np.asarray(entries).tobytes())

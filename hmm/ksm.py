@@ -44,7 +44,7 @@ from hmm.frames import SYSTEM_REGION, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.operation import Operation, Pause
 from hmm.rmap import Places
-from hmm.units import PMD_PAGES, TASK_SIZE, Entries, Pfns, SpaceId, all_but, spans_of
+from hmm.units import PMD_PAGES, Entries, Pfns, SpaceId, all_but, spans_of
 from hmm.vma import Vma, VmFlag
 
 __all__ = ["Ksm", "KsmPass", "unmerge"]
@@ -266,7 +266,7 @@ class Ksm:
         ascending = pfns[order]
         for number in sorted(self.spaces):
             space = self.spaces[number]
-            addresses, entries = space.table.valid(0, TASK_SIZE)
+            addresses, entries = space.table.in_use()
             named = cpu_pte.cpu_pfn(entries)
             at = np.minimum(ascending.searchsorted(named), ascending.size - 1)
             naming = (ascending[at] == named) & (cpu_pte.holds_frame(entries) | cpu_pte.is_migration(entries))

@@ -17,7 +17,7 @@ from hmm.scheduler import Call
 from hmm.testing_failures import FAILURES
 from hmm.testing_files import FILE_CALLS
 from hmm.testing_town import Makers, Town, register_mirror
-from hmm.units import PAGE_SIZE, PMD_MASK, TASK_SIZE
+from hmm.units import PAGE_SIZE, PMD_MASK
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 
@@ -233,7 +233,7 @@ def _fault(town: Town) -> Call | None:
 
 
 def _reached(town: Town, mirror: int) -> int:
-    known, _ = town.machine.mirrors[mirror].table.valid(0, TASK_SIZE)
+    known, _ = town.machine.mirrors[mirror].table.in_use()
     return int(known[town.choose(known.size)]) if known.size else town.span().start
 
 
