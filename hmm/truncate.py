@@ -211,6 +211,8 @@ def _zap(space: AddressSpace, part: Vma, *, even_cows: bool) -> None:
         return
     if space.huge:
         space.split_edges(part.start, part.end)
+    if space.keeps_tables:
+        space.keep_tables(part.start, part.end)
     addresses, _ = _doomed(space, part.span, even_cows=False)
     entries = space.table.clear_many(addresses)
     space.drop(entries if part.mapping.has_recency else entries & all_but(cpu_pte.ACCESSED))

@@ -391,6 +391,17 @@ def test_punch_splits_the_huge_page_and_leaves_a_hole(bench: Any, handle: int) -
     assert bench.read(128, 1) == b"\3"
 
 
+def test_a_hole_leaves_the_page_tables(bench: Any, handle: int) -> None:
+    """zap_pte_range() frees none: what is mapped next to them finds the directory that they are in."""
+    at = (PUD_SIZE - BASE % PUD_SIZE) // PAGE_SIZE
+    map_file(bench, handle, at, BLOCK)
+    bench.read(at, 1)
+    bench.call(commands_file.punch_file, handle, 0, BLOCK_BYTES)
+    map_file(bench, handle, at + BLOCK, BLOCK, offset=BLOCK)
+    collapse(bench, at + BLOCK)
+    assert bench.entry(at + BLOCK) & cpu_pte.HUGE
+
+
 def test_truncation_zeroes_what_it_cannot_split_off(bench: Any, handle: int) -> None:
     """truncate_inode_partial_folio(): a dirty folio that somebody refers to stays, with zeroes behind the end."""
     map_file(bench, handle)
