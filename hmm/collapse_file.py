@@ -177,7 +177,7 @@ def _untold(file: File, offset: int, told: Told) -> Told:
         fresh = tuple(span for span in spans if not covers(known, span))
         if fresh:
             new[place.space.id] = new.get(place.space.id, ()) + fresh
-    return {number: tuple(sorted(spans)) for number, spans in new.items()}
+    return new
 
 
 def _is_retracted(place: Places) -> bool:

@@ -160,7 +160,7 @@ def tell_everywhere(
             if space is None:  # it unmapped the file while another space was being told
                 continue
             told[space_id] = told.get(space_id, ()) + spans
-            invalidation = brackets.enter_context(space.notifier.invalidation(spans, cause))
+            invalidation = brackets.enter_context(space.notifier.invalidation(tuple(sorted(spans)), cause))
             yield from invalidation.deliver()
 
 

@@ -391,6 +391,19 @@ def test_punch_splits_the_huge_page_and_leaves_a_hole(bench: Any, handle: int) -
     assert bench.read(128, 1) == b"\3"
 
 
+def test_mirrors_hear_of_all_mappings_of_a_huge_page_in_order_of_address(bench: Any, handle: int) -> None:
+    """try_to_unmap(): the reverse map is ordered by the offset in the file."""
+    half = BLOCK // 2
+    map_file(bench, handle, 2 * BLOCK, BLOCK)
+    collapse(bench, 2 * BLOCK)
+    map_file(bench, handle, 0, half, offset=half)
+    map_file(bench, handle, BLOCK, half)
+    for at in (0, BLOCK):
+        bench.read(at, 1)
+    bench.call(commands_file.truncate_file, handle, 100 * PAGE_SIZE)
+    assert heard(bench)[0] == (Cause.HUGE_PAGE_SPLIT, [(0, half), (BLOCK, BLOCK + half), (2 * BLOCK, 3 * BLOCK)])
+
+
 def test_a_hole_leaves_the_page_tables(bench: Any, handle: int) -> None:
     """zap_pte_range() frees none: what is mapped next to them finds the directory that they are in."""
     at = (PUD_SIZE - BASE % PUD_SIZE) // PAGE_SIZE
