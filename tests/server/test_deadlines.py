@@ -348,13 +348,13 @@ async def test_fault_times_out_and_goes_on(serve: Any, way: str) -> None:
 @pytest.mark.slow
 async def test_long_call_lets_others_run(serve: Any) -> None:
     """One call over much memory is done in pieces: health checks and small calls pass between them."""
-    served = await serve(frames=1 << 21)
+    served = await serve()
     pid, small = await served.new_process(), await served.new_process()
-    npages = 1 << 20
+    npages = 1 << 23
     await served.mmap(pid, BASE, BASE + npages * PAGE)
     await served.mmap(small, BASE, END)
     touching = asyncio.ensure_future(
-        served.process.Touch(process_pb2.TouchRequest(process_id=pid, address=BASE, length=npages * PAGE, write=True))
+        served.process.Touch(process_pb2.TouchRequest(process_id=pid, address=BASE, length=npages * PAGE))
     )
     await served.until(lambda: bool(served.daemon.machine.operations))
     passed = 0
