@@ -160,7 +160,7 @@ def _follow(source: int, strace_pid: int, recorder: _Recorder) -> None:
         os.waitid(os.P_PID, strace_pid, os.WSTOPPED)
         os.kill(strace_pid, signal.SIGCONT)
         if not poll.poll(IDLE_MS):
-            recorder.look_when_idle()
+            recorder.look_between_calls()
 
 
 @dataclass(slots=True)
@@ -172,6 +172,7 @@ class _Recorder:
         final: its layout; empty when a call may have changed it since it was read.
         leaving: threads of it that entered exit.
         ending: all of it is about to end, and what its other threads still do is not waited for.
+        killing: somebody sends a SIGKILL: if it is for this process, each call of it may be the last.
     """
 
     log: IO[bytes]
@@ -181,6 +182,7 @@ class _Recorder:
     final: bytes = b""
     leaving: set[int] = field(default_factory=set)
     ending: bool = False
+    killing: bool = False
     ended: Ended | None = None
     failed_exec: str | None = None
     tail: bytes = b""
@@ -214,7 +216,7 @@ class _Recorder:
             self.failed_exec = call.errno
             return
         self.initial = _read_layout(call.pid)
-        self.final, self.ending = b"", False
+        self.final, self.ending, self.killing = b"", False, False
         self.leaving.clear()
         self.log.seek(0)
         self.log.truncate()
@@ -229,7 +231,8 @@ class _Recorder:
             return
         thread, text = int(found[1]), found[2]
         if _KILL.match(text):
-            self.final = _read_layout(self.first)
+            self.killing = True
+            self.look_between_calls()
         elif not _is_thread_of(self.first, thread):
             return
         elif called := _EXIT.match(text):
@@ -237,13 +240,14 @@ class _Recorder:
             self.ending = called[1] == b"exit_group" or self.leaving >= _living_threads(self.first)
         elif received := _SIGNAL.match(text):
             self.ending = _is_fatal(thread, received[1].decode())
-        elif not text.startswith((b"+++", b"---")):
-            self.final = b""
+        elif not (text.startswith((b"+++", b"---")) or text.endswith(b"<unfinished ...>")):
+            # A call that is killed as it begins does nothing: the layout is the one before it.
+            self.final = _read_layout(self.first) if self.killing else b""
         if self.ending:
             self.final = _read_layout(thread)
 
-    def look_when_idle(self) -> None:
-        """Read the layout of a program that nobody may announce the end of."""
+    def look_between_calls(self) -> None:
+        """Read the layout of a program that may be killed without another word."""
         if self.first is not None and not self.final:
             self.final = _read_layout(self.first)
 
