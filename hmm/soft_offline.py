@@ -13,6 +13,7 @@ The old frame is never used again.
     the zero page, a page of    ends: EIO, as they are on no list of pages that could be moved
     coherent memory, or of a
     driver's own
+    the zero page that is lost  goes on with the next
 
 **Source**: Linux mm/memory-failure.c (soft_offline_page(), soft_offline_in_use_page(), page_handle_poison()),
 mm/migrate.c (migrate_pages(), folio_migrate_mapping()), 6.12.
@@ -37,7 +38,7 @@ from hmm.errors import BadAddressError, HmmError, OutOfFramesError, RangeBusyErr
 from hmm.events import Cause
 from hmm.fault import bring_in
 from hmm.file import File
-from hmm.frames import Frames, PageFlag
+from hmm.frames import ZERO_PFN, Frames, PageFlag
 from hmm.huge_split import split_folio
 from hmm.memory_failure import (
     are_drivers,
@@ -111,6 +112,8 @@ def soft_offline(space: AddressSpace, piece: AddressRange) -> Operation[Address]
 def _offline_one(space: AddressSpace, address: Address, entry: int) -> Operation[Address]:
     """A page that is no small page of system memory.  Returns: where to go on."""
     frames, pfn = space.frames, cpu_pte.cpu_pfn(entry)
+    if pfn == ZERO_PFN and cpu_pte.is_special(entry) and not entry & cpu_pte.HUGE and frames.zero_page_poisoned:
+        return address + PAGE_SIZE  # PageHWPoison(): there is nothing left to do
     large = not cpu_pte.is_special(entry) and frames.flags_of(pfn) & PageFlag.COMPOUND
     if not large or owners(frames, np.array([pfn]))[0]:
         raise BadAddressError(f"soft offline: {address:#x} is no page that could move", errnos.EIO, address=address)

@@ -249,6 +249,18 @@ def test_page_that_is_there_moves_when_its_mapping_permits_no_reading(prot: Prot
     assert offline(world, 1, 2) == errno.EIO  # the zero page
 
 
+def test_zero_page_is_passed_over_when_it_is_lost(world: World) -> None:
+    """soft_offline_page(): PageHWPoison() is 0, before HWPoisonHandlable() is asked."""
+    write(world, 2, b"c")
+    before = pfns(world, 2, 1)
+    assert offline(world, 0, 3) == errno.EIO
+    failed = world.start(processes.madvise, world.pid, START, PAGE_SIZE, Advice.HWPOISON)
+    assert error_of(failed).errno == errno.EBUSY  # and is lost from now on
+    assert offline(world, 0, 3) == 0
+    assert given_up(world) == {*before}
+    assert read(world, 0, 3) == b"\0\0c"
+
+
 def test_huge_page_is_split_when_its_mapping_permits_no_reading() -> None:
     """gup_fast_pmd_leaf(): pmd_access_permitted() asks the entry."""
     world = made(frames=8 * PMD_PAGES)
