@@ -358,8 +358,9 @@ async def test_others_run_when_one_message_has_many_calls(mirrored: Any) -> None
     assert seen - {0, len(prepared)}
 
 
-async def test_replies_stay_few_when_one_message_has_many_calls(serve: Any) -> None:
+async def test_replies_stay_few_when_one_message_has_many_calls(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more calls of a message are made than the driver reads replies of."""
+    monkeypatch.setattr("hmm_server.session.BREATH_S", 60.0)
     served = await serve(queue_bytes=4096)
     driver = await served.driver()
     (stream,) = served.daemon.streams.open.values()
