@@ -66,11 +66,13 @@ class _UnderWay:
         space: that it works on, looked up when it began.
         before: what was known then.
         changed: pages that others may have changed since; None stands for all of a space, or for all files.
+        punched: pages that it makes holes of, mapped or not any more.
     """
 
     space: AddressSpace | None
     before: dict[Key, Known]
     changed: set[Key | tuple[int, None]] = field(default_factory=set)
+    punched: set[Key | tuple[int, None]] = field(default_factory=set)
 
     def is_undisturbed(self, key: Key) -> bool:
         """Whether nobody else may have changed a page."""
@@ -193,6 +195,8 @@ class Contents:
 
     def _forget(self, record: OperationRecord[Any], one: _UnderWay) -> None:
         changed = set(self._changed(record, one.space))
+        if record.name == "madvise" and record.arguments[3] is Advice.REMOVE:
+            changed = one.punched = one.punched | changed
         if not changed:
             return
         for number, other in self._under_way.items():
