@@ -117,9 +117,11 @@ def _offline_one(space: AddressSpace, address: Address, entry: int) -> Operation
     large = not cpu_pte.is_special(entry) and frames.flags_of(pfn) & PageFlag.COMPOUND
     if not large or owners(frames, np.array([pfn]))[0]:
         raise BadAddressError(f"soft offline: {address:#x} is no page that could move", errnos.EIO, address=address)
+    before = memory_at(space, address)
     if not (yield from split_folio(space, address, hold=True)):
         raise RangeBusyError(f"soft offline: the huge page at {address:#x} is in use", errnos.EBUSY, address=address)
-    page, vma = np.array([pfn]), space.vmas.find(address)
+    # A file's page is the file's, though other memory may have been mapped here meanwhile.
+    page, vma = np.array([pfn]), before if before.backing is not None else space.vmas.find(address)
     assert vma is not None, "the huge page was mapped there"
     if frames.refcount[pfn] == 1:  # it held nothing, and everybody has the zero page instead: migrate_folio_unmap()
         frames.poison(page)
