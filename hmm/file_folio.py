@@ -29,6 +29,7 @@ from hmm.file import FILE_SIZE_MAX, File
 from hmm.frames import PageFlag
 from hmm.operation import Operation
 from hmm.rmap import Places, file_places, in_walk_order
+from hmm.spans import union
 from hmm.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -160,7 +161,7 @@ def tell_everywhere(
             if space is None:  # it unmapped the file while another space was being told
                 continue
             told[space_id] = told.get(space_id, ()) + spans
-            invalidation = brackets.enter_context(space.notifier.invalidation(tuple(sorted(spans)), cause))
+            invalidation = brackets.enter_context(space.notifier.invalidation(union(spans), cause))
             yield from invalidation.deliver()
 
 

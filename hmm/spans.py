@@ -2,7 +2,8 @@
 
 **Source**: our own; the kernel keeps such ranges in interval trees (include/linux/interval_tree_generic.h).
 
-**Invariants**: everything here takes ranges that are ascending and disjoint, as events and faults have them.
+**Invariants**: everything here but `union` takes ranges that are ascending and disjoint, as events and faults have
+them.
 
 **Absent**: a map from ranges to values (interval.py).
 """
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from hmm.units import Address, AddressRange, Entries
 
-__all__ = ["Spans", "are_ascending", "bounds", "inside", "meets", "overlap"]
+__all__ = ["Spans", "are_ascending", "bounds", "inside", "meets", "overlap", "union"]
 
 Spans = tuple[AddressRange, ...]
 
@@ -66,6 +68,17 @@ def inside(addresses: Entries, spans: Spans) -> npt.NDArray[np.bool_]:
     found = at >= 0
     found[found] = addresses[found] < ends[at[found]]
     return found
+
+
+def union(spans: Iterable[AddressRange]) -> Spans:
+    """Ranges in any order, which may overlap, as ascending ones that do not.  Cost: that of sorting them."""
+    found: list[AddressRange] = []
+    for span in sorted(spans):
+        if found and span.start < found[-1].end:
+            found[-1] = AddressRange(found[-1].start, max(found[-1].end, span.end))
+        else:
+            found.append(span)
+    return tuple(found)
 
 
 def are_ascending(spans: Spans) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmm.spans import are_ascending, bounds, inside, overlap
+from hmm.spans import are_ascending, bounds, inside, overlap, union
 from hmm.units import AddressRange
 
 edges = st.lists(st.integers(0, 300), unique=True, max_size=120).map(sorted)
@@ -78,3 +78,12 @@ def test_are_ascending_is_false_when_ranges_overlap() -> None:
     """Ranges that touch are disjoint."""
     assert are_ascending((*spans_of([0, 5, 5, 9]), AddressRange(9, 10)))
     assert not are_ascending((AddressRange(0, 5), AddressRange(4, 6)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20)), max_size=12))
+def test_union_holds_the_same_bytes(parts: list[tuple[int, int]]) -> None:
+    """Whatever order the ranges are in, and however they overlap."""
+    spans = union(AddressRange(start, start + length) for start, length in parts)
+    assert are_ascending(spans)
+    there = {byte for start, length in parts for byte in range(start, start + length)}
+    assert {byte for span in spans for byte in range(span.start, span.end)} == there
