@@ -177,6 +177,15 @@ def test_failed_call_is_attempted_when_its_error_follows_from_the_layout(line: s
     assert type(step.attempt) is (attempt or type(None))
 
 
+@pytest.mark.parametrize("name", ["???", "????"])
+def test_call_is_ignored_when_its_thread_was_gone_before_it_could_be_seen(name: str) -> None:
+    """strace 6.1: a thread that another one's exec or exit ends has no arguments to be read."""
+    text = f"1 clone(child_stack=0x7, flags=CLONE_VM|CLONE_THREAD) = 2\n2 {name}( <unfinished ...>\n1 exit_group(0) = ?"
+    steps = plan(f"{text}\n2 +++ exited with 0 +++\n1 +++ exited with 0 +++")
+    assert [step.call.name for step in steps.steps if isinstance(step, Ignored)] == [name]
+    assert steps.counts()["Unknown"] == 0
+
+
 @pytest.mark.parametrize("errno", ["ENOMEM", "EACCES", "EPERM"])
 def test_mprotect_is_interrupted_when_it_fails_at_a_mapping(errno: str) -> None:
     """mm/mprotect.c, do_mprotect_pkey(): the mappings below have changed; fork copies seals, exec ends them."""

@@ -265,6 +265,7 @@ def test_call_has_a_name_when_strace_knows_only_its_number() -> None:
     assert only_call("syscall_0x1c5(0, 0x1000, 0, 0, 0, 0) = 0x7000").name == "map_shadow_stack"
     assert only_call("syscall_0x1f4(0x1) = -1 ENOSYS (Function not implemented)").name == "syscall_0x1f4"
     assert only_call("????( <unfinished ...>").name == "????"
+    assert only_call("???( <unfinished ...>").name == "???"
 
 
 def test_remarks_of_strace_are_no_events_when_they_stand_in_the_log() -> None:

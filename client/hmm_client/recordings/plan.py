@@ -237,6 +237,8 @@ class _Planner:
 
     def step(self, call: Call, origin: Origin) -> Step:
         """The step of a call that neither makes nor ends anybody."""
+        if call.name.startswith("?") and not call.returned:
+            return Ignored(origin, "its thread was gone before it could be seen")
         if call.name not in _KNOWN:
             return Unknown(origin)
         if call.result is None:

@@ -25,7 +25,7 @@ _PREFIX = re.compile(
     r"(?:\[pid\s+(\d+)\]\s+|(\d+)(?:<[^>]*>)?\s+)?"  # process: the second form, of -o, may carry a name (-Y)
     r"(?:\d\d:\d\d:\d\d(?:\.\d+)?\s+|\s*\d+\.\d+\s+)*"  # -t, -tt, -ttt, -r
 )
-_CALL = re.compile(r"([a-zA-Z_]\w*|\?{4})\s*\(")
+_CALL = re.compile(r"([a-zA-Z_]\w*|\?{3,4})\s*\(")
 _RESUMED = re.compile(r"<\.\.\. (\S+) resumed>")
 _UNFINISHED = re.compile(
     r"\s*<(?:(?:unfinished|detached) \.\.\.|Cannot restart pid \d+ with ptrace\(\w+\): [^>]*)>(\)\s*=\s*\?)?$"
@@ -55,7 +55,7 @@ class Call:
 
     Attributes:
         pid: the thread that made it; 0 in a log without process ids.
-        name: the call's name, `????` when strace could not tell.
+        name: the call's name; `???` or `????` when strace could not tell.
         arguments: their texts; see `arguments`.
         result: the return value; None when the call did not return (`= ?`, exit, a killed or unfinished thread).
         errno: name of the error; None when it succeeded or did not return.  A restarted call has no result and
