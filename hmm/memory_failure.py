@@ -70,7 +70,6 @@ __all__ = [
     "leading",
     "memory_at",
     "not_had",
-    "page_at",
     "places_of",
     "touch",
     "until_repeated",
@@ -190,18 +189,17 @@ def touch(frames: Frames, pfns: Pfns, came: npt.NDArray[np.bool_]) -> None:
     frames.mark_accessed(pfns[came])
 
 
-def page_at(space: AddressSpace, address: Address, pfn: Pfn) -> Entries:
-    """uint64[1]: the entry of a page whose folio was split; of a file's, which has none, that of the page cache.
+def _after_split(space: AddressSpace, vma: Vma, address: Address, pfn: Pfn) -> tuple[Vma | None, Entries]:
+    """Where a page is whose folio was split, and uint64[1]: its entry; of a file's, which has none, the page cache's.
 
     Args:
-        pfn: of the page.
+        vma: where it was.  A file's page is the file's, though other memory may have been mapped there meanwhile.
     """
-    entries, vma = space.table.read(address, address + PAGE_SIZE), space.vmas.find(address)
-    if not entries[0] and vma is not None and isinstance(vma.backing, File):
-        offset = vma.page_offset(address) << PAGE_SHIFT
-        cached = vma.backing.pages.get(offset) if offset < FILE_SIZE_MAX else 0
-        entries[0] = cached if cpu_pte.cpu_pfn(cached) == pfn else 0
-    return entries
+    if not isinstance(vma.backing, File):
+        return space.vmas.find(address), space.table.read(address, address + PAGE_SIZE)
+    offset = vma.page_offset(address) << PAGE_SHIFT
+    cached = vma.backing.pages.get(offset) if offset < FILE_SIZE_MAX else 0
+    return vma, np.array([cached if cpu_pte.cpu_pfn(cached) == pfn else 0], np.uint64)
 
 
 def leading(mask: npt.NDArray[np.bool_]) -> int:
@@ -256,13 +254,13 @@ def _inject_one(space: AddressSpace, vma: Vma, address: Address) -> Operation[Ad
         raise RangeBusyError(f"memory failure: {address:#x} is a driver's page", address=address)  # me_unknown()
     if not entry & cpu_pte.HUGE and not frames.flags_of(pfn) & PageFlag.COMPOUND:
         return address  # it is now
+    before = memory_at(space, address)
     if cpu_pte.is_special(entry) or not (yield from split_folio(space, address, lost=True)):
         message = f"memory failure: the huge page at {address:#x} is in use"
         raise BadAddressError(message, EHWPOISON, address=address)
-    entries = page_at(space, address, pfn)
+    whole, entries = _after_split(space, before, address, pfn)
     if cpu_pte.is_present(entries)[0]:
         _require_sound(frames, int(cpu_pte.cpu_pfn(entries)[0]), address)
-    whole = space.vmas.find(address)
     if whole is not None and not whole.has(VmFlag.HUGETLB) and are_plain(frames, entries)[0]:
         yield from _memory_failure(space, whole, np.array([address], np.uint64), cpu_pte.cpu_pfn(entries))
     return address + PMD_SIZE

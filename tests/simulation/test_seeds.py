@@ -51,6 +51,8 @@ from hmm.testing_swap import TOWNS
         ("mirrors", 8940),  # a fork waited for its turn until everything else had ended
         ("devices", 4841),  # an exit was refused half-way: it came to wait for the late answer of its own callback
         ("huge", 793),  # an exit went on without a driver that had only started, and that was taken for an error
+        ("huge-files", 3304),  # a mapping that was going and its successor were told of by ranges that overlapped
+        ("huge-files", 3629),  # a huge page of a file was split for soft offlining, and unmapped meanwhile
     ],
 )
 def test_simulate_holds_every_invariant_when_the_seed_once_broke_one(town: str, seed: int) -> None:
