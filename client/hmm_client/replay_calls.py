@@ -41,11 +41,13 @@ from hmm_client.recordings import (
     UnlockAll,
     Unmap,
 )
+from hmm_client.recordings.flags import MS
 from hmm_client.replay_layouts import attached, changed, gap_above, mapped, moved_pieces, prot_of
 from hmm_client.results import MapsLine
 
 _FIXED = MapFlag.FIXED | MapFlag.FIXED_NOREPLACE
 _NOWHERE = AddressRange(0, 0)
+_MS_INVALIDATE = MS["MS_INVALIDATE"]
 _NOT_INHERITED = "anon_inode:[perf_event]"
 """Files whose mappings a forked child does not get: perf_mmap() sets VM_DONTCOPY."""
 
@@ -128,7 +130,9 @@ async def _change(process: Process, step: Step) -> None:
         case Advise(address=address, length=length, advice=advice):
             await process.madvise(address, length, advice)
         case Sync(address=address, length=length, flags=flags):
-            await process.msync(address, length, flags)
+            # MS_INVALIDATE asks whether memory is locked, and does nothing more.  What is depends on the kernel: some
+            # have MREMAP_DONTUNMAP unlock all of a mapping of which it moves a part.
+            await process.msync(address, length, flags & ~_MS_INVALIDATE)
         case GrowStack(start=start):
             await process.touch(start, 1, write=True)
         case _:

@@ -251,6 +251,24 @@ async def test_replay_locks_as_far_as_the_call_came_when_it_failed(
     assert "lo" not in (await process.smaps())[0].vm_flags
 
 
+async def test_replay_asks_msync_for_no_locks_when_kernels_differ_in_them(
+    daemon: Daemon, altered: Callable[..., Path]
+) -> None:
+    """mm/mremap.c, move_vma(): 6.12.117 splits a locked mapping before MREMAP_DONTUNMAP unlocks a part, others not."""
+    exit_line = "21460 exit_group(0)                     = ?"
+    calls = (
+        "mmap(0x7f0000000000, 8192, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS|MAP_LOCKED, -1, 0) = 0x7f0000000000",
+        "mremap(0x7f0000000000, 4096, 4096, MREMAP_MAYMOVE|MREMAP_DONTUNMAP) = 0x7e0000000000",
+        "msync(0x7f0000001000, 4096, MS_ASYNC|MS_INVALIDATE) = 0",
+        "msync(0x7f0000001000, 8192, MS_ASYNC|MS_INVALIDATE) = -1 ENOMEM (Cannot allocate memory)",
+        "munmap(0x7e0000000000, 4096) = 0",
+        "munmap(0x7f0000000000, 8192) = 0",
+    )
+    text = "".join(f"21460 {call}\n" for call in calls)
+    done = await replayed(altered(TRUE, "strace.log", exit_line, text + exit_line), daemon)
+    assert (done.outcomes, done.layout) == ([], [])
+
+
 async def test_replay_finds_a_difference_when_moved_memory_is_not_there(
     daemon: Daemon, altered: Callable[..., Path]
 ) -> None:
