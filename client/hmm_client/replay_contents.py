@@ -4,6 +4,9 @@ Recordings hold no contents.  So the program writes here: at every place where i
 where no device writes.  When it ends, everything it ever stamped is read back.  Whatever devices did meanwhile, all of
 it must be the same as if there were none.
 
+A page of a private mapping of a file is the file's until somebody writes to it, a device too.  Who comes first decides
+what it holds, so only what the program wrote there itself is compared.
+
 **Invariants**: the stamps of two replays of one recording are the same.
 
 **Absent**: what devices do (`replay_devices.py`).
@@ -30,6 +33,8 @@ STAMP_OFFSET = 1024
 STAMPED_PAGES = 4
 READ_AT_ONCE = 512
 LOST = "not readable"
+NOT_WRITTEN = "not written"
+OF_THE_FILE = "what the file has"
 
 
 class NoDevices:
@@ -53,7 +58,7 @@ class Stamping:
 
     Attributes:
         contents: after `settle`, what the first process reads at every address that it stamped, or why the last stamp
-            was not written: so little memory is not enough.
+            was not written (so little memory is not enough), or `OF_THE_FILE`.
     """
 
     def __init__(self, client: Client, devices: Devices) -> None:
@@ -61,7 +66,7 @@ class Stamping:
         self._client = client
         self._devices = devices
         self._first: Process | None = None
-        self._stamped: dict[Address, str | None] = {}
+        self._stamped: dict[Address, str] = {}
         self._count = 0
 
     async def attach(self, process: Process) -> None:
@@ -83,7 +88,7 @@ class Stamping:
         outcomes = await self._client.execute([calls.write_memory(process.id, place, stamp) for place in places])
         if process is self._first:
             self._stamped |= {
-                place: f"not written, {outcome.error}" if isinstance(outcome.error, OutOfFramesError) else None
+                place: f"{NOT_WRITTEN}, {outcome.error}" if isinstance(outcome.error, OutOfFramesError) else stamp.hex()
                 for place, outcome in zip(places, outcomes, strict=True)
             }
         await self._devices.follow(process, span)
@@ -96,21 +101,31 @@ class Stamping:
         """Let the devices finish, then read back what was stamped."""
         await self._devices.settle()
         assert self._first is not None
+        lines = (await self._first.maps()).lines
+        of_files = [line.span for line in lines if line.file_id and line.permissions.endswith("p")]
         places = list(self._stamped)
         for at in range(0, len(places), READ_AT_ONCE):
             part = places[at : at + READ_AT_ONCE]
             outcomes = await self._client.execute([calls.read_memory(self._first.id, place, 8) for place in part])
             for place, outcome in zip(part, outcomes, strict=True):
-                read = outcome.value
-                data = read.data.hex() if isinstance(read, Accessed) and not read.signal else LOST
-                self.contents[place] = self._stamped[place] or data
+                written, read = self._stamped[place], outcome.value
+                if written.startswith(NOT_WRITTEN):
+                    self.contents[place] = written
+                elif not isinstance(read, Accessed) or read.signal:
+                    self.contents[place] = LOST
+                elif read.data.hex() != written and any(span.start <= place < span.end for span in of_files):
+                    self.contents[place] = OF_THE_FILE
+                else:
+                    self.contents[place] = read.data.hex()
 
 
 def compare_contents(expected: Mapping[Address, str], found: Mapping[Address, str]) -> list[str]:
     """Where two runs of a program ended with other contents, in words."""
-    places = sorted(expected.keys() | found.keys())
+    pairs = [
+        (place, expected.get(place, LOST), found.get(place, LOST)) for place in sorted(expected.keys() | found.keys())
+    ]
     return [
-        f"at {place:#x} the program reads {found.get(place, LOST)}, without devices {expected.get(place, LOST)}"
-        for place in places
-        if expected.get(place, LOST) != found.get(place, LOST)
+        f"at {place:#x} the program reads {now}, without devices {alone}"
+        for place, alone, now in pairs
+        if alone != now and OF_THE_FILE not in {alone, now}
     ]

@@ -20,7 +20,7 @@ from hmm_client import Process
 from hmm_client.recordings import Call, Interrupted, Lock, Origin, Recording, RecordingError, Unlock, demo_folder
 from hmm_client.replay import Replayed, replay
 from hmm_client.replay_calls import make
-from hmm_client.replay_contents import STAMP_OFFSET, Stamping, compare_contents
+from hmm_client.replay_contents import OF_THE_FILE, STAMP_OFFSET, Stamping, compare_contents
 from hmm_client.replay_contents import NoDevices as Nobody
 from hmm_client.replay_devices import ReplayDevices
 
@@ -405,6 +405,26 @@ async def test_program_writes_only_where_it_has_memory(shared_daemon: Daemon) ->
     (stack,) = (await process.maps()).lines
     assert (stack.start, stack.end) == (STACK, STACK + PAGE_SIZE)
     assert list(stamping.contents) == [STACK + STAMP_OFFSET]
+
+
+async def test_contents_of_a_private_file_page_are_compared_if_the_program_wrote_them(shared_daemon: Daemon) -> None:
+    """Until somebody has written to it the page is the file's, and a device that writes may come before another CPU."""
+    client = shared_daemon.connect("program")
+    process, file = await client.create_process("program"), await client.open_file("stamped", create=True)
+    await file.truncate(3 * PAGE_SIZE)
+    prot = Prot.READ | Prot.WRITE
+    shared = (await process.mmap(3 * PAGE_SIZE, prot, MapFlag.SHARED, file=file)).span
+    stamping = Stamping(client, Nobody())
+    await stamping.attach(process)
+    await stamping.follow(process, shared)
+    fixed = MapFlag.PRIVATE | MapFlag.FIXED
+    private = (await process.mmap(2 * PAGE_SIZE, prot, fixed, address=shared.start, file=file)).span
+    await stamping.follow(process, AddressRange(private.start, private.start + PAGE_SIZE))
+    await file.write(PAGE_SIZE + STAMP_OFFSET, b"by files")
+    await stamping.settle()
+    assert list(stamping.contents.values()) == ["02" + 14 * "0", OF_THE_FILE, "01" + 14 * "0"]
+    assert compare_contents(stamping.contents, dict.fromkeys(stamping.contents, "00"))[-1].startswith("at ")
+    assert len(compare_contents(stamping.contents, dict.fromkeys(stamping.contents, "00"))) == 2
 
 
 def test_contents_differ_when_a_page_was_lost_or_changed() -> None:
