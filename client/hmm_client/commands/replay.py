@@ -202,11 +202,10 @@ def _print(outcome: Outcome) -> None:
     processes = counted(replayed.processes, "process", "processes")
     click.echo(f"{replayed.program}: {counted(replayed.calls, 'call')} of {processes}")
     click.echo()
-    heads = (
-        *("device", ">faults", ">pages", ">refused", ">checked", ">written", ">moved"),
-        *(">events", ">ack p50", ">ack p99"),
-    )
-    print_table(heads, [_row(device) for device in outcome.devices], spare=("moved",), empty="no devices")
+    moved = any(device.migrated for device in outcome.devices)
+    heads = ["device", ">faults", ">pages", ">refused", ">checked", ">written", *([">moved"] if moved else [])]
+    heads += [">events", ">ack p50", ">ack p99"]
+    print_table(heads, [_row(device, moved) for device in outcome.devices], spare=("moved",), empty="no devices")
     click.echo()
     print_table(("event", ">count"), sorted(outcome.events.items()), empty="no events")
     click.echo()
@@ -231,7 +230,7 @@ def _print(outcome: Outcome) -> None:
         _print_some(heading, [str(item) for item in items])
 
 
-def _row(device: DeviceReport) -> tuple[object, ...]:
+def _row(device: DeviceReport, moved: bool) -> tuple[object, ...]:
     median, tail = device.acknowledged_us
     return (
         device.name,
@@ -240,7 +239,7 @@ def _row(device: DeviceReport) -> tuple[object, ...]:
         device.refused,
         device.checks,
         f"{device.bytes_written:,} B",
-        device.migrated,
+        *([device.migrated] if moved else []),
         device.events.total(),
         latency(median),
         latency(tail),
