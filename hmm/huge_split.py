@@ -199,12 +199,15 @@ def ours(place: Places, head: Pfn) -> tuple[Entries, npt.NDArray[np.bool_]]:
     return entries, naming & are_compound(place.space.frames, pfns)
 
 
-def split_folio(space: AddressSpace, address: Address, *, hold: bool = False, lost: bool = False) -> Operation[bool]:
+def split_folio(
+    space: AddressSpace, address: Address, *, hold: bool = False, lost: bool = False, goes_out: bool = False
+) -> Operation[bool]:
     """Make small pages of the large folio that is mapped at `address`, in all address spaces.
 
     Args:
         hold: the caller refers to the page at `address`: that reference is counted when the folio was split.
         lost: the page at `address` has lost its contents: it does not become the zero page.
+        goes_out: to swap, where the kernel puts the folio as it is: no page becomes the zero page.
 
     Returns: False, and nothing was changed, when somebody holds a reference, or it is not there (any more).
 
@@ -233,7 +236,7 @@ def split_folio(space: AddressSpace, address: Address, *, hold: bool = False, lo
             return False
         pfns = members(frames, head)
         zero = np.zeros(PMD_PAGES, np.bool_)
-        if not are_private(frames, pfns[:1]).any():
+        if not goes_out and not are_private(frames, pfns[:1]).any():
             zero[pfns - head] = frames.are_zero(pfns)
         if frames.poisoned:
             zero[pfns - head] &= ~frames.test_flags(pfns, PageFlag.HWPOISON)

@@ -320,11 +320,12 @@ def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, 
     """madvise_cold_or_pageout_pte_range(): large folios are split even where there is no swap to put pages into.
 
     COLD leaves those whole that lie in the range; PAGEOUT splits them as well, unless they were freed lazily:
-    shrink_folio_list() does, when no run of slots can be had (add_to_swap()).
+    shrink_folio_list() does, when no run of slots can be had (add_to_swap()).  Where one can they go out in one piece,
+    which shows in that their empty pages go out too (`Reclaim.takes_folios`).
     """
     for piece in pieces if space.huge else ():
         for part in space.table.populated(piece.start, piece.end, PMD_PAGES):
-            yield from _split_folios(space, part, whole=out)
+            yield from _split_folios(space, part, whole=out, reclaim=reclaim)
     if reclaim is None:
         return
     spans = [piece.span for piece in pieces]
@@ -334,11 +335,14 @@ def _retire(space: AddressSpace, pieces: list[Vma], reclaim: Reclaim | None, *, 
         reclaim.deactivate(space, spans)
 
 
-def _split_folios(space: AddressSpace, part: AddressRange, *, whole: bool) -> Operation[None]:
+def _split_folios(
+    space: AddressSpace, part: AddressRange, *, whole: bool, reclaim: Reclaim | None = None
+) -> Operation[None]:
     """Split the folios that a part of a block maps, unless others map them as well.
 
     Args:
         whole: those as well that the part maps all of.
+        reclaim: where these go next; None: nowhere.
     """
     frames = space.frames
     entries = space.table.read(part.start, part.end)
@@ -352,7 +356,8 @@ def _split_folios(space: AddressSpace, part: AddressRange, *, whole: bool) -> Op
         else:
             chosen = not likely_mapped_shared(frames, head)
         if chosen:
-            yield from split_folio(space, part.start + (int(mapped[0]) << PAGE_SHIFT))
+            goes_out = mapped.size == PMD_PAGES and reclaim is not None and reclaim.takes_folios
+            yield from split_folio(space, part.start + (int(mapped[0]) << PAGE_SHIFT), goes_out=goes_out)
 
 
 def _make_clean(space: AddressSpace, vma: Vma) -> Operation[None]:

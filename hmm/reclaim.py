@@ -185,6 +185,11 @@ class Reclaim:
         """Have whoever runs out of memory reclaim, from now on: there is something that could go."""
         self.frames.make_room = self.make_room
 
+    @property
+    def takes_folios(self) -> bool:
+        """Whether swap has a run of slots for a large folio: get_swap_pages().  Slots are not in runs here."""
+        return self.frames.swap is not None and self.frames.swap.free >= PMD_PAGES
+
     def page_out(self, space: AddressSpace, spans: Iterable[AddressRange]) -> Operation[None]:
         """Put out the pages of ranges, used or not, that no other process maps: MADV_PAGEOUT.
 
@@ -265,12 +270,14 @@ class Reclaim:
             if self.answering() in part.space.notifier.subscribers:
                 continue
             open_to_split = part.of(~_locked(part) & self.frames.test_flags(part.pfns, PageFlag.COMPOUND))
-            _, firsts = np.unique(open_to_split.pfns // PMD_PAGES, return_index=True)
-            for address in open_to_split.addresses[firsts].tolist():
+            heads = open_to_split.pfns // PMD_PAGES
+            _, firsts, counts = np.unique(heads, return_index=True, return_counts=True)
+            for address, npages in zip(open_to_split.addresses[firsts].tolist(), counts.tolist(), strict=True):
                 if not cpu_pte.is_present(part.space.table.get(address)):
                     continue
                 try:
-                    if (yield from split_folio(part.space, address)):
+                    goes_out = npages == PMD_PAGES and self.takes_folios
+                    if (yield from split_folio(part.space, address, goes_out=goes_out)):
                         return True
                 except (TimedOutError, WouldDeadlockError):
                     break

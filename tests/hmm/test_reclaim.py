@@ -808,15 +808,16 @@ def test_huge_page_is_split_when_nothing_else_could_go() -> None:
     assert memory.read(block) == [7] * 512
 
 
-def test_pageout_puts_a_huge_page_out() -> None:
-    """Split by shrink_folio_list(), its pages go; what is all zero became the zero page."""
-    memory = Memory(Limits(frames=1100, swap_pages=600, device_frames=0))
+@pytest.mark.parametrize("slots", [512, 511])
+def test_pageout_puts_a_huge_page_out(slots: int) -> None:
+    """As one, if add_to_swap() finds the slots; else split by shrink_folio_list(): all zero is the zero page then."""
+    memory = Memory(Limits(frames=1100, swap_pages=slots, device_frames=0))
     memory.pid = memory.call(processes.create_process, "huge", thp=Thp.ALWAYS)
     memory.call(processes.mmap, memory.pid, 0x4000_0000, 512 * PAGE_SIZE, RW, FIXED)
     block = AddressRange(0x4000_0000, 0x4000_0000 + 512 * PAGE_SIZE)
     memory.write(AddressRange(block.start, block.start + 2 * PAGE_SIZE), 7)
     memory.advise(block, Advice.PAGEOUT)
-    assert memory.swapped(block) == [True] * 2 + [False] * 510
+    assert memory.swapped(block) == [True] * 2 + [slots == 512] * 510
     assert memory.read(block) == [7] * 2 + [0] * 510
 
 
