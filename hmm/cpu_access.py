@@ -27,6 +27,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import InvalidRequestError, Signal
 from hmm.fault import bring_in, continues, pieces, raise_stop
+from hmm.fault_pages import By
 from hmm.frames import ZERO_PFN
 from hmm.operation import Operation, Pause
 from hmm.uio import copy_from_frames, copy_to_frames
@@ -168,7 +169,7 @@ def _access(
             yield Pause()
         rest = piece
         while True:
-            stop = yield from bring_in(space, rest, write=write, by_cpu=True)
+            stop = yield from bring_in(space, rest, write=write, by=By.CPU)
             part = rest if stop is None else AddressRange(rest.start, stop.address)
             if part is not span:
                 part = part.intersect(span)

@@ -29,8 +29,8 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, OutOfFramesError
 from hmm.events import Cause
-from hmm.fault import RESOLVERS, addresses_of, bring_in
-from hmm.fault_pages import DIRTIED, Stop, Strangers
+from hmm.fault import RESOLVERS, bring_in, lacking
+from hmm.fault_pages import DIRTIED, By, Strangers
 from hmm.frames import Frames, PageFlag
 from hmm.huge_split import folio_places, huge_blocks, keep_small, ours, split_pmds
 from hmm.large_folio import are_compound, heads_of, members, with_folios
@@ -157,7 +157,7 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
     """Bring pages in for writing, as get_user_pages_remote(FOLL_WRITE | FOLL_SPLIT_PMD).
 
     Huge pages are split before anybody looks whether they could become writable as they are, but not before they are
-    back from a device.  Small ones that may be written are left as they are: follow_page_pte() finds nothing to fault.
+    back from a device.
 
     Returns: the part that is in, by small pages.
     """
@@ -165,12 +165,15 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
     blocks = huge_blocks(space, AddressRange(span.start, end))
     away = [max(one.start, span.start) for one in blocks if cpu_pte.is_device_private(space.table.get(one.start))]
     if away:
-        yield from bring_in(space, np.array(away, np.uint64), write=False)
+        yield from bring_in(space, np.array(away, np.uint64), write=False, by=By.GUP)
     blocks = huge_blocks(space, AddressRange(span.start, end))
     while True:
         yield from split_pmds(space, blocks)
         keep_small(space, blocks)
-        stop = yield from _bring_in_to_write(space, AddressRange(span.start, end))
+        target = lacking(space, AddressRange(span.start, end), write=True)
+        stop = None
+        if target is not None:
+            stop = yield from bring_in(space, target, write=True, may_retry=False, by=By.GUP)
         blocks = huge_blocks(space, AddressRange(span.start, end))
         blocks = [block for block in blocks if space.is_huge_of_file(space.table.get(block.start))]
         if not blocks:
@@ -184,15 +187,6 @@ def _get_user_pages(space: AddressSpace, span: AddressRange) -> Operation[Addres
     for vma in space.vmas.mapped_pieces(got):
         mark_accessed(space, vma.span, write=True)
     return got
-
-
-def _bring_in_to_write(space: AddressSpace, span: AddressRange) -> Operation[Stop | None]:
-    """follow_page_pte(): what may be written is not faulted."""
-    lacking = space.table.read(span.start, span.end) & _WRITABLE != _WRITABLE
-    if not lacking.any():
-        return None
-    target = span if lacking.all() else addresses_of(span)[lacking]
-    return (yield from bring_in(space, target, write=True, may_retry=False))
 
 
 def _writable_end(space: AddressSpace, span: AddressRange) -> int:

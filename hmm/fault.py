@@ -32,7 +32,7 @@ from hmm.address_space import AddressSpace
 from hmm.ascending import unique
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause
-from hmm.fault_pages import Attempt, Stop, Strangers, fill_empty
+from hmm.fault_pages import Attempt, By, Stop, Strangers, fill_empty
 from hmm.huge_fault import fault_huge
 from hmm.huge_split import block_of, split_pmds
 from hmm.hugetlb_fault import fault_hugetlb
@@ -52,7 +52,17 @@ from hmm.units import (
 )
 from hmm.vma import ACCESS_FLAGS, Vma, VmFlag
 
-__all__ = ["RESOLVERS", "Resolver", "addresses_of", "bring_in", "continues", "fault_in", "pieces", "raise_stop"]
+__all__ = [
+    "RESOLVERS",
+    "Resolver",
+    "addresses_of",
+    "bring_in",
+    "continues",
+    "fault_in",
+    "lacking",
+    "pieces",
+    "raise_stop",
+]
 
 Resolver = Callable[[AddressSpace, Strangers, bool], Operation[None]]
 RESOLVERS: dict[int, Resolver] = {}
@@ -72,13 +82,18 @@ _WRITE_BITS = _READ_BITS | cpu_pte.WRITE | cpu_pte.DIRTY
 
 
 def fault_in(
-    space: AddressSpace, target: AddressRange | Entries, *, write: bool, may_retry: bool = True
+    space: AddressSpace,
+    target: AddressRange | Entries,
+    *,
+    write: bool,
+    may_retry: bool = True,
+    by: By = By.FAULT,
 ) -> Operation[None]:
     """Bring every page of `target` in: present, and writable when `write`.
 
     Args:
         target: a page-aligned range, or uint64[n] page addresses, ascending and unique.
-        may_retry: as for `bring_in`.
+        may_retry, by: as for `bring_in`.
 
     Raises:
         SegmentationFault: nothing is mapped at `error.address`, or not for this access, or the page is behind
@@ -95,10 +110,24 @@ def fault_in(
         if number:
             yield Pause()
         rest = piece
-        while (stop := (yield from bring_in(space, rest, write=write, may_retry=may_retry))) is not None:
+        while (stop := (yield from bring_in(space, rest, write=write, may_retry=may_retry, by=by))) is not None:
             if not continues(space, rest, stop):
                 raise_stop(stop, write=write)
             rest = _rest_of(rest, stop)
+
+
+def lacking(space: AddressSpace, span: AddressRange, *, write: bool) -> AddressRange | Entries | None:
+    """What get_user_pages() has to fault of a range: the pages that are not there, or may not be written.
+
+    Returns: all of it, uint64[n] page addresses, or None for nothing.
+
+    Source: Linux mm/gup.c, follow_page_pte(), can_follow_write_pte(), and their like for huge pages.
+    """
+    wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
+    if space.table.common(span.start, span.end) & wanted == wanted:
+        return None
+    missing = (space.table.read(span.start, span.end) & np.uint64(wanted)) != wanted
+    return span if missing.all() else addresses_of(span)[missing]
 
 
 def raise_stop(stop: Stop, *, write: bool) -> None:
@@ -154,15 +183,14 @@ def bring_in(
     target: AddressRange | Entries,
     *,
     write: bool,
-    by_cpu: bool = False,
+    by: By = By.FAULT,
     may_retry: bool = True,
 ) -> Operation[Stop | None]:
     """Bring one piece in.  Until the caller yields, the pages before the stop are as they were asked for.
 
     Args:
         target: at most PIECE_PAGES pages, as for `fault_in`.
-        by_cpu: a processor touches the pages: a stack may grow down to one of them, and an entry that lets it write is
-            none that anybody faults for: it becomes dirty, but not soft-dirty.
+        by: who touches the pages.
         may_retry: FAULT_FLAG_ALLOW_RETRY: whether it may wait for the handler of a userfaultfd; else a page that one
             has to bring in is as one behind the end of a file.
 
@@ -177,11 +205,11 @@ def bring_in(
         notifier.require_usable()
         if _fault_at_once(space, target, write):
             return AT_ONCE
-    return _bring_in(space, target, write=write, by_cpu=by_cpu, may_retry=may_retry)
+    return _bring_in(space, target, write=write, by=by, may_retry=may_retry)
 
 
 def _bring_in(
-    space: AddressSpace, target: AddressRange | Entries, *, write: bool, by_cpu: bool, may_retry: bool
+    space: AddressSpace, target: AddressRange | Entries, *, write: bool, by: By, may_retry: bool
 ) -> Operation[Stop | None]:
     notifier = space.notifier
     while True:
@@ -189,7 +217,7 @@ def _bring_in(
             yield from notifier.wait_for_edits(_concerned(space, target))
         else:
             notifier.require_usable()
-        attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None, by_cpu)
+        attempt = _attempt(space, target, write, _NOBODY if notifier.subscribers else None, by)
         if attempt.splits:
             yield from split_pmds(space, map(block_of, attempt.splits))
             continue
@@ -204,18 +232,18 @@ def _bring_in(
             stuck = yield from _resolve(space, attempt.strangers, target, write)
             if stuck is not None:
                 before = _before(target, stuck.address)  # may have changed while the resolver waited
-                sooner = yield from bring_in(space, before, write=write, by_cpu=by_cpu, may_retry=may_retry)
+                sooner = yield from bring_in(space, before, write=write, by=by, may_retry=may_retry)
                 return sooner or stuck
             continue
         stop = attempt.stop
         if stop is not None and stop.userfaultfd and not may_retry:
             return Stop(stop.address, Signal.BUS_ADRERR)
-        if stop is None or not (yield from _overcome(space, target, stop, write=write, by_cpu=by_cpu)):
+        if stop is None or not (yield from _overcome(space, target, stop, write=write, by=by)):
             return stop
 
 
 def _overcome(
-    space: AddressSpace, target: AddressRange | Entries, stop: Stop, *, write: bool, by_cpu: bool
+    space: AddressSpace, target: AddressRange | Entries, stop: Stop, *, write: bool, by: By
 ) -> Operation[bool]:
     """Wait for whoever may bring in the page where an attempt stopped.  Returns: whether to try again."""
     if stop.userfaultfd:
@@ -226,7 +254,7 @@ def _overcome(
         return True
     if stop.signal is None:
         return (yield from _make_room(space, target, stop))
-    return by_cpu and stop.signal is Signal.SEGV_MAPERR and (yield from _grow(space, stop.address))
+    return by is By.CPU and stop.signal is Signal.SEGV_MAPERR and (yield from _grow(space, stop.address))
 
 
 def _first_missing(space: AddressSpace, target: AddressRange | Entries, write: bool) -> Stop | None:
@@ -246,7 +274,7 @@ def _tell(attempt: Attempt, target: AddressRange | Entries) -> Operation[Attempt
         space.notifier.require_usable()
         if space.notifier.edits_overlap(_concerned(space, target), space.current.operation_id):
             return attempt
-        return _attempt(space, target, attempt.write, told, attempt.by_cpu)
+        return _attempt(space, target, attempt.write, told, attempt.by)
 
 
 def _spans(target: AddressRange | Entries) -> tuple[AddressRange, ...]:
@@ -323,10 +351,8 @@ def _grow(space: AddressSpace, address: Address) -> Operation[bool]:
         return expand_stack(space, address)
 
 
-def _attempt(
-    space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None, by_cpu: bool
-) -> Attempt:
-    attempt = Attempt(space, write, told, by_cpu)
+def _attempt(space: AddressSpace, target: AddressRange | Entries, write: bool, told: Entries | None, by: By) -> Attempt:
+    attempt = Attempt(space, write, told, by)
     if space.unstable:
         attempt.stop = _first_missing(space, target, write)
     elif isinstance(target, AddressRange):

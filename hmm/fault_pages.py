@@ -29,6 +29,7 @@ Differs: when directories of the page table run out, none of the pages handled i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,7 @@ __all__ = [
     "WRITTEN",
     "ZERO_PAGE",
     "Attempt",
+    "By",
     "Stop",
     "Strangers",
     "copy_unshared",
@@ -125,6 +127,17 @@ class Strangers:
         return self.which(space.table.lookup(self.addresses) == self.entries)
 
 
+class By(Enum):
+    """Who touches pages, and so what becomes of an entry that permits the access."""
+
+    CPU = auto()
+    """It does not fault: the entry becomes dirty, but not soft-dirty; and a stack may grow down to it."""
+    FAULT = auto()
+    """handle_mm_fault() for whoever asks: as if it had faulted."""
+    GUP = auto()
+    """get_user_pages(): follow_page_pte() finds the page, and leaves the entry as it is."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """Faults handled as far as possible without waiting.
@@ -132,7 +145,7 @@ class Attempt:
     Attributes:
         told: pages of which every mirror knows that they are about to be replaced, ascending; None for all,
             because nobody listens.
-        by_cpu: as for `fault.bring_in`.
+        by: who touches the pages.
         stop: the first page that cannot be handled.
         copies: pages that can be copied only after mirrors have been told; ascending arrays.
         strangers: entries that somebody else has to resolve first.
@@ -142,7 +155,7 @@ class Attempt:
     space: AddressSpace
     write: bool
     told: Entries | None
-    by_cpu: bool = False
+    by: By = By.FAULT
     stop: Stop | None = None
     copies: list[Entries] = field(default_factory=list)
     strangers: list[Strangers] = field(default_factory=list)
@@ -151,7 +164,7 @@ class Attempt:
     @property
     def used_bits(self) -> int:
         """What an entry that lets a page be written says when it has been: pte_mkdirty(), or _PAGE_DIRTY alone."""
-        return cpu_pte.DIRTY if self.by_cpu else DIRTIED
+        return cpu_pte.DIRTY if self.by is By.CPU else DIRTIED
 
     @property
     def available(self) -> int:
@@ -277,7 +290,7 @@ class _Part:
             self._upgrade(self.addresses[kinds.upgrade], self.entries[kinds.upgrade])
         if kinds.copy is not None:
             self._copy(self.addresses[kinds.copy], self.entries[kinds.copy])
-        if kinds.used is not None:
+        if kinds.used is not None and self.attempt.by is not By.GUP:
             self._mark(self.addresses[kinds.used], self.entries[kinds.used])
 
     # -- how far it goes

@@ -29,7 +29,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace, Thp
 from hmm.ascending import unique
 from hmm.errors import OutOfFramesError
-from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, file_flags, prepare_anon_vma
+from hmm.fault_pages import ANON_PAGE, READ_ONLY, WRITTEN, ZERO_PAGE, Attempt, By, file_flags, prepare_anon_vma
 from hmm.file import File
 from hmm.file_folio import fits, folio_at
 from hmm.frames import PageFlag
@@ -159,6 +159,8 @@ def _touch(attempt: Attempt, start: Address, entry: int) -> None:
             attempt.splits.append(start)
             return
         bits = WRITTEN
+    elif attempt.by is By.GUP:
+        return
     else:
         bits = READ_ONLY | (attempt.used_bits if attempt.write else 0)
     if entry & bits != bits:

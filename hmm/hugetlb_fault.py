@@ -23,7 +23,7 @@ from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import OutOfFramesError, SegmentationFault, Signal
 from hmm.events import Cause
-from hmm.fault_pages import READ_ONLY, WRITTEN, Attempt, Stop, prepare_anon_vma
+from hmm.fault_pages import READ_ONLY, WRITTEN, Attempt, By, Stop, prepare_anon_vma
 from hmm.frames import PageFlag
 from hmm.huge_fault import blocks_of, mark_huge
 from hmm.hugetlb import HugetlbFile
@@ -110,6 +110,8 @@ def _cached(space: AddressSpace, file: HugetlbFile, number: int) -> Pfns | None:
 def _touch(attempt: Attempt, vma: Vma, start: Address, entry: int) -> bool:
     """A page that is there."""
     space = attempt.space
+    if attempt.by is By.GUP and (not attempt.write or entry & cpu_pte.WRITE):
+        return True
     if not attempt.write or entry & cpu_pte.WRITE or vma.shared:
         mark_huge(space, start, WRITTEN if attempt.write else READ_ONLY)
         return True

@@ -28,8 +28,8 @@ from hmm.ascending import unique
 from hmm.errors import BadAddressError, InvalidRequestError, RangeBusyError
 from hmm.events import Cause
 from hmm.eviction import move_to_system
-from hmm.fault import bring_in, pieces, raise_stop
-from hmm.fault_pages import copy_unshared, prepare_anon_vma
+from hmm.fault import bring_in, lacking, pieces, raise_stop
+from hmm.fault_pages import By, copy_unshared, prepare_anon_vma
 from hmm.frames import ZERO_PFN, PageFlag
 from hmm.huge_fault import reuse_huge
 from hmm.huge_split import block_of, keep_small, split_pmds
@@ -115,10 +115,9 @@ def _pin(space: AddressSpace, piece: AddressRange, write: bool, long_term: bool)
     # As many of the first pages of `piece` as are there at once.
     wanted = np.uint64(cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0))
     while True:
-        missing = np.flatnonzero((space.table.read(piece.start, piece.end) & wanted) != wanted)
-        if missing.size:
-            target = piece if missing.size == piece.npages else _addresses(piece, missing)
-            stop = yield from bring_in(space, target, write=write)
+        target = lacking(space, piece, write=write)
+        if target is not None:
+            stop = yield from bring_in(space, target, write=write, by=By.GUP)
             if stop is not None:
                 if stop.address == piece.start:
                     raise_stop(stop, write=write)

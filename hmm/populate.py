@@ -24,13 +24,13 @@ from hmm.errors import (
     TimedOutError,
     WouldDeadlockError,
 )
-from hmm.fault import fault_in, pieces
-from hmm.fault_pages import DIRTIED, READ_ONLY
+from hmm.fault import fault_in, lacking, pieces
+from hmm.fault_pages import DIRTIED, READ_ONLY, By
 from hmm.frames import PageFlag
 from hmm.huge_fault import blocks_of, mark_huge
 from hmm.large_folio import belong_to, heads_of, members
 from hmm.operation import Operation, Pause
-from hmm.units import PAGE_SIZE, AddressRange, Entries
+from hmm.units import AddressRange, Entries
 from hmm.vma import ACCESS_FLAGS, VmFlag
 
 __all__ = ["get_user_pages", "mark_accessed", "populate"]
@@ -81,30 +81,22 @@ def get_user_pages(space: AddressSpace, span: AddressRange, *, write: bool) -> O
 
     Cost: that of `fault_in`, and 5 ns per page.
     """
-    wanted = cpu_pte.PRESENT | (cpu_pte.WRITE if write else 0)
     for number, piece in enumerate(pieces(span)):
         assert isinstance(piece, AddressRange)
         if number:
             yield Pause()
         end = piece.end
         try:
-            if not space.table.holds(piece.start, piece.end):
-                yield from fault_in(space, piece, write=write)
-            elif space.table.common(piece.start, piece.end) & wanted != wanted:
-                yield from fault_in(space, _missing(space, piece, wanted), write=write)
+            missing: AddressRange | Entries | None = piece
+            if space.table.holds(piece.start, piece.end):
+                missing = lacking(space, piece, write=write)
+            if missing is not None:
+                yield from fault_in(space, missing, write=write, by=By.GUP)
         except (OutOfFramesError, SegmentationFault) as error:
             end = error.address or piece.start
             raise
         finally:
             mark_accessed(space, AddressRange(piece.start, end), write=write)
-
-
-def _missing(space: AddressSpace, piece: AddressRange, wanted: int) -> AddressRange | Entries:
-    """The pages whose entries lack some of the bits that are wanted: all of the piece, or uint64[n]."""
-    missing = (space.table.read(piece.start, piece.end) & np.uint64(wanted)) != wanted
-    if missing.all():
-        return piece
-    return np.uint64(piece.start) + np.flatnonzero(missing).astype(np.uint64) * np.uint64(PAGE_SIZE)
 
 
 def mark_accessed(space: AddressSpace, span: AddressRange, *, write: bool) -> None:

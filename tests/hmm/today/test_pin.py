@@ -35,6 +35,16 @@ def pin(bench: Any, at: int, npages: int = 1, *, write: bool = False) -> int:
     return number
 
 
+def pin_to_write(bench: Any) -> None:
+    """pin_user_pages(FOLL_WRITE) of the first pages."""
+    pin(bench, 0, 3, write=True)
+
+
+def populate_to_write(bench: Any) -> None:
+    """faultin_page_range(FOLL_WRITE) of the first pages."""
+    bench.call(commands_process.madvise, bench.process, bench.span(0).start, 3 * PAGE_SIZE, Advice.POPULATE_WRITE)
+
+
 def pinned(bench: Any, at: int) -> int:
     """How often the page at `at` is pinned."""
     count: int = bench.local.machine.frames.pincount[cpu_pte.cpu_pfn(bench.entry(at))]
@@ -79,6 +89,20 @@ def test_pin_uses_no_page_that_is_there(bench: Any, write: bool) -> None:
     assert pinned(bench, 0) == pinned(bench, 1) == 1
     assert not bench.entry(0) & (cpu_pte.DIRTY | cpu_pte.ACCESSED)
     assert bench.entry(1) & cpu_pte.ACCESSED
+
+
+@pytest.mark.parametrize("call", [pin_to_write, populate_to_write])
+def test_page_that_comes_back_from_its_device_is_not_written_by_get_user_pages(bench: Any, call: Any) -> None:
+    """do_swap_page() returns behind migrate_to_ram(), and follow_page_pte() finds an entry that may be written."""
+    bench.write(0, b"x" * 2 * PAGE_SIZE)
+    bench.to_device(0, 2)
+    bench.call(commands_process.clear_refs, bench.process, ClearRefs.SOFT_DIRTY)
+    bench.to_system(1, 1)
+    call(bench)
+    for at in range(2):
+        assert bench.entry(at) & (cpu_pte.WRITE | cpu_pte.DIRTY | cpu_pte.SOFT_DIRTY) == cpu_pte.WRITE
+    assert bench.entry(2) & (cpu_pte.WRITE | cpu_pte.SOFT_DIRTY) == cpu_pte.WRITE | cpu_pte.SOFT_DIRTY
+    bench.local.machine.check()
 
 
 def test_pin_copies_what_is_known_of_the_page(bench: Any) -> None:
