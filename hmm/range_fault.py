@@ -142,6 +142,13 @@ class HmmRange:
         write: _Mask = fault & ((requests & np.uint64(REQ_WRITE)) != 0)
         return fault, write
 
+    def wants_any(self, span: AddressRange) -> bool:
+        """Whether a page of a part has to come out VALID."""
+        requests = self.default_flags
+        if not self.uniform:
+            requests |= int(np.bitwise_or.reduce(self.slice(span))) & self.pfn_flags_mask
+        return requests & REQ_FAULT != 0
+
     @property
     def uniform(self) -> bool:
         """Whether all pages are asked for alike."""
@@ -217,13 +224,10 @@ def _part(request: HmmRange, at: Address, stop: Address) -> Operation[Address]:
     vma = request.space.vmas.find(at)
     if vma is None:
         above = request.space.vmas.find_next(at)
-        span = AddressRange(at, min(stop, above.start) if above else stop)
-        _refuse(request, span, "nothing is mapped there")
-        return span.end
-    span = AddressRange(at, min(stop, vma.end))
+        return _refuse(request, at, stop, above.start if above else TASK_SIZE, "nothing is mapped there")
     if not vma.readable or vma.has(VmFlag.IO | VmFlag.PFNMAP):
-        _refuse(request, span, f"{vma} cannot be read by a device")
-        return span.end
+        return _refuse(request, at, stop, vma.end, f"{vma} cannot be read by a device")
+    span = AddressRange(at, min(stop, vma.end))
     if _all_there(request, span):
         return span.end
     look = _look(request, vma, span)
@@ -239,16 +243,20 @@ def _part(request: HmmRange, at: Address, stop: Address) -> Operation[Address]:
     return failing
 
 
-def _refuse(request: HmmRange, span: AddressRange, why: str) -> None:
-    # hmm_vma_walk_test() and hmm_vma_walk_hole().
+def _refuse(request: HmmRange, at: Address, stop: Address, end: Address, why: str) -> Address:
+    """hmm_vma_walk_test() and hmm_vma_walk_hole(): fail if a page is wanted up to `end`, before any word is written.
+
+    Returns: how far words are outputs.
+    """
+    span = AddressRange(at, min(stop, end))
     out = request.slice(span)
     if request.blank:
         out.fill(0)
         request.written = span.end
-    fault, _ = request.wants(span)
-    if fault.any():
-        raise BadAddressError(f"range fault: {span.start:#x}: {why}", address=span.start)
+    if request.wants_any(AddressRange(at, min(end, request.span.end))):
+        raise BadAddressError(f"range fault: {at:#x}: {why}", address=at)
     out[:] = (out & np.uint64(STICKY)) | np.uint64(ERROR)
+    return span.end
 
 
 def _all_there(request: HmmRange, span: AddressRange) -> bool:

@@ -18,7 +18,7 @@ from hmm.madvise import Advice
 from hmm.operation_record import Caller
 from hmm.range_fault import ERROR, REQ_FAULT, REQ_WRITE, STICKY, VALID, WRITE, HmmRange, range_fault, word_pfns
 from hmm.semantics import LINUX_6_12, LINUX_7
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, PIECE_PAGES, AddressRange
 from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot, VmFlag
 
@@ -110,6 +110,29 @@ def test_fault_fails_when_nothing_is_mapped(bench: Any) -> None:
     with pytest.raises(BadAddressError) as error:
         fault(bench, 14, 4, REQ_FAULT)
     assert error.value.address == bench.span(16).start
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_words_of_what_cannot_be_had_stay_inputs_when_any_page_of_it_is_wanted(
+    bench: Any, *, mapped: bool, wanted: bool
+) -> None:
+    """hmm_vma_walk_hole() and hmm_vma_walk_test() get all of a hole, or of a VMA, however large it is."""
+    npages = 2 * PIECE_PAGES
+    if mapped:
+        bench.map(npages, Prot.NONE, at=16)
+    words = np.ones(npages, np.uint64)
+    words[-1] |= np.uint64(REQ_FAULT if wanted else 0)
+    before = words.copy()
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    arguments = (bench.mirror, 1, sequence, bench.span(16, npages), 0, REQ_FAULT, words)
+    faulted = bench.call(commands_hmm.range_fault, *arguments)
+    if wanted:
+        assert faulted.error.address == bench.span(16).start
+        assert np.array_equal(faulted.words, before)
+    else:
+        assert faulted.error is None
+        assert (faulted.words == ERROR).all()
 
 
 def test_words_above_the_failing_address_are_still_inputs(bench: Any) -> None:
