@@ -19,6 +19,9 @@ pages of a huge page are asked for together, and so are those without a page tab
 that were faulted together with that address are above it in this: they were faulted in, and nobody came to their words.
 
 **Absent**: DMA mapping of the result (hmm_dma.py).
+
+Differs: where pages are replaced in several directories, mirrors hear of up to PIECE_PAGES at once, and -EBUSY comes
+behind them; the kernel comes back with it from every directory, and the next is faulted by the next call.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import numpy.typing as npt
 from hmm import cpu_pte
 from hmm.address_space import AddressSpace
 from hmm.errors import AccessDeniedError, BadAddressError, HmmError, InvalidRequestError, RangeBusyError
-from hmm.fault import addresses_of, bring_in, continues
+from hmm.fault import addresses_of, bring_in, continues, pieces
 from hmm.fault_pages import Stop
 from hmm.frames import ZERO_PFN
 from hmm.huge_fault import has_table
@@ -150,6 +153,11 @@ class HmmRange:
         return requests & REQ_FAULT != 0
 
     @property
+    def may_fault(self) -> bool:
+        """Whether it is more than a snapshot."""
+        return (self.default_flags | self.pfn_flags_mask) & REQ_FAULT != 0
+
+    @property
     def uniform(self) -> bool:
         """Whether all pages are asked for alike."""
         return not self.pfn_flags_mask & (REQ_FAULT | REQ_WRITE)
@@ -188,7 +196,10 @@ def range_fault(request: HmmRange) -> Operation[None]:
     try:
         while at < request.span.end:
             _require_current(request)
-            stop = min(request.span.end, (at // PIECE_BYTES + 1) * PIECE_BYTES)
+            stop = (at // PIECE_BYTES + 1) * PIECE_BYTES
+            if stop < request.span.end and request.may_fault and not has_directory(request.space, at):
+                stop = (at // PUD_SIZE + 1) * PUD_SIZE  # as much as hmm_vma_walk_hole() is given
+            stop = min(stop, request.span.end)
             if request.failure is not None:
                 failing, error = request.failure
                 if at == failing:
@@ -395,11 +406,18 @@ def _bring_in(request: HmmRange, target: AddressRange | Entries, look: _Look, *,
     """
     space, may_retry = request.space, request.may_retry
     if not (write and look.with_devices):
-        return (yield from bring_in(space, target, write=write, may_retry=may_retry))
+        for number, piece in enumerate(pieces(target)):
+            if number:
+                yield Pause()
+                _require_current(request)
+            stop = yield from bring_in(space, piece, write=write, may_retry=may_retry)
+            if stop is not None:
+                return stop
+        return None
     addresses = addresses_of(target)
     away = (space.table.lookup(addresses) & np.uint64(_WITH_DEVICES)) != 0
     back, rest = addresses[away], addresses[~away]
-    stop: Stop | None = None
+    stop = None
     if rest.size:
         stop = yield from bring_in(space, rest, write=True, may_retry=may_retry)
         if stop is not None:
@@ -434,7 +452,7 @@ def _to_be_faulted(
     if request.uniform:
         if look.need.all() and not look.hopeless.any():
             return span, bool(look.need_write[0])
-        # In every directory at once: the outcome is that of one after the other.
+        # In every directory at once: what comes, and where that ends, is as if one came after the other.
         pages = np.arange(start, start + look.need.size)
         blocks = pages >> (PMD_SHIFT - PAGE_SHIFT)
         needy = pages[look.need & ~look.hopeless]

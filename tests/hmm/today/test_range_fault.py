@@ -333,6 +333,25 @@ def test_words_stay_inputs_when_a_page_without_a_page_table_cannot_be_had(
     assert flags_of(faulted.words) == [VALID] * found + [0] * (1024 - found)
 
 
+@pytest.mark.parametrize(("table", "found"), [(False, 0), (True, PIECE_PAGES)])
+def test_words_stay_inputs_when_a_page_far_behind_without_a_page_table_cannot_be_had(
+    make_bench: Any, *, table: bool, found: int
+) -> None:
+    """hmm_vma_walk_hole() faults up to a GiB before anybody comes to a word of it."""
+    npages = PIECE_PAGES + 8
+    bench = make_bench(mapped_pages=1, frames=npages + 1000)
+    first = PIECE_PAGES - bench.span(0).start // PAGE_SIZE % PIECE_PAGES
+    span = file_that_ends(bench, at=first, npages=npages, mapped=npages + 8)
+    if table:
+        bench.read(first, 1)
+    sequence = bench.call(commands_hmm.read_begin, bench.mirror, 1)
+    faulted = bench.call(commands_hmm.range_fault, bench.mirror, 1, sequence, span, REQ_FAULT)
+    assert isinstance(faulted.error, BadAddressError)
+    assert faulted.error.address == span.start + npages * PAGE_SIZE
+    assert cpu_pte.is_present(bench.entry(first + npages - 1))
+    assert np.array_equal(faulted.words & np.uint64(VALID) != 0, np.arange(npages + 8) < found)
+
+
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize(
     ("present", "found"),
