@@ -17,7 +17,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from hmm.units import PAGE_SIZE
-from hmm_client.certify import RULES, Certificate, certify, driver_process
+from hmm_client.certify import RULES, Certificate, certify, driver_process, migrations
 from hmm_client.certify import adversities as happenings
 from hmm_client.certify import stage as stages
 from hmm_client.certify.adversities import ADVERSITIES
@@ -25,6 +25,7 @@ from hmm_client.certify.adversity import Adversity, Run
 from hmm_client.certify.certificate import LIMIT_S as USUAL_LIMIT_S
 from hmm_client.certify.certificate import Trial, certifying
 from hmm_client.certify.findings import Finding
+from hmm_client.certify.migrations import MIGRATIONS
 from hmm_client.certify.stage import Stage
 from hmm_client.certify.storm import Step, draw, shortest
 from hmm_client.commands.certify import _print_summary
@@ -38,6 +39,8 @@ DEADLINE_S = 2.0
 """Enough for drivers that answer at once, and short for those that never do."""
 ANSWER_S = 3.0
 """As long as it takes to say that a driver does not answer its orders."""
+LEASE_S = 0.5
+"""For drivers that take no further step of a migration."""
 LIMIT_S = 12.0
 """For trials that do not end; those that do have to come to their end in it."""
 TIMEOUT_S = 120.0
@@ -153,6 +156,53 @@ async def test_wrong_driver_fails_for_what_is_wrong_with_it(kind: str, adversiti
         wrong(kind), adversities=adversities, answer_s=ANSWER_S if kind == "silent" else None, **hasty
     )
     assert broken(certificate) == {kind.removeprefix("today-")}, certificate.trials
+
+
+@pytest.mark.parametrize("command", [ours("dmirror"), wrong("today-migrates")], ids=["dmirror", "the right one"])
+async def test_driver_that_migrates_step_by_step_passes(
+    monkeypatch: pytest.MonkeyPatch, command: Sequence[str]
+) -> None:
+    """It is found at its last step, however long it takes until that; the one that wrong ones are made of as well."""
+    monkeypatch.setattr(migrations, "HELD_S", TIMEOUT_S)
+    certificate = await certify(command, adversities=MIGRATIONS)
+    assert certificate.passed, certificate.broken
+    assert not any(trial.skipped for trial in certificate.trials)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("today-lease-over", "lease-over"),
+        ("today-lease-over-at-last", "lease-over"),
+        ("today-unfinalized", "unfinalized"),
+        ("today-lost-contents", "lost-contents"),
+        ("today-mixed-contents", "lost-contents"),
+        ("today-died-in-migration", "died"),
+    ],
+)
+async def test_driver_that_takes_wrong_steps_fails_for_what_is_wrong_with_them(kind: str, rule: str) -> None:
+    """One rule is broken, and the driver is there again for the next trial, where nothing is under way any more."""
+    hasty = {"lease_s": LEASE_S, "answer_s": ANSWER_S} if rule == "lease-over" else {}
+    certificate = await certify(wrong(kind), adversities=("migrate", "plain"), **hasty)
+    assert {trial.name: [finding.rule for finding in trial.findings] for trial in certificate.trials} == {
+        "migrate": [rule],
+        "plain": [],
+        "leave": [],
+    }
+
+
+async def test_trials_are_skipped_when_the_driver_does_not_offer_their_order(tmp_path: Path) -> None:
+    """It is said, and not counted as passed."""
+    report = tmp_path / "report.xml"
+    code, out, _ = await run_hmmctl(
+        "--only", "plain", "--only", "migrate", "--junit", str(report), "--", *ours("dummy")
+    )
+    assert code == 0
+    assert re.search(r"^skip migrate .*\n +the driver offers no order 'migrate'$", out, re.MULTILINE), out
+    assert re.search(r"^passed: 2 trials in \d+ s, 1 skipped$", out, re.MULTILINE), out
+    (suite,) = ET.parse(report).getroot()
+    assert (suite.get("tests"), suite.get("skipped")) == ("3", "1")
+    assert suite.find("testcase[@name='migrate']/skipped") is not None
 
 
 @pytest.mark.parametrize("kind", ["stale-fault", "today-stale-fault"])

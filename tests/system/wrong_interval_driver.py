@@ -6,20 +6,24 @@ Each keeps a table of its own: frame words by page.  Odd pages are moved to the 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hmm.commands_hmm import RangeFaulted
-from hmm.errors import HmmError, RangeBusyError
+from hmm.errors import HmmError, NoSuchObjectError, RangeBusyError
 from hmm.events import Reason
+from hmm.migration import moving_frames
 from hmm.range_fault import REQ_FAULT, REQ_WRITE, WRITE, word_pfns
-from hmm.units import PAGE_SIZE, AddressRange
+from hmm.units import PAGE_SIZE, AddressRange, Entries
 from hmm_client import Client, Device, Event, IntervalDriver, IntervalMirror, IntervalNotifier
 from hmm_client.drivers.accesses import Accesses
 from hmm_client.drivers.control import Operation, decode, driver_command, encode
+from hmm_client.migration import Migration
 
 LATENCY_S = 0.002
 """How long the device's accesses take: whoever answers events must wait for them."""
@@ -205,6 +209,79 @@ class Unanswered(RightDriver):
         await super().invalidate(event)
 
 
+class Migrates(RightDriver):
+    """Takes the steps of migrations."""
+
+    async def migrate(self, process: int, start: int, end: int) -> None:
+        """Move what can be moved."""
+        async with self.attached[process].mirror.migrate_vma(AddressRange(start, end)) as migration:
+            await self.go_on(migration)
+
+    async def go_on(self, migration: Migration) -> None:
+        """Take the steps between setup and finalize."""
+        dst = migration.destinations(await migration.allocate(migration.movable.size))
+        await self.copy(migration, dst)
+        await migration.pages(dst)
+
+    async def copy(self, migration: Migration, dst: Entries) -> None:
+        """Fill the destinations."""
+        await migration.copy(dst)
+
+
+class LeaseOver(Migrates):
+    """Hangs between two steps."""
+
+    async def go_on(self, migration: Migration) -> None:
+        """Never return."""
+        await asyncio.Event().wait()
+
+
+class LeaseOverAtLast(Migrates):
+    """Takes its time before the last step, and says that all is well."""
+
+    async def go_on(self, migration: Migration) -> None:
+        """Wait until the lease is over for certain: somebody else has the pages."""
+        await super().go_on(migration)
+        while not migration.over:
+            await asyncio.sleep(2 * migration.lease_s)
+            with suppress(NoSuchObjectError):
+                await migration.renew()
+
+
+class Unfinalized(Migrates):
+    """Goes on without finalizing."""
+
+    async def migrate(self, process: int, start: int, end: int) -> None:
+        """Take all steps but the last."""
+        migration = self.attached[process].mirror.migrate_vma(AddressRange(start, end))
+        await migration.set_up()
+        await self.go_on(migration)
+
+
+class LostContents(Migrates):
+    """Fills no destination."""
+
+    async def copy(self, migration: Migration, dst: Entries) -> None:
+        """Do nothing."""
+
+
+class MixedContents(Migrates):
+    """Fills destinations with each other's contents: breaks `lost-contents`."""
+
+    async def copy(self, migration: Migration, dst: Entries) -> None:
+        """Copy each page where the next one goes."""
+        sources, targets = moving_frames(migration.src, dst)
+        await migration.copy_frames(sources, np.roll(targets, 1))
+
+
+class DiedInMigration(Migrates):
+    """Ends between two steps: breaks `died`."""
+
+    async def copy(self, migration: Migration, dst: Entries) -> None:
+        """Exit."""
+        os._exit(7)
+
+
 DRIVERS = {
     "today-right": RightDriver,
     "today-stale-fault": StaleFault,
@@ -213,13 +290,21 @@ DRIVERS = {
     "today-early-acknowledgement": EarlyAcknowledgement,
     "today-write-after-write-protect": WriteAfterWriteProtect,
     "today-unanswered": Unanswered,
+    "today-migrates": Migrates,
+    "today-lease-over": LeaseOver,
+    "today-lease-over-at-last": LeaseOverAtLast,
+    "today-unfinalized": Unfinalized,
+    "today-lost-contents": LostContents,
+    "today-mixed-contents": MixedContents,
+    "today-died-in-migration": DiedInMigration,
 }
 
 
 async def certified(client: Client) -> Mapping[str, Operation]:
     """Register a device; what `hmm_client.certify` asks of it."""
     driver = DRIVERS[KIND](client, await client.register_device(KIND, memory_pages=256))
-    return {name: getattr(driver, name) for name in ("mirror", "unmirror", "read", "write")}
+    names = ("mirror", "unmirror", "read", "write", "migrate")
+    return {name: getattr(driver, name) for name in names if hasattr(driver, name)}
 
 
 KIND = sys.argv.pop(1)

@@ -22,13 +22,24 @@ in any order; bytes travel as base64.  Requests come while others are under way.
     write     the same, for writing
     unmirror  the process is gone, or the device has no more business with it: unregister the mirror
 
+A driver may offer one more order.  It says which it takes when it is ready; whoever says nothing takes the four above.
+
+    < {"ready": {"orders": ["mirror", "read", "write", "unmirror", "migrate"]}}
+    > {"id": 5, "op": "migrate", "process": 1, "start": 140737488281600, "end": 140737488314368}
+    < {"id": 5, "result": {}}
+
+    migrate   move the pages of the range to the device's memory, step by step: MigrateVmaSetup, MigrateVmaAllocate,
+              MigrateVmaCopy, MigrateVmaPages, MigrateVmaFinalize.  Pages that cannot be moved stay where they are; the
+              answer comes when the migration is finalized
+
 An access that the process's mappings do not permit is an error, any errno.  A driver that keeps translations keeps
 them from one access to the next; that is what is put to the test.  Either interface will do, the mirror of 2015 or
 interval notifiers, and memory of the device's own: pages may be moved there before they are used, or not.
 What else it prints on standard output is ignored, and so are lines of over 16 MiB.
 
-`adversities` is what happens to it, `neighbours` what others than its process do, `storm` all that at random and from
-a seed, `findings` what counts as wrong.  In Python `hmm_client.drivers.control` serves these lines.
+`adversities` is what happens to it, `neighbours` what others than its process do, `migrations` what happens between the
+steps of its migrations, if it takes that order, `storm` the first two at random and from a seed, `findings` what counts
+as wrong.  In Python `hmm_client.drivers.control` serves these lines.
 
 A trial that has not ended after a limit (`--limit`, 120 s) is broken off, whoever is to blame: its finding says which
 calls are pending and who blocks whom, and the next trial has a new daemon and a new driver.

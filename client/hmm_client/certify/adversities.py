@@ -6,7 +6,7 @@ chance: a change while a fault is under way, use beneath an invalidation, exit b
 **Invariants**: an adversity that a right driver meets ends without a finding, on the slowest machine.
 
 **Absent**: what counts as wrong (`findings`, `stage`); chance (`storm`); what others than the process do
-(`neighbours`).
+(`neighbours`); what happens while the driver migrates (`migrations`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hmm.unmapped_area import MapFlag
 from hmm.vma import Prot
 from hmm_client.certify.adversity import FIXED, PAGES, RW, Suite, page, use
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError, RefusalError
+from hmm_client.certify.migrations import MIGRATIONS
 from hmm_client.certify.neighbours import NEIGHBOURS
 from hmm_client.certify.stage import Stage, stamp
 from hmm_client.harness import HoldEndedError, HoldPoint
@@ -364,3 +365,4 @@ async def lost_session(stage: Stage) -> None:
 
 
 ADVERSITIES.update(NEIGHBOURS)
+ADVERSITIES.update(MIGRATIONS)

@@ -27,22 +27,31 @@ class Adversity:
 
     Attributes:
         title: what is asked of the driver, in a sentence.
+        order: which the driver has to offer; empty: none but those that all take.
     """
 
     name: str
     title: str
     run: Run
+    order: str = ""
 
 
 class Suite(dict[str, Adversity]):
-    """Adversities by name, in the order in which they run."""
+    """Adversities by name, in the order in which they run.
+
+    Args:
+        order: which the driver has to offer.
+    """
+
+    def __init__(self, order: str = "") -> None:
+        self._order = order
 
     def add(self, title: str) -> Callable[[Run], Run]:
         """A decorator: the function's name is the adversity's."""
 
         def decorate(run: Run) -> Run:
             name = run.__name__.replace("_", "-")
-            self[name] = Adversity(name, title, run)
+            self[name] = Adversity(name, title, run, self._order)
             return run
 
         return decorate

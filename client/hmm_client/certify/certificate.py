@@ -33,12 +33,14 @@ from hmm_client.embedded import PATIENCE, EmbeddedDaemon
 
 DEADLINE_S = 5.0
 """How long a driver has for the answer to an event: as long as hmmd gives it, unless told otherwise."""
+LEASE_S = 30.0
+"""How long a driver may take for the next step of a migration: as long as hmmd gives it, unless told otherwise."""
 LIMIT_S = 120.0
 """How long a trial may take: ours take two seconds, and a driver has twenty for the answer to each order."""
 CLEANING_S = 2.0
 """How long a trial that is broken off may take to clear up behind itself."""
 SWAP_PAGES = 1 << 12
-_ENDING = frozenset({"died", "silent", "unanswered", "lost-session"})
+_ENDING = frozenset({"died", "silent", "unanswered", "lost-session", "lease-over"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Trial:
     Attributes:
         seed: of a storm; None for an adversity.
         shortest: of a storm that went wrong, the fewest steps found that show it.
+        skipped: why it was left out; empty: it was not.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Trial:
     findings: tuple[Finding, ...]
     seed: int | None = None
     shortest: tuple[Step, ...] = ()
+    skipped: str = ""
 
 
 @dataclass(slots=True)
@@ -85,13 +89,15 @@ class Certifier:
     """Runs trials.  Made by `certifying`."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, deadline_s: float, answer_s: float, limit_s: float
+        self, command: Sequence[str], folder: Path, deadline_s: float, answer_s: float, limit_s: float, lease_s: float
     ) -> None:
         self._command = command
         self._folder = folder
         self._deadline_s = deadline_s
         self._answer_s = answer_s
         self._limit_s = limit_s
+        self._lease_s = lease_s
+        self._offers: frozenset[str] = frozenset()
         self._driver: DriverProcess | None = None
         self._daemon: EmbeddedDaemon
         self._client: Client
@@ -101,6 +107,7 @@ class Certifier:
         """A daemon of our own, and a client of it: the first one, or another after `kill_daemon`."""
         settings = PATIENCE | {
             "acknowledgement_s": self._deadline_s,
+            "holding_lease_s": self._lease_s,
             "swap_pages": SWAP_PAGES,
             "log_level": "error",
         }
@@ -138,6 +145,7 @@ class Certifier:
         """
         if self._driver is None:
             self._driver = await DriverProcess.start(self._command, str(self._daemon.socket), self._answer_s)
+            self._offers = self._driver.offers
         return self._driver
 
     async def leaving(self) -> Trial:
@@ -151,8 +159,11 @@ class Certifier:
         return Trial("leave", "the driver leaves when its standard input ends", time.monotonic() - began, wrong)
 
     async def adversity(self, adversity: Adversity) -> Trial:
-        """Run one adversity."""
+        """Run one adversity, unless it takes an order that the driver does not offer."""
         began = time.monotonic()
+        if adversity.order and adversity.order not in self._offers:
+            skipped = f"the driver offers no order {adversity.order!r}"
+            return Trial(adversity.name, adversity.title, 0.0, (), skipped=skipped)
         findings = await self._trial(adversity.run)
         return Trial(adversity.name, adversity.title, time.monotonic() - began, findings)
 
@@ -224,7 +235,7 @@ class Certifier:
 
 @asynccontextmanager
 async def certifying(
-    command: Sequence[str], deadline_s: float, answer_s: float, limit_s: float
+    command: Sequence[str], deadline_s: float, answer_s: float, limit_s: float, lease_s: float = LEASE_S
 ) -> AsyncIterator[Certifier]:
     """A daemon, and the driver that it is made for, until the block ends.
 
@@ -232,7 +243,7 @@ async def certifying(
         DriverGoneError, DriverSilentError: the driver does not start.
     """
     with tempfile.TemporaryDirectory(prefix="hmmd-certify-") as folder:
-        certifier = Certifier(command, Path(folder), deadline_s, answer_s, limit_s)
+        certifier = Certifier(command, Path(folder), deadline_s, answer_s, limit_s, lease_s)
         await certifier.start_daemon()
         try:
             await certifier.start_driver()
@@ -249,6 +260,7 @@ async def certify(
     deadline_s: float = DEADLINE_S,
     answer_s: float | None = None,
     limit_s: float = LIMIT_S,
+    lease_s: float = LEASE_S,
     jobs: int = 1,
     told: Callable[[Trial], None] = lambda _: None,
 ) -> Certificate:
@@ -261,6 +273,7 @@ async def certify(
         deadline_s: for the answer to an event.
         answer_s: for the answer to an order; None: longer than any deadline.
         limit_s: for a trial: one that takes longer is broken off, which is a finding that says who waits for whom.
+        lease_s: for the next step of a migration.
         jobs: how many trials run at a time, each against a daemon and a driver of its own.
         told: called after each trial, in the order in which they end.
 
@@ -274,7 +287,8 @@ async def certify(
         told(trial)
 
     async def work(names: Iterable[str]) -> None:
-        async with certifying(command, deadline_s, ANSWER_S if answer_s is None else answer_s, limit_s) as certifier:
+        patience_s = ANSWER_S if answer_s is None else answer_s
+        async with certifying(command, deadline_s, patience_s, limit_s, lease_s) as certifier:
             for name in names:
                 note(await certifier.adversity(ADVERSITIES[name]))
             for seed in left:

@@ -57,13 +57,18 @@ class _Order:
 
 
 class DriverProcess:
-    """A running driver.  Made by `start`."""
+    """A running driver.  Made by `start`.
+
+    Attributes:
+        offers: the orders that it takes, as far as it has said.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, answer_s: float = ANSWER_S) -> None:
         self._process = process
         self._answer_s = answer_s
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Order] = {}
+        self.offers: frozenset[str] = frozenset()
         self._instead = ""  # what it printed that is no answer, for messages
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
@@ -142,6 +147,10 @@ class DriverProcess:
         """Let the device write.  Raises: RefusalError."""
         await self._ask("write", process=process_id, address=address, data=base64.b64encode(data).decode())
 
+    async def migrate(self, process_id: int, start: int, end: int) -> None:
+        """Let it move pages to the memory of its device, step by step.  Raises: RefusalError."""
+        await self._ask("migrate", process=process_id, start=start, end=end)
+
     async def _ask(self, op: str, **arguments: object) -> dict[str, Any]:
         assert self._process.stdin is not None
         if self._reader.done():
@@ -170,6 +179,7 @@ class DriverProcess:
                 self._instead = f"; it printed {_shown(line.decode(errors='replace').strip())}"
                 continue
             if "ready" in reply and not self._ready.done():
+                self.offers = _orders(reply["ready"])
                 self._ready.set_result(None)
             number = reply.get("id")
             order = self._waiting.get(number) if isinstance(number, int) else None
@@ -242,6 +252,11 @@ class DriverProcess:
 def _shown(printed: object) -> str:
     text = repr(printed)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _orders(ready: object) -> frozenset[str]:
+    orders = ready.get("orders") if isinstance(ready, dict) else None
+    return frozenset(order for order in orders if isinstance(order, str)) if isinstance(orders, list) else frozenset()
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+from hmm.units import AddressRange
 from hmm.violation import Violation, ViolationKind
 from hmm_client.certify.driver_process import DriverGoneError, DriverSilentError
 from hmm_client.client import Client
@@ -36,6 +37,9 @@ RULES = {
     "never-sent": "only events that were sent are answered",
     "old-epoch": "answers name the stream that the event came on",
     "rejected-answer": "answers follow the protocol",
+    "lease-over": "a driver that has set a migration up takes the next step before its lease is over",
+    "unfinalized": "a migration is finalized when its order is answered: whoever touches its pages waits for that",
+    "lost-contents": "a page that is migrated holds what it held: it is copied to its own destination",
     "leaked-mirror": "a mirror that is no longer used is unregistered",
     "lost-session": "a driver whose session broke ends, or comes back with a new one",
     "died": "a driver does not end before its standard input does",
@@ -90,6 +94,8 @@ def causes_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     if "unanswered" in first:
         for rule in ("unfinished", "leaked-mirror"):  # a mirror that may wait cannot be unregistered either
             first.pop(rule, None)
+    if "unfinalized" in first:
+        first.pop("lease-over", None)
     causes = first.keys() - CONSEQUENCES - {"unfinished"}
     return tuple(finding for rule, finding in first.items() if not causes or rule not in CONSEQUENCES)
 
@@ -101,6 +107,7 @@ class Auditor:
         self._client = client
         self._told: set[int] = set()
         self._rejections = 0
+        self._leases_over = 0
 
     async def pending(self) -> inspection_pb2.GetPendingResponse:
         """Who waits for whom."""
@@ -142,7 +149,20 @@ class Auditor:
             if rejected.time_ns > self._rejections:
                 self._rejections = rejected.time_ns
                 findings += _of_rejection(rejected.violation.rule)
-        return findings
+        return findings + await self._leases()
+
+    async def _leases(self) -> list[Finding]:
+        request = inspection_pb2.GetStatisticsRequest()
+        answer = await self._client.channel.request(self._client.inspection.GetStatistics, request)
+        told, self._leases_over = self._leases_over, answer.daemon.errors.get("LEASE_ENDED", 0)
+        if self._leases_over == told:
+            return []
+        return [Finding("lease-over", "hmmd has ended a migration: its driver took no step for as long as its lease")]
+
+    async def unfinalized(self, span: AddressRange) -> list[inspection_pb2.Holding]:
+        """Migrations of pages of a range that a driver has set up and not finalized."""
+        held = [holding for holding in (await self.pending()).holdings if holding.migration_id]
+        return [one for one in held if one.ranges.starts[0] < span.end and span.start < one.ranges.ends[-1]]
 
 
 def _of_violation(violation: Violation, overtaken: Container[int]) -> Finding:

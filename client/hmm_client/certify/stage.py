@@ -139,6 +139,24 @@ class Stage:
         except RefusalError:
             pass
 
+    async def device_migrates(self, process: Process, span: AddressRange, *, may_fail: bool = False) -> None:
+        """The device has to be able to move pages of this range to its memory; how many it does is its own business.
+
+        Raises:
+            RefusalError: it has answered and not finalized.  That is a finding, and the trial is over: the driver is
+                killed, since whoever touches the pages would wait for it.
+        """
+        try:
+            await self.driver.migrate(process.id, span.start, span.end)
+        except RefusalError as error:
+            if not may_fail:
+                self.find("access-failed", f"migrating {span}, which is mapped: {error}")
+        for held in await self.auditor.unfinalized(span):
+            self.find("unfinalized", f"migration {held.migration_id} of {span} goes on after its order was answered")
+            self.forgiven.add("died")
+            await self.driver.kill()
+            raise RefusalError(f"migration {held.migration_id} is not finalized")
+
     # ---- the end
 
     async def take(self, run: Callable[[Stage], Awaitable[None]]) -> None:
@@ -148,7 +166,7 @@ class Stage:
             HmmError, DaemonError: a question was refused, or the daemon is gone.
         """
         try:
-            with suppress(RefusalError):  # to mirror a process: see `adopt`
+            with suppress(RefusalError):  # see `adopt`, `device_migrates`
                 await run(self)
         except TimedOutError as error:
             self.find("unanswered", str(error))  # a mirror whose policy is FAIL

@@ -91,7 +91,7 @@ def command(
 
     COMMAND starts the driver, in whatever language; it finds the daemon at $HMMD_SOCKET and takes its orders as JSON
     lines on standard input: mirror a process, read, write, unmirror.  `pydoc hmm_client.certify` says what is asked of
-    it.  A daemon is started for the purpose.
+    it.  A daemon is started for the purpose.  Trials of an order that the driver does not offer are skipped.
 
     With --only the named adversities run, and storms only if --seeds is given.  Storms that were stopped can be gone on
     with: it is said from which seed.
@@ -152,9 +152,9 @@ def _certify(
 def _print_trial(trial: Trial) -> None:
     if trial.seed is not None and not trial.findings:
         return
-    mark = "FAIL" if trial.findings else "ok  "
+    mark = "FAIL" if trial.findings else "skip" if trial.skipped else "ok  "
     click.echo(f"{mark} {trial.name:{_WIDTH}} {trial.seconds:6.2f} s  {trial.title}")
-    for finding in trial.findings:
+    for finding in (*trial.findings, *([trial.skipped] if trial.skipped else ())):
         for line in str(finding).splitlines():
             click.echo(f"       {line}")
     if trial.shortest:
@@ -178,7 +178,9 @@ def _print_summary(
         span = f"{ran[0].seed}:{(ran[-1].seed or 0) + 1}"
         click.echo(f"{'FAIL' if bad else 'ok  '} storms {span}, {len(bad)} failed{which}")
     if certificate.passed:
-        click.echo(f"\npassed: {counted(len(certificate.trials), 'trial')} in {took_s:.0f} s")
+        skipped = sum(bool(trial.skipped) for trial in certificate.trials)
+        but = f", {skipped} skipped" if skipped else ""
+        click.echo(f"\npassed: {counted(len(certificate.trials) - skipped, 'trial')} in {took_s:.0f} s{but}")
         return
     click.echo(f"\nnot passed: {failed} of {len(certificate.trials):,} trials failed, in {took_s:.0f} s")
     for rule, trial in certificate.broken.items():
@@ -206,6 +208,7 @@ def _as_value(trial: Trial) -> dict[str, Any]:
         "seed": trial.seed,
         "findings": [{"rule": one.rule, "means": RULES[one.rule], "detail": one.detail} for one in trial.findings],
         "shortest": [str(step) for step in trial.shortest],
+        "skipped": trial.skipped,
     }
 
 
@@ -219,11 +222,13 @@ def as_junit(certificate: Certificate, driver: str) -> bytes:
         tests=str(len(certificate.trials)),
         failures=str(failed),
         errors="0",
-        skipped="0",
+        skipped=str(sum(bool(trial.skipped) for trial in certificate.trials)),
         time=f"{seconds:.3f}",
     )
     for trial in certificate.trials:
         case = ET.SubElement(suite, "testcase", classname=driver, name=trial.name, time=f"{trial.seconds:.3f}")
+        if trial.skipped:
+            ET.SubElement(case, "skipped", message=trial.skipped)
         if trial.findings:
             steps = [f"shortest: {step}" for step in trial.shortest]
             first = trial.findings[0]

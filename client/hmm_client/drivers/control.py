@@ -344,7 +344,7 @@ class _Process:
                 operations = await self._make(client)
             control = Control(operations)
             if place == STANDARD_INPUT:
-                _say(b'{"ready": {}}\n')
+                _say(json.dumps({"ready": {"orders": list(operations)}}).encode() + b"\n")
                 return await self._until(client, control.serve_standard_input())
             async with control.serving(place, tls):
                 click.echo("ready")

@@ -14,9 +14,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from hmm.commands_hmm import Migrated, RangeFaulted, VmaView
 from hmm.events import Event
 from hmm.frames import RegionKind
+from hmm.migration import WRITE
 from hmm.units import TASK_SIZE, Address, AddressRange, DeviceId, Entries, MirrorId, Pfn, Pfns, ProcessId
 from hmm_client import event as aio_event
 from hmm_client import sync
@@ -24,7 +27,7 @@ from hmm_client.drivers.dmirror import Observer
 from hmm_client.harness.holds import Harness
 from hmm_client.interval_driver import IntervalDriver
 
-__all__ = ["OverWireHmm"]
+__all__ = ["OverWireHmm", "SteppedOverWireHmm"]
 
 
 class OverWireHmm:
@@ -145,6 +148,27 @@ class OverWireHmm:
     ) -> None:
         """The device writes pages."""
         self._mirrors[mirror_id].write_frames(addresses, pfns, data, offset=offset)
+
+
+class SteppedOverWireHmm(OverWireHmm):
+    """The same, but migrations to the device are setup, pages and finalize, and what a driver does in between.
+
+    A page alone moves in one call, as before: in one round trip instead of six.
+    """
+
+    def migrate_to_device(self, mirror_id: MirrorId, span: AddressRange, *, compound: bool) -> Migrated:
+        """Move a part of one VMA to the device, huge pages in pieces.
+
+        Holes that it fills are read-only in its words: whether the VMA is writable only a fault will say.
+        """
+        if span.npages == 1:
+            return super().migrate_to_device(mirror_id, span, compound=compound)
+        with self._mirrors[mirror_id].migrate_vma(span) as migration:
+            frames = migration.allocate(migration.movable.size)
+            dst = migration.destinations(frames) & (migration.src | ~np.uint64(WRITE))
+            migration.copy(dst)
+            migration.pages(dst)
+            return migration.finalize()
 
 
 class _Deaf(IntervalDriver):

@@ -27,7 +27,7 @@ from hmm_client import sync
 from hmm_client.client import Client
 from hmm_client.drivers.control import Mirrored, Operation, decode, driver_command, encode
 from hmm_client.drivers.dmirror import Card, Handle, Reply, load
-from hmm_client.drivers.over_wire import OverWireHmm
+from hmm_client.drivers.over_wire import OverWireHmm, SteppedOverWireHmm
 
 T = TypeVar("T")
 
@@ -121,7 +121,10 @@ async def operations(client: Client) -> Mapping[str, Operation]:
 
 
 class CertifiedMirror:
-    """A device as `hmm_client.certify` drives it: every other page is moved to its memory before it is used there."""
+    """A device as `hmm_client.certify` drives it: every other page is moved to its memory before it is used there.
+
+    Of several pages that it is told to move it takes the steps itself, as the kernel's driver does.
+    """
 
     def __init__(self, card: Card, threads: Threads) -> None:
         self._card = card
@@ -147,6 +150,12 @@ class CertifiedMirror:
         """The device writes."""
         await self._threads.run(self._store, self._handles[process], address, decode(data))
 
+    async def migrate(self, process: int, start: int, end: int) -> None:
+        """The device takes pages to its memory, those that can be moved."""
+        handle, npages = self._handles[process], (end - start) >> PAGE_SHIFT
+        with suppress(NoSuchObjectError):  # not all of them
+            await self._threads.run(handle.migrate_to_device, start, npages)
+
     def _load(self, handle: Handle, address: int, length: int) -> bytes:
         _move(handle, address)
         return handle.load(address, length)
@@ -165,9 +174,9 @@ def _move(handle: Handle, address: int) -> None:
 async def certified(client: Client) -> Mapping[str, Operation]:
     """Register one device; what `hmm_client.certify` asks of it."""
     threads = Threads()
-    hmm = OverWireHmm(sync.around(client))
+    hmm = SteppedOverWireHmm(sync.around(client))
     served = CertifiedMirror(await threads.run(lambda: Card(hmm, "dmirror0", pages=MEMORY_PAGES)), threads)
-    return {"mirror": served.mirror, "unmirror": served.unmirror, "read": served.read, "write": served.write}
+    return {name: getattr(served, name) for name in ("mirror", "unmirror", "read", "write", "migrate")}
 
 
 main = driver_command("dmirror", operations, certified)
