@@ -72,54 +72,54 @@ def create_userfaultfd(machine: Machine, process_id: ProcessId, features: int = 
     return number
 
 
-def close_userfaultfd(machine: Machine, number: int) -> Operation[None]:
+def close_userfaultfd(machine: Machine, userfaultfd_id: int) -> Operation[None]:
     """As `uffdio.close`; closing it once more, while it is being closed, does nothing."""
-    space, userfaultfd = machine.userfaultfd(number)
+    space, userfaultfd = machine.userfaultfd(userfaultfd_id)
     yield from uffdio.close(space, userfaultfd)
-    machine.userfaultfds.pop(number, None)
+    machine.userfaultfds.pop(userfaultfd_id, None)
 
 
-def uffd_register(machine: Machine, number: int, span: AddressRange, mode: int) -> Operation[int]:
+def uffd_register(machine: Machine, userfaultfd_id: int, span: AddressRange, mode: int) -> Operation[int]:
     """As `uffdio.register`."""
-    return (yield from uffdio.register(*machine.userfaultfd(number), span, mode))
+    return (yield from uffdio.register(*machine.userfaultfd(userfaultfd_id), span, mode))
 
 
-def uffd_unregister(machine: Machine, number: int, span: AddressRange) -> Operation[None]:
+def uffd_unregister(machine: Machine, userfaultfd_id: int, span: AddressRange) -> Operation[None]:
     """As `uffdio.unregister`."""
-    yield from uffdio.unregister(*machine.userfaultfd(number), span)
+    yield from uffdio.unregister(*machine.userfaultfd(userfaultfd_id), span)
 
 
-def uffd_copy(machine: Machine, number: int, address: Address, data: bytes, mode: int = 0) -> Operation[Filled]:
+def uffd_copy(machine: Machine, userfaultfd_id: int, address: Address, data: bytes, mode: int = 0) -> Operation[Filled]:
     """UFFDIO_COPY, as `uffdio.fill`: `data` to `address`."""
-    space, userfaultfd = machine.userfaultfd(number)
+    space, userfaultfd = machine.userfaultfd(userfaultfd_id)
     span = AddressRange(address, address + len(data))
     return (yield from uffdio.fill(space, userfaultfd, span, Filling.COPY, mode, memoryview(data)))
 
 
-def uffd_zeropage(machine: Machine, number: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
+def uffd_zeropage(machine: Machine, userfaultfd_id: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
     """UFFDIO_ZEROPAGE, as `uffdio.fill`."""
-    return (yield from uffdio.fill(*machine.userfaultfd(number), span, Filling.ZEROPAGE, mode))
+    return (yield from uffdio.fill(*machine.userfaultfd(userfaultfd_id), span, Filling.ZEROPAGE, mode))
 
 
-def uffd_continue(machine: Machine, number: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
+def uffd_continue(machine: Machine, userfaultfd_id: int, span: AddressRange, mode: int = 0) -> Operation[Filled]:
     """UFFDIO_CONTINUE, as `uffdio.fill`: map the pages that the shared memory has."""
-    return (yield from uffdio.fill(*machine.userfaultfd(number), span, Filling.CONTINUE, mode))
+    return (yield from uffdio.fill(*machine.userfaultfd(userfaultfd_id), span, Filling.CONTINUE, mode))
 
 
 @immediate
-def uffd_wake(machine: Machine, number: int, span: AddressRange) -> None:
+def uffd_wake(machine: Machine, userfaultfd_id: int, span: AddressRange) -> None:
     """UFFDIO_WAKE, as `uffdio.wake`."""
-    _, userfaultfd = machine.userfaultfd(number)
+    _, userfaultfd = machine.userfaultfd(userfaultfd_id)
     uffdio.wake(userfaultfd, span)
 
 
 @immediate
-def read_userfaults(machine: Machine, number: int, most: int) -> tuple[UserfaultMessage, ...]:
+def read_userfaults(machine: Machine, userfaultfd_id: int, most: int) -> tuple[UserfaultMessage, ...]:
     """read(2): the oldest userfaults that have not been read, at most so many; none if there is none (EAGAIN).
 
     Source: Linux fs/userfaultfd.c, userfaultfd_read().
     """
-    _, userfaultfd = machine.userfaultfd(number)
+    _, userfaultfd = machine.userfaultfd(userfaultfd_id)
     return tuple(
         UserfaultMessage(fault.address, fault.npages, fault.write, fault.operation_id, fault.minor)
         for fault in userfaultfd.read(most)

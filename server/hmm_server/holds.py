@@ -182,11 +182,16 @@ class Holds:
         return going
 
     def space_of_call(self, command: Command[Any, Any], arguments: tuple[Any, ...]) -> SpaceId:
-        """The address space that a call is about to concern, by the process or mirror that it names; 0 for none."""
+        """The address space that a call is about to concern, by what it names; 0 for none."""
         given = dict(zip(list(inspect.signature(command).parameters)[1:], arguments, strict=False))
-        receiver = self._machine.receivers.get(given.get("mirror_id", 0))
-        process = self._machine.processes.get(given.get("process_id", 0))
-        return receiver.space.id if receiver else process.space.id if process else 0
+        machine = self._machine
+        named = (
+            machine.receivers.get(given.get("mirror_id", 0))
+            or machine.processes.get(given.get("process_id", 0))
+            or machine.migrations.get(given.get("migration_id", 0))
+        )
+        space = named.space if named else machine.userfaultfds.get(given.get("userfaultfd_id", 0))
+        return space.id if space else 0
 
 
 def space_of_request(record: OperationRecord[Any]) -> SpaceId:

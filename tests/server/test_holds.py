@@ -244,6 +244,43 @@ async def test_calls_pass_when_the_hold_is_for_others(scene: Scene) -> None:
     await held
 
 
+async def test_call_is_held_when_what_it_names_belongs_to_the_process(serve: Any) -> None:
+    """Steps of a migration name that, and calls of a handler its userfaultfd; those of another process pass."""
+    served = await serve(harness=True, lease_s=600.0)
+    scene, driver = Scene(served), await served.driver()
+    card = device_pb2.RegisterDeviceRequest(name="card", memory_pages=8)
+    device = (await driver.make("register_device", card)).device_id
+    pids, migrations, userfaultfds = [], [], []
+    whole = range_pb2.AddressRange(start=BASE, end=END)
+    for _ in range(2):
+        pids.append(await served.new_process())
+        await served.mmap(pids[-1], BASE, END)
+        attach = hmm_pb2.AttachRequest(device_id=device, process_id=pids[-1])
+        setup = hmm_pb2.MigrateVmaSetupRequest(range=whole, select=1)
+        setup.mirror_id = (await driver.make("attach", attach)).mirror_id
+        migrations.append((await driver.make("migrate_vma_setup", setup)).migration_id)
+        stream = served.userfaultfd.OpenUserfaultfd(userfaultfd_pb2.OpenUserfaultfdRequest(process_id=pids[-1]))
+        userfaultfds.append(((await stream.read()).userfaultfd_id, stream))
+    end = harness_pb2.HOLD_POINT_BEFORE_END
+    stream, hold_id = await scene.hold(end, "migrate_vma_finalize", process_id=pids[1])
+    await driver.make("migrate_vma_finalize", hmm_pb2.MigrateVmaFinalizeRequest(migration_id=migrations[0]))
+    finalizing = await driver.send(
+        "migrate_vma_finalize", hmm_pb2.MigrateVmaFinalizeRequest(migration_id=migrations[1])
+    )
+    await stream.read()
+    await scene.release(hold_id)
+    await finalizing
+    stream, hold_id = await scene.hold(end, "uffd_register", process_id=pids[1])
+    register = served.userfaultfd.UffdRegister
+    await register(userfaultfd_pb2.UffdRegisterRequest(userfaultfd_id=userfaultfds[0][0], range=whole, mode=1))
+    registering = asyncio.ensure_future(
+        register(userfaultfd_pb2.UffdRegisterRequest(userfaultfd_id=userfaultfds[1][0], range=whole, mode=1))
+    )
+    await stream.read()
+    await scene.release(hold_id)
+    assert not (await registering).result.errno
+
+
 async def test_hold_ends_when_its_lease_does(scene: Scene) -> None:
     """Nothing is held by somebody who forgot it: the call goes on, and the owner is told why."""
     lease_ms, reached = 25, False
