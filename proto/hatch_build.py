@@ -18,19 +18,20 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PROTO_ROOT = Path(__file__).resolve().parent
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
+SCRATCH = ".stubs-"
 
 
 def generate_stubs() -> list[Path]:
     """Bring the stubs in line with the .proto files and return their paths.
 
     A stub is replaced as a whole and only when its text changes, so a program importing it meanwhile
-    sees the old one or the new one. Stubs whose source is gone are removed.
+    sees the old one or the new one. Stubs whose source is gone are removed. Several builds may run at a time.
 
     Raises:
         subprocess.CalledProcessError: protoc refused a file; it has said why on stderr.
     """
     sources = sorted(path.relative_to(PROTO_ROOT) for path in PROTO_ROOT.rglob("*.proto"))
-    with tempfile.TemporaryDirectory(dir=PROTO_ROOT, prefix=".stubs-") as scratch:
+    with tempfile.TemporaryDirectory(dir=PROTO_ROOT, prefix=SCRATCH) as scratch:
         if sources:
             _run_protoc(sources, Path(scratch))
         stubs = {path.relative_to(scratch): path for path in _stubs_below(Path(scratch))}
@@ -38,7 +39,8 @@ def generate_stubs() -> list[Path]:
             _replace_when_changed(PROTO_ROOT / relative, generated)
     current = [PROTO_ROOT / relative for relative in sorted(stubs)]
     for stale in set(_stubs_below(PROTO_ROOT)) - set(current):
-        stale.unlink()
+        if not stale.relative_to(PROTO_ROOT).parts[0].startswith(SCRATCH):  # of another build
+            stale.unlink(missing_ok=True)
     return current
 
 

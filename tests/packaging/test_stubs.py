@@ -55,6 +55,15 @@ def test_hook_removes_stubs_when_their_source_is_gone(proto_root: Path) -> None:
     assert generate(proto_root) == {}
 
 
+def test_hook_leaves_what_another_build_is_making_alone(proto_root: Path) -> None:
+    """Two builds at a time are two whole wheels."""
+    theirs = proto_root / ".stubs-another" / "hmm_proto" / "v1" / "probe_pb2.py"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("# just written\n")
+    generate(proto_root)
+    assert theirs.exists()
+
+
 def test_hook_fails_and_keeps_the_old_stubs_when_a_source_is_wrong(proto_root: Path) -> None:
     """A build never ships stubs that do not belong to its sources."""
     before = generate(proto_root)
