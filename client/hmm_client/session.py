@@ -266,9 +266,9 @@ class Session:
 
     def go_on_reading(self) -> None:
         """Read again."""
-        if self._stopped is not None:
-            self._stopped.set_result(None)
-            self._stopped = None
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None and not stopped.done():  # as it is when the reader was cancelled with its loop
+            stopped.set_result(None)
 
     def drop(self) -> None:
         """Break the stream, without a farewell."""

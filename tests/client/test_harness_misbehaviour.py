@@ -261,6 +261,19 @@ async def test_mirror_is_fenced_when_its_driver_stops_reading(set_up: SetUp) -> 
     await asyncio.wait_for(scene.script.wait_taken(2), TIMEOUT_S)
 
 
+async def test_session_is_closed_when_its_reader_was_cancelled_while_it_did_not_read(set_up: SetUp) -> None:
+    """As a loop that ends does with all its tasks, before whoever made the session closes it."""
+    scene = await set_up()
+    scene.script.behave(stop_reading())
+    await scene.discard(0)
+    session = scene.mirror.session
+    assert session._reader is not None
+    session._reader.cancel()
+    await asyncio.wait([session._reader])
+    await session.close()
+    assert session.lost
+
+
 async def test_script_is_refused_when_it_would_end_the_wrong_process() -> None:
     """Killing and stopping are for drivers in processes of their own."""
     with pytest.raises(ValueError, match="this process would be killed"):
